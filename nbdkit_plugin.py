@@ -1,0 +1,240 @@
+"""zramd as an nbdkit plugin: the names nbdkit looks for, each a call of the device. No policy here.
+
+    nbdkit python nbdkit_plugin.py disksize=1G [key=value …]
+
+nbdkit calls, in this order: config for each key=value, config_complete, get_ready, then it forks, after_fork,
+open and the rest for each client, cleanup.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import site
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import nbdkit
+
+if TYPE_CHECKING:
+    from zramd.core.device import Device
+
+API_VERSION = 2
+
+
+def _find_package() -> None:
+    """Make `import zramd` work: as Python is set up, else from the .venv or the folder beside this file."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    venv = f"{here}/.venv/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    try:
+        import zramd.core.device  # noqa: F401
+    except ImportError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "zramd"]:
+            del sys.modules[name]
+        if os.path.isdir(venv):
+            sys.path.insert(0, venv)
+            site.addsitedir(venv)  # reads .pth files: an editable install works too
+        else:
+            sys.path.insert(0, here)
+
+
+_find_package()
+try:
+    from zramd.core.threadstate import keep
+
+    from zramd import __version__
+    from zramd import config as settings
+    from zramd.errors import ZramdError
+    from zramd.server import Server
+except ImportError as missing:
+    running = sys.version.split()[0]
+    print(
+        f"nbdkit: error: zramd is not built for nbdkit's Python {running}: run scripts/serve ({missing})",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+# nbdkit logs what this function returns for an exception. The user gets the sentence; only what nobody
+# expected gets a traceback. (Imported early, too: nothing on the request path may import.)
+_with_traceback = traceback.format_exception
+
+
+def _format_exception(kind: type[BaseException], error: BaseException, trace: Any) -> list[str]:
+    if isinstance(error, OSError):
+        return [error.strerror or str(error)]
+    return [str(error)] if isinstance(error, ZramdError) else _with_traceback(kind, error, trace)
+
+
+traceback.format_exception = _format_exception  # type: ignore[assignment]
+
+_pairs: list[tuple[str, str]] = []
+_server: Server
+_pool_full: int
+
+
+# The server's life.
+
+
+def config(key: str, value: str) -> None:
+    settings.find(key)
+    _pairs.append((key, value))
+
+
+def config_complete() -> None:
+    global _server, _pool_full
+    parsed = settings.parse(_pairs)
+    _pool_full = {"enospc": errno.ENOSPC, "eio": errno.EIO}[parsed.pool_full]
+    _server = Server(parsed, nbdkit.shutdown)
+
+
+def thread_model() -> int:
+    model: int = nbdkit.THREAD_MODEL_PARALLEL
+    return model
+
+
+def get_ready() -> None:
+    _server.prepare()
+
+
+def after_fork() -> None:
+    _server.start()
+
+
+def cleanup() -> None:
+    _server.stop()
+
+
+def dump_plugin() -> None:
+    print(f"zramd_version={__version__}")
+    print(f"zramd_python={sys.version.split()[0]}")
+    for setting in settings.SETTINGS:
+        print(f"zramd_setting_{setting.name}={setting.default_text}: {setting.help}")
+
+
+# Exports and clients. The handle of a client is the device itself.
+
+
+def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
+    return [(_server.config.name, _description())]
+
+
+def default_export(readonly: bool, is_tls: bool) -> str:
+    return _server.config.name
+
+
+def open(readonly: bool) -> Device:
+    wanted, name = nbdkit.export_name(), _server.config.name
+    if wanted not in ("", name):
+        nbdkit.set_error(errno.ENOENT)
+        raise ZramdError(f"export '{wanted}' does not exist: use '{name}'")
+    _server.client_opened()
+    return _server.device
+
+
+def close(device: Device) -> None:
+    _server.client_closed()
+
+
+def get_size(device: Device) -> int:
+    return device.disksize
+
+
+def export_description(device: Device) -> str:
+    return _description()
+
+
+def _description() -> str:
+    return f"zramd {__version__}: compressed memory ({_server.config.comp_algorithm})"
+
+
+def block_size(device: Device) -> tuple[int, int, int]:
+    return (1, 4096, 0xFFFFFFFF)
+
+
+# nbdkit compares with `is True`: nothing else counts.
+def can_write(device: Device) -> bool:
+    return True
+
+
+def is_rotational(device: Device) -> bool:
+    return False
+
+
+# A flush has nothing to do: what is answered is in memory, and nothing here is more durable than that memory.
+# So every connection sees what another one wrote, and FUA costs nothing.
+can_flush = can_trim = can_zero = can_fast_zero = can_extents = can_multi_conn = can_write
+
+
+def can_fua(device: Device) -> int:
+    native: int = nbdkit.FUA_NATIVE
+    return native
+
+
+def can_cache(device: Device) -> int:
+    none: int = nbdkit.CACHE_NONE
+    return none
+
+
+# Requests, from many threads at once. `keep` makes the thread's Python state stay: without it nbdkit would
+# build and destroy one around each call.
+
+_MAY_TRIM: int = nbdkit.FLAG_MAY_TRIM
+_REQ_ONE: int = nbdkit.FLAG_REQ_ONE
+
+
+def pread(device: Device, buf: memoryview, offset: int, flags: int) -> None:
+    keep()
+    try:
+        device.read(buf, offset)
+    except Exception as error:
+        _set_error(error)
+        raise
+
+
+def pwrite(device: Device, buf: memoryview, offset: int, flags: int) -> None:
+    keep()
+    try:
+        device.write(buf, offset)
+    except Exception as error:
+        _set_error(error)
+        raise
+
+
+def flush(device: Device, flags: int) -> None:
+    keep()
+
+
+def trim(device: Device, count: int, offset: int, flags: int) -> None:
+    keep()
+    try:
+        device.trim(offset, count)
+    except Exception as error:
+        _set_error(error)
+        raise
+
+
+def zero(device: Device, count: int, offset: int, flags: int) -> None:
+    keep()
+    try:
+        # Both ways are fast, so the fast-zero flag asks for nothing more.
+        device.zero(offset, count, bool(flags & _MAY_TRIM))
+    except Exception as error:
+        _set_error(error)
+        raise
+
+
+def extents(device: Device, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
+    keep()
+    return device.extents(offset, count, bool(flags & _REQ_ONE))
+
+
+def _set_error(error: Exception) -> None:
+    """Tell nbdkit which errno the client gets."""
+    if isinstance(error, OSError) and error.errno:
+        nbdkit.set_error(_pool_full if error.errno == errno.ENOSPC else error.errno)
+    elif isinstance(error, MemoryError):
+        nbdkit.set_error(_pool_full)
+    else:
+        nbdkit.set_error(errno.EIO)

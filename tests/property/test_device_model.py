@@ -1,0 +1,141 @@
+"""The device against a bytearray: any offsets and lengths, trims, zeros, compactions, limits, and check() after each."""
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from zramd import Device, PoolFullError
+
+BLOCK = 4096
+BLOCKS = 64
+SIZE = BLOCKS * BLOCK
+
+OFFSETS = st.one_of(st.integers(0, SIZE), st.integers(0, BLOCKS).map(lambda block: block * BLOCK))
+LENGTHS = st.one_of(st.integers(0, 3 * BLOCK), st.integers(0, 8).map(lambda blocks: blocks * BLOCK))
+
+
+@st.composite
+def ranges(draw: st.DrawFn) -> tuple[int, int]:
+    offset = draw(OFFSETS)
+    return offset, min(draw(LENGTHS), SIZE - offset)
+
+
+@st.composite
+def contents(draw: st.DrawFn, length: int) -> bytes:
+    """Zeros, one word, something compressible, or noise."""
+    kind = draw(st.sampled_from("zwcn"))
+    if kind == "z":
+        return bytes(length)
+    if kind == "w":
+        return (draw(st.binary(min_size=8, max_size=8)) * (length // 8 + 1))[:length]
+    rnd = draw(st.randoms(use_true_random=True))
+    if kind == "n":
+        return rnd.randbytes(length)
+    part = rnd.randbytes(rnd.randint(20, 3000)) + bytes(rnd.randint(1, 4000))
+    return (part * (length // len(part) + 1))[:length]
+
+
+class DeviceModel(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = Device(SIZE)
+        self.model = bytearray(SIZE)
+
+    @initialize(full=st.booleans(), data=st.data())
+    def start(self, full: bool, data: st.DataObject) -> None:
+        if full:
+            self.write((0, SIZE), data)
+
+    @rule(where=ranges(), data=st.data())
+    def write(self, where: tuple[int, int], data: st.DataObject) -> None:
+        offset, length = where
+        content = data.draw(contents(length))
+        try:
+            self.device.write(content, offset)
+        except PoolFullError:
+            assert self.device.mem_limit
+            assert self.device.counters()["freeable_pages"] == 0, "refused while compaction could make room"
+            self.accept_either(offset, content)
+        else:
+            self.model[offset : offset + length] = content
+
+    def accept_either(self, offset: int, content: bytes) -> None:
+        """After a failed write each block has its old content or its new one, and the model takes what is there."""
+        now = bytearray(SIZE)
+        self.device.read(now, 0)
+        wanted = self.model[:]
+        wanted[offset : offset + len(content)] = content
+        for start in range(0, SIZE, BLOCK):
+            block = slice(start, start + BLOCK)
+            assert now[block] in (self.model[block], wanted[block])
+        self.model = now
+
+    @rule(where=ranges())
+    def trim(self, where: tuple[int, int]) -> None:
+        offset, length = where
+        self.device.trim(offset, length)
+        first, last = -(-offset // BLOCK), (offset + length) // BLOCK
+        if first < last:
+            self.model[first * BLOCK : last * BLOCK] = bytes((last - first) * BLOCK)
+
+    @rule(where=ranges(), may_trim=st.booleans())
+    def zero(self, where: tuple[int, int], may_trim: bool) -> None:
+        offset, length = where
+        try:
+            self.device.zero(offset, length, may_trim)
+        except PoolFullError:
+            self.accept_either(offset, bytes(length))
+        else:
+            self.model[offset : offset + length] = bytes(length)
+
+    @rule(where=ranges())
+    def read(self, where: tuple[int, int]) -> None:
+        offset, length = where
+        buf = bytearray(length)
+        self.device.read(buf, offset)
+        assert buf == self.model[offset : offset + length]
+
+    @rule(where=ranges())
+    def extents(self, where: tuple[int, int]) -> None:
+        offset, length = where
+        at = offset
+        for start, size, kind in self.device.extents(offset, length):
+            assert (start, size > 0) == (at, True)
+            if kind:
+                assert not any(self.model[start : start + size])
+            at += size
+        assert at == offset + length
+
+    @rule(budget=st.one_of(st.just(0), st.integers(1, 20_000)))
+    def compact(self, budget: int) -> None:
+        self.device.compact(budget)
+
+    @rule()
+    def trim_stock(self) -> None:
+        self.device.trim_stock()
+
+    @rule(pages=st.one_of(st.just(0), st.integers(1, BLOCKS)))
+    def set_limit(self, pages: int) -> None:
+        self.device.mem_limit = pages * BLOCK
+
+    @rule()
+    def reset(self) -> None:
+        self.device.reset()
+        self.model = bytearray(SIZE)
+
+    @invariant()
+    def sound(self) -> None:
+        self.device.check()
+        counters = self.device.counters()
+        assert counters["orig_data_size"] == counters["pages_stored"] * BLOCK
+        assert counters["mem_used_total"] >= counters["compr_data_size"]
+        assert counters["mem_used_max"] >= counters["mem_used_total"]
+
+    def teardown(self) -> None:
+        now = bytearray(SIZE)
+        self.device.read(now, 0)
+        assert now == self.model
+
+
+TestDeviceModel = DeviceModel.TestCase
+TestDeviceModel.settings = settings(deadline=None, stateful_step_count=40)

@@ -1,0 +1,221 @@
+"""Threads on one device while compaction runs: every block tells who wrote it last, and nothing is torn.
+
+Scaled by ZRAMD_STRESS (1 by default); the seed is printed and can be given as ZRAMD_SEED.
+"""
+
+import os
+import random
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from zramd import Device, PoolFullError
+
+BLOCK = 4096
+SCALE = float(os.environ.get("ZRAMD_STRESS", "1"))
+SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))
+
+
+def content(block: int, version: int) -> bytes:
+    """A block that only this block and version have; sizes of all kinds: repeated word, small, large, raw."""
+    rnd = random.Random(block << 32 | version)
+    kind = rnd.randrange(10)
+    if kind == 0:
+        return (block << 32 | version).to_bytes(8, "little") * 512
+    head = b"%08d %08d " % (block, version)
+    size = 4000 if kind == 1 else rnd.randrange(50, 3600)
+    return (head + rnd.randbytes(size) + bytes(BLOCK))[: BLOCK - 18] + head
+
+
+def run(threads: list[Callable[[], None]]) -> None:
+    """Run all to their end; the first exception of one is raised."""
+    errors: list[BaseException] = []
+
+    def guard(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    started = [threading.Thread(target=guard, args=(work,)) for work in threads]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.fixture(autouse=True)
+def seed(record_property: Callable[[str, object], None]) -> None:
+    print(f"ZRAMD_SEED={SEED}")
+    record_property("seed", SEED)
+
+
+@pytest.mark.parametrize("limit", [0, 3 << 20])
+def test_owned_blocks_with_compaction(limit: int) -> None:
+    """Each thread has blocks of its own and knows their content; what one does never shows in another's."""
+    device = Device(16 << 20, mem_limit=limit)
+    done = threading.Event()
+    workers, blocks = 4, 4096
+    rounds = int(4000 * SCALE)
+
+    def worker(me: int) -> Callable[[], None]:
+        def work() -> None:
+            rnd = random.Random(SEED + me)
+            mine: dict[int, bytes] = {}
+            for version in range(rounds):
+                block = rnd.randrange(blocks // workers) * workers + me
+                action = rnd.random()
+                if action < 0.5:
+                    data = content(block, version)
+                    try:
+                        device.write(data, block * BLOCK)
+                        mine[block] = data
+                    except PoolFullError:
+                        assert limit
+                elif action < 0.6 and block in mine:
+                    part, at = rnd.randbytes(100), rnd.randrange(BLOCK - 100)
+                    try:
+                        device.write(part, block * BLOCK + at)
+                        mine[block] = mine[block][:at] + part + mine[block][at + 100 :]
+                    except PoolFullError:
+                        assert limit
+                elif action < 0.75:
+                    device.trim(block * BLOCK, BLOCK)
+                    mine.pop(block, None)
+                else:
+                    buf = bytearray(BLOCK)
+                    device.read(buf, block * BLOCK)
+                    assert buf == mine.get(block, bytes(BLOCK)), f"block {block} of thread {me}"
+            for block in range(me, blocks, workers):
+                buf = bytearray(BLOCK)
+                device.read(buf, block * BLOCK)
+                assert buf == mine.get(block, bytes(BLOCK)), f"block {block} of thread {me}"
+
+        return work
+
+    def compactor() -> None:
+        rnd = random.Random(SEED)
+        while not done.is_set():
+            device.compact(rnd.choice([0, 4096, 65536]))
+            device.counters()
+            device.classes()
+            if rnd.random() < 0.1:
+                device.trim_stock()
+            if rnd.random() < 0.05:
+                device.check()
+
+    background = threading.Thread(target=compactor)
+    background.start()
+    try:
+        run([worker(me) for me in range(workers)])
+    finally:
+        done.set()
+        background.join()
+    device.check()
+    counters = device.counters()
+    assert counters["objects_migrated"] > 0
+    if limit:
+        assert counters["mem_used_max"] <= limit
+        assert counters["limit_compactions"] > 0
+
+
+def test_shared_blocks_are_never_torn() -> None:
+    """All threads write the same few blocks, whole and in part: a reader sees one version of a block, never two."""
+    device = Device(1 << 20)
+    blocks = 16
+    rounds = int(5000 * SCALE)
+    for block in range(blocks):
+        device.write(content(block, 0), block * BLOCK)
+
+    def writer(me: int) -> Callable[[], None]:
+        def work() -> None:
+            rnd = random.Random(SEED + me)
+            for version in range(rounds):
+                block = rnd.randrange(blocks)
+                if rnd.random() < 0.1:
+                    device.trim(block * BLOCK, BLOCK)
+                else:
+                    device.write(content(block, me << 20 | version), block * BLOCK)
+
+        return work
+
+    def reader(me: int) -> Callable[[], None]:
+        def work() -> None:
+            rnd = random.Random(SEED + me)
+            buf = bytearray(BLOCK)
+            for _ in range(rounds):
+                block = rnd.randrange(blocks)
+                device.read(buf, block * BLOCK)
+                if not any(buf):
+                    continue
+                if buf[:8] == buf[8:16]:
+                    version = int.from_bytes(buf[:4], "little")
+                else:
+                    assert buf[:18] == buf[-18:], "head and tail are of different versions"
+                    version = int(buf[9:17])
+                assert buf == content(block, version)
+
+        return work
+
+    run([writer(1), writer(2), reader(3), reader(4), lambda: [device.compact(2000) for _ in range(rounds)] and None])
+    device.check()
+
+
+def test_partial_writes_lose_nobodys_bytes() -> None:
+    """Threads own interleaved bytes of the same blocks: read-modify-write must not undo what another wrote."""
+    device = Device(1 << 18)
+    workers, size = 4, 1 << 18
+    final: list[dict[int, int]] = [{} for _ in range(workers)]
+
+    def worker(me: int) -> Callable[[], None]:
+        def work() -> None:
+            rnd = random.Random(SEED + me)
+            for _ in range(int(3000 * SCALE)):
+                at = rnd.randrange(size // 64 // workers) * 64 * workers + me * 64
+                value = rnd.randrange(1, 256)
+                device.write(bytes([value]) * 64, at)
+                final[me][at] = value
+
+        return work
+
+    run([worker(me) for me in range(workers)])
+    device.check()
+    now = bytearray(size)
+    device.read(now, 0)
+    for each in final:
+        for at, value in each.items():
+            assert now[at : at + 64] == bytes([value]) * 64
+
+
+def test_reset_and_limits_under_load() -> None:
+    device = Device(16 << 20)
+    done = threading.Event()
+
+    def writer() -> None:
+        rnd = random.Random(SEED)
+        buf = bytearray(3 * BLOCK)
+        while not done.is_set():
+            block = rnd.randrange(4000)
+            try:
+                device.write(content(block, 1), block * BLOCK + rnd.choice([0, 0, 17]))
+                device.read(buf, block * BLOCK)
+            except PoolFullError:
+                pass
+
+    def disturb() -> None:
+        rnd = random.Random(SEED + 1)
+        for _ in range(int(60 * SCALE) + 5):
+            device.mem_limit = rnd.choice([0, 1 << 20, 8 << 20])
+            device.compact(100_000)
+            if rnd.random() < 0.3:
+                device.reset()
+            device.check()
+            device.extents(0, 16 << 20)
+            device.reset_mem_used_max()
+        done.set()
+
+    run([writer, writer, disturb])
+    device.check()

@@ -1,0 +1,307 @@
+"""The control socket: right requests, wrong requests, and no requests at all."""
+
+import dataclasses
+import json
+import os
+import select
+import shutil
+import socket
+import stat
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from test_stats import FakeDevice
+
+from zramd import endpoint, stats
+
+
+class FakeService:
+    def __init__(self) -> None:
+        self.limit = 1048576
+        self.clients = 0
+        self.resets = 0
+        self.peak = 4096
+        self.hold = threading.Event()
+        self.hold.set()
+
+    def snapshot(self) -> stats.Snapshot:
+        made = stats.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
+        return dataclasses.replace(made, mem_limit=self.limit, mem_used_max=self.peak)
+
+    def classes(self) -> list[stats.ClassRow]:
+        return stats.take_classes(FakeDevice())
+
+    def health(self) -> dict[str, str | int]:
+        return {"status": "ok", "compactor": "idle"}
+
+    def compact(self, timeout: float) -> int:
+        self.hold.wait(10)
+        return 42
+
+    def set_mem_limit(self, size: int) -> int:
+        self.limit = size
+        return size
+
+    def reset(self) -> bool:
+        if self.clients:
+            return False
+        self.resets += 1
+        return True
+
+    def reset_mem_used_max(self) -> None:
+        self.peak = 0
+
+
+class Running:
+    """An endpoint with the accepting thread that the server would give it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.service = FakeService()
+        self.endpoint = endpoint.Endpoint(str(path), self.service)
+        self._stop_read, self._stop_write = os.pipe()
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        poll = select.poll()
+        poll.register(self.endpoint, select.POLLIN)
+        poll.register(self._stop_read, select.POLLIN)
+        while self._stop_read not in (ready := [fd for fd, _ in poll.poll()]):
+            if ready:
+                self.endpoint.accept()
+
+    def close(self) -> None:
+        os.write(self._stop_write, b"x")
+        self._thread.join()
+        self.endpoint.close()
+        os.close(self._stop_read)
+        os.close(self._stop_write)
+
+    def connect(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(10)
+        sock.connect(str(self.path))
+        return sock
+
+    def raw(self, data: bytes, end: bool = False) -> bytes:
+        with self.connect() as sock:
+            sock.sendall(data)
+            if end:
+                sock.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+    def ask(self, method: str, path: str, body: str = "") -> tuple[int, str]:
+        request = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+        header, _, content = self.raw(request.encode()).decode().partition("\r\n\r\n")
+        assert f"\r\nContent-Length: {len(content)}" in header
+        assert "\r\nConnection: close" in header
+        return int(header.split()[1]), content
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    made = Running(tmp_path / "control.sock")
+    yield made
+    made.service.hold.set()
+    made.close()
+
+
+def status(answer: bytes) -> int:
+    return int(answer.split()[1])
+
+
+def test_closed_to_others(running: Running) -> None:
+    assert stat.S_IMODE(running.path.stat().st_mode) == 0o600
+
+
+def test_get(running: Running) -> None:
+    service = running.service
+    assert running.ask("GET", "/mm_stat") == (200, stats.mm_stat(service.snapshot()))
+    assert running.ask("GET", "/io_stat") == (200, stats.io_stat(service.snapshot()))
+    assert running.ask("GET", "/classes") == (200, stats.classes_table(service.classes()))
+    code, text = running.ask("GET", "/metrics")
+    assert code == 200
+    assert text.startswith("# HELP zramd_")
+    assert json.loads(running.ask("GET", "/stats?pretty=1")[1])["orig_data_size"] == 40960
+    assert json.loads(running.ask("GET", "/health")[1]) == {"status": "ok", "compactor": "idle"}
+
+
+def test_paths_are_listed(running: Running) -> None:
+    code, paths = running.ask("GET", "/")
+    assert code == 200
+    assert {"GET /stats", "POST /compact", "PUT /mem_limit", "POST /reset"} <= set(paths.splitlines())
+    code, text = running.ask("GET", "/nope")
+    assert code == 404
+    assert text == f"no such path '/nope'; there are:\n{paths}"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("POST", "/stats", "GET"),
+        ("GET", "/compact", "POST"),
+        ("DELETE", "/mem_limit", "PUT"),
+        ("HEAD", "/", "GET"),
+    ],
+)
+def test_wrong_method(running: Running, method: str, path: str, allow: str) -> None:
+    answer = running.raw(f"{method} {path} HTTP/1.1\r\n\r\n".encode())
+    assert status(answer) == 405
+    assert f"\r\nAllow: {allow}\r\n".encode() in answer
+
+
+def test_compact(running: Running) -> None:
+    code, text = running.ask("POST", "/compact")
+    assert (code, json.loads(text)) == (200, {"pages_freed": 42, "frag_ratio": 75.0})
+
+
+def test_mem_limit(running: Running) -> None:
+    code, text = running.ask("PUT", "/mem_limit", "64M\n")
+    assert (code, json.loads(text)) == (200, {"mem_limit": 64 << 20})
+    assert running.service.limit == 64 << 20
+
+
+@pytest.mark.parametrize("body", ["", "half", "64X", "-1", "\x00\xff"])
+def test_bad_mem_limit(running: Running, body: str) -> None:
+    request = b"PUT /mem_limit HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body.encode("latin-1"))
+    answer = running.raw(request + body.encode("latin-1"))
+    assert status(answer) == 400
+    assert b"is not a size" in answer
+    assert running.service.limit == 1048576
+
+
+def test_mem_used_max(running: Running) -> None:
+    assert json.loads(running.ask("POST", "/mem_used_max")[1]) == {"mem_used_max": 0}
+
+
+def test_reset(running: Running) -> None:
+    running.service.clients = 1
+    code, text = running.ask("POST", "/reset")
+    assert (code, running.service.resets) == (409, 0)
+    assert text == "device is in use: disconnect every client before a reset\n"
+    running.service.clients = 0
+    assert running.ask("POST", "/reset")[0] == 200
+    assert running.service.resets == 1
+
+
+def test_failing_service(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(timeout: float) -> int:
+        raise RuntimeError("compactor is not running: broken")
+
+    monkeypatch.setattr(running.service, "compact", fail)
+    assert running.ask("POST", "/compact") == (500, "compactor is not running: broken\n")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x00\x01\x02\x03",
+        b"\r\n\r\n",
+        b"NBDMAGIC\x49\x48\x41\x56\x45\x4f\x50\x54",
+        bytes(range(256)) * 8,
+        b"GET\r\n\r\n",
+        b"GET /stats\r\n\r\n",
+        b"GET stats HTTP/1.1\r\n\r\n",
+        b"GET /stats HTTP/2\r\n\r\n",
+        b"get /stats HTTP/1.1\r\n\r\n",
+        b"GET /st\xe4ts HTTP/1.1\r\n\r\n",
+        b"GET /stats HTTP/1.1\n\n",
+        b"PUT /mem_limit HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+        b"PUT /mem_limit HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+    ],
+)
+def test_not_http(running: Running, data: bytes) -> None:
+    assert status(running.raw(data)) == 400
+    assert running.ask("GET", "/health")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"GET", b"GET / HTTP/1.1\r\nHost", b"PUT / HTTP/1.1\r\nContent-Length: 9\r\n\r\n1"]
+)
+def test_ends_too_early(running: Running, data: bytes) -> None:
+    assert status(running.raw(data, end=True)) == 400
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"GET /" + b"x" * 1000 + b" HTTP/1.1\r\n\r\n", 404),
+        (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 3000, 431),
+        (b"PUT /mem_limit HTTP/1.1\r\nContent-Length: 1025\r\n\r\n", 413),
+        (b"PUT /mem_limit HTTP/1.1\r\ncontent-length: 99999999999999999999\r\n\r\n", 413),
+        (b"PUT /mem_limit HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n1\r\n0\r\n\r\n", 411),
+    ],
+)
+def test_too_much(running: Running, data: bytes, code: int) -> None:
+    assert status(running.raw(data)) == code
+
+
+def test_slow_client(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "DEADLINE", 0.05)
+    assert status(running.raw(b"GET /stats HTTP/1.1\r\n")) == 408
+
+
+def test_bytes_one_by_one(running: Running) -> None:
+    with running.connect() as sock:
+        for byte in b"PUT /mem_limit HTTP/1.0\r\nContent-Length: 2\r\n\r\n8K":
+            sock.send(bytes([byte]))
+        answer = b"".join(iter(lambda: sock.recv(4096), b""))
+    assert status(answer) == 200
+    assert running.service.limit == 8192
+
+
+def test_vanishing_clients(running: Running) -> None:
+    for _ in range(50):
+        with running.connect() as sock:
+            sock.send(b"GET /metrics HTTP/1.1\r\n\r\n")
+    assert running.ask("GET", "/health")[0] == 200
+
+
+def test_too_many(running: Running) -> None:
+    running.service.hold.clear()
+    waiting = []
+    for _ in range(endpoint.MAX_CONNECTIONS):
+        sock = running.connect()
+        sock.sendall(b"POST /compact HTTP/1.1\r\n\r\n")
+        waiting.append(sock)
+    with running.connect() as extra:
+        assert status(b"".join(iter(lambda: extra.recv(4096), b""))) == 503
+    running.service.hold.set()
+    for sock in waiting:
+        assert status(sock.recv(4096)) == 200
+        sock.close()
+    wait_until(lambda: running.raw(b"GET /health HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200"))
+
+
+def wait_until(predicate: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if predicate():
+            return
+    pytest.fail("not reached")
+
+
+def test_close_ends_waiting_clients(tmp_path: Path) -> None:
+    made = Running(tmp_path / "control.sock")
+    with made.connect() as sock:
+        sock.send(b"GET")
+        wait_until(lambda: bool(made.endpoint._open))
+        made.close()
+        assert sock.recv(4096)[:12] in (b"", b"HTTP/1.1 400")
+
+
+def test_curl(running: Running) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    curl = ["curl", "-sS", "--fail", "--unix-socket", str(running.path)]
+
+    def run(*words: str) -> str:
+        return subprocess.run([*curl, *words], capture_output=True, text=True, check=True, timeout=20).stdout
+
+    assert json.loads(run("http://zramd/stats"))["writes"] == 41
+    assert json.loads(run("-X", "POST", "http://zramd/compact"))["pages_freed"] == 42
+    assert json.loads(run("-X", "PUT", "-d", "2M", "http://zramd/mem_limit"))["mem_limit"] == 2 << 20

@@ -1,0 +1,204 @@
+"""`zramd serve`: what it runs nbdkit with, what it tells the user, and how it refuses."""
+
+import io
+import os
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from zramd import config, launch, rundir
+from zramd.errors import ConfigError, RundirError, ZramdError
+
+
+@pytest.fixture
+def settings() -> config.Config:
+    return config.parse([("size", "1G"), ("name", "zram0"), ("rundir", "/run/z")])
+
+
+def run_line(settings: config.Config, words: str) -> str:
+    options = launch.read_options(words.split())
+    return " ".join(launch.command(settings, [("size", "1G")], options)).replace(
+        launch.plugin_path(), "PLUGIN"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("", "nbdkit -f -U /run/z/nbd.sock python PLUGIN size=1G"),
+        ("-t 4", "nbdkit -f -U /run/z/nbd.sock -t 4 python PLUGIN size=1G"),
+        ("-t4 -v", "nbdkit -f -U /run/z/nbd.sock -t4 -v python PLUGIN size=1G"),
+        ("-p 10809", "nbdkit -f -p 10809 python PLUGIN size=1G"),
+        ("-p10809", "nbdkit -f -p10809 python PLUGIN size=1G"),
+        ("--port=10809", "nbdkit -f --port=10809 python PLUGIN size=1G"),
+        ("--port 10809 --tls=require", "nbdkit -f --port 10809 --tls=require python PLUGIN size=1G"),
+        ("-i 127.0.0.1", "nbdkit -f -i 127.0.0.1 python PLUGIN size=1G"),
+        ("-U -", "nbdkit -f -U - python PLUGIN size=1G"),
+        ("--vsock", "nbdkit -f --vsock python PLUGIN size=1G"),
+        ("-s", "nbdkit -f -s python PLUGIN size=1G"),
+        (
+            "--filter=delay rdelay=1 --filter log logfile=/dev/null",
+            "nbdkit -f -U /run/z/nbd.sock --filter=delay --filter log python PLUGIN size=1G rdelay=1 logfile=/dev/null",
+        ),
+        ("-D nbdkit.gc=1", "nbdkit -f -U /run/z/nbd.sock -D nbdkit.gc=1 python PLUGIN size=1G"),
+        ("--run x=y", "nbdkit -f -U /run/z/nbd.sock --run x=y python PLUGIN size=1G"),
+    ],
+)
+def test_command(settings: config.Config, words: str, line: str) -> None:
+    assert run_line(settings, words) == line
+
+
+def test_plugin_is_there() -> None:
+    assert os.path.exists(launch.plugin_path())
+
+
+@pytest.mark.parametrize(
+    ("words", "uri"),
+    [
+        ("", "nbd+unix:///zram0?socket=/run/z/nbd.sock"),
+        ("--tls=require", "nbds+unix:///zram0?socket=/run/z/nbd.sock"),
+        ("-U /tmp/a%b", "nbd+unix:///zram0?socket=/tmp/a%25b"),
+        ("--unix=/tmp/x", "nbd+unix:///zram0?socket=/tmp/x"),
+        ("-U -", ""),
+        ("-p 1234", "nbd://localhost:1234/zram0"),
+        ("-p1234 --tls=require", "nbds://localhost:1234/zram0"),
+        ("--ipaddr=::1", "nbd://[::1]:10809/zram0"),
+        ("--vsock --port 5", "nbd+vsock://1:5/zram0"),
+    ],
+)
+def test_uri(settings: config.Config, words: str, uri: str) -> None:
+    assert launch.uri(settings, launch.read_options(words.split())) == uri
+
+
+def test_passed_sockets(settings: config.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_FDS", "1")
+    assert run_line(settings, "") == "nbdkit -f python PLUGIN size=1G"
+
+
+def test_greeting(settings: config.Config) -> None:
+    text = launch.greeting(settings, launch.read_options([]), 4711)
+    assert "nbd+unix:///zram0?socket=/run/z/nbd.sock" in text
+    assert "stats folder  /run/z\n" in text
+    assert "nbd-client -unix /run/z/nbd.sock /dev/nbd0 -b 4096" in text
+    assert "cat /run/z/mm_stat" in text
+    assert "kill 4711" in text
+    assert "attach        nbdinfo nbd://localhost:1/zram0\n" in launch.greeting(
+        settings, launch.read_options(["-p", "1"]), 4711
+    )
+
+
+def test_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", out := io.StringIO())
+    answers = iter([False, False, True])
+    launch.watch(os.getpid(), lambda: next(answers), "hello")
+    assert out.getvalue() == "hello"
+
+
+def test_watch_ends_with_nbdkit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", out := io.StringIO())
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    launch.watch(child, lambda: False, "hello")
+    assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("answer", "ready"),
+    [
+        (b'HTTP/1.1 200 OK\r\n\r\n{"status": "ok"}', True),
+        (b"HTTP/1.1 503 Service Unavailable\r\n\r\nno", False),
+        (b"", False),
+    ],
+)
+def test_is_ready(tmp_path: Path, answer: bytes, ready: bool) -> None:
+    settings = config.parse([("size", "1G"), ("rundir", str(tmp_path))])
+    assert not launch.is_ready(settings)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "control.sock"))
+        listener.listen()
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            connection.recv(4096)
+            connection.sendall(answer)
+            connection.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert launch.is_ready(settings) is ready
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ([], 2),
+        (["nope"], 2),
+        (["serve", "word"], 2),
+        (["serve", "--bad"], 2),
+        (["--version"], 0),
+        (["serve", "--help"], 0),
+    ],
+)
+def test_usage(words: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        launch.main(words)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["size=1X"], "disksize: '1X' is not a size"),
+        (["--size", "1X"], "disksize: '1X' is not a size"),
+        (["--size", "1G", "size=2G"], "size='2G' is a second value: disksize is already '1G'"),
+        (["--name", "a/b"], "name: 'a/b' is not a name"),
+        (["nam=x"], "unknown setting 'nam': did you mean 'name'?"),
+    ],
+)
+def test_bad_settings(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(["serve", *words]) == 2
+    assert capsys.readouterr().err.startswith(f"zramd: {sentence}")
+
+
+@pytest.fixture
+def no_exec(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Keep `serve` from becoming nbdkit; returns the command lines it would have run."""
+    ran: list[list[str]] = []
+    monkeypatch.setattr("os.execvp", lambda file, argv: ran.append(argv))
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/sbin/{name}")
+    monkeypatch.setattr(launch, "_start_watcher", lambda settings, text: None)
+    return ran
+
+
+def test_serve(no_exec: list[list[str]], tmp_path: Path) -> None:
+    launch.serve("a", None, [f"rundir={tmp_path}", "mem_limit=1M"], ["-t", "2"])
+    plugin = ["python", launch.plugin_path(), "name=a", f"rundir={tmp_path}", "mem_limit=1M", "disksize=1G"]
+    assert no_exec == [["nbdkit", "-f", "-U", f"{tmp_path}/nbd.sock", "-t", "2", *plugin]]
+
+
+def test_serve_where_a_server_lives(no_exec: list[list[str]], tmp_path: Path) -> None:
+    held = rundir.Rundir(str(tmp_path / "run"))
+    with pytest.raises(RundirError, match=f"in use by a running server \\(pid {os.getpid()}\\)"):
+        launch.serve(None, None, [f"rundir={tmp_path}/run"], [])
+    held.remove()
+    assert no_exec == []
+
+
+def test_serve_without_nbdkit(
+    no_exec: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ZramdError, match="nbdkit is not installed: run 'apt-get install nbdkit"):
+        launch.serve(None, None, [f"rundir={tmp_path}"], [])
+
+
+def test_no_place_for_the_rundir(no_exec: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    with pytest.raises(ConfigError, match="XDG_RUNTIME_DIR"):
+        launch.serve(None, None, [], [])

@@ -1,0 +1,142 @@
+"""Statistics: exact texts, and Prometheus text as Prometheus' own parser reads it."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+
+from zramd import stats
+
+# Each counter has a value of its own, so that a swapped column cannot hide.
+COUNTERS = {
+    "disksize": 1 << 30,
+    "orig_data_size": 40960,
+    "compr_data_size": 6144,
+    "mem_used_total": 8192,
+    "mem_limit": 1048576,
+    "mem_used_max": 12345678901,
+    "same_pages": 3,
+    "pages_compacted": 5,
+    "huge_pages": 7,
+    "huge_pages_since": 11,
+    "failed_reads": 13,
+    "failed_writes": 17,
+    "invalid_io": 0,
+    "notify_free": 19,
+    "pages_stored": 10,
+    "metadata_bytes": 2048,
+    "objs_allocated": 16,
+    "objs_used": 12,
+    "freeable_pages": 2,
+    "zspages": 1,
+    "objects_migrated": 23,
+    "num_compactions": 29,
+    "compact_ns": 1500000000,
+    "limit_compactions": 31,
+    "reads": 37,
+    "writes": 41,
+    "trims": 43,
+    "zeroes": 47,
+    "read_bytes": 53,
+    "written_bytes": 59,
+    "requests_inflight": 2,
+}
+ROWS = [
+    (0, 32, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1280, 640, 10, 1, 5),
+    (4, 96, *(0,) * 11, 0, 0, 0, 3, 0),
+    (254, 4096, *(0,) * 10, 21, 21, 21, 21, 1, 0),
+]
+
+
+class FakeDevice:
+    def counters(self) -> dict[str, int]:
+        return dict(COUNTERS)
+
+    def classes(self) -> list[tuple[int, ...]]:
+        return list(ROWS)
+
+
+@pytest.fixture
+def snapshot() -> stats.Snapshot:
+    return stats.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0.1.0", started=0.0)
+
+
+def test_mm_stat(snapshot: stats.Snapshot) -> None:
+    expected = "   40960     6144     8192  1048576 12345678901        3        5        7       11\n"
+    assert stats.mm_stat(snapshot) == expected
+
+
+def test_io_stat(snapshot: stats.Snapshot) -> None:
+    assert stats.io_stat(snapshot) == "      13       17 0       19\n"
+
+
+def test_classes_table() -> None:
+    table = stats.classes_table(stats.take_classes(FakeDevice()))
+    header, first, unused, last, empty, total, end = table.split("\n")
+    groups = ["10%", "20%", "30%", "40%", "50%", "60%", "70%", "80%", "90%", "99%", "100%"]
+    rest = " obj_allocated   obj_used pages_used pages_per_zspage freeable"
+    assert header == " class  size" + "".join(f"{group:>10}" for group in groups) + rest
+    counts = "".join(f"{count:10}" for count in range(1, 12))
+    assert first == f"     0    32{counts}          1280        640         10                1        5"
+    assert unused.split() == ["4", "96", *["0"] * 14, "3", "0"]
+    assert last.split() == ["254", "4096", *["0"] * 10, "21", "21", "21", "21", "1", "0"]
+    assert empty == end == ""
+    counts = "".join(f"{count:10}" for count in [*range(1, 11), 32])
+    assert total == f" Total      {counts}          1301        661         31                         5"
+
+
+def test_derived(snapshot: stats.Snapshot) -> None:
+    assert stats.frag_ratio(snapshot) == "75.00\n"
+    assert snapshot.occupancy == 75
+    assert snapshot.compression_ratio == 5
+    assert snapshot.total_bytes == 10240
+
+
+def test_empty_pool(snapshot: stats.Snapshot) -> None:
+    empty = dataclasses.replace(snapshot, mem_used_total=0, objs_allocated=0)
+    assert (empty.frag_ratio, empty.occupancy, empty.compression_ratio) == (100, 100, 0)
+
+
+def test_json(snapshot: stats.Snapshot) -> None:
+    values = json.loads(stats.to_json(snapshot))
+    for key, value in COUNTERS.items():
+        assert values[key] == value
+    assert values["name"] == "zram0"
+    assert values["pid"] == os.getpid()
+    assert values["uptime"] > 0
+    assert values["resident_bytes"] > 1 << 20
+    assert values["frag_ratio"] == values["occupancy"] == 75
+    assert values["total_bytes"] == 10240
+
+
+def test_prometheus(snapshot: stats.Snapshot) -> None:
+    parser = pytest.importorskip("prometheus_client.parser")
+    text = stats.prometheus(snapshot, stats.take_classes(FakeDevice()))
+    families = {family.name: family for family in parser.text_string_to_metric_families(text)}
+    values = {}
+    for family in families.values():
+        assert family.documentation.endswith(".")
+        assert family.type in ("gauge", "counter")
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            assert labels.pop("device") == "zram0"
+            assert sample.name.endswith("_total") == (family.type == "counter")
+            values[sample.name, *sorted(labels.values())] = sample.value
+    assert values["zramd_mem_used_bytes",] == 8192
+    assert values["zramd_frag_ratio",] == 0.75
+    assert values["zramd_pool_occupancy_ratio",] == 0.75
+    assert values["zramd_freeable_bytes",] == 8192
+    assert values["zramd_requests_total", "zero"] == 47
+    assert values["zramd_request_errors_total", "write"] == 17
+    assert values["zramd_compaction_seconds_total",] == 1.5
+    assert values["zramd_class_objects", "32"] == 640
+    assert ("zramd_class_objects", "96") not in values
+    info = families["zramd_build_info"].samples[0]
+    assert info.value == 1
+    assert info.labels["version"] == "0.1.0"
+
+
+def test_large_counters_stay_exact(snapshot: stats.Snapshot) -> None:
+    large = dataclasses.replace(snapshot, written_bytes=(1 << 53) + 1)
+    assert f" {(1 << 53) + 1}\n" in stats.prometheus(large, [])

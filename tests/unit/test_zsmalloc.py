@@ -1,0 +1,287 @@
+"""The allocator by itself: what malloc, free, read, write, compact and stats promise, and the geometry behind them."""
+
+import random
+
+import pytest
+
+from zramd import HandleError, PoolFullError, Zsmalloc
+
+PAGE = 4096
+SPAN = 8 * PAGE
+HEADER = 4
+
+
+def rows(pool: Zsmalloc) -> dict[int, tuple[int, ...]]:
+    return {row[1]: row for row in pool.table()}
+
+
+def fill(pool: Zsmalloc, count: int, size: int) -> list[int]:
+    handles = [pool.malloc(size) for _ in range(count)]
+    for i, handle in enumerate(handles):
+        pool.write(handle, i.to_bytes(4, "little") + bytes([i % 256]) * (size - 4))
+    return handles
+
+
+def verify(pool: Zsmalloc, handles: dict[int, int], size: int) -> None:
+    for i, handle in handles.items():
+        assert pool.read(handle, size) == i.to_bytes(4, "little") + bytes([i % 256]) * (size - 4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 28, 29, 100, 2048, 3628, 3629, 4095, 4096])
+def test_round_trip(size: int) -> None:
+    pool = Zsmalloc(1000)
+    handle = pool.malloc(size)
+    assert pool.read(handle, size) == bytes(size)
+    data = random.Random(size).randbytes(size)
+    pool.write(handle, data)
+    assert pool.read(handle, size) == data
+    pool.check()
+    pool.free(handle)
+    pool.check()
+    assert pool.stats()["objs_used"] == 0
+
+
+@pytest.mark.parametrize("size", [0, 4097, 1 << 40])
+def test_sizes_out_of_range_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"malloc of {size} bytes"):
+        Zsmalloc(10).malloc(size)
+
+
+@pytest.mark.parametrize("handle", [0, 1, 7, 1 << 20, (1 << 64) - 1])
+def test_handles_that_are_not_live(handle: int) -> None:
+    pool = Zsmalloc(10)
+    for use in (lambda: pool.free(handle), lambda: pool.read(handle), lambda: pool.write(handle, b"x")):
+        with pytest.raises(HandleError, match=str(handle)):
+            use()
+    pool.check()
+
+
+def test_double_free_is_an_error() -> None:
+    pool = Zsmalloc(10)
+    handle = pool.malloc(100)
+    other = pool.malloc(100)
+    pool.free(handle)
+    with pytest.raises(HandleError):
+        pool.free(handle)
+    pool.write(other, b"still here")
+    pool.check()
+
+
+def test_writes_and_reads_beyond_an_object_are_refused() -> None:
+    pool = Zsmalloc(10)
+    handle = pool.malloc(100)
+    with pytest.raises(ValueError, match="4096 bytes"):
+        pool.write(handle, bytes(4096))
+    with pytest.raises(ValueError, match="4096 bytes"):
+        pool.read(handle, 4096)
+    pool.free(handle)  # the refused calls left no pin behind
+    pool.check()
+
+
+def test_max_objects() -> None:
+    pool = Zsmalloc(3)
+    for _ in range(3):
+        pool.malloc(10)
+    with pytest.raises(MemoryError):
+        pool.malloc(10)
+    with pytest.raises(ValueError, match="out of range"):
+        Zsmalloc(0)
+    with pytest.raises(ValueError, match="out of range"):
+        Zsmalloc(1 << 31)
+
+
+def test_class_geometry() -> None:
+    table = Zsmalloc(10).table()
+    sizes = [row[1] for row in table]
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] == 32
+    assert sizes[-1] == PAGE
+    for _, size, *_, pages, _ in table[:-1]:
+        assert 1 <= pages <= 8
+        objs = pages * PAGE // size
+        waste = [(n * PAGE % size) / n for n in range(1, 9) if n * PAGE >= size]
+        assert (pages * PAGE % size) / pages == min(waste), size
+        assert objs > pages, f"class {size} saves nothing over a raw page"
+
+
+def test_every_size_goes_to_the_smallest_class_that_holds_it() -> None:
+    pool = Zsmalloc(5000)
+    sizes = [row[1] for row in pool.table()]
+    for size in range(1, PAGE + 1):
+        before = {row[1]: row[14] for row in pool.table()} if size % 97 == 1 else None
+        pool.malloc(size)
+        if before is not None:
+            (used,) = (row[1] for row in pool.table() if row[14] != before[row[1]])
+            wanted = next(s for s in sizes if s >= size + HEADER or s == PAGE)
+            assert used == wanted
+    pool.check()
+
+
+def test_pages_are_counted_one_by_one() -> None:
+    """A zspage costs the pages that were touched, not all that it may have."""
+    pool = Zsmalloc(100)
+    pool.malloc(3600)
+    assert pool.stats()["mem_used_total"] == PAGE
+    pool.malloc(3600)
+    assert pool.stats()["mem_used_total"] == 2 * PAGE
+    pool.check()
+
+
+def test_freed_zspages_are_kept_in_a_small_stock_and_given_back() -> None:
+    pool = Zsmalloc(10000)
+    handles = fill(pool, 5000, 1000)
+    full = pool.stats()["mem_used_total"]
+    assert full >= 5000 * 1000
+    for handle in handles:
+        pool.free(handle)
+    stats = pool.stats()
+    assert 0 < stats["stock_pages"] <= 64
+    assert stats["mem_used_total"] == stats["stock_pages"] * PAGE
+    pool.check()
+    pool.compact()
+    assert pool.stats()["mem_used_total"] == 0
+    assert pool.stats()["mem_used_max"] == full
+    pool.check()
+
+
+def test_huge_objects_free_their_page_by_themselves() -> None:
+    pool = Zsmalloc(1000)
+    handles = fill(pool, 800, PAGE)
+    assert pool.stats()["mem_used_total"] == 800 * PAGE
+    for handle in handles[::2]:
+        pool.free(handle)
+    assert pool.stats()["mem_used_total"] <= (400 + 32) * PAGE
+    assert pool.stats()["freeable_pages"] == 0
+    pool.compact()
+    assert pool.stats()["mem_used_total"] == 400 * PAGE
+    verify(pool, dict(list(enumerate(handles))[1::2]), PAGE)
+    pool.check()
+
+
+@pytest.mark.parametrize("size", [20, 100, 333, 1000, 1365, 2000, 3000, 3628])
+@pytest.mark.parametrize("keep", [0.05, 0.35, 0.9])
+def test_compaction_frees_what_it_promised(size: int, keep: float) -> None:
+    pool = Zsmalloc(20000)
+    rnd = random.Random(size)
+    handles = dict(enumerate(fill(pool, 8000, size)))
+    for i in rnd.sample(sorted(handles), int(len(handles) * (1 - keep))):
+        pool.free(handles.pop(i))
+    pool.check()
+    before = pool.stats()
+    freed = pool.compact()
+    after = pool.stats()
+    pool.check()
+    verify(pool, handles, size)
+    assert freed >= before["freeable_pages"]
+    assert after["freeable_pages"] == 0
+    assert after["pages_compacted"] == freed
+    stock = before["stock_pages"] - after["stock_pages"]
+    assert before["mem_used_total"] - after["mem_used_total"] == (freed + stock) * PAGE
+    row = next(row for row in pool.table() if row[14])
+    assert row[13] - row[14] < row[16] * PAGE // row[1], "the free chunks would fill a zspage"
+
+
+def test_compaction_in_steps_comes_to_the_same_end() -> None:
+    pool = Zsmalloc(20000)
+    handles = dict(enumerate(fill(pool, 6000, 500)))
+    for i in random.Random(1).sample(sorted(handles), 4000):
+        pool.free(handles.pop(i))
+    promised = pool.stats()["freeable_pages"]
+    freed = steps = 0
+    while pool.stats()["freeable_pages"]:
+        freed += pool.compact(5000)
+        steps += 1
+        pool.check()
+        assert steps < 1000
+    assert steps > 10
+    assert freed >= promised
+    verify(pool, handles, 500)
+
+
+def test_compaction_moves_no_more_than_it_must() -> None:
+    """Emptiest into fullest: one object in a zspage of its own is what moves, not its full neighbours."""
+    pool = Zsmalloc(1000)
+    per_zspage = rows(pool)[1024][16] * PAGE // 1024
+    handles = fill(pool, per_zspage * 3, 1020)
+    pool.free(handles[0])
+    for handle in handles[-per_zspage + 1 :]:
+        pool.free(handle)
+    assert pool.compact() == rows(pool)[1024][16]
+    assert pool.stats()["objects_migrated"] == 1
+    pool.check()
+
+
+def test_mem_limit_is_never_exceeded() -> None:
+    pool = Zsmalloc(10000, mem_limit=100 * PAGE - 5)
+    assert pool.mem_limit == 100 * PAGE
+    stored = []
+    with pytest.raises(PoolFullError, match="malloc of 700 bytes") as info:
+        while True:
+            stored.append(pool.malloc(700))
+            assert pool.stats()["mem_used_total"] <= pool.mem_limit
+    assert info.value.errno == 28
+    assert pool.stats()["mem_used_total"] == 100 * PAGE
+    pool.check()
+    pool.free(stored.pop())
+    stored.append(pool.malloc(700))  # there is room for as much as was freed
+    pool.mem_limit = 0
+    stored.append(pool.malloc(700))
+    pool.check()
+
+
+def test_limit_compacts_before_it_refuses() -> None:
+    """The third problem of the 2015 series: full, while the pool has holes."""
+    pool = Zsmalloc(10000, mem_limit=200 * PAGE)
+    small = []
+    with pytest.raises(PoolFullError):
+        while True:
+            small.append(pool.malloc(200))
+    for i, handle in enumerate(small):
+        if i % 3:
+            pool.free(handle)
+    kept = small[::3]
+    stored = 0
+    with pytest.raises(PoolFullError):
+        while True:
+            pool.malloc(3000)
+            stored += 1
+            assert pool.stats()["mem_used_total"] <= pool.mem_limit
+    assert stored >= 160, "two thirds of 200 pages were holes"
+    assert pool.stats()["freeable_pages"] == 0, "refused while compaction could make room"
+    for handle in kept:
+        pool.read(handle)
+    pool.check()
+
+
+def test_limit_lowered_below_what_is_used() -> None:
+    pool = Zsmalloc(10000)
+    handles = fill(pool, 1000, 1000)
+    pool.mem_limit = PAGE
+    for handle in handles[::2]:
+        pool.free(handle)
+    pool.malloc(1000)  # fits in a hole
+    with pytest.raises(PoolFullError):
+        for _ in range(1000):
+            pool.malloc(1000)
+    verify(pool, dict(list(enumerate(handles))[1::2]), 1000)
+    pool.check()
+
+
+def test_table_adds_up() -> None:
+    pool = Zsmalloc(10000)
+    rnd = random.Random(5)
+    handles = [pool.malloc(rnd.randint(1, PAGE)) for _ in range(4000)]
+    for handle in rnd.sample(handles, 2000):
+        pool.free(handle)
+    stats = pool.stats()
+    assert len(pool.table()) == pool.class_count
+    for row in pool.table():
+        _, size, *groups, allocated, used, pages_used, pages, freeable = row
+        assert sum(groups) * (pages * PAGE // size) == allocated
+        assert used <= allocated
+        assert pages_used <= sum(groups) * pages
+        assert freeable <= pages_used
+    assert sum(row[13] for row in pool.table()) == stats["objs_allocated"]
+    assert sum(row[14] for row in pool.table()) == stats["objs_used"] == 2000
+    assert sum(row[17] for row in pool.table()) == stats["freeable_pages"]
+    assert (sum(row[15] for row in pool.table()) + stats["stock_pages"]) * PAGE == stats["mem_used_total"]

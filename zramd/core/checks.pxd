@@ -1,0 +1,44 @@
+"""Assertions and what the memory checkers are told. ZRAMD_CHECK is set by the build profile:
+
+0 release   nothing is compiled in.
+2 asan      zr_assert, and the free parts of the arena are poisoned for AddressSanitizer, which cannot see into a mapping.
+3 debug     zr_assert, and fresh and freed memory is filled: a payload of D0 was never written, one of DF is gone.
+"""
+
+cdef extern from *:
+    """
+    #include <stdio.h>
+    #include <stdlib.h>
+    #include <string.h>
+    #ifndef ZRAMD_CHECK
+    #define ZRAMD_CHECK 0
+    #endif
+    #if ZRAMD_CHECK
+    #define zr_assert(x) ((x) ? (void)0 : (fprintf(stderr, "zramd: %s:%d: assertion failed: %s\\n", __FILE__, __LINE__, #x), abort()))
+    #else
+    #define zr_assert(x) ((void)0)
+    #endif
+    #ifdef __SANITIZE_ADDRESS__
+    #include <sanitizer/asan_interface.h>
+    #define zr_poison(p, n) __asan_poison_memory_region((p), (n))
+    #define zr_unpoison(p, n) __asan_unpoison_memory_region((p), (n))
+    #else
+    #define zr_poison(p, n) ((void)(p))
+    #define zr_unpoison(p, n) ((void)(p))
+    #endif
+    #if ZRAMD_CHECK >= 3
+    #define zr_fill(p, c, n) memset((p), (c), (n))
+    #else
+    #define zr_fill(p, c, n) ((void)(p))
+    #endif
+    """
+    enum:
+        ZRAMD_CHECK
+    void zr_assert(bint condition) noexcept nogil
+    void zr_poison(void *start, size_t size) noexcept nogil
+    void zr_unpoison(void *start, size_t size) noexcept nogil
+    void zr_fill(void *start, int byte, size_t size) noexcept nogil
+
+cdef enum:
+    FILL_FRESH = 0xD0
+    FILL_FREED = 0xDF

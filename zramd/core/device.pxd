@@ -1,0 +1,69 @@
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from zramd.core.locks cimport pthread_mutex_t, pthread_rwlock_t
+from zramd.core.types cimport BLOCK_SIZE
+from zramd.core.zsmalloc cimport Zsmalloc
+
+cdef enum:
+    STRIPES = 256
+
+cdef struct scratch:
+    # What one request needs to compress and decompress.
+    scratch *next
+    char page[BLOCK_SIZE]       # a whole block while a part of it is merged in
+    char out[BLOCK_SIZE]        # lz4's output
+    char state[1]               # lz4's state: state_size() bytes
+
+cdef struct counters:
+    # All atomic.
+    uint64_t pages_stored
+    uint64_t compr_data_size
+    uint64_t same_pages
+    uint64_t huge_pages
+    uint64_t huge_pages_since
+    uint64_t failed_reads
+    uint64_t failed_writes
+    uint64_t invalid_io
+    uint64_t notify_free
+    uint64_t reads
+    uint64_t writes
+    uint64_t trims
+    uint64_t zeroes
+    uint64_t read_bytes
+    uint64_t written_bytes
+    uint64_t limit_compactions
+    uint64_t inflight
+
+cdef class Device:
+    cdef readonly uint64_t disksize         # bytes
+    cdef readonly int acceleration
+    cdef uint64_t blocks
+    cdef Zsmalloc pool
+    cdef uint64_t *slots                    # atomic words, each changed under its stripe only
+    cdef uint8_t *touched                   # per page of slots: whether one was ever written; others are not even read
+    cdef uint64_t touched_pages             # atomic
+    cdef pthread_mutex_t stripes[STRIPES]   # stripe b % STRIPES guards block b
+    cdef pthread_rwlock_t gate              # requests share it; check and reset have it alone
+    cdef pthread_mutex_t scratch_lock       # guards the two below
+    cdef scratch *scratches                 # those not in use, last in first out
+    cdef uint64_t scratch_count
+    cdef uint32_t scratch_size
+    cdef counters n
+
+    cdef scratch *_scratch_take(self) noexcept nogil
+    cdef void _scratch_give(self, scratch *s) noexcept nogil
+    cdef int _store(self, const char *block, scratch *s, uint64_t *slot) noexcept nogil
+    cdef int _load(self, uint64_t slot, char *block) noexcept nogil
+    cdef void _drop(self, uint64_t slot) noexcept nogil
+    cdef uint64_t _get(self, uint64_t block) noexcept nogil
+    cdef uint64_t _set(self, uint64_t block, uint64_t slot) noexcept nogil
+    cdef int _write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil
+    cdef int _merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
+    cdef int _read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil
+    cdef int _zero_block(self, uint64_t block, uint64_t slot) noexcept nogil
+    cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil
+    cdef int _read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil
+    cdef int _zero(self, uint64_t offset, uint64_t length, uint64_t slot, bint exact) noexcept nogil
+    cdef uint64_t _extent(self, uint64_t offset, uint64_t end, int *kind) noexcept nogil
+    cdef int _enter(self, uint64_t offset, uint64_t length) except -1
+    cdef const char *_find_fault(self, uint64_t *where) noexcept nogil

@@ -1,0 +1,6 @@
+from typing import Any
+
+def keep() -> None: ...
+def kept() -> tuple[int, int]: ...
+
+__test__: dict[str, Any]

@@ -1,0 +1,69 @@
+"""Words, constants and records of zramd's core.
+
+page    4096 bytes of the arena.              block   4096 bytes of the device.
+span    SPAN_PAGES pages of address space at a fixed place in the arena; a zspage lives at the start of one.
+zspage  the smallest run of pages that holds a whole number of chunks of one size class.
+chunk   one place in a zspage; allocated, it holds a header and an object, free, the link to the next free chunk.
+object  a stored payload: compressed bytes, or a raw block (huge).
+obj     an object's location: its chunk's offset in the arena, in bytes. Chunks are CHUNK_ALIGN aligned.
+cell    one 64-bit word of the handle table: obj | CELL_PIN | CELL_LIVE.
+handle  a cell's index, from 1; never a location, so moving an object rewrites one cell and nobody notices.
+slot    one 64-bit word a block: handle << SLOT_HANDLE_SHIFT | SLOT_SAME | payload bytes; 0: never written, or freed.
+
+A span and the number of its zspage are the same number, so an obj leads to its zspage with one shift:
+
+    obj ──>> SPAN_SHIFT──> zspages[span] ──class_index──> classes[i].size ──> chunk number
+
+Slots, cells and payloads are the truth (see "crash rule" in zsmalloc.pyx); everything else can be rebuilt from them.
+They hold offsets and numbers, no pointers, so they mean the same wherever they are mapped.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef enum:
+    PAGE_SHIFT = 12
+    PAGE_SIZE = 4096
+    BLOCK_SHIFT = 12
+    BLOCK_SIZE = 4096
+
+    # Longest zspage, as the kernel's CONFIG_ZSMALLOC_CHAIN_SIZE. The page bitmaps allow up to 16.
+    SPAN_PAGES = 8
+    SPAN_SHIFT = 15             # log2(SPAN_PAGES * PAGE_SIZE)
+    SPAN_SIZE = 32768
+
+    HEADER_SIZE = 4             # handle << 1 | 1; a handle has 31 bits, so a pool holds 2**31 - 1 objects
+    CHUNK_ALIGN = 8             # the low 3 bits of an obj are free for the cell's tags
+    MIN_CHUNK = 32
+    CLASS_DELTA = 16            # spacing of size classes before merging
+    MAX_CLASSES = 256
+    MAX_CHUNKS = 1024           # SPAN_SIZE / MIN_CHUNK: most chunks in a zspage
+    NO_CHUNK = 0xFFFF
+
+    # Fullness groups: 0 %, then up to 10, 20, … 90, 99 %, and 100 %, as zsmalloc has them since Linux 6.4.
+    GROUP_EMPTY = 0
+    GROUP_FULL = 11
+    GROUPS = 12
+    ISOLATED = 254              # taken off its list by the compactor
+    NO_ZSPAGE = 255             # this span holds no zspage
+
+    CELL_PIN = 1                # someone reads, writes, moves or frees the object
+    CELL_LIVE = 2               # the cell holds an obj; clear: the cell is on the free list
+    CELL_TAGS = 7
+
+    SLOT_SIZE_MASK = 0x1FFF     # payload bytes, 1 to 4096
+    SLOT_SAME = 0x2000          # one 64-bit word repeated: it stands in the handle's cell, handle 0 is the word 0
+    SLOT_HANDLE_SHIFT = 16
+
+cdef enum:
+    NIL = 0x7FFFFFFF            # no span: end of a list
+
+cdef struct zspage:
+    # Guarded by the lock of its class. chunks in use + chunks on the free list == fresh; 20 bytes for 32 KiB of span.
+    uint32_t prev               # neighbours in the list of its fullness group, as span numbers
+    uint32_t next
+    uint16_t inuse              # chunks that hold an object
+    uint16_t fresh              # chunks below this one were used at least once; those above need not be resident
+    uint16_t free               # head of the free list, NO_CHUNK at its end; huge class: bitmap of the pages in use
+    uint16_t class_index
+    uint8_t group
+

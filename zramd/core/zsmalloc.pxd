@@ -1,0 +1,83 @@
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from zramd.core.arena cimport Arena
+from zramd.core.locks cimport pthread_mutex_t
+from zramd.core.types cimport GROUPS, MAX_CLASSES, zspage
+
+cdef struct size_class:
+    pthread_mutex_t lock            # guards all of this and the zspages of the class
+    uint32_t waiters                # atomic: threads that want the lock; the compactor looks and gives way
+    uint32_t size                   # bytes of a chunk, header and rounding included
+    uint32_t pages                  # per zspage
+    uint32_t objs                   # chunks per zspage
+    uint32_t heads[GROUPS]          # first zspage of each fullness group, NIL: none; last in first out
+    uint64_t group_count[GROUPS]    # zspages listed in each
+    uint64_t zspages                # isolated ones included
+    uint64_t inuse                  # objects
+    uint64_t committed              # resident pages; of huge: those in use and the spare ones
+
+cdef class Zsmalloc:
+    cdef readonly uint64_t max_objects
+    cdef readonly uint32_t class_count
+    cdef readonly uint32_t max_payload  # largest object that is not huge
+    cdef Arena arena
+    cdef uint32_t huge                  # number of the huge class: the last
+    cdef size_class classes[MAX_CLASSES]
+    cdef uint8_t class_of[257]          # chunk bytes / CLASS_DELTA, rounded up -> class
+    cdef zspage *zspages                # one per span of the arena
+
+    cdef uint64_t *cells                # the handle table
+    cdef pthread_mutex_t cells_lock     # guards the three below
+    cdef uint64_t cells_top             # cells below this one were used at least once
+    cdef uint64_t cells_free            # head of the free list, 0: empty
+    cdef uint64_t cells_used
+
+    cdef uint32_t spare[32]             # spans with a resident page no huge object uses, one entry a page; huge's lock
+    cdef uint32_t spares
+
+    cdef pthread_mutex_t compact_lock   # one compactor at a time
+    cdef uint64_t pages_compacted       # these four: atomic
+    cdef uint64_t objects_migrated
+    cdef uint64_t num_compactions
+    cdef uint64_t compact_ns
+
+    # objects: each returns 0 or -errno. alloc and begin pin the object until end.
+    cdef int obj_alloc(self, uint32_t size, uint64_t *handle, char **payload) noexcept nogil
+    cdef int obj_begin(self, uint64_t handle, char **payload) noexcept nogil
+    cdef void obj_end(self, uint64_t handle) noexcept nogil
+    cdef int obj_free(self, uint64_t handle) noexcept nogil
+    cdef uint32_t obj_capacity(self, uint64_t handle) noexcept nogil
+
+    # handles that stand for a word instead of an object
+    cdef uint64_t word_alloc(self, uint64_t word) noexcept nogil
+    cdef uint64_t word_read(self, uint64_t handle) noexcept nogil
+    cdef void word_free(self, uint64_t handle) noexcept nogil
+
+    cdef uint64_t freeable_pages(self) noexcept nogil
+    cdef bint make_room(self) noexcept nogil
+    cdef uint64_t compact_run(self, uint64_t budget, uint64_t enough) noexcept nogil
+    cdef uint64_t give_back(self) noexcept nogil
+    cdef void clear(self) noexcept nogil
+    cdef uint64_t metadata_bytes(self) noexcept nogil
+    cdef const char *find_fault(self, uint64_t *where, uint64_t words) noexcept nogil
+
+    cdef uint64_t _cell_take(self) noexcept nogil
+    cdef void _cell_give(self, uint64_t handle) noexcept nogil
+    cdef int _pin(self, uint64_t handle, uint64_t *obj) noexcept nogil
+    cdef int _obj_alloc(self, uint32_t index, uint64_t handle, char **payload) noexcept nogil
+    cdef int _chunk_take(self, size_class *c, uint32_t span, uint64_t handle, bint resident) noexcept nogil
+    cdef void _chunk_give(self, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil
+    cdef int _huge_take(self, size_class *c, uint32_t span) noexcept nogil
+    cdef void _huge_give(self, size_class *c, uint32_t span, uint32_t page) noexcept nogil
+    cdef void _link(self, size_class *c, uint32_t span) noexcept nogil
+    cdef void _unlink(self, size_class *c, uint32_t span) noexcept nogil
+    cdef void _regroup(self, size_class *c, uint32_t span) noexcept nogil
+    cdef int64_t _zspage_new(self, size_class *c, uint32_t index) noexcept nogil
+    cdef uint32_t _zspage_gone(self, size_class *c, uint32_t span) noexcept nogil
+    cdef uint32_t _isolate_fullest(self, size_class *c, bint resident) noexcept nogil
+    cdef uint32_t _isolate_emptiest(self, size_class *c) noexcept nogil
+    cdef uint32_t _putback(self, size_class *c, uint32_t span) noexcept nogil
+    cdef uint64_t _compact_class(self, uint32_t index, uint64_t *budget, uint64_t enough) noexcept nogil
+    cdef int _move(self, size_class *c, uint32_t src, uint32_t chunk, uint32_t dst, bint resident) noexcept nogil
+    cdef const char *_find_class_fault(self, uint32_t index, uint64_t *where) noexcept nogil
+    cdef const char *_find_zspage_fault(self, uint32_t index, uint32_t span) noexcept nogil

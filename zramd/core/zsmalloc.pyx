@@ -1,0 +1,1042 @@
+"""zsmalloc: an allocator for objects of 1 to 4096 bytes that can compact itself.
+
+The design is that of Linux' mm/zsmalloc.c with Minchan Kim's compaction series of 2015 and the fullness groups of 2023.
+
+    handle ──> cells[handle] = obj ──> chunk in a zspage:  |handle<<1|1|payload ...........|   allocated
+                     ^                        |            |next<<1    |...................|   free
+                     └────── header ──────────┘
+
+A handle is not a location: moving an object rewrites its cell, and the header leads a mover from the object to the cell.
+Chunks of one zspage are all of one size class; its pages are virtually contiguous, so no object straddles a copy.
+Objects above max_payload are huge: a page each, without a header, and a freed one's page is given back by itself, so
+there is nothing to compact; a bitmap in the zspage stands where others keep their free list.
+
+Lock order: compact_lock, then a class lock, then cells_lock or arena.lock. Pins are outside of that order: whoever holds
+a class lock may only try for a pin, whoever holds a pin may wait for a class lock.
+
+A pin (CELL_PIN) is the exclusive right to an object: to its bytes, to move it and to free it. A reader holds it for one
+decompression, a mover for one copy. A mover that cannot have it goes on and comes back later.
+
+Crash rule: what a scan of the slots, cells and payloads finds is whole at any instant, because each is written after
+what it points to: alloc: header, payload, cell, (slot); move: copy, cell, header of the source; free: (slot), chunk, cell.
+The cell of an object being written is pinned, and no slot holds its handle yet; the scan takes its chunk back.
+"""
+
+cimport cython
+from libc.errno cimport EBUSY, EINVAL, ENOENT, ENOMEM, ENOSPC
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_FromStringAndSize
+
+from zramd.core.arena cimport Arena, region_map, region_release, region_unmap
+from zramd.core.checks cimport FILL_FREED, FILL_FRESH, zr_assert, zr_fill, zr_poison, zr_unpoison
+from zramd.core.locks cimport (
+    compare_swap,
+    counter_add,
+    counter_add_32,
+    counter_sub_32,
+    cpu_relax,
+    load_acquire,
+    load_relaxed,
+    load_relaxed_32,
+    owned_add,
+    owned_sub,
+    pthread_mutex_destroy,
+    pthread_mutex_init,
+    pthread_mutex_lock,
+    pthread_mutex_t,
+    pthread_mutex_trylock,
+    pthread_mutex_unlock,
+    sched_yield,
+    store_relaxed,
+    store_release,
+)
+from zramd.core.types cimport (
+    CELL_LIVE,
+    CELL_PIN,
+    CELL_TAGS,
+    CHUNK_ALIGN,
+    CLASS_DELTA,
+    GROUP_EMPTY,
+    GROUP_FULL,
+    GROUPS,
+    HEADER_SIZE,
+    ISOLATED,
+    MAX_CLASSES,
+    MIN_CHUNK,
+    NIL,
+    NO_CHUNK,
+    NO_ZSPAGE,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    SPAN_PAGES,
+    SPAN_SHIFT,
+    SPAN_SIZE,
+    zspage,
+)
+
+from zramd.errors import CorruptionError, error_from
+
+cdef extern from *:
+    """
+    #include <time.h>
+    static inline uint64_t monotonic_ns(void)
+    {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+    }
+    #define lowest_bit(x) ((uint32_t)__builtin_ctz(x))
+    #define bits_set(x) ((uint32_t)__builtin_popcount(x))
+    """
+    uint64_t monotonic_ns() noexcept nogil
+    uint32_t lowest_bit(uint32_t x) noexcept nogil
+    uint32_t bits_set(uint32_t x) noexcept nogil
+
+cdef enum:
+    SPARES = 32             # pages of huge objects kept for the next one: overwriting raw blocks would else fault each time
+    CELLS_SLACK = 1 << 17   # handles beyond max_objects: objects that are written but not yet published by their owner
+    PIN_SPINS = 200         # about a decompression; then let the holder of the pin run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# small words
+
+
+cdef inline void lock_class(size_class *c) noexcept nogil:
+    if pthread_mutex_trylock(&c.lock):
+        counter_add_32(&c.waiters, 1)
+        pthread_mutex_lock(&c.lock)
+        counter_sub_32(&c.waiters, 1)
+
+
+cdef inline uint32_t fullness(size_class *c, zspage *z) noexcept nogil:
+    """The fullness group: 1 of 127 used is in the 10 % group, all but one of 2 in the 50 % group, as zsmalloc rounds."""
+    if z.inuse == 0:
+        return GROUP_EMPTY
+    if z.inuse == c.objs:
+        return GROUP_FULL
+    return 10 * <uint32_t>z.inuse // c.objs + 1
+
+
+cdef inline uint64_t freeable(size_class *c) noexcept nogil:
+    """Pages that compacting the class frees: the one predicate for starting, for going on and for the statistics.
+
+    As many zspages can be emptied as their free chunks fill whole zspages; those that remain may use all their pages.
+    May be read without the lock, then it can be off by what is happening meanwhile.
+    """
+    cdef uint64_t zspages = load_relaxed(&c.zspages), inuse = load_relaxed(&c.inuse)
+    cdef int64_t spare_chunks = <int64_t>(zspages * c.objs) - <int64_t>inuse
+    cdef int64_t pages
+    if spare_chunks < <int64_t>c.objs or c.size == PAGE_SIZE:
+        return 0
+    pages = <int64_t>load_relaxed(&c.committed) - <int64_t>(zspages - spare_chunks // c.objs) * c.pages
+    return pages if pages > 0 else 0
+
+
+cdef inline uint32_t pages_of_chunk(size_class *c, uint32_t chunk) noexcept nogil:
+    """Bitmap of the pages of its zspage that a chunk touches."""
+    cdef uint32_t start = chunk * c.size
+    cdef uint32_t first = start >> PAGE_SHIFT, last = (start + c.size - 1) >> PAGE_SHIFT
+    return (<uint32_t>2 << last) - (<uint32_t>1 << first)
+
+
+cdef void geometry(uint32_t size, uint32_t *pages, uint32_t *objs) noexcept nogil:
+    """The zspage of a chunk size: the fewest pages with the least waste a page.
+
+    zsmalloc takes the least waste of a zspage; a page's share of it is what memory is lost.
+    """
+    cdef uint32_t n, waste, best = 0
+    pages[0] = 0
+    for n in range(1, SPAN_PAGES + 1):
+        if n * PAGE_SIZE < size:
+            continue
+        waste = n * PAGE_SIZE % size
+        if pages[0] == 0 or waste * pages[0] < best * n:
+            best = waste
+            pages[0] = n
+    objs[0] = pages[0] * PAGE_SIZE // size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@cython.final
+cdef class Zsmalloc:
+    """A pool of objects of 1 to 4096 bytes.
+
+    max_objects: most objects it may ever hold (costs address space, no memory); mem_limit: most bytes of pages it may
+    use, rounded up to pages, 0 for no limit. Raises ValueError for a max_objects out of range, MemoryError when the
+    address space cannot be had.
+    """
+
+    def __cinit__(self, uint64_t max_objects=1 << 24, *, uint64_t mem_limit=0):
+        cdef uint32_t i
+        for i in range(MAX_CLASSES):
+            pthread_mutex_init(&self.classes[i].lock, NULL)
+        pthread_mutex_init(&self.cells_lock, NULL)
+        pthread_mutex_init(&self.compact_lock, NULL)
+        if not 1 <= max_objects <= NIL - CELLS_SLACK - 1:
+            raise ValueError(f"max_objects {max_objects} is out of range: 1 to {NIL - CELLS_SLACK - 1}")
+        self.max_objects = max_objects
+        self._make_classes()
+        # Each zspage holds one object at least, so there are never more zspages than objects.
+        self.arena = Arena(<uint32_t>(max_objects + CELLS_SLACK))
+        self.zspages = <zspage *>region_map(self.arena.span_count * sizeof(zspage), True)
+        self.cells = <uint64_t *>region_map((max_objects + CELLS_SLACK + 1) * sizeof(uint64_t), True)
+        if self.zspages == NULL or self.cells == NULL:
+            raise MemoryError(f"no address space for {max_objects} objects")
+        self.cells_top = 1
+        self.mem_limit = mem_limit
+
+    def __dealloc__(self):
+        cdef uint32_t i
+        if self.arena is not None:
+            region_unmap(self.zspages, self.arena.span_count * sizeof(zspage))
+            region_unmap(self.cells, (self.max_objects + CELLS_SLACK + 1) * sizeof(uint64_t))
+        pthread_mutex_destroy(&self.compact_lock)
+        pthread_mutex_destroy(&self.cells_lock)
+        for i in range(MAX_CLASSES):
+            pthread_mutex_destroy(&self.classes[i].lock)
+
+    def _make_classes(self):
+        """Fill classes and class_of.
+
+        As in zsmalloc, sizes whose zspages have as many pages and hold as many objects are merged into the largest.
+        """
+        cdef uint32_t size, pages, objs, i, g
+        merged = []
+        last = None
+        # The largest class that still puts more than one object in a page's worth of memory; above it, a raw block is
+        # as small.
+        size = PAGE_SIZE - CLASS_DELTA
+        while size >= MIN_CHUNK:
+            geometry(size, &pages, &objs)
+            if objs > pages and (pages, objs) != last:
+                last = (pages, objs)
+                merged.append((size, pages, objs))
+            size -= CLASS_DELTA
+        self.max_payload = <uint32_t>merged[0][0] - HEADER_SIZE
+        merged.reverse()
+        merged.append((PAGE_SIZE, SPAN_PAGES, SPAN_PAGES))
+        assert len(merged) <= MAX_CLASSES
+        self.class_count = len(merged)
+        self.huge = self.class_count - 1
+        for i in range(self.class_count):
+            self.classes[i].size, self.classes[i].pages, self.classes[i].objs = merged[i]
+            for g in range(GROUPS):
+                self.classes[i].heads[g] = NIL
+        i = 0
+        for size in range(0, PAGE_SIZE + 1, CLASS_DELTA):
+            while self.classes[i].size < size:
+                i += 1
+            self.class_of[size // CLASS_DELTA] = <uint8_t>i
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # cells
+
+    cdef uint64_t _cell_take(self) noexcept nogil:
+        """A free cell, or 0 when there is none. It stays without CELL_LIVE until its owner stores an obj."""
+        cdef uint64_t handle
+        pthread_mutex_lock(&self.cells_lock)
+        handle = self.cells_free
+        if handle:
+            self.cells_free = load_relaxed(&self.cells[handle]) >> 3
+        elif self.cells_top <= self.max_objects + CELLS_SLACK:
+            handle = self.cells_top
+            self.cells_top += 1
+        if handle:
+            owned_add(&self.cells_used, 1)
+        pthread_mutex_unlock(&self.cells_lock)
+        return handle
+
+    cdef void _cell_give(self, uint64_t handle) noexcept nogil:
+        pthread_mutex_lock(&self.cells_lock)
+        store_release(&self.cells[handle], self.cells_free << 3)
+        self.cells_free = handle
+        owned_sub(&self.cells_used, 1)
+        pthread_mutex_unlock(&self.cells_lock)
+
+    cdef int _pin(self, uint64_t handle, uint64_t *obj) noexcept nogil:
+        """Wait for the pin of an object; its location, or -ENOENT when the handle is not live."""
+        cdef uint64_t cell
+        cdef uint32_t spins = 0
+        if handle == 0 or handle > self.max_objects + CELLS_SLACK:
+            return -ENOENT
+        while True:
+            cell = load_acquire(&self.cells[handle])
+            if not cell & CELL_LIVE:
+                return -ENOENT
+            if not cell & CELL_PIN and compare_swap(&self.cells[handle], cell, cell | CELL_PIN):
+                obj[0] = cell & ~<uint64_t>CELL_TAGS
+                return 0
+            spins += 1
+            if spins % PIN_SPINS:
+                cpu_relax()
+            else:
+                sched_yield()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # objects
+
+    cdef int obj_alloc(self, uint32_t size, uint64_t *handle, char **payload) noexcept nogil:
+        """Make an object of size bytes; pinned, until obj_end publishes what was written to payload.
+
+        -EINVAL: size is not 1 to 4096; -ENOSPC: mem_limit; -ENOMEM: max_objects.
+        """
+        cdef uint32_t index
+        cdef int rc
+        if size == 0 or size > PAGE_SIZE:
+            return -EINVAL
+        if size > self.max_payload:
+            index = self.huge
+        else:
+            index = self.class_of[(size + HEADER_SIZE + CLASS_DELTA - 1) // CLASS_DELTA]
+        handle[0] = self._cell_take()
+        if handle[0] == 0:
+            return -ENOMEM
+        rc = self._obj_alloc(index, handle[0], payload)
+        if rc:
+            self._cell_give(handle[0])
+        return rc
+
+    cdef int _obj_alloc(self, uint32_t index, uint64_t handle, char **payload) noexcept nogil:
+        cdef size_class *c = &self.classes[index]
+        cdef int64_t span = -ENOSPC
+        cdef int chunk = -ENOSPC
+        cdef uint32_t group, candidate
+        cdef char *start
+        lock_class(c)
+        if index == self.huge and self.spares:
+            span = self.spare[self.spares - 1]
+            chunk = self._chunk_take(c, <uint32_t>span, handle, False)
+        # The fullest zspage first, so that the emptiest get empty by themselves.
+        for group in range(GROUP_FULL - 1, GROUP_EMPTY, -1):
+            candidate = c.heads[group]
+            # The limit may refuse the pages of its unused chunks; the next zspage may have a chunk that was freed.
+            while candidate != NIL and chunk < 0:
+                span = candidate
+                chunk = self._chunk_take(c, candidate, handle, False)
+                # All pages of huge zspages are alike: refused once, refused each time.
+                candidate = NIL if index == self.huge else self.zspages[candidate].next
+            if chunk >= 0:
+                break
+        if chunk < 0:
+            span = self._zspage_new(c, index)
+            if span < 0:
+                chunk = <int>span
+            else:
+                chunk = self._chunk_take(c, <uint32_t>span, handle, False)
+                if chunk < 0:
+                    self._unlink(c, <uint32_t>span)
+                    self._zspage_gone(c, <uint32_t>span)
+                    self.arena.give(<uint32_t>span, False)
+        if chunk >= 0:
+            self._regroup(c, <uint32_t>span)
+            start = self.arena.base + (span << SPAN_SHIFT) + chunk * c.size
+            store_release(&self.cells[handle], <uint64_t>(start - self.arena.base) | CELL_LIVE | CELL_PIN)
+            payload[0] = start if index == self.huge else start + HEADER_SIZE
+        pthread_mutex_unlock(&c.lock)
+        return 0 if chunk >= 0 else chunk
+
+    cdef int obj_begin(self, uint64_t handle, char **payload) noexcept nogil:
+        """Pin an object: until obj_end it is the caller's alone and stays where payload points. -ENOENT: not live."""
+        cdef uint64_t obj
+        cdef int rc = self._pin(handle, &obj)
+        if rc == 0:
+            payload[0] = self.arena.base + obj
+            if self.zspages[obj >> SPAN_SHIFT].class_index != self.huge:
+                payload[0] += HEADER_SIZE
+        return rc
+
+    cdef void obj_end(self, uint64_t handle) noexcept nogil:
+        cdef uint64_t cell = load_relaxed(&self.cells[handle])
+        zr_assert((cell & CELL_PIN) != 0)
+        store_release(&self.cells[handle], cell & ~<uint64_t>CELL_PIN)
+
+    cdef int obj_free(self, uint64_t handle) noexcept nogil:
+        """Free an object, once whoever holds its pin is done. -ENOENT: the handle is not live."""
+        cdef uint64_t obj
+        cdef uint32_t span, chunk
+        cdef size_class *c
+        cdef bint empty = False
+        cdef int rc = self._pin(handle, &obj)
+        if rc:
+            return rc
+        span = obj >> SPAN_SHIFT
+        c = &self.classes[self.zspages[span].class_index]
+        chunk = (<uint32_t>obj & (SPAN_SIZE - 1)) // c.size
+        lock_class(c)
+        self._chunk_give(c, span, chunk)
+        if self.zspages[span].group != ISOLATED:
+            if self.zspages[span].inuse:
+                self._regroup(c, span)
+            else:
+                self._unlink(c, span)
+                self._zspage_gone(c, span)
+                empty = True
+        pthread_mutex_unlock(&c.lock)
+        if empty:
+            self.arena.give(span, True)
+        self._cell_give(handle)
+        return 0
+
+    cdef uint32_t obj_capacity(self, uint64_t handle) noexcept nogil:
+        """Bytes that fit in a pinned object."""
+        cdef uint64_t obj = load_relaxed(&self.cells[handle])
+        cdef uint32_t index = self.zspages[obj >> SPAN_SHIFT].class_index
+        return PAGE_SIZE if index == self.huge else self.classes[index].size - HEADER_SIZE
+
+    cdef uint64_t word_alloc(self, uint64_t word) noexcept nogil:
+        """A handle whose cell holds a word: same-filled blocks use no pool memory. Never fails within max_objects."""
+        cdef uint64_t handle = self._cell_take()
+        if handle:
+            store_release(&self.cells[handle], word)
+        return handle
+
+    cdef uint64_t word_read(self, uint64_t handle) noexcept nogil:
+        return load_acquire(&self.cells[handle])
+
+    cdef void word_free(self, uint64_t handle) noexcept nogil:
+        self._cell_give(handle)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # chunks; the class lock is held
+
+    cdef int _chunk_take(self, size_class *c, uint32_t span, uint64_t handle, bint resident) noexcept nogil:
+        """Allocate a chunk of a zspage and write its header; its number, or -ENOSPC.
+
+        A freed chunk first, its page is there already. With resident, only a chunk whose pages are.
+        """
+        cdef zspage *z = &self.zspages[span]
+        cdef char *base = self.arena.base + (<uint64_t>span << SPAN_SHIFT)
+        cdef char *start
+        cdef uint32_t chunk, header
+        cdef int n
+        if c.size == PAGE_SIZE:
+            n = self._huge_take(c, span)
+            if n < 0:
+                return n
+            chunk = <uint32_t>n
+        else:
+            if z.free != NO_CHUNK:
+                chunk = z.free
+                start = base + chunk * c.size
+                memcpy(&header, start, HEADER_SIZE)
+                zr_assert(header & 1 == 0)
+                z.free = <uint16_t>(header >> 1)
+            else:
+                chunk = z.fresh
+                if chunk == c.objs or (resident and pages_of_chunk(c, chunk) & ~<uint32_t>self.arena.committed[span]):
+                    return -ENOSPC
+                n = self.arena.commit(span, pages_of_chunk(c, chunk))
+                if n < 0:
+                    return n
+                owned_add(&c.committed, n)
+                start = base + chunk * c.size
+                z.fresh += 1
+            zr_unpoison(start, c.size)
+            header = <uint32_t>handle << 1 | 1
+            memcpy(start, &header, HEADER_SIZE)
+            zr_fill(start + HEADER_SIZE, FILL_FRESH, c.size - HEADER_SIZE)
+        z.inuse += 1
+        owned_add(&c.inuse, 1)
+        return <int>chunk
+
+    cdef void _chunk_give(self, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil:
+        cdef zspage *z = &self.zspages[span]
+        cdef char *start = self.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size
+        cdef uint32_t header
+        z.inuse -= 1
+        owned_sub(&c.inuse, 1)
+        if c.size == PAGE_SIZE:
+            self._huge_give(c, span, chunk)
+            return
+        header = <uint32_t>z.free << 1
+        memcpy(start, &header, HEADER_SIZE)
+        zr_fill(start + HEADER_SIZE, FILL_FREED, c.size - HEADER_SIZE)
+        # The first 8 bytes hold the link, which is ours to read.
+        zr_poison(start + CHUNK_ALIGN, c.size - CHUNK_ALIGN)
+        z.free = <uint16_t>chunk
+
+    cdef int _huge_take(self, size_class *c, uint32_t span) noexcept nogil:
+        """A page of a huge zspage: one that is resident, or one that can be; -ENOSPC."""
+        cdef zspage *z = &self.zspages[span]
+        cdef uint32_t unused = ~<uint32_t>z.free & ((1 << SPAN_PAGES) - 1)
+        cdef uint32_t warm = unused & self.arena.committed[span]
+        cdef uint32_t page, i
+        cdef int n
+        if warm:
+            page = lowest_bit(warm)
+            for i in range(self.spares):
+                if self.spare[i] == span:
+                    self.spares -= 1
+                    self.spare[i] = self.spare[self.spares]
+                    break
+        elif unused:
+            page = lowest_bit(unused)
+            n = self.arena.commit(span, <uint32_t>1 << page)
+            if n < 0:
+                return n
+            owned_add(&c.committed, n)
+        else:
+            return -ENOSPC
+        z.free |= <uint16_t>(1 << page)
+        zr_unpoison(self.arena.base + (<uint64_t>span << SPAN_SHIFT) + (page << PAGE_SHIFT), PAGE_SIZE)
+        return <int>page
+
+    cdef void _huge_give(self, size_class *c, uint32_t span, uint32_t page) noexcept nogil:
+        """Free a page of a huge zspage: a spare while there are few, else back to the operating system at once."""
+        cdef zspage *z = &self.zspages[span]
+        z.free &= <uint16_t>~(1 << page)
+        zr_poison(self.arena.base + (<uint64_t>span << SPAN_SHIFT) + (page << PAGE_SHIFT), PAGE_SIZE)
+        if self.spares < SPARES:
+            self.spare[self.spares] = span
+            self.spares += 1
+        else:
+            owned_sub(&c.committed, self.arena.decommit(span, <uint32_t>1 << page))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # zspages; the class lock is held
+
+    cdef void _link(self, size_class *c, uint32_t span) noexcept nogil:
+        """List a zspage in its fullness group."""
+        cdef zspage *z = &self.zspages[span]
+        cdef uint32_t group = fullness(c, z)
+        z.group = <uint8_t>group
+        z.prev = NIL
+        z.next = c.heads[group]
+        if z.next != NIL:
+            self.zspages[z.next].prev = span
+        c.heads[group] = span
+        owned_add(&c.group_count[group], 1)
+
+    cdef void _unlink(self, size_class *c, uint32_t span) noexcept nogil:
+        cdef zspage *z = &self.zspages[span]
+        if z.prev != NIL:
+            self.zspages[z.prev].next = z.next
+        else:
+            c.heads[z.group] = z.next
+        if z.next != NIL:
+            self.zspages[z.next].prev = z.prev
+        owned_sub(&c.group_count[z.group], 1)
+        z.group = ISOLATED
+
+    cdef void _regroup(self, size_class *c, uint32_t span) noexcept nogil:
+        if fullness(c, &self.zspages[span]) != self.zspages[span].group:
+            self._unlink(c, span)
+            self._link(c, span)
+
+    cdef int64_t _zspage_new(self, size_class *c, uint32_t index) noexcept nogil:
+        """An empty zspage, listed; its span, or -ENOMEM."""
+        cdef int64_t span = self.arena.take(c.pages)
+        cdef zspage *z
+        cdef uint32_t page
+        if span < 0:
+            return span
+        z = &self.zspages[span]
+        z.inuse = 0
+        z.fresh = 0
+        z.free = 0 if index == self.huge else NO_CHUNK
+        z.class_index = <uint16_t>index
+        if index == self.huge:
+            for page in range(SPAN_PAGES):
+                if self.arena.committed[span] >> page & 1:
+                    if self.spares < SPARES:
+                        self.spare[self.spares] = <uint32_t>span
+                        self.spares += 1
+                    else:
+                        self.arena.decommit(<uint32_t>span, <uint32_t>1 << page)
+        owned_add(&c.zspages, 1)
+        owned_add(&c.committed, bits_set(self.arena.committed[span]))
+        self._link(c, <uint32_t>span)
+        return span
+
+    cdef uint32_t _zspage_gone(self, size_class *c, uint32_t span) noexcept nogil:
+        """Take an empty, unlisted zspage out of its class; how many resident pages it had. Then arena.give the span."""
+        cdef uint32_t pages = bits_set(self.arena.committed[span]), i = 0
+        zr_assert(self.zspages[span].inuse == 0)
+        while i < self.spares and c.size == PAGE_SIZE:
+            if self.spare[i] == span:
+                self.spares -= 1
+                self.spare[i] = self.spare[self.spares]
+            else:
+                i += 1
+        self.zspages[span].group = NO_ZSPAGE
+        owned_sub(&c.zspages, 1)
+        owned_sub(&c.committed, pages)
+        return pages
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # compaction
+
+    cdef uint64_t freeable_pages(self) noexcept nogil:
+        """Pages that a whole compaction would free."""
+        cdef uint64_t n = 0
+        cdef uint32_t i
+        for i in range(self.huge):
+            n += freeable(&self.classes[i])
+        return n
+
+    cdef uint64_t compact_run(self, uint64_t budget, uint64_t enough) noexcept nogil:
+        """Compact until about budget bytes were moved, enough pages freed, or nothing is freeable; the pages freed.
+
+        Largest class first, as zsmalloc does: the fewest copies for each page freed.
+        """
+        cdef uint64_t freed = 0, start
+        cdef uint32_t i
+        pthread_mutex_lock(&self.compact_lock)
+        start = monotonic_ns()
+        for i in range(self.huge, 0, -1):
+            if budget == 0 or freed >= enough:
+                break
+            freed += self._compact_class(i - 1, &budget, enough - freed)
+        counter_add(&self.compact_ns, monotonic_ns() - start)
+        if freed:
+            counter_add(&self.pages_compacted, freed)
+            counter_add(&self.num_compactions, 1)
+        pthread_mutex_unlock(&self.compact_lock)
+        return freed
+
+    cdef uint64_t _compact_class(self, uint32_t index, uint64_t *budget, uint64_t enough) noexcept nogil:
+        """Move objects from the emptiest zspage into the fullest while that frees pages; the pages freed.
+
+        Both are off their lists meanwhile, so that the lock can be dropped whenever someone waits for it: nobody
+        allocates from them, and who frees an object in them leaves them alone otherwise.
+        """
+        cdef size_class *c = &self.classes[index]
+        cdef uint32_t src = NIL, dst = NIL, chunk = 0, header, retries = 2
+        cdef uint64_t freed = 0, grown = 0, moved = 0, before
+        cdef bint resident = False      # the limit is reached: only chunks whose pages are there can be moved into
+        cdef char *base = NULL
+        cdef int rc
+        if freeable(c) == 0:
+            return 0
+        lock_class(c)
+        while freed < enough and budget[0]:
+            if dst == NIL and freeable(c):
+                dst = self._isolate_fullest(c, resident)
+                if dst == NIL and src != NIL and resident and retries:
+                    # The source itself may be the only one with room: let it be the next destination.
+                    retries -= 1
+                    freed += self._putback(c, src)
+                    src = NIL
+                    continue
+            if src == NIL and dst != NIL and freeable(c):
+                src = self._isolate_emptiest(c)
+                chunk = 0
+                base = self.arena.base + (<uint64_t>src << SPAN_SHIFT)
+            if src == NIL or dst == NIL:
+                break
+            while chunk < self.zspages[src].fresh and self.zspages[src].inuse:
+                memcpy(&header, base + chunk * c.size, HEADER_SIZE)
+                if header & 1:
+                    before = c.committed
+                    rc = self._move(c, src, chunk, dst, resident)
+                    grown += c.committed - before
+                    if rc == -ENOSPC:
+                        resident = resident or self.zspages[dst].inuse < c.objs
+                        freed += self._putback(c, dst)
+                        dst = NIL
+                        break
+                    if rc == 0:
+                        moved += 1
+                        budget[0] -= min(c.size, budget[0])
+                chunk += 1
+                if budget[0] == 0 or load_relaxed_32(&c.waiters):
+                    break
+            if self.zspages[src].inuse == 0:
+                freed += self._zspage_gone(c, src)
+                pthread_mutex_unlock(&c.lock)
+                self.arena.give(src, False)
+                src = NIL
+                lock_class(c)
+            elif chunk == self.zspages[src].fresh:
+                break       # somebody holds a pin in there: come back later
+            elif load_relaxed_32(&c.waiters):
+                pthread_mutex_unlock(&c.lock)
+                sched_yield()
+                lock_class(c)
+        freed += self._putback(c, src) + self._putback(c, dst)
+        pthread_mutex_unlock(&c.lock)
+        counter_add(&self.objects_migrated, moved)
+        return freed - min(freed, grown)
+
+    cdef uint32_t _isolate_fullest(self, size_class *c, bint resident) noexcept nogil:
+        """Unlist the fullest zspage that has room, with resident room without another page; NIL when there is none."""
+        cdef uint32_t group, span
+        cdef zspage *z
+        for group in range(GROUP_FULL - 1, GROUP_EMPTY, -1):
+            span = c.heads[group]
+            while span != NIL:
+                z = &self.zspages[span]
+                if not resident or z.free != NO_CHUNK or not (
+                        pages_of_chunk(c, z.fresh) & ~<uint32_t>self.arena.committed[span]):
+                    self._unlink(c, span)
+                    return span
+                span = z.next
+        return NIL
+
+    cdef uint32_t _isolate_emptiest(self, size_class *c) noexcept nogil:
+        cdef uint32_t group, span
+        for group in range(GROUP_EMPTY + 1, GROUP_FULL):
+            span = c.heads[group]
+            if span != NIL:
+                self._unlink(c, span)
+                return span
+        return NIL
+
+    cdef uint32_t _putback(self, size_class *c, uint32_t span) noexcept nogil:
+        """List an isolated zspage again, or let it go if its last object was freed meanwhile; the pages freed."""
+        cdef uint32_t freed = 0
+        if span != NIL:
+            if self.zspages[span].inuse:
+                self._link(c, span)
+            else:
+                freed = self._zspage_gone(c, span)
+                self.arena.give(span, False)
+        return freed
+
+    cdef int _move(self, size_class *c, uint32_t src, uint32_t chunk, uint32_t dst, bint resident) noexcept nogil:
+        """Move an object to another zspage of its class. -EBUSY: its pin is held; -ENOSPC: no room (see _chunk_take)."""
+        cdef uint64_t obj = (<uint64_t>src << SPAN_SHIFT) + chunk * c.size, handle
+        cdef char *old = self.arena.base + obj
+        cdef char *new
+        cdef uint32_t header
+        cdef int room
+        memcpy(&header, old, HEADER_SIZE)
+        handle = header >> 1
+        if not compare_swap(&self.cells[handle], obj | CELL_LIVE, obj | CELL_LIVE | CELL_PIN):
+            return -EBUSY
+        room = self._chunk_take(c, dst, handle, resident)
+        if room < 0:
+            store_release(&self.cells[handle], obj | CELL_LIVE)
+            return room
+        new = self.arena.base + (<uint64_t>dst << SPAN_SHIFT) + room * c.size
+        memcpy(new + HEADER_SIZE, old + HEADER_SIZE, c.size - HEADER_SIZE)
+        store_release(&self.cells[handle], <uint64_t>(new - self.arena.base) | CELL_LIVE)
+        self._chunk_give(c, src, chunk)
+        return 0
+
+    cdef uint64_t give_back(self) noexcept nogil:
+        """Give resident pages that hold nothing (the stock, and the spare pages of huge) back; how many there were."""
+        cdef size_class *c = &self.classes[self.huge]
+        cdef uint64_t n = self.arena.trim_stock()
+        cdef uint32_t span, gone
+        lock_class(c)
+        while self.spares:
+            self.spares -= 1
+            span = self.spare[self.spares]
+            # Entries of the same span come to 0 the second time.
+            gone = self.arena.decommit(span, ~<uint32_t>self.zspages[span].free)
+            owned_sub(&c.committed, gone)
+            n += gone
+        pthread_mutex_unlock(&c.lock)
+        return n
+
+    cdef bint make_room(self) noexcept nogil:
+        """After -ENOSPC: free pages by whatever means there are; False when there is nothing to free.
+
+        The caller holds no pin and no lock of the pool.
+        """
+        cdef uint64_t limit
+        cdef uint32_t tries
+        if self.give_back():
+            return True
+        for tries in range(1000):
+            if self.compact_run(<uint64_t>-1, 1):
+                return True
+            # Somebody else made room while this thread waited for compact_lock. A chunk touches 2 pages at most.
+            limit = load_relaxed(&self.arena.limit)
+            if limit == 0 or load_relaxed(&self.arena.pages) + 2 <= limit:
+                return True
+            if self.freeable_pages() == 0:
+                return False
+            sched_yield()   # a reader holds a pin where there is something to free
+        return False
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # the pool as a whole
+
+    cdef void clear(self) noexcept nogil:
+        """Forget every object and give all memory back. Nobody else may use the pool."""
+        cdef uint32_t i, g
+        cdef size_class *c
+        for i in range(self.class_count):
+            c = &self.classes[i]
+            c.zspages = c.inuse = c.committed = 0
+            for g in range(GROUPS):
+                c.heads[g] = NIL
+                c.group_count[g] = 0
+        self.spares = 0
+        self.arena.reset()
+        region_release(self.zspages, self.arena.span_count * sizeof(zspage))
+        region_release(self.cells, self.cells_top * sizeof(uint64_t))
+        self.cells_top = 1
+        self.cells_free = self.cells_used = 0
+        self.pages_compacted = self.objects_migrated = self.num_compactions = self.compact_ns = 0
+
+    cdef uint64_t metadata_bytes(self) noexcept nogil:
+        """Resident bytes beside the arena's pages: cells, zspages, tables, this object."""
+        return ((load_relaxed(&self.cells_top) * sizeof(uint64_t) + PAGE_SIZE - 1) >> PAGE_SHIFT << PAGE_SHIFT) + (
+            (self.arena.top * sizeof(zspage) + PAGE_SIZE - 1) >> PAGE_SHIFT << PAGE_SHIFT) + (
+            self.arena.metadata_bytes() + sizeof(self.classes) + sizeof(self.class_of))
+
+    cdef const char *find_fault(self, uint64_t *where, uint64_t words) noexcept nogil:
+        """Walk every structure; NULL, or what is wrong, with a handle or span in where[0].
+
+        words: handles that stand for a word. Nobody else may use the pool meanwhile.
+        """
+        cdef const char *wrong = NULL
+        cdef uint64_t objects = 0, zspages = 0, listed = 0, handle
+        cdef uint32_t i, spans_used
+        for i in range(self.class_count):
+            wrong = self._find_class_fault(i, where)
+            if wrong != NULL:
+                return wrong
+            objects += self.classes[i].inuse
+            zspages += self.classes[i].zspages
+        where[0] = 0
+        spans_used = 0
+        for i in range(self.arena.top):
+            if self.zspages[i].group != NO_ZSPAGE:
+                spans_used += 1
+        if spans_used != zspages:
+            return "a zspage is on no list"
+        if objects + words != self.cells_used:
+            return "objects and words do not add up to the cells in use"
+        handle = self.cells_free
+        while handle:
+            where[0] = handle
+            listed += 1
+            if handle >= self.cells_top or listed > self.cells_top or self.cells[handle] & CELL_TAGS:
+                return "the list of free cells is broken"
+            handle = self.cells[handle] >> 3
+        where[0] = 0
+        if listed + self.cells_used + 1 != self.cells_top:
+            return "cells in use and free cells do not add up"
+        return self.arena.check(where)
+
+    cdef const char *_find_class_fault(self, uint32_t index, uint64_t *where) noexcept nogil:
+        cdef size_class *c = &self.classes[index]
+        cdef uint64_t count, inuse = 0, committed = 0, zspages = 0
+        cdef uint32_t group, span, prev, unused, i
+        cdef zspage *z
+        cdef const char *wrong
+        for group in range(GROUPS):
+            count = 0
+            prev = NIL
+            span = c.heads[group]
+            while span != NIL:
+                where[0] = span
+                count += 1
+                if span >= self.arena.top or count > self.arena.top:
+                    return "the list of a fullness group is broken"
+                z = &self.zspages[span]
+                if z.prev != prev or z.group != group or z.class_index != index or fullness(c, z) != group:
+                    return "a zspage is on the wrong list"
+                wrong = self._find_zspage_fault(index, span)
+                if wrong != NULL:
+                    return wrong
+                inuse += z.inuse
+                committed += bits_set(self.arena.committed[span])
+                if index == self.huge:
+                    unused = bits_set(self.arena.committed[span] & ~<uint32_t>z.free)
+                    for i in range(self.spares):
+                        unused -= self.spare[i] == span
+                    if unused:
+                        return "the spare pages of a huge zspage are not those listed"
+                prev = span
+                span = z.next
+            if count != c.group_count[group]:
+                return "the count of a fullness group differs from its list"
+            zspages += count
+        where[0] = index
+        if c.group_count[GROUP_EMPTY]:
+            return "an empty zspage was kept"
+        if zspages != c.zspages or inuse != c.inuse or committed != c.committed:
+            return "the counts of a size class differ from its zspages"
+        return NULL
+
+    cdef const char *_find_zspage_fault(self, uint32_t index, uint32_t span) noexcept nogil:
+        cdef size_class *c = &self.classes[index]
+        cdef zspage *z = &self.zspages[span]
+        cdef uint64_t obj = <uint64_t>span << SPAN_SHIFT
+        cdef uint32_t chunk, header, live = 0, unused = 0
+        if index == self.huge:
+            if bits_set(z.free) != z.inuse or z.free & ~<uint32_t>self.arena.committed[span]:
+                return "the bitmap of a huge zspage is wrong"
+            return NULL
+        if z.fresh > c.objs or z.inuse > z.fresh:
+            return "a zspage has more chunks than fit"
+        for chunk in range(z.fresh):
+            if pages_of_chunk(c, chunk) & ~<uint32_t>self.arena.committed[span]:
+                return "a chunk in use is on a page that is not resident"
+            memcpy(&header, self.arena.base + obj + chunk * c.size, HEADER_SIZE)
+            if header & 1:
+                live += 1
+                if header >> 1 == 0 or header >> 1 >= self.cells_top:
+                    return "a header names no cell"
+                if self.cells[header >> 1] & ~<uint64_t>CELL_PIN != (obj + chunk * c.size) | CELL_LIVE:
+                    return "a header's cell does not point back"
+        if live != z.inuse:
+            return "the count of a zspage differs from its headers"
+        chunk = z.free
+        while chunk != NO_CHUNK:
+            unused += 1
+            if chunk >= z.fresh or unused > z.fresh:
+                return "the free list of a zspage is broken"
+            memcpy(&header, self.arena.base + obj + chunk * c.size, HEADER_SIZE)
+            if header & 1:
+                return "an allocated chunk is on the free list"
+            chunk = header >> 1
+        if unused + z.inuse != z.fresh:
+            return "a free chunk is not on the free list"
+        return NULL
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # for Python
+
+    @property
+    def mem_limit(self):
+        """Most bytes of pages the pool may use, 0: no limit. Raising and lowering it takes effect at once."""
+        return load_relaxed(&self.arena.limit) << PAGE_SHIFT
+
+    @mem_limit.setter
+    def mem_limit(self, uint64_t limit):
+        store_relaxed(&self.arena.limit, (limit >> PAGE_SHIFT) + (1 if limit & (PAGE_SIZE - 1) else 0))
+
+    def malloc(self, uint64_t size):
+        """A handle to a new object of size bytes, 1 to 4096, all zero.
+
+        Raises ValueError for another size, PoolFullError when mem_limit leaves no room even after compaction,
+        MemoryError at max_objects.
+        """
+        cdef uint64_t handle = 0
+        cdef char *payload = NULL
+        cdef int rc = -EINVAL
+        if size <= PAGE_SIZE:
+            with nogil:
+                if load_relaxed(&self.cells_used) >= self.max_objects:
+                    rc = -ENOMEM
+                else:
+                    rc = self.obj_alloc(<uint32_t>size, &handle, &payload)
+                    while rc == -ENOSPC and self.make_room():
+                        rc = self.obj_alloc(<uint32_t>size, &handle, &payload)
+                if rc == 0:
+                    memset(payload, 0, self.obj_capacity(handle))
+                    self.obj_end(handle)
+        if rc:
+            raise error_from(rc, f"malloc of {size} bytes")
+        return handle
+
+    def free(self, uint64_t handle):
+        """Free an object. Raises HandleError when the handle is not live."""
+        cdef int rc
+        with nogil:
+            rc = self.obj_free(handle)
+        if rc:
+            raise error_from(rc, f"free of handle {handle}")
+
+    def read(self, uint64_t handle, uint64_t size=0):
+        """The first size bytes of an object, 0: as many as it has room for. Raises HandleError, ValueError."""
+        cdef char *payload
+        cdef uint32_t capacity
+        cdef int rc
+        with nogil:
+            rc = self.obj_begin(handle, &payload)
+        if rc:
+            raise error_from(rc, f"read of handle {handle}")
+        try:
+            capacity = self.obj_capacity(handle)
+            if size > capacity:
+                raise ValueError(f"read of {size} bytes from handle {handle}, which has room for {capacity}")
+            return PyBytes_FromStringAndSize(payload, size or capacity)
+        finally:
+            self.obj_end(handle)
+
+    def write(self, uint64_t handle, data):
+        """Put data (a buffer) at the start of an object. Raises HandleError, ValueError when it does not fit."""
+        cdef char *payload
+        cdef uint32_t capacity
+        cdef int rc
+        cdef Py_buffer view
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            with nogil:
+                rc = self.obj_begin(handle, &payload)
+            if rc:
+                raise error_from(rc, f"write to handle {handle}")
+            capacity = self.obj_capacity(handle)
+            if <uint64_t>view.len <= capacity:
+                memcpy(payload, view.buf, view.len)
+            self.obj_end(handle)
+            if <uint64_t>view.len > capacity:
+                raise ValueError(f"write of {view.len} bytes to handle {handle}, which has room for {capacity}")
+        finally:
+            PyBuffer_Release(&view)
+
+    def compact(self, uint64_t budget=0):
+        """Move about budget bytes of objects, 0: until nothing is freeable; returns the number of pages freed."""
+        cdef uint64_t freed
+        with nogil:
+            freed = self.compact_run(budget or <uint64_t>-1, <uint64_t>-1)
+            if budget == 0:
+                self.give_back()
+        return freed
+
+    def stats(self):
+        """The pool's numbers by the names of the statistics, as a dict of ints."""
+        cdef uint64_t allocated = 0, used = 0, zspages = 0
+        cdef uint32_t i
+        for i in range(self.class_count):
+            zspages += load_relaxed(&self.classes[i].zspages)
+            allocated += load_relaxed(&self.classes[i].zspages) * self.classes[i].objs
+            used += load_relaxed(&self.classes[i].inuse)
+        return {
+            "mem_used_total": load_relaxed(&self.arena.pages) << PAGE_SHIFT,
+            "mem_limit": self.mem_limit,
+            "mem_used_max": load_relaxed(&self.arena.pages_max) << PAGE_SHIFT,
+            "stock_pages": load_relaxed(&self.arena.stock),
+            "pages_compacted": load_relaxed(&self.pages_compacted),
+            "objects_migrated": load_relaxed(&self.objects_migrated),
+            "num_compactions": load_relaxed(&self.num_compactions),
+            "compact_ns": load_relaxed(&self.compact_ns),
+            "zspages": zspages,
+            "objs_allocated": allocated,
+            "objs_used": used,
+            "freeable_pages": self.freeable_pages(),
+        }
+
+    def table(self):
+        """zsmalloc's table: for each size class a tuple (class, size, zspages up to 10, 20, … 90, 99 and 100 % full,
+        obj_allocated, obj_used, pages_used, pages_per_zspage, freeable)."""
+        cdef size_class *c
+        cdef uint32_t i, g
+        rows = []
+        for i in range(self.class_count):
+            c = &self.classes[i]
+            rows.append((
+                i,
+                c.size,
+                *[load_relaxed(&c.group_count[g]) for g in range(1, GROUPS)],
+                load_relaxed(&c.zspages) * c.objs,
+                load_relaxed(&c.inuse),
+                load_relaxed(&c.committed),
+                c.pages,
+                freeable(c),
+            ))
+        return rows
+
+    def check(self):
+        """Walk every structure. Raises CorruptionError when one contradicts another. Nobody else may use the pool."""
+        cdef uint64_t where = 0
+        cdef const char *wrong
+        with nogil:
+            pthread_mutex_lock(&self.compact_lock)
+            wrong = self.find_fault(&where, 0)
+            pthread_mutex_unlock(&self.compact_lock)
+        if wrong != NULL:
+            raise CorruptionError(f"{wrong.decode()} (at {where})")

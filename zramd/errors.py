@@ -1,0 +1,68 @@
+"""What can go wrong, as exceptions.
+
+    Exception
+    └── ZramdError                  anything zramd raises on purpose
+        ├── ConfigError             a setting that cannot be used     (also a ValueError)
+        ├── PoolFullError           mem_limit leaves no room          (also an OSError: ENOSPC)
+        ├── CorruptObjectError      an object does not decompress     (also an OSError: EIO)
+        ├── HandleError             a handle is not live              (also a LookupError)
+        ├── CorruptionError         a structure contradicts itself
+        └── RundirError             the run folder cannot be used
+
+Each message is one sentence that quotes the value at fault. `exit_code` is what a command ends with.
+"""
+
+import errno
+
+
+class ZramdError(Exception):
+    """Base of every exception that zramd raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(ZramdError, ValueError):
+    """A setting is unknown, given twice, or its value cannot be used."""
+
+    exit_code = 2
+
+
+class PoolFullError(ZramdError, OSError):
+    """A write found no room below mem_limit, even after compaction; `errno` is ENOSPC."""
+
+    def __init__(self, message: str = "pool is full: mem_limit leaves no room") -> None:
+        super().__init__(errno.ENOSPC, message)
+
+
+class CorruptObjectError(ZramdError, OSError):
+    """A stored object does not decompress to a block; `errno` is EIO, the message names the block."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.EIO, message)
+
+
+class HandleError(ZramdError, LookupError):
+    """A handle that was freed or never given out."""
+
+
+class CorruptionError(ZramdError):
+    """`check()` found a structure that contradicts another; the message names both."""
+
+
+class RundirError(ZramdError):
+    """The run folder cannot be created or written, or a live server holds it."""
+
+
+def error_from(code: int, what: str) -> Exception:
+    """Return the exception for a negative errno from the core; `what` names the operation."""
+    if code == -errno.ENOSPC:
+        return PoolFullError(f"{what}: mem_limit leaves no room")
+    if code == -errno.EIO:
+        return CorruptObjectError(f"{what}: an object does not decompress")
+    if code == -errno.ENOENT:
+        return HandleError(f"{what}: the handle is not live")
+    if code == -errno.EINVAL:
+        return ValueError(f"{what}: out of range")
+    if code == -errno.ENOMEM:
+        return MemoryError(f"{what}: no address space left")
+    return OSError(-code, what)

@@ -1,0 +1,267 @@
+"""`zramd serve`: check the settings, say what to try next, and become nbdkit.
+
+The process that the user started is nbdkit in the end, so Ctrl-C, systemd and `kill` reach it. What is
+printed once the server answers comes from a small watcher process beside it.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+from urllib.parse import quote
+
+from zramd import __version__, config, rundir
+from zramd.errors import ZramdError
+
+DEFAULT_SIZE = "1G"
+READY_TIMEOUT = 30.0  # seconds after which the watcher gives up: nbdkit says itself what is wrong
+
+# nbdkit's options that choose another transport than the socket in the run folder.
+_TRANSPORTS = {
+    "-p",
+    "--port",
+    "-i",
+    "--ip-addr",
+    "--ipaddr",
+    "-s",
+    "--single",
+    "--stdin",
+    "-U",
+    "--unix",
+    "--vsock",
+}
+# nbdkit's options whose value is the next word, if it is not attached with '='.
+_SHORT_WITH_VALUE = "DegiPptuU"
+_LONG_WITH_VALUE = {
+    "--debug",
+    "--export",
+    "--export-name",
+    "--exportname",
+    "--filter",
+    "--group",
+    "--ip-addr",
+    "--ipaddr",
+    "--log",
+    "--mask-handshake",
+    "--pid-file",
+    "--pidfile",
+    "--port",
+    "--run",
+    "--selinux-label",
+    "--threads",
+    "--tls-certificates",
+    "--tls-psk",
+    "--unix",
+    "--user",
+}
+_FILTER_PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*=.*", re.DOTALL)
+
+
+class Options(NamedTuple):
+    """nbdkit's options as the user gave them after `--`, looked through once."""
+
+    before: list[str]  # options, to stand before the plugin's name
+    after: list[str]  # filters' parameters, to stand after it
+    values: dict[str, str]  # option → its value, '' if it has none
+
+    @property
+    def other_transport(self) -> bool:
+        """Whether something else than the socket in the run folder is served."""
+        return not _TRANSPORTS.isdisjoint(self.values) or "LISTEN_FDS" in os.environ
+
+
+def read_options(words: list[str]) -> Options:
+    """Sort the words that are meant for nbdkit."""
+    options = Options([], [], {})
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            (options.after if _FILTER_PARAMETER.fullmatch(word) else options.before).append(word)
+            continue
+        options.before.append(word)
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            name, value = word[:2], word[2:]
+            wants_value = name[1:] in _SHORT_WITH_VALUE and not value
+        else:
+            wants_value = name in _LONG_WITH_VALUE and not equals
+        if wants_value and (value := next(rest, "")):
+            options.before.append(value)
+        options.values[name] = value
+    return options
+
+
+def command(settings: config.Config, pairs: list[tuple[str, str]], options: Options) -> list[str]:
+    """Return nbdkit's command line."""
+    socket_option = [] if options.other_transport else ["-U", f"{settings.rundir}/{rundir.NBD_SOCKET}"]
+    plugin = ["python", plugin_path(), *(f"{key}={value}" for key, value in pairs)]
+    return ["nbdkit", "-f", *socket_option, *options.before, *plugin, *options.after]
+
+
+def plugin_path() -> str:
+    """Return where nbdkit_plugin.py is: beside the package, in a checkout as in site-packages."""
+    return os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "nbdkit_plugin.py")
+
+
+def uri(settings: config.Config, options: Options) -> str:
+    """Return the NBD URI that clients use, '' if nbdkit's options leave it open."""
+    given = options.values
+    scheme = "nbds" if given.get("--tls") == "require" else "nbd"
+    path = given.get("-U", given.get("--unix", ""))
+    if not options.other_transport:
+        path = f"{settings.rundir}/{rundir.NBD_SOCKET}"
+    if path and path != "-":
+        return f"{scheme}+unix:///{settings.name}?socket={quote(os.path.abspath(path))}"
+    port = given.get("-p", given.get("--port", "10809"))
+    if "--vsock" in given:
+        return f"{scheme}+vsock://1:{port}/{settings.name}"
+    if {"-p", "--port", "-i", "--ipaddr", "--ip-addr"}.isdisjoint(given):
+        return ""
+    host = given.get("-i", given.get("--ipaddr", given.get("--ip-addr", "localhost")))
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/{settings.name}"
+
+
+def greeting(settings: config.Config, options: Options, pid: int) -> str:
+    """Return what the user is told once the server answers: where it is, and three commands to try next."""
+    where = uri(settings, options)
+    folder = shlex.quote(settings.rundir)
+    sudo = "" if os.geteuid() == 0 else "sudo "
+    if where.startswith("nbd+unix:"):
+        path = options.values.get(
+            "-U", options.values.get("--unix", f"{settings.rundir}/{rundir.NBD_SOCKET}")
+        )
+        nbd = shlex.quote(os.path.abspath(path))
+        attach = f"{sudo}modprobe nbd; {sudo}nbd-client -unix {nbd} /dev/nbd0 -b 4096 -N {settings.name}"
+    elif where:
+        attach = f"nbdinfo {shlex.quote(where)}"
+    else:
+        attach = "see nbdkit's options that you gave"
+    return (
+        f"zramd {__version__} serves {settings.name}, {settings.disksize} bytes\n"
+        f"  NBD URI       {where or 'as nbdkit was told'}\n"
+        f"  stats folder  {settings.rundir}\n"
+        "try next:\n"
+        f"  attach        {attach}\n"
+        f"  read stats    cat {folder}/mm_stat {folder}/frag_ratio\n"
+        f"  stop          Ctrl-C, or: kill {pid}\n"
+    )
+
+
+def is_ready(settings: config.Config) -> bool:
+    """Say whether the server answers."""
+    if not settings.endpoint:
+        return os.path.exists(f"{settings.rundir}/{rundir.NBD_SOCKET}")
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
+            control.settimeout(1)
+            control.connect(f"{settings.rundir}/{rundir.CONTROL_SOCKET}")
+            control.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+            answer = b"".join(iter(lambda: control.recv(4096), b""))
+    except OSError:
+        return False
+    header, _, body = answer.partition(b"\r\n\r\n")
+    return header.startswith(b"HTTP/1.1 200 ") and "status" in json.loads(body)
+
+
+def watch(pid: int, ready: Callable[[], bool], text: str) -> None:
+    """Print `text` once `ready` says so; give up silently when process `pid` has ended."""
+    end = time.monotonic() + READY_TIMEOUT
+    while time.monotonic() < end:
+        if ready():
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            return
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+
+
+def _start_watcher(settings: config.Config, text: str) -> None:
+    """Run `watch` in a process that is nobody's child, so that nbdkit has none that it does not know."""
+    pid = os.getpid()
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    try:
+        if os.fork() == 0:
+            watch(pid, lambda: is_ready(settings), text)
+    finally:
+        os._exit(0)
+
+
+def serve(name: str | None, size: str | None, words: list[str], nbdkit_words: list[str]) -> None:
+    """Become nbdkit, serving as told: `words` are key=value settings. Returns only by an exception.
+
+    Raises ConfigError, RundirError, and ZramdError when nbdkit is missing.
+    """
+    given = (("disksize", size), ("name", name))
+    pairs = [(key, value) for key, value in given if value is not None]
+    for word in words:
+        key, _, value = word.partition("=")
+        pairs.append((key, value))
+    if not any(config.find(key).name == "disksize" for key, _ in pairs):
+        pairs.append(("disksize", DEFAULT_SIZE))
+    settings = config.parse(pairs)
+    if not any(config.find(key).name == "rundir" for key, _ in pairs):
+        pairs.append(("rundir", settings.rundir))
+    pid = rundir.holder(settings.rundir)
+    if pid is not None:
+        raise rundir.in_use(settings.rundir, pid)
+    if shutil.which("nbdkit") is None:
+        raise ZramdError("nbdkit is not installed: run 'apt-get install nbdkit nbdkit-plugin-python' as root")
+    options = read_options(nbdkit_words)
+    if {"-s", "--single", "--stdin"}.isdisjoint(options.values):  # there, standard output is the client's
+        _start_watcher(settings, greeting(settings, options, os.getpid()))
+    os.environ.pop("PYTHONHOME", None)  # nbdkit's Python is not the one that this was meant for
+    argv = command(settings, pairs, options)
+    os.execvp(argv[0], argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="zramd", description="A compressed RAM block device in userspace.")
+    parser.add_argument("--version", action="version", version=f"zramd {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    serve_parser = commands.add_parser(
+        "serve",
+        help="serve a device to NBD clients until stopped",
+        usage="zramd serve [--name NAME] [--size SIZE] [key=value ...] [-- NBDKIT-OPTIONS]",
+        description="Serve a compressed device in the foreground, on a unix socket in the run folder.",
+        epilog=(
+            f"settings [default]:\n{config.help_text()}\n"
+            "Sizes take K, M, G, T, P or E. What follows -- goes to nbdkit: a TCP port, TLS, filters.\n"
+            "Without it nothing listens on the network.\n\n"
+            "examples:\n"
+            "  zramd serve\n"
+            "  zramd serve --name swap0 --size 8G mem_limit=2G\n"
+            "  zramd serve -- -p 10809 --tls=require --tls-certificates=/etc/pki/zramd\n"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve_parser.add_argument("--name", help="name of the device and of the NBD export [zram0]")
+    serve_parser.add_argument("--size", help=f"size of the device before compression [{DEFAULT_SIZE}]")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return 2 for what the user wrote wrong and 1 for what else went wrong."""
+    words = sys.argv[1:] if argv is None else argv
+    split = words.index("--") if "--" in words else len(words)
+    # Settings may stand anywhere among the options, which argparse cannot do.
+    settings = [word for word in words[:split] if "=" in word and not word.startswith("-")]
+    arguments = _parser().parse_args([word for word in words[:split] if word not in settings])
+    try:
+        serve(arguments.name, arguments.size, settings, words[split + 1 :])
+    except (ZramdError, OSError) as error:
+        print(f"zramd: {error}", file=sys.stderr)
+        return error.exit_code if isinstance(error, ZramdError) else 1
+    return 0

@@ -1,0 +1,171 @@
+"""The run folder: who holds it, what is published in it, and what is removed from it.
+
+A live server holds a lock on the `pid` file, so a crashed one leaves nothing that keeps the next from
+starting, and no stale process number can be mistaken for a live server.
+"""
+
+import fcntl
+import os
+import socket
+import stat
+from contextlib import suppress
+
+from zramd.errors import RundirError
+
+PID = "pid"
+NBD_SOCKET = "nbd.sock"
+CONTROL_SOCKET = "control.sock"
+STATS_FILES = ("mm_stat", "io_stat", "frag_ratio", "stats.json", "classes", "metrics.prom")
+_TEMPORARY = ".new"
+_OURS = frozenset((NBD_SOCKET, CONTROL_SOCKET, *STATS_FILES, *(name + _TEMPORARY for name in STATS_FILES)))
+
+
+class Rundir:
+    """A folder held by this process (and what it forks) until `remove`."""
+
+    def __init__(self, path: str) -> None:
+        """Create the folder if needed, take its lock, and clear what a crashed server left.
+
+        Raises RundirError when it cannot be written, is open to other users, or a live server holds it.
+        """
+        self.path = path
+        try:
+            self._made = _make(path)
+            self._lock = _take_lock(path)
+        except OSError as error:
+            raise RundirError(f"rundir '{path}' cannot be used: {_reason(error)}") from None
+        # A socket that systemd opened and passed on is in use from the start, and not ours to remove.
+        self._names = _OURS - {NBD_SOCKET} if _holds_socket(self.file(NBD_SOCKET)) else _OURS
+        try:
+            self._remove_files()
+            self.write_pid()
+        except OSError as error:
+            raise RundirError(f"rundir '{path}' cannot be written: {_reason(error)}") from None
+
+    def file(self, name: str) -> str:
+        """Return the path of `name` in the folder."""
+        return f"{self.path}/{name}"
+
+    def write_pid(self) -> None:
+        """Write this process's number into the pid file; call it again after a fork."""
+        text = b"%d\n" % os.getpid()
+        os.pwrite(self._lock, text, 0)
+        os.ftruncate(self._lock, len(text))
+
+    def publish(self, name: str, text: str) -> None:
+        """Replace the file `name` by `text`, so that a reader sees the old or the new text, never a part.
+
+        Raises RundirError when the folder cannot be written.
+        """
+        path = self.file(name)
+        temporary = path + _TEMPORARY
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(temporary, flags, 0o600)
+            with open(fd, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise RundirError(f"rundir '{self.path}' cannot be written: {_reason(error)}") from None
+
+    def remove(self) -> None:
+        """Remove what zramd made in the folder, and the folder if zramd made it and nothing else is in it.
+
+        Never raises: it is what a server does last.
+        """
+        with suppress(OSError):
+            self._remove_files()
+            _unlink(self.file(PID))
+            if self._made:
+                os.rmdir(self.path)
+
+    def _remove_files(self) -> None:
+        for name in self._names:
+            _unlink(self.file(name))
+
+
+def holder(path: str) -> int | None:
+    """Return the process number of the live server that holds the folder, None if there is none."""
+    try:
+        fd = os.open(f"{path}/{PID}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _read_pid(fd)
+    finally:
+        os.close(fd)
+    return None
+
+
+def in_use(path: str, pid: int) -> RundirError:
+    """Return the error that says that a live server holds the folder."""
+    return RundirError(
+        f"rundir '{path}' is in use by a running server (pid {pid}): stop it or choose another name"
+    )
+
+
+def _make(path: str) -> bool:
+    """Make the folder, closed to others, and return whether it is new."""
+    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+    try:
+        os.mkdir(path, 0o700)
+        return True
+    except FileExistsError:
+        pass
+    mode = os.stat(path).st_mode
+    if not stat.S_ISDIR(mode):
+        raise RundirError(f"rundir '{path}' is not a folder")
+    if mode & 0o077:
+        # The sticky bit marks a folder that users share, such as /tmp: never close that, even if it is empty.
+        if mode & stat.S_ISVTX or not set(os.listdir(path)) <= _OURS | {PID}:
+            raise RundirError(f"rundir '{path}' is open to other users: give a folder of its own")
+        os.chmod(path, 0o700)
+    return False
+
+
+def _take_lock(path: str) -> int:
+    """Return the pid file's descriptor with its lock held."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        fd = os.open(f"{path}/{PID}", flags, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = _read_pid(fd)
+            os.close(fd)
+            raise in_use(path, pid) from None
+        # A server that stopped between our open and our lock has unlinked the file: then lock the new one.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(f"{path}/{PID}")):
+                return fd
+        os.close(fd)
+
+
+def _read_pid(fd: int) -> int:
+    text = os.pread(fd, 32, 0).strip()
+    return int(text) if text.isdigit() else 0
+
+
+def _holds_socket(path: str) -> bool:
+    """Say whether this process already has a socket bound to `path`."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as sock:
+                if sock.family == socket.AF_UNIX and sock.getsockname() == path:
+                    return True
+        except OSError:
+            continue
+    return False
+
+
+def _unlink(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

@@ -1,0 +1,297 @@
+"""The server's life: prepare before nbdkit forks, start after, stop when nbdkit ends.
+
+prepare   self-test, device, run folder        errors reach the user's terminal
+start     pid file, signals, threads           compactor, and housekeeping: endpoint, stats files, stop
+stop      threads end, the run folder goes
+"""
+
+import os
+import select
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from zramd import __version__, stats
+from zramd.compactor import Compactor
+from zramd.config import Config
+from zramd.core.device import Device
+from zramd.endpoint import Endpoint
+from zramd.errors import CorruptionError, RundirError
+from zramd.rundir import CONTROL_SOCKET, Rundir
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # those nbdkit stops on
+# Seconds after a stop signal. nbdkit then refuses new requests, but waits for its clients to leave.
+STOP_READING = 0.1  # it has answered what was under way: clients see the end of the connection
+STOP_WRITING = 0.5  # a client that does not take its answers is cut off
+STOP_WAITING = 0.9  # nbdkit is stuck: leave without it
+REFRESH = 30.0  # seconds after which unchanged stats files are written again: their age shows that we live
+
+
+class Server:
+    """One device with all that runs beside it."""
+
+    def __init__(self, config: Config, shutdown: Callable[[], None]) -> None:
+        """`shutdown` asks nbdkit to end and returns at once."""
+        self.config = config
+        self.device: Device
+        self._shutdown = shutdown
+        self._rundir: Rundir | None = None
+        self._compactor: Compactor | None = None
+        self._endpoint: Endpoint | None = None
+        self._housekeeper: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._wake: tuple[int, int] = (-1, -1)
+        self._started = time.monotonic()
+        self._clients = 0
+        self._clients_lock = threading.Lock()
+        self._inherited: frozenset[int] = frozenset()
+        self._written: dict[str, int] = {}
+        self._written_at = 0.0
+        self._complained = False
+
+    def prepare(self) -> None:
+        """Do all that can fail before nbdkit forks.
+
+        Raises RundirError, CorruptionError when the self-test fails, MemoryError.
+        """
+        self_test()
+        config = self.config
+        self.device = Device(config.disksize, mem_limit=config.mem_limit, acceleration=config.acceleration)
+        self._rundir = Rundir(config.rundir)
+
+    def start(self) -> None:
+        """Start the threads; call it in the process that serves, on its main thread.
+
+        Raises RundirError when this process, unlike the one that prepared, cannot write the run folder.
+        """
+        assert self._rundir is not None
+        try:
+            self._rundir.write_pid()
+            if self.config.stats_interval:
+                self._write_stats()
+            self._inherited = _inherited_sockets()
+            self._compactor = Compactor(self.device, self.config)
+            self._compactor.start()
+            if self.config.endpoint:
+                path = self._rundir.file(CONTROL_SOCKET)
+                try:
+                    self._endpoint = Endpoint(path, self)
+                except OSError as error:
+                    raise RundirError(f"socket '{path}' cannot be made: {error.strerror}") from None
+            self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self._housekeeper = threading.Thread(target=self._housekeep, name="zramd", daemon=True)
+            self._housekeeper.start()
+            # nbdkit's own handlers would only make it wait for its clients. Python's write the number into
+            # the pipe at once, even while the main thread sits in nbdkit and runs no Python.
+            signal.set_wakeup_fd(self._wake[1], warn_on_full_buffer=False)
+            for number in STOP_SIGNALS:
+                signal.signal(number, _ignore)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End the threads and remove what was made in the run folder."""
+        self._stopping.set()
+        if self._housekeeper is not None:
+            os.write(self._wake[1], b"\0")
+            self._housekeeper.join()
+        if self._compactor is not None:
+            self._compactor.stop()
+        if self._endpoint is not None:
+            self._endpoint.close()
+        if self._rundir is not None:
+            self._rundir.remove()
+
+    def client_opened(self) -> None:
+        """Count a client; waits while the device is being reset."""
+        with self._clients_lock:
+            self._clients += 1
+
+    def client_closed(self) -> None:
+        """Count a client that left."""
+        with self._clients_lock:
+            self._clients -= 1
+
+    def snapshot(self) -> stats.Snapshot:
+        """Return all numbers now."""
+        return stats.take(
+            self.device,
+            name=self.config.name,
+            comp_algorithm=self.config.comp_algorithm,
+            version=__version__,
+            started=self._started,
+        )
+
+    def classes(self) -> list[stats.ClassRow]:
+        """Return the table of size classes now."""
+        return stats.take_classes(self.device)
+
+    def health(self) -> dict[str, str | int]:
+        """Return status (ok or degraded), the compactor's state, the number of clients and the process."""
+        state = self._compactor.state if self._compactor else "stopped"
+        status = "degraded" if state.startswith("failed") else "ok"
+        return {"status": status, "compactor": state, "clients": self._clients, "pid": os.getpid()}
+
+    def compact(self, timeout: float) -> int:
+        """Compact now and return the pages freed; raises RuntimeError when the compactor does not run."""
+        assert self._compactor is not None
+        return self._compactor.compact_now(timeout)
+
+    def set_mem_limit(self, size: int) -> int:
+        """Change the limit of the pool, in bytes, and return it as it is then (whole pages)."""
+        self.device.mem_limit = size
+        return self.device.mem_limit
+
+    def reset(self) -> bool:
+        """Drop all data and return True, or return False if a client is connected."""
+        with self._clients_lock:
+            if self._clients:
+                return False
+            self.device.reset()
+            return True
+
+    def reset_mem_used_max(self) -> None:
+        """Forget the peak of the pool's size."""
+        self.device.reset_mem_used_max()
+
+    def _housekeep(self) -> None:
+        """Answer the endpoint's callers, write the stats files, and stop nbdkit when a signal says so."""
+        poll = select.poll()
+        poll.register(self._wake[0], select.POLLIN)
+        if self._endpoint is not None:
+            poll.register(self._endpoint, select.POLLIN)
+        interval = self.config.stats_interval
+        due = time.monotonic() + interval
+        while not self._stopping.is_set():
+            timeout = max(due - time.monotonic(), 0) * 1000 if interval else None
+            for fd, _ in poll.poll(timeout):
+                if fd != self._wake[0]:
+                    assert self._endpoint is not None
+                    self._endpoint.accept()
+                elif any(os.read(fd, 64)):
+                    self._leave()
+                    return
+            if interval and time.monotonic() >= due:
+                due = time.monotonic() + interval
+                self._refresh_stats()
+
+    def _refresh_stats(self) -> None:
+        """Write the stats files if there is news; complain once when that fails."""
+        try:
+            if self._write_stats():
+                self._complained = False
+        except RundirError as error:
+            if not self._complained:
+                print(f"zramd: stats files are not written: {error}", file=sys.stderr, flush=True)
+            self._complained = True
+
+    def _write_stats(self) -> bool:
+        """Write the stats files unless nothing changed lately; return whether they were written."""
+        assert self._rundir is not None
+        counters = self.device.counters()
+        if counters == self._written and time.monotonic() - self._written_at < REFRESH:
+            return False
+        snapshot, classes = self.snapshot(), self.classes()
+        publish = self._rundir.publish
+        publish("mm_stat", stats.mm_stat(snapshot))
+        publish("io_stat", stats.io_stat(snapshot))
+        publish("frag_ratio", stats.frag_ratio(snapshot))
+        publish("stats.json", stats.to_json(snapshot))
+        publish("classes", stats.classes_table(classes))
+        publish("metrics.prom", stats.prometheus(snapshot, classes))
+        self._written, self._written_at = counters, time.monotonic()
+        return True
+
+    def _leave(self) -> None:
+        """End nbdkit within a second, in its normal way if it can: then it calls `stop`."""
+        self._shutdown()
+        if self._stopping.wait(STOP_READING):
+            return
+        # What is under way is still answered after this: only reading ends.
+        self._shut_clients(socket.SHUT_RD)
+        if self._stopping.wait(STOP_WRITING - STOP_READING):
+            return
+        self._shut_clients(socket.SHUT_RDWR)
+        if self._stopping.wait(STOP_WAITING - STOP_WRITING):
+            return
+        if self._rundir is not None:
+            self._rundir.remove()
+        os._exit(0)
+
+    def _shut_clients(self, how: int) -> None:
+        """Shut every connection of a client: those are nbdkit's, so they are looked for among all files."""
+        for inode, sock in _stream_sockets():
+            with sock:
+                if inode not in self._inherited and not _listens(sock):
+                    try:
+                        sock.shutdown(how)
+                    except OSError:
+                        continue  # it is gone already
+
+
+def self_test() -> None:
+    """Store, read, overwrite, drop and compact a few blocks on a tiny device.
+
+    Raises CorruptionError when what comes back is not what was stored.
+    """
+    size = 16 * 4096
+    device = Device(size)
+    raw = bytes((i * i * 31 + i // 7) & 0xFF for i in range(4096))
+    expected = bytearray(size)
+    patterns = (b"\xa5" * 4096, b"zramd selftest, " * 256, raw, b"0123456789abcdef" * 256 * 4)
+    for block, pattern in enumerate(patterns):
+        start = block * 4096 + 100 * block  # most of them straddle blocks
+        device.write(pattern, start)
+        expected[start : start + len(pattern)] = pattern
+    device.trim(4096, 4096)
+    expected[4096:8192] = bytes(4096)
+    device.compact()
+    found = bytearray(size)
+    device.read(found, 0)
+    if found != expected:
+        raise CorruptionError("self-test failed: the device does not return what was written to it")
+    device.check()
+
+
+def _ignore(number: int, frame: object) -> None:
+    """Do nothing: the wakeup descriptor has carried the news."""
+
+
+def _stream_sockets() -> Iterator[tuple[int, socket.socket]]:
+    """Yield inode and a duplicate of each stream socket beyond stdin, stdout and stderr."""
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        try:
+            status = os.fstat(fd)
+            if fd <= 2 or not stat.S_ISSOCK(status.st_mode):
+                continue
+            sock = socket.socket(fileno=os.dup(fd))
+        except OSError:
+            continue  # closed since it was listed
+        if sock.type == socket.SOCK_STREAM:
+            yield status.st_ino, sock
+        else:
+            sock.close()
+
+
+def _listens(sock: socket.socket) -> bool:
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def _inherited_sockets() -> frozenset[int]:
+    """Return the inodes of the sockets that are not clients, seen before nbdkit accepts the first.
+
+    Without a listening socket nbdkit serves its standard input: then what is there is the client.
+    """
+    inherited = set()
+    listening = False
+    for inode, sock in _stream_sockets():
+        with sock:
+            inherited.add(inode)
+            listening = listening or _listens(sock)
+    return frozenset(inherited) if listening else frozenset()
