@@ -27,8 +27,8 @@ DEADLINE = 5.0  # seconds for a client to send its request and take the answer
 LINGER = 0.5  # seconds to wait for the client's end, so that what it still sends does not destroy the answer
 COMPACT_TIMEOUT = 60.0
 
-_REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]{0,1024}) HTTP/1\.[01]\r")
-_REQUEST_START = re.compile(rb"[A-Z]{0,16}|[A-Z]{1,16} [ -~]*\r?")
+_REQUEST_LINE = re.compile(rb"([A-Z]{1,8}) (/[!-~]*) HTTP/1\.[01]\r")
+_REQUEST_START = re.compile(rb"[A-Z]{0,8}|[A-Z]{1,8} [ -~]*\r?")
 _REASONS = {
     200: "OK",
     400: "Bad Request",
@@ -270,7 +270,7 @@ def _content_length(header: bytes) -> int:
 
 def _some(connection: socket.socket, deadline: float, have: int) -> bytes:
     """Return what the client sent next, at least a byte."""
-    if have > MAX_HEADER:
+    if have >= MAX_HEADER:
         raise _RefusedError(431, f"a header has at most {MAX_HEADER} bytes")
     try:
         connection.settimeout(max(deadline - time.monotonic(), 0.001))

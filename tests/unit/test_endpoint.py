@@ -9,10 +9,11 @@ import socket
 import stat
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
 from test_stats import FakeDevice
 
 from zramd import endpoint, stats
@@ -276,13 +277,6 @@ def test_too_many(running: Running) -> None:
         assert status(sock.recv(4096)) == 200
         sock.close()
     wait_until(lambda: running.raw(b"GET /health HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200"))
-
-
-def wait_until(predicate: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if predicate():
-            return
-    pytest.fail("not reached")
 
 
 def test_close_ends_waiting_clients(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ from zramd.core.locks cimport (
     counter_add,
     counter_sub,
     load_relaxed,
+    load_relaxed_32,
+    owned_add_32,
     pthread_mutex_destroy,
     pthread_mutex_init,
     pthread_mutex_lock,
@@ -123,7 +125,7 @@ cdef class Arena:
                     self.writable = writable
             if self.top < self.writable:
                 span = self.top
-                self.top += 1
+                owned_add_32(&self.top, 1)
         pthread_mutex_unlock(&self.lock)
         if span >= 0:
             excess = self.committed[span] >> npages << npages
@@ -220,8 +222,9 @@ cdef class Arena:
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes of the two tables, counted in whole pages."""
-        return (((self.top * sizeof(uint16_t) + PAGE_SIZE - 1) >> PAGE_SHIFT)
-                + ((self.top * sizeof(uint32_t) + PAGE_SIZE - 1) >> PAGE_SHIFT)) << PAGE_SHIFT
+        cdef uint64_t top = load_relaxed_32(&self.top)
+        return (((top * sizeof(uint16_t) + PAGE_SIZE - 1) >> PAGE_SHIFT)
+                + ((top * sizeof(uint32_t) + PAGE_SIZE - 1) >> PAGE_SHIFT)) << PAGE_SHIFT
 
     cdef const char *check(self, uint64_t *where) noexcept nogil:
         """Walk both free lists and count the pages; NULL, or what is wrong, with the span in where[0]."""

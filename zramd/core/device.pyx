@@ -26,6 +26,7 @@ from zramd.core.locks cimport (
     counter_sub,
     load_acquire,
     load_relaxed,
+    owned_add,
     pthread_mutex_destroy,
     pthread_mutex_init,
     pthread_mutex_lock,
@@ -122,7 +123,7 @@ cdef class Device:
         else:
             s = <scratch *>malloc(self.scratch_size)
             if s != NULL:
-                self.scratch_count += 1
+                owned_add(&self.scratch_count, 1)
         pthread_mutex_unlock(&self.scratch_lock)
         return s
 
@@ -558,7 +559,7 @@ cdef class Device:
             "metadata_bytes": (
                 (load_relaxed(&self.touched_pages) << PAGE_SHIFT)
                 + (self.blocks // SLOTS_PER_PAGE + PAGE_SIZE) // PAGE_SIZE * PAGE_SIZE
-                + self.scratch_count * self.scratch_size
+                + load_relaxed(&self.scratch_count) * self.scratch_size
                 + sizeof(self.stripes)
                 + self.pool.metadata_bytes()
             ),

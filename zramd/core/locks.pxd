@@ -25,7 +25,6 @@ cdef extern from "<sched.h>" nogil:
 
 cdef extern from *:
     """
-    #define _ZR_RELAXED __ATOMIC_RELAXED
     #define load_relaxed(p) __atomic_load_n((p), __ATOMIC_RELAXED)
     #define load_acquire(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define store_relaxed(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
@@ -69,6 +68,7 @@ cdef extern from *:
     void counter_add_32 "counter_add"(uint32_t *p, uint32_t n) noexcept nogil
     void counter_sub_32 "counter_sub"(uint32_t *p, uint32_t n) noexcept nogil
     void owned_add(uint64_t *p, uint64_t n) noexcept nogil
+    void owned_add_32 "owned_add"(uint32_t *p, uint32_t n) noexcept nogil
     void owned_sub(uint64_t *p, uint64_t n) noexcept nogil
     bint compare_swap(uint64_t *p, uint64_t expected, uint64_t desired) noexcept nogil
     void cpu_relax() noexcept nogil

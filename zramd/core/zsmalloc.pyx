@@ -246,7 +246,7 @@ cdef class Zsmalloc:
             self.cells_free = load_relaxed(&self.cells[handle]) >> 3
         elif self.cells_top <= self.max_objects + CELLS_SLACK:
             handle = self.cells_top
-            self.cells_top += 1
+            owned_add(&self.cells_top, 1)
         if handle:
             owned_add(&self.cells_used, 1)
         pthread_mutex_unlock(&self.cells_lock)
@@ -558,7 +558,7 @@ cdef class Zsmalloc:
         """Take an empty, unlisted zspage out of its class; how many resident pages it had. Then arena.give the span."""
         cdef uint32_t pages = bits_set(self.arena.committed[span]), i = 0
         zr_assert(self.zspages[span].inuse == 0)
-        while i < self.spares and c.size == PAGE_SIZE:
+        while c.size == PAGE_SIZE and i < self.spares:
             if self.spare[i] == span:
                 self.spares -= 1
                 self.spare[i] = self.spare[self.spares]
@@ -781,7 +781,7 @@ cdef class Zsmalloc:
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes beside the arena's pages: cells, zspages, tables, this object."""
         return ((load_relaxed(&self.cells_top) * sizeof(uint64_t) + PAGE_SIZE - 1) >> PAGE_SHIFT << PAGE_SHIFT) + (
-            (self.arena.top * sizeof(zspage) + PAGE_SIZE - 1) >> PAGE_SHIFT << PAGE_SHIFT) + (
+            (load_relaxed_32(&self.arena.top) * sizeof(zspage) + PAGE_SIZE - 1) >> PAGE_SHIFT << PAGE_SHIFT) + (
             self.arena.metadata_bytes() + sizeof(self.classes) + sizeof(self.class_of))
 
     cdef const char *find_fault(self, uint64_t *where, uint64_t words) noexcept nogil:
