@@ -51,7 +51,7 @@ def parse_size(text: str) -> int:
 def _disksize(text: str) -> int:
     size = -(-parse_size(text) // PAGE_SIZE) * PAGE_SIZE
     if not 0 < size <= MAX_DISKSIZE:
-        raise ConfigError(f"'{text}' is out of range: use more than 0 and at most 8T")
+        raise ConfigError(f"'{text}' is out of range: use more than 0 and at most 4T")
     return size
 
 
@@ -143,7 +143,7 @@ SETTINGS: tuple[Setting, ...] = (
         _disksize,
         None,
         "1G",
-        "size of the device in bytes before compression, rounded up to 4096, at most 8T",
+        "size of the device in bytes before compression, rounded up to 4096, at most 4T",
         aliases=("size",),
         shown_default="required",
     ),

@@ -217,5 +217,11 @@ def test_reset_and_limits_under_load() -> None:
             device.reset_mem_used_max()
         done.set()
 
-    run([writer, writer, disturb])
+    def watch() -> None:
+        while not done.is_set():
+            device.trim_stock()
+            device.counters()
+            device.pressure()
+
+    run([writer, writer, disturb, watch])
     device.check()

@@ -119,6 +119,15 @@ def test_counters_are_zrams() -> None:
     device.check()
 
 
+def test_trimming_a_whole_large_device_is_quick() -> None:
+    device = Device(4 << 40)
+    device.write(noise(1), (1 << 40) + 512 * BLOCK)
+    device.trim(1, (4 << 40) - 1)
+    assert device.counters()["notify_free"] == (1 << 30) - 1
+    assert device.counters()["pages_stored"] == 0
+    assert read(device, (1 << 40) + 512 * BLOCK, BLOCK) == bytes(BLOCK)
+
+
 def test_trim_frees_whole_blocks_only() -> None:
     device = Device(1 << 16)
     device.write(b"\xaa" * (1 << 16), 0)

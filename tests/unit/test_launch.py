@@ -39,8 +39,8 @@ def run_line(settings: config.Config, words: str) -> str:
         ("--vsock", "nbdkit -f --vsock python PLUGIN size=1G"),
         ("-s", "nbdkit -f -s python PLUGIN size=1G"),
         (
-            "--filter=delay rdelay=1 --filter log logfile=x",
-            "nbdkit -f -U /run/z/nbd.sock --filter=delay --filter log python PLUGIN size=1G rdelay=1 logfile=x",
+            "--filter=delay rdelay=1 --filter log a=x",
+            "nbdkit -f -U /run/z/nbd.sock --filter=delay --filter log python PLUGIN size=1G rdelay=1 a=x",
         ),
         ("-D nbdkit.gc=1", "nbdkit -f -U /run/z/nbd.sock -D nbdkit.gc=1 python PLUGIN size=1G"),
         ("--run x=y", "nbdkit -f -U /run/z/nbd.sock --run x=y python PLUGIN size=1G"),

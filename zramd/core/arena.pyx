@@ -36,6 +36,7 @@ from zramd.core.locks cimport (
     load_relaxed,
     load_relaxed_32,
     owned_add_32,
+    owned_sub_32,
     pthread_mutex_destroy,
     pthread_mutex_init,
     pthread_mutex_lock,
@@ -208,14 +209,16 @@ cdef class Arena:
 
     cdef void reset(self) noexcept nogil:
         """Forget every span and give all pages back. Nobody else may hold one."""
+        pthread_mutex_lock(&self.lock)
         region_release(self.base, <uint64_t>self.writable << SPAN_SHIFT)
         zr_poison(self.base, <uint64_t>self.writable << SPAN_SHIFT)
         memset(self.committed, 0, self.top * sizeof(uint16_t))
-        self.top = 0
+        owned_sub_32(&self.top, self.top)
         self.warm = self.cold = NIL
         store_relaxed(&self.stock, 0)
         store_relaxed(&self.pages, 0)
         store_relaxed(&self.pages_max, 0)
+        pthread_mutex_unlock(&self.lock)
 
     cdef void reset_peak(self) noexcept nogil:
         store_relaxed(&self.pages_max, load_relaxed(&self.pages))

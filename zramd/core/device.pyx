@@ -325,7 +325,7 @@ cdef class Device:
 
     cdef int _zero(self, uint64_t offset, uint64_t length, uint64_t slot, bint exact) noexcept nogil:
         """Zero a range with slot 0 or SLOT_SAME. Parts of blocks at its ends: zeroed if exact, else left as they are."""
-        cdef uint64_t done = 0, block
+        cdef uint64_t done = 0, block, skip
         cdef uint32_t at, n
         cdef int rc = 0
         cdef scratch *s = NULL
@@ -337,6 +337,12 @@ cdef class Device:
             block = (offset + done) >> BLOCK_SHIFT
             at = (offset + done) & (BLOCK_SIZE - 1)
             n = min(<uint64_t>(BLOCK_SIZE - at), length - done)
+            if n == BLOCK_SIZE and slot == 0 and not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
+                # A client trims whole devices: go over what was never written a page of slots at a time.
+                skip = min(SLOTS_PER_PAGE - block % SLOTS_PER_PAGE, (length - done) >> BLOCK_SHIFT)
+                counter_add(&self.n.notify_free, skip)
+                done += skip << BLOCK_SHIFT
+                continue
             if n == BLOCK_SIZE:
                 rc = self._zero_block(block, slot)
                 counter_add(&self.n.notify_free, 1)
@@ -576,13 +582,15 @@ cdef class Device:
 
     def reset(self):
         """Drop all data and set all counters to 0; mem_limit stays. Waits for the requests at work."""
+        cdef size_t i
         with nogil:
             pthread_rwlock_wrlock(&self.gate)
             pthread_mutex_lock(&self.pool.compact_lock)
             region_release(self.slots, self.blocks * sizeof(uint64_t))
             region_release(self.touched, self.blocks // SLOTS_PER_PAGE + 1)
             store_relaxed(&self.touched_pages, 0)
-            memset(&self.n, 0, sizeof(self.n))
+            for i in range(sizeof(counters) // sizeof(uint64_t)):
+                store_relaxed(<uint64_t *>&self.n + i, 0)
             self.pool.clear()
             pthread_mutex_unlock(&self.pool.compact_lock)
             pthread_rwlock_unlock(&self.gate)

@@ -69,6 +69,7 @@ cdef extern from *:
     void counter_sub_32 "counter_sub"(uint32_t *p, uint32_t n) noexcept nogil
     void owned_add(uint64_t *p, uint64_t n) noexcept nogil
     void owned_add_32 "owned_add"(uint32_t *p, uint32_t n) noexcept nogil
+    void owned_sub_32 "owned_sub"(uint32_t *p, uint32_t n) noexcept nogil
     void owned_sub(uint64_t *p, uint64_t n) noexcept nogil
     bint compare_swap(uint64_t *p, uint64_t expected, uint64_t desired) noexcept nogil
     void cpu_relax() noexcept nogil

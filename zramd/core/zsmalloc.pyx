@@ -761,22 +761,33 @@ cdef class Zsmalloc:
     # the pool as a whole
 
     cdef void clear(self) noexcept nogil:
-        """Forget every object and give all memory back. Nobody else may use the pool."""
+        """Forget every object and give all memory back. Nobody else may have an object; compact_lock is held."""
         cdef uint32_t i, g
         cdef size_class *c
         for i in range(self.class_count):
             c = &self.classes[i]
-            c.zspages = c.inuse = c.committed = 0
+            lock_class(c)
+            store_relaxed(&c.zspages, 0)
+            store_relaxed(&c.inuse, 0)
+            store_relaxed(&c.committed, 0)
             for g in range(GROUPS):
                 c.heads[g] = NIL
-                c.group_count[g] = 0
-        self.spares = 0
-        self.arena.reset()
+                store_relaxed(&c.group_count[g], 0)
+            if i == self.huge:
+                self.spares = 0
+            pthread_mutex_unlock(&c.lock)
         region_release(self.zspages, self.arena.span_count * sizeof(zspage))
+        self.arena.reset()
+        pthread_mutex_lock(&self.cells_lock)
         region_release(self.cells, self.cells_top * sizeof(uint64_t))
-        self.cells_top = 1
-        self.cells_free = self.cells_used = 0
-        self.pages_compacted = self.objects_migrated = self.num_compactions = self.compact_ns = 0
+        store_relaxed(&self.cells_top, 1)
+        store_relaxed(&self.cells_used, 0)
+        self.cells_free = 0
+        pthread_mutex_unlock(&self.cells_lock)
+        store_relaxed(&self.pages_compacted, 0)
+        store_relaxed(&self.objects_migrated, 0)
+        store_relaxed(&self.num_compactions, 0)
+        store_relaxed(&self.compact_ns, 0)
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes beside the arena's pages: cells, zspages, tables, this object."""
