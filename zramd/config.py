@@ -12,7 +12,7 @@ from typing import Any
 from zramd.errors import ConfigError
 
 PAGE_SIZE = 4096
-MAX_DISKSIZE = 8 << 40
+MAX_DISKSIZE = 4 << 40  # the core has the same: handles have 31 bits
 MAX_ACCELERATION = 65537  # LZ4_ACCELERATION_MAX: lz4 silently clamps what is above
 # sun_path holds 107 bytes and a NUL; control.sock is the longest socket name in the folder.
 MAX_RUNDIR_BYTES = 107 - len("/control.sock")

@@ -64,7 +64,7 @@ class Running:
         self.service = FakeService()
         self.endpoint = endpoint.Endpoint(str(path), self.service)
         self._stop_read, self._stop_write = os.pipe()
-        self._thread = threading.Thread(target=self._accept)
+        self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
     def _accept(self) -> None:
