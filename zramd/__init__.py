@@ -3,10 +3,10 @@
 try:
     from zramd.core.device import Device
     from zramd.core.zsmalloc import Zsmalloc
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _error:
     raise ImportError(
-        f"zramd's compiled core cannot be imported ({error}): 'scripts/serve' or 'pip install .' builds it"
-    ) from error
+        f"zramd's compiled core cannot be imported ({_error}): 'scripts/serve' or 'pip install .' builds it"
+    ) from _error
 
 from zramd.errors import (
     ConfigError,
@@ -27,7 +27,7 @@ __all__ = [
     "HandleError",
     "PoolFullError",
     "RundirError",
-    "Zsmalloc",
     "ZramdError",
+    "Zsmalloc",
     "__version__",
 ]

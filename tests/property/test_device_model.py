@@ -1,4 +1,4 @@
-"""The device against a bytearray: any offsets and lengths, trims, zeros, compactions, limits, and check() after each."""
+"""The device against a bytearray: any ranges, trims, zeros, compactions, limits, and check() after each."""
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -60,7 +60,7 @@ class DeviceModel(RuleBasedStateMachine):
             self.model[offset : offset + length] = content
 
     def accept_either(self, offset: int, content: bytes) -> None:
-        """After a failed write each block has its old content or its new one, and the model takes what is there."""
+        """After a failed write each block has its old content or its new one: the model takes what is there."""
         now = bytearray(SIZE)
         self.device.read(now, 0)
         wanted = self.model[:]

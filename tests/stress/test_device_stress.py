@@ -123,7 +123,7 @@ def test_owned_blocks_with_compaction(limit: int) -> None:
 
 
 def test_shared_blocks_are_never_torn() -> None:
-    """All threads write the same few blocks, whole and in part: a reader sees one version of a block, never two."""
+    """All threads write the same few blocks: a reader sees one version of a block, never parts of two."""
     device = Device(1 << 20)
     blocks = 16
     rounds = int(5000 * SCALE)
@@ -160,7 +160,11 @@ def test_shared_blocks_are_never_torn() -> None:
 
         return work
 
-    run([writer(1), writer(2), reader(3), reader(4), lambda: [device.compact(2000) for _ in range(rounds)] and None])
+    def compactor() -> None:
+        for _ in range(rounds):
+            device.compact(2000)
+
+    run([writer(1), writer(2), reader(3), reader(4), compactor])
     device.check()
 
 

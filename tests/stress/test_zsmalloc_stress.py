@@ -78,7 +78,9 @@ def test_one_of_many_frees_wins() -> None:
         barrier = threading.Barrier(4)
         freed: list[bool] = []
 
-        def work(handle: int = handle, barrier: threading.Barrier = barrier, freed: list[bool] = freed) -> None:
+        def work(
+            handle: int = handle, barrier: threading.Barrier = barrier, freed: list[bool] = freed
+        ) -> None:
             barrier.wait()
             try:
                 pool.free(handle)

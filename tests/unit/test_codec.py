@@ -73,7 +73,9 @@ def test_every_cut_and_flip_is_an_error_or_a_block() -> None:
     payload = bytearray(codec.compress(blocks()[0]))
     rnd = random.Random(2)
     for _ in range(2000):
-        bad = bytearray(payload[: rnd.randrange(1, len(payload))]) if rnd.random() < 0.5 else bytearray(payload)
+        bad = (
+            bytearray(payload[: rnd.randrange(1, len(payload))]) if rnd.random() < 0.5 else bytearray(payload)
+        )
         bad[rnd.randrange(len(bad))] ^= 1 << rnd.randrange(8)
         try:
             assert len(codec.decompress(bad)) == BLOCK

@@ -60,7 +60,9 @@ def test_the_largest_device() -> None:
     device.reset()
 
 
-@pytest.mark.parametrize(("offset", "length"), [(1 << 20, 1), ((1 << 20) - 1, 2), (1 << 63, 1), (0, (1 << 20) + 1)])
+@pytest.mark.parametrize(
+    ("offset", "length"), [(1 << 20, 1), ((1 << 20) - 1, 2), (1 << 63, 1), (0, (1 << 20) + 1)]
+)
 def test_out_of_range_is_refused_and_counted(offset: int, length: int) -> None:
     device = Device(1 << 20)
     for use in (
@@ -81,7 +83,9 @@ def test_read_needs_a_writable_buffer() -> None:
         Device(1 << 20).read(bytes(BLOCK), 0)
 
 
-@pytest.mark.parametrize(("offset", "length"), [(0, 1), (4095, 2), (1, 4095), (100, 10_000), (4096, 4096), (4000, 8300)])
+@pytest.mark.parametrize(
+    ("offset", "length"), [(0, 1), (4095, 2), (1, 4095), (100, 10_000), (4096, 4096), (4000, 8300)]
+)
 def test_unaligned_write_keeps_the_neighbours(offset: int, length: int) -> None:
     device = Device(1 << 16)
     model = bytearray(random.Random(3).randbytes(1 << 16))
@@ -143,7 +147,9 @@ def test_zero_is_exact_to_the_byte(may_trim: bool) -> None:
     device = Device(1 << 16)
     device.write(b"\xaa" * (1 << 16), 0)
     device.zero(100, 3 * BLOCK, may_trim)
-    assert read(device, 0, 1 << 16) == b"\xaa" * 100 + bytes(3 * BLOCK) + b"\xaa" * ((1 << 16) - 3 * BLOCK - 100)
+    assert read(device, 0, 1 << 16) == b"\xaa" * 100 + bytes(3 * BLOCK) + b"\xaa" * (
+        (1 << 16) - 3 * BLOCK - 100
+    )
     kind = HOLE if may_trim else ZERO
     assert device.extents(BLOCK, 2 * BLOCK) == [(BLOCK, 2 * BLOCK, kind)]
     device.check()

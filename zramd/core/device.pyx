@@ -111,7 +111,7 @@ cdef class Device:
         for i in range(STRIPES):
             pthread_mutex_destroy(&self.stripes[i])
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # scratch: as many as there ever were requests at work at once; the last one used is still in the cache
 
     cdef scratch *_scratch_take(self) noexcept nogil:
@@ -133,7 +133,7 @@ cdef class Device:
         self.scratches = s
         pthread_mutex_unlock(&self.scratch_lock)
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # one block
 
     cdef int _store(self, const char *block, scratch *s, uint64_t *slot) noexcept nogil:
@@ -274,7 +274,7 @@ cdef class Device:
         self._drop(old)
         return 0
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # whole requests: 0 or -errno of the first block that failed; blocks before it are done
 
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil:
@@ -413,7 +413,7 @@ cdef class Device:
             return "the slots' handles are not as many as the cells in use"
         return self.pool.find_fault(where, words)
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # for Python
 
     cdef int _enter(self, uint64_t offset, uint64_t length) except -1:

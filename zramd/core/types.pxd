@@ -66,4 +66,3 @@ cdef struct zspage:
     uint16_t free               # head of the free list, NO_CHUNK at its end; huge class: bitmap of the pages in use
     uint16_t class_index
     uint8_t group
-

@@ -46,7 +46,6 @@ from zramd.core.locks cimport (
     pthread_mutex_destroy,
     pthread_mutex_init,
     pthread_mutex_lock,
-    pthread_mutex_t,
     pthread_mutex_trylock,
     pthread_mutex_unlock,
     sched_yield,
@@ -101,7 +100,7 @@ cdef enum:
     PIN_SPINS = 200         # about a decompression; then let the holder of the pin run
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # small words
 
 
@@ -160,7 +159,7 @@ cdef void geometry(uint32_t size, uint32_t *pages, uint32_t *objs) noexcept nogi
     objs[0] = pages[0] * PAGE_SIZE // size
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @cython.final
@@ -234,7 +233,7 @@ cdef class Zsmalloc:
                 i += 1
             self.class_of[size // CLASS_DELTA] = <uint8_t>i
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # cells
 
     cdef uint64_t _cell_take(self) noexcept nogil:
@@ -278,7 +277,7 @@ cdef class Zsmalloc:
             else:
                 sched_yield()
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # objects
 
     cdef int obj_alloc(self, uint32_t size, uint64_t *handle, char **payload) noexcept nogil:
@@ -402,7 +401,7 @@ cdef class Zsmalloc:
     cdef void word_free(self, uint64_t handle) noexcept nogil:
         self._cell_give(handle)
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # chunks; the class lock is held
 
     cdef int _chunk_take(self, size_class *c, uint32_t span, uint64_t handle, bint resident) noexcept nogil:
@@ -498,7 +497,7 @@ cdef class Zsmalloc:
         else:
             owned_sub(&c.committed, self.arena.decommit(span, <uint32_t>1 << page))
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # zspages; the class lock is held
 
     cdef void _link(self, size_class *c, uint32_t span) noexcept nogil:
@@ -569,7 +568,7 @@ cdef class Zsmalloc:
         owned_sub(&c.committed, pages)
         return pages
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # compaction
 
     cdef uint64_t freeable_pages(self) noexcept nogil:
@@ -742,10 +741,9 @@ cdef class Zsmalloc:
         The caller holds no pin and no lock of the pool.
         """
         cdef uint64_t limit
-        cdef uint32_t tries
         if self.give_back():
             return True
-        for tries in range(1000):
+        for _ in range(1000):
             if self.compact_run(<uint64_t>-1, 1):
                 return True
             # Somebody else made room while this thread waited for compact_lock. A chunk touches 2 pages at most.
@@ -757,7 +755,7 @@ cdef class Zsmalloc:
             sched_yield()   # a reader holds a pin where there is something to free
         return False
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # the pool as a whole
 
     cdef void clear(self) noexcept nogil:
@@ -907,7 +905,7 @@ cdef class Zsmalloc:
             return "a free chunk is not on the free list"
         return NULL
 
-    # -----------------------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------
     # for Python
 
     @property
