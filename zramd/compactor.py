@@ -199,6 +199,7 @@ class Compactor:
             # On demand means everything, and at once.
             if now.freeable and not self._policy.fruitless:
                 return 0.0
+            self._device.trim_stock()
             self._answer(asked)
         elif self._policy.worth_going_on(now):
             return self._policy.pause(taken, before, now)

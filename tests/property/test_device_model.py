@@ -60,7 +60,7 @@ class DeviceModel(RuleBasedStateMachine):
             self.model[offset : offset + length] = content
 
     def accept_either(self, offset: int, content: bytes) -> None:
-        """After a failed write each block has its old content or its new one: the model takes what is there."""
+        """After a failed write each block has its old content or its new one."""
         now = bytearray(SIZE)
         self.device.read(now, 0)
         wanted = self.model[:]

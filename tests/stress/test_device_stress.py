@@ -169,7 +169,7 @@ def test_shared_blocks_are_never_torn() -> None:
 
 
 def test_partial_writes_lose_nobodys_bytes() -> None:
-    """Threads own interleaved bytes of the same blocks: read-modify-write must not undo what another wrote."""
+    """Threads own interleaved bytes of the same blocks: none may undo what another wrote."""
     device = Device(1 << 18)
     workers, size = 4, 1 << 18
     final: list[dict[int, int]] = [{} for _ in range(workers)]

@@ -1,4 +1,4 @@
-"""Threads on one pool, handing handles to each other, while compaction runs; contents tagged and checked at free."""
+"""Threads on one pool, handing handles to each other, while compaction runs."""
 
 import os
 import queue

@@ -1,4 +1,4 @@
-"""The device: any offset and length, zram's counters, limits, holes, and what happens when there is no room."""
+"""The device: any offset and length, zram's counters, limits, holes, and having no room."""
 
 import random
 import threading
