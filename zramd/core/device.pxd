@@ -61,6 +61,8 @@ cdef class Device:
     cdef int _merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
     cdef int _read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil
     cdef int _zero_block(self, uint64_t block, uint64_t slot) noexcept nogil
+    cdef void _begin(self) noexcept nogil
+    cdef void _end(self) noexcept nogil
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _zero(self, uint64_t offset, uint64_t length, uint64_t slot, bint exact) noexcept nogil

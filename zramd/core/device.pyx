@@ -277,6 +277,15 @@ cdef class Device:
     # --------------------------------------------------------------------------------------------------------
     # whole requests: 0 or -errno of the first block that failed; blocks before it are done
 
+    cdef void _begin(self) noexcept nogil:
+        """A request is at work until _end: check and reset wait for it, the compactor makes way."""
+        pthread_rwlock_rdlock(&self.gate)
+        counter_add(&self.n.inflight, 1)
+
+    cdef void _end(self) noexcept nogil:
+        counter_sub(&self.n.inflight, 1)
+        pthread_rwlock_unlock(&self.gate)
+
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil:
         cdef uint64_t done = 0
         cdef uint32_t at, n
@@ -431,11 +440,9 @@ cdef class Device:
         try:
             self._enter(offset, view.len)
             with nogil:
-                pthread_rwlock_rdlock(&self.gate)
-                counter_add(&self.n.inflight, 1)
+                self._begin()
                 rc = self._read(<char *>view.buf, offset, view.len)
-                counter_sub(&self.n.inflight, 1)
-                pthread_rwlock_unlock(&self.gate)
+                self._end()
             if rc:
                 raise error_from(rc, f"read of {view.len} bytes at {offset}")
         finally:
@@ -450,11 +457,9 @@ cdef class Device:
         try:
             self._enter(offset, view.len)
             with nogil:
-                pthread_rwlock_rdlock(&self.gate)
-                counter_add(&self.n.inflight, 1)
+                self._begin()
                 rc = self._write(<const char *>view.buf, offset, view.len)
-                counter_sub(&self.n.inflight, 1)
-                pthread_rwlock_unlock(&self.gate)
+                self._end()
             if rc:
                 raise error_from(rc, f"write of {view.len} bytes at {offset}")
         finally:
@@ -464,12 +469,10 @@ cdef class Device:
         """Free the whole blocks of a range: they are holes and read as zeros. Parts of blocks stay as they are."""
         self._enter(offset, length)
         with nogil:
-            pthread_rwlock_rdlock(&self.gate)
-            counter_add(&self.n.inflight, 1)
+            self._begin()
             self._zero(offset, length, 0, False)
             counter_add(&self.n.trims, 1)
-            counter_sub(&self.n.inflight, 1)
-            pthread_rwlock_unlock(&self.gate)
+            self._end()
 
     def zero(self, uint64_t offset, uint64_t length, bint may_trim=True):
         """Zero a range, to the byte. may_trim: whole blocks become holes, else allocated zeros; neither takes memory.
@@ -479,14 +482,12 @@ cdef class Device:
         cdef int rc
         self._enter(offset, length)
         with nogil:
-            pthread_rwlock_rdlock(&self.gate)
-            counter_add(&self.n.inflight, 1)
+            self._begin()
             rc = self._zero(offset, length, 0 if may_trim else SLOT_SAME, True)
             counter_add(&self.n.zeroes, 1)
             if rc:
                 counter_add(&self.n.failed_writes, 1)
-            counter_sub(&self.n.inflight, 1)
-            pthread_rwlock_unlock(&self.gate)
+            self._end()
         if rc:
             raise error_from(rc, f"zeroing of {length} bytes at {offset}")
 
@@ -501,9 +502,9 @@ cdef class Device:
         extents = []
         while offset < end and len(extents) < (1 if one else EXTENTS_MAX):
             with nogil:
-                pthread_rwlock_rdlock(&self.gate)
+                self._begin()
                 stop = self._extent(offset, end, &kind)
-                pthread_rwlock_unlock(&self.gate)
+                self._end()
             extents.append((offset, stop - offset, kind))
             offset = stop
         return extents
