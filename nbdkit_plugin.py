@@ -41,10 +41,9 @@ def _find_package() -> None:
 
 _find_package()
 try:
-    from zramd.core.threadstate import keep
-
     from zramd import __version__
     from zramd import config as settings
+    from zramd.core.threadstate import keep
     from zramd.errors import ZramdError
     from zramd.server import Server
 except ImportError as missing:
@@ -90,7 +89,11 @@ def config_complete() -> None:
 
 
 def thread_model() -> int:
-    model: int = nbdkit.THREAD_MODEL_PARALLEL
+    # An nbdkit before 1.34 (which brought `disconnect`) that serves a client with several threads aborts,
+    # and takes everyone's data along, when that client vanishes while they answer: "raw_send_socket:
+    # Assertion `sock >= 0' failed". With one thread for each client it cannot; clients still run in parallel.
+    safe = hasattr(nbdkit, "disconnect")
+    model: int = nbdkit.THREAD_MODEL_PARALLEL if safe else nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS
     return model
 
 

@@ -126,19 +126,25 @@ class TestData:
             handle.shutdown()
         wait_until(lambda: json.loads(served.request("GET", "/health")[1])["clients"] == 0)
 
-    def test_client_that_vanishes(self, serve: Serve) -> None:
+    @pytest.mark.parametrize("request_size", [4096, MIB])
+    @pytest.mark.parametrize("what", ["read", "write"])
+    def test_client_that_vanishes(self, serve: Serve, what: str, request_size: int) -> None:
+        """With 16 requests on their way: the others and the data go on unharmed, and so does the server."""
         served = serve()
         steady = served.connect()
-        steady.pwrite(b"x" * 65536, 0)
+        steady.pwrite(b"x" * 65536, 32 * MIB)
+        script = (
+            "import nbd, os, sys; h = nbd.NBD(); h.connect_uri(sys.argv[1]); size = int(sys.argv[3])\n"
+            "send = getattr(h, 'aio_p' + sys.argv[2])\n"
+            "for i in range(16): send(nbd.Buffer.from_bytearray(bytearray(size)), i * size)\n"
+            "while h.aio_in_flight() and not h.aio_peek_command_completed(): h.poll(1)\n"
+            "os._exit(1)"
+        )
         for _ in range(5):
-            script = (
-                "import nbd, os, sys; h = nbd.NBD(); h.connect_uri(sys.argv[1])\n"
-                "data = nbd.Buffer.from_bytearray(bytearray(65536))\n"
-                "for i in range(1, 65): h.aio_pwrite(data, i * 65536)\n"
-                "os._exit(1)"
-            )
-            subprocess.run([sys.executable, "-c", script, served.uri], timeout=30, check=False)
-        assert steady.pread(65536, 0) == b"x" * 65536
+            command = [sys.executable, "-c", script, served.uri, what, str(request_size)]
+            subprocess.run(command, timeout=30, check=False)
+            assert steady.pread(65536, 32 * MIB) == b"x" * 65536
+        wait_until(lambda: json.loads(served.request("GET", "/health")[1])["clients"] == 1)
 
     def test_random_bytes(self, serve: Serve) -> None:
         served = serve()
@@ -373,7 +379,7 @@ class TestStop:
         handle = served.connect()
         for _ in range(8):
             handle.aio_pread(nbd.Buffer(8 * MIB), 0)
-        wait_until(lambda: served.stats()["reads"] >= 3)
+        wait_until(lambda: served.stats()["reads"] >= 1)
         assert served.stop() < STOP_SECONDS
         assert served.process.returncode == 0, served.log.read_text()
         assert not served.rundir.exists()
