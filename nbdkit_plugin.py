@@ -92,9 +92,12 @@ def thread_model() -> int:
     # An nbdkit before 1.34 (which brought `disconnect`) that serves a client with several threads aborts,
     # and takes everyone's data along, when that client vanishes while they answer: "raw_send_socket:
     # Assertion `sock >= 0' failed". With one thread for each client it cannot; clients still run in parallel.
-    safe = hasattr(nbdkit, "disconnect")
-    model: int = nbdkit.THREAD_MODEL_PARALLEL if safe else nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS
-    return model
+    # Without settings (--dump-plugin) there is no server.
+    model = _server.config.thread_model if _pairs else "auto"
+    if model == "auto":
+        model = "parallel" if hasattr(nbdkit, "disconnect") else "serialize_requests"
+    value: int = getattr(nbdkit, f"THREAD_MODEL_{model.upper()}")
+    return value
 
 
 def get_ready() -> None:

@@ -101,6 +101,12 @@ def _pool_full(text: str) -> str:
     return text.lower()
 
 
+def _thread_model(text: str) -> str:
+    if text.lower() not in ("auto", "parallel", "serialize_requests"):
+        raise ConfigError(f"'{text}' is not a thread model: use auto, parallel or serialize_requests")
+    return text.lower()
+
+
 def _number(text: str, low: float, high: float, unit: str) -> float:
     if _NUMBER.fullmatch(text) is None or not low <= float(text) <= high:
         raise ConfigError(f"'{text}' is out of range: use {low:g} to {high:g} {unit}")
@@ -177,6 +183,14 @@ SETTINGS: tuple[Setting, ...] = (
         "eio",
         "error a client gets when mem_limit is reached: enospc or eio",
     ),
+    Setting(
+        "thread_model",
+        _thread_model,
+        "auto",
+        "parallel",
+        "parallel: several threads for each client; serialize_requests: one; "
+        "auto: parallel if nbdkit is 1.34 or later",
+    ),
     Setting("compaction", _boolean, "on", "off", "compact in the background"),
     Setting(
         "compaction_threshold",
@@ -219,6 +233,7 @@ class Config:
     comp_algorithm: str
     rundir: str
     pool_full: str
+    thread_model: str
     compaction: bool
     compaction_threshold: float
     compaction_near_limit: float
