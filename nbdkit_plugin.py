@@ -71,6 +71,7 @@ traceback.format_exception = _format_exception  # type: ignore[assignment]
 _pairs: list[tuple[str, str]] = []
 _server: Server
 _pool_full: int
+_thread_model = "auto"
 
 
 # The server's life.
@@ -82,9 +83,10 @@ def config(key: str, value: str) -> None:
 
 
 def config_complete() -> None:
-    global _server, _pool_full
+    global _server, _pool_full, _thread_model
     parsed = settings.parse(_pairs)
     _pool_full = {"enospc": errno.ENOSPC, "eio": errno.EIO}[parsed.pool_full]
+    _thread_model = parsed.thread_model
     _server = Server(parsed, nbdkit.shutdown)
 
 
@@ -92,8 +94,7 @@ def thread_model() -> int:
     # An nbdkit before 1.34 (which brought `disconnect`) that serves a client with several threads aborts,
     # and takes everyone's data along, when that client vanishes while they answer: "raw_send_socket:
     # Assertion `sock >= 0' failed". With one thread for each client it cannot; clients still run in parallel.
-    # Without settings (--dump-plugin) there is no server.
-    model = _server.config.thread_model if _pairs else "auto"
+    model = _thread_model
     if model == "auto":
         model = "parallel" if hasattr(nbdkit, "disconnect") else "serialize_requests"
     value: int = getattr(nbdkit, f"THREAD_MODEL_{model.upper()}")

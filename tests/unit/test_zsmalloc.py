@@ -1,4 +1,4 @@
-"""The allocator by itself: what malloc, free, read, write, compact and stats promise, and the geometry behind them."""
+"""The allocator by itself: what its functions promise, and the geometry behind them."""
 
 import random
 

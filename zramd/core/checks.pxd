@@ -14,7 +14,8 @@ cdef extern from *:
     #define ZRAMD_CHECK 0
     #endif
     #if ZRAMD_CHECK
-    #define zr_assert(x) ((x) ? (void)0 : (fprintf(stderr, "zramd: %s:%d: assertion failed: %s\\n", __FILE__, __LINE__, #x), abort()))
+    #define zr_fail(x) (fprintf(stderr, "zramd: %s:%d: assertion failed: %s\\n", __FILE__, __LINE__, x), abort())
+    #define zr_assert(x) ((x) ? (void)0 : zr_fail(#x))
     #else
     #define zr_assert(x) ((void)0)
     #endif

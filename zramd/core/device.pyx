@@ -12,7 +12,7 @@ Lock order: gate, one stripe, then the pool's. No lock but the stripe of a part-
 """
 
 cimport cython
-from libc.errno cimport EINVAL, EIO, ENOMEM, ENOSPC
+from libc.errno cimport EIO, ENOMEM, ENOSPC
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -517,7 +517,7 @@ cdef class Device:
         """Give the empty pages that are kept for the next write back to the operating system; returns how many."""
         cdef uint64_t n
         with nogil:
-            n = self.pool.give_back()
+            n = self.pool.trim()
         return n
 
     def pressure(self):

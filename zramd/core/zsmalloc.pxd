@@ -57,6 +57,7 @@ cdef class Zsmalloc:
     cdef bint make_room(self) noexcept nogil
     cdef uint64_t compact_run(self, uint64_t budget, uint64_t enough) noexcept nogil
     cdef uint64_t give_back(self) noexcept nogil
+    cdef uint64_t trim(self) noexcept nogil
     cdef void clear(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil
     cdef const char *find_fault(self, uint64_t *where, uint64_t words) noexcept nogil

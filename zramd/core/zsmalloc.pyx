@@ -735,6 +735,14 @@ cdef class Zsmalloc:
         pthread_mutex_unlock(&c.lock)
         return n
 
+    cdef uint64_t trim(self) noexcept nogil:
+        """give_back, while nobody compacts or checks."""
+        cdef uint64_t n
+        pthread_mutex_lock(&self.compact_lock)
+        n = self.give_back()
+        pthread_mutex_unlock(&self.compact_lock)
+        return n
+
     cdef bint make_room(self) noexcept nogil:
         """After -ENOSPC: free pages by whatever means there are; False when there is nothing to free.
 
@@ -993,7 +1001,7 @@ cdef class Zsmalloc:
         with nogil:
             freed = self.compact_run(budget or <uint64_t>-1, <uint64_t>-1)
             if budget == 0:
-                self.give_back()
+                self.trim()
         return freed
 
     def stats(self):
