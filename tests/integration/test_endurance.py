@@ -1,0 +1,197 @@
+"""What a server has to stand for long: it ends with the memory that it had early on."""
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import NbdSocket, Served, wait_until
+
+Serve = Callable[..., Served]
+MIB = 1 << 20
+BLOCK = 4096
+REQUEST = 128 << 10
+DEPTH = 16
+TOLERANCE = 0.02
+SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))
+
+
+def clients(served: Served) -> int:
+    """How many clients are connected."""
+    count: int = json.loads(served.request("GET", "/health")[1])["clients"]
+    return count
+
+
+def minor_faults(served: Served) -> int:
+    """Page faults of the whole process, threads that have ended too."""
+    text = Path(f"/proc/{served.process.pid}/stat").read_text()
+    return int(text.rpartition(")")[2].split()[7])  # field 10; the second one may hold blanks
+
+
+def requests(served: Served) -> int:
+    """Requests answered so far."""
+    stats = served.stats()
+    return int(sum(stats[kind] for kind in ("reads", "writes", "trims", "zeroes")))
+
+
+def compare(what: str, early: int, late: int) -> None:
+    """Fail when the memory differs by more than the tolerance; say the numbers either way."""
+    change = late / early - 1
+    print(f"resident {what}: {early / MIB:.2f} MiB, then {late / MIB:.2f} MiB ({change:+.2%})")
+    assert abs(change) <= TOLERANCE
+
+
+class TestConnections:
+    def serve_clients(self, served: Served, count: int) -> None:
+        """Connect, read one block and leave, `count` times from four threads; then nobody is there."""
+        failures: list[BaseException] = []
+
+        def visit(number: int) -> None:
+            try:
+                for turn in range(number, count, 4):
+                    client = NbdSocket(served)
+                    block = turn % 256
+                    assert client.read(block * BLOCK, BLOCK) == bytes([block]) * BLOCK
+                    client.close()
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=visit, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        wait_until(lambda: clients(served) == 0)
+
+    def threads(self, served: Served) -> int:
+        return len(os.listdir(f"/proc/{served.process.pid}/task"))
+
+    def descriptors(self, served: Served) -> int:
+        return len(os.listdir(f"/proc/{served.process.pid}/fd"))
+
+    @pytest.mark.parametrize(
+        ("model", "first", "count"),
+        [
+            ("auto", 500, 2_000),
+            pytest.param("auto", 1_000, 10_000, marks=pytest.mark.slow),
+            pytest.param("parallel", 1_000, 10_000, marks=pytest.mark.slow),
+        ],
+    )
+    def test_served_and_closed(self, serve: Serve, model: str, first: int, count: int) -> None:
+        served = serve(thread_model=model)
+        client = NbdSocket(served)
+        blocks = b"".join(bytes([block]) * BLOCK for block in range(256))
+        assert client.ask(client.WRITE, 0, len(blocks), blocks) == 0
+        client.close()
+        wait_until(lambda: clients(served) == 0)
+        time.sleep(0.2)  # the connection that just told the number of clients is closed a little later
+        open_before, threads_before = self.descriptors(served), self.threads(served)
+        self.serve_clients(served, first)
+        early = served.resident()
+        self.serve_clients(served, count - first)
+        wait_until(lambda: self.descriptors(served) <= open_before)
+        wait_until(lambda: self.threads(served) <= threads_before)
+        compare(f"after {first} and {count} connections", early, served.resident())
+        assert served.log.read_text() == ""
+
+
+class Rewriter:
+    """Writes a whole device again and again: other data each round, of the same compressed sizes."""
+
+    def __init__(self, served: Served) -> None:
+        self.served = served
+        self.client = NbdSocket(served)
+        self.dice = random.Random(SEED)
+        blocks = self.client.size // BLOCK
+        # From nearly empty to what is stored raw, as many of each in every round.
+        self.sizes = [self.dice.randrange(16, BLOCK) for _ in range(blocks)]
+        self.written: list[bytes] = []
+
+    def _blocks(self) -> Iterator[bytes]:
+        """One round of requests, in the order of the device."""
+        noise = self.dice.randbytes(MIB + BLOCK)
+        self.dice.shuffle(self.sizes)
+        per_request = REQUEST // BLOCK
+        for first in range(0, len(self.sizes), per_request):
+            parts = []
+            for size in self.sizes[first : first + per_request]:
+                start = self.dice.getrandbits(20)
+                parts.append(noise[start : start + size].ljust(BLOCK, b"\0"))
+            yield b"".join(parts)
+
+    def round(self) -> None:
+        """Rewrite the device, in an order that is another one each time."""
+        self.written = list(self._blocks())
+        order = list(range(len(self.written)))
+        self.dice.shuffle(order)
+        for turn, index in enumerate(order):
+            self.client.send(self.client.WRITE, index * REQUEST, REQUEST, self.written[index])
+            if turn >= DEPTH:
+                self._answer()
+        for _ in range(min(DEPTH, len(order))):
+            self._answer()
+
+    def overwrite(self, count: int) -> None:
+        """Overwrite single blocks at random, one at a time."""
+        noise = self.dice.randbytes(MIB + BLOCK)
+        for _ in range(count):
+            index, start = self.dice.randrange(len(self.sizes)), self.dice.getrandbits(20)
+            block = noise[start : start + self.sizes[index]].ljust(BLOCK, b"\0")
+            assert self.client.ask(self.client.WRITE, index * BLOCK, BLOCK, block) == 0
+
+    def check(self) -> None:
+        """The last round is what is there."""
+        for index, data in enumerate(self.written):
+            assert self.client.read(index * REQUEST, REQUEST) == data
+
+    def _answer(self) -> None:
+        error, _ = self.client.reply()
+        assert error == 0
+
+
+class TestRewriting:
+    @pytest.mark.parametrize("rounds", [20, pytest.param(100, marks=pytest.mark.slow)])
+    def test_whole_device(self, serve: Serve, rounds: int) -> None:
+        """Rewriting leaves nothing behind, left alone or told to compact."""
+        print(f"ZRAMD_SEED={SEED}")
+        served = serve(disksize=64 * MIB)
+        rewriter = Rewriter(served)
+        rewriter.round()
+        early = self.settled(served), self.compacted(served)
+        for _ in range(rounds - 1):
+            rewriter.round()
+        late = self.settled(served), self.compacted(served)
+        rewriter.check()
+        assert served.log.read_text() == ""
+        compare(f"compacted, after 1 and {rounds} rounds", early[1], late[1])
+        compare(f"left alone, after 1 and {rounds} rounds", early[0], late[0])
+
+    def settled(self, served: Served) -> int:
+        """Resident memory when background compaction has done what it finds worth doing."""
+        time.sleep(3)  # a look each second: one may compact, the next gives back the pages that were kept
+        wait_until(lambda: '"running"' not in served.request("GET", "/health")[1])
+        return served.resident()
+
+    def compacted(self, served: Served) -> int:
+        """Resident memory when everything freeable has been freed."""
+        assert served.request("POST", "/compact")[0] == 200
+        assert served.stats()["freeable_pages"] == 0
+        return served.resident()
+
+    def test_faults(self, serve: Serve) -> None:
+        """A request in steady state takes no page that it has to be given first."""
+        served = serve(disksize=32 * MIB)
+        rewriter = Rewriter(served)
+        rewriter.round()
+        rewriter.overwrite(10_000)
+        faults, answered = minor_faults(served), requests(served)
+        rewriter.overwrite(30_000)
+        faults, answered = minor_faults(served) - faults, requests(served) - answered
+        print(f"{faults} minor faults in {answered} requests: {faults / answered:.4f} each")
+        assert answered == 30_000
+        assert faults / answered < 0.05
