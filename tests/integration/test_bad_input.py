@@ -56,6 +56,13 @@ def descriptors(served: Served) -> int:
     return len(os.listdir(f"/proc/{served.process.pid}/fd"))
 
 
+def settled(served: Served) -> tuple[int, int]:
+    """Threads and files while nobody comes or goes."""
+    # nbdkit starts a client's threads one by one: the first may answer before the last is there.
+    time.sleep(0.2)
+    return threads(served), descriptors(served)
+
+
 @contextlib.contextmanager
 def bystander(served: Served, length: int = 8 * MIB) -> Iterator[None]:
     """Another client, which works on the first bytes of the device meanwhile and finds all as it left it."""
@@ -231,7 +238,7 @@ class TestBadSettings:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=10,
             user=user,
             check=False,
         )
@@ -491,7 +498,7 @@ class TestManyClients:
         # Small requests only: nbdkit keeps for each of a client's threads a buffer as large as the largest.
         steady, noise = NbdSocket(served), os.urandom(BLOCK)
         assert steady.ask(WRITE, 0, BLOCK, noise) == 0
-        threads_before, files_before = threads(served), descriptors(served)
+        threads_before, files_before = settled(served)
         memory = []
         for turn in range(4):
             crowd = [NbdSocket(served) for _ in range(200)]
@@ -515,7 +522,8 @@ class TestManyClients:
             memory.append(served.resident())
             print(f"resident {most}, then {memory[-1] / MIB:.1f} MiB")
             assert steady.read(0, BLOCK) == noise
-        assert memory[-1] < memory[0] * 1.02
+        # The Python state of a thread, left behind, would be 5 KB: 3 MiB and more for all that came.
+        assert memory[-1] - memory[0] < MIB
         assert served.log.read_text() == ""
 
     def test_names_of_no_text(self, serve: Serve) -> None:
@@ -578,7 +586,7 @@ class TestRandomBytes:
         served = serve()
         dice = random.Random(SEED)
         with bystander(served):
-            before = threads(served), descriptors(served)
+            before = settled(served)
             for _ in range(self.COUNT):
                 provoke(served.socket, nonsense(dice), dice.random() < 0.5)
             wait_until(lambda: (threads(served), descriptors(served)) == before)
@@ -590,7 +598,7 @@ class TestRandomBytes:
         served = serve()
         dice = random.Random(SEED)
         with bystander(served):
-            before = threads(served), descriptors(served)
+            before = settled(served)
             for turn in range(self.COUNT):
                 client = NbdSocket(served)
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -621,7 +629,7 @@ class TestRandomBytes:
         good = b"GET /stats HTTP/1.1\r\nHost: zramd\r\nContent-Length: 3\r\n\r\nabc"
         statuses: dict[bytes, int] = {}
         with bystander(served):
-            before = threads(served), descriptors(served)
+            before = settled(served)
             for turn in range(self.COUNT):
                 kind = turn % 4
                 if kind == 0:
