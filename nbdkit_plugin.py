@@ -132,7 +132,11 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 
 
 def open(readonly: bool) -> Device:
-    wanted, name = nbdkit.export_name(), _server.config.name
+    name = _server.config.name
+    try:
+        wanted = nbdkit.export_name()
+    except UnicodeDecodeError as error:
+        wanted = error.object.decode(errors="backslashreplace")
     if wanted not in ("", name):
         nbdkit.set_error(errno.ENOENT)
         raise ZramdError(f"export '{wanted}' does not exist: use '{name}'")

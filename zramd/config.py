@@ -195,7 +195,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "compaction_threshold",
         _percent,
-        "4",
+        "2",
         "10",
         "percent of the pool's pages that must be freeable before background compaction starts",
     ),

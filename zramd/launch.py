@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import select
 import shlex
 import shutil
 import socket
@@ -173,16 +174,20 @@ def is_ready(settings: config.Config) -> bool:
 def watch(pid: int, ready: Callable[[], bool], text: str) -> None:
     """Print `text` once `ready` says so; give up silently when process `pid` has ended."""
     end = time.monotonic() + READY_TIMEOUT
+    ended = select.poll()
+    try:
+        # Tells of the end at once, even while the parent has not asked for its status: a caller that waits
+        # for the end of our output would wait for us, and we for it.
+        ended.register(os.pidfd_open(pid), select.POLLIN)
+    except ProcessLookupError:
+        return
     while time.monotonic() < end:
         if ready():
             sys.stdout.write(text)
             sys.stdout.flush()
             return
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
+        if ended.poll(20):
             return
-        time.sleep(0.02)
 
 
 def _start_watcher(settings: config.Config, text: str) -> None:
@@ -222,6 +227,8 @@ def serve(name: str | None, size: str | None, words: list[str], nbdkit_words: li
     options = read_options(nbdkit_words)
     if {"-s", "--single", "--stdin"}.isdisjoint(options.values):  # there, standard output is the client's
         _start_watcher(settings, greeting(settings, options, os.getpid()))
+    # One arena for all threads: with an arena each, memory goes on growing for thousands of connections.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     os.environ.pop("PYTHONHOME", None)  # nbdkit's Python is not the one that this was meant for
     argv = command(settings, pairs, options)
     os.execvp(argv[0], argv)

@@ -11,7 +11,8 @@ from zramd.compactor import FRUITLESS_BYTES, MAX_INTERVAL, MIN_FREEABLE, Compact
 
 
 def settings(**given: str) -> config.Config:
-    return config.parse({"disksize": "1G", "rundir": "/tmp/zramd-test", **given}.items())
+    defaults = {"disksize": "1G", "rundir": "/tmp/zramd-test", "compaction_threshold": "4"}
+    return config.parse((defaults | given).items())
 
 
 def pressure(freeable: int, used: int = 10000, limit: int = 0, done: int = 0, inflight: int = 0) -> Pressure:

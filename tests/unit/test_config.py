@@ -69,7 +69,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         pool_full="enospc",
         thread_model="auto",
         compaction=True,
-        compaction_threshold=4.0,
+        compaction_threshold=2.0,
         compaction_near_limit=90.0,
         compaction_interval=1.0,
         compaction_step=65536,
