@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 from bench_tools import (
     compaction_rows,
     corpus,
@@ -108,6 +108,8 @@ def _options() -> argparse.Namespace:
         options.only = [group for group in GROUPS if group != "large" or options.large or options.quick]
     elif options.large and "large" not in options.only:
         options.only.append("large")
+    if options.corpus and not os.access(options.corpus, os.R_OK):
+        parser.error(f"'{options.corpus}' cannot be read")
     for file in (options.json, options.markdown):
         # Found now, and not after ten minutes.
         if file and not os.access(file if file.exists() else file.absolute().parent, os.W_OK):

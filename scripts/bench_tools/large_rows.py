@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from bench_tools.corpus import pages, requests
 from bench_tools.in_process_rows import write_pass

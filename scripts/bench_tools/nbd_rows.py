@@ -33,9 +33,6 @@ READ = Pattern("read", "128k", 8, (ZRAMD, KERNEL))
 PATTERNS = (RANDWRITE, RANDREAD, WRITE_LATENCY, READ_LATENCY, WRITE, READ)
 
 
-Take = Callable[[Pattern, str], list[float]]
-
-
 @dataclass(frozen=True)
 class Run:
     """One fio run: its result, and what it took on the server's side, per request."""

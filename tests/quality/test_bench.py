@@ -64,6 +64,7 @@ def test_every_row(tmp_path: Path) -> None:
         (["--rounds", "0"], "'0' is not a whole number above 0"),
         (["--seconds", "nan"], "'nan' is out of range"),
         (["--json", "/nowhere/file"], "'/nowhere/file' cannot be written"),
+        (["--corpus", "/nowhere/pages"], "'/nowhere/pages' cannot be read"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )

@@ -223,6 +223,12 @@ cdef class Device:
                     counter_add(&self.n.huge_pages_since, 1)
         return old
 
+    cdef void _prefetch(self, uint64_t block) noexcept nogil:
+        """Ask the cache for the object of a block."""
+        cdef uint64_t slot = self._get(block)
+        if slot and not slot & SLOT_SAME:
+            self.pool.obj_prefetch(slot >> SLOT_HANDLE_SHIFT, slot & SLOT_SIZE_MASK)
+
     cdef int _write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil:
         cdef uint64_t slot, old
         cdef int rc = self._store(src, s, &slot)
@@ -321,6 +327,10 @@ cdef class Device:
         while done < length and rc == 0:
             at = (offset + done) & (BLOCK_SIZE - 1)
             n = min(<uint64_t>(BLOCK_SIZE - at), length - done)
+            # Objects of neighbouring blocks are anywhere, so the processor cannot guess which is next: 6 % on 128K reads.
+            # (For what a write replaces it gained nothing.)
+            if done + n < length:
+                self._prefetch(((offset + done) >> BLOCK_SHIFT) + 1)
             rc = self._read_block((offset + done) >> BLOCK_SHIFT, at, dst + done, n, s)
             done += n
         if s != NULL:

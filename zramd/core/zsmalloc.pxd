@@ -46,6 +46,7 @@ cdef class Zsmalloc:
     cdef int obj_begin(self, uint64_t handle, char **payload) noexcept nogil
     cdef void obj_end(self, uint64_t handle) noexcept nogil
     cdef int obj_free(self, uint64_t handle) noexcept nogil
+    cdef void obj_prefetch(self, uint64_t handle, uint32_t size) noexcept nogil
     cdef uint32_t obj_capacity(self, uint64_t handle) noexcept nogil
 
     # handles that stand for a word instead of an object
