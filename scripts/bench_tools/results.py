@@ -187,7 +187,7 @@ class Report:
         table.insert(1, ["---"] * len(HEAD))
         lines = [f"- {name}: {value}" for name, value in {**self.machine, **self.settings}.items()]
         lines += ["", *(f"| {' | '.join(row)} |" for row in table), ""]
-        lines += [f"{line}  " for line in (*notes, *self._last_lines())]
+        lines += [f"- {line}" for line in (*notes, *self._last_lines())]
         return "\n".join(line.rstrip() if line.endswith("|") else line for line in lines).rstrip() + "\n"
 
     def _table(self) -> tuple[list[list[str]], list[str]]:
