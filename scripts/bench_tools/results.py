@@ -188,7 +188,7 @@ class Report:
         lines = [f"- {name}: {value}" for name, value in {**self.machine, **self.settings}.items()]
         lines += ["", *(f"| {' | '.join(row)} |" for row in table), ""]
         lines += [f"- {line}" for line in (*notes, *self._last_lines())]
-        return "\n".join(line.rstrip() if line.endswith("|") else line for line in lines).rstrip() + "\n"
+        return "\n".join(lines) + "\n"
 
     def _table(self) -> tuple[list[list[str]], list[str]]:
         """Return the table, its head first, and the numbered notes; equal notes have one number."""
