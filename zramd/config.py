@@ -62,6 +62,13 @@ def _step(text: str) -> int:
     return size
 
 
+def _reserve(text: str) -> int:
+    size = parse_size(text)
+    if not 1 << 20 <= size <= 1 << 30:
+        raise ConfigError(f"'{text}' is out of range: use 1M to 1G")
+    return size
+
+
 def _name(text: str) -> str:
     if _NAME.fullmatch(text) is None:
         raise ConfigError(
@@ -98,6 +105,12 @@ def _boolean(text: str) -> bool:
 def _pool_full(text: str) -> str:
     if text.lower() not in ("enospc", "eio"):
         raise ConfigError(f"'{text}' is not an error number: use enospc or eio")
+    return text.lower()
+
+
+def _swap(text: str) -> str:
+    if text.lower() not in ("other", "local"):
+        raise ConfigError(f"'{text}' is neither other nor local")
     return text.lower()
 
 
@@ -184,6 +197,21 @@ SETTINGS: tuple[Setting, ...] = (
         "error a client gets when mem_limit is reached: enospc or eio",
     ),
     Setting(
+        "swap",
+        _swap,
+        "other",
+        "local",
+        "local: this machine's own kernel swaps to the device: lock all memory, never wait for more; "
+        "other: anybody else does",
+    ),
+    Setting(
+        "reserve",
+        _reserve,
+        "8M",
+        "32M",
+        "with swap=local: memory kept ready for pages to come, beside mem_limit, 1M to 1G",
+    ),
+    Setting(
         "thread_model",
         _thread_model,
         "auto",
@@ -233,6 +261,8 @@ class Config:
     comp_algorithm: str
     rundir: str
     pool_full: str
+    swap: str
+    reserve: int
     thread_model: str
     compaction: bool
     compaction_threshold: float

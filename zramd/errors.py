@@ -49,6 +49,10 @@ class CorruptionError(ZramdError):
     """`check()` found a structure that contradicts another; the message names both."""
 
 
+class SwapError(ZramdError):
+    """A measure that swap=local asks for cannot be had; the message says which, and the remedy."""
+
+
 class RundirError(ZramdError):
     """The run folder cannot be created or written, or a live server holds it."""
 

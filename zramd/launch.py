@@ -229,6 +229,10 @@ def serve(name: str | None, size: str | None, words: list[str], nbdkit_words: li
         _start_watcher(settings, greeting(settings, options, os.getpid()))
     # One arena for all threads: with an arena each, memory goes on growing for thousands of connections.
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+    if settings.swap == "local":
+        # Python's own allocator asks the kernel for a megabyte whenever it is out of one.
+        os.environ["PYTHONMALLOC"] = "malloc"
+        os.environ["LD_BIND_NOW"] = "1"
     os.environ.pop("PYTHONHOME", None)  # nbdkit's Python is not the one that this was meant for
     argv = command(settings, pairs, options)
     os.execvp(argv[0], argv)

@@ -15,9 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from zramd import __version__, stats
+from zramd import __version__, stats, swap
 from zramd.compactor import Compactor
 from zramd.config import Config
+from zramd.core import process
 from zramd.core.device import Device
 from zramd.endpoint import Endpoint
 from zramd.errors import CorruptionError, RundirError
@@ -28,6 +29,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  #
 STOP_READING = 0.1  # it has answered what was under way: clients see the end of the connection
 STOP_WRITING = 0.5  # a client that does not take its answers is cut off
 STOP_WAITING = 0.9  # nbdkit is stuck: leave without it
+SWAPOFF_INTERVAL = 0.5  # seconds between two looks whether swap is off, while a stop waits for it
 REFRESH = 30.0  # seconds after which unchanged stats files are written again: their age shows that we live
 
 
@@ -52,24 +54,35 @@ class Server:
         self._written: dict[str, int] = {}
         self._written_at = 0.0
         self._complained = False
+        self._log = swap.Log()
+        self._keeper: threading.Thread | None = None
+        self._stop_refused = False
 
     def prepare(self) -> None:
         """Do all that can fail before nbdkit forks.
 
-        Raises RundirError, CorruptionError when the self-test fails, MemoryError.
+        Raises RundirError, CorruptionError when the self-test fails, MemoryError, SwapError.
         """
         self_test()
         config = self.config
+        if config.swap == "local":
+            swap.prepare()
         self.device = Device(config.disksize, mem_limit=config.mem_limit, acceleration=config.acceleration)
         self._rundir = Rundir(config.rundir)
 
     def start(self) -> None:
         """Start the threads; call it in the process that serves, on its main thread.
 
-        Raises RundirError when this process, unlike the one that prepared, cannot write the run folder.
+        Raises RundirError when this process, unlike the one that prepared, cannot write the run folder;
+        SwapError.
         """
         assert self._rundir is not None
         try:
+            if self.config.swap == "local":
+                swap.protect(self.device, self.config.reserve)
+                self._keeper = threading.Thread(target=self._keep_reserve, name="zramd-keeper", daemon=True)
+                self._keeper.start()
+                self._log.start()
             self._rundir.write_pid()
             if self.config.stats_interval:
                 self._write_stats()
@@ -102,10 +115,14 @@ class Server:
             self._housekeeper.join()
         if self._compactor is not None:
             self._compactor.stop()
+        if self._keeper is not None:
+            self.device.reserve_stop()
+            self._keeper.join()
         if self._endpoint is not None:
             self._endpoint.close()
         if self._rundir is not None:
             self._rundir.remove()
+        self._log.stop()
 
     def client_opened(self) -> None:
         """Count a client; waits while the device is being reset."""
@@ -159,8 +176,14 @@ class Server:
         """Forget the peak of the pool's size."""
         self.device.reset_mem_used_max()
 
+    def _keep_reserve(self) -> None:
+        process.warm_stack()
+        self.device.reserve_keep()
+
     def _housekeep(self) -> None:
         """Answer the endpoint's callers, write the stats files, and stop nbdkit when a signal says so."""
+        if self.config.swap == "local":
+            process.warm_stack()
         poll = select.poll()
         poll.register(self._wake[0], select.POLLIN)
         if self._endpoint is not None:
@@ -169,13 +192,18 @@ class Server:
         due = time.monotonic() + interval
         while not self._stopping.is_set():
             timeout = max(due - time.monotonic(), 0) * 1000 if interval else None
+            if self._stop_refused:
+                timeout = SWAPOFF_INTERVAL * 1000
             for fd, _ in poll.poll(timeout):
                 if fd != self._wake[0]:
                     assert self._endpoint is not None
                     self._endpoint.accept()
-                elif any(os.read(fd, 64)):
+                elif any(signals := os.read(fd, 64)) and self._may_leave(signals):
                     self._leave()
                     return
+            if self._stop_refused and self._may_leave(b""):
+                self._leave()
+                return
             if interval and time.monotonic() >= due:
                 due = time.monotonic() + interval
                 self._refresh_stats()
@@ -206,6 +234,24 @@ class Server:
         publish("metrics.prom", stats.prometheus(snapshot, classes))
         self._written, self._written_at = counters, time.monotonic()
         return True
+
+    def _may_leave(self, signals: bytes) -> bool:
+        """Say whether to stop now: the kernel must not lose what it has swapped out.
+
+        If it would, remember that a stop is wanted, and say what to do.
+        """
+        if self.config.swap != "local" or not self._clients or signal.SIGQUIT in signals:
+            return True
+        devices = " ".join(swap.devices_in_use(self.config.disksize))
+        if devices and signals:
+            print(
+                f"zramd: {devices} is in use as swap: stopping once 'swapoff {devices}' was run "
+                "(SIGQUIT stops at once and loses what is swapped out)",
+                file=sys.stderr,
+                flush=True,
+            )
+        self._stop_refused = bool(devices)
+        return not devices
 
     def _leave(self) -> None:
         """End nbdkit within a second, in its normal way if it can: then it calls `stop`."""

@@ -28,6 +28,7 @@ class Counters:
 
     orig_data_size: 4096 for each block that holds data. compr_data_size: the payloads in the pool.
     mem_used_total: pages of the pool in use. metadata_bytes: slots, handle cells, all else beside the pool.
+    reserve_bytes: pages kept ready for the pool (swap=local); reserve_misses: pages not ready when needed.
     """
 
     disksize: int
@@ -46,6 +47,8 @@ class Counters:
     notify_free: int
     pages_stored: int
     metadata_bytes: int
+    reserve_bytes: int
+    reserve_misses: int
     objs_allocated: int
     objs_used: int
     freeable_pages: int
@@ -76,8 +79,8 @@ class Snapshot(Counters):
 
     @property
     def total_bytes(self) -> int:
-        """All memory the device takes: pool and metadata."""
-        return self.mem_used_total + self.metadata_bytes
+        """All memory the device takes: pool, reserve and metadata."""
+        return self.mem_used_total + self.reserve_bytes + self.metadata_bytes
 
     @property
     def frag_ratio(self) -> float:
@@ -233,6 +236,7 @@ def prometheus(snapshot: Snapshot, rows: list[ClassRow]) -> str:
     gauge("mem_used_max_bytes", "Peak of the pool's pages in use.", s.mem_used_max)
     gauge("mem_limit_bytes", "Most that the pool may take, 0 for no limit.", s.mem_limit)
     gauge("metadata_bytes", "Memory beside the pool: slots, handle cells and all else.", s.metadata_bytes)
+    gauge("reserve_bytes", "Memory kept ready for pages to come.", s.reserve_bytes)
     gauge("same_pages", "Blocks that hold one repeated word and take no pool memory.", s.same_pages)
     gauge("huge_pages", "Blocks stored raw.", s.huge_pages)
     gauge("freeable_bytes", "Pool memory that compaction would free now.", s.freeable_pages * 4096)
@@ -243,6 +247,7 @@ def prometheus(snapshot: Snapshot, rows: list[ClassRow]) -> str:
     by_op("requests", "Requests served.", read=s.reads, write=s.writes, trim=s.trims, zero=s.zeroes)
     by_op("request_bytes", "Bytes read and written by clients.", read=s.read_bytes, write=s.written_bytes)
     by_op("request_errors", "Requests that failed.", read=s.failed_reads, write=s.failed_writes)
+    counter("reserve_misses", "Pages that were not ready when needed.", s.reserve_misses)
     counter("freed_blocks", "Blocks freed by trim and zero.", s.notify_free)
     counter("compaction_runs", "Compactions that freed something.", s.num_compactions)
     counter("compaction_limit_runs", "Writes that compacted first because of mem_limit.", s.limit_compactions)

@@ -1,5 +1,7 @@
 """The device against a bytearray: any ranges, trims, zeros, compactions, limits, and check() after each."""
 
+import threading
+
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -40,9 +42,14 @@ class DeviceModel(RuleBasedStateMachine):
         super().__init__()
         self.device = Device(SIZE)
         self.model = bytearray(SIZE)
+        self.keeper: threading.Thread | None = None
 
-    @initialize(full=st.booleans(), data=st.data())
-    def start(self, full: bool, data: st.DataObject) -> None:
+    @initialize(full=st.booleans(), reserve=st.booleans(), data=st.data())
+    def start(self, full: bool, reserve: bool, data: st.DataObject) -> None:
+        if reserve:
+            self.device.reserve_start(SIZE // 4)
+            self.keeper = threading.Thread(target=self.device.reserve_keep)
+            self.keeper.start()
         if full:
             self.write((0, SIZE), data)
 
@@ -132,6 +139,9 @@ class DeviceModel(RuleBasedStateMachine):
         assert counters["mem_used_max"] >= counters["mem_used_total"]
 
     def teardown(self) -> None:
+        if self.keeper is not None:
+            self.device.reserve_stop()
+            self.keeper.join()
         now = bytearray(SIZE)
         self.device.read(now, 0)
         assert now == self.model

@@ -6,7 +6,8 @@ Scaled by ZRAMD_STRESS (1 by default); the seed is printed and can be given as Z
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -53,8 +54,25 @@ def seed(record_property: Callable[[str, object], None]) -> None:
     record_property("seed", SEED)
 
 
+@contextmanager
+def reserve(device: Device, size: int) -> Iterator[None]:
+    """Keep `size` bytes ready meanwhile; 0: no reserve."""
+    if not size:
+        yield
+        return
+    device.reserve_start(size)
+    keeper = threading.Thread(target=device.reserve_keep)
+    keeper.start()
+    try:
+        yield
+    finally:
+        device.reserve_stop()
+        keeper.join()
+
+
+@pytest.mark.parametrize("ready", [0, 1 << 20])
 @pytest.mark.parametrize("limit", [0, 3 << 20])
-def test_owned_blocks_with_compaction(limit: int) -> None:
+def test_owned_blocks_with_compaction(limit: int, ready: int) -> None:
     """Each thread has blocks of its own and knows their content; what one does never shows in another's."""
     device = Device(16 << 20, mem_limit=limit)
     done = threading.Event()
@@ -110,7 +128,8 @@ def test_owned_blocks_with_compaction(limit: int) -> None:
     background = threading.Thread(target=compactor)
     background.start()
     try:
-        run([worker(me) for me in range(workers)])
+        with reserve(device, ready):
+            run([worker(me) for me in range(workers)])
     finally:
         done.set()
         background.join()
@@ -194,7 +213,8 @@ def test_partial_writes_lose_nobodys_bytes() -> None:
             assert now[at : at + 64] == bytes([value]) * 64
 
 
-def test_reset_and_limits_under_load() -> None:
+@pytest.mark.parametrize("ready", [0, 1 << 20])
+def test_reset_and_limits_under_load(ready: int) -> None:
     device = Device(16 << 20)
     done = threading.Event()
 
@@ -227,5 +247,6 @@ def test_reset_and_limits_under_load() -> None:
             device.counters()
             device.pressure()
 
-    run([writer, writer, disturb, watch])
+    with reserve(device, ready):
+        run([writer, writer, disturb, watch])
     device.check()

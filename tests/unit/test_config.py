@@ -67,6 +67,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         comp_algorithm="lz4",
         rundir="/run/zramd/zram0",
         pool_full="enospc",
+        swap="other",
+        reserve=8 << 20,
         thread_model="auto",
         compaction=True,
         compaction_threshold=2.0,

@@ -26,6 +26,8 @@ COUNTERS = {
     "notify_free": 19,
     "pages_stored": 10,
     "metadata_bytes": 2048,
+    "reserve_bytes": 8192,
+    "reserve_misses": 3,
     "objs_allocated": 16,
     "objs_used": 12,
     "freeable_pages": 2,
@@ -90,7 +92,7 @@ def test_derived(snapshot: stats.Snapshot) -> None:
     assert stats.frag_ratio(snapshot) == "75.00\n"
     assert snapshot.occupancy == 75
     assert snapshot.compression_ratio == 5
-    assert snapshot.total_bytes == 10240
+    assert snapshot.total_bytes == 18432
 
 
 def test_empty_pool(snapshot: stats.Snapshot) -> None:
@@ -107,7 +109,7 @@ def test_json(snapshot: stats.Snapshot) -> None:
     assert values["uptime"] > 0
     assert values["resident_bytes"] > 1 << 20
     assert values["frag_ratio"] == values["occupancy"] == 75
-    assert values["total_bytes"] == 10240
+    assert values["total_bytes"] == 18432
 
 
 def test_prometheus(snapshot: stats.Snapshot) -> None:

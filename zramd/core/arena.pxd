@@ -1,10 +1,13 @@
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
-from zramd.core.locks cimport pthread_mutex_t
+from zramd.core.locks cimport pthread_cond_t, pthread_mutex_t
+from zramd.core.types cimport SPAN_LENGTHS
 
 cdef void *region_map(uint64_t size, bint writable) noexcept nogil
 cdef void region_unmap(void *base, uint64_t size) noexcept nogil
 cdef int region_release(void *start, uint64_t size) noexcept nogil
+cdef int region_populate(void *start, uint64_t size) noexcept nogil
+cdef void regions_are_locked() noexcept nogil
 
 cdef class Arena:
     cdef readonly uint32_t span_count   # spans in the reservation
@@ -21,11 +24,41 @@ cdef class Arena:
     cdef uint64_t pages_max             # atomic: the most there ever were
     cdef uint64_t limit                 # atomic: most pages there may be, 0: no limit
 
+    # The reserve: free spans that the keeper makes resident ahead of need. Guarded by lock.
+    cdef uint64_t reserve               # atomic: pages to keep ready, 0: there is no reserve
+    cdef uint32_t ready[SPAN_LENGTHS]   # [n]: free spans whose first n pages are resident; [0]: spans to be given back
+    cdef uint32_t ready_count[SPAN_LENGTHS]
+    cdef uint64_t demand[SPAN_LENGTHS]  # pages that were asked for in spans of each length, the latest count most
+    cdef uint64_t demand_sum
+    cdef uint64_t ready_pages           # atomic: resident pages of those spans; not among `pages`
+    cdef uint64_t misses                # atomic: pages that a request had to make resident by itself
+    cdef pthread_cond_t work            # something for the keeper to do
+    cdef bint keeper_sleeps
+    cdef bint keeper_works              # it has a span on no list
+    cdef bint keeper_ends
+    cdef char *records                  # the owner's record of each span, made resident along with it
+    cdef uint32_t record_size
+    cdef uint32_t records_ready         # spans below this one have resident records
+
     cdef int64_t take(self, uint32_t npages) noexcept nogil
     cdef void give(self, uint32_t span, bint keep) noexcept nogil
+    cdef bint _charge(self, uint64_t n) noexcept nogil
     cdef int commit(self, uint32_t span, uint32_t mask) noexcept nogil
     cdef int decommit(self, uint32_t span, uint32_t mask) noexcept nogil
+    cdef void _release(self, uint32_t span, uint32_t mask) noexcept nogil
     cdef uint64_t trim_stock(self) noexcept nogil
+    cdef int reserve_start(self, uint64_t pages) noexcept nogil
+    cdef void reserve_keep(self) noexcept nogil
+    cdef void reserve_stop(self) noexcept nogil
+    cdef int _keep_one(self) noexcept nogil
+    cdef int _populate(self, uint32_t span, uint32_t npages) noexcept nogil
+    cdef void _note_demand(self, uint32_t npages) noexcept nogil
+    cdef uint32_t _ready_wanted(self, uint32_t npages) noexcept nogil
+    cdef int64_t _ready_take(self, uint32_t npages) noexcept nogil
+    cdef void _ready_give(self, uint32_t span) noexcept nogil
+    cdef uint32_t _ready_pop(self, uint32_t npages) noexcept nogil
+    cdef void _ready_push(self, uint32_t span) noexcept nogil
+    cdef int64_t _cold_take(self) noexcept nogil
     cdef void reset(self) noexcept nogil
     cdef void reset_peak(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil

@@ -7,6 +7,11 @@
 A page costs memory only once it is committed, one by one, so a span of a part-filled zspage costs the pages that were
 touched. A free span keeps its pages for a while (the stock): a first touch takes 1.8 us and giving back 16 KiB 2.1 us,
 more than a block's decompression, and steady overwriting empties and starts zspages all the time.
+
+A server that its own kernel swaps to must never need memory while it takes a page in: there may be none until it has. So
+it can have a reserve: free spans of each length, resident ahead of need. A thread of its own (the keeper) fills it and
+gives back what is too much; no lock is held while it does, so when it has to wait for memory nobody waits for it.
+Requests take spans from the reserve and return them there, without a system call.
 """
 
 cimport cython
@@ -37,25 +42,44 @@ from zramd.core.locks cimport (
     load_relaxed_32,
     owned_add_32,
     owned_sub_32,
+    pthread_cond_destroy,
+    pthread_cond_init,
+    pthread_cond_signal,
+    pthread_cond_wait,
     pthread_mutex_destroy,
     pthread_mutex_init,
     pthread_mutex_lock,
     pthread_mutex_unlock,
+    sched_yield,
     store_relaxed,
 )
-from zramd.core.types cimport NIL, PAGE_SHIFT, PAGE_SIZE, SPAN_PAGES, SPAN_SHIFT, SPAN_SIZE
+from zramd.core.types cimport NIL, PAGE_SHIFT, PAGE_SIZE, SPAN_LENGTHS, SPAN_PAGES, SPAN_SHIFT, SPAN_SIZE
 
 cdef extern from *:
     """
     #include <sys/mman.h>
+    #include <unistd.h>
     #define zr_popcount(x) __builtin_popcount(x)
+    #ifndef MADV_POPULATE_WRITE
+    #define MADV_POPULATE_WRITE 23      /* Linux 5.14 */
+    #endif
+    #ifndef MADV_DONTNEED_LOCKED
+    #define MADV_DONTNEED_LOCKED 24     /* Linux 5.18 */
+    #endif
     """
     int MADV_NOHUGEPAGE
+    int MADV_POPULATE_WRITE
+    int MADV_DONTNEED_LOCKED
     int zr_popcount(unsigned int x) noexcept nogil
+    int usleep(unsigned int microseconds) noexcept nogil
 
 cdef enum:
     STOCK_PAGES = 64        # 256 KiB: covers what 16 workers empty and start between two looks of the compactor
     GROW_SPANS = 512        # address space becomes writable 16 MiB at a time: strict overcommit charges what is writable
+    RECORD_SPANS = 1024     # spans whose records the keeper makes resident at once
+    RETRY_US = 10000        # until the keeper asks again when the system refused memory
+
+cdef int give_back_advice = MADV_DONTNEED
 
 
 cdef void *region_map(uint64_t size, bint writable) noexcept nogil:
@@ -76,7 +100,20 @@ cdef void region_unmap(void *base, uint64_t size) noexcept nogil:
 
 cdef int region_release(void *start, uint64_t size) noexcept nogil:
     """Give whole pages back to the operating system; they read as zeros afterwards."""
-    return madvise(start, size, MADV_DONTNEED)
+    return madvise(start, size, give_back_advice)
+
+
+cdef int region_populate(void *start, uint64_t size) noexcept nogil:
+    """Make the whole pages that a range touches resident; 0, or -1 with errno."""
+    cdef uint64_t first = <uint64_t>start & ~<uint64_t>(PAGE_SIZE - 1)
+    cdef uint64_t end = (<uint64_t>start + size + PAGE_SIZE - 1) & ~<uint64_t>(PAGE_SIZE - 1)
+    return madvise(<void *>first, end - first, MADV_POPULATE_WRITE)
+
+
+cdef void regions_are_locked() noexcept nogil:
+    """From now on the process's memory is locked: plain MADV_DONTNEED would refuse to give such pages back."""
+    global give_back_advice
+    give_back_advice = MADV_DONTNEED_LOCKED
 
 
 @cython.final
@@ -84,9 +121,13 @@ cdef class Arena:
     """span_count spans of address space. Raises MemoryError when it cannot be reserved."""
 
     def __cinit__(self, uint32_t span_count):
+        cdef uint32_t n
         pthread_mutex_init(&self.lock, NULL)
+        pthread_cond_init(&self.work, NULL)
         self.span_count = span_count
         self.warm = self.cold = NIL
+        for n in range(SPAN_LENGTHS):
+            self.ready[n] = NIL
         self.base = <char *>region_map(<uint64_t>span_count << SPAN_SHIFT, False)
         self.committed = <uint16_t *>region_map(span_count * sizeof(uint16_t), True)
         self.links = <uint32_t *>region_map(span_count * sizeof(uint32_t), True)
@@ -99,6 +140,7 @@ cdef class Arena:
         region_unmap(self.base, <uint64_t>self.span_count << SPAN_SHIFT)
         region_unmap(self.committed, self.span_count * sizeof(uint16_t))
         region_unmap(self.links, self.span_count * sizeof(uint32_t))
+        pthread_cond_destroy(&self.work)
         pthread_mutex_destroy(&self.lock)
 
     cdef int64_t take(self, uint32_t npages) noexcept nogil:
@@ -107,13 +149,29 @@ cdef class Arena:
         Its resident pages are those below npages at most: what a longer zspage left there is given back.
         """
         cdef int64_t span = -ENOMEM
-        cdef uint32_t writable, excess
+        cdef uint32_t excess
         pthread_mutex_lock(&self.lock)
-        if self.warm != NIL:
-            span = self.warm
-            self.warm = self.links[span]
-            counter_sub(&self.stock, zr_popcount(self.committed[span]))
-        elif self.cold != NIL:
+        if load_relaxed(&self.reserve):
+            span = self._ready_take(npages)
+        if span < 0:
+            if self.warm != NIL:
+                span = self.warm
+                self.warm = self.links[span]
+                counter_sub(&self.stock, zr_popcount(self.committed[span]))
+            else:
+                span = self._cold_take()
+        pthread_mutex_unlock(&self.lock)
+        if span >= 0:
+            excess = self.committed[span] >> npages << npages
+            if excess:
+                self.decommit(<uint32_t>span, excess)
+        return span
+
+    cdef int64_t _cold_take(self) noexcept nogil:
+        """A free span without resident pages, or -ENOMEM. The lock is held."""
+        cdef int64_t span = -ENOMEM
+        cdef uint32_t writable
+        if self.cold != NIL:
             span = self.cold
             self.cold = self.links[span]
         elif self.top < self.span_count:
@@ -127,16 +185,14 @@ cdef class Arena:
             if self.top < self.writable:
                 span = self.top
                 owned_add_32(&self.top, 1)
-        pthread_mutex_unlock(&self.lock)
-        if span >= 0:
-            excess = self.committed[span] >> npages << npages
-            if excess:
-                self.decommit(<uint32_t>span, excess)
         return span
 
     cdef void give(self, uint32_t span, bint keep) noexcept nogil:
         """Take a span back. With keep, its pages stay resident while the stock has room for them."""
         cdef int resident = zr_popcount(self.committed[span])
+        if load_relaxed(&self.reserve):
+            self._ready_give(span)
+            return
         if resident and not (keep and load_relaxed(&self.stock) + resident <= STOCK_PAGES):
             self.decommit(span, self.committed[span])
             resident = 0
@@ -156,41 +212,51 @@ cdef class Arena:
         Nothing is touched here: the owner's first write makes the page resident.
         """
         cdef uint32_t fresh = mask & ~<uint32_t>self.committed[span]
-        cdef uint64_t n, pages, limit, peak
-        if fresh == 0:
-            return 0
-        n = zr_popcount(fresh)
+        cdef int n = zr_popcount(fresh)
+        if n:
+            if not self._charge(n):
+                return -ENOSPC
+            if load_relaxed(&self.reserve):
+                counter_add(&self.misses, n)
+            self.committed[span] |= <uint16_t>fresh
+        return n
+
+    cdef bint _charge(self, uint64_t n) noexcept nogil:
+        """Count n more pages as resident, unless that would pass the limit."""
+        cdef uint64_t pages, limit, peak
         while True:
             pages = load_relaxed(&self.pages)
             limit = load_relaxed(&self.limit)
             if limit and pages + n > limit:
-                return -ENOSPC
+                return False
             if compare_swap(&self.pages, pages, pages + n):
                 break
-        self.committed[span] |= <uint16_t>fresh
         while True:
             peak = load_relaxed(&self.pages_max)
             if peak >= pages + n or compare_swap(&self.pages_max, peak, pages + n):
-                return <int>n
+                return True
 
     cdef int decommit(self, uint32_t span, uint32_t mask) noexcept nogil:
         """Give the resident pages of mask back to the operating system; how many there were."""
-        cdef uint32_t gone = mask & self.committed[span], first, last
-        cdef char *base = self.base + (<uint64_t>span << SPAN_SHIFT)
+        cdef uint32_t gone = mask & self.committed[span]
         cdef int n = zr_popcount(gone)
-        first = 0
-        while gone >> first:
-            if gone >> first & 1:
+        self._release(span, gone)
+        self.committed[span] &= <uint16_t>~gone
+        counter_sub(&self.pages, n)
+        return n
+
+    cdef void _release(self, uint32_t span, uint32_t mask) noexcept nogil:
+        cdef char *base = self.base + (<uint64_t>span << SPAN_SHIFT)
+        cdef uint32_t first = 0, last
+        while mask >> first:
+            if mask >> first & 1:
                 last = first
-                while gone >> last & 1:
+                while mask >> last & 1:
                     last += 1
                 region_release(base + (first << PAGE_SHIFT), (last - first) << PAGE_SHIFT)
                 first = last
             else:
                 first += 1
-        self.committed[span] &= <uint16_t>~gone
-        counter_sub(&self.pages, n)
-        return n
 
     cdef uint64_t trim_stock(self) noexcept nogil:
         """Give the pages of all free spans back; how many there were."""
@@ -207,9 +273,191 @@ cdef class Arena:
         pthread_mutex_unlock(&self.lock)
         return n
 
-    cdef void reset(self) noexcept nogil:
-        """Forget every span and give all pages back. Nobody else may hold one."""
+    # --------------------------------------------------------------------------------------------------------
+    # the reserve
+
+    cdef int reserve_start(self, uint64_t pages) noexcept nogil:
+        """Keep pages ready from now on: fill the reserve; 0, or -ENOMEM. Then one thread must be in reserve_keep."""
+        cdef uint32_t n
+        cdef int rc = 1
         pthread_mutex_lock(&self.lock)
+        for n in range(1, SPAN_LENGTHS):
+            self.demand[n] = SPAN_PAGES
+            self.demand_sum += SPAN_PAGES
+        # All of it at once: to make more writable later takes a lock of the whole process, in the middle of a request.
+        if mprotect(self.base, <uint64_t>self.span_count << SPAN_SHIFT, PROT_READ | PROT_WRITE):
+            rc = -1
+        else:
+            zr_poison(self.base + (<uint64_t>self.writable << SPAN_SHIFT),
+                      <uint64_t>(self.span_count - self.writable) << SPAN_SHIFT)
+            self.writable = self.span_count
+            store_relaxed(&self.reserve, pages)
+            while rc > 0:
+                rc = self._keep_one()
+        pthread_mutex_unlock(&self.lock)
+        return -ENOMEM if rc else 0
+
+    cdef void reserve_keep(self) noexcept nogil:
+        """The keeper: keep the reserve full and no fuller until reserve_stop."""
+        cdef int rc
+        pthread_mutex_lock(&self.lock)
+        while not self.keeper_ends:
+            rc = self._keep_one()
+            if rc == 0:
+                self.keeper_sleeps = True
+                pthread_cond_wait(&self.work, &self.lock)
+                self.keeper_sleeps = False
+            elif rc < 0:
+                pthread_mutex_unlock(&self.lock)
+                usleep(RETRY_US)
+                pthread_mutex_lock(&self.lock)
+        self.keeper_ends = False
+        pthread_mutex_unlock(&self.lock)
+
+    cdef void reserve_stop(self) noexcept nogil:
+        """Make the keeper return; what is ready stays so."""
+        pthread_mutex_lock(&self.lock)
+        self.keeper_ends = True
+        pthread_cond_signal(&self.work)
+        pthread_mutex_unlock(&self.lock)
+
+    cdef uint32_t _ready_wanted(self, uint32_t npages) noexcept nogil:
+        """Spans of a length to keep ready: half of the reserve is for all lengths alike, half goes by what is taken."""
+        cdef uint64_t half = load_relaxed(&self.reserve) // 2
+        if npages == 0:
+            return 0
+        return <uint32_t>((half // SPAN_PAGES + half * self.demand[npages] // self.demand_sum) // npages) + 1
+
+    cdef void _note_demand(self, uint32_t npages) noexcept nogil:
+        """Count a span that was asked for; what was long ago counts less and less."""
+        cdef uint32_t n
+        self.demand[npages] += npages
+        self.demand_sum += npages
+        if self.demand_sum > 4 * load_relaxed(&self.reserve):
+            self.demand_sum = 0
+            for n in range(SPAN_LENGTHS):
+                self.demand[n] //= 2
+                self.demand_sum += self.demand[n]
+
+    cdef int _keep_one(self) noexcept nogil:
+        """Make one span ready, or give one back; 1, 0: there is nothing to do, -1: the system refuses memory.
+
+        The lock is held, and dropped for the part that may wait.
+        """
+        cdef uint32_t n, least = 0, mask
+        cdef int64_t span
+        cdef int rc = 1
+        for n in range(1, SPAN_LENGTHS):
+            if self.ready_count[n] < self._ready_wanted(n) and (
+                    least == 0 or self.ready_count[n] * self._ready_wanted(least)
+                    < self.ready_count[least] * self._ready_wanted(n)):
+                least = n
+        if least:
+            span = self._cold_take()
+            if span < 0:
+                return 0
+            self.keeper_works = True
+            pthread_mutex_unlock(&self.lock)
+            rc = self._populate(<uint32_t>span, least)
+            pthread_mutex_lock(&self.lock)
+            self.keeper_works = False
+            if rc > 0:
+                self.committed[span] = <uint16_t>((1 << least) - 1)
+                self._ready_push(<uint32_t>span)
+            else:
+                self.links[span] = self.cold
+                self.cold = <uint32_t>span
+            return rc
+        for n in range(SPAN_LENGTHS):
+            # Twice of what is wanted before any is given back: overwriting empties as many zspages as it starts.
+            if self.ready_count[n] > 2 * self._ready_wanted(n):
+                span = self._ready_pop(n)
+                mask = self.committed[span]
+                self.committed[span] = 0
+                self.keeper_works = True
+                pthread_mutex_unlock(&self.lock)
+                self._release(<uint32_t>span, mask)
+                pthread_mutex_lock(&self.lock)
+                self.keeper_works = False
+                self.links[span] = self.cold
+                self.cold = <uint32_t>span
+                return 1
+        return 0
+
+    cdef int _populate(self, uint32_t span, uint32_t npages) noexcept nogil:
+        """Make a span's first pages and its records resident; 1, or -1."""
+        cdef uint32_t first, count
+        if span >= self.records_ready:
+            first = span // RECORD_SPANS * RECORD_SPANS
+            count = min(<uint32_t>RECORD_SPANS, self.span_count - first)
+            if (region_populate(self.committed + first, count * sizeof(uint16_t))
+                    or region_populate(self.links + first, count * sizeof(uint32_t))
+                    or region_populate(self.records + <uint64_t>first * self.record_size, count * self.record_size)):
+                return -1
+            self.records_ready = first + count
+        if region_populate(self.base + (<uint64_t>span << SPAN_SHIFT), npages << PAGE_SHIFT):
+            self._release(span, (1 << npages) - 1)
+            return -1
+        return 1
+
+    cdef int64_t _ready_take(self, uint32_t npages) noexcept nogil:
+        """A ready span of npages or, when there is none, a longer one; its pages count as used. -ENOMEM: none.
+
+        The lock is held.
+        """
+        cdef uint32_t n
+        self._note_demand(npages)
+        if self.keeper_sleeps and self.ready_count[npages] <= self._ready_wanted(npages) // 2:
+            pthread_cond_signal(&self.work)
+        for n in range(npages, SPAN_LENGTHS):
+            if self.ready[n] != NIL:
+                if not self._charge(n):
+                    break
+                return self._ready_pop(n)
+        return -ENOMEM
+
+    cdef void _ready_give(self, uint32_t span) noexcept nogil:
+        """Take a span back into the reserve; what is too much there the keeper gives back."""
+        pthread_mutex_lock(&self.lock)
+        counter_sub(&self.pages, zr_popcount(self.committed[span]))
+        self._ready_push(span)
+        pthread_mutex_unlock(&self.lock)
+
+    cdef uint32_t _ready_pop(self, uint32_t npages) noexcept nogil:
+        cdef uint32_t span = self.ready[npages]
+        self.ready[npages] = self.links[span]
+        owned_sub_32(&self.ready_count[npages], 1)
+        counter_sub(&self.ready_pages, zr_popcount(self.committed[span]))
+        return span
+
+    cdef void _ready_push(self, uint32_t span) noexcept nogil:
+        """List a free span by its length; one with gaps, which huge zspages have, is only to be given back."""
+        cdef uint32_t mask = self.committed[span], n = 0
+        if mask & (mask + 1) == 0:
+            n = zr_popcount(mask)
+        self.links[span] = self.ready[n]
+        self.ready[n] = span
+        owned_add_32(&self.ready_count[n], 1)
+        counter_add(&self.ready_pages, zr_popcount(mask))
+        if self.keeper_sleeps and self.ready_count[n] > 2 * self._ready_wanted(n):
+            pthread_cond_signal(&self.work)
+
+    # --------------------------------------------------------------------------------------------------------
+
+    cdef void reset(self) noexcept nogil:
+        """Forget every span and give all pages back. Nobody else may hold one; the records are gone already."""
+        cdef uint32_t n
+        pthread_mutex_lock(&self.lock)
+        while self.keeper_works:
+            pthread_mutex_unlock(&self.lock)
+            sched_yield()
+            pthread_mutex_lock(&self.lock)
+        for n in range(SPAN_LENGTHS):
+            self.ready[n] = NIL
+            owned_sub_32(&self.ready_count[n], self.ready_count[n])
+        store_relaxed(&self.ready_pages, 0)
+        store_relaxed(&self.misses, 0)
+        self.records_ready = 0
         region_release(self.base, <uint64_t>self.writable << SPAN_SHIFT)
         zr_poison(self.base, <uint64_t>self.writable << SPAN_SHIFT)
         memset(self.committed, 0, self.top * sizeof(uint16_t))
@@ -218,6 +466,7 @@ cdef class Arena:
         store_relaxed(&self.stock, 0)
         store_relaxed(&self.pages, 0)
         store_relaxed(&self.pages_max, 0)
+        pthread_cond_signal(&self.work)
         pthread_mutex_unlock(&self.lock)
 
     cdef void reset_peak(self) noexcept nogil:
@@ -225,7 +474,7 @@ cdef class Arena:
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes of the two tables, counted in whole pages."""
-        cdef uint64_t top = load_relaxed_32(&self.top)
+        cdef uint64_t top = max(load_relaxed_32(&self.top), load_relaxed_32(&self.records_ready))
         return (((top * sizeof(uint16_t) + PAGE_SIZE - 1) >> PAGE_SHIFT)
                 + ((top * sizeof(uint32_t) + PAGE_SIZE - 1) >> PAGE_SHIFT)) << PAGE_SHIFT
 
@@ -238,8 +487,8 @@ cdef class Arena:
         return wrong
 
     cdef const char *_walk(self, uint64_t *where) noexcept nogil:
-        cdef uint64_t pages = 0, stock = 0, listed = 0
-        cdef uint32_t span
+        cdef uint64_t pages = 0, stock = 0, listed = 0, ready = 0
+        cdef uint32_t span, n, count
         zr_assert(self.top <= self.writable and self.writable <= self.span_count)
         for span in range(self.top):
             where[0] = span
@@ -265,7 +514,24 @@ cdef class Arena:
             if self.committed[span]:
                 return "a cold span has resident pages"
             span = self.links[span]
+        for n in range(SPAN_LENGTHS):
+            count = 0
+            span = self.ready[n]
+            while span != NIL:
+                where[0] = span
+                count += 1
+                if span >= self.top or count > self.ready_count[n]:
+                    return "a list of the reserve is broken"
+                if n and self.committed[span] != (1 << n) - 1:
+                    return "a ready span has not the pages of its length"
+                ready += zr_popcount(self.committed[span])
+                span = self.links[span]
+            if count != self.ready_count[n]:
+                return "the count of a list of the reserve differs from the list"
         where[0] = 0
+        if ready != load_relaxed(&self.ready_pages):
+            return "the count of the reserve differs from its spans' bitmaps"
+        pages -= ready
         if pages != load_relaxed(&self.pages):
             return "the count of resident pages differs from the spans' bitmaps"
         if stock != load_relaxed(&self.stock):

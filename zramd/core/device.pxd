@@ -68,5 +68,6 @@ cdef class Device:
     cdef int _read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _zero(self, uint64_t offset, uint64_t length, uint64_t slot, bint exact) noexcept nogil
     cdef uint64_t _extent(self, uint64_t offset, uint64_t end, int *kind) noexcept nogil
+    cdef int _populate(self) noexcept nogil
     cdef int _enter(self, uint64_t offset, uint64_t length) except -1
     cdef const char *_find_fault(self, uint64_t *where) noexcept nogil

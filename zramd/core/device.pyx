@@ -19,7 +19,7 @@ from libc.string cimport memcpy, memset
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 
-from zramd.core.arena cimport region_map, region_release, region_unmap
+from zramd.core.arena cimport region_map, region_populate, region_release, region_unmap
 from zramd.core.codec cimport decode, encode, fill, same_filled, state_size
 from zramd.core.locks cimport (
     counter_add,
@@ -530,6 +530,39 @@ cdef class Device:
             n = self.pool.trim()
         return n
 
+    def reserve_start(self, uint64_t size):
+        """Make every table resident and keep size bytes of pages ready, so that requests need no memory any more.
+
+        Then a thread must be in reserve_keep. Raises MemoryError when the system does not give as much.
+        """
+        cdef int rc
+        with nogil:
+            rc = self._populate()
+            if rc == 0:
+                rc = self.pool.arena.reserve_start((size + PAGE_SIZE - 1) >> PAGE_SHIFT)
+        if rc:
+            raise MemoryError(f"the system refuses memory for the tables or for a reserve of {size} bytes")
+
+    def reserve_keep(self):
+        """Keep the reserve full, and no fuller, until reserve_stop: the work of one thread, which needs no GIL for it."""
+        with nogil:
+            self.pool.arena.reserve_keep()
+
+    def reserve_stop(self):
+        """Make the thread in reserve_keep return."""
+        with nogil:
+            self.pool.arena.reserve_stop()
+
+    cdef int _populate(self) noexcept nogil:
+        """Make the slots and the cells resident; 0 or -ENOMEM."""
+        cdef uint64_t pages = self.blocks // SLOTS_PER_PAGE + 1
+        cdef int rc = self.pool.populate()
+        if rc or region_populate(self.slots, self.blocks * sizeof(uint64_t)):
+            return -ENOMEM
+        memset(self.touched, 1, pages)
+        store_relaxed(&self.touched_pages, pages)
+        return 0
+
     def pressure(self):
         """What the compactor looks at: (freeable pages, pages used, mem_limit in pages or 0, requests done, in flight)."""
         return (
@@ -603,6 +636,8 @@ cdef class Device:
             for i in range(sizeof(counters) // sizeof(uint64_t)):
                 store_relaxed(<uint64_t *>&self.n + i, 0)
             self.pool.clear()
+            if load_relaxed(&self.pool.arena.reserve):
+                self._populate()
             pthread_mutex_unlock(&self.pool.compact_lock)
             pthread_rwlock_unlock(&self.gate)
 

@@ -10,11 +10,17 @@ cdef extern from "<pthread.h>" nogil:
         pass
     ctypedef struct pthread_rwlock_t:
         pass
+    ctypedef struct pthread_cond_t:
+        pass
     int pthread_mutex_init(pthread_mutex_t *lock, void *attr)
     int pthread_mutex_destroy(pthread_mutex_t *lock)
     int pthread_mutex_lock(pthread_mutex_t *lock)
     int pthread_mutex_trylock(pthread_mutex_t *lock)
     int pthread_mutex_unlock(pthread_mutex_t *lock)
+    int pthread_cond_init(pthread_cond_t *cond, void *attr)
+    int pthread_cond_destroy(pthread_cond_t *cond)
+    int pthread_cond_wait(pthread_cond_t *cond, pthread_mutex_t *lock)
+    int pthread_cond_signal(pthread_cond_t *cond)
     int pthread_rwlock_destroy(pthread_rwlock_t *lock)
     int pthread_rwlock_rdlock(pthread_rwlock_t *lock)
     int pthread_rwlock_wrlock(pthread_rwlock_t *lock)

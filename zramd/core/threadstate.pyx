@@ -62,7 +62,10 @@ cdef extern from *:
 
 import sys
 
+from zramd.core.process import warm_stack
+
 cdef bint enabled
+cdef bint stacks_warm
 cdef unsigned long long kept_count, reclaimed_count
 
 # From 3.12 on, deleting the state of another thread unbinds the state of the thread that does it.
@@ -74,6 +77,8 @@ cdef void keep_current() noexcept:
     global kept_count, reclaimed_count
     cdef int reclaimed
     if enabled and not thread_is_kept:
+        if stacks_warm:
+            warm_stack()
         reclaimed = keep_this_thread()
         if reclaimed >= 0:
             kept_count += 1
@@ -83,6 +88,12 @@ cdef void keep_current() noexcept:
 def keep():
     """Keep the calling thread's Python state until the thread ends. Only for threads that Python did not start."""
     keep_current()
+
+
+def warm_stacks():
+    """From now on, make the stack of each thread resident whose state is kept."""
+    global stacks_warm
+    stacks_warm = True
 
 
 def kept():

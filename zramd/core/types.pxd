@@ -30,6 +30,7 @@ cdef enum:
     SPAN_PAGES = 8
     SPAN_SHIFT = 15             # log2(SPAN_PAGES * PAGE_SIZE)
     SPAN_SIZE = 32768
+    SPAN_LENGTHS = 9            # a zspage has 1 to SPAN_PAGES pages
 
     HEADER_SIZE = 4             # handle << 1 | 1; a handle has 31 bits, so a pool holds 2**31 - 1 objects
     CHUNK_ALIGN = 8             # the low 3 bits of an obj are free for the cell's tags

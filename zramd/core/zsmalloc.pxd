@@ -31,6 +31,7 @@ cdef class Zsmalloc:
     cdef uint64_t cells_top             # cells below this one were used at least once
     cdef uint64_t cells_free            # head of the free list, 0: empty
     cdef uint64_t cells_used
+    cdef uint64_t cells_ready           # atomic: cells below this one were made resident ahead of need
 
     cdef uint32_t spare[32]             # spans with a resident page no huge object uses, one entry a page; huge's lock
     cdef uint32_t spares
@@ -59,6 +60,7 @@ cdef class Zsmalloc:
     cdef uint64_t compact_run(self, uint64_t budget, uint64_t enough) noexcept nogil
     cdef uint64_t give_back(self) noexcept nogil
     cdef uint64_t trim(self) noexcept nogil
+    cdef int populate(self) noexcept nogil
     cdef void clear(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil
     cdef const char *find_fault(self, uint64_t *where, uint64_t words) noexcept nogil

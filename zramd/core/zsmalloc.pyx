@@ -30,7 +30,7 @@ from libc.string cimport memcpy, memset
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
-from zramd.core.arena cimport Arena, region_map, region_release, region_unmap
+from zramd.core.arena cimport Arena, region_map, region_populate, region_release, region_unmap
 from zramd.core.checks cimport FILL_FREED, FILL_FRESH, zr_assert, zr_fill, zr_poison, zr_unpoison
 from zramd.core.locks cimport (
     compare_swap,
@@ -189,6 +189,8 @@ cdef class Zsmalloc:
         self.cells = <uint64_t *>region_map((max_objects + CELLS_SLACK + 1) * sizeof(uint64_t), True)
         if self.zspages == NULL or self.cells == NULL:
             raise MemoryError(f"no address space for {max_objects} objects")
+        self.arena.records = <char *>self.zspages
+        self.arena.record_size = sizeof(zspage)
         self.cells_top = 1
         self.mem_limit = mem_limit
 
@@ -315,6 +317,8 @@ cdef class Zsmalloc:
             chunk = self._chunk_take(c, <uint32_t>span, handle, False)
         # The fullest zspage first, so that the emptiest get empty by themselves.
         for group in range(GROUP_FULL - 1, GROUP_EMPTY, -1):
+            if index == self.huge and load_relaxed_32(&self.arena.ready_count[SPAN_PAGES]):
+                break       # its unused pages are not resident, those of the reserve are
             candidate = c.heads[group]
             # The limit may refuse the pages of its unused chunks; the next zspage may have a chunk that was freed.
             while candidate != NIL and chunk < 0:
@@ -776,6 +780,15 @@ cdef class Zsmalloc:
     # --------------------------------------------------------------------------------------------------------
     # the pool as a whole
 
+    cdef int populate(self) noexcept nogil:
+        """Make the cells of max_objects objects resident; 0 or -ENOMEM."""
+        # One more for each object that is written while its block still holds the old one.
+        cdef uint64_t cells = min(self.max_objects + PAGE_SIZE, self.max_objects + CELLS_SLACK + 1)
+        if region_populate(self.cells, cells * sizeof(uint64_t)):
+            return -ENOMEM
+        store_relaxed(&self.cells_ready, cells)
+        return 0
+
     cdef void clear(self) noexcept nogil:
         """Forget every object and give all memory back. Nobody else may have an object; compact_lock is held."""
         cdef uint32_t i, g
@@ -795,7 +808,8 @@ cdef class Zsmalloc:
         region_release(self.zspages, self.arena.span_count * sizeof(zspage))
         self.arena.reset()
         pthread_mutex_lock(&self.cells_lock)
-        region_release(self.cells, self.cells_top * sizeof(uint64_t))
+        region_release(self.cells, (self.max_objects + CELLS_SLACK + 1) * sizeof(uint64_t))
+        store_relaxed(&self.cells_ready, 0)
         store_relaxed(&self.cells_top, 1)
         store_relaxed(&self.cells_used, 0)
         self.cells_free = 0
@@ -807,8 +821,10 @@ cdef class Zsmalloc:
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes beside the arena's pages: cells, zspages, tables, this object."""
-        return ((load_relaxed(&self.cells_top) * sizeof(uint64_t) + PAGE_SIZE - 1) >> PAGE_SHIFT << PAGE_SHIFT) + (
-            (load_relaxed_32(&self.arena.top) * sizeof(zspage) + PAGE_SIZE - 1) >> PAGE_SHIFT << PAGE_SHIFT) + (
+        cdef uint64_t cells = max(load_relaxed(&self.cells_top), load_relaxed(&self.cells_ready))
+        cdef uint64_t zspages = max(load_relaxed_32(&self.arena.top), load_relaxed_32(&self.arena.records_ready))
+        return ((cells * sizeof(uint64_t) + PAGE_SIZE - 1) >> PAGE_SHIFT << PAGE_SHIFT) + (
+            (zspages * sizeof(zspage) + PAGE_SIZE - 1) >> PAGE_SHIFT << PAGE_SHIFT) + (
             self.arena.metadata_bytes() + sizeof(self.classes) + sizeof(self.class_of))
 
     cdef const char *find_fault(self, uint64_t *where, uint64_t words) noexcept nogil:
@@ -828,7 +844,8 @@ cdef class Zsmalloc:
         where[0] = 0
         spans_used = 0
         for i in range(self.arena.top):
-            if self.zspages[i].group != NO_ZSPAGE:
+            # Group 0 is the zero of a record that was never used: an empty zspage is found in its class.
+            if self.zspages[i].group != NO_ZSPAGE and self.zspages[i].group != GROUP_EMPTY:
                 spans_used += 1
         if spans_used != zspages:
             return "a zspage is on no list"
@@ -1027,6 +1044,8 @@ cdef class Zsmalloc:
             "mem_limit": self.mem_limit,
             "mem_used_max": load_relaxed(&self.arena.pages_max) << PAGE_SHIFT,
             "stock_pages": load_relaxed(&self.arena.stock),
+            "reserve_bytes": load_relaxed(&self.arena.ready_pages) << PAGE_SHIFT,
+            "reserve_misses": load_relaxed(&self.arena.misses),
             "pages_compacted": load_relaxed(&self.pages_compacted),
             "objects_migrated": load_relaxed(&self.objects_migrated),
             "num_compactions": load_relaxed(&self.num_compactions),

@@ -1,0 +1,123 @@
+"""What a process that its own kernel swaps to asks of the system: locked memory, a warm heap, warm stacks.
+
+Each function does one thing and raises OSError when the system refuses; zramd.swap says in which order and why.
+"""
+
+from libc.errno cimport errno
+
+from zramd.core.arena cimport regions_are_locked
+
+import os
+
+cdef enum:
+    STACK_SIZE = 128 << 10      # five times what formatting a traceback takes
+
+cdef extern from *:
+    """
+    #include <alloca.h>
+    #include <malloc.h>
+    #include <stdlib.h>
+    #include <sys/mman.h>
+    #include <sys/prctl.h>
+    #ifndef PR_SET_IO_FLUSHER
+    #define PR_SET_IO_FLUSHER 57    /* Linux 5.6 */
+    #define PR_GET_IO_FLUSHER 58
+    #endif
+    #ifndef MADV_DONTNEED_LOCKED
+    #define MADV_DONTNEED_LOCKED 24 /* Linux 5.18 */
+    #endif
+
+    /* Not inlined, so that the bytes are taken from the stack and given back at once. */
+    static __attribute__((noinline)) void use_stack(size_t size)
+    {
+        volatile char *bytes = (volatile char *)alloca(size);
+        size_t i;
+        for (i = 0; i < size; i += 4096)
+            bytes[i] = 0;
+    }
+
+    static int use_heap(size_t size)
+    {
+        volatile char *bytes = (volatile char *)malloc(size);   /* volatile: or the compiler leaves it all out */
+        size_t i;
+        if (!bytes)
+            return -1;
+        for (i = 0; i < size; i += 4096)
+            bytes[i] = 0;
+        free((void *)bytes);
+        return 0;
+    }
+    """
+    int prctl(int option, ...) nogil
+    int mlockall(int flags) nogil
+    int munlockall() nogil
+    int mlock(const void *start, size_t size) nogil
+    int madvise(void *start, size_t size, int advice) nogil
+    void *mmap(void *start, size_t size, int protection, int flags, int fd, long offset) nogil
+    int munmap(void *start, size_t size) nogil
+    int mallopt(int option, int value) nogil
+    void use_stack(size_t size) nogil
+    int use_heap(size_t size) nogil
+    int PR_SET_IO_FLUSHER, PR_GET_IO_FLUSHER
+    int MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT
+    int M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    int MADV_DONTNEED_LOCKED, PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS
+    void *MAP_FAILED
+
+
+cdef int fail() except -1:
+    raise OSError(errno, os.strerror(errno))
+
+
+def set_io_flusher():
+    """Tell the kernel that this thread, and those it starts, serve block I/O: memory they ask for is never waited for
+    by way of swapping out. Raises OSError (EPERM without CAP_SYS_RESOURCE, EINVAL before Linux 5.6)."""
+    if prctl(PR_SET_IO_FLUSHER, <unsigned long>1, <unsigned long>0, <unsigned long>0, <unsigned long>0):
+        fail()
+
+
+def is_io_flusher():
+    """Whether the calling thread is marked so."""
+    return prctl(PR_GET_IO_FLUSHER, <unsigned long>0, <unsigned long>0, <unsigned long>0, <unsigned long>0) == 1
+
+
+def lock_memory():
+    """Lock what is resident, and from now on each page once it is touched: no untouched page is made resident.
+
+    Raises OSError: ENOMEM or EPERM beyond RLIMIT_MEMLOCK without CAP_IPC_LOCK, EINVAL when the kernel cannot give locked
+    pages back (before Linux 5.18).
+    """
+    cdef void *page
+    if mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT):
+        fail()
+    page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if page == MAP_FAILED or madvise(page, 4096, MADV_DONTNEED_LOCKED):
+        fail()
+    munmap(page, 4096)
+    regions_are_locked()
+
+
+def make_resident(size_t start, size_t size):
+    """Read a mapped range in and lock it. Raises OSError."""
+    cdef int rc
+    with nogil:
+        rc = mlock(<const void *>start, size)
+    if rc:
+        fail()
+
+
+def warm_heap(size_t size):
+    """Make size bytes of the C library's heap resident, and let it neither give them back nor go elsewhere for more.
+
+    Raises OSError when the heap refuses.
+    """
+    if not (mallopt(M_ARENA_MAX, 1) and mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 0x7FFFFFFF)
+            and mallopt(M_TOP_PAD, 1 << 20)):
+        fail()
+    if use_heap(size):
+        fail()
+
+
+def warm_stack():
+    """Make as much of the calling thread's stack resident as any thread of the server uses."""
+    use_stack(STACK_SIZE)

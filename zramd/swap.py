@@ -1,0 +1,283 @@
+"""swap=local: what a server needs to which its own kernel swaps.
+
+The kernel frees memory by writing pages to us, so we must never wait for memory that only this can free: not
+for a page of our own, not in a system call, not behind a thread that waits. Each measure below is set, then
+read back, and the server does not start without it. docs/swapping.md lists the hazards that each answers.
+
+before nbdkit forks   mark as I/O flusher, keep the OOM killer away
+after                 lock memory, read the code in, warm the heap, fill the reserve, never block on the log
+"""
+
+import gc
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from zramd.core import process, threadstate
+from zramd.core.device import Device
+from zramd.errors import SwapError
+
+SWAPS = "/proc/swaps"
+OOM_SCORE_ADJ = -1000
+HEAP_BYTES = 4 << 20  # the server's own use beyond its start is under 1 MiB
+_REQUEST_BYTES = 128 << 10  # the most in one request of the kernel's
+_PROBE_BYTES = (
+    3 << 20
+)  # of small objects mostly: Python's own allocator takes 1 MiB at a time and gives it back
+
+_ROOT = "run it as root, or give it CAP_SYS_RESOURCE"
+
+
+def prepare() -> None:
+    """Take the measures that a fork inherits. Raises SwapError when one cannot be had."""
+    _io_flusher()
+    _oom_score_adj()
+
+
+def protect(device: Device, reserve: int) -> None:
+    """Take the measures that hold for this process only, with `reserve` bytes of pages kept ready.
+
+    Call it in the process that serves, before it starts threads. Raises SwapError when one cannot be had.
+    """
+    _locked_memory()
+    _resident_code()
+    _warm_heap()
+    _reserve(device, reserve)
+    process.warm_stack()
+    threadstate.warm_stacks()
+    gc.collect()
+    gc.freeze()  # what lives now lives for good: the collector need not touch it again
+
+
+def devices_in_use(disksize: int) -> list[str]:
+    """Return the kernel's NBD devices of `disksize` bytes that are swapped to now."""
+    with open(SWAPS) as swaps:
+        names = [line.split()[0] for line in swaps.readlines()[1:]]
+    return [name for name in names if name.startswith("/dev/nbd") and _size(name) == disksize]
+
+
+def _size(name: str) -> int:
+    try:
+        with open(f"/sys/block/{os.path.basename(name)}/size") as size:
+            return int(size.read()) * 512
+    except OSError:
+        return 0
+
+
+def _refuse(measure: str, reason: object, remedy: str) -> SwapError:
+    return SwapError(f"swap=local: {measure}: {reason}: {remedy}")
+
+
+def _io_flusher() -> None:
+    """Memory that the kernel takes for us must not be waited for by swapping out (PR_SET_IO_FLUSHER)."""
+    remedy = f"{_ROOT}, on Linux 5.6 or later"
+    try:
+        process.set_io_flusher()
+    except OSError as error:
+        raise _refuse("cannot become an I/O flusher", error.strerror, remedy) from None
+    if not process.is_io_flusher():
+        raise _refuse("cannot become an I/O flusher", "the kernel does not say so", remedy)
+
+
+def _oom_score_adj() -> None:
+    """The OOM killer must not take the server for the one that uses the memory."""
+    path = "/proc/self/oom_score_adj"
+    try:
+        with open(path, "r+") as score:
+            score.write(str(OOM_SCORE_ADJ))
+            score.seek(0)
+            found = score.read().strip()
+    except OSError as error:
+        raise _refuse(f"cannot set {path} to {OOM_SCORE_ADJ}", error.strerror, _ROOT) from None
+    if found != str(OOM_SCORE_ADJ):
+        raise _refuse(f"cannot set {path} to {OOM_SCORE_ADJ}", f"it is {found}", _ROOT)
+
+
+def _locked_memory() -> None:
+    """Our own pages must never be swapped out: nobody could bring them back."""
+    remedy = "run it as root, or give it CAP_IPC_LOCK or LimitMEMLOCK=infinity, on Linux 5.18 or later"
+    try:
+        process.lock_memory()
+    except OSError as error:
+        raise _refuse("cannot lock memory", error.strerror, remedy) from None
+    status = _status()
+    # All that is mapped counts as locked but for a few pages of the kernel's own (vvar, vdso).
+    if status["VmLck"] < 0.99 * status["VmSize"]:
+        raise _refuse("cannot lock memory", f"{status['VmLck']} of {status['VmSize']} kB are", remedy)
+
+
+def _resident_code() -> None:
+    """Code that was never run yet must not be read from a disk when memory is short."""
+    remedy = "free some memory"
+    for start, end in _file_mappings():
+        try:
+            process.make_resident(start, end - start)
+        except OSError as error:
+            raise _refuse("cannot read the program's code into memory", error.strerror, remedy) from None
+    missing = _missing_code()
+    if missing:
+        raise _refuse("cannot read the program's code into memory", f"{missing} kB are missing", remedy)
+
+
+def _warm_heap() -> None:
+    """Python and nbdkit must find memory in the heap without asking the kernel for it."""
+    remedy = "start it by 'zramd serve' or with PYTHONMALLOC=malloc in its environment"
+    try:
+        process.warm_heap(HEAP_BYTES)
+    except OSError as error:
+        raise _refuse("cannot make the heap resident", error.strerror, "free some memory") from None
+    # The least of a few: the first time also touches what is not the heap.
+    faults = min(_faults_of_heap() for _ in range(3))
+    if faults:
+        reason = f"{faults} page faults for {_PROBE_BYTES} bytes"
+        raise _refuse("the heap takes pages from the kernel", reason, remedy)
+
+
+def _faults_of_heap() -> int:
+    """Return how many pages the heap takes from the kernel for _PROBE_BYTES of small and large objects."""
+    before = minor_faults()
+    objects = [bytes(200) for _ in range((_PROBE_BYTES - _REQUEST_BYTES) // 256)]
+    objects.append(bytes(_REQUEST_BYTES))
+    return minor_faults() - before
+
+
+def _reserve(device: Device, size: int) -> None:
+    """Pages of the pool and all tables must be there before they are needed."""
+    try:
+        device.reserve_start(size)
+    except MemoryError as error:
+        raise _refuse("cannot fill the reserve", error, "use a smaller reserve= or disksize=") from None
+    found = device.counters()["reserve_bytes"]
+    if found < size:
+        raise _refuse("cannot fill the reserve", f"it has {found} of {size} bytes", "use a smaller reserve=")
+
+
+def minor_faults() -> int:
+    """Return how many pages this process has touched that were not there yet."""
+    with open("/proc/self/stat", "rb") as stat:
+        return int(stat.read().rpartition(b")")[2].split()[7])
+
+
+def _status() -> dict[str, int]:
+    """Return the sizes in /proc/self/status, in kB."""
+    sizes = {}
+    with open("/proc/self/status") as status:
+        for line in status:
+            name, _, value = line.partition(":")
+            if value.endswith(" kB\n"):
+                sizes[name] = int(value.split()[0])
+    return sizes
+
+
+def _file_mappings() -> Iterator[tuple[int, int]]:
+    """Yield start and end of each mapped part of a file that may be read, run or written."""
+    with open("/proc/self/maps") as maps:
+        lines = maps.readlines()
+    for line in lines:
+        words = line.split(maxsplit=5)
+        if len(words) == 6 and words[5].startswith("/") and words[1][0] == "r":
+            start, _, end = words[0].partition("-")
+            yield int(start, 16), int(end, 16)
+
+
+def _missing_code() -> int:
+    """Return how many kB of the mapped files are not resident."""
+    missing = 0
+    with open("/proc/self/smaps") as smaps:
+        counts = False
+        for line in smaps:
+            words = line.split(maxsplit=5)
+            if not words[0].endswith(":"):
+                counts = len(words) == 6 and words[5].startswith("/") and words[1][0] == "r"
+            elif counts and words[0] == "Size:":
+                missing += int(words[1])
+            elif counts and words[0] == "Rss:":
+                missing -= int(words[1])
+    return missing
+
+
+class Log:
+    """Stands between the server and its standard error, so that nobody ever waits for who reads it.
+
+    What the process writes to descriptor 2 goes into a pipe that refuses what does not fit. A thread passes
+    it on, at most BURST lines in PERIOD seconds; of the rest it tells the number. (nbdkit writes a line for
+    each failed request, and to a full pool the kernel sends thousands of them.)
+    """
+
+    BURST = 20
+    PERIOD = 10.0  # seconds
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._since = -self.PERIOD
+        self._passed = 0
+        self.held_back = 0
+        self._rest = b""
+        self._target = -1
+        self._pipe = -1
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Take descriptor 2 over."""
+        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._target, self._pipe = os.dup(2), reader
+        os.dup2(writer, 2)
+        os.close(writer)
+        self._thread = threading.Thread(target=self._work, name="zramd-log", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Give descriptor 2 back once all that was written is passed on."""
+        if self._thread is None:
+            return
+        sys.stderr.flush()
+        os.dup2(self._target, 2)  # the pipe's last writer goes: the thread sees its end
+        self._thread.join()
+        os.close(self._pipe)
+        os.close(self._target)
+
+    def filter(self, data: bytes) -> bytes:
+        """Return what of `data` is to be passed on now, in whole lines."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > 4096:
+            lines.append(self._rest)
+            self._rest = b""
+        passed = []
+        for line in lines:
+            if self._clock() - self._since >= self.PERIOD:
+                passed.append(self.summary())
+                self._since, self._passed = self._clock(), 0
+            if self._passed < self.BURST:
+                self._passed += 1
+                passed.append(line + b"\n")
+            else:
+                self.held_back += 1
+        return b"".join(passed)
+
+    def summary(self) -> bytes:
+        """Return the line that tells how many were held back, b"" if none, and forget them."""
+        count, self.held_back = self.held_back, 0
+        return b"zramd: %d lines more like these were held back\n" % count if count else b""
+
+    def _work(self) -> None:
+        process.warm_stack()
+        poll = select.poll()
+        poll.register(self._pipe, select.POLLIN)
+        while True:
+            if not poll.poll(self.PERIOD * 1000 if self.held_back else None):
+                self._pass(self.summary())
+                continue
+            data = os.read(self._pipe, 65536)
+            if not data:
+                self._pass(self.filter(b"\n" if self._rest else b"") + self.summary())
+                return
+            self._pass(self.filter(data))
+
+    def _pass(self, text: bytes) -> None:
+        with suppress(OSError):  # whoever read it is gone
+            while text:
+                text = text[os.write(self._target, text) :]
