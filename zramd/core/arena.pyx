@@ -392,9 +392,10 @@ cdef class Arena:
             count = min(<uint32_t>RECORD_SPANS, self.span_count - first)
             if (region_populate(self.committed + first, count * sizeof(uint16_t))
                     or region_populate(self.links + first, count * sizeof(uint32_t))
-                    or region_populate(self.records + <uint64_t>first * self.record_size, count * self.record_size)):
+                    or region_populate(self.records + <uint64_t>first * self.record_size,
+                                       <uint64_t>count * self.record_size)):
                 return -1
-            self.records_ready = first + count
+            owned_add_32(&self.records_ready, first + count - self.records_ready)
         if region_populate(self.base + (<uint64_t>span << SPAN_SHIFT), npages << PAGE_SHIFT):
             self._release(span, (1 << npages) - 1)
             return -1
@@ -457,7 +458,7 @@ cdef class Arena:
             owned_sub_32(&self.ready_count[n], self.ready_count[n])
         store_relaxed(&self.ready_pages, 0)
         store_relaxed(&self.misses, 0)
-        self.records_ready = 0
+        owned_sub_32(&self.records_ready, self.records_ready)
         region_release(self.base, <uint64_t>self.writable << SPAN_SHIFT)
         zr_poison(self.base, <uint64_t>self.writable << SPAN_SHIFT)
         memset(self.committed, 0, self.top * sizeof(uint16_t))

@@ -843,7 +843,7 @@ cdef class Zsmalloc:
             zspages += self.classes[i].zspages
         where[0] = 0
         spans_used = 0
-        for i in range(self.arena.top):
+        for i in range(load_relaxed_32(&self.arena.top)):
             # Group 0 is the zero of a record that was never used: an empty zspage is found in its class.
             if self.zspages[i].group != NO_ZSPAGE and self.zspages[i].group != GROUP_EMPTY:
                 spans_used += 1
@@ -867,6 +867,7 @@ cdef class Zsmalloc:
         cdef size_class *c = &self.classes[index]
         cdef uint64_t count, inuse = 0, committed = 0, zspages = 0
         cdef uint32_t group, span, prev, unused, i
+        cdef uint32_t top = load_relaxed_32(&self.arena.top)    # the keeper may be taking spans meanwhile
         cdef zspage *z
         cdef const char *wrong
         for group in range(GROUPS):
@@ -876,7 +877,7 @@ cdef class Zsmalloc:
             while span != NIL:
                 where[0] = span
                 count += 1
-                if span >= self.arena.top or count > self.arena.top:
+                if span >= top or count > top:
                     return "the list of a fullness group is broken"
                 z = &self.zspages[span]
                 if z.prev != prev or z.group != group or z.class_index != index or fullness(c, z) != group:
