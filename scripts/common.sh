@@ -51,11 +51,18 @@ test_packages=(
     e2fsprogs      # a real file system to put on a device
     curl           # reads the control socket as a user would
 )
+vm_packages=(
+    qemu-system-x86 # runs the virtual machine
+    busybox-static  # the guest's shell
+    nbd-client      # attaches the kernel's NBD device
+    strace          # counts the server's system calls in the guest
+    e2fsprogs       # makes the guest's root image
+)
 check_packages=(
     shellcheck # lints the scripts
 )
 
-# need_packages serve|test|check: installs what is missing (root), or says how to (anyone else).
+# need_packages serve|test|vm|check: installs what is missing (root), or says how to (anyone else).
 need_packages() {
     local wanted=("${serve_packages[@]}") missing=() package
     case $1 in

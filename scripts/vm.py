@@ -1,0 +1,110 @@
+"""Runs the scenarios of scripts/vm-swap and reports; see its --help."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+import zramd
+from pathlib import Path
+
+from vm_tools import image, kernel, pressure, report, scenario
+from vm_tools.errors import VmError
+from vm_tools.guest import Machine, choose_accel
+from vm_tools.plan import MODES, Plan, default_memory
+from vm_tools.session import Boot, as_json
+from zramd.config import parse_size
+from zramd.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    """Return what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="scripts/vm-swap", add_help=False, allow_abbrev=False)
+    parser.add_argument("--attach", choices=[*MODES, "all"], default="all")
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--minutes", type=float, default=0)
+    parser.add_argument("--mem-limit", type=parse_size, default=0)
+    parser.add_argument("--limit", action="store_true")
+    parser.add_argument("--stall", type=float, default=0)
+    parser.add_argument("--nbd-options", default="")
+    parser.add_argument("--memory", type=parse_size, default=0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    return parser.parse_args(words)
+
+
+def plan(asked: argparse.Namespace, mode: str) -> Plan:
+    """Return the plan for one mode."""
+    return Plan(
+        mode,
+        asked.memory or default_memory(mode, asked.short),
+        short=asked.short,
+        seed=asked.seed,
+        hog_seconds=int(asked.minutes * 60),
+        mem_limit=asked.mem_limit,
+        limit=asked.limit,
+        stall=asked.stall,
+        nbd_options=asked.nbd_options,
+    )
+
+
+def run(this: Plan, machine: Machine, live: report.Live) -> report.Result:
+    """Do one mode's scenarios and return what they found; never raises VmError."""
+    result = report.Result(this.mode)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="zramd-vm-") as folder:
+        boot = Boot(machine, Path(folder), live)
+        try:
+            if this.limit:
+                pressure.full_pool(this, boot, result)
+            else:
+                scenario.fall_and_rise(this, boot, result)
+                if this.hog_seconds:
+                    pressure.hog(this, boot, result)
+        except VmError as error:
+            result.error = str(error)
+    result.expect("every page verified is as it was written", result.pages_bad == 0, f"{result.pages_bad} bad")
+    result.expect("the kernel complains of nothing", not result.alarms, "; ".join(result.alarms[:3]))
+    result.seconds = round(time.monotonic() - started, 1)
+    return result
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    asked = arguments(sys.argv[1:])
+    live = report.Live()
+    folder = ROOT / "build/vm"
+    cloud = kernel.prepare(folder)
+    images = image.prepare(folder, cloud, Path(zramd.__file__).parent.parent)
+    machine = Machine(cloud, images, 256 << 20, 2, "tcg")
+    with tempfile.TemporaryDirectory(prefix="zramd-vm-") as name:
+        accel = choose_accel(machine, Path(name))
+    machine = Machine(cloud, images, machine.memory, machine.cpus, accel)
+    results = []
+    for mode in MODES if asked.attach == "all" else [asked.attach]:
+        result = run(plan(asked, mode), machine, live)
+        result.settings = {"kernel": cloud.release, "accel": accel, "command": " ".join(sys.argv[1:])}
+        print(report.text(result), flush=True)
+        results.append(result)
+    if asked.json:
+        asked.json.write_text(as_json([result.as_dict() for result in results]))
+    if asked.markdown:
+        for result in results:
+            report.write_markdown(asked.markdown, result)
+    return 0 if all(result.ok for result in results) else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (VmError, ConfigError, OSError) as error:
+        print(f"vm-swap: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""What scripts/vm.py is made of: a kernel, an image, a guest, the ways to attach, the phases of a run, the report."""

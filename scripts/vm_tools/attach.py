@@ -1,0 +1,258 @@
+"""The three ways in which a guest gets its zramd device, and how each server is asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from vm_tools.errors import VmError
+from vm_tools.guest import Beat, Guest
+
+NAME = "zram0"
+READY_TIMEOUT = 60.0  # seconds; under TCG Python takes a few to start
+ASK_TIMEOUT = 120.0  # seconds; a compaction waits for its end
+RUNDIR = f"/run/zramd/{NAME}"  # in the guest
+# Seconds for which qemu lets requests wait when the server is away, before it fails them.
+RECONNECT_DELAY = 30
+
+
+class Attachment(ABC):
+    """A zramd server and the way from a guest to it."""
+
+    name: str
+    device: str  # in the guest
+
+    def __init__(self, size: int, settings: dict[str, str]) -> None:
+        """`size` is the device's, in bytes; `settings` are zramd's."""
+        self.size = size
+        self.settings = settings
+
+    def qemu_options(self) -> list[str]:
+        """Return what qemu is to be told before the guest boots; the host's server runs from here on."""
+        return []
+
+    @abstractmethod
+    def attach(self, guest: Guest) -> None:
+        """Make the device appear in the guest."""
+
+    def detach(self, guest: Guest) -> None:
+        """Undo `attach`; the device is no longer in use."""
+
+    def stop(self) -> None:
+        """End what runs on the host."""
+
+    @abstractmethod
+    def request(self, method: str, path: str, body: str = "") -> str:
+        """Ask the server's control socket and return the body of its answer; raises VmError."""
+
+    @abstractmethod
+    def memory_free(self, guest: Guest) -> int:
+        """Return the free bytes of the machine whose memory holds the pool."""
+
+    @abstractmethod
+    def peek(self, beat: Beat) -> dict[str, Any] | None:
+        """Return the server's numbers of about now without asking it; `beat` is the guest's last heartbeat."""
+
+    def stats(self) -> dict[str, Any]:
+        """Return the server's numbers now."""
+        values: dict[str, Any] = json.loads(self.request("GET", "/stats"))
+        return values
+
+    def compact(self) -> int:
+        """Compact now and return the pages freed."""
+        return int(json.loads(self.request("POST", "/compact"))["pages_freed"])
+
+
+class _HostServer(Attachment):
+    """zramd runs on the host, its files in `folder`."""
+
+    def __init__(self, size: int, settings: dict[str, str], folder: Path, nbdkit_options: list[str]) -> None:
+        super().__init__(size, settings)
+        self.rundir = folder / "zramd"
+        self._log = folder / "zramd.log"
+        pairs = [f"{key}={value}" for key, value in {**settings, "rundir": str(self.rundir)}.items()]
+        command = [sys.executable, "-m", "zramd", "serve", "--name", NAME, "--size", str(size), *pairs]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*command, "--", "--exit-with-parent", *nbdkit_options],
+                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        end = time.monotonic() + READY_TIMEOUT
+        try:
+            while not self._answers():
+                if self._process.poll() is not None or time.monotonic() > end:
+                    words = " ".join(self._log.read_text(errors="replace").split())
+                    raise VmError(f"zramd does not serve: {words or 'no reason given'}")
+                time.sleep(0.02)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _answers(self) -> bool:
+        try:
+            return "status" in self.request("GET", "/health")
+        except VmError:
+            return False
+
+    def request(self, method: str, path: str, body: str = "") -> str:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(ASK_TIMEOUT)
+            head = f"{method} {path} HTTP/1.1\r\nHost: zramd\r\nContent-Length: {len(body)}\r\n\r\n"
+            try:
+                client.connect(str(self.rundir / "control.sock"))
+                client.sendall((head + body).encode())
+                answer = b"".join(iter(lambda: client.recv(65536), b"")).decode()
+            except OSError as error:
+                raise VmError(f"zramd does not answer {method} {path}: {error}") from None
+        head, _, content = answer.partition("\r\n\r\n")
+        if not head.startswith("HTTP/1.1 200 "):
+            raise VmError(f"zramd refuses {method} {path}: {content.strip()}")
+        return content
+
+    def peek(self, beat: Beat) -> dict[str, Any] | None:
+        try:
+            values: dict[str, Any] = json.loads((self.rundir / "stats.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return values
+
+    def memory_free(self, guest: Guest) -> int:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemFree:"):
+                return int(line.split()[1]) * 1024
+        raise VmError("/proc/meminfo does not tell MemFree")
+
+    def stall(self, seconds: float) -> None:
+        """Let the server stand still for a while."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            time.sleep(seconds)
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+class Qemu(_HostServer):
+    """qemu is the NBD client; the guest sees a virtio disk."""
+
+    name = "qemu"
+    device = "/dev/vdb"
+
+    def __init__(self, size: int, settings: dict[str, str], folder: Path, werror: str = "report") -> None:
+        """`werror` is what qemu does when a write fails: report, or stop (the whole guest)."""
+        super().__init__(size, settings, folder, [])
+        self._werror = werror
+
+    def qemu_options(self) -> list[str]:
+        socket_path = self.rundir / "nbd.sock"
+        return [
+            "-blockdev",
+            f"driver=nbd,node-name={NAME},server.type=unix,server.path={socket_path},export={NAME},"
+            f"discard=unmap,reconnect-delay={RECONNECT_DELAY}",
+            "-device",
+            f"virtio-blk-pci,drive={NAME},logical_block_size=4096,physical_block_size=4096,"
+            f"werror={self._werror},rerror=report",
+        ]
+
+    def attach(self, guest: Guest) -> None:
+        # A virtio disk says that it rotates. To such a disk the kernel sends no discards of what is freed.
+        guest.run(f"echo 0 >/sys/block/{Path(self.device).name}/queue/rotational")
+
+
+class GuestNbd(_HostServer):
+    """The guest's kernel is the client, over TCP to the host."""
+
+    name = "guest"
+    device = "/dev/nbd0"
+
+    def __init__(self, size: int, settings: dict[str, str], folder: Path, nbd_options: str) -> None:
+        """`nbd_options` are further options of nbd-client."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        super().__init__(size, settings, folder, ["--ipaddr", "127.0.0.1", "--port", str(self._port)])
+        self._nbd_options = nbd_options
+
+    def qemu_options(self) -> list[str]:
+        return ["-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0,romfile="]
+
+    def attach(self, guest: Guest) -> None:
+        for path in guest.machine.images.later_modules:
+            guest.run(f"insmod {path}")
+        guest.run("ip addr add 10.0.2.15/24 dev eth0 && ip link set eth0 up")
+        _nbd_client(guest, f"10.0.2.2 {self._port} {self.device} {self._nbd_options}")
+
+    def detach(self, guest: Guest) -> None:
+        guest.run(f"/usr/sbin/nbd-client -d {self.device}")
+
+
+class Local(Attachment):
+    """zramd runs in the guest and serves the guest's own kernel."""
+
+    name = "local"
+    device = "/dev/nbd0"
+
+    def __init__(self, size: int, settings: dict[str, str], nbd_options: str) -> None:
+        """`nbd_options` are further options of nbd-client."""
+        super().__init__(size, settings)
+        self._nbd_options = nbd_options
+        self._guest: Guest | None = None
+
+    def attach(self, guest: Guest) -> None:
+        self._guest = guest
+        pairs = " ".join(shlex.quote(f"{key}={value}") for key, value in self.settings.items())
+        log = "/run/zramd.log"
+        serve = f"/usr/bin/python3 -m zramd serve --name {NAME} --size {self.size} {pairs}"
+        guest.run(f"setsid {serve} >{log} 2>&1 &")
+        end = time.monotonic() + READY_TIMEOUT
+        while guest.try_run(f"/bin/guest_tool control {RUNDIR}/control.sock GET /health")[0]:
+            if time.monotonic() > end or not guest.try_run(f"grep -qE '^zramd: |error:' {log}")[0]:
+                raise VmError(f"zramd does not serve in the guest: {self.log()}")
+            time.sleep(0.2)
+        guest.run(f"insmod {guest.machine.images.later_modules[-1]}")
+        _nbd_client(guest, f"-unix {RUNDIR}/nbd.sock {self.device} {self._nbd_options}")
+
+    def detach(self, guest: Guest) -> None:
+        guest.run(f"/usr/sbin/nbd-client -d {self.device}")
+
+    def peek(self, beat: Beat) -> dict[str, Any] | None:
+        return beat.get("zramd")
+
+    def request(self, method: str, path: str, body: str = "") -> str:
+        if self._guest is None:
+            raise VmError("zramd does not run in the guest yet")
+        words = shlex.join([f"{RUNDIR}/control.sock", method, path, body])
+        return self._guest.run(f"/bin/guest_tool control {words}", ASK_TIMEOUT)
+
+    def memory_free(self, guest: Guest) -> int:
+        line = guest.run("grep MemFree /proc/meminfo")
+        return int(line.split()[1]) * 1024
+
+    def log(self) -> str:
+        """Return what the server has said."""
+        return self._guest.run("cat /run/zramd.log") if self._guest else ""
+
+
+def _nbd_client(guest: Guest, words: str) -> None:
+    # Blocks of 4096: the kernel then never asks for a part of a page.
+    guest.run(f"/usr/sbin/nbd-client -N {NAME} -b 4096 {words}", 60)

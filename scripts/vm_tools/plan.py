@@ -1,0 +1,68 @@
+"""What a run is asked to do, and the sizes that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+MODES = ("qemu", "guest", "local")
+
+# Of one MiB of the workload's pages, the pool takes about this much when it is compacted (measured).
+STORED = 0.47
+# What else the guest needs beside the workload: page tables, the shell, caches that it should not lose.
+SPARE = 24 * MIB
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run in one mode; sizes in bytes, times in seconds, 0 where nothing was asked for."""
+
+    mode: str
+    memory: int
+    cpus: int = 2
+    short: bool = False
+    seed: int = 1
+    hog_seconds: int = 0  # how long a hog drives the guest to its limit
+    mem_limit: int = 0
+    limit: bool = False  # only look at what happens when the pool is full
+    stall: float = 0.0  # how long the server stands still in the middle of it
+    nbd_options: str = ""
+    werror: str = "report"
+
+    @property
+    def zramd_settings(self) -> dict[str, str]:
+        """The settings of every server of this run."""
+        settings = {"swap": "local", "reserve": "4M"} if self.mode == "local" else {}
+        if self.mem_limit:
+            settings["mem_limit"] = str(self.mem_limit)
+        return settings
+
+    def workload(self, available: int) -> int:
+        """Return the MiB of the workload for a guest that has `available` bytes free.
+
+        More than fits, and not more than fits together with what can be swapped out.
+        """
+        spare = SPARE // 2 if self.short else SPARE
+        if self.mode != "local" and not self.mem_limit:
+            return 2 * available // MIB
+        # A pool of so many bytes, before compaction two thirds full, holds so much of the workload.
+        pool = self.mem_limit or int(0.4 * available)
+        swapped = int(pool / STORED * (0.66 if not self.mem_limit else 0.8))
+        resident = available - spare - (pool if self.mode == "local" else 0)
+        return max(resident + swapped, available // 2) // MIB
+
+    @property
+    def device_size(self) -> int:
+        """The bytes of the swap device.
+
+        Not much more than is swapped at a time: the kernel prefers places that were never used, so on a large
+        device what was overwritten long ago stays stored.
+        """
+        return 3 * self.memory // 2
+
+
+def default_memory(mode: str, short: bool) -> int:
+    """Return the guest's memory in bytes."""
+    if mode == "local":
+        return (256 if short else 384) * MIB
+    return (160 if short else 256) * MIB
