@@ -68,6 +68,7 @@ need_packages() {
     case $1 in
     serve) ;;
     test) wanted+=("${test_packages[@]}") ;;
+    vm) wanted+=("${test_packages[@]}" "${vm_packages[@]}") ;;
     check) wanted+=("${check_packages[@]}") ;;
     esac
     command -v dpkg-query >/dev/null ||

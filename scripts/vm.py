@@ -7,7 +7,6 @@ import signal
 import sys
 import tempfile
 import time
-import zramd
 from pathlib import Path
 
 from vm_tools import image, kernel, pressure, report, scenario
@@ -15,6 +14,8 @@ from vm_tools.errors import VmError
 from vm_tools.guest import Machine, choose_accel
 from vm_tools.plan import MODES, Plan, default_memory
 from vm_tools.session import Boot, as_json
+
+import zramd
 from zramd.config import parse_size
 from zramd.errors import ConfigError
 
@@ -62,13 +63,15 @@ def run(this: Plan, machine: Machine, live: report.Live) -> report.Result:
         try:
             if this.limit:
                 pressure.full_pool(this, boot, result)
+            elif this.hog_seconds:
+                pressure.hog(this, boot, result)
             else:
                 scenario.fall_and_rise(this, boot, result)
-                if this.hog_seconds:
-                    pressure.hog(this, boot, result)
         except VmError as error:
             result.error = str(error)
-    result.expect("every page verified is as it was written", result.pages_bad == 0, f"{result.pages_bad} bad")
+    result.expect(
+        "every page verified is as it was written", result.pages_bad == 0, f"{result.pages_bad} bad"
+    )
     result.expect("the kernel complains of nothing", not result.alarms, "; ".join(result.alarms[:3]))
     result.seconds = round(time.monotonic() - started, 1)
     return result

@@ -1,1 +1,1 @@
-"""What scripts/vm.py is made of: a kernel, an image, a guest, the ways to attach, the phases of a run, the report."""
+"""What scripts/vm.py is made of: kernel, image, guest, ways to attach, phases of a run, report."""

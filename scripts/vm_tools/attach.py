@@ -44,10 +44,10 @@ class Attachment(ABC):
     def attach(self, guest: Guest) -> None:
         """Make the device appear in the guest."""
 
-    def detach(self, guest: Guest) -> None:
+    def detach(self, guest: Guest) -> None:  # noqa: B027  a disk of qemu's stays
         """Undo `attach`; the device is no longer in use."""
 
-    def stop(self) -> None:
+    def stop(self) -> None:  # noqa: B027  where nothing runs on the host
         """End what runs on the host."""
 
     @abstractmethod
@@ -60,7 +60,7 @@ class Attachment(ABC):
 
     @abstractmethod
     def peek(self, beat: Beat) -> dict[str, Any] | None:
-        """Return the server's numbers of about now without asking it; `beat` is the guest's last heartbeat."""
+        """Return the server's latest numbers without asking it; `beat` is the guest's last heartbeat."""
 
     def stats(self) -> dict[str, Any]:
         """Return the server's numbers now."""

@@ -2,4 +2,4 @@
 
 
 class VmError(Exception):
-    """Something that is needed is not there, or the guest did not do what it was asked; the text says what."""
+    """Something needed is not there, or the guest did not do as asked; the text says what."""

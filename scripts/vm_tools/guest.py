@@ -1,4 +1,4 @@
-"""A running guest: qemu, a shell in the guest, the workload, and the heartbeat. Everything is bounded in time."""
+"""A running guest: qemu, a shell in the guest, workload, and heartbeat. All is bounded in time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,7 +51,14 @@ class Machine:
         command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-M", f"pc,accel={self.accel}", "-cpu", "max" if self.accel == "tcg" else "host"]
         command += ["-smp", str(self.cpus), "-m", f"{self.memory // MIB}M"]
-        command += ["-kernel", str(self.kernel.image), "-initrd", str(self.images.initramfs), "-append", append]
+        command += [
+            "-kernel",
+            str(self.kernel.image),
+            "-initrd",
+            str(self.images.initramfs),
+            "-append",
+            append,
+        ]
         command += ["-chardev", f"file,id=console,path={console}", "-serial", "chardev:console"]
         for number, fd in enumerate(channels[:3], 1):
             command += ["-chardev", f"socket,id=tty{number},fd={fd}", "-serial", f"chardev:tty{number}"]
@@ -160,7 +168,7 @@ class Guest:
     # ---- What it can be asked
 
     def run(self, command: str, timeout: float = 30.0) -> str:
-        """Run a command line in the guest's shell and return what it prints; raises GuestError if it fails."""
+        """Run a command line in the guest's shell and return its output; raises GuestError if it fails."""
         status, output = self.try_run(command, timeout)
         if status:
             words = " ".join(output.split()) or "no reason given"
@@ -171,7 +179,10 @@ class Guest:
         """Run a command line in the guest's shell and return its exit status and what it prints."""
         self._serial += 1
         mark = f"@{self._serial}@"
-        self._send(self._agent, f"{{ {command}{'' if command.endswith('&') else ';'} }} </dev/null 2>&1; echo \"{mark}$?\"\n")
+        self._send(
+            self._agent,
+            f'{{ {command}{"" if command.endswith("&") else ";"} }} </dev/null 2>&1; echo "{mark}$?"\n',
+        )
         lines: list[str] = []
         what = f"'{command}' has not ended"
         while mark not in (line := self._line(self._agent, timeout, what)):
@@ -222,7 +233,7 @@ class Guest:
     def longest_gap(self) -> float:
         """Return the longest time between two heartbeats, in seconds of the guest's clock."""
         times = [float(beat["time"]) for beat in self.beats]
-        return max((late - early for early, late in zip(times, times[1:], strict=False)), default=0.0)
+        return max((late - early for early, late in pairwise(times)), default=0.0)
 
     # ---- Inside
 
@@ -234,7 +245,7 @@ class Guest:
             raise self._error("the guest takes no more commands") from None
 
     def _line(self, channel: Channel, timeout: float, what: str) -> str:
-        """Return the channel's next line; raises GuestError after `timeout`, or when the heart stands still."""
+        """Return the channel's next line; raises GuestError after `timeout`, or at a hang."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             try:

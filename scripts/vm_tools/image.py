@@ -211,7 +211,9 @@ def _output(name: str, *arguments: str) -> str:
     except OSError as error:
         raise VmError(f"{name} cannot be run: {error.strerror}") from None
     except subprocess.CalledProcessError as error:
-        raise VmError(f"{name} failed with status {error.returncode}: {' '.join(error.stderr.split())}") from None
+        raise VmError(
+            f"{name} failed with status {error.returncode}: {' '.join(error.stderr.split())}"
+        ) from None
     return done.stdout
 
 

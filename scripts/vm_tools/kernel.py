@@ -55,7 +55,7 @@ def prepare(folder: Path) -> Kernel:
 
 
 def image_package(depends: str) -> str | None:
-    """Return the package of the kernel itself, from the answer of `apt-cache depends`; None if it names none."""
+    """Return the kernel's own package, from what `apt-cache depends` says; None if it names none."""
     for line in depends.splitlines():
         key, _, value = line.strip().partition(": ")
         if key == "Depends" and _IMAGE_PACKAGE.match(value):

@@ -14,7 +14,7 @@ CHURN_SECONDS = 10  # between two looks at the hog
 
 
 def hog(plan: Plan, boot: Boot, result: Result) -> None:
-    """Let a hog drive the guest to its limit for the plan's time, while the workload verifies its own pages."""
+    """Let a hog drive the guest to its limit for the plan's time; the workload verifies meanwhile."""
     with booted(plan, boot, result) as session:
         session.swap_on()
         available = session.available()
@@ -39,9 +39,11 @@ def hog(plan: Plan, boot: Boot, result: Result) -> None:
             "reads": stats["reads"],
             "failed_writes": stats["failed_writes"],
         }
-        _expect_survival(session, before["daemon_pid"] if "daemon_pid" in before else 0)
+        _expect_survival(session, before.get("daemon_pid", 0))
         if plan.mem_limit:
-            result.expect("swap writes fail when the pool is full", stats["failed_writes"] > 0, stats["failed_writes"])
+            result.expect(
+                "swap writes fail when the pool is full", stats["failed_writes"] > 0, stats["failed_writes"]
+            )
         session.guest.end_workload()
         session.swap_off()
         session.attachment.detach(session.guest)
@@ -75,7 +77,9 @@ def full_pool(plan: Plan, boot: Boot, result: Result) -> None:
         session.phase("verify", "verifying every page")
         stats = session.attachment.stats()
         result.hog = {"mem_limit": limit, "failed_writes": stats["failed_writes"], "writes": stats["writes"]}
-        result.expect("swap writes fail when the pool is full", stats["failed_writes"] > 0, stats["failed_writes"])
+        result.expect(
+            "swap writes fail when the pool is full", stats["failed_writes"] > 0, stats["failed_writes"]
+        )
         result.expect("the pool stays below its limit", stats["mem_used_max"] <= limit, stats["mem_used_max"])
         session.guest.end_workload()
         session.swap_off()

@@ -15,11 +15,11 @@ LIVE_EVERY = 3  # heartbeats between two live lines, where they do not overwrite
 
 @dataclass(frozen=True)
 class Moment:
-    """Server and guest at one moment; in bytes, but frag_ratio (percent) and what is named pages or counts."""
+    """Server and guest at one moment; in bytes but for frag_ratio and what is named pages or counts."""
 
     used: int  # payloads of the live objects
     total: int  # the pool's pages
-    frag_ratio: float  # 100 × used ÷ total
+    frag_ratio: float  # used of total, in percent
     stored: int  # what the payloads were before compression
     freeable_pages: int
     spent: int  # pool and metadata
@@ -148,7 +148,9 @@ def text(result: Result) -> str:
     if result.compaction:
         lines += ["", *(f"  {line}" for line in _compaction_table(result)), ""]
     for each in result.expectations:
-        lines.append(f"  {'ok    ' if each.met else 'FAILED'}  {each.what}{f' ({each.found})' if each.found else ''}")
+        lines.append(
+            f"  {'ok    ' if each.met else 'FAILED'}  {each.what}{f' ({each.found})' if each.found else ''}"
+        )
     if result.error:
         lines.append(f"  FAILED  {result.error}")
     return "\n".join(lines)
@@ -156,7 +158,10 @@ def text(result: Result) -> str:
 
 def _facts(result: Result) -> list[tuple[str, str]]:
     facts = [
-        ("pages verified", f"{result.pages_verified} of {result.pages_written} written, {result.pages_bad} bad"),
+        (
+            "pages verified",
+            f"{result.pages_verified} of {result.pages_written} written, {result.pages_bad} bad",
+        ),
         ("swapped out and in", f"{result.swap_outs} and {result.swap_ins} pages"),
         ("booted in", ", ".join(f"{seconds:g} s" for seconds in result.boot_seconds)),
         ("whole run", f"{result.seconds:g} s"),
@@ -182,7 +187,9 @@ def _facts(result: Result) -> list[tuple[str, str]]:
 
 
 def _compaction_table(result: Result) -> list[str]:
-    lines = [f"{'':<20} {'used MiB':>9} {'total MiB':>10} {'frag ratio':>11} {'MemFree MiB':>12} {'swapped':>8}"]
+    lines = [
+        f"{'':<20} {'used MiB':>9} {'total MiB':>10} {'frag ratio':>11} {'MemFree MiB':>12} {'swapped':>8}"
+    ]
     names = (("full", "after swap in/out"), ("before", "after freeing"), ("after", "after compaction"))
     for key, name in names:
         if key in result.moments:
@@ -195,7 +202,7 @@ def _compaction_table(result: Result) -> list[str]:
 
 
 def write_markdown(path: Path, result: Result) -> None:
-    """Put the report of a run into its place in a file, between the markers of its mode; appends a place if none."""
+    """Put the report of a run into its place in a file, between its markers, or at the end."""
     mode = f"{result.mode}{'-pressure' if result.hog else ''}"
     begin, end = f"<!-- {mode} -->\n", f"<!-- /{mode} -->\n"
     machine = f"{_processor()}, {os.cpu_count()} CPUs; guest kernel {result.settings['kernel']}"

@@ -71,7 +71,9 @@ def _expect_compaction(session: Session, before: Moment, after: Moment) -> None:
     wanted = SHORT_RATIO if session.plan.short else FULL_RATIO
     trimmed = before.notify_free - full.notify_free
     result.expect("freed memory is trimmed from the device", trimmed > 0, f"{trimmed} pages")
-    result.expect("the pool shrinks when memory is freed", before.total < full.total, pages_text(full, before))
+    result.expect(
+        "the pool shrinks when memory is freed", before.total < full.total, pages_text(full, before)
+    )
     result.expect("the frag ratio falls", before.frag_ratio < full.frag_ratio, ratio_text(full, before))
     result.expect("compaction frees pages", after.total < before.total, pages_text(before, after))
     reached = after.frag_ratio >= wanted
@@ -88,7 +90,9 @@ def _free_and_swap_off(session: Session) -> None:
     seconds = session.swap_off()
     answer = session.phase("verify", "verifying every page that is left")
     result.swapoff = {"swapped_pages": swapped // 4096, "seconds": round(seconds, 2), "bad": answer["bad"]}
-    result.expect("swapoff brings every page back", swapped > 0 and not answer["bad"], f"{swapped // 4096} pages")
+    result.expect(
+        "swapoff brings every page back", swapped > 0 and not answer["bad"], f"{swapped // 4096} pages"
+    )
 
 
 def _stall(session: Session) -> None:
@@ -116,8 +120,8 @@ def _stall(session: Session) -> None:
 def moment_text(moment: Moment) -> str:
     """Return a moment on one line."""
     return (
-        f"used {moment.used / MIB:.1f} MiB, total {moment.total / MIB:.1f} MiB, ratio {moment.frag_ratio:.1f} %, "
-        f"MemFree {moment.mem_free / MIB:.1f} MiB"
+        f"used {moment.used / MIB:.1f} MiB, total {moment.total / MIB:.1f} MiB, "
+        f"ratio {moment.frag_ratio:.1f} %, MemFree {moment.mem_free / MIB:.1f} MiB"
     )
 
 

@@ -40,7 +40,9 @@ class Boot:
 class Session:
     """A guest that swaps to its device."""
 
-    def __init__(self, plan: Plan, guest: Guest, attachment: attach.Attachment, result: Result, live: Live) -> None:
+    def __init__(
+        self, plan: Plan, guest: Guest, attachment: attach.Attachment, result: Result, live: Live
+    ) -> None:
         self.plan = plan
         self.guest = guest
         self.attachment = attachment
@@ -135,7 +137,14 @@ class Session:
         result.write_errors += sum("Write-error on swap-device" in line for line in guest.kernel_log())
         result.boot_seconds.append(round(guest.booted, 2))
         if "daemon_pid" in last:
-            keys = ("daemon_pid", "daemon_alive", "daemon_resident", "daemon_locked", "daemon_minor", "daemon_major")
+            keys = (
+                "daemon_pid",
+                "daemon_alive",
+                "daemon_resident",
+                "daemon_locked",
+                "daemon_minor",
+                "daemon_major",
+            )
             result.daemon = {key: last[key] for key in keys}
             pids = {beat["daemon_pid"] for beat in guest.beats if "daemon_pid" in beat}
             result.daemon["pids"] = sorted(pids)

@@ -1,0 +1,64 @@
+"""Swap in a real virtual machine, through the script that users run: each way to attach, and a full pool."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+VM_SWAP = Path(__file__).resolve().parents[2] / "scripts" / "vm-swap"
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def vm_swap(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    """Run the script at its shortest; what it found."""
+    found = tmp_path / "found.json"
+    ran = subprocess.run(
+        [VM_SWAP, *arguments, "--short", "--json", found],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    print(ran.stdout.decode())
+    assert found.exists()
+    (result,) = json.loads(found.read_text())
+    failed = [each for each in result["expectations"] if not each["met"]]
+    assert (result["error"], failed, ran.returncode) == ("", [], 0)
+    return dict(result)
+
+
+def held(result: dict[str, Any], what: str) -> bool:
+    """Whether an expectation was looked at, and met."""
+    return any(each["met"] for each in result["expectations"] if each["what"].startswith(what))
+
+
+@pytest.mark.parametrize("way", ["qemu", "guest", "local"])
+def test_swap(way: str, tmp_path: Path) -> None:
+    result = vm_swap(tmp_path, "--attach", way)
+    assert result["pages_bad"] == 0
+    assert result["pages_verified"] > 10_000
+    assert result["swap_outs"] > 5_000
+    assert result["swap_ins"] > 1_000
+    moments = result["moments"]
+    # Frees come through as trims and shrink the pool; then compaction frees pages.
+    assert moments["full"]["total"] > moments["before"]["total"] > moments["after"]["total"]
+    assert moments["full"]["frag_ratio"] > moments["before"]["frag_ratio"] < moments["after"]["frag_ratio"]
+    assert result["compaction"]["num_migrated"] > 0
+    assert result["swapoff"]["bad"] == 0
+    if way == "local":
+        assert held(result, "requests need no memory")
+        assert held(result, "no system call takes memory")
+        assert held(result, "a stop waits for swapoff")
+        assert result["requests"]["reserve_misses"] == 0
+
+
+@pytest.mark.parametrize("way", ["qemu", "local"])
+def test_full_pool(way: str, tmp_path: Path) -> None:
+    """A swap write fails, its page stays in memory, the guest lives on, and nothing is lost."""
+    result = vm_swap(tmp_path, "--attach", way, "--limit")
+    assert result["hog"]["failed_writes"] > 0
+    assert result["write_errors"] > 0
+    assert result["pages_bad"] == 0
