@@ -62,6 +62,11 @@ _with_traceback = traceback.format_exception
 
 def _format_exception(kind: type[BaseException], error: BaseException, trace: Any) -> list[str]:
     if isinstance(error, OSError):
+        # nbdkit (1.32 at least) never frees the exception: let go of what it holds. A full pool has thousands.
+        error.__traceback__ = None
+        while trace is not None:
+            trace.tb_frame.clear()
+            trace = trace.tb_next
         return [error.strerror or str(error)]
     return [str(error)] if isinstance(error, ZramdError) else _with_traceback(kind, error, trace)
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from zramd import __version__, stats, swap
 from zramd.compactor import Compactor
 from zramd.config import Config
-from zramd.core import process
 from zramd.core.device import Device
 from zramd.endpoint import Endpoint
 from zramd.errors import CorruptionError, RundirError
@@ -103,6 +102,9 @@ class Server:
             signal.set_wakeup_fd(self._wake[1], warn_on_full_buffer=False)
             for number in STOP_SIGNALS:
                 signal.signal(number, _ignore)
+            if self.config.swap == "local":
+                # Last: the threads above stay ordinary, those that nbdkit starts for clients inherit it.
+                swap.take_priority()
         except BaseException:
             self.stop()
             raise
@@ -177,13 +179,13 @@ class Server:
         self.device.reset_mem_used_max()
 
     def _keep_reserve(self) -> None:
-        process.warm_stack()
+        swap.warm_stack()
         self.device.reserve_keep()
 
     def _housekeep(self) -> None:
         """Answer the endpoint's callers, write the stats files, and stop nbdkit when a signal says so."""
         if self.config.swap == "local":
-            process.warm_stack()
+            swap.warm_stack()
         poll = select.poll()
         poll.register(self._wake[0], select.POLLIN)
         if self._endpoint is not None:

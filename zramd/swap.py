@@ -5,7 +5,8 @@ for a page of our own, not in a system call, not behind a thread that waits. Eac
 read back, and the server does not start without it. docs/swapping.md lists the hazards that each answers.
 
 before nbdkit forks   mark as I/O flusher, keep the OOM killer away
-after                 lock memory, read the code in, warm the heap, fill the reserve, never block on the log
+after                 lock memory, read the code in, warm the heap, fill the reserve, never block on the log,
+                      real-time priority for the threads that serve
 """
 
 import gc
@@ -29,6 +30,9 @@ _PROBE_BYTES = (
     3 << 20
 )  # of small objects mostly: Python's own allocator takes 1 MiB at a time and gives it back
 
+_SMALL = 2 << 20  # bytes
+_FRAMES = 200  # of Python: they fill the 16 KiB that each thread has for them
+
 _ROOT = "run it as root, or give it CAP_SYS_RESOURCE"
 
 
@@ -47,10 +51,37 @@ def protect(device: Device, reserve: int) -> None:
     _resident_code()
     _warm_heap()
     _reserve(device, reserve)
-    process.warm_stack()
-    threadstate.warm_stacks()
+    warm_stack()
+    threadstate.on_keep(warm_stack)
     gc.collect()
     gc.freeze()  # what lives now lives for good: the collector need not touch it again
+
+
+def warm_stack() -> None:
+    """Make the calling thread's stacks resident, C's and Python's: a page fault in there holds the GIL."""
+    process.warm_stack()
+    _deep(_FRAMES)
+
+
+def _deep(frames: int) -> int:
+    return frames and _deep(frames - 1)
+
+
+def take_priority() -> None:
+    """Make the calling thread, and the threads that it starts from now on, real-time. Raises SwapError.
+
+    Each answer to the kernel takes a page of memory for the socket. When nothing is free but what
+    vm.min_free_kbytes sets aside, ordinary programs wait until swapping out has freed more, and we with them:
+    for ever. Real-time threads may take a quarter of what is set aside (half, since Linux 6.4). They also get
+    the processor when the machine is busy.
+    """
+    remedy = "run it as root, or give it CAP_SYS_NICE"
+    try:
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    except OSError as error:
+        raise _refuse("cannot become real-time", error.strerror, remedy) from None
+    if os.sched_getscheduler(0) != os.SCHED_RR:
+        raise _refuse("cannot become real-time", "the kernel does not say so", remedy)
 
 
 def devices_in_use(disksize: int) -> list[str]:
@@ -111,9 +142,12 @@ def _locked_memory() -> None:
 
 
 def _resident_code() -> None:
-    """Code that was never run yet must not be read from a disk when memory is short."""
+    """Code that was never run yet must not be read from a disk when memory is short.
+
+    Nor may a program's variables be touched for the first time then: such a page fault may hold the GIL.
+    """
     remedy = "free some memory"
-    for start, end in _file_mappings():
+    for start, end in _mappings():
         try:
             process.make_resident(start, end - start)
         except OSError as error:
@@ -173,15 +207,20 @@ def _status() -> dict[str, int]:
     return sizes
 
 
-def _file_mappings() -> Iterator[tuple[int, int]]:
-    """Yield start and end of each mapped part of a file that may be read, run or written."""
+def _mappings() -> Iterator[tuple[int, int]]:
+    """Yield start and end of what is mapped of files, and of small mappings: variables, the heap.
+
+    What is large is the device's own (that is what the reserve is for) or nbdkit's 192 MiB that nobody uses.
+    """
     with open("/proc/self/maps") as maps:
         lines = maps.readlines()
     for line in lines:
         words = line.split(maxsplit=5)
-        if len(words) == 6 and words[5].startswith("/") and words[1][0] == "r":
-            start, _, end = words[0].partition("-")
-            yield int(start, 16), int(end, 16)
+        start, end = (int(word, 16) for word in words[0].split("-"))
+        name = words[5] if len(words) == 6 else ""
+        small = end - start <= _SMALL and not name.startswith("[v")  # the kernel's own cannot be locked
+        if words[1][0] == "r" and (name.startswith("/") or name == "[heap]\n" or small):
+            yield start, end
 
 
 def _missing_code() -> int:
@@ -264,14 +303,14 @@ class Log:
         return b"zramd: %d lines more like these were held back\n" % count if count else b""
 
     def _work(self) -> None:
-        process.warm_stack()
+        warm_stack()
         poll = select.poll()
         poll.register(self._pipe, select.POLLIN)
         while True:
             if not poll.poll(self.PERIOD * 1000 if self.held_back else None):
                 self._pass(self.summary())
                 continue
-            data = os.read(self._pipe, 65536)
+            data = os.read(self._pipe, 4096)
             if not data:
                 self._pass(self.filter(b"\n" if self._rest else b"") + self.summary())
                 return

@@ -62,10 +62,8 @@ cdef extern from *:
 
 import sys
 
-from zramd.core.process import warm_stack
-
 cdef bint enabled
-cdef bint stacks_warm
+cdef object warm_stack = None
 cdef unsigned long long kept_count, reclaimed_count
 
 # From 3.12 on, deleting the state of another thread unbinds the state of the thread that does it.
@@ -77,9 +75,9 @@ cdef void keep_current() noexcept:
     global kept_count, reclaimed_count
     cdef int reclaimed
     if enabled and not thread_is_kept:
-        if stacks_warm:
-            warm_stack()
         reclaimed = keep_this_thread()
+        if warm_stack is not None:
+            warm_stack()
         if reclaimed >= 0:
             kept_count += 1
             reclaimed_count += reclaimed
@@ -90,10 +88,10 @@ def keep():
     keep_current()
 
 
-def warm_stacks():
-    """From now on, make the stack of each thread resident whose state is kept."""
-    global stacks_warm
-    stacks_warm = True
+def on_keep(function):
+    """From now on, call a function in each thread whose state is kept, once."""
+    global warm_stack
+    warm_stack = function
 
 
 def kept():

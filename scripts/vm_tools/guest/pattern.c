@@ -163,7 +163,7 @@ int pattern_main(int argc, char **argv)
     madvise(memory.start, memory.pages * PAGE, MADV_NOHUGEPAGE);
     if (mlock(memory.versions, memory.pages * sizeof *memory.versions) || mlock(memory.live, memory.pages))
         die("mlock");
-    set_oom_score(500);
+    set_oom_score(-900);
     signal(SIGBUS, lost);
     printf("{\"phase\": \"start\", \"pages\": %lu}\n", memory.pages);
     fflush(stdout);
