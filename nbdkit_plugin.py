@@ -62,7 +62,7 @@ _with_traceback = traceback.format_exception
 
 def _format_exception(kind: type[BaseException], error: BaseException, trace: Any) -> list[str]:
     if isinstance(error, OSError):
-        # nbdkit (1.32 at least) never frees the exception: let go of what it holds. A full pool has thousands.
+        # nbdkit (1.32 at least) never frees the exception: let go of what it holds. A full pool has many.
         error.__traceback__ = None
         while trace is not None:
             trace.tb_frame.clear()
