@@ -83,7 +83,7 @@ def initramfs_entries(busybox: bytes, init: bytes, modules: list[tuple[str, byte
     """Return what stands in the initramfs; `modules` are names and contents, in the order of loading."""
     order = "".join(f"{name}\n" for name, _ in modules)
     return [
-        *(Entry(name, stat.S_IFDIR | 0o755) for name in ("bin", "dev", "modules", "proc", "root")),
+        *(Entry(name, stat.S_IFDIR | 0o755) for name in ("bin", "dev", "modules", "mnt", "proc")),
         Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
         Entry("bin/busybox", stat.S_IFREG | 0o755, busybox),
         Entry("bin/sh", stat.S_IFLNK | 0o777, b"busybox"),

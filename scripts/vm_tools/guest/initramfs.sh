@@ -10,7 +10,7 @@ while read -r module; do
 done </modules/order
 # The disk may appear a moment after its driver.
 until [ -b /dev/vda ]; do usleep 10000; done
-mount -o ro /dev/vda /root
-mount -o move /dev /root/dev
+mount -o ro /dev/vda /mnt
+mount -o move /dev /mnt/dev
 umount /proc
-exec /bin/busybox switch_root /root /sbin/init
+exec /bin/busybox switch_root /mnt /sbin/init
