@@ -43,7 +43,7 @@ _find_package()
 try:
     from zramd import __version__
     from zramd import config as settings
-    from zramd.core.threadstate import keep
+    from zramd.core import requests
     from zramd.errors import ZramdError
     from zramd.server import Server
 except ImportError as missing:
@@ -60,22 +60,16 @@ except ImportError as missing:
 _with_traceback = traceback.format_exception
 
 
-def _format_exception(kind: type[BaseException], error: BaseException, trace: Any) -> list[str]:
+def _format_exception(kind: type[BaseException], error: BaseException, trace: Any = None) -> list[str]:
     if isinstance(error, OSError):
-        # nbdkit (1.32 at least) never frees the exception: let go of what it holds. A full pool has many.
-        error.__traceback__ = None
-        while trace is not None:
-            trace.tb_frame.clear()
-            trace = trace.tb_next
         return [error.strerror or str(error)]
-    return [str(error)] if isinstance(error, ZramdError) else _with_traceback(kind, error, trace)
+    return [str(error)] if trace is None or isinstance(error, ZramdError) else _with_traceback(kind, error, trace)
 
 
 traceback.format_exception = _format_exception  # type: ignore[assignment]
 
 _pairs: list[tuple[str, str]] = []
 _server: Server
-_pool_full: int
 _thread_model = "auto"
 
 
@@ -88,9 +82,9 @@ def config(key: str, value: str) -> None:
 
 
 def config_complete() -> None:
-    global _server, _pool_full, _thread_model
+    global _server, _thread_model
     parsed = settings.parse(_pairs)
-    _pool_full = {"enospc": errno.ENOSPC, "eio": errno.EIO}[parsed.pool_full]
+    requests.prepare(nbdkit.set_error, {"enospc": errno.ENOSPC, "eio": errno.EIO}[parsed.pool_full])
     _thread_model = parsed.thread_model
     _server = Server(parsed, nbdkit.shutdown)
 
@@ -193,64 +187,12 @@ def can_cache(device: Device) -> int:
     return none
 
 
-# Requests, from many threads at once. `keep` makes the thread's Python state stay: without it nbdkit would
-# build and destroy one around each call.
-
-_MAY_TRIM: int = nbdkit.FLAG_MAY_TRIM
-_REQ_ONE: int = nbdkit.FLAG_REQ_ONE
-
-
-def pread(device: Device, buf: memoryview, offset: int, flags: int) -> None:
-    keep()
-    try:
-        device.read(buf, offset)
-    except Exception as error:
-        _set_error(error)
-        raise
-
-
-def pwrite(device: Device, buf: memoryview, offset: int, flags: int) -> None:
-    keep()
-    try:
-        device.write(buf, offset)
-    except Exception as error:
-        _set_error(error)
-        raise
-
-
-def flush(device: Device, flags: int) -> None:
-    keep()
-
-
-def trim(device: Device, count: int, offset: int, flags: int) -> None:
-    keep()
-    try:
-        device.trim(offset, count)
-    except Exception as error:
-        _set_error(error)
-        raise
-
-
-def zero(device: Device, count: int, offset: int, flags: int) -> None:
-    keep()
-    try:
-        # Both ways are fast, so the fast-zero flag asks for nothing more.
-        device.zero(offset, count, bool(flags & _MAY_TRIM))
-    except Exception as error:
-        _set_error(error)
-        raise
-
-
-def extents(device: Device, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
-    keep()
-    return device.extents(offset, count, bool(flags & _REQ_ONE))
-
-
-def _set_error(error: Exception) -> None:
-    """Tell nbdkit which errno the client gets."""
-    if isinstance(error, OSError) and error.errno:
-        nbdkit.set_error(_pool_full if error.errno == errno.ENOSPC else error.errno)
-    elif isinstance(error, MemoryError):
-        nbdkit.set_error(_pool_full)
-    else:
-        nbdkit.set_error(errno.EIO)
+# Requests, from many threads at once, are C: see zramd/core/requests.pyx.
+pread, pwrite, flush, trim, zero, extents = (
+    requests.pread,
+    requests.pwrite,
+    requests.flush,
+    requests.trim,
+    requests.zero,
+    requests.extents,
+)

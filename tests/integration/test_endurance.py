@@ -195,3 +195,22 @@ class TestRewriting:
         print(f"{faults} minor faults in {answered} requests: {faults / answered:.4f} each")
         assert answered == 30_000
         assert faults / answered < 0.05
+
+
+class TestFullPool:
+    def test_failed_writes_leave_nothing(self, serve: Serve) -> None:
+        """nbdkit keeps what a callback raises: a kernel whose swap is full sends failing writes by the thousand."""
+        served = serve(mem_limit="1M", compaction="off")
+        client = NbdSocket(served)
+        noise = os.urandom(BLOCK)
+
+        def fail(count: int) -> int:
+            return sum(client.ask(client.WRITE, turn % 8192 * BLOCK, BLOCK, noise) == 28 for turn in range(count))
+
+        fail(2_000)
+        early = served.resident()
+        failed = fail(20_000)
+        late = served.resident()
+        print(f"{failed} failed writes: {(late - early) / failed:.1f} bytes each")
+        assert failed > 19_000
+        assert late - early < 4 * failed  # as a Python function: 1100 to 1600 bytes each

@@ -62,12 +62,17 @@ cdef class Device:
     cdef int _merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
     cdef int _read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil
     cdef int _zero_block(self, uint64_t block, uint64_t slot) noexcept nogil
-    cdef void _begin(self) noexcept nogil
+    # requests: 0 or -errno, -EINVAL beyond the end
+    cdef int serve_read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil
+    cdef int serve_write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil
+    cdef int serve_trim(self, uint64_t offset, uint64_t length) noexcept nogil
+    cdef int serve_zero(self, uint64_t offset, uint64_t length, bint may_trim) noexcept nogil
+
+    cdef bint _begin(self, uint64_t offset, uint64_t length) noexcept nogil
     cdef void _end(self) noexcept nogil
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _zero(self, uint64_t offset, uint64_t length, uint64_t slot, bint exact) noexcept nogil
     cdef uint64_t _extent(self, uint64_t offset, uint64_t end, int *kind) noexcept nogil
     cdef int _populate(self) noexcept nogil
-    cdef int _enter(self, uint64_t offset, uint64_t length) except -1
     cdef const char *_find_fault(self, uint64_t *where) noexcept nogil

@@ -12,7 +12,7 @@ Lock order: gate, one stripe, then the pool's. No lock but the stripe of a part-
 """
 
 cimport cython
-from libc.errno cimport EIO, ENOMEM, ENOSPC
+from libc.errno cimport EINVAL, EIO, ENOMEM, ENOSPC
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -283,15 +283,6 @@ cdef class Device:
     # --------------------------------------------------------------------------------------------------------
     # whole requests: 0 or -errno of the first block that failed; blocks before it are done
 
-    cdef void _begin(self) noexcept nogil:
-        """A request is at work until _end: check and reset wait for it, the compactor makes way."""
-        pthread_rwlock_rdlock(&self.gate)
-        counter_add(&self.n.inflight, 1)
-
-    cdef void _end(self) noexcept nogil:
-        counter_sub(&self.n.inflight, 1)
-        pthread_rwlock_unlock(&self.gate)
-
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil:
         cdef uint64_t done = 0
         cdef uint32_t at, n
@@ -433,30 +424,69 @@ cdef class Device:
         return self.pool.find_fault(where, words)
 
     # --------------------------------------------------------------------------------------------------------
-    # for Python
+    # what clients ask for: 0 or -errno, -EINVAL beyond the end of the device
 
-    cdef int _enter(self, uint64_t offset, uint64_t length) except -1:
-        """Raise ValueError for a range that is not on the device."""
+    cdef bint _begin(self, uint64_t offset, uint64_t length) noexcept nogil:
+        """A request is at work until _end: check and reset wait for it, the compactor makes way. False: out of range."""
         if offset > self.disksize or length > self.disksize - offset:
             counter_add(&self.n.invalid_io, 1)
-            raise ValueError(f"{length} bytes at {offset} reach beyond the device's {self.disksize} bytes")
+            return False
+        pthread_rwlock_rdlock(&self.gate)
+        counter_add(&self.n.inflight, 1)
+        return True
+
+    cdef void _end(self) noexcept nogil:
+        counter_sub(&self.n.inflight, 1)
+        pthread_rwlock_unlock(&self.gate)
+
+    cdef int serve_read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil:
+        cdef int rc
+        if not self._begin(offset, length):
+            return -EINVAL
+        rc = self._read(dst, offset, length)
+        self._end()
+        return rc
+
+    cdef int serve_write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil:
+        cdef int rc
+        if not self._begin(offset, length):
+            return -EINVAL
+        rc = self._write(src, offset, length)
+        self._end()
+        return rc
+
+    cdef int serve_trim(self, uint64_t offset, uint64_t length) noexcept nogil:
+        if not self._begin(offset, length):
+            return -EINVAL
+        self._zero(offset, length, 0, False)
+        counter_add(&self.n.trims, 1)
+        self._end()
         return 0
+
+    cdef int serve_zero(self, uint64_t offset, uint64_t length, bint may_trim) noexcept nogil:
+        cdef int rc
+        if not self._begin(offset, length):
+            return -EINVAL
+        rc = self._zero(offset, length, 0 if may_trim else SLOT_SAME, True)
+        counter_add(&self.n.zeroes, 1)
+        if rc:
+            counter_add(&self.n.failed_writes, 1)
+        self._end()
+        return rc
+
+    # --------------------------------------------------------------------------------------------------------
+    # for Python
 
     def read(self, buf, uint64_t offset):
         """Fill a writable buffer from offset. Raises CorruptObjectError; ValueError beyond the device's end."""
         cdef Py_buffer view
         cdef int rc
         PyObject_GetBuffer(buf, &view, PyBUF_WRITABLE)
-        try:
-            self._enter(offset, view.len)
-            with nogil:
-                self._begin()
-                rc = self._read(<char *>view.buf, offset, view.len)
-                self._end()
-            if rc:
-                raise error_from(rc, f"read of {view.len} bytes at {offset}")
-        finally:
-            PyBuffer_Release(&view)
+        with nogil:
+            rc = self.serve_read(<char *>view.buf, offset, view.len)
+        PyBuffer_Release(&view)
+        if rc:
+            raise error_from(rc, f"read of {view.len} bytes at {offset}")
 
     def write(self, buf, uint64_t offset):
         """Write a buffer to offset. Raises PoolFullError when mem_limit leaves no room even after compaction (then
@@ -464,25 +494,19 @@ cdef class Device:
         cdef Py_buffer view
         cdef int rc
         PyObject_GetBuffer(buf, &view, PyBUF_SIMPLE)
-        try:
-            self._enter(offset, view.len)
-            with nogil:
-                self._begin()
-                rc = self._write(<const char *>view.buf, offset, view.len)
-                self._end()
-            if rc:
-                raise error_from(rc, f"write of {view.len} bytes at {offset}")
-        finally:
-            PyBuffer_Release(&view)
+        with nogil:
+            rc = self.serve_write(<const char *>view.buf, offset, view.len)
+        PyBuffer_Release(&view)
+        if rc:
+            raise error_from(rc, f"write of {view.len} bytes at {offset}")
 
     def trim(self, uint64_t offset, uint64_t length):
         """Free the whole blocks of a range: they are holes and read as zeros. Parts of blocks stay as they are."""
-        self._enter(offset, length)
+        cdef int rc
         with nogil:
-            self._begin()
-            self._zero(offset, length, 0, False)
-            counter_add(&self.n.trims, 1)
-            self._end()
+            rc = self.serve_trim(offset, length)
+        if rc:
+            raise error_from(rc, f"trim of {length} bytes at {offset}")
 
     def zero(self, uint64_t offset, uint64_t length, bint may_trim=True):
         """Zero a range, to the byte. may_trim: whole blocks become holes, else allocated zeros; neither takes memory.
@@ -490,14 +514,8 @@ cdef class Device:
         Raises PoolFullError when a part of a block has to be merged and mem_limit leaves no room.
         """
         cdef int rc
-        self._enter(offset, length)
         with nogil:
-            self._begin()
-            rc = self._zero(offset, length, 0 if may_trim else SLOT_SAME, True)
-            counter_add(&self.n.zeroes, 1)
-            if rc:
-                counter_add(&self.n.failed_writes, 1)
-            self._end()
+            rc = self.serve_zero(offset, length, may_trim)
         if rc:
             raise error_from(rc, f"zeroing of {length} bytes at {offset}")
 
@@ -508,14 +526,18 @@ cdef class Device:
         """
         cdef uint64_t end = offset + length, stop
         cdef int kind
-        self._enter(offset, length)
+        cdef bint there
         extents = []
         while offset < end and len(extents) < (1 if one else EXTENTS_MAX):
             with nogil:
-                self._begin()
-                stop = self._extent(offset, end, &kind)
-                self._end()
+                there = self._begin(offset, length)
+                if there:
+                    stop = self._extent(offset, end, &kind)
+                    self._end()
+            if not there:
+                raise error_from(-EINVAL, f"extents of {length} bytes at {offset}")
             extents.append((offset, stop - offset, kind))
+            length -= stop - offset
             offset = stop
         return extents
 
