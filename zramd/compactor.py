@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from zramd.config import Config
+from zramd.core.process import name_thread
 
 MIN_FREEABLE = 16  # pages: below this a run is not worth waking the caches for
 MAX_INTERVAL = 60.0  # seconds between looks after runs that gained nothing
@@ -223,6 +224,7 @@ class Compactor:
             ticket.set()
 
     def _work(self) -> None:
+        name_thread("zramd-compactor")
         with suppress(OSError):  # a sandbox may forbid it: clients then compete on equal terms
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:

@@ -19,6 +19,7 @@ from zramd import __version__, stats, swap
 from zramd.compactor import Compactor
 from zramd.config import Config
 from zramd.core.device import Device
+from zramd.core.process import name_thread
 from zramd.endpoint import Endpoint
 from zramd.errors import CorruptionError, RundirError
 from zramd.rundir import CONTROL_SOCKET, Rundir
@@ -179,11 +180,13 @@ class Server:
         self.device.reset_mem_used_max()
 
     def _keep_reserve(self) -> None:
+        name_thread("zramd-keeper")
         swap.warm_stack()
         self.device.reserve_keep()
 
     def _housekeep(self) -> None:
         """Answer the endpoint's callers, write the stats files, and stop nbdkit when a signal says so."""
+        name_thread("zramd")
         if self.config.swap == "local":
             swap.warm_stack()
         poll = select.poll()

@@ -281,6 +281,11 @@ class Log:
 
     def filter(self, data: bytes) -> bytes:
         """Return what of `data` is to be passed on now, in whole lines."""
+        if self._passed >= self.BURST and self._clock() - self._since < self.PERIOD:
+            # A storm: count the lines and be done, the threads that serve want the GIL.
+            self.held_back += data.count(b"\n")
+            self._rest = b""
+            return b""
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > 4096:
             lines.append(self._rest)
@@ -303,6 +308,7 @@ class Log:
         return b"zramd: %d lines more like these were held back\n" % count if count else b""
 
     def _work(self) -> None:
+        process.name_thread("zramd-log")
         warm_stack()
         poll = select.poll()
         poll.register(self._pipe, select.POLLIN)
@@ -310,7 +316,7 @@ class Log:
             if not poll.poll(self.PERIOD * 1000 if self.held_back else None):
                 self._pass(self.summary())
                 continue
-            data = os.read(self._pipe, 4096)
+            data = os.read(self._pipe, 65536)
             if not data:
                 self._pass(self.filter(b"\n" if self._rest else b"") + self.summary())
                 return

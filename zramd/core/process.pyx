@@ -58,7 +58,7 @@ cdef extern from *:
     int mallopt(int option, int value) nogil
     void use_stack(size_t size) nogil
     int use_heap(size_t size) nogil
-    int PR_SET_IO_FLUSHER, PR_GET_IO_FLUSHER
+    int PR_SET_IO_FLUSHER, PR_GET_IO_FLUSHER, PR_SET_NAME
     int MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT
     int M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
     int MADV_DONTNEED_LOCKED, PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS
@@ -121,3 +121,9 @@ def warm_heap(size_t size):
 def warm_stack():
     """Make as much of the calling thread's stack resident as any thread of the server uses."""
     use_stack(STACK_SIZE)
+
+
+def name_thread(name):
+    """Give the calling thread a name that ps, top and /proc show: at most 15 bytes are."""
+    cdef bytes text = os.fsencode(name)
+    prctl(PR_SET_NAME, <const char *>text, <unsigned long>0, <unsigned long>0, <unsigned long>0)

@@ -3,6 +3,7 @@
 
 #include "tool.h"
 
+#include <dirent.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -36,12 +37,43 @@ static size_t add(size_t used, const char *file, const char *const *names, const
     return used;
 }
 
-/* The daemon's process, read from /proc: resident bytes and page faults of all its threads. */
+/* Page faults in a file like /proc/PID/stat. */
+static int faults(const char *path, unsigned long *minor, unsigned long *major)
+{
+    char stat[1024];
+    char *fields = read_file(path, stat, sizeof stat) > 0 ? strrchr(stat, ')') : NULL;
+    return fields && sscanf(fields + 1, " %*c %*d %*d %*d %*d %*d %*u %lu %*u %lu", minor, major) == 2;
+}
+
+/* Take off what the keeper has: it makes memory ready ahead of need, and that counts as page faults too. */
+static void without_keeper(int pid, unsigned long *minor, unsigned long *major)
+{
+    char path[280], name[32];
+    unsigned long keeper_minor, keeper_major;
+    struct dirent *task;
+
+    snprintf(path, sizeof path, "/proc/%d/task", pid);
+    DIR *tasks = opendir(path);
+    while (tasks && (task = readdir(tasks))) {
+        snprintf(path, sizeof path, "/proc/%d/task/%.16s/comm", pid, task->d_name);
+        if (read_file(path, name, sizeof name) <= 0 || strcmp(name, "zramd-keeper\n"))
+            continue;
+        snprintf(path, sizeof path, "/proc/%d/task/%.16s/stat", pid, task->d_name);
+        if (faults(path, &keeper_minor, &keeper_major)) {
+            *minor -= keeper_minor;
+            *major -= keeper_major;
+        }
+    }
+    if (tasks)
+        closedir(tasks);
+}
+
+/* The daemon's process, read from /proc: resident bytes and page faults of its threads. */
 static size_t add_daemon(size_t used, const char *rundir)
 {
     static const char *const names[] = {"VmRSS", "VmLck", NULL};
     static const char *const keys[] = {"daemon_resident", "daemon_locked", NULL};
-    char path[256], stat[1024];
+    char path[256];
     unsigned long minor = 0, major = 0;
 
     snprintf(path, sizeof path, "%s/pid", rundir);
@@ -51,10 +83,9 @@ static size_t add_daemon(size_t used, const char *rundir)
     snprintf(path, sizeof path, "/proc/%d/status", pid);
     used = add(used, path, names, keys, 1024);
     snprintf(path, sizeof path, "/proc/%d/stat", pid);
-    int alive = read_file(path, stat, sizeof stat) > 0;
-    char *fields = alive ? strrchr(stat, ')') : NULL;
-    if (fields)
-        sscanf(fields + 1, " %*c %*d %*d %*d %*d %*d %*u %lu %*u %lu", &minor, &major);
+    int alive = faults(path, &minor, &major);
+    if (alive)
+        without_keeper(pid, &minor, &major);
     return used + snprintf(line + used, sizeof line - used,
                            ", \"daemon_pid\": %d, \"daemon_alive\": %s, \"daemon_minor\": %lu, \"daemon_major\": %lu",
                            pid, alive ? "true" : "false", minor, major);
