@@ -30,6 +30,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=0)
     parser.add_argument("--mem-limit", type=parse_size, default=0)
     parser.add_argument("--limit", action="store_true")
+    parser.add_argument("--pause", action="store_true")
     parser.add_argument("--stall", type=float, default=0)
     parser.add_argument("--nbd-options", default="")
     parser.add_argument("--memory", type=parse_size, default=0)
@@ -49,6 +50,7 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
         hog_seconds=int(asked.minutes * 60),
         mem_limit=asked.mem_limit,
         limit=asked.limit,
+        pause=asked.pause,
         stall=asked.stall,
         nbd_options=asked.nbd_options,
     )
@@ -61,7 +63,9 @@ def run(this: Plan, machine: Machine, live: report.Live) -> report.Result:
     with tempfile.TemporaryDirectory(prefix="zramd-vm-") as folder:
         boot = Boot(machine, Path(folder), live)
         try:
-            if this.limit:
+            if this.pause:
+                pressure.pause(this, boot, result)
+            elif this.limit:
                 pressure.full_pool(this, boot, result)
             elif this.hog_seconds:
                 pressure.hog(this, boot, result)
@@ -81,6 +85,8 @@ def main() -> int:
     """Run what the command line asks for."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     asked = arguments(sys.argv[1:])
+    if asked.pause and asked.attach != "qemu":
+        raise VmError("--pause is qemu's: use it with --attach qemu")
     live = report.Live()
     folder = ROOT / "build/vm"
     cloud = kernel.prepare(folder)

@@ -222,6 +222,11 @@ class Guest:
             if "error" in answer:
                 raise self._error(f"qemu refuses {command}: {answer['error'].get('desc')}")
 
+    def resume(self) -> None:
+        """Let the guest go on; it has been paused."""
+        self._beat_at = time.monotonic()
+        self.ask_qemu("cont")
+
     def kernel_log(self) -> list[str]:
         """Return the lines of the kernel's log."""
         return self.console.read_text(errors="replace").splitlines()

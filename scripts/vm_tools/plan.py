@@ -27,7 +27,7 @@ class Plan:
     limit: bool = False  # only look at what happens when the pool is full
     stall: float = 0.0  # how long the server stands still in the middle of it
     nbd_options: str = ""
-    werror: str = "report"
+    pause: bool = False  # qemu pauses the guest when the pool is full, as it does by default
 
     @property
     def zramd_settings(self) -> dict[str, str]:
@@ -56,8 +56,11 @@ class Plan:
         """The bytes of the swap device.
 
         Not much more than is swapped at a time: the kernel prefers places that were never used, so on a large
-        device what was overwritten long ago stays stored.
+        device what was overwritten long ago stays stored. For a machine that swaps to itself and is driven to
+        its limit half of its memory, as zram's users have it: see docs/swapping.md, "Size".
         """
+        if self.mode == "local" and self.hog_seconds:
+            return self.memory // 2
         return 3 * self.memory // 2
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from vm_tools.plan import MIB, Plan
 from vm_tools.report import Result
@@ -54,7 +56,8 @@ def _expect_survival(session: Session, pid: int) -> None:
     found = result.hog
     enough = found["guest_seconds"] >= session.plan.hog_seconds
     result.expect("the guest was under pressure as long as asked", enough, f"{found['guest_seconds']} s")
-    result.expect("the hog reached the limit", found["killed"] > 0, f"killed {found['killed']} times")
+    if not session.plan.mem_limit:  # a pool that is full has the kernel try and fail, instead of killing
+        result.expect("the hog reached the limit", found["killed"] > 0, f"killed {found['killed']} times")
     gap = guest.longest_gap()
     result.expect("the guest never hangs", gap < LONGEST_GAP, f"longest gap between heartbeats {gap:.1f} s")
     if pid:
@@ -84,3 +87,41 @@ def full_pool(plan: Plan, boot: Boot, result: Result) -> None:
         session.guest.end_workload()
         session.swap_off()
         session.attachment.detach(session.guest)
+
+
+def pause(plan: Plan, boot: Boot, result: Result) -> None:
+    """Let the pool run full under qemu's own policy: it pauses the guest, which goes on once there is room."""
+    limit = plan.mem_limit or 16 * MIB
+    with booted(plan, boot, result, mem_limit=str(limit)) as session:
+        session.swap_on()
+        mib = (session.available() + 2 * limit) // MIB
+        session.start_workload(mib)
+        pauses = 0
+        what = f"writing {mib} MiB with a pool of {limit // MIB} MiB"
+        for phase, text in (("fill", what), ("verify", "verifying every page")):
+            for _ in _pauses(session, phase, text):
+                pauses += 1
+                limit += limit // 4
+                session.live.step(f"qemu has paused the guest: a pool of {limit // MIB} MiB, and go on")
+                session.attachment.request("PUT", "/mem_limit", str(limit))
+                session.guest.resume()
+        stats = session.attachment.stats()
+        result.hog = {"pauses": pauses, "mem_limit": limit, "failed_writes": stats["failed_writes"]}
+        result.expect("qemu pauses the guest when the pool is full", pauses > 0, f"{pauses} times")
+        errors = [line for line in session.guest.kernel_log() if "Write-error" in line]
+        result.expect(
+            "it goes on once mem_limit is raised, and has seen no failed write", not errors, errors[:1]
+        )
+        session.guest.end_workload()
+        session.swap_off()
+
+
+def _pauses(session: Session, phase: str, what: str) -> Iterator[None]:
+    """Let the workload do one phase; yields each time that qemu has paused the guest meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(session.phase, phase, what)
+        while not done.done():
+            time.sleep(0.2)
+            if session.guest.ask_qemu("query-status")["status"] == "io-error":
+                yield
+        done.result()

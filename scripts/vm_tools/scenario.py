@@ -85,14 +85,14 @@ def _free_and_swap_off(session: Session) -> None:
     result = session.result
     session.phase("free 30", "freeing 30 % of the rest")
     session.settle()
+    session.phase("pageout", "swapping all of it out")
     swapped = session.moment().swapped
     session.live.step(f"swapoff while {swapped // 4096} pages are swapped")
     seconds = session.swap_off()
     answer = session.phase("verify", "verifying every page that is left")
     result.swapoff = {"swapped_pages": swapped // 4096, "seconds": round(seconds, 2), "bad": answer["bad"]}
-    result.expect(
-        "swapoff brings every page back", swapped > 0 and not answer["bad"], f"{swapped // 4096} pages"
-    )
+    most = swapped // 4096 > answer["live"] // 2
+    result.expect("swapoff brings every page back", most and not answer["bad"], f"{swapped // 4096} pages")
 
 
 def _stall(session: Session) -> None:

@@ -176,7 +176,7 @@ def booted(plan: Plan, boot: Boot, result: Result, **settings: str) -> Iterator[
 def make_attachment(plan: Plan, folder: Path, size: int, settings: dict[str, str]) -> attach.Attachment:
     """Return the mode's attachment, its server started if it runs on the host."""
     if plan.mode == "qemu":
-        return attach.Qemu(size, settings, folder, plan.werror)
+        return attach.Qemu(size, settings, folder, "enospc" if plan.pause else "report")
     if plan.mode == "guest":
         return attach.GuestNbd(size, settings, folder, plan.nbd_options)
     return attach.Local(size, settings, plan.nbd_options)

@@ -1,5 +1,6 @@
 /* The workload: anonymous memory whose every page is known. It reads one phase a line and answers each with a
-   line: fill (writes every page that holds nothing), churn pages|seconds N, free PERCENT, verify, quit. */
+   line: fill (writes every page that holds nothing), churn pages|seconds N, free PERCENT, pageout (all of it to
+   swap), verify, quit. */
 
 #include "tool.h"
 
@@ -95,6 +96,12 @@ static void give_back(struct memory *memory, struct tally *tally, unsigned perce
     }
 }
 
+static void page_out(struct memory *memory)
+{
+    if (madvise(memory->start, memory->pages * PAGE, MADV_PAGEOUT))
+        die("madvise");
+}
+
 static uint64_t count_live(const struct memory *memory)
 {
     uint64_t live = 0;
@@ -126,6 +133,8 @@ static int do_phase(struct memory *memory, const char *line)
         give_back(memory, &tally, count);
     else if (!strncmp(line, "fill", 4))
         fill(memory, &tally);
+    else if (!strncmp(line, "pageout", 7))
+        page_out(memory);
     else if (!strncmp(line, "verify", 6))
         verify(memory, &tally);
     else
