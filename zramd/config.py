@@ -97,7 +97,9 @@ def _rundir(text: str) -> str:
 
 def _metrics_file(text: str) -> str:
     if "\0" in text or text.endswith("/"):
-        raise ConfigError(f"'{text}' is not a file: use a path that ends in .prom, which node_exporter looks for")
+        raise ConfigError(
+            f"'{text}' is not a file: use a path that ends in .prom, which node_exporter looks for"
+        )
     if text and not text.endswith(".prom"):
         raise ConfigError(f"'{text}' does not end in .prom: node_exporter would not look at it")
     return os.path.abspath(text) if text else ""
@@ -258,7 +260,7 @@ SETTINGS: tuple[Setting, ...] = (
         _metrics_file,
         "",
         "/var/lib/prometheus/node-exporter/swap0.prom",
-        "a second metrics.prom that everybody may read, for node_exporter's textfile collector, removed at the end",
+        "second metrics.prom, that all users may read, for node_exporter's textfile collector",
         shown_default="none",
     ),
     Setting("endpoint", _boolean, "on", "off", "answer HTTP on control.sock in rundir"),
@@ -345,7 +347,7 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
         raise ConfigError("disksize is missing: give the size of the device, such as disksize=1G")
     if values["metrics_file"] and not values["stats_interval"]:
         raise ConfigError(
-            f"metrics_file='{values['metrics_file']}' would never be written: stats_interval is 0, use 1 or so"
+            f"metrics_file='{values['metrics_file']}' would never be written: stats_interval is 0, use 1"
         )
     if "rundir" not in values:
         values["rundir"] = default_rundir(values["name"])

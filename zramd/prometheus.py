@@ -54,7 +54,9 @@ def exposition(snapshot: Snapshot, rows: list[ClassRow]) -> str:
     gauge("compression_ratio", "Bytes stored for each byte of pool.", s.compression_ratio)
     gauge("requests_inflight", "Requests being served now.", s.requests_inflight)
     by_op("requests", "Requests served.", read=s.reads, write=s.writes, trim=s.trims, zero=s.zeroes)
-    head("request_duration_seconds", "histogram", "Time from the start of a request to its end, by operation.")
+    head(
+        "request_duration_seconds", "histogram", "Time from the start of a request to its end, by operation."
+    )
     for op, latency in s.latency.items():
         label = f',op="{op}"'
         # Cumulative: each bucket holds all that took no longer than its bound.

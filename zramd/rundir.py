@@ -81,8 +81,8 @@ class Rundir:
 def replace_file(path: str, text: str, mode: int) -> None:
     """Replace the file by `text`, with these permissions whatever the umask. Raises OSError.
 
-    A reader sees the old text or the new. The new one is made under a name that no reader of *.prom looks at, and
-    afresh: in a folder open to others that name could be a link.
+    A reader sees the old text or the new. The new one is made under a name that no reader of *.prom looks at,
+    and afresh: in a folder open to others that name could be a link.
     """
     temporary = path + _TEMPORARY
     _unlink(temporary)

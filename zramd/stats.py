@@ -69,7 +69,8 @@ class Counters:
     requests_inflight: int
 
 
-class Latency(NamedTuple):
+@dataclass(frozen=True)
+class Latency:
     """How long the requests of one operation took, the failed ones too."""
 
     bounds: tuple[float, ...]  # seconds: the most that a request in each bucket took; the last has none
@@ -84,8 +85,8 @@ class Latency(NamedTuple):
     def quantile(self, share: float) -> float:
         """Return the seconds within which a share (0 to 1) of the requests was done, 0 when there were none.
 
-        Within a bucket requests are taken as spread evenly, as Prometheus' histogram_quantile takes them, and for
-        what took longer than all bounds it returns the last bound.
+        Within a bucket requests count as spread evenly, as Prometheus' histogram_quantile takes them. What
+        took longer than the last bound is told as that bound.
         """
         rank = share * self.count
         below = 0
@@ -234,7 +235,7 @@ def _class_line(
 def to_json(snapshot: Snapshot) -> str:
     """Return every number of the snapshot, derived ones included, as one JSON object.
 
-    `latency` holds, by operation, the requests and their mean, p50, p90 and p99 in microseconds, since the start.
+    `latency` holds, by operation, how many requests there were, with mean, p50, p90 and p99 in microseconds.
     """
     values: dict[str, object] = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
     values["uptime"] = round(snapshot.uptime, 3)

@@ -11,7 +11,7 @@ from vm_tools.errors import VmError
 
 
 def unpack(package: str, target: Path) -> None:
-    """Unpack the package into the folder `target`, all of it or nothing, unless it is there; raises VmError."""
+    """Unpack the package into the folder `target`, whole or not at all, unless it exists; raises VmError."""
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -182,7 +182,9 @@ def test_other_values() -> None:
 def test_metrics_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert parse(metrics_file="x.prom").metrics_file == f"{tmp_path}/x.prom"
-    with pytest.raises(ConfigError, match=r"metrics_file='/x.prom' would never be written: stats_interval is 0"):
+    with pytest.raises(
+        ConfigError, match=r"metrics_file='/x.prom' would never be written: stats_interval is 0"
+    ):
         parse(metrics_file="/x.prom", stats_interval="0")
 
 

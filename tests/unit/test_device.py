@@ -338,7 +338,11 @@ def test_waiting_at_the_gate_counts() -> None:
     checker.start()
     while checker.is_alive():
         read(device, 0, BLOCK)
-    longest = max(bound for bound, count in zip(device.latency_bounds, device.latencies()["read"][1], strict=False) if count)
+    longest = max(
+        bound
+        for bound, count in zip(device.latency_bounds, device.latencies()["read"][1], strict=False)
+        if count
+    )
     assert longest > (time.perf_counter_ns() - began) / 20
 
 

@@ -1,4 +1,4 @@
-"""The metrics for others: readable whatever the umask, replaced whole, never over what somebody else wrote."""
+"""The metrics for others: readable whatever the umask, replaced whole, never over somebody else's."""
 
 import os
 import stat
@@ -76,7 +76,11 @@ def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("place", "why"),
-    [("missing/x.prom", "no such file or directory"), ("", "is a directory"), ("file/x.prom", "not a directory")],
+    [
+        ("missing/x.prom", "no such file or directory"),
+        ("", "is a directory"),
+        ("file/x.prom", "not a directory"),
+    ],
 )
 def test_places_that_cannot_be(tmp_path: Path, place: str, why: str) -> None:
     (tmp_path / "file").write_text("")

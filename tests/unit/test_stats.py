@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from zramd import prometheus, stats
 
@@ -126,9 +127,8 @@ def test_json(snapshot: stats.Snapshot) -> None:
 
 
 def test_prometheus(snapshot: stats.Snapshot) -> None:
-    parser = pytest.importorskip("prometheus_client.parser")
     text = prometheus.exposition(snapshot, stats.take_classes(FakeDevice()))
-    families = {family.name: family for family in parser.text_string_to_metric_families(text)}
+    families = {family.name: family for family in text_string_to_metric_families(text)}
     values = {}
     for family in families.values():
         assert family.documentation.endswith(".")
@@ -147,8 +147,10 @@ def test_prometheus(snapshot: stats.Snapshot) -> None:
     assert values["zramd_compaction_seconds_total",] == 1.5
     assert values["zramd_class_objects", "32"] == 640
     assert ("zramd_class_objects", "96") not in values
-    buckets = [values["zramd_request_duration_seconds_bucket", *key] for key in (
-        ("2.5e-07", "read"), ("5e-07", "read"), ("1e-06", "read"), ("+Inf", "read"))]
+    buckets = [
+        values["zramd_request_duration_seconds_bucket", *key]
+        for key in (("2.5e-07", "read"), ("5e-07", "read"), ("1e-06", "read"), ("+Inf", "read"))
+    ]
     assert buckets == [1, 3, 3, 37]
     assert values["zramd_request_duration_seconds_count", "read"] == 37
     assert values["zramd_request_duration_seconds_sum", "read"] == 1e-5
