@@ -18,19 +18,16 @@ class MetricsFile:
     def __init__(self, path: str, device: str) -> None:
         """Raises RundirError when the file cannot be written there, or is not one that this device made."""
         self.path = path
-        try:
-            self._check(device)
-            # node_exporter skips an empty file without a complaint.
-            self.publish("")
-        except OSError as error:
-            raise self._refused(reason(error)) from None
+        self._check(device)
+        # node_exporter skips an empty file without a complaint.
+        self.publish("")
 
     def publish(self, text: str) -> None:
         """Replace the file by `text`. Raises RundirError when it cannot be written."""
         try:
             replace_file(self.path, text, 0o644)
         except OSError as error:
-            raise self._refused(reason(error)) from None
+            raise self._failed(error) from None
 
     def remove(self) -> None:
         """Remove the file. Never raises."""
@@ -44,10 +41,15 @@ class MetricsFile:
                 head = file.read(4096)
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise self._failed(error) from None
         if head and not head.startswith(_OURS):
             raise self._refused("it holds something else: give a file of its own")
         if head and f'{{device="{device}"' not in head:
             raise self._refused("it holds another device's metrics: give each device a file of its own")
+
+    def _failed(self, error: OSError) -> RundirError:
+        return self._refused(f"{reason(error)}: use a folder that is there and open to this user")
 
     def _refused(self, why: str) -> RundirError:
         return RundirError(f"metrics_file '{self.path}' cannot be written: {why}")

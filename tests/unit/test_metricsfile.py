@@ -86,4 +86,5 @@ def test_places_that_cannot_be(tmp_path: Path, place: str, why: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RundirError) as caught:
         MetricsFile(f"{tmp_path}/{place}".rstrip("/"), "zram0")
-    assert str(caught.value).endswith(f"cannot be written: {why}")
+    remedy = "use a folder that is there and open to this user"
+    assert str(caught.value).endswith(f"cannot be written: {why}: {remedy}")
