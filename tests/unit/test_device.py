@@ -341,13 +341,15 @@ def test_waiting_at_the_gate_counts() -> None:
 
     checker = threading.Thread(target=check)
     checker.start()
-    for _ in range(200):
+    # A read of its own takes a few microseconds, a check a millisecond and more.
+    slow = 0
+    deadline = time.monotonic() + 30
+    while slow < 10 and time.monotonic() < deadline:
         read(device, 0, BLOCK)
+        slow = sum(device.latencies()["read"][1][11:])  # longer than 256 us
     stop.set()
     checker.join()
-    total, buckets = device.latencies()["read"]
-    assert sum(buckets) == 200
-    assert total / 200 > 20_000  # a check takes a millisecond and more, a read of its own about one microsecond
+    assert slow >= 10
 
 
 def test_pressure() -> None:
