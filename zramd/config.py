@@ -95,6 +95,16 @@ def _rundir(text: str) -> str:
     return path
 
 
+def _metrics_file(text: str) -> str:
+    if "\0" in text or text.endswith("/"):
+        raise ConfigError(
+            f"'{text}' is not a file: use a path that ends in .prom, which node_exporter looks for"
+        )
+    if text and not text.endswith(".prom"):
+        raise ConfigError(f"'{text}' does not end in .prom: node_exporter would not look at it")
+    return os.path.abspath(text) if text else ""
+
+
 def _boolean(text: str) -> bool:
     try:
         return _BOOLEANS[text.lower()]
@@ -245,6 +255,14 @@ SETTINGS: tuple[Setting, ...] = (
         "10",
         "seconds between two writes of the stats files; 0: no files",
     ),
+    Setting(
+        "metrics_file",
+        _metrics_file,
+        "",
+        "/var/lib/prometheus/node-exporter/swap0.prom",
+        "second metrics.prom, that all users may read, for node_exporter's textfile collector",
+        shown_default="none",
+    ),
     Setting("endpoint", _boolean, "on", "off", "answer HTTP on control.sock in rundir"),
 )
 
@@ -270,6 +288,7 @@ class Config:
     compaction_interval: float
     compaction_step: int
     stats_interval: float
+    metrics_file: str
     endpoint: bool
 
     @property
@@ -326,6 +345,10 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
             values[setting.name] = _value(setting, setting.default)
     if "disksize" not in values:
         raise ConfigError("disksize is missing: give the size of the device, such as disksize=1G")
+    if values["metrics_file"] and not values["stats_interval"]:
+        raise ConfigError(
+            f"metrics_file='{values['metrics_file']}' would never be written: stats_interval is 0, use 1"
+        )
     if "rundir" not in values:
         values["rundir"] = default_rundir(values["name"])
     return Config(**values)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
-from zramd import stats
+from zramd import prometheus, stats
 from zramd.config import parse_size
 from zramd.errors import ConfigError
 
@@ -181,7 +181,7 @@ class Endpoint:
         return Reply(200, _TEXT, stats.classes_table(self._service.classes()))
 
     def _metrics(self, body: bytes) -> Reply:
-        text = stats.prometheus(self._service.snapshot(), self._service.classes())
+        text = prometheus.exposition(self._service.snapshot(), self._service.classes())
         return Reply(200, _PROMETHEUS, text)
 
     def _health(self, body: bytes) -> Reply:

@@ -33,14 +33,14 @@ class Rundir:
             self._made = _make(path)
             self._lock = _take_lock(path)
         except OSError as error:
-            raise RundirError(f"rundir '{path}' cannot be used: {_reason(error)}") from None
+            raise RundirError(f"rundir '{path}' cannot be used: {reason(error)}") from None
         # A socket that systemd opened and passed on is in use from the start, and not ours to remove.
         self._names = _OURS - {NBD_SOCKET} if _holds_socket(self.file(NBD_SOCKET)) else _OURS
         try:
             self._remove_files()
             self.write_pid()
         except OSError as error:
-            raise RundirError(f"rundir '{path}' cannot be written: {_reason(error)}") from None
+            raise RundirError(f"rundir '{path}' cannot be written: {reason(error)}") from None
 
     def file(self, name: str) -> str:
         """Return the path of `name` in the folder."""
@@ -57,16 +57,10 @@ class Rundir:
 
         Raises RundirError when the folder cannot be written.
         """
-        path = self.file(name)
-        temporary = path + _TEMPORARY
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(temporary, flags, 0o600)
-            with open(fd, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, path)
+            replace_file(self.file(name), text, 0o600)
         except OSError as error:
-            raise RundirError(f"rundir '{self.path}' cannot be written: {_reason(error)}") from None
+            raise RundirError(f"rundir '{self.path}' cannot be written: {reason(error)}") from None
 
     def remove(self) -> None:
         """Remove what zramd made in the folder, and the folder if zramd made it and nothing else is in it.
@@ -82,6 +76,25 @@ class Rundir:
     def _remove_files(self) -> None:
         for name in self._names:
             _unlink(self.file(name))
+
+
+def replace_file(path: str, text: str, mode: int) -> None:
+    """Replace the file by `text`, with these permissions whatever the umask. Raises OSError.
+
+    A reader sees the old text or the new. The new one is made under a name that no reader of *.prom looks at,
+    and afresh: in a folder open to others that name could be a link.
+    """
+    temporary = path + _TEMPORARY
+    _unlink(temporary)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with open(fd, "w", encoding="utf-8") as file:
+            os.fchmod(fd, mode)
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError:
+        _unlink(temporary)
+        raise
 
 
 def holder(path: str) -> int | None:
@@ -167,5 +180,6 @@ def _unlink(path: str) -> None:
         os.unlink(path)
 
 
-def _reason(error: OSError) -> str:
+def reason(error: OSError) -> str:
+    """Return what the system says, to stand inside a sentence."""
     return (error.strerror or str(error)).lower()

@@ -15,13 +15,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from zramd import __version__, stats, swap
+from zramd import __version__, prometheus, stats, swap
 from zramd.compactor import Compactor
 from zramd.config import Config
 from zramd.core.device import Device
 from zramd.core.process import name_thread
 from zramd.endpoint import Endpoint
 from zramd.errors import CorruptionError, RundirError
+from zramd.metricsfile import MetricsFile
 from zramd.rundir import CONTROL_SOCKET, Rundir
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # those nbdkit stops on
@@ -42,6 +43,7 @@ class Server:
         self.device: Device
         self._shutdown = shutdown
         self._rundir: Rundir | None = None
+        self._metrics_file: MetricsFile | None = None
         self._compactor: Compactor | None = None
         self._endpoint: Endpoint | None = None
         self._housekeeper: threading.Thread | None = None
@@ -69,6 +71,12 @@ class Server:
             swap.prepare()
         self.device = Device(config.disksize, mem_limit=config.mem_limit, acceleration=config.acceleration)
         self._rundir = Rundir(config.rundir)
+        if config.metrics_file:
+            try:
+                self._metrics_file = MetricsFile(config.metrics_file, config.name)
+            except RundirError:
+                self._rundir.remove()
+                raise
 
     def start(self) -> None:
         """Start the threads; call it in the process that serves, on its main thread.
@@ -123,9 +131,14 @@ class Server:
             self._keeper.join()
         if self._endpoint is not None:
             self._endpoint.close()
+        self._remove_files()
+        self._log.stop()
+
+    def _remove_files(self) -> None:
+        if self._metrics_file is not None:
+            self._metrics_file.remove()
         if self._rundir is not None:
             self._rundir.remove()
-        self._log.stop()
 
     def client_opened(self) -> None:
         """Count a client; waits while the device is being reset."""
@@ -236,7 +249,10 @@ class Server:
         publish("frag_ratio", stats.frag_ratio(snapshot))
         publish("stats.json", stats.to_json(snapshot))
         publish("classes", stats.classes_table(classes))
-        publish("metrics.prom", stats.prometheus(snapshot, classes))
+        metrics = prometheus.exposition(snapshot, classes)
+        publish("metrics.prom", metrics)
+        if self._metrics_file is not None:
+            self._metrics_file.publish(metrics)
         self._written, self._written_at = counters, time.monotonic()
         return True
 
@@ -270,8 +286,7 @@ class Server:
         self._shut_clients(socket.SHUT_RDWR)
         if self._stopping.wait(STOP_WAITING - STOP_WRITING):
             return
-        if self._rundir is not None:
-            self._rundir.remove()
+        self._remove_files()
         os._exit(0)
 
     def _shut_clients(self, how: int) -> None:

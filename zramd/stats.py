@@ -1,12 +1,12 @@
-"""Statistics: the only place where they are formatted.
+"""Statistics: what the numbers are, and the texts that show them.
 
 The device owns plain counters. `take` copies them into a `Snapshot`; the functions below turn a snapshot into
 the texts that the run folder and the endpoint show. Names and columns are zram's and zsmalloc's own.
+zramd.prometheus has the text for Prometheus.
 """
 
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
@@ -20,6 +20,9 @@ class Source(Protocol):
 
     def counters(self) -> dict[str, int]: ...
     def classes(self) -> list[tuple[int, ...]]: ...
+    def latencies(self) -> dict[str, tuple[int, tuple[int, ...]]]: ...
+    @property
+    def latency_bounds(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,36 @@ class Counters:
 
 
 @dataclass(frozen=True)
+class Latency:
+    """How long the requests of one operation took, the failed ones too."""
+
+    bounds: tuple[float, ...]  # seconds: the most that a request in each bucket took; the last has none
+    counts: tuple[int, ...]  # requests in each bucket, one more than bounds
+    sum: float  # seconds of all requests together
+
+    @property
+    def count(self) -> int:
+        """All requests."""
+        return sum(self.counts)
+
+    def quantile(self, share: float) -> float:
+        """Return the seconds within which a share (0 to 1) of the requests was done, 0 when there were none.
+
+        Within a bucket requests count as spread evenly, as Prometheus' histogram_quantile takes them. What
+        took longer than the last bound is told as that bound.
+        """
+        rank = share * self.count
+        below = 0
+        low = 0.0
+        for high, count in zip(self.bounds, self.counts, strict=False):
+            if count and below + count >= rank:
+                return low + (high - low) * (rank - below) / count
+            below += count
+            low = high
+        return low if below < self.count else 0.0
+
+
+@dataclass(frozen=True)
 class Snapshot(Counters):
     """All numbers of one device at one moment."""
 
@@ -76,6 +109,7 @@ class Snapshot(Counters):
     pid: int
     uptime: float  # seconds since the server started
     resident_bytes: int  # of the whole server process
+    latency: dict[str, Latency]  # by operation: read, write, trim, zero
 
     @property
     def total_bytes(self) -> int:
@@ -125,7 +159,13 @@ def take(device: Source, *, name: str, comp_algorithm: str, version: str, starte
         pid=os.getpid(),
         uptime=time.monotonic() - started,
         resident_bytes=resident_bytes(),
+        latency=_take_latency(device),
     )
+
+
+def _take_latency(device: Source) -> dict[str, Latency]:
+    bounds = tuple(bound / 1e9 for bound in device.latency_bounds)
+    return {op: Latency(bounds, counts, total / 1e9) for op, (total, counts) in device.latencies().items()}
 
 
 def take_classes(device: Source) -> list[ClassRow]:
@@ -193,75 +233,24 @@ def _class_line(
 
 
 def to_json(snapshot: Snapshot) -> str:
-    """Return every number of the snapshot, derived ones included, as one JSON object."""
-    values: dict[str, int | float | str] = {
-        field.name: getattr(snapshot, field.name) for field in fields(snapshot)
-    }
+    """Return every number of the snapshot, derived ones included, as one JSON object.
+
+    `latency` holds, by operation, how many requests there were, with mean, p50, p90 and p99 in microseconds.
+    """
+    values: dict[str, object] = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
     values["uptime"] = round(snapshot.uptime, 3)
     values["total_bytes"] = snapshot.total_bytes
     values["frag_ratio"] = round(snapshot.frag_ratio, 4)
     values["occupancy"] = round(snapshot.occupancy, 4)
     values["compression_ratio"] = round(snapshot.compression_ratio, 4)
+    values["latency"] = {op: _latency_values(latency) for op, latency in snapshot.latency.items()}
     return json.dumps(values, indent=2) + "\n"
 
 
-def prometheus(snapshot: Snapshot, rows: list[ClassRow]) -> str:
-    """Return the snapshot as Prometheus text: base units, counters end in _total, ratios are 0 to 1.
-
-    Classes without objects are left out.
-    """
-    s = snapshot
-    lines: list[str] = []
-
-    def family(name: str, kind: str, meaning: str, *samples: tuple[str, int | float]) -> None:
-        lines.append(f"# HELP zramd_{name} {meaning}\n# TYPE zramd_{name} {kind}\n")
-        for labels, value in samples:
-            shown = value if isinstance(value, int) else f"{value:.9g}"
-            lines.append(f'zramd_{name}{{device="{s.name}"{labels}}} {shown}\n')
-
-    def gauge(name: str, meaning: str, value: int | float) -> None:
-        family(name, "gauge", meaning, ("", value))
-
-    def counter(name: str, meaning: str, value: int | float) -> None:
-        family(f"{name}_total", "counter", meaning, ("", value))
-
-    def by_op(name: str, meaning: str, **values: int) -> None:
-        samples = [(f',op="{op}"', value) for op, value in values.items()]
-        family(f"{name}_total", "counter", meaning, *samples)
-
-    gauge("disksize_bytes", "Size of the device before compression.", s.disksize)
-    gauge("orig_data_bytes", "Data stored, before compression.", s.orig_data_size)
-    gauge("compr_data_bytes", "Payloads in the pool, after compression.", s.compr_data_size)
-    gauge("mem_used_bytes", "Pages of the pool in use.", s.mem_used_total)
-    gauge("mem_used_max_bytes", "Peak of the pool's pages in use.", s.mem_used_max)
-    gauge("mem_limit_bytes", "Most that the pool may take, 0 for no limit.", s.mem_limit)
-    gauge("metadata_bytes", "Memory beside the pool: slots, handle cells and all else.", s.metadata_bytes)
-    gauge("reserve_bytes", "Memory kept ready for pages to come.", s.reserve_bytes)
-    gauge("same_pages", "Blocks that hold one repeated word and take no pool memory.", s.same_pages)
-    gauge("huge_pages", "Blocks stored raw.", s.huge_pages)
-    gauge("freeable_bytes", "Pool memory that compaction would free now.", s.freeable_pages * 4096)
-    gauge("frag_ratio", "Share of the pool that payload fills, 1 is best.", s.frag_ratio / 100)
-    gauge("pool_occupancy_ratio", "Share of the pool's objects in use.", s.occupancy / 100)
-    gauge("compression_ratio", "Bytes stored for each byte of pool.", s.compression_ratio)
-    gauge("requests_inflight", "Requests being served now.", s.requests_inflight)
-    by_op("requests", "Requests served.", read=s.reads, write=s.writes, trim=s.trims, zero=s.zeroes)
-    by_op("request_bytes", "Bytes read and written by clients.", read=s.read_bytes, write=s.written_bytes)
-    by_op("request_errors", "Requests that failed.", read=s.failed_reads, write=s.failed_writes)
-    counter("reserve_misses", "Pages that were not ready when needed.", s.reserve_misses)
-    counter("freed_blocks", "Blocks freed by trim and zero.", s.notify_free)
-    counter("compaction_runs", "Compactions that freed something.", s.num_compactions)
-    counter("compaction_limit_runs", "Writes that compacted first because of mem_limit.", s.limit_compactions)
-    counter("compaction_moved_objects", "Objects moved by compaction.", s.objects_migrated)
-    counter("compaction_freed_pages", "Pages freed by compaction.", s.pages_compacted)
-    counter("compaction_seconds", "Time spent compacting.", s.compact_ns / 1e9)
-    used = [row for row in rows if row.obj_allocated]
-    objects = [(f',size="{row.size}"', row.obj_used) for row in used]
-    pages = [(f',size="{row.size}"', row.pages_used) for row in used]
-    family("class_objects", "gauge", "Objects in use, by size class.", *objects)
-    family("class_pages", "gauge", "Pages in use, by size class.", *pages)
-    gauge("process_resident_bytes", "Resident memory of the server process.", s.resident_bytes)
-    gauge("uptime_seconds", "Time since the server started.", s.uptime)
-    version = f"{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}"
-    labels = f',version="{s.version}",python="{version}",comp_algorithm="{s.comp_algorithm}"'
-    family("build_info", "gauge", "What serves the device.", (labels, 1))
-    return "".join(lines)
+def _latency_values(latency: Latency) -> dict[str, int | float]:
+    """Return what stats.json tells: a quantile of buckets has no more than three digits worth showing."""
+    values: dict[str, int | float] = {"count": latency.count}
+    values["mean_us"] = round(latency.sum / latency.count * 1e6, 3) if latency.count else 0.0
+    for percent in (50, 90, 99):
+        values[f"p{percent}_us"] = round(latency.quantile(percent / 100) * 1e6, 3)
+    return values

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vm_tools import debian
 from vm_tools.errors import VmError
 
 META_PACKAGE = "linux-image-cloud-amd64"
@@ -41,15 +38,14 @@ class Kernel:
 def prepare(folder: Path) -> Kernel:
     """Return the kernel, downloaded into `folder` if it is not there yet; raises VmError."""
     folder.mkdir(parents=True, exist_ok=True)
-    package = image_package(_apt("apt-cache", "depends", META_PACKAGE, cwd=folder))
+    package = image_package(debian.run("apt-cache", "depends", META_PACKAGE, cwd=folder))
     if package is None:
-        _refresh_lists(folder)
-        package = image_package(_apt("apt-cache", "depends", META_PACKAGE, cwd=folder))
+        debian.refresh_lists(folder)
+        package = image_package(debian.run("apt-cache", "depends", META_PACKAGE, cwd=folder))
     if package is None:
         raise VmError(f"apt does not know {META_PACKAGE}: run 'apt-get update' as root")
     target = folder / package
-    if not target.exists():
-        _download(package, target)
+    debian.unpack(package, target)
     release = package.removeprefix("linux-image-")
     return Kernel(release, target / f"boot/vmlinuz-{release}", target / f"lib/modules/{release}")
 
@@ -86,36 +82,3 @@ def load_order(wanted: Iterable[str], depends: Callable[[str], list[str]]) -> li
 
 def _module_name(path: Path) -> str:
     return path.stem.replace("-", "_")
-
-
-def _apt(*command: str, cwd: Path) -> str:
-    try:
-        return subprocess.run(
-            command, cwd=cwd, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL
-        ).stdout
-    except OSError as error:
-        raise VmError(f"{command[0]} cannot be run: {error.strerror}") from None
-    except subprocess.CalledProcessError as error:
-        raise VmError(f"'{' '.join(command)}' failed: {' '.join(error.stderr.split())}") from None
-
-
-def _refresh_lists(folder: Path) -> None:
-    if os.geteuid() == 0:
-        _apt("apt-get", "update", cwd=folder)
-
-
-def _download(package: str, target: Path) -> None:
-    """Unpack the package into `target`, all of it or nothing."""
-    with tempfile.TemporaryDirectory(dir=target.parent) as name:
-        work = Path(name)
-        # As root, apt downloads as a user who may not write here, and says so at length.
-        sandbox = ["-o", "APT::Sandbox::User=root"]
-        try:
-            _apt("apt-get", *sandbox, "download", package, cwd=work)
-        except VmError:  # the lists are older than what the mirror still has
-            _refresh_lists(work)
-            _apt("apt-get", *sandbox, "download", package, cwd=work)
-        (archive,) = work.glob("*.deb")
-        _apt("dpkg-deb", "-x", str(archive), "unpacked", cwd=work)
-        shutil.rmtree(target, ignore_errors=True)
-        (work / "unpacked").rename(target)

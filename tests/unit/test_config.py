@@ -76,6 +76,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         compaction_interval=1.0,
         compaction_step=65536,
         stats_interval=1.0,
+        metrics_file="",
         endpoint=True,
     )
 
@@ -154,6 +155,8 @@ def test_false(text: str) -> None:
         ("stats_interval", "-1"),
         ("stats_interval", "1e9"),
         ("mem_limit", "half"),
+        ("metrics_file", "/var/lib/metrics"),
+        ("metrics_file", "/var/lib/x.prom/"),
         ("rundir", ""),
         ("rundir", "/" + "x" * 200),
     ],
@@ -174,6 +177,15 @@ def test_other_values() -> None:
     assert parsed.compaction_interval == 0.5
     assert parsed.stats_interval == 0
     assert parsed.pool_full == "eio"
+
+
+def test_metrics_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse(metrics_file="x.prom").metrics_file == f"{tmp_path}/x.prom"
+    with pytest.raises(
+        ConfigError, match=r"metrics_file='/x.prom' would never be written: stats_interval is 0"
+    ):
+        parse(metrics_file="/x.prom", stats_interval="0")
 
 
 def test_unknown_key() -> None:

@@ -271,6 +271,87 @@ def test_a_huge_empty_device_costs_almost_nothing() -> None:
     assert counters["metadata_bytes"] < 1 << 20
 
 
+def test_latencies() -> None:
+    """Every request is in one bucket, failed or not; a block status is no request."""
+    device = Device(1 << 20, mem_limit=BLOCK)
+    device.write(noise(1), 0)
+    with pytest.raises(PoolFullError):
+        device.write(noise(2), BLOCK)
+    for _ in range(3):
+        read(device, 0, BLOCK)
+    device.trim(0, BLOCK)
+    device.zero(100, 200)
+    device.extents(0, 1 << 20)
+    with pytest.raises(ValueError, match="out of range"):
+        device.trim(1 << 20, 1)
+    counts = {op: sum(buckets) for op, (_, buckets) in device.latencies().items()}
+    assert counts == {"read": 3, "write": 2, "trim": 1, "zero": 1}
+    counters = device.counters()
+    assert [counters[key] for key in ("reads", "writes", "trims", "zeroes")] == [3, 2, 1, 1]
+    assert device.latency_bounds == tuple(250 << i for i in range(24))
+    for total, buckets in device.latencies().values():
+        assert len(buckets) == 25
+        # No request took more than its bucket's bound, nor less than half of it.
+        most = sum(bound * count for bound, count in zip(device.latency_bounds, buckets, strict=False))
+        least = sum(
+            bound * count // 2 for bound, count in zip(device.latency_bounds[1:], buckets[1:], strict=False)
+        )
+        assert least <= total <= most
+    device.reset()
+    assert set(device.latencies().values()) == {(0, (0,) * 25)}
+
+
+def test_latencies_tell_the_time() -> None:
+    """Large requests spend nearly all the time inside: a clock that runs wrong would show."""
+    device = Device(64 << 20)
+    data = b"".join(noise(block) for block in range(256)) * 16
+    began = time.perf_counter_ns()
+    for at in range(0, 64 << 20, 16 << 20):
+        device.write(data, at)
+    elapsed = time.perf_counter_ns() - began
+    total, _ = device.latencies()["write"]
+    assert 0.97 * elapsed < total < 1.001 * elapsed
+
+
+def test_latencies_add_up_over_threads() -> None:
+    device = Device(1 << 20)
+
+    def work() -> None:
+        for _ in range(5000):
+            device.trim(0, BLOCK)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(device.latencies()["trim"][1]) == 20000
+
+
+def test_waiting_at_the_gate_counts() -> None:
+    """What a check holds up is late for the client, so it is late in the histogram."""
+    device = Device(64 << 20)
+    for at in range(0, 64 << 20, BLOCK):
+        device.write(compressible(at), at)
+    stop = threading.Event()
+
+    def check() -> None:
+        while not stop.is_set():
+            device.check()
+
+    checker = threading.Thread(target=check)
+    checker.start()
+    # A read of its own takes a few microseconds, a check a millisecond and more.
+    slow = 0
+    deadline = time.monotonic() + 30
+    while slow < 10 and time.monotonic() < deadline:
+        read(device, 0, BLOCK)
+        slow = sum(device.latencies()["read"][1][11:])  # longer than 256 us
+    stop.set()
+    checker.join()
+    assert slow >= 10
+
+
 def test_pressure() -> None:
     device = Device(16 << 20, mem_limit=8 << 20)
     for block in range(2000):

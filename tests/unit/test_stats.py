@@ -5,8 +5,9 @@ import json
 import os
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from zramd import stats
+from zramd import prometheus, stats
 
 # Each counter has a value of its own, so that a swapped column cannot hide.
 COUNTERS = {
@@ -51,7 +52,20 @@ ROWS = [
 ]
 
 
+LATENCIES = {
+    "read": (10_000, (1, 2, 0, 34)),
+    "write": (20_000, (0, 40, 1, 0)),
+    "trim": (30_000, (43, 0, 0, 0)),
+    "zero": (0, (0, 0, 0, 0)),
+}
+
+
 class FakeDevice:
+    latency_bounds = (250, 500, 1000)
+
+    def latencies(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        return dict(LATENCIES)
+
     def counters(self) -> dict[str, int]:
         return dict(COUNTERS)
 
@@ -113,13 +127,12 @@ def test_json(snapshot: stats.Snapshot) -> None:
 
 
 def test_prometheus(snapshot: stats.Snapshot) -> None:
-    parser = pytest.importorskip("prometheus_client.parser")
-    text = stats.prometheus(snapshot, stats.take_classes(FakeDevice()))
-    families = {family.name: family for family in parser.text_string_to_metric_families(text)}
+    text = prometheus.exposition(snapshot, stats.take_classes(FakeDevice()))
+    families = {family.name: family for family in text_string_to_metric_families(text)}
     values = {}
     for family in families.values():
         assert family.documentation.endswith(".")
-        assert family.type in ("gauge", "counter")
+        assert family.type in ("gauge", "counter", "histogram")
         for sample in family.samples:
             labels = dict(sample.labels)
             assert labels.pop("device") == "zram0"
@@ -134,6 +147,13 @@ def test_prometheus(snapshot: stats.Snapshot) -> None:
     assert values["zramd_compaction_seconds_total",] == 1.5
     assert values["zramd_class_objects", "32"] == 640
     assert ("zramd_class_objects", "96") not in values
+    buckets = [
+        values["zramd_request_duration_seconds_bucket", *key]
+        for key in (("2.5e-07", "read"), ("5e-07", "read"), ("1e-06", "read"), ("+Inf", "read"))
+    ]
+    assert buckets == [1, 3, 3, 37]
+    assert values["zramd_request_duration_seconds_count", "read"] == 37
+    assert values["zramd_request_duration_seconds_sum", "read"] == 1e-5
     info = families["zramd_build_info"].samples[0]
     assert info.value == 1
     assert info.labels["version"] == "0.1.0"
@@ -141,4 +161,31 @@ def test_prometheus(snapshot: stats.Snapshot) -> None:
 
 def test_large_counters_stay_exact(snapshot: stats.Snapshot) -> None:
     large = dataclasses.replace(snapshot, written_bytes=(1 << 53) + 1)
-    assert f" {(1 << 53) + 1}\n" in stats.prometheus(large, [])
+    assert f" {(1 << 53) + 1}\n" in prometheus.exposition(large, [])
+
+
+def latency(*counts: int) -> stats.Latency:
+    return stats.Latency((1.0, 2.0, 4.0), counts, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "share", "seconds"),
+    [
+        ((0, 0, 0, 0), 0.5, 0),
+        ((10, 0, 0, 0), 0.5, 0.5),  # evenly spread from 0 on
+        ((0, 10, 0, 0), 0.5, 1.5),
+        ((5, 0, 5, 0), 0.5, 1),
+        ((5, 0, 5, 0), 0.6, 2.4),
+        ((0, 0, 10, 0), 1, 4),
+        ((0, 0, 0, 3), 0.5, 4),  # beyond every bound: the last
+        ((98, 0, 0, 2), 0.99, 4),
+    ],
+)
+def test_quantile(counts: tuple[int, ...], share: float, seconds: float) -> None:
+    assert latency(*counts).quantile(share) == pytest.approx(seconds)
+
+
+def test_latency_in_json(snapshot: stats.Snapshot) -> None:
+    told = json.loads(stats.to_json(snapshot))["latency"]
+    assert told["write"] == {"count": 41, "mean_us": 0.488, "p50_us": 0.378, "p90_us": 0.481, "p99_us": 0.795}
+    assert told["zero"] == {"count": 0, "mean_us": 0, "p50_us": 0, "p90_us": 0, "p99_us": 0}

@@ -1,5 +1,6 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from zramd.core.latency cimport latency
 from zramd.core.locks cimport pthread_mutex_t, pthread_rwlock_t
 from zramd.core.types cimport BLOCK_SIZE
 from zramd.core.zsmalloc cimport Zsmalloc
@@ -14,6 +15,13 @@ cdef struct scratch:
     char out[BLOCK_SIZE]        # lz4's output
     char state[1]               # lz4's state: state_size() bytes
 
+cdef enum op:
+    OP_READ
+    OP_WRITE
+    OP_TRIM
+    OP_ZERO
+    OPS
+
 cdef struct counters:
     # All atomic.
     uint64_t pages_stored
@@ -25,14 +33,11 @@ cdef struct counters:
     uint64_t failed_writes
     uint64_t invalid_io
     uint64_t notify_free
-    uint64_t reads
-    uint64_t writes
-    uint64_t trims
-    uint64_t zeroes
     uint64_t read_bytes
     uint64_t written_bytes
     uint64_t limit_compactions
     uint64_t inflight
+    latency latencies[OPS]
 
 cdef class Device:
     cdef readonly uint64_t disksize         # bytes
@@ -68,11 +73,15 @@ cdef class Device:
     cdef int serve_trim(self, uint64_t offset, uint64_t length) noexcept nogil
     cdef int serve_zero(self, uint64_t offset, uint64_t length, bint may_trim) noexcept nogil
 
-    cdef bint _begin(self, uint64_t offset, uint64_t length) noexcept nogil
-    cdef void _end(self) noexcept nogil
+    cdef bint _fits(self, uint64_t offset, uint64_t length) noexcept nogil
+    cdef void _enter_gate(self) noexcept nogil
+    cdef void _leave_gate(self) noexcept nogil
+    cdef uint64_t _begin(self) noexcept nogil
+    cdef void _end(self, op kind, uint64_t began) noexcept nogil
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _zero(self, uint64_t offset, uint64_t length, uint64_t slot, bint exact) noexcept nogil
     cdef uint64_t _extent(self, uint64_t offset, uint64_t end, int *kind) noexcept nogil
     cdef int _populate(self) noexcept nogil
     cdef const char *_find_fault(self, uint64_t *where) noexcept nogil
+    cdef uint64_t _requests(self, op kind) noexcept nogil

@@ -21,6 +21,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 
 from zramd.core.arena cimport region_map, region_populate, region_release, region_unmap
 from zramd.core.codec cimport decode, encode, fill, same_filled, state_size
+from zramd.core.latency cimport BUCKETS, FIRST_BOUND, clock_now, latency_add, latency_count, use_ticks
 from zramd.core.locks cimport (
     counter_add,
     counter_sub,
@@ -68,6 +69,19 @@ cdef enum:
     # NBD's block status flags
     STATE_HOLE = 1
     STATE_ZERO = 2
+
+
+cdef int time_by_ticks() except -1:
+    """Time requests by the processor's time stamp counter if the kernel trusts it: it keeps watching it."""
+    try:
+        with open("/sys/devices/system/clocksource/clocksource0/current_clocksource") as source:
+            if source.read() == "tsc\n":
+                use_ticks()
+    except OSError:
+        pass  # no sysfs: the system's clock is right too
+    return 0
+
+time_by_ticks()
 
 
 @cython.final
@@ -283,13 +297,33 @@ cdef class Device:
     # --------------------------------------------------------------------------------------------------------
     # whole requests: 0 or -errno of the first block that failed; blocks before it are done
 
+    cdef void _enter_gate(self) noexcept nogil:
+        """At work until _leave_gate: check and reset wait for it, the compactor makes way."""
+        pthread_rwlock_rdlock(&self.gate)
+        counter_add(&self.n.inflight, 1)
+
+    cdef void _leave_gate(self) noexcept nogil:
+        counter_sub(&self.n.inflight, 1)
+        pthread_rwlock_unlock(&self.gate)
+
+    cdef uint64_t _begin(self) noexcept nogil:
+        """Enter the gate for a request; when it came. Waiting at the gate is part of what the client waits for."""
+        cdef uint64_t began = clock_now()
+        self._enter_gate()
+        return began
+
+    cdef void _end(self, op kind, uint64_t began) noexcept nogil:
+        """Count a request, failed or not, and leave the gate: reset is never between the two."""
+        latency_add(&self.n.latencies[<int>kind], began)
+        self._leave_gate()
+
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil:
         cdef uint64_t done = 0
         cdef uint32_t at, n
         cdef int rc = 0
         cdef scratch *s = self._scratch_take()
         if s == NULL:
-            return -ENOMEM
+            rc = -ENOMEM
         while done < length and rc == 0:
             at = (offset + done) & (BLOCK_SIZE - 1)
             n = min(<uint64_t>(BLOCK_SIZE - at), length - done)
@@ -298,8 +332,8 @@ cdef class Device:
             else:
                 rc = self._merge_block((offset + done) >> BLOCK_SHIFT, at, src + done, n, s)
             done += n
-        self._scratch_give(s)
-        counter_add(&self.n.writes, 1)
+        if s != NULL:
+            self._scratch_give(s)
         if rc:
             counter_add(&self.n.failed_writes, 1)
         else:
@@ -314,7 +348,7 @@ cdef class Device:
         if (offset | length) & (BLOCK_SIZE - 1):
             s = self._scratch_take()
             if s == NULL:
-                return -ENOMEM
+                rc = -ENOMEM
         while done < length and rc == 0:
             at = (offset + done) & (BLOCK_SIZE - 1)
             n = min(<uint64_t>(BLOCK_SIZE - at), length - done)
@@ -326,7 +360,6 @@ cdef class Device:
             done += n
         if s != NULL:
             self._scratch_give(s)
-        counter_add(&self.n.reads, 1)
         if rc:
             counter_add(&self.n.failed_reads, 1)
         else:
@@ -426,52 +459,52 @@ cdef class Device:
     # --------------------------------------------------------------------------------------------------------
     # what clients ask for: 0 or -errno, -EINVAL beyond the end of the device
 
-    cdef bint _begin(self, uint64_t offset, uint64_t length) noexcept nogil:
-        """A request is at work until _end: check and reset wait for it, the compactor makes way. False: out of range."""
+    cdef bint _fits(self, uint64_t offset, uint64_t length) noexcept nogil:
+        """Whether a range is on the device; one that is not is counted."""
         if offset > self.disksize or length > self.disksize - offset:
             counter_add(&self.n.invalid_io, 1)
             return False
-        pthread_rwlock_rdlock(&self.gate)
-        counter_add(&self.n.inflight, 1)
         return True
-
-    cdef void _end(self) noexcept nogil:
-        counter_sub(&self.n.inflight, 1)
-        pthread_rwlock_unlock(&self.gate)
 
     cdef int serve_read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil:
         cdef int rc
-        if not self._begin(offset, length):
+        cdef uint64_t began
+        if not self._fits(offset, length):
             return -EINVAL
+        began = self._begin()
         rc = self._read(dst, offset, length)
-        self._end()
+        self._end(OP_READ, began)
         return rc
 
     cdef int serve_write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil:
         cdef int rc
-        if not self._begin(offset, length):
+        cdef uint64_t began
+        if not self._fits(offset, length):
             return -EINVAL
+        began = self._begin()
         rc = self._write(src, offset, length)
-        self._end()
+        self._end(OP_WRITE, began)
         return rc
 
     cdef int serve_trim(self, uint64_t offset, uint64_t length) noexcept nogil:
-        if not self._begin(offset, length):
+        cdef uint64_t began
+        if not self._fits(offset, length):
             return -EINVAL
+        began = self._begin()
         self._zero(offset, length, 0, False)
-        counter_add(&self.n.trims, 1)
-        self._end()
+        self._end(OP_TRIM, began)
         return 0
 
     cdef int serve_zero(self, uint64_t offset, uint64_t length, bint may_trim) noexcept nogil:
         cdef int rc
-        if not self._begin(offset, length):
+        cdef uint64_t began
+        if not self._fits(offset, length):
             return -EINVAL
+        began = self._begin()
         rc = self._zero(offset, length, 0 if may_trim else SLOT_SAME, True)
-        counter_add(&self.n.zeroes, 1)
         if rc:
             counter_add(&self.n.failed_writes, 1)
-        self._end()
+        self._end(OP_ZERO, began)
         return rc
 
     # --------------------------------------------------------------------------------------------------------
@@ -526,18 +559,15 @@ cdef class Device:
         """
         cdef uint64_t end = offset + length, stop
         cdef int kind
-        cdef bint there
+        if not self._fits(offset, length):
+            raise error_from(-EINVAL, f"extents of {length} bytes at {offset}")
         extents = []
         while offset < end and len(extents) < (1 if one else EXTENTS_MAX):
             with nogil:
-                there = self._begin(offset, length)
-                if there:
-                    stop = self._extent(offset, end, &kind)
-                    self._end()
-            if not there:
-                raise error_from(-EINVAL, f"extents of {length} bytes at {offset}")
+                self._enter_gate()
+                stop = self._extent(offset, end, &kind)
+                self._leave_gate()
             extents.append((offset, stop - offset, kind))
-            length -= stop - offset
             offset = stop
         return extents
 
@@ -591,8 +621,7 @@ cdef class Device:
             self.pool.freeable_pages(),
             load_relaxed(&self.pool.arena.pages),
             load_relaxed(&self.pool.arena.limit),
-            load_relaxed(&self.n.reads) + load_relaxed(&self.n.writes)
-            + load_relaxed(&self.n.trims) + load_relaxed(&self.n.zeroes),
+            self._requests(OP_READ) + self._requests(OP_WRITE) + self._requests(OP_TRIM) + self._requests(OP_ZERO),
             load_relaxed(&self.n.inflight),
         )
 
@@ -620,10 +649,10 @@ cdef class Device:
             "failed_writes": load_relaxed(&self.n.failed_writes),
             "invalid_io": load_relaxed(&self.n.invalid_io),
             "notify_free": load_relaxed(&self.n.notify_free),
-            "reads": load_relaxed(&self.n.reads),
-            "writes": load_relaxed(&self.n.writes),
-            "trims": load_relaxed(&self.n.trims),
-            "zeroes": load_relaxed(&self.n.zeroes),
+            "reads": self._requests(OP_READ),
+            "writes": self._requests(OP_WRITE),
+            "trims": self._requests(OP_TRIM),
+            "zeroes": self._requests(OP_ZERO),
             "read_bytes": load_relaxed(&self.n.read_bytes),
             "written_bytes": load_relaxed(&self.n.written_bytes),
             "limit_compactions": load_relaxed(&self.n.limit_compactions),
@@ -637,6 +666,23 @@ cdef class Device:
             ),
         }
         return stats
+
+    cdef uint64_t _requests(self, op kind) noexcept nogil:
+        return latency_count(&self.n.latencies[<int>kind])
+
+    @property
+    def latency_bounds(self):
+        """Upper bounds of the buckets of latencies, in nanoseconds; the last bucket has none."""
+        return tuple([FIRST_BOUND << i for i in range(BUCKETS - 1)])
+
+    def latencies(self):
+        """How long requests took, failed ones too: by operation (their nanoseconds together, requests in each bucket)."""
+        cdef int kind, i
+        found = {}
+        for kind, name in enumerate(("read", "write", "trim", "zero")):
+            counts = tuple([load_relaxed(&self.n.latencies[kind].buckets[i]) for i in range(BUCKETS)])
+            found[name] = (load_relaxed(&self.n.latencies[kind].sum), counts)
+        return found
 
     def classes(self):
         """zsmalloc's table, see Zsmalloc.table."""

@@ -1,0 +1,55 @@
+"""The metrics beside the run folder, where another user may read them: node_exporter's textfile collector.
+
+The run folder is closed to others, and node_exporter runs as somebody else.
+"""
+
+import os
+from contextlib import suppress
+
+from zramd.errors import RundirError
+from zramd.rundir import reason, replace_file
+
+_OURS = "# HELP zramd_"
+
+
+class MetricsFile:
+    """A file that everybody may read, replaced whole, and removed at the end."""
+
+    def __init__(self, path: str, device: str) -> None:
+        """Raises RundirError when the file cannot be written there, or is not one that this device made."""
+        self.path = path
+        self._check(device)
+        # node_exporter skips an empty file without a complaint.
+        self.publish("")
+
+    def publish(self, text: str) -> None:
+        """Replace the file by `text`. Raises RundirError when it cannot be written."""
+        try:
+            replace_file(self.path, text, 0o644)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def remove(self) -> None:
+        """Remove the file. Never raises."""
+        with suppress(OSError):
+            os.unlink(self.path)
+
+    def _check(self, device: str) -> None:
+        """What is there is replaced, so it must be what a server of this device left when it was killed."""
+        try:
+            with open(self.path, encoding="utf-8", errors="replace") as file:
+                head = file.read(4096)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self._failed(error) from None
+        if head and not head.startswith(_OURS):
+            raise self._refused("it holds something else: give a file of its own")
+        if head and f'{{device="{device}"' not in head:
+            raise self._refused("it holds another device's metrics: give each device a file of its own")
+
+    def _failed(self, error: OSError) -> RundirError:
+        return self._refused(f"{reason(error)}: use a folder that is there and open to this user")
+
+    def _refused(self, why: str) -> RundirError:
+        return RundirError(f"metrics_file '{self.path}' cannot be written: {why}")
