@@ -48,6 +48,8 @@ class Machine:
     def command(self, console: Path, channels: list[int]) -> list[str]:
         """Return qemu's command line; `channels` are the sockets of ttyS1 to ttyS3 and of QMP."""
         append = "console=ttyS0 panic=-1 oops=panic random.trust_cpu=on nbd.nbds_max=1 ignore_loglevel"
+        if self.accel == "tcg":
+            append += " tsc=reliable"  # else the clock is the HPET, which qemu emulates: slow
         command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-M", f"pc,accel={self.accel}", "-cpu", "max" if self.accel == "tcg" else "host"]
         command += ["-smp", str(self.cpus), "-m", f"{self.memory // MIB}M"]

@@ -115,6 +115,9 @@ def _stall(session: Session) -> None:
         "churn_seconds": round(time.monotonic() - started, 1),
         "kernel": lines[-20:],
     }
+    errors = [line for line in lines if "I/O error" in line]
+    if "-timeout" not in session.plan.nbd_options:
+        session.result.expect("a server that stands still is waited for", not errors, f"{seconds:g} s")
 
 
 def moment_text(moment: Moment) -> str:

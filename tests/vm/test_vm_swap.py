@@ -61,3 +61,29 @@ def test_full_pool(tmp_path: Path) -> None:
     assert result["hog"]["failed_writes"] > 0
     assert result["write_errors"] > 0
     assert result["pages_bad"] == 0
+
+
+def test_qemu_pauses_when_the_pool_is_full(tmp_path: Path) -> None:
+    """qemu's own policy for ENOSPC: the guest is paused, and goes on once there is room."""
+    result = vm_swap(tmp_path, "--attach", "qemu", "--pause")
+    assert result["hog"]["pauses"] > 0
+    assert result["write_errors"] == 0
+    assert result["pages_verified"] > 10_000
+
+
+@pytest.mark.parametrize("way", ["qemu", "guest"])
+def test_server_stands_still(way: str, tmp_path: Path) -> None:
+    """A server that is only slow is waited for, and nothing is lost."""
+    result = vm_swap(tmp_path, "--attach", way, "--stall", "12")
+    assert held(result, "a server that stands still is waited for")
+    assert result["stall"]["churn_seconds"] >= 12
+
+
+@pytest.mark.parametrize("limit", [(), ("--mem-limit", "20M")], ids=["memory", "pool"])
+def test_local_at_the_limit(limit: tuple[str, ...], tmp_path: Path) -> None:
+    """A machine that swaps to its own zramd, all memory used, then also all of the pool: half a minute of it."""
+    result = vm_swap(tmp_path, "--attach", "local", "--minutes", "0.5", *limit)
+    assert held(result, "the guest never hangs")
+    assert held(result, "the server survives")
+    assert held(result, "swap writes fail" if limit else "the hog reached the limit")
+    assert result["pages_verified"] > 5_000
