@@ -232,6 +232,7 @@ class TestStart:
     @pytest.mark.parametrize(
         ("words", "status", "sentence"),
         [
+            (["--", "-s"], 2, "a server in the background has no standard input to serve"),
             (["--size", "1X"], 2, "disksize: '1X' is not a size"),
             (["colour=red"], 2, "unknown setting 'colour': use one of"),
             (["rundir=/proc/x"], 1, "rundir '/proc/x' cannot be used: no such file or directory"),
