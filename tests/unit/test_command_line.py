@@ -116,9 +116,9 @@ def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["nope"], "unknown command 'nope': use one of list, start"),
         (["lst"], "unknown command 'lst': did you mean 'list'?"),
-        (["list", "--nope"], "zramd: unrecognized arguments: --nope: see 'zramd --help'"),
-        (["stats", "a", "b"], "zramd: unrecognized arguments: b: see 'zramd --help'"),
-        (["--nope"], "zramd: unrecognized arguments: --nope: see 'zramd --help'"),
+        (["list", "--nope"], "zramd list: unrecognized arguments: --nope: see 'zramd list --help'"),
+        (["stats", "a", "b"], "zramd stats: unrecognized arguments: b: see 'zramd stats --help'"),
+        (["--nope"], "zramd list: unrecognized arguments: --nope: see 'zramd list --help'"),
         (["list", "-o"], "zramd list: argument -o/--output: expected one argument: see 'zramd list --help'"),
         (["debug"], "zramd debug: the following arguments are required: PART: see 'zramd debug --help'"),
         (
