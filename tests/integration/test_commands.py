@@ -80,11 +80,11 @@ def place(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
         folder = tmp_path / "zramd"
     yield folder
-    for path in folder.glob(f"{name}*/pid"):
-        pid = rundir.holder(str(path.parent))
+    for path in folder.glob(f"{name}*"):
+        pid = rundir.holder(str(path))
         if pid:
             os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(path.parent)
+        shutil.rmtree(path)
 
 
 class TestList:
