@@ -159,6 +159,7 @@ class Setting:
     help: str
     aliases: tuple[str, ...] = ()
     shown_default: str = ""  # what help and README print where `default` cannot say it
+    fixed: str = ""  # why it cannot be changed while the device is served; "": it can
 
     @property
     def default_text(self) -> str:
@@ -175,8 +176,16 @@ SETTINGS: tuple[Setting, ...] = (
         "size of the device in bytes before compression, rounded up to 4096, at most 4T",
         aliases=("size",),
         shown_default="required",
+        fixed="clients were told the size when they connected",
     ),
-    Setting("name", _name, "zram0", "swap0", "name of the device and of the NBD export"),
+    Setting(
+        "name",
+        _name,
+        "zram0",
+        "swap0",
+        "name of the device and of the NBD export",
+        fixed="clients know the device by it",
+    ),
     Setting(
         "mem_limit",
         parse_size,
@@ -190,6 +199,7 @@ SETTINGS: tuple[Setting, ...] = (
         "lz4",
         "lz4(level=4)",
         f"compressor; level is lz4's acceleration, 1 to {MAX_ACCELERATION}: higher is faster and larger",
+        fixed="compressors are set up when the device is made",
     ),
     Setting(
         "rundir",
@@ -198,6 +208,7 @@ SETTINGS: tuple[Setting, ...] = (
         "/run/zramd/swap0",
         "folder for the sockets and the statistics, closed to other users",
         shown_default="/run/zramd/NAME as root, else $XDG_RUNTIME_DIR/zramd/NAME",
+        fixed="clients know the sockets in it",
     ),
     Setting(
         "pool_full",
@@ -205,6 +216,7 @@ SETTINGS: tuple[Setting, ...] = (
         "enospc",
         "eio",
         "error a client gets when mem_limit is reached: enospc or eio",
+        fixed="nbdkit reads it once, when it starts",
     ),
     Setting(
         "swap",
@@ -213,6 +225,7 @@ SETTINGS: tuple[Setting, ...] = (
         "local",
         "local: this machine's own kernel swaps to the device: lock all memory, never wait for more; "
         "other: anybody else does",
+        fixed="its measures are taken before the first client comes",
     ),
     Setting(
         "reserve",
@@ -220,6 +233,7 @@ SETTINGS: tuple[Setting, ...] = (
         "8M",
         "32M",
         "with swap=local: memory kept ready for pages to come, beside mem_limit, 1M to 1G",
+        fixed="its memory is locked before the first client comes",
     ),
     Setting(
         "thread_model",
@@ -228,6 +242,7 @@ SETTINGS: tuple[Setting, ...] = (
         "parallel",
         "parallel: several threads for each client; serialize_requests: one; "
         "auto: parallel if nbdkit is 1.34 or later",
+        fixed="nbdkit asks for it once, when it starts",
     ),
     Setting("compaction", _boolean, "on", "off", "compact in the background"),
     Setting(
@@ -262,8 +277,16 @@ SETTINGS: tuple[Setting, ...] = (
         "/var/lib/prometheus/node-exporter/swap0.prom",
         "second metrics.prom, that all users may read, for node_exporter's textfile collector",
         shown_default="none",
+        fixed="the file is made when the server starts",
     ),
-    Setting("endpoint", _boolean, "on", "off", "answer HTTP on control.sock in rundir"),
+    Setting(
+        "endpoint",
+        _boolean,
+        "on",
+        "off",
+        "answer HTTP on control.sock in rundir",
+        fixed="what can be changed is changed over it",
+    ),
 )
 
 _BY_KEY = {key: setting for setting in SETTINGS for key in (setting.name, *setting.aliases)}
@@ -339,10 +362,10 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
                 f"{key}='{text}' is a second value: {setting.name} is already '{given[setting.name]}'"
             )
         given[setting.name] = text
-        values[setting.name] = _value(setting, text)
+        values[setting.name] = value(setting, text)
     for setting in SETTINGS:
         if setting.name not in values and setting.default is not None:
-            values[setting.name] = _value(setting, setting.default)
+            values[setting.name] = value(setting, setting.default)
     if "disksize" not in values:
         raise ConfigError("disksize is missing: give the size of the device, such as disksize=1G")
     if values["metrics_file"] and not values["stats_interval"]:
@@ -354,7 +377,8 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
     return Config(**values)
 
 
-def _value(setting: Setting, text: str) -> Any:
+def value(setting: Setting, text: str) -> Any:
+    """Return what `text` means as the value of a setting; raises ConfigError."""
     try:
         return setting.parse(text)
     except ConfigError as error:

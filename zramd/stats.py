@@ -9,10 +9,83 @@ import json
 import os
 import time
 from dataclasses import dataclass, fields
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 _PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 _GROUPS = ("10%", "20%", "30%", "40%", "50%", "60%", "70%", "80%", "90%", "99%", "100%")
+
+
+class Number(NamedTuple):
+    """One number of stats.json: its unit, what it means, and the Prometheus metric that shows it too."""
+
+    name: str
+    unit: str  # as a person reads it; '' for a count of things that the meaning names
+    meaning: str
+    metric: str = ""  # without the prefix zramd_; '': none, or one that is made of several numbers
+    scale: float = 1  # the metric's value for each of the number's
+
+
+# Every number there is, in the order in which they are shown.
+NUMBERS = (
+    Number("disksize", "bytes", "Size of the device before compression.", "disksize_bytes"),
+    Number("orig_data_size", "bytes", "Data stored, before compression.", "orig_data_bytes"),
+    Number("compr_data_size", "bytes", "Payloads in the pool, after compression.", "compr_data_bytes"),
+    Number("mem_used_total", "bytes", "Pages of the pool in use.", "mem_used_bytes"),
+    Number("mem_used_max", "bytes", "Peak of the pool's pages in use.", "mem_used_max_bytes"),
+    Number("mem_limit", "bytes", "Most that the pool may take, 0 for no limit.", "mem_limit_bytes"),
+    Number(
+        "metadata_bytes",
+        "bytes",
+        "Memory beside the pool: slots, handle cells and all else.",
+        "metadata_bytes",
+    ),
+    Number("reserve_bytes", "bytes", "Memory kept ready for pages to come.", "reserve_bytes"),
+    Number("total_bytes", "bytes", "All memory for data: pool, reserve and metadata."),
+    Number(
+        "resident_bytes",
+        "bytes",
+        "Resident memory of the server process.",
+        "process_resident_bytes",
+    ),
+    Number(
+        "frag_ratio", "percent", "Share of the pool that payload fills, more is better.", "frag_ratio", 0.01
+    ),
+    Number("occupancy", "percent", "Share of the pool's objects in use.", "pool_occupancy_ratio", 0.01),
+    Number("compression_ratio", "", "Bytes stored for each byte of pool.", "compression_ratio"),
+    Number("pages_stored", "blocks", "Blocks that hold data."),
+    Number(
+        "same_pages", "blocks", "Blocks that hold one repeated word and take no pool memory.", "same_pages"
+    ),
+    Number("huge_pages", "blocks", "Blocks stored raw.", "huge_pages"),
+    Number("huge_pages_since", "blocks", "Blocks stored raw since the start, also those freed since."),
+    Number("objs_allocated", "objects", "Places for objects in the pool."),
+    Number("objs_used", "objects", "Objects in the pool."),
+    Number("zspages", "zspages", "Runs of pages that hold the objects."),
+    Number("freeable_pages", "pages", "Pool memory that compaction would free now.", "freeable_bytes", 4096),
+    Number("num_compactions", "runs", "Compactions that freed something.", "compaction_runs_total"),
+    Number(
+        "limit_compactions",
+        "runs",
+        "Writes that compacted first because of mem_limit.",
+        "compaction_limit_runs_total",
+    ),
+    Number("objects_migrated", "objects", "Objects moved by compaction.", "compaction_moved_objects_total"),
+    Number("pages_compacted", "pages", "Pages freed by compaction.", "compaction_freed_pages_total"),
+    Number("compact_ns", "ns", "Time spent compacting.", "compaction_seconds_total", 1e-9),
+    Number("reads", "requests", "Read requests served."),
+    Number("writes", "requests", "Write requests served."),
+    Number("trims", "requests", "Trim requests served."),
+    Number("zeroes", "requests", "Write-zeroes requests served."),
+    Number("read_bytes", "bytes", "Bytes that clients have read."),
+    Number("written_bytes", "bytes", "Bytes that clients have written."),
+    Number("requests_inflight", "requests", "Requests being served now.", "requests_inflight"),
+    Number("failed_reads", "requests", "Read requests that failed."),
+    Number("failed_writes", "requests", "Write requests that failed, most for want of room."),
+    Number("invalid_io", "requests", "Requests beyond the device's end."),
+    Number("notify_free", "blocks", "Blocks freed by trim and zero.", "freed_blocks_total"),
+    Number("reserve_misses", "pages", "Pages that were not ready when needed.", "reserve_misses_total"),
+    Number("uptime", "seconds", "Time since the server started.", "uptime_seconds"),
+)
 
 
 class Source(Protocol):
@@ -232,18 +305,24 @@ def _class_line(
     )
 
 
+def to_dict(snapshot: Snapshot) -> dict[str, Any]:
+    """Return every number of the snapshot, derived ones included, by name."""
+    values = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
+    for name in ("total_bytes", "frag_ratio", "occupancy", "compression_ratio"):
+        values[name] = getattr(snapshot, name)
+    return values
+
+
 def to_json(snapshot: Snapshot) -> str:
     """Return every number of the snapshot, derived ones included, as one JSON object.
 
     `latency` holds, by operation, how many requests there were, with mean, p50, p90 and p99 in microseconds.
     """
-    values: dict[str, object] = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
-    values["uptime"] = round(snapshot.uptime, 3)
-    values["total_bytes"] = snapshot.total_bytes
-    values["frag_ratio"] = round(snapshot.frag_ratio, 4)
-    values["occupancy"] = round(snapshot.occupancy, 4)
-    values["compression_ratio"] = round(snapshot.compression_ratio, 4)
+    values = to_dict(snapshot)
     values["latency"] = {op: _latency_values(latency) for op, latency in snapshot.latency.items()}
+    values["uptime"] = round(snapshot.uptime, 3)
+    for name in ("frag_ratio", "occupancy", "compression_ratio"):
+        values[name] = round(values[name], 4)
     return json.dumps(values, indent=2) + "\n"
 
 
@@ -254,3 +333,13 @@ def _latency_values(latency: Latency) -> dict[str, int | float]:
     for percent in (50, 90, 99):
         values[f"p{percent}_us"] = round(latency.quantile(percent / 100) * 1e6, 3)
     return values
+
+
+def classes_json(rows: list[ClassRow]) -> str:
+    """Return the table of size classes as a JSON list, zspages by fullness group as an object."""
+    classes = []
+    for row in rows:
+        values: dict[str, Any] = row._asdict()
+        values["zspages"] = dict(zip(_GROUPS, row.zspages, strict=True))
+        classes.append(values)
+    return json.dumps(classes, indent=2) + "\n"
