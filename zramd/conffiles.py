@@ -97,7 +97,9 @@ def parse(lines: Iterable[str], name: str) -> tuple[list[Entry], list[Problem]]:
         if line.startswith("["):
             match = _SECTION.fullmatch(line)
             if match is None:
-                problems.append(Problem(where, "", f"'{line}' is not a section: write [zram0] and nothing else"))
+                problems.append(
+                    Problem(where, "", f"'{line}' is not a section: write [zram0] and nothing else")
+                )
                 section = None
                 continue
             section = match[1].strip()
@@ -107,7 +109,9 @@ def parse(lines: Iterable[str], name: str) -> tuple[list[Entry], list[Problem]]:
             continue
         key, equals, value = (part.strip() for part in line.partition("="))
         if not equals or not key:
-            problems.append(Problem(where, section, f"'{line}' is neither KEY = VALUE, nor [NAME], nor # comment"))
+            problems.append(
+                Problem(where, section, f"'{line}' is neither KEY = VALUE, nor [NAME], nor # comment")
+            )
             continue
         if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
             value = value[1:-1]

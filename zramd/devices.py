@@ -2,28 +2,33 @@
 
     configuration = devices.load()          # every device, and everything that is wrong
     device = devices.find("zram0")          # one device, or an exception that says why not
-    config.parse(device.pairs)              # the server's settings
+    device.pairs, device.words()            # the server's settings, for config.parse and `zramd serve`
 
-Each section is a device. Its keys are zram-generator's, zramd's settings under their own names, and what the
-kernel is told when it attaches the device; `keys` has those that are not settings. docs/zramd.conf teaches all.
+Each section is a device. Its keys are zram-generator's, zramd's settings under their own names, and what
+the kernel is told when it attaches the device; `keys` has those that are not settings. docs/zramd.conf
+teaches all.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from zramd import conffiles, config, expression
 from zramd.conffiles import Entry, Problem
-from zramd.config import Setting
+from zramd.config import Config, Setting
 from zramd.errors import ConfigError, ZramdError
 
 CONF = "zramd.conf"
 DEFAULT_SIZE = "min(ram / 2, 4096)"  # zram-generator's
 
 # zram-generator's words for settings of zramd.
-TWINS = {"zram-size": "disksize", "zram-resident-limit": "mem_limit", "compression-algorithm": "comp_algorithm"}
+TWINS = {
+    "zram-size": "disksize",
+    "zram-resident-limit": "mem_limit",
+    "compression-algorithm": "comp_algorithm",
+}
 # Words of zram-generator that zramd refuses, and what to do instead.
 REFUSED = {
     "mount-point": "zramd mounts nothing: use attach = device, and mkfs and mount in a unit of your own",
@@ -57,6 +62,24 @@ class Device:
     dead_conn_timeout: int
     connections: int
     where: dict[str, str] = field(default_factory=dict, compare=False)  # key as written → FILE:LINE
+
+    @property
+    def rundir(self) -> str:
+        """The folder of its sockets and statistics, as root's server has it."""
+        return dict(self.pairs).get("rundir", f"/run/zramd/{self.name}")
+
+    def settings(self) -> Config:
+        """Return the server's settings, defaults filled in."""
+        return config.parse([*(pair for pair in self.pairs if pair[0] != "rundir"), ("rundir", self.rundir)])
+
+    def words(self, others: Iterable[str] = ()) -> list[str]:
+        """Return key=value words for `zramd serve`; the key=value words `others` override the configured.
+
+        Raises ConfigError for a key that is no setting.
+        """
+        words = list(others)
+        given = {config.find(word.partition("=")[0]).name for word in words}
+        return [*(f"{key}={value}" for key, value in self.pairs if key not in given), *words]
 
     @property
     def attached(self) -> bool:
@@ -102,8 +125,8 @@ def find(name: str, root: str | None = None) -> Device:
 def load(root: str | None = None, file: str | None = None) -> Configuration:
     """Return what is configured: by zramd.conf and its drop-ins, or by one `file`.
 
-    `root` stands for / (default: $ZRAMD_ROOT, else /), also for proc/meminfo where it has one. What is wrong is in
-    the result. Raises ZramdError only if a file cannot be read at all.
+    `root` stands for / (default: $ZRAMD_ROOT, else /), also for proc/meminfo where it has one. What is wrong
+    is in the result. Raises ZramdError only if a file cannot be read at all.
     """
     folder = conffiles.root_folder(root)
     paths = [Path(file)] if file else conffiles.find(folder, CONF)
@@ -143,7 +166,9 @@ def _swapon_options(text: str) -> str:
         if word.startswith("pri="):
             raise ConfigError(f"'{word}': use swap-priority = {word[4:]} instead")
         if word not in ("discard", "discard=once", "discard=pages", "defaults", "nofail", "noauto"):
-            raise ConfigError(f"'{word}' is not an option of swapon: use discard, discard=once or discard=pages")
+            raise ConfigError(
+                f"'{word}' is not an option of swapon: use discard, discard=once or discard=pages"
+            )
     return ",".join(words)
 
 
@@ -164,7 +189,9 @@ def _whole(low: int, high: int, unit: str) -> Callable[[str], int]:
 
 def _fs_type(text: str) -> str:
     if text != "swap":
-        raise ConfigError(f"'{text}' is not made by zramd: use attach = device, and mkfs in a unit of your own")
+        raise ConfigError(
+            f"'{text}' is not made by zramd: use attach = device, and mkfs in a unit of your own"
+        )
     return text
 
 
@@ -178,8 +205,12 @@ def keys(ram: int) -> tuple[Setting, ...]:
         return None if text == "none" else size(text)
 
     return (
-        Setting("zram-size", size, DEFAULT_SIZE, "ram / 4", "size of the device, an expression; 0: no device"),
-        Setting("zram-resident-limit", size, "0", "ram / 8", "most memory that the pool may take, an expression"),
+        Setting(
+            "zram-size", size, DEFAULT_SIZE, "ram / 4", "size of the device, an expression; 0: no device"
+        ),
+        Setting(
+            "zram-resident-limit", size, "0", "ram / 8", "most memory that the pool may take, an expression"
+        ),
         Setting("host-memory-limit", limit, "none", "8192", "no device where there is more memory than this"),
         Setting(
             "compression-algorithm", config.find("comp_algorithm").parse, "lz4", "lz4(level=4)", "compressor"
@@ -198,7 +229,9 @@ def keys(ram: int) -> tuple[Setting, ...]:
             "120",
             "seconds in which the server may be started again before requests fail; 0: none",
         ),
-        Setting("connections", _whole(1, 16, "connections"), "1", "2", "connections of the kernel to the server"),
+        Setting(
+            "connections", _whole(1, 16, "connections"), "1", "2", "connections of the kernel to the server"
+        ),
     )
 
 
@@ -223,20 +256,30 @@ def _add(sections: Sections, entries: list[Entry]) -> list[Problem]:
         meaning = TWINS.get(key, key)
         first = seen.setdefault((section, meaning), entry)
         if key and first is not entry:
-            text = f"{key} = {value} is a second value: {first.key} = {first.value} is at {first.where}"
+            text = f"{entry.key} = {value} is a second value: {first.key} = {first.value} is at {first.where}"
             problems.append(Problem(where, section, text))
             continue
         values = sections.setdefault(section, {})
         for twin in [old for old in values if TWINS.get(old, old) == meaning]:
             del values[twin]
-        values[key] = Entry(where, section, key, value)
+        values[key] = entry
     return problems
+
+
+def no_commands(key: str) -> str:
+    """Return why zram-generator's set!VARIABLE is not honoured."""
+    variable = key.removeprefix("set!")
+    return f"zramd runs no commands: write the value where '{variable}' is used"
 
 
 def _outside(key: str, value: str) -> str:
     if key.startswith("set!"):
-        return f"{key} = {value}: zramd runs no commands: write the value where '{key[4:]}' is used"
-    return f"{key} = {value} is before any section: write [zram0] above it" if key else "[] has no name: write [zram0]"
+        return f"{key} = {value}: {no_commands(key)}"
+    return (
+        f"{key} = {value} is before any section: write [zram0] above it"
+        if key
+        else "[] has no name: write [zram0]"
+    )
 
 
 def _find(key: str, known: set[str]) -> str:
@@ -275,12 +318,11 @@ def build(sections: Sections, ram: int) -> Configuration:
 def _check_folders(found: list[Device], problems: list[Problem]) -> None:
     folders: dict[str, str] = {}
     for device in found:
-        folder = dict(device.pairs).get("rundir", f"/run/zramd/{device.name}")
-        if other := folders.get(folder):
-            text = f"rundir = {folder} is also that of [{other}]: use another"
+        if other := folders.get(device.rundir):
+            text = f"rundir = {device.rundir} is also that of [{other}]: use another"
             where = device.where.get("rundir") or device.where[""]
             problems.append(Problem(where, device.name, text))
-        folders[folder] = device.name
+        folders[device.rundir] = device.name
 
 
 class _Section:
@@ -305,14 +347,16 @@ class _Section:
             self.check()
 
     def wrong(self, key: str, text: str) -> None:
-        self.problems.append(Problem(self.place(key), self.name, f"{key}: {text}"))
+        entry = self.values.get(key)
+        written = entry.key if entry else key  # an alias, perhaps
+        self.problems.append(Problem(self.place(key), self.name, f"{written}: {text}"))
 
     def place(self, key: str) -> str:
         return (self.values.get(key) or self.values.get("") or Entry("default", "", "", "")).where
 
     def quote(self, key: str) -> str:
         entry = self.values.get(key)
-        return f"{key} = {entry.value}" if entry else f"{key} is not given"
+        return f"{entry.key} = {entry.value}" if entry else f"{key} is not given"
 
     def check(self) -> None:
         """Look at values that depend on each other."""
@@ -320,8 +364,8 @@ class _Section:
         limit = parsed["host-memory-limit"]
         if limit is not None and limit < ram_bytes:
             self.skipped = (
-                f"no device: {self.quote('host-memory-limit')} is less than the {self.ram} MB that this machine has "
-                f"({self.place('host-memory-limit')})"
+                f"no device: {self.quote('host-memory-limit')} is less than the {self.ram} MB "
+                f"that this machine has ({self.place('host-memory-limit')})"
             )
             return
         key = "disksize" if "disksize" in self.values else "zram-size"
@@ -335,9 +379,13 @@ class _Section:
             self.wrong(key, f"'{self.values[key].value}' is {size} bytes: use at most 4T")
             return
         if size < expression.MEGABYTE:
-            self.note(key, f"{self.quote(key)} is {size} bytes: if megabytes were meant, use zram-size or a unit")
+            self.note(
+                key, f"{self.quote(key)} is {size} bytes: if megabytes were meant, use zram-size or a unit"
+            )
         if size > 32 * ram_bytes:
-            self.note(key, f"{self.quote(key)} is {size // ram_bytes} times the memory: no compression reaches that")
+            self.note(
+                key, f"{self.quote(key)} is {size // ram_bytes} times the memory: no compression reaches that"
+            )
         self.check_attach()
 
     def check_attach(self) -> None:
@@ -347,9 +395,13 @@ class _Section:
                 if key in self.values:
                     self.note(key, f"{self.quote(key)} has no effect with attach = {attach}")
         elif self.parsed["swap"] == "other" and "swap" in self.values:
-            self.wrong("swap", "'other' would let this machine's swap deadlock: use local, or attach = no or device")
+            self.wrong(
+                "swap", "'other' would let this machine's swap deadlock: use local, or attach = no or device"
+            )
         elif "discard" not in re.split("[,=]", self.parsed["options"]):
-            self.note("options", f"{self.quote('options')}: without discard, memory of freed swap never comes back")
+            self.note(
+                "options", f"{self.quote('options')}: without discard, memory of freed swap never comes back"
+            )
         if attach == "no":
             for key in ("timeout", "dead-conn-timeout", "connections"):
                 if key in self.values:
@@ -368,7 +420,11 @@ class _Section:
                 pairs["mem_limit"] = str(parsed[key])
             elif key == "compression-algorithm":
                 pairs["comp_algorithm"] = parsed[key]
-            elif key in parsed and key != "disksize" and any(key == setting.name for setting in config.SETTINGS):
+            elif (
+                key in parsed
+                and key != "disksize"
+                and any(key == setting.name for setting in config.SETTINGS)
+            ):
                 pairs[key] = entry.value
         return Device(
             name=self.name,
@@ -393,14 +449,21 @@ def _other_notes(root: Path, configured: bool, devices: tuple[Device, ...]) -> l
             conffiles.find(root, GENERATOR_CONF),
             "ln -s /dev/null /etc/systemd/system-generators/zram-generator",
         ),
-        ("zram-tools", root / "usr/sbin/zramswap", [root / ZRAMSWAP_CONF], "systemctl disable --now zramswap"),
+        (
+            "zram-tools",
+            root / "usr/sbin/zramswap",
+            [root / ZRAMSWAP_CONF],
+            "systemctl disable --now zramswap",
+        ),
     )
     notes = []
     for program, path, files, off in others:
         if not any(file.exists() for file in files):
             continue
         if not configured:
-            text = f"zramd does not start what is configured for {program}: 'zramd config import' takes it over"
+            text = (
+                f"zramd does not start what is configured for {program}: 'zramd config import' takes it over"
+            )
             notes.append(f"{files[0]}: {text}")
         elif path.exists() and any(device.swaps for device in devices):
             notes.append(f"{files[0]}: {program} swaps to devices of its own as well: '{off}' turns it off")

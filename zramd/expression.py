@@ -1,6 +1,6 @@
 """Sizes as expressions, such as `min(ram / 2, 4096)`: the language of zram-generator's zram-size.
 
-Values are floating-point numbers and mean megabytes (of 1024 × 1024 bytes). From loose to tight:
+Values are floating-point numbers and mean megabytes (of 1 << 20 bytes). From loose to tight:
 
     ||   &&   < <= == != >= >   + -   * /   %   ^ (right to left)   + - ! before a value
 
@@ -91,7 +91,20 @@ _FUNCTIONS = {
     "pi": _Function(0, 0, "pi()", lambda: math.pi),
     **{
         name: _Function(1, 1, f"{name}(x)", getattr(math, name))
-        for name in "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh".split()
+        for name in [
+            "sin",
+            "cos",
+            "tan",
+            "asin",
+            "acos",
+            "atan",
+            "sinh",
+            "cosh",
+            "tanh",
+            "asinh",
+            "acosh",
+            "atanh",
+        ]
     },
 }
 
@@ -137,7 +150,8 @@ class _Parser:
     def _tokens(self) -> list[_Token]:
         if len(self.text) > MAX_LENGTH:
             self.fail(MAX_LENGTH, f"it is too long: use at most {MAX_LENGTH} characters")
-        tokens, position = [], 0
+        tokens: list[_Token] = []
+        position = 0
         while True:
             position += len(self.text[position:]) - len(self.text[position:].lstrip())
             if position == len(self.text):
@@ -180,7 +194,9 @@ class _Parser:
             if text in ")]":
                 self.fail(self.token.position, f"'{text}' closes nothing: remove it")
             if text in ",;":
-                self.fail(self.token.position, f"'{text}' separates arguments: write it within a function's ()")
+                self.fail(
+                    self.token.position, f"'{text}' separates arguments: write it within a function's ()"
+                )
             self.fail(self.token.position, f"an operator is missing before '{text}'")
         return value
 
@@ -192,10 +208,14 @@ class _Parser:
             operator = self.token
             self.next += 1
             if operator.text == "%" and (self.token.kind == "end" or self.token.text in "),;]"):
-                self.fail(operator.position, "'%' is the remainder, not percent: write half of ram as ram * 0.5")
+                self.fail(
+                    operator.position, "'%' is the remainder, not percent: write half of ram as ram * 0.5"
+                )
             right = self.expression(level + 1)
             if operator.text in "/%" and right == 0:
-                self.fail(operator.position, "division by zero: use a divisor that is never 0, such as max(x, 1)")
+                self.fail(
+                    operator.position, "division by zero: use a divisor that is never 0, such as max(x, 1)"
+                )
             left = self.binary(operator, left, right)
         return left
 
@@ -250,7 +270,9 @@ class _Parser:
             return value
         unit = _UNIT.fullmatch(token.unit)
         if unit is None:
-            self.fail(token.position, f"'{token.unit}' is not a unit: use K, M, G or T, or none for megabytes")
+            self.fail(
+                token.position, f"'{token.unit}' is not a unit: use K, M, G or T, or none for megabytes"
+            )
         power = "KMGTPE".index(unit[1].upper()) + 1 if unit[1] else 0
         return self.compute(token.position, token.text, float, value * 1024**power / MEGABYTE)
 
@@ -274,21 +296,15 @@ class _Parser:
         if function is None:
             self.fail(token.position, f"there is no function '{name}': {self.suggest(name, _FUNCTIONS)}")
         if not function.least <= len(arguments) <= function.most:
-            count = len(arguments) or "no"
-            self.fail(
-                token.position,
-                f"{name} does not take {count} argument{'s' * (count != 1)}: write {function.shape}",
-            )
+            self.fail(token.position, f"{len(arguments)} arguments for '{name}': write {function.shape}")
         shown = f"{name}({', '.join(f'{argument:g}' for argument in arguments)})"
         return self.compute(token.position, shown, function.call, *arguments)
 
     def close(self, opening: _Token) -> None:
         if not self.take(_CLOSING[opening.text]):
-            before = f" before '{self.token.text}'" if self.token.text else " at the end"
-            self.fail(
-                self.token.position,
-                f"'{_CLOSING[opening.text]}' is missing{before}, for '{opening.text}' at {opening.position + 1}",
-            )
+            before = f"before '{self.token.text}'" if self.token.text else "at the end"
+            missing = f"'{_CLOSING[opening.text]}' is missing {before}"
+            self.fail(self.token.position, f"{missing}, for '{opening.text}' at {opening.position + 1}")
 
     @staticmethod
     def suggest(name: str, known: Mapping[str, object]) -> str:
@@ -318,5 +334,5 @@ def size(text: str, ram: int) -> int:
 
 
 def units(text: str) -> list[str]:
-    """Return the numbers with a unit in `text`, which zram-generator reads otherwise; raises ExpressionError."""
+    """Return the numbers with a unit, which zram-generator reads otherwise; raises ExpressionError."""
     return [token.text for token in _Parser(text, {}).tokens if token.unit]

@@ -1,4 +1,4 @@
-"""Other programs' configurations, told in zramd's words: zram-generator's, and zramswap's of Debian's zram-tools.
+"""Other programs' configurations in zramd's words: zram-generator's, and zramswap's of Debian's zram-tools.
 
 What zramd cannot do is named in the notes; nothing is left out silently. What comes out is for
 `devices.build`, and for `text`, which writes a zramd.conf.
@@ -7,6 +7,7 @@ What zramd cannot do is named in the notes; nothing is left out silently. What c
 import re
 import shlex
 from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,13 +19,8 @@ from zramd.errors import ConfigError
 _DEVICE = re.compile(r"zram[0-9]+", re.ASCII)
 _ALGORITHM = re.compile(r"([^()\s]*)(?:\(([^()]*)\))?")
 _ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z_0-9]*)=(.*)", re.ASCII)
-_TAKEN_OVER = (
-    "zram-size",
-    "zram-resident-limit",
-    "host-memory-limit",
-    "swap-priority",
-    "options",
-)
+_TAKEN_OVER = ("zram-size", "zram-resident-limit", "host-memory-limit", "swap-priority", "options")
+_KNOWN = (*_TAKEN_OVER, "compression-algorithm", "fs-type", "mount-point", "writeback-device")
 
 
 class Translation(NamedTuple):
@@ -44,7 +40,7 @@ def find(root: Path) -> list[Path]:
 
 
 def read(paths: list[Path]) -> Translation:
-    """Return what the files mean: zramswap's if the first file has sections nowhere, else zram-generator's.
+    """Return what the files mean: zramswap's if it is one file of shell assignments, else zram-generator's.
 
     Raises ConfigError and ZramdError for files that are not there or cannot be read.
     """
@@ -55,10 +51,16 @@ def read(paths: list[Path]) -> Translation:
         entries += found
         problems += wrong
     files = [str(path) for path in paths]
-    if len(paths) == 1 and not any(entry.section for entry in entries):
-        if any(_ASSIGNMENT.fullmatch(f"{entry.key}={entry.value}") for entry in entries) or not entries:
-            return Translation(*_from_zramswap(paths[0]), [], files)
+    if len(paths) == 1 and _is_zramswap(paths[0], entries):
+        return Translation(*_from_zramswap(paths[0]), [], files)
     return Translation(*_from_generator(entries), problems, files)
+
+
+def _is_zramswap(path: Path, entries: list[Entry]) -> bool:
+    """Whether a file is of shell assignments; zramswap's own is nothing but comments at first."""
+    if not entries:
+        return path.suffix != ".conf"
+    return all(_ASSIGNMENT.fullmatch(f"{entry.key}={entry.value}") and not entry.section for entry in entries)
 
 
 def _from_generator(entries: Iterable[Entry]) -> tuple[Sections, list[str]]:
@@ -70,7 +72,9 @@ def _from_generator(entries: Iterable[Entry]) -> tuple[Sections, list[str]]:
         elif _DEVICE.fullmatch(entry.section):
             raw.setdefault(entry.section, {})[entry.key] = entry
         elif not entry.key:
-            notes.append(f"{entry.where}: [{entry.section}] is not a zramN: zram-generator leaves it out, and so does this")
+            notes.append(
+                f"{entry.where}: [{entry.section}] is not zramN: zram-generator leaves it out, so does this"
+            )
     sections: Sections = {}
     for name, values in raw.items():
         section, more = _section(name, values)
@@ -82,8 +86,10 @@ def _from_generator(entries: Iterable[Entry]) -> tuple[Sections, list[str]]:
 
 def _global(entry: Entry) -> str:
     if entry.key.startswith("set!"):
-        return f"{entry.key} = {entry.value}: zramd runs no commands: write the value where '{entry.key[4:]}' is used"
-    return f"{entry.key} = {entry.value} is before any section: zram-generator leaves it out, and so does this"
+        return f"{entry.key} = {entry.value}: {devices.no_commands(entry.key)}"
+    return (
+        f"{entry.key} = {entry.value} is before any section: zram-generator leaves it out, and so does this"
+    )
 
 
 def _section(name: str, values: dict[str, Entry]) -> tuple[dict[str, Entry] | None, list[str]]:
@@ -116,7 +122,9 @@ def _section(name: str, values: dict[str, Entry]) -> tuple[dict[str, Entry] | No
         elif key == "writeback-device":
             note(entry, "zramd keeps pages that do not compress in memory, and writes nothing back")
         elif key not in ("", "fs-type", "zram-fraction", "max-zram-size"):
-            note(entry, "zram-generator does not know this key and leaves it out, and so does this")
+            close = get_close_matches(key, _KNOWN, n=1)
+            hint = f": did you mean '{close[0]}'?" if close else ""
+            note(entry, f"zram-generator does not know this key and leaves it out, and so does this{hint}")
     return result, notes
 
 
@@ -139,13 +147,13 @@ def _unit_notes(entry: Entry) -> list[str]:
     except ConfigError:
         return []  # devices.build tells it
     return [
-        f"{entry.where}: {entry.key} = {entry.value}: {number} is read as bytes; zram-generator multiplies megabytes by it"
+        f"{entry.where}: {entry.key} = {entry.value}: {number} is a size here, a factor in zram-generator"
         for number in numbers
     ]
 
 
 def _algorithm(text: str) -> tuple[str, list[str]]:
-    """Return zramd's compression-algorithm ('': the default) for zram-generator's, and what is not honoured."""
+    """Return zramd's word for zram-generator's algorithms, '' for none, and what is not honoured."""
     texts: list[str] = []
     value, first = "", True
     for word in re.findall(r"[^\s()]*\([^()]*\)|[^\s()]+", text):
@@ -204,7 +212,9 @@ def _from_zramswap(path: Path) -> tuple[Sections, list[str]]:
         elif name == "PERCENT":
             take(name, "zram-size", f"ram * {entry.value} / 100")
         else:
-            why = "PERCENT is given, which overrides it" if name == "SIZE" else "zramd has nothing of this kind"
+            why = (
+                "PERCENT is given, which overrides it" if name == "SIZE" else "zramd has nothing of this kind"
+            )
             notes.append(f"{entry.where}: {name}={entry.value}: {why}: it is left out")
     if "zram-size" not in section:
         section["zram-size"] = Entry(str(path), "zram0", "zram-size", "256")  # zramswap's default

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
-MODULES = ("serve",)
+MODULES = ("serve", "config")
 
 EXIT_STATUS = """\
 exit status:
