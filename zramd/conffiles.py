@@ -82,7 +82,7 @@ def read(path: Path) -> tuple[list[Entry], list[Problem]]:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text: write it anew") from None
     except OSError as error:
         raise ZramdError(f"{path}: {error.strerror}") from None
-    return parse(text.splitlines(), str(path))
+    return parse(text.split("\n"), str(path))
 
 
 def parse(lines: Iterable[str], name: str) -> tuple[list[Entry], list[Problem]]:

@@ -5,39 +5,24 @@
     device.pairs, device.words()            # the server's settings, for config.parse and `zramd serve`
 
 Each section is a device. Its keys are zram-generator's, zramd's settings under their own names, and what
-the kernel is told when it attaches the device; `keys` has those that are not settings. docs/zramd.conf
+the kernel is told when it attaches the device; `zramd.keys` has those that are not settings. docs/zramd.conf
 teaches all.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zramd import conffiles, config, expression
+from zramd import conffiles, config, expression, keys
 from zramd.conffiles import Entry, Problem
-from zramd.config import Config, Setting
+from zramd.config import Config
 from zramd.errors import ConfigError, ZramdError
 
 CONF = "zramd.conf"
-DEFAULT_SIZE = "min(ram / 2, 4096)"  # zram-generator's
 
-# zram-generator's words for settings of zramd.
-TWINS = {
-    "zram-size": "disksize",
-    "zram-resident-limit": "mem_limit",
-    "compression-algorithm": "comp_algorithm",
-}
-# Words of zram-generator that zramd refuses, and what to do instead.
-REFUSED = {
-    "mount-point": "zramd mounts nothing: use attach = device, and mkfs and mount in a unit of your own",
-    "writeback-device": "zramd keeps all data in memory: remove it",
-    "zram-fraction": "it is obsolete: use zram-size = ram * FRACTION",
-    "max-zram-size": "it is obsolete: use zram-size = min(…, MEGABYTES)",
-    "memory-limit": "it is obsolete: use host-memory-limit",
-    "name": "the section's name is the device's: remove it",
-}
+
 GENERATOR_CONF = "systemd/zram-generator.conf"
 ZRAMSWAP_CONF = "etc/default/zramswap"
 
@@ -58,15 +43,16 @@ class Device:
     attach: str  # swap: the kernel attaches it and swaps onto it; device: attaches it; no: neither
     swap_priority: int
     options: str  # swapon's, comma-separated
-    timeout: int  # of an answer; 0: none
-    dead_conn_timeout: int
+    timeout: int | None  # after which a request of a lost connection is sent again; None: as attach has it
+    dead_conn_timeout: int  # for which requests wait for another server
     connections: int
     where: dict[str, str] = field(default_factory=dict, compare=False)  # key as written → FILE:LINE
 
     @property
     def rundir(self) -> str:
         """The folder of its sockets and statistics, as root's server has it."""
-        return dict(self.pairs).get("rundir", f"/run/zramd/{self.name}")
+        folder: str = config.find("rundir").parse(dict(self.pairs).get("rundir", f"/run/zramd/{self.name}"))
+        return folder
 
     def settings(self) -> Config:
         """Return the server's settings, defaults filled in."""
@@ -154,90 +140,8 @@ def total_ram(root: Path) -> int:
     return int(match[1]) >> 10
 
 
-def _priority(text: str) -> int:
-    if re.fullmatch(r"-1|[0-9]{1,5}", text, re.ASCII) is None or int(text) > 32767:
-        raise ConfigError(f"'{text}' is not a priority: use -1 (the kernel chooses) to 32767 (used first)")
-    return int(text)
-
-
-def _swapon_options(text: str) -> str:
-    words = [word for word in (part.strip() for part in text.split(",")) if word]
-    for word in words:
-        if word.startswith("pri="):
-            raise ConfigError(f"'{word}': use swap-priority = {word[4:]} instead")
-        if word not in ("discard", "discard=once", "discard=pages", "defaults", "nofail", "noauto"):
-            raise ConfigError(
-                f"'{word}' is not an option of swapon: use discard, discard=once or discard=pages"
-            )
-    return ",".join(words)
-
-
-def _attach(text: str) -> str:
-    if text not in ("swap", "device", "no"):
-        raise ConfigError(f"'{text}' is not a way to attach: use swap, device or no")
-    return text
-
-
-def _whole(low: int, high: int, unit: str) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if re.fullmatch(r"[0-9]{1,6}", text, re.ASCII) is None or not low <= int(text) <= high:
-            raise ConfigError(f"'{text}' is out of range: use {low} to {high} {unit}")
-        return int(text)
-
-    return parse
-
-
-def _fs_type(text: str) -> str:
-    if text != "swap":
-        raise ConfigError(
-            f"'{text}' is not made by zramd: use attach = device, and mkfs in a unit of your own"
-        )
-    return text
-
-
-def keys(ram: int) -> tuple[Setting, ...]:
-    """Return the keys of a section that are not settings of the server; `ram` in megabytes."""
-
-    def size(text: str) -> int:
-        return expression.size(text, ram)
-
-    def limit(text: str) -> int | None:
-        return None if text == "none" else size(text)
-
-    return (
-        Setting(
-            "zram-size", size, DEFAULT_SIZE, "ram / 4", "size of the device, an expression; 0: no device"
-        ),
-        Setting(
-            "zram-resident-limit", size, "0", "ram / 8", "most memory that the pool may take, an expression"
-        ),
-        Setting("host-memory-limit", limit, "none", "8192", "no device where there is more memory than this"),
-        Setting(
-            "compression-algorithm", config.find("comp_algorithm").parse, "lz4", "lz4(level=4)", "compressor"
-        ),
-        Setting(
-            "attach", _attach, "swap", "no", "what this machine's kernel does with it: swap, device or no"
-        ),
-        Setting("fs-type", _fs_type, "swap", "swap", "for zram-generator's sake: swap is all there is"),
-        Setting("swap-priority", _priority, "100", "32767", "-1 to 32767, higher is used first"),
-        Setting("options", _swapon_options, "discard", "discard", "options of swapon, comma-separated"),
-        Setting("timeout", _whole(0, 86400, "seconds"), "0", "60", "seconds for an answer; 0: for ever"),
-        Setting(
-            "dead-conn-timeout",
-            _whole(0, 86400, "seconds"),
-            "30",
-            "120",
-            "seconds in which the server may be started again before requests fail; 0: none",
-        ),
-        Setting(
-            "connections", _whole(1, 16, "connections"), "1", "2", "connections of the kernel to the server"
-        ),
-    )
-
-
 def _add(sections: Sections, entries: list[Entry]) -> list[Problem]:
     """Put one file's entries over those of weaker files, and return what is wrong with them."""
-    known = {setting.name for setting in keys(1)}
     problems: list[Problem] = []
     seen: dict[tuple[str, str], Entry] = {}
     for entry in entries:
@@ -246,52 +150,34 @@ def _add(sections: Sections, entries: list[Entry]) -> list[Problem]:
             if not section:
                 raise ConfigError(_outside(key, value))
             config.find("name").parse(section)
-            if key in REFUSED:
-                raise ConfigError(f"{key} = {value}: {REFUSED[key]}")
-            if key and key not in known:
-                key = _find(key, known)
+            if key in keys.REFUSED:
+                raise ConfigError(f"{key} = {value}: {keys.REFUSED[key]}")
+            if key:
+                key = keys.canonical(key)
         except ConfigError as error:
             problems.append(Problem(where, section, str(error)))
             continue
-        meaning = TWINS.get(key, key)
+        meaning = keys.TWINS.get(key, key)
         first = seen.setdefault((section, meaning), entry)
         if key and first is not entry:
             text = f"{entry.key} = {value} is a second value: {first.key} = {first.value} is at {first.where}"
             problems.append(Problem(where, section, text))
             continue
         values = sections.setdefault(section, {})
-        for twin in [old for old in values if TWINS.get(old, old) == meaning]:
+        for twin in [old for old in values if keys.TWINS.get(old, old) == meaning]:
             del values[twin]
         values[key] = entry
     return problems
 
 
-def no_commands(key: str) -> str:
-    """Return why zram-generator's set!VARIABLE is not honoured."""
-    variable = key.removeprefix("set!")
-    return f"zramd runs no commands: write the value where '{variable}' is used"
-
-
 def _outside(key: str, value: str) -> str:
     if key.startswith("set!"):
-        return f"{key} = {value}: {no_commands(key)}"
+        return f"{key} = {value}: {keys.no_commands(key)}"
     return (
         f"{key} = {value} is before any section: write [zram0] above it"
         if key
         else "[] has no name: write [zram0]"
     )
-
-
-def _find(key: str, known: set[str]) -> str:
-    """Return the name of the setting that `key` means; raises ConfigError with the nearest of all keys."""
-    from difflib import get_close_matches
-
-    settings = {name: s.name for s in config.SETTINGS for name in (s.name, *s.aliases) if s.name != "name"}
-    if key in settings:
-        return settings[key]
-    close = get_close_matches(key, [*known, *settings], n=1)
-    hint = f"did you mean '{close[0]}'?" if close else "docs/zramd.conf has all keys"
-    raise ConfigError(f"unknown key '{key}': {hint}")
 
 
 def build(sections: Sections, ram: int) -> Configuration:
@@ -336,7 +222,7 @@ class _Section:
         self.skipped = ""
 
     def read(self) -> None:
-        for setting in (*keys(self.ram), *config.SETTINGS):
+        for setting in (*keys.table(self.ram), *config.SETTINGS):
             entry = self.values.get(setting.name)
             text = entry.value if entry else setting.default
             try:
@@ -378,6 +264,14 @@ class _Section:
         except ConfigError:
             self.wrong(key, f"'{self.values[key].value}' is {size} bytes: use at most 4T")
             return
+        limit = parsed["zram-resident-limit"]
+        try:
+            config.find("mem_limit").parse(str(limit))
+        except ConfigError:
+            self.wrong(
+                "zram-resident-limit",
+                f"'{self.values['zram-resident-limit'].value}' is {limit} bytes: use less",
+            )
         if size < expression.MEGABYTE:
             self.note(
                 key, f"{self.quote(key)} is {size} bytes: if megabytes were meant, use zram-size or a unit"

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from zramd import conffiles, devices, expression
+from zramd import conffiles, devices, expression, keys
 from zramd.conffiles import Entry, Problem
 from zramd.devices import Sections
 from zramd.errors import ConfigError
@@ -86,7 +86,7 @@ def _from_generator(entries: Iterable[Entry]) -> tuple[Sections, list[str]]:
 
 def _global(entry: Entry) -> str:
     if entry.key.startswith("set!"):
-        return f"{entry.key} = {entry.value}: {devices.no_commands(entry.key)}"
+        return f"{entry.key} = {entry.value}: {keys.no_commands(entry.key)}"
     return (
         f"{entry.key} = {entry.value} is before any section: zram-generator leaves it out, and so does this"
     )

@@ -11,7 +11,13 @@ import pytest
 from conftest import PACKAGE_PARENT, talk, wait_until
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "zramd.conf"
-GENERATOR = "set!two = echo 2\n[zram0]\nzram-size = ram / 4\ncompression-algorithm = zstd\nwriteback-device = /dev/sdb\n"
+GENERATOR = """\
+set!two = echo 2
+[zram0]
+zram-size = ram / 4
+compression-algorithm = zstd
+writeback-device = /dev/sdb
+"""
 
 
 @pytest.fixture

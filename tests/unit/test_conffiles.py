@@ -103,6 +103,13 @@ def test_lines_that_are_none(tmp_path):
     assert [entry.key for entry in entries] == ["", "x"]
 
 
+def test_lines_are_counted_as_editors_count_them(tmp_path):
+    (tmp_path / "f").write_text("# form\x0cfeed and \u2028\r\n[zram0]\r\n")
+    (entry,), problems = conffiles.read(tmp_path / "f")
+    assert problems == []
+    assert entry == Entry(f"{tmp_path}/f:2", "zram0", "", "")
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ConfigError, match="there is no such file"):
         conffiles.read(tmp_path / "none")

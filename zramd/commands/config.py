@@ -1,4 +1,4 @@
-"""`zramd config show`, `check` and `import`: what is configured, what is wrong with it, and taking over zram's."""
+"""`zramd config show`, `check` and `import`: what is configured, what is wrong, and taking over others'."""
 
 import argparse
 import sys
@@ -61,7 +61,7 @@ def _values(device: "Device") -> "dict[str, Any]":
         values |= {"swap-priority": device.swap_priority, "options": device.options}
     if device.attached:
         values |= {
-            "timeout": device.timeout,
+            "timeout": "auto" if device.timeout is None else device.timeout,
             "dead-conn-timeout": device.dead_conn_timeout,
             "connections": device.connections,
         }
@@ -70,7 +70,7 @@ def _values(device: "Device") -> "dict[str, Any]":
 
 def _origin(device: "Device", key: str) -> str:
     """Return FILE:LINE of what gave `key` its value, '' for a default."""
-    from zramd.devices import TWINS
+    from zramd.keys import TWINS
 
     if key == "name":
         return device.where[""]
@@ -181,9 +181,7 @@ def add(commands: "Commands") -> None:
     parser = commands.add_parser(
         "config",
         help="show, check or import the configuration of devices",
-        description=(
-            "Show and check /etc/zramd.conf and its drop-ins, or make one from zram-generator's or zramswap's."
-        ),
+        description=("Show and check /etc/zramd.conf and its drop-ins, or make one from another program's."),
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     one = verbs.add_parser(
