@@ -11,7 +11,7 @@ teaches all.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,6 @@ from zramd.config import Config
 from zramd.errors import ConfigError, ZramdError
 
 CONF = "zramd.conf"
-
-
 GENERATOR_CONF = "systemd/zram-generator.conf"
 ZRAMSWAP_CONF = "etc/default/zramswap"
 
@@ -46,7 +44,9 @@ class Device:
     timeout: int | None  # after which a request of a lost connection is sent again; None: as attach has it
     dead_conn_timeout: int  # for which requests wait for another server
     connections: int
-    where: dict[str, str] = field(default_factory=dict, compare=False)  # key as written → FILE:LINE
+    where: dict[str, str] = field(
+        default_factory=dict, compare=False
+    )  # key, no alias → FILE:LINE; '': the section's head
 
     @property
     def rundir(self) -> str:
@@ -82,7 +82,7 @@ class Device:
 class Configuration:
     """Everything that was read."""
 
-    devices: tuple[Device, ...]
+    devices: tuple[Device, ...]  # without those that have problems
     skipped: dict[str, str]  # name of a section that makes no device here → why
     notes: tuple[str, ...]  # one sentence each, with what to do
     problems: tuple[Problem, ...]
@@ -90,6 +90,7 @@ class Configuration:
 
     def find(self, name: str) -> Device:
         """Return the device `name`. Raises SkippedError, and ConfigError if it is wrong or not there."""
+        config.find("name").parse(name)
         for problem in self.problems:
             if problem.section in ("", name):
                 raise ConfigError(str(problem))
@@ -121,10 +122,10 @@ def load(root: str | None = None, file: str | None = None) -> Configuration:
     for path in paths:
         entries, wrong = conffiles.read(path)
         problems += wrong + _add(sections, entries)
-    result = build(sections, total_ram(folder))
+    result = build(sections, total_ram(folder), problems)
     notes = [*result.notes, *([] if file else _other_notes(folder, bool(paths), result.devices))]
     files = tuple(str(path) for path in paths)
-    return Configuration(result.devices, result.skipped, tuple(notes), (*problems, *result.problems), files)
+    return replace(result, notes=tuple(notes), files=files)
 
 
 def total_ram(root: Path) -> int:
@@ -180,12 +181,16 @@ def _outside(key: str, value: str) -> str:
     )
 
 
-def build(sections: Sections, ram: int) -> Configuration:
-    """Return the devices that `sections` mean on a machine of `ram` megabytes."""
+def build(sections: Sections, ram: int, known: Iterable[Problem] = ()) -> Configuration:
+    """Return the devices that `sections` mean on a machine of `ram` megabytes.
+
+    `known` problems are in the result, too. A section with a problem makes no device; a problem outside of
+    sections leaves none.
+    """
     found: list[Device] = []
     skipped: dict[str, str] = {}
     notes: list[str] = []
-    problems: list[Problem] = []
+    problems = list(known)
     for name, values in sections.items():
         section = _Section(name, values, ram)
         section.read()
@@ -197,7 +202,7 @@ def build(sections: Sections, ram: int) -> Configuration:
             notes += section.notes
     _check_folders(found, problems)
     wrong = {problem.section for problem in problems}
-    devices = tuple(device for device in found if device.name not in wrong)
+    devices = tuple(device for device in found if wrong.isdisjoint(("", device.name)))
     return Configuration(devices, skipped, tuple(notes), tuple(problems), ())
 
 

@@ -77,6 +77,8 @@ def test_show(root):
     assert status == 0
     assert output.startswith("vm: ")
     assert "zram0" not in output
+    why = "off: no device: zram-size = 0 is 0 here (/etc/zramd.conf:8)\n"
+    assert zramd(root, "show", "off") == (0, why, "")
 
 
 def test_show_json(root):
@@ -129,6 +131,11 @@ def test_all_errors_are_printed(root):
             2,
             "zramd: there is no device 'vm' in /etc/zramd.conf: add a section [vm] (there: none)\n",
         ),
+        (
+            ["show", "a/b"],
+            2,
+            "zramd: 'a/b' is not a name: use 1 to 64 letters, digits, _ . or -, not starting with . or -\n",
+        ),
         (["shwo"], 2, None),
         ([], 2, None),
     ],
@@ -159,7 +166,8 @@ def test_import_of_zramswap(root):
     put(root, "etc/default/zramswap", "ALGO=lz4\nPERCENT=50\n")
     assert zramd(root, "import") == (
         0,
-        "# Made by 'zramd config import' from /etc/default/zramswap.\n\n"
+        "# Made by 'zramd config import' from /etc/default/zramswap.\n"
+        "# Both must not run: docs/configuration.md says how to turn the other off.\n\n"
         "[zram0]\ncompression-algorithm = lz4\nzram-size = ram * 50 / 100\n",
         "",
     )
