@@ -44,7 +44,7 @@ class Device:
     timeout: int | None  # after which a request of a lost connection is sent again; None: as attach has it
     dead_conn_timeout: int  # for which requests wait for another server
     connections: int
-    where: dict[str, str] = field(
+    where: dict[str, str] = field(default_factory=dict, compare=False)  # key → FILE:LINE; '': the section
         default_factory=dict, compare=False
     )  # key, no alias → FILE:LINE; '': the section's head
 
