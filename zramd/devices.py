@@ -44,9 +44,8 @@ class Device:
     timeout: int | None  # after which a request of a lost connection is sent again; None: as attach has it
     dead_conn_timeout: int  # for which requests wait for another server
     connections: int
-    where: dict[str, str] = field(default_factory=dict, compare=False)  # key → FILE:LINE; '': the section
-        default_factory=dict, compare=False
-    )  # key, no alias → FILE:LINE; '': the section's head
+    # Where each value was given, FILE:LINE, by its key (no alias); '' is the section's head.
+    where: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def rundir(self) -> str:
@@ -87,6 +86,11 @@ class Configuration:
     notes: tuple[str, ...]  # one sentence each, with what to do
     problems: tuple[Problem, ...]
     files: tuple[str, ...]  # that count, the weakest first
+
+    def has(self, name: str) -> bool:
+        """Whether there is a section of this name, be it right or wrong."""
+        sections = {device.name for device in self.devices} | {problem.section for problem in self.problems}
+        return name in sections or name in self.skipped
 
     def find(self, name: str) -> Device:
         """Return the device `name`. Raises SkippedError, and ConfigError if it is wrong or not there."""
