@@ -26,6 +26,7 @@ MODULES = (
     "serve",
     "show",
     "doctor",
+    "config",
     "completion",
 )
 

@@ -255,9 +255,15 @@ def set_environment(settings: "Config") -> None:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Become nbdkit, serving as told. Returns only by an exception: see `plan`."""
-    settings, options, argv = plan(
-        arguments.name, arguments.size, arguments.settings, arguments.nbdkit_options
-    )
+    size, words = arguments.size, arguments.settings
+    if arguments.config is not None:
+        from zramd import devices
+
+        words = devices.find(arguments.config).words(
+            [*words, *([] if size is None else [f"disksize={size}"])]
+        )
+        size = None
+    settings, options, argv = plan(arguments.name, size, words, arguments.nbdkit_options)
     if _STANDARD_INPUT.isdisjoint(options.values):  # there, standard output is the client's
         _start_watcher(settings, greeting(settings, options, os.getpid()))
     set_environment(settings)
@@ -271,9 +277,14 @@ def start(arguments: argparse.Namespace) -> int:
     """
     import signal
 
-    settings, options, argv = plan(
-        arguments.new_name, arguments.size, arguments.settings, arguments.nbdkit_options
-    )
+    name, words = arguments.new_name, arguments.settings
+    if name is not None and arguments.size is None:
+        from zramd import devices
+
+        configuration = devices.load()
+        if configuration.has(name):
+            words, name = configuration.find(name).words(words), None
+    settings, options, argv = plan(name, arguments.size, words, arguments.nbdkit_options)
     if not _STANDARD_INPUT.isdisjoint(options.values):
         raise UsageError("a server in the background has no standard input to serve: use 'zramd serve'")
     set_environment(settings)
@@ -401,8 +412,10 @@ def _settings_help() -> str:
         "examples:\n"
         "  zramd serve\n"
         "  zramd serve --name swap0 --size 8G mem_limit=2G\n"
+        "  zramd serve --config zram0 mem_limit=2G\n"
         "  zramd serve -- -p 10809 --tls=require --tls-certificates=/etc/pki/zramd\n"
         "  zramd start swap0 --size 8G mem_limit=2G\n"
+        "  zramd start zram0\n"
     )
 
 
@@ -413,7 +426,8 @@ def add(commands: "Commands") -> None:
         help="start a server in the background",
         usage="zramd start [NAME] [--size SIZE] [key=value ...] [-- NBDKIT-OPTIONS]",
         description="Serve a compressed device in the background; wait until it answers, print where it is. "
-        "What it has to say goes to the file 'log' in its run folder.",
+        "What it has to say goes to the file 'log' in its run folder. Without --size, a NAME that "
+        "/etc/zramd.conf has is started as configured there; key=value overrides.",
         more=_settings_help,
         settings=True,
         nbdkit_options=True,
@@ -434,11 +448,14 @@ def add(commands: "Commands") -> None:
     parser = commands.add_parser(
         "serve",
         help="serve a device in the foreground, until stopped",
-        usage="zramd serve [--name NAME] [--size SIZE] [key=value ...] [-- NBDKIT-OPTIONS]",
+        usage="zramd serve [--config NAME | --name NAME] [--size SIZE] [key=value ...] [-- NBDKIT-OPTIONS]",
         description="Serve a compressed device in the foreground, on a unix socket in the run folder.",
         more=_settings_help,
         settings=True,
         nbdkit_options=True,
+    )
+    parser.add_argument(
+        "--config", metavar="NAME", help="serve the device that /etc/zramd.conf has under this name"
     )
     parser.add_argument("--name", help="name of the device and of the NBD export [zram0]")
     parser.add_argument("--size", help=f"size of the device before compression [{DEFAULT_SIZE}]")
