@@ -12,7 +12,7 @@ import pytest
 from conftest import PACKAGE_PARENT
 from test_stats import FakeDevice
 
-from zramd import client, config, kernel, stats
+from zramd import client, config, kernel, prometheus, stats
 from zramd.commands import MODULES, Parser, completion, doctor, listing, main, parser
 from zramd.errors import UsageError
 
@@ -285,7 +285,7 @@ def test_every_number_has_a_meaning() -> None:
     )
     for number in stats.NUMBERS:
         assert number.meaning.endswith(".")
-    text = stats.prometheus(snapshot, [])
+    text = prometheus.exposition(snapshot, [])
     metrics = [number for number in stats.NUMBERS if number.metric]
     assert len({number.metric for number in metrics}) == len(metrics) > 20
     for number in metrics:
