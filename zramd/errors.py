@@ -7,6 +7,7 @@
         ├── CorruptObjectError      an object does not decompress     (also an OSError: EIO)
         ├── HandleError             a handle is not live              (also a LookupError)
         ├── CorruptionError         a structure contradicts itself
+        ├── StateError              the state file cannot be had or trusted
         └── RundirError             the run folder cannot be used
 
 Each message is one sentence that quotes the value at fault. `exit_code` is what a command ends with.
@@ -51,6 +52,10 @@ class CorruptionError(ZramdError):
 
 class SwapError(ZramdError):
     """A measure that swap=local asks for cannot be had; the message says which, and the remedy."""
+
+
+class StateError(ZramdError):
+    """The state file cannot be opened, is another server's, or is not what it should be; the message has the remedy."""
 
 
 class RundirError(ZramdError):

@@ -15,12 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from zramd import __version__, stats, swap
+from zramd import __version__, state, stats, swap
 from zramd.compactor import Compactor
 from zramd.config import Config
 from zramd.core.device import Device
 from zramd.endpoint import Endpoint
-from zramd.errors import CorruptionError, RundirError
+from zramd.errors import CorruptionError, RundirError, StateError
 from zramd.rundir import CONTROL_SOCKET, Rundir
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # those nbdkit stops on
@@ -60,14 +60,49 @@ class Server:
     def prepare(self) -> None:
         """Do all that can fail before nbdkit forks.
 
-        Raises RundirError, CorruptionError when the self-test fails, MemoryError, SwapError.
+        Raises RundirError, CorruptionError when the self-test fails, MemoryError, SwapError, StateError.
         """
         self_test()
         config = self.config
         if config.swap == "local":
             swap.prepare()
-        self.device = Device(config.disksize, mem_limit=config.mem_limit, acceleration=config.acceleration)
         self._rundir = Rundir(config.rundir)
+        self.device = self._make_device()
+
+    def _make_device(self) -> Device:
+        """Return the device, with what is in the state if there is one."""
+        config = self.config
+        path = config.state
+        if not path:
+            return Device(
+                config.disksize,
+                mem_limit=config.mem_limit,
+                acceleration=config.acceleration,
+                verify=config.verify,
+            )
+        fd = state.open_state(path, config.disksize, config.verify)
+        try:
+            device = Device(
+                config.disksize,
+                mem_limit=config.mem_limit,
+                acceleration=config.acceleration,
+                verify=config.verify,
+                state=fd,
+                progress=lambda done, total: _say(f"taking over state '{path}': {100 * done // total} %"),
+            )
+        except CorruptionError as error:
+            raise StateError(
+                f"state '{path}' contradicts itself ({error}): restore a copy, or remove the file to start empty"
+            ) from None
+        finally:
+            os.close(fd)  # the device has one of its own, and the lock with it
+        counters = device.counters()
+        if counters["recovered_blocks"]:
+            _say(
+                f"took over {counters['recovered_blocks']} blocks from state '{path}' in "
+                f"{counters['recovery_ms']} ms, {counters['leaked_objects']} objects that no block held are freed"
+            )
+        return device
 
     def start(self) -> None:
         """Start the threads; call it in the process that serves, on its main thread.
@@ -304,6 +339,10 @@ def self_test() -> None:
     if found != expected:
         raise CorruptionError("self-test failed: the device does not return what was written to it")
     device.check()
+
+
+def _say(text: str) -> None:
+    print(f"zramd: {text}", file=sys.stderr, flush=True)
 
 
 def _ignore(number: int, frame: object) -> None:

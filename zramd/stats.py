@@ -29,6 +29,8 @@ class Counters:
     orig_data_size: 4096 for each block that holds data. compr_data_size: the payloads in the pool.
     mem_used_total: pages of the pool in use. metadata_bytes: slots, handle cells, all else beside the pool.
     reserve_bytes: pages kept ready for the pool (swap=local); reserve_misses: pages not ready when needed.
+    recovery_ms, recovered_blocks, leaked_objects: what the start with a state took, found and took back; leaked
+    objects were written, or about to be freed, when the last server died. checksum_errors: reads of changed memory.
     """
 
     disksize: int
@@ -64,6 +66,10 @@ class Counters:
     read_bytes: int
     written_bytes: int
     requests_inflight: int
+    recovery_ms: int
+    recovered_blocks: int
+    leaked_objects: int
+    checksum_errors: int
 
 
 @dataclass(frozen=True)
@@ -254,6 +260,10 @@ def prometheus(snapshot: Snapshot, rows: list[ClassRow]) -> str:
     counter("compaction_moved_objects", "Objects moved by compaction.", s.objects_migrated)
     counter("compaction_freed_pages", "Pages freed by compaction.", s.pages_compacted)
     counter("compaction_seconds", "Time spent compacting.", s.compact_ns / 1e9)
+    counter("checksum_errors", "Blocks read whose object was changed in memory.", s.checksum_errors)
+    gauge("recovery_seconds", "Time it took to take over the state.", s.recovery_ms / 1e3)
+    gauge("recovered_blocks", "Blocks that were in the state.", s.recovered_blocks)
+    gauge("leaked_objects", "Objects in the state that no block held, taken back.", s.leaked_objects)
     used = [row for row in rows if row.obj_allocated]
     objects = [(f',size="{row.size}"', row.obj_used) for row in used]
     pages = [(f',size="{row.size}"', row.pages_used) for row in used]
