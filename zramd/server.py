@@ -97,6 +97,11 @@ class Server:
         finally:
             os.close(fd)  # the device has one of its own, and the lock with it
         counters = device.counters()
+        if counters["lost_blocks"]:
+            _say(
+                f"{counters['lost_blocks']} blocks of state '{path}' are lost: what leads to them was changed in memory; "
+                "reading them is an error until they are written again"
+            )
         if counters["recovered_blocks"]:
             _say(
                 f"took over {counters['recovered_blocks']} blocks from state '{path}' in "

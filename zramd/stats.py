@@ -30,7 +30,8 @@ class Counters:
     mem_used_total: pages of the pool in use. metadata_bytes: slots, handle cells, all else beside the pool.
     reserve_bytes: pages kept ready for the pool (swap=local); reserve_misses: pages not ready when needed.
     recovery_ms, recovered_blocks, leaked_objects: what the start with a state took, found and took back; leaked
-    objects were written, or about to be freed, when the last server died. checksum_errors: reads of changed memory.
+    objects were written, or about to be freed, when the last server died; lost_blocks: those whose place in the state
+    was changed in memory (verify=on). checksum_errors: reads of changed memory.
     """
 
     disksize: int
@@ -69,6 +70,7 @@ class Counters:
     recovery_ms: int
     recovered_blocks: int
     leaked_objects: int
+    lost_blocks: int
     checksum_errors: int
 
 
@@ -264,6 +266,7 @@ def prometheus(snapshot: Snapshot, rows: list[ClassRow]) -> str:
     gauge("recovery_seconds", "Time it took to take over the state.", s.recovery_ms / 1e3)
     gauge("recovered_blocks", "Blocks that were in the state.", s.recovered_blocks)
     gauge("leaked_objects", "Objects in the state that no block held, taken back.", s.leaked_objects)
+    gauge("lost_blocks", "Blocks whose place in the state was changed in memory.", s.lost_blocks)
     used = [row for row in rows if row.obj_allocated]
     objects = [(f',size="{row.size}"', row.obj_used) for row in used]
     pages = [(f',size="{row.size}"', row.pages_used) for row in used]

@@ -46,6 +46,7 @@ COUNTERS = {
     "recovery_ms": 61,
     "recovered_blocks": 67,
     "leaked_objects": 71,
+    "lost_blocks": 79,
     "checksum_errors": 73,
 }
 ROWS = [

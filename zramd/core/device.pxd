@@ -65,6 +65,7 @@ cdef class Device:
     cdef uint64_t recovery_ms
     cdef uint64_t recovered_blocks
     cdef uint64_t leaked_objects
+    cdef uint64_t lost_blocks
 
     cdef scratch *_scratch_take(self) noexcept nogil
     cdef void _scratch_give(self, scratch *s) noexcept nogil

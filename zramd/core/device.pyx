@@ -52,6 +52,7 @@ from zramd.core.types cimport (
     PAGE_SIZE,
     SLOT_CHECK_SHIFT,
     SLOT_HANDLE_SHIFT,
+    SLOT_LOST,
     SLOT_SAME,
     SLOT_SIZE_MASK,
     SLOTS_PER_PAGE,
@@ -146,6 +147,7 @@ cdef class Device:
         self.recovery_ms = recovery.milliseconds
         self.recovered_blocks = recovery.stored
         self.leaked_objects = recovery.leaked
+        self.lost_blocks = recovery.lost
 
     def __dealloc__(self):
         cdef scratch *s
@@ -479,7 +481,7 @@ cdef class Device:
     cdef const char *_find_fault(self, uint64_t *where) noexcept nogil:
         """The gate is held alone: no request is at work. Slots are unique when their handles are as many as the cells."""
         cdef uint64_t block, slot, handle, obj_size, touched = 0
-        cdef uint64_t stored = 0, same = 0, words = 0, huge = 0, compr = 0
+        cdef uint64_t stored = 0, lost = 0, same = 0, words = 0, huge = 0, compr = 0
         cdef char *payload
         for block in range(self.blocks // SLOTS_PER_PAGE + 1):
             touched += self.touched[block]
@@ -498,6 +500,9 @@ cdef class Device:
             if slot == 0:
                 continue
             stored += 1
+            if slot == SLOT_LOST:
+                lost += 1
+                continue
             if slot & SLOT_SAME:
                 same += 1
                 words += handle != 0
@@ -519,7 +524,7 @@ cdef class Device:
         if (stored != self.n.pages_stored or same != self.n.same_pages or compr != self.n.compr_data_size
                 or huge != self.n.huge_pages):
             return "the counters differ from the slots"
-        if stored - same + words != self.pool.cells_used:
+        if stored - lost - same + words != self.pool.cells_used:
             return "the slots' handles are not as many as the cells in use"
         return self.pool.find_fault(where, words)
 
@@ -712,6 +717,7 @@ cdef class Device:
             "recovery_ms": self.recovery_ms,
             "recovered_blocks": self.recovered_blocks,
             "leaked_objects": self.leaked_objects,
+            "lost_blocks": self.lost_blocks,
             "checksum_errors": load_relaxed(&self.n.checksum_errors),
             "requests_inflight": load_relaxed(&self.n.inflight),
             "metadata_bytes": (

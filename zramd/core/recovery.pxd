@@ -6,6 +6,7 @@ from zramd.core.zsmalloc cimport Zsmalloc
 
 cdef enum:
     MENDS = 4096
+    LOST = 1024
 
 cdef class Recovery:
     cdef Zsmalloc pool
@@ -25,7 +26,10 @@ cdef class Recovery:
     cdef uint64_t wrong_block
     cdef uint64_t mends[MENDS]      # handles whose cell is pinned or whose header is wrong
     cdef uint64_t mend_count        # this and those below: atomic
-    # Results.
+    cdef uint64_t lost_blocks[LOST] # with verify: blocks whose slot leads nowhere
+    # Results; atomic.
+    cdef uint64_t lost              # those blocks, and those that were lost before
+    cdef uint64_t lost_now
     cdef uint64_t stored
     cdef uint64_t same
     cdef uint64_t huge

@@ -1,7 +1,8 @@
 """Recovery: a pool and the counters of a device, rebuilt from slots, cells and the classes of spans.
 
-    1  every slot, in parallel: cell, chunk and header must agree. Nothing is written yet: a state that contradicts itself
-       is refused as it was found
+    1  every slot, in parallel: slot, cell and class must agree. Nothing is written yet: a state that contradicts itself
+       is refused as it was found. With verify, where each block answers for itself, the block is lost and the others
+       are not; and headers are looked at, too: nothing relies on them but moving and freeing, so they are mended
     2  every span, in parallel: its record, its free chunks, its pages; pages that no object is on are given back
     3  lists: zspages by fullness, free spans, free cells. Objects that no slot holds are gone by this: they are only counted
 
@@ -29,6 +30,7 @@ from zramd.core.types cimport (
     NO_ZSPAGE,
     PAGE_SHIFT,
     PAGE_SIZE,
+    SLOT_LOST,
     SLOT_SAME,
     SLOT_SIZE_MASK,
     SLOTS_PER_PAGE,
@@ -57,6 +59,8 @@ cdef extern from *:
     #define bit_is_set(bits, n) ((__atomic_load_n(&(bits)[(n) / 64], __ATOMIC_RELAXED) >> (n) % 64) & 1)
     #define bit_set(bits, n) \\
         ((__atomic_fetch_or(&(bits)[(n) / 64], (uint64_t)1 << (n) % 64, __ATOMIC_RELAXED) >> (n) % 64) & 1)
+    #define bit_clear(bits, n) \
+        ((void)__atomic_fetch_and(&(bits)[(n) / 64], ~((uint64_t)1 << (n) % 64), __ATOMIC_RELAXED))
     #define fetch_add(p, n) __atomic_fetch_add((p), (n), __ATOMIC_RELAXED)
     #define bits_set(x) ((uint32_t)__builtin_popcount(x))
     #define prefetch(p) __builtin_prefetch(p)
@@ -64,6 +68,7 @@ cdef extern from *:
     uint32_t peek(const void *p) noexcept nogil
     bint bit_is_set(uint64_t *bits, uint64_t n) noexcept nogil
     bint bit_set(uint64_t *bits, uint64_t n) noexcept nogil     # whether it was set already
+    void bit_clear(uint64_t *bits, uint64_t n) noexcept nogil
     uint64_t fetch_add(uint64_t *p, uint64_t n) noexcept nogil
     uint32_t bits_set(uint32_t x) noexcept nogil
     void prefetch(const void *p) noexcept nogil
@@ -181,7 +186,7 @@ cdef class Recovery:
 
     cdef bint _scan_page(self, uint64_t block, uint64_t end) noexcept nogil:
         """Go over a page of slots; whether there was one in use."""
-        cdef uint64_t batch_end, slot, handle, obj, b
+        cdef uint64_t batch_end, slot, handle, obj, b, n
         cdef uint64_t stored = 0, same = 0, huge = 0, compr = 0, handles = 0
         cdef const char *wrong
         while block < end:
@@ -190,7 +195,7 @@ cdef class Recovery:
                 handle = slot_handle(self.slots[b])
                 if handle and handle <= self.arena.span_count:
                     prefetch(&self.pool.cells[handle])
-            for b in range(block, batch_end):
+            for b in range(block, batch_end if self.verify else block):
                 slot = self.slots[b]
                 handle = slot_handle(slot)
                 if handle and handle <= self.arena.span_count and not slot & SLOT_SAME:
@@ -201,13 +206,20 @@ cdef class Recovery:
                 slot = self.slots[block]
                 if slot == 0:
                     continue
-                wrong = self._scan_slot(slot)
+                wrong = NULL if slot == SLOT_LOST else self._scan_slot(slot)
                 if wrong != NULL:
-                    # Any of those found by several threads will do.
-                    self.wrong_block = block
-                    self.wrong = wrong
-                    return True
+                    n = fetch_add(&self.lost_now, 1) if self.verify else LOST
+                    if n >= LOST:
+                        # Any of those found by several threads will do.
+                        self.wrong_block = block
+                        self.wrong = wrong
+                        return True
+                    self.lost_blocks[n] = block
+                    slot = SLOT_LOST
                 stored += 1
+                if slot == SLOT_LOST:
+                    counter_add(&self.lost, 1)
+                    continue
                 handles += slot_handle(slot) != 0
                 if slot & SLOT_SAME:
                     same += 1
@@ -231,9 +243,9 @@ cdef class Recovery:
             return NULL
         if handle == 0 or handle > self.arena.span_count:
             return "its slot holds no handle"
-        if bit_set(<uint64_t *>self.used.base, handle):
-            return "its slot holds the handle of another block"
         if slot & SLOT_SAME:
+            if bit_set(<uint64_t *>self.used.base, handle):
+                return "its slot holds the handle of another block"
             return NULL
         cell = self.pool.cells[handle]
         obj = cell_obj(cell)
@@ -248,12 +260,14 @@ cdef class Recovery:
             return "its object is not where one of its size class can be"
         if size == 0 or size > (PAGE_SIZE if c.size == PAGE_SIZE else c.size - HEADER_SIZE):
             return "its object is larger than its size class"
+        if bit_set(<uint64_t *>self.used.base, handle):
+            return "its slot holds the handle of another block"
         if bit_set(<uint64_t *>self.live.base, obj // MIN_CHUNK):
+            bit_clear(<uint64_t *>self.used.base, handle)
             return "its object is that of another block"
-        if c.size != PAGE_SIZE and peek(self.arena.base + obj) != (<uint32_t>handle << 1 | 1):
-            if not self.verify:
-                return "its object's header names another"
-        elif not cell & CELL_PIN:
+        # Reading the headers takes as long as all else: each page of the pool is mapped for it.
+        if not cell & CELL_PIN and (not self.verify or c.size == PAGE_SIZE
+                                    or peek(self.arena.base + obj) == (<uint32_t>handle << 1 | 1)):
             return NULL
         n = fetch_add(&self.mend_count, 1)
         if n < MENDS:
@@ -324,9 +338,11 @@ cdef class Recovery:
     # 3: lists
 
     cdef void _mend(self) noexcept nogil:
-        """Take off the pins of who held an object when the server died, and write headers that were wrong."""
+        """Take off the pins of who held an object when the server died, write headers that were wrong, mark lost blocks."""
         cdef uint64_t i, handle, cell
         cdef uint32_t header
+        for i in range(self.lost_now):
+            store_relaxed(&self.slots[self.lost_blocks[i]], SLOT_LOST)
         for i in range(self.mend_count):
             handle = self.mends[i]
             cell = self.pool.cells[handle] & ~<uint64_t>CELL_PIN

@@ -59,6 +59,7 @@ cdef enum:
 
     SLOT_SIZE_MASK = 0x1FFF     # payload bytes, 1 to 4096
     SLOT_SAME = 0x2000          # one 64-bit word repeated: it stands in the handle's cell, handle 0 is the word 0
+    SLOT_LOST = 0x4000          # the whole slot: what it led to was changed in memory, reading it is an error
     SLOT_HANDLE_SHIFT = 16
     SLOT_CHECK_SHIFT = 48       # the slot's half of the checksum is above
 

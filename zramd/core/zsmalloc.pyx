@@ -114,6 +114,8 @@ cdef enum:
     CELLS_SLACK = 1 << 17   # handles beyond max_objects: objects that are written but not yet published by their owner
     PIN_SPINS = 200         # about a decompression; then let the holder of the pin run
 
+cdef uint64_t PIN_PATIENCE_NS = 10 * 1000 * 1000 * 1000
+
 
 # ------------------------------------------------------------------------------------------------------------
 # small words
@@ -304,7 +306,7 @@ cdef class Zsmalloc:
 
     cdef int _pin(self, uint64_t handle, uint64_t *obj) noexcept nogil:
         """Wait for the pin of an object; its location, or -ENOENT when the handle is not live."""
-        cdef uint64_t cell
+        cdef uint64_t cell, start = 0
         cdef uint32_t spins = 0
         if handle == 0 or handle > self.max_objects + CELLS_SLACK:
             return -ENOENT
@@ -321,8 +323,12 @@ cdef class Zsmalloc:
             spins += 1
             if spins % PIN_SPINS:
                 cpu_relax()
-            else:
-                sched_yield()
+                continue
+            if start == 0:
+                start = monotonic_ns()
+            elif monotonic_ns() - start > PIN_PATIENCE_NS:
+                return -ENOENT      # nobody holds it: the bit was set by an error of the memory
+            sched_yield()
 
     # --------------------------------------------------------------------------------------------------------
     # objects
