@@ -200,7 +200,7 @@ SETTINGS: tuple[Setting, ...] = (
         _state,
         "",
         "/dev/shm/swap0.state",
-        "file on a tmpfs that all data lives in: a server that is started with it carries on where the last one "
+        "file on a tmpfs that all data lives in: a server started with it carries on where the last one "
         "ended, however it ended",
         shown_default="none: the data ends with the server",
     ),
@@ -209,8 +209,8 @@ SETTINGS: tuple[Setting, ...] = (
         _boolean,
         "off",
         "on",
-        "store a checksum with each block and check it on each read: what was changed in memory is an error (EIO), "
-        "never wrong data",
+        "store a checksum with each block and check it on each read: what was changed in memory is an error "
+        "(EIO), never wrong data",
     ),
     Setting(
         "pool_full",

@@ -55,7 +55,7 @@ class SwapError(ZramdError):
 
 
 class StateError(ZramdError):
-    """The state file cannot be opened, is another server's, or is not what it should be; the message has the remedy."""
+    """The state file cannot be opened, is in use, or is not what it should be; the message has the remedy."""
 
 
 class RundirError(ZramdError):

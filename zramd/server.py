@@ -56,6 +56,7 @@ class Server:
         self._log = swap.Log()
         self._keeper: threading.Thread | None = None
         self._stop_refused = False
+        self._corrupt = 0
 
     def prepare(self) -> None:
         """Do all that can fail before nbdkit forks.
@@ -92,20 +93,21 @@ class Server:
             )
         except CorruptionError as error:
             raise StateError(
-                f"state '{path}' contradicts itself ({error}): restore a copy, or remove the file to start empty"
+                f"state '{path}' contradicts itself ({error}): "
+                "restore a copy, or remove the file to start empty"
             ) from None
         finally:
             os.close(fd)  # the device has one of its own, and the lock with it
         counters = device.counters()
         if counters["lost_blocks"]:
             _say(
-                f"{counters['lost_blocks']} blocks of state '{path}' are lost: what leads to them was changed in memory; "
-                "reading them is an error until they are written again"
+                f"{counters['lost_blocks']} blocks of state '{path}' are lost: what leads to them was "
+                "changed in memory; reading them is an error until they are written again"
             )
         if counters["recovered_blocks"]:
             _say(
                 f"took over {counters['recovered_blocks']} blocks from state '{path}' in "
-                f"{counters['recovery_ms']} ms, {counters['leaked_objects']} objects that no block held are freed"
+                f"{counters['recovery_ms']} ms; {counters['leaked_objects']} objects without a block freed"
             )
         return device
 
@@ -123,6 +125,7 @@ class Server:
                 self._keeper.start()
                 self._log.start()
             self._rundir.write_pid()
+            self._corrupt = self.device.counters()["checksum_errors"]
             if self.config.stats_interval:
                 self._write_stats()
             self._inherited = _inherited_sockets()
@@ -249,6 +252,17 @@ class Server:
             if interval and time.monotonic() >= due:
                 due = time.monotonic() + interval
                 self._refresh_stats()
+                self._report_corruption()
+
+    def _report_corruption(self) -> None:
+        """Say so when blocks were found that were changed in memory."""
+        errors = self.device.counters()["checksum_errors"]
+        if errors > self._corrupt:
+            _say(
+                f"{errors - self._corrupt} reads found a block that was changed in memory, the last one "
+                f"block {self.device.corrupt_block}: test this machine's memory, and write the block again"
+            )
+        self._corrupt = errors
 
     def _refresh_stats(self) -> None:
         """Write the stats files if there is news; complain once when that fails."""

@@ -2,8 +2,8 @@
 
     | header page | kept counters … | slots | classes of spans | cells | pages of the pool |
 
-The header is written once, when the file is new, and says what the rest was laid out for; it ends with its checksum.
-What is in the rest, zramd.core.recovery finds. The file stays open and locked for as long as the server lives.
+The header is written once, when the file is new, and says what the rest was laid out for; it ends with its
+checksum. What is in the rest, zramd.core.recovery finds. The file is locked while a server has it mapped.
 """
 
 import errno
@@ -17,7 +17,9 @@ from zramd.core.region import filesystem
 from zramd.errors import StateError
 
 MAGIC = b"zramd state\n\0\x1a\xff\x00"
-VERSION = 1  # of the file as a whole; raise it when what is in the slots, cells or headers means something else
+VERSION = (
+    1  # of the file as a whole; raise it when what is in the slots, cells or headers means something else
+)
 
 _TMPFS = 0x01021994
 _FIELDS = ("disksize", "verify", "slots", "cells", "spans", "span_size", "size_classes", "bytes")
@@ -112,18 +114,22 @@ def _accept(fd: int, path: str, layout: dict[str, int]) -> None:
     if len(header) < _HEADER.size:
         raise StateError(f"state '{path}' was cut off in its header: restore a copy, {_REMOVE}")
     _, version, *values, checksum = _HEADER.unpack(header)
-    # Another version's checksum may be elsewhere; but no version is a large number, as damage would mostly make it.
+    # Another version's checksum may be elsewhere; damage would mostly make a large number of the version.
     if version != VERSION and 0 < version < 1000:
         raise StateError(
-            f"state '{path}' has format {version}, this zramd has {VERSION}: use the zramd that made it, {_REMOVE}"
+            f"state '{path}' has format {version}, this zramd has {VERSION}: "
+            f"use the zramd that made it, {_REMOVE}"
         )
     if zlib.crc32(header[:-8]) != checksum:
-        raise StateError(f"state '{path}' has a damaged header (its checksum differs): restore a copy, {_REMOVE}")
+        raise StateError(
+            f"state '{path}' has a damaged header (its checksum differs): restore a copy, {_REMOVE}"
+        )
     found = dict(zip(_FIELDS, values, strict=True))
     if found["disksize"] != layout["disksize"]:
         size = found["disksize"]
         raise StateError(
-            f"state '{path}' is of a device of {size} bytes, not {layout['disksize']}: use disksize={size}, {_REMOVE}"
+            f"state '{path}' is of a device of {size} bytes, not {layout['disksize']}: "
+            f"use disksize={size}, {_REMOVE}"
         )
     if found["verify"] != layout["verify"]:
         word = "on" if found["verify"] else "off"
@@ -138,5 +144,6 @@ def _accept(fd: int, path: str, layout: dict[str, int]) -> None:
     if size != layout["bytes"]:
         done = "cut off" if size < layout["bytes"] else "added to"
         raise StateError(
-            f"state '{path}' was {done}: it has {size} bytes, not {layout['bytes']}: restore a copy, {_REMOVE}"
+            f"state '{path}' was {done}: it has {size} bytes, not {layout['bytes']}: "
+            f"restore a copy, {_REMOVE}"
         )

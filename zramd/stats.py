@@ -29,9 +29,9 @@ class Counters:
     orig_data_size: 4096 for each block that holds data. compr_data_size: the payloads in the pool.
     mem_used_total: pages of the pool in use. metadata_bytes: slots, handle cells, all else beside the pool.
     reserve_bytes: pages kept ready for the pool (swap=local); reserve_misses: pages not ready when needed.
-    recovery_ms, recovered_blocks, leaked_objects: what the start with a state took, found and took back; leaked
-    objects were written, or about to be freed, when the last server died; lost_blocks: those whose place in the state
-    was changed in memory (verify=on). checksum_errors: reads of changed memory.
+    recovery_ms, recovered_blocks, leaked_objects: what the start with a state took, found and took back; such
+    objects were just written, or about to be freed, when the last server died. lost_blocks: those whose place
+    in the state was changed in memory (verify=on). checksum_errors: reads of changed memory.
     """
 
     disksize: int

@@ -1,4 +1,4 @@
-"""A process that is killed at each step of each change, in builds that can do that: nothing of it shows afterwards.
+"""A process that is killed at each step of each change, in builds that can do that: nothing of it shows.
 
 In other builds the same process runs to its end.
 """
@@ -26,7 +26,11 @@ VISITS = (1, 2, 17)  # the process dies when it comes to a point for the first t
 
 SOURCE = Path(__file__).resolve().parents[2] / "zramd" / "core"
 POINTS = sorted(
-    {name for path in SOURCE.glob("*.pyx") for name in re.findall(r'zr_crash_point\("(.+?)"\)', path.read_text())}
+    {
+        name
+        for path in SOURCE.glob("*.pyx")
+        for name in re.findall(r'zr_crash_point\("(.+?)"\)', path.read_text())
+    }
 )
 IN_RESET = {"slots-cleared", "pool-cleared"}
 ONCE = {"spans-rebuilt", "recovered", *IN_RESET}  # in the life of the process
@@ -99,7 +103,7 @@ def run(fd: int, verify: bool, seed: int, point: str, visit: int) -> tuple[int, 
 
 
 def settle(device: Device, model: bytearray, seed: int, begun: int, done: int) -> None:
-    """Apply what was done to the model, and take over of what was begun what the device has: block by block."""
+    """Apply what was done to the model; of what was begun, take over what the device has, block by block."""
     wanted = model
     for number, (_, change) in enumerate(operations(seed)):
         if number == done:

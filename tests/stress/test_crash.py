@@ -48,7 +48,7 @@ def content(block: int, version: int) -> bytes:
 
 
 class Ledger:
-    """What one client knows of its blocks: the version that was acknowledged, and those that may be there instead."""
+    """What one client knows of its blocks: the version acknowledged, and those that may be there instead."""
 
     def __init__(self, me: int) -> None:
         self.first = me * BLOCKS
@@ -117,7 +117,9 @@ def take_over(path: Path, verify: bool) -> Device:
 
 
 @pytest.mark.timeout(120 + 10 * KILLS)
-def test_a_killed_server_loses_nothing(serve: Callable[..., Served], memory_folder: Path, tmp_path: Path) -> None:
+def test_a_killed_server_loses_nothing(
+    serve: Callable[..., Served], memory_folder: Path, tmp_path: Path
+) -> None:
     rnd = random.Random(SEED)
     path = memory_folder / "state"
     ledgers = [Ledger(me) for me in range(WORKERS)]

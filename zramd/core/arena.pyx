@@ -41,7 +41,7 @@ from zramd.core.locks cimport (
     store_relaxed,
 )
 from zramd.core.region cimport KEPT_ARENA, Memory, Region, region_populate
-from zramd.core.types cimport NIL, PAGE_SHIFT, PAGE_SIZE, SPAN_LENGTHS, SPAN_PAGES, SPAN_SHIFT, SPAN_SIZE
+from zramd.core.types cimport NIL, PAGE_SHIFT, PAGE_SIZE, SPAN_LENGTHS, SPAN_PAGES, SPAN_SHIFT
 
 cdef extern from *:
     """

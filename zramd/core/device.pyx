@@ -73,6 +73,12 @@ cdef extern from *:
 
 MAX_DISKSIZE = 4 << 40      # bytes: 2**30 blocks; handles have 31 bits
 
+cdef enum:
+    EXTENTS_MAX = 4096      # in one answer: the client asks again for the rest
+    # NBD's block status flags
+    STATE_HOLE = 1
+    STATE_ZERO = 2
+
 
 def state_layout(uint64_t disksize):
     """What a state file for a device of disksize bytes, a multiple of 4096, must agree on: names -> numbers.
@@ -81,12 +87,6 @@ def state_layout(uint64_t disksize):
     """
     cdef uint64_t blocks = disksize >> BLOCK_SHIFT
     return {"disksize": disksize, "slots": blocks} | pool_layout(blocks)
-
-cdef enum:
-    EXTENTS_MAX = 4096      # in one answer: the client asks again for the rest
-    # NBD's block status flags
-    STATE_HOLE = 1
-    STATE_ZERO = 2
 
 
 @cython.final

@@ -26,7 +26,7 @@ cdef class Recovery:
     cdef uint64_t wrong_block
     cdef uint64_t mends[MENDS]      # handles whose cell is pinned or whose header is wrong
     cdef uint64_t mend_count        # this and those below: atomic
-    cdef uint64_t lost_blocks[LOST] # with verify: blocks whose slot leads nowhere
+    cdef uint64_t lost_blocks[LOST]     # with verify: blocks whose slot leads nowhere
     # Results; atomic.
     cdef uint64_t lost              # those blocks, and those that were lost before
     cdef uint64_t lost_now

@@ -11,12 +11,11 @@ leaves what there was: nothing that a slot leads to is changed but the pins of w
 """
 
 cimport cython
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from zramd.core.arena cimport Arena
-from zramd.core.checks cimport FILL_FREED, zr_crash_point, zr_fill, zr_poison, zr_unpoison
-from zramd.core.locks cimport compare_swap, counter_add, load_relaxed, owned_add, owned_add_32, store_relaxed
+from zramd.core.checks cimport FILL_FREED, zr_crash_point, zr_fill, zr_unpoison
+from zramd.core.locks cimport counter_add, load_relaxed, store_relaxed
 from zramd.core.region cimport Region
 from zramd.core.types cimport (
     BLOCK_SIZE,
@@ -25,7 +24,6 @@ from zramd.core.types cimport (
     CHUNK_ALIGN,
     HEADER_SIZE,
     MIN_CHUNK,
-    NIL,
     NO_CHUNK,
     NO_ZSPAGE,
     PAGE_SHIFT,
@@ -373,7 +371,7 @@ cdef class Recovery:
             self.pool._link(c, span)
         # What is beyond was ready, but never in use.
         self.arena.spans.release(self.arena.base + (<uint64_t>self.arena.top << SPAN_SHIFT),
-                            <uint64_t>(self.arena.span_count - self.arena.top) << SPAN_SHIFT)
+                                 <uint64_t>(self.arena.span_count - self.arena.top) << SPAN_SHIFT)
         store_relaxed(&self.arena.pages, pages)
         store_relaxed(self.arena.pages_max, max(load_relaxed(self.arena.pages_max), pages))
 

@@ -1,6 +1,7 @@
 from typing import Any, final
 
 def filesystem(fd: int) -> int: ...
+
 @final
 class Region:
     """Memory for one table. For the core only."""

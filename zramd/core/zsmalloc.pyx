@@ -37,7 +37,16 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
 from zramd.core.arena cimport Arena
-from zramd.core.checks cimport FILL_FREED, FILL_FRESH, ZRAMD_CHECK, zr_assert, zr_crash_point, zr_fill, zr_poison, zr_unpoison
+from zramd.core.checks cimport (
+    FILL_FREED,
+    FILL_FRESH,
+    ZRAMD_CHECK,
+    zr_assert,
+    zr_crash_point,
+    zr_fill,
+    zr_poison,
+    zr_unpoison,
+)
 from zramd.core.locks cimport (
     compare_swap,
     counter_add,
