@@ -22,7 +22,9 @@ BLOCK = 4096
 BLOCKS = 512
 SIZE = BLOCKS * BLOCK
 OPERATIONS = 1200
-VISITS = (1, 2, 17)  # the process dies when it comes to a point for the first time, the second, …
+VISITS = (
+    (1, 2, 17) if CHECK_LEVEL >= 3 else (1,)
+)  # the process dies when it comes to a point for the first time, the second, …
 
 SOURCE = Path(__file__).resolve().parents[2] / "zramd" / "core"
 POINTS = sorted(
