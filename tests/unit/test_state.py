@@ -212,6 +212,55 @@ def test_a_large_state_is_taken_over_by_threads_with_progress(memory_folder: Pat
         assert read(again, block * BLOCK, len(expected)) == expected
 
 
+def mapped(path: Path) -> int:
+    """Bytes of the file that this process has mapped and resident."""
+    total = 0
+    counts = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            counts = words[-1] == str(path)
+        elif counts and words[0] == "Rss:":
+            total += int(words[1]) * 1024
+    return total
+
+
+def test_for_the_local_kernel_all_of_a_state_is_mapped(memory_folder: Path) -> None:
+    """A lock holds only what is mapped: what a server has taken over must not be swapped out to itself."""
+    path = memory_folder / "state"
+    device = open_device(path)
+    fill(device)
+    del device
+    device = open_device(path)
+    used = device.counters()["mem_used_total"]
+    assert mapped(path) < used
+    device.reserve_start(1 << 20)
+    counters = device.counters()
+    assert counters["mem_used_total"] == used
+    assert mapped(path) >= used + counters["reserve_bytes"] + SIZE // BLOCK * 16
+    device.check()
+    assert resident(path) == mapped(path)
+
+
+def test_locked_memory_is_given_back(memory_folder: Path) -> None:
+    code = (
+        "import os, sys; from zramd import Device, state; from zramd.core import process\n"
+        f"fd = state.open_state({str(memory_folder / 'state')!r}, {SIZE}, False)\n"
+        f"device = Device({SIZE}, state=fd)\n"
+        "process.lock_memory()\n"
+        "device.write(os.urandom(4 << 20), 0)\n"
+        "full = os.fstat(fd).st_blocks\n"
+        "device.trim(0, 4 << 20); device.trim_stock()\n"
+        "assert device.counters()['mem_used_total'] == 0\n"
+        "print(full, os.fstat(fd).st_blocks)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    full, empty = map(int, done.stdout.split())
+    assert full * 512 > 4 << 20
+    assert empty * 512 < 256 << 10
+
+
 # What is refused.
 
 

@@ -50,6 +50,7 @@ cdef class Arena:
     cdef void reserve_keep(self) noexcept nogil
     cdef void reserve_stop(self) noexcept nogil
     cdef int _keep_one(self) noexcept nogil
+    cdef int _populate_used(self) noexcept nogil
     cdef int _populate(self, uint32_t span, uint32_t npages) noexcept nogil
     cdef void _note_demand(self, uint32_t npages) noexcept nogil
     cdef uint32_t _ready_wanted(self, uint32_t npages) noexcept nogil

@@ -237,6 +237,8 @@ cdef class Arena:
             rc = -1
         else:
             store_relaxed(&self.reserve, pages)
+            if self._populate_used():
+                rc = -1
             while rc > 0:
                 rc = self._keep_one()
         pthread_mutex_unlock(&self.lock)
@@ -327,6 +329,16 @@ cdef class Arena:
                 self.links[span] = self.cold
                 self.cold = <uint32_t>span
                 return 1
+        return 0
+
+    cdef int _populate_used(self) noexcept nogil:
+        """Map the pages in use, so that a lock on all memory holds them: those of a state are somewhere else yet."""
+        cdef uint32_t span, page
+        for span in range(self.top):
+            for page in range(SPAN_PAGES):
+                if self.committed[span] >> page & 1 and region_populate(
+                        self.base + (<uint64_t>span << SPAN_SHIFT) + (page << PAGE_SHIFT), PAGE_SIZE):
+                    return -1
         return 0
 
     cdef int _populate(self, uint32_t span, uint32_t npages) noexcept nogil:

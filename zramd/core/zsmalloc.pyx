@@ -897,10 +897,11 @@ cdef class Zsmalloc:
     # the pool as a whole
 
     cdef int populate(self) noexcept nogil:
-        """Make the cells of max_objects objects resident; 0 or -ENOMEM."""
+        """Make the cells of max_objects objects and the classes of spans resident; 0 or -ENOMEM."""
         # One more for each object that is written while its block still holds the old one.
         cdef uint64_t cells = min(self.max_objects + PAGE_SIZE, self.max_objects + CELLS_SLACK + 1)
-        if region_populate(self.cells, cells * sizeof(uint64_t)):
+        if (region_populate(self.cells, cells * sizeof(uint64_t))
+                or region_populate(self.span_class, self.arena.span_count)):
             return -ENOMEM
         store_relaxed(&self.cells_ready, cells)
         return 0
