@@ -22,6 +22,7 @@ from bench_tools import (
     in_process_rows,
     large_rows,
     nbd_rows,
+    state_rows,
 )
 from bench_tools.results import NotMeasuredError, Report
 from bench_tools.setup import GIB, Measure, Setup
@@ -38,9 +39,10 @@ GROUPS: dict[str, Measure] = {
     "density": density_rows.measure,
     "compaction": compaction_rows.measure,
     "idle": idle_rows.measure,
+    "state": state_rows.measure,
     "large": large_rows.measure,
 }
-NEED_CORPUS = {"lz4", "threads", "density", "compaction", "large"}
+NEED_CORPUS = {"lz4", "threads", "density", "compaction", "state", "large"}
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -211,3 +212,10 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
     yield start
     for served in running:
         served.end()
+
+
+@pytest.fixture
+def memory_folder() -> Iterator[Path]:
+    """An empty folder on a tmpfs, for state files."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="zramd-test-") as name:
+        yield Path(name)

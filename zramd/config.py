@@ -105,6 +105,12 @@ def _metrics_file(text: str) -> str:
     return os.path.abspath(text) if text else ""
 
 
+def _state(text: str) -> str:
+    if "\0" in text:
+        raise ConfigError(f"'{text}' is not a path")
+    return os.path.abspath(text) if text else ""
+
+
 def _boolean(text: str) -> bool:
     try:
         return _BOOLEANS[text.lower()]
@@ -211,6 +217,23 @@ SETTINGS: tuple[Setting, ...] = (
         fixed="clients know the sockets in it",
     ),
     Setting(
+        "state",
+        _state,
+        "",
+        "/dev/shm/swap0.state",
+        "file on a tmpfs that all data lives in: a server started with it carries on where the last one "
+        "ended, however it ended",
+        shown_default="none: the data ends with the server",
+    ),
+    Setting(
+        "verify",
+        _boolean,
+        "off",
+        "on",
+        "store a checksum with each block and check it on each read: what was changed in memory is an error "
+        "(EIO), never wrong data",
+    ),
+    Setting(
         "pool_full",
         _pool_full,
         "enospc",
@@ -301,6 +324,8 @@ class Config:
     mem_limit: int
     comp_algorithm: str
     rundir: str
+    state: str
+    verify: bool
     pool_full: str
     swap: str
     reserve: int

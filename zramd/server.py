@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from zramd import __version__, prometheus, stats, swap
+from zramd import __version__, prometheus, state, stats, swap
 from zramd.compactor import Compactor
 from zramd.config import Config, find
 from zramd.config import value as parse_value
 from zramd.core.device import Device
 from zramd.core.process import name_thread
 from zramd.endpoint import Endpoint
-from zramd.errors import ConfigError, CorruptionError, RundirError
+from zramd.errors import ConfigError, CorruptionError, RundirError, StateError
 from zramd.metricsfile import MetricsFile
 from zramd.rundir import BACKGROUND, CONTROL_SOCKET, LOG, Rundir
 
@@ -62,17 +62,17 @@ class Server:
         self._log = swap.Log()
         self._keeper: threading.Thread | None = None
         self._stop_refused = False
+        self._corrupt = 0
 
     def prepare(self) -> None:
         """Do all that can fail before nbdkit forks.
 
-        Raises RundirError, CorruptionError when the self-test fails, MemoryError, SwapError.
+        Raises RundirError, CorruptionError when the self-test fails, MemoryError, SwapError, StateError.
         """
         self_test()
         config = self.config
         if config.swap == "local":
             swap.prepare()
-        self.device = Device(config.disksize, mem_limit=config.mem_limit, acceleration=config.acceleration)
         self._rundir = Rundir(config.rundir)
         if config.metrics_file:
             try:
@@ -80,6 +80,48 @@ class Server:
             except RundirError:
                 self._rundir.remove()
                 raise
+        self.device = self._make_device()
+
+    def _make_device(self) -> Device:
+        """Return the device, with what is in the state if there is one."""
+        config = self.config
+        path = config.state
+        if not path:
+            return Device(
+                config.disksize,
+                mem_limit=config.mem_limit,
+                acceleration=config.acceleration,
+                verify=config.verify,
+            )
+        fd = state.open_state(path, config.disksize, config.verify)
+        try:
+            device = Device(
+                config.disksize,
+                mem_limit=config.mem_limit,
+                acceleration=config.acceleration,
+                verify=config.verify,
+                state=fd,
+                progress=lambda done, total: _say(f"taking over state '{path}': {100 * done // total} %"),
+            )
+        except CorruptionError as error:
+            raise StateError(
+                f"state '{path}' contradicts itself ({error}): "
+                "restore a copy, or remove the file to start empty"
+            ) from None
+        finally:
+            os.close(fd)  # the device has one of its own, and the lock with it
+        counters = device.counters()
+        if counters["lost_blocks"]:
+            _say(
+                f"{counters['lost_blocks']} blocks of state '{path}' are lost: what leads to them was "
+                "changed in memory; reading them is an error until they are written again"
+            )
+        if counters["recovered_blocks"]:
+            _say(
+                f"took over {counters['recovered_blocks']} blocks from state '{path}' in "
+                f"{counters['recovery_ms']} ms; {counters['leaked_objects']} objects without a block freed"
+            )
+        return device
 
     def start(self) -> None:
         """Start the threads; call it in the process that serves, on its main thread.
@@ -95,6 +137,7 @@ class Server:
                 self._keeper.start()
                 self._log.start()
             self._rundir.write_pid()
+            self._corrupt = self.device.counters()["checksum_errors"]
             if self.config.stats_interval:
                 self._write_stats()
             self._inherited = _inherited_sockets()
@@ -259,6 +302,17 @@ class Server:
             if interval and time.monotonic() >= due:
                 due = time.monotonic() + interval
                 self._refresh_stats()
+                self._report_corruption()
+
+    def _report_corruption(self) -> None:
+        """Say so when blocks were found that were changed in memory."""
+        errors = self.device.counters()["checksum_errors"]
+        if errors > self._corrupt:
+            _say(
+                f"{errors - self._corrupt} reads found a block that was changed in memory, the last one "
+                f"block {self.device.corrupt_block}: test this machine's memory, and write the block again"
+            )
+        self._corrupt = errors
 
     def _refresh_stats(self) -> None:
         """Write the stats files if there is news; complain once when that fails."""
@@ -356,6 +410,10 @@ def self_test() -> None:
     if found != expected:
         raise CorruptionError("self-test failed: the device does not return what was written to it")
     device.check()
+
+
+def _say(text: str) -> None:
+    print(f"zramd: {text}", file=sys.stderr, flush=True)
 
 
 def _ignore(number: int, frame: object) -> None:

@@ -84,6 +84,15 @@ NUMBERS = (
     Number("invalid_io", "requests", "Requests beyond the device's end."),
     Number("notify_free", "blocks", "Blocks freed by trim and zero.", "freed_blocks_total"),
     Number("reserve_misses", "pages", "Pages that were not ready when needed.", "reserve_misses_total"),
+    Number(
+        "checksum_errors", "reads", "Reads that found a block changed in memory.", "checksum_errors_total"
+    ),
+    Number("lost_blocks", "blocks", "Blocks that nothing leads to any more.", "lost_blocks"),
+    Number("recovered_blocks", "blocks", "Blocks taken over from the state at the start.", "recovered_blocks"),
+    Number(
+        "leaked_objects", "objects", "Objects without a block, freed at the start.", "recovery_leaked_objects"
+    ),
+    Number("recovery_ms", "ms", "Time that taking over the state took.", "recovery_seconds", 1e-3),
     Number("uptime", "seconds", "Time since the server started.", "uptime_seconds"),
 )
 
@@ -105,6 +114,9 @@ class Counters:
     orig_data_size: 4096 for each block that holds data. compr_data_size: the payloads in the pool.
     mem_used_total: pages of the pool in use. metadata_bytes: slots, handle cells, all else beside the pool.
     reserve_bytes: pages kept ready for the pool (swap=local); reserve_misses: pages not ready when needed.
+    recovery_ms, recovered_blocks, leaked_objects: what the start with a state took, found and took back; such
+    objects were just written, or about to be freed, when the last server died. lost_blocks: those whose place
+    in the state was changed in memory (verify=on). checksum_errors: reads of changed memory.
     """
 
     disksize: int
@@ -140,6 +152,11 @@ class Counters:
     read_bytes: int
     written_bytes: int
     requests_inflight: int
+    recovery_ms: int
+    recovered_blocks: int
+    leaked_objects: int
+    lost_blocks: int
+    checksum_errors: int
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,12 @@ def timed(run: Callable[[], None]) -> float:
 class Passes:
     """Timed passes of one thread over one device; each gives MB/s."""
 
-    def __init__(self, data: Sequence[memoryview], passes: int) -> None:
+    def __init__(self, data: Sequence[memoryview], passes: int, device: Device | None = None) -> None:
         self._data = data
         self._passes = passes
         self._shift = 0
         self._bytes = len(data) * REQUEST
-        self.device = Device(self._bytes)
+        self.device = device or Device(self._bytes)
         write_pass(self.device, data)
 
     def _speed(self, seconds: float) -> float:
@@ -74,14 +74,15 @@ class Passes:
         return self._speed(seconds / self._passes)
 
 
-def _passes(data: Sequence[memoryview], setup: Setup) -> int:
+def passes_for(data: Sequence[memoryview], setup: Setup) -> int:
+    """Return how many passes over the data move LOADED_BYTES."""
     return max(1, setup.pick(LOADED_BYTES, LOADED_BYTES // 16) // (len(data) * REQUEST))
 
 
 def measure_lz4(setup: Setup) -> list[Row]:
     """Return the rows against bare lz4; raises NotMeasuredError."""
     data = requests(setup)
-    passes = _passes(data, setup)
+    passes = passes_for(data, setup)
     zramd = Passes(data, passes)
     with BareLz4(setup, setup.corpus) as bare:
         size = bare.blocks * BLOCK
@@ -164,7 +165,7 @@ def _threads(count: int, parts: int, run: Callable[[int, int], None]) -> float:
 def measure_threads(setup: Setup) -> list[Row]:
     """Return the rows of two threads against one; raises NotMeasuredError."""
     data = requests(setup)
-    passes = _passes(data, setup)
+    passes = passes_for(data, setup)
     device = Device(len(data) * REQUEST)
     write_pass(device, data)
     shift = 0

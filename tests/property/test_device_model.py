@@ -1,12 +1,17 @@
-"""The device against a bytearray: any ranges, trims, zeros, compactions, limits, and check() after each."""
+"""The device against a bytearray: any ranges, trims, zeros, compactions, limits, and check() after each.
 
+Also with a state file, which another device takes over again and again: as it was left, as after a kill.
+"""
+
+import os
 import threading
 
 import hypothesis.strategies as st
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from zramd import Device, PoolFullError
+from zramd.core.device import state_layout
 
 BLOCK = 4096
 BLOCKS = 64
@@ -40,18 +45,53 @@ def contents(draw: st.DrawFn, length: int) -> bytes:
 class DeviceModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
+        self.fd = -1
+        self.verify = False
         self.device = Device(SIZE)
         self.model = bytearray(SIZE)
         self.keeper: threading.Thread | None = None
 
-    @initialize(full=st.booleans(), reserve=st.booleans(), data=st.data())
-    def start(self, full: bool, reserve: bool, data: st.DataObject) -> None:
+    @initialize(
+        full=st.booleans(), reserve=st.booleans(), kept=st.booleans(), verify=st.booleans(), data=st.data()
+    )
+    def start(self, full: bool, reserve: bool, kept: bool, verify: bool, data: st.DataObject) -> None:
+        self.verify = verify
+        if kept:
+            self.fd = os.memfd_create("zramd")
+            os.ftruncate(self.fd, state_layout(SIZE)["bytes"])
+        self.device = self.make()
         if reserve:
             self.device.reserve_start(SIZE // 4)
             self.keeper = threading.Thread(target=self.device.reserve_keep)
             self.keeper.start()
         if full:
             self.write((0, SIZE), data)
+
+    def make(self) -> Device:
+        return Device(SIZE, state=self.fd, verify=self.verify)
+
+    def stop_keeper(self) -> None:
+        if self.keeper is not None:
+            self.device.reserve_stop()
+            self.keeper.join()
+            self.keeper = None
+
+    @precondition(lambda self: self.fd >= 0)
+    @rule()
+    def take_over(self) -> None:
+        self.stop_keeper()
+        before = self.device.counters()
+        self.device = self.make()
+        after = self.device.counters()
+        assert after["leaked_objects"] == 0
+        for name in before:
+            changes = ("mem_used_total", "metadata_bytes", "stock_pages", "freeable_pages", "objs_allocated")
+            if name not in changes and not name.startswith(("reserve_", "recover")):
+                assert after[name] == before[name], name
+        assert after["mem_used_total"] <= before["mem_used_total"]
+        assert after["recovered_blocks"] == before["pages_stored"]
+        self.sound()
+        self.read((0, SIZE))
 
     @rule(where=ranges(), data=st.data())
     def write(self, where: tuple[int, int], data: st.DataObject) -> None:
@@ -139,9 +179,9 @@ class DeviceModel(RuleBasedStateMachine):
         assert counters["mem_used_max"] >= counters["mem_used_total"]
 
     def teardown(self) -> None:
-        if self.keeper is not None:
-            self.device.reserve_stop()
-            self.keeper.join()
+        self.stop_keeper()
+        if self.fd >= 0:
+            os.close(self.fd)
         now = bytearray(SIZE)
         self.device.read(now, 0)
         assert now == self.model

@@ -27,6 +27,7 @@ GROUPS = {
     "density": 8,
     "compaction": 1,
     "idle": 3,
+    "state": 7,
     "large": 2,
 }
 

@@ -66,6 +66,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         mem_limit=0,
         comp_algorithm="lz4",
         rundir="/run/zramd/zram0",
+        state="",
+        verify=False,
         pool_full="enospc",
         swap="other",
         reserve=8 << 20,

@@ -44,6 +44,11 @@ COUNTERS = {
     "read_bytes": 53,
     "written_bytes": 59,
     "requests_inflight": 2,
+    "recovery_ms": 61,
+    "recovered_blocks": 67,
+    "leaked_objects": 71,
+    "lost_blocks": 79,
+    "checksum_errors": 73,
 }
 ROWS = [
     (0, 32, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1280, 640, 10, 1, 5),

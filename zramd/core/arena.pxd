@@ -1,17 +1,16 @@
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
 from zramd.core.locks cimport pthread_cond_t, pthread_mutex_t
+from zramd.core.region cimport Memory, Region
 from zramd.core.types cimport SPAN_LENGTHS
-
-cdef void *region_map(uint64_t size, bint writable) noexcept nogil
-cdef void region_unmap(void *base, uint64_t size) noexcept nogil
-cdef int region_release(void *start, uint64_t size) noexcept nogil
-cdef int region_populate(void *start, uint64_t size) noexcept nogil
-cdef void regions_are_locked() noexcept nogil
 
 cdef class Arena:
     cdef readonly uint32_t span_count   # spans in the reservation
-    cdef char *base
+    cdef Memory memory
+    cdef Region spans
+    cdef Region bitmaps
+    cdef Region neighbours
+    cdef char *base                     # of spans
     cdef uint16_t *committed            # per span: bitmap of its resident pages; its owner's to change
     cdef uint32_t *links                # per free span: the next free one
     cdef pthread_mutex_t lock           # guards the four below, and links
@@ -21,7 +20,7 @@ cdef class Arena:
     cdef uint32_t cold                  # free spans without
     cdef uint64_t stock                 # atomic: resident pages of the warm spans
     cdef uint64_t pages                 # atomic: resident pages, the stock among them
-    cdef uint64_t pages_max             # atomic: the most there ever were
+    cdef uint64_t *pages_max            # atomic: the most there ever were; kept
     cdef uint64_t limit                 # atomic: most pages there may be, 0: no limit
 
     # The reserve: free spans that the keeper makes resident ahead of need. Guarded by lock.
@@ -51,6 +50,7 @@ cdef class Arena:
     cdef void reserve_keep(self) noexcept nogil
     cdef void reserve_stop(self) noexcept nogil
     cdef int _keep_one(self) noexcept nogil
+    cdef int _populate_used(self) noexcept nogil
     cdef int _populate(self, uint32_t span, uint32_t npages) noexcept nogil
     cdef void _note_demand(self, uint32_t npages) noexcept nogil
     cdef uint32_t _ready_wanted(self, uint32_t npages) noexcept nogil
@@ -59,6 +59,7 @@ cdef class Arena:
     cdef uint32_t _ready_pop(self, uint32_t npages) noexcept nogil
     cdef void _ready_push(self, uint32_t span) noexcept nogil
     cdef int64_t _cold_take(self) noexcept nogil
+    cdef int grow(self, uint32_t writable) noexcept nogil
     cdef void reset(self) noexcept nogil
     cdef void reset_peak(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil

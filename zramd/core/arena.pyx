@@ -18,22 +18,9 @@ cimport cython
 from libc.errno cimport ENOMEM, ENOSPC
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
-from posix.mman cimport (
-    MADV_DONTNEED,
-    MAP_ANONYMOUS,
-    MAP_FAILED,
-    MAP_NORESERVE,
-    MAP_PRIVATE,
-    PROT_NONE,
-    PROT_READ,
-    PROT_WRITE,
-    madvise,
-    mmap,
-    mprotect,
-    munmap,
-)
+from posix.mman cimport PROT_READ, PROT_WRITE, mprotect
 
-from zramd.core.checks cimport zr_assert, zr_poison, zr_unpoison
+from zramd.core.checks cimport zr_assert, zr_crash_point, zr_poison, zr_unpoison
 from zramd.core.locks cimport (
     compare_swap,
     counter_add,
@@ -53,23 +40,14 @@ from zramd.core.locks cimport (
     sched_yield,
     store_relaxed,
 )
-from zramd.core.types cimport NIL, PAGE_SHIFT, PAGE_SIZE, SPAN_LENGTHS, SPAN_PAGES, SPAN_SHIFT, SPAN_SIZE
+from zramd.core.region cimport KEPT_ARENA, Memory, Region, region_populate
+from zramd.core.types cimport NIL, PAGE_SHIFT, PAGE_SIZE, SPAN_LENGTHS, SPAN_PAGES, SPAN_SHIFT
 
 cdef extern from *:
     """
-    #include <sys/mman.h>
     #include <unistd.h>
     #define zr_popcount(x) __builtin_popcount(x)
-    #ifndef MADV_POPULATE_WRITE
-    #define MADV_POPULATE_WRITE 23      /* Linux 5.14 */
-    #endif
-    #ifndef MADV_DONTNEED_LOCKED
-    #define MADV_DONTNEED_LOCKED 24     /* Linux 5.18 */
-    #endif
     """
-    int MADV_NOHUGEPAGE
-    int MADV_POPULATE_WRITE
-    int MADV_DONTNEED_LOCKED
     int zr_popcount(unsigned int x) noexcept nogil
     int usleep(unsigned int microseconds) noexcept nogil
 
@@ -79,48 +57,12 @@ cdef enum:
     RECORD_SPANS = 1024     # spans whose records the keeper makes resident at once
     RETRY_US = 10000        # until the keeper asks again when the system refused memory
 
-cdef int give_back_advice = MADV_DONTNEED
-
-
-cdef void *region_map(uint64_t size, bint writable) noexcept nogil:
-    """Reserve `size` bytes that read as zeros and cost nothing until touched; NULL when the system refuses."""
-    cdef void *base = mmap(NULL, size, PROT_READ | PROT_WRITE if writable else PROT_NONE,
-                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-    if base == MAP_FAILED:
-        return NULL
-    # A huge page would make 2 MiB resident for one touched slot or object.
-    madvise(base, size, MADV_NOHUGEPAGE)
-    return base
-
-
-cdef void region_unmap(void *base, uint64_t size) noexcept nogil:
-    if base != NULL:
-        munmap(base, size)
-
-
-cdef int region_release(void *start, uint64_t size) noexcept nogil:
-    """Give whole pages back to the operating system; they read as zeros afterwards."""
-    return madvise(start, size, give_back_advice)
-
-
-cdef int region_populate(void *start, uint64_t size) noexcept nogil:
-    """Make the whole pages that a range touches resident; 0, or -1 with errno."""
-    cdef uint64_t first = <uint64_t>start & ~<uint64_t>(PAGE_SIZE - 1)
-    cdef uint64_t end = (<uint64_t>start + size + PAGE_SIZE - 1) & ~<uint64_t>(PAGE_SIZE - 1)
-    return madvise(<void *>first, end - first, MADV_POPULATE_WRITE)
-
-
-cdef void regions_are_locked() noexcept nogil:
-    """From now on the process's memory is locked: plain MADV_DONTNEED would refuse to give such pages back."""
-    global give_back_advice
-    give_back_advice = MADV_DONTNEED_LOCKED
-
 
 @cython.final
 cdef class Arena:
-    """span_count spans of address space. Raises MemoryError when it cannot be reserved."""
+    """span_count spans of address space in `memory`, where pages_max is kept. Raises MemoryError when it cannot be had."""
 
-    def __cinit__(self, uint32_t span_count):
+    def __cinit__(self, uint32_t span_count, Memory memory not None):
         cdef uint32_t n
         pthread_mutex_init(&self.lock, NULL)
         pthread_cond_init(&self.work, NULL)
@@ -128,18 +70,18 @@ cdef class Arena:
         self.warm = self.cold = NIL
         for n in range(SPAN_LENGTHS):
             self.ready[n] = NIL
-        self.base = <char *>region_map(<uint64_t>span_count << SPAN_SHIFT, False)
-        self.committed = <uint16_t *>region_map(span_count * sizeof(uint16_t), True)
-        self.links = <uint32_t *>region_map(span_count * sizeof(uint32_t), True)
-        if self.base == NULL or self.committed == NULL or self.links == NULL:
-            raise MemoryError(f"no address space for an arena of {span_count} spans of {SPAN_SIZE} bytes")
+        self.memory = memory
+        self.pages_max = memory.kept(KEPT_ARENA)
+        self.spans = memory.region(<uint64_t>span_count << SPAN_SHIFT, False)
+        self.base = self.spans.base
+        self.bitmaps = Region(span_count * sizeof(uint16_t))
+        self.committed = <uint16_t *>self.bitmaps.base
+        self.neighbours = Region(span_count * sizeof(uint32_t))
+        self.links = <uint32_t *>self.neighbours.base
 
     def __dealloc__(self):
         if self.base != NULL:
             zr_unpoison(self.base, <uint64_t>self.writable << SPAN_SHIFT)
-        region_unmap(self.base, <uint64_t>self.span_count << SPAN_SHIFT)
-        region_unmap(self.committed, self.span_count * sizeof(uint16_t))
-        region_unmap(self.links, self.span_count * sizeof(uint32_t))
         pthread_cond_destroy(&self.work)
         pthread_mutex_destroy(&self.lock)
 
@@ -170,22 +112,26 @@ cdef class Arena:
     cdef int64_t _cold_take(self) noexcept nogil:
         """A free span without resident pages, or -ENOMEM. The lock is held."""
         cdef int64_t span = -ENOMEM
-        cdef uint32_t writable
         if self.cold != NIL:
             span = self.cold
             self.cold = self.links[span]
         elif self.top < self.span_count:
             if self.top == self.writable:
-                writable = min(self.writable + <uint32_t>GROW_SPANS, self.span_count)
-                if mprotect(self.base + (<uint64_t>self.writable << SPAN_SHIFT),
-                            <uint64_t>(writable - self.writable) << SPAN_SHIFT, PROT_READ | PROT_WRITE) == 0:
-                    zr_poison(self.base + (<uint64_t>self.writable << SPAN_SHIFT),
-                              <uint64_t>(writable - self.writable) << SPAN_SHIFT)
-                    self.writable = writable
+                self.grow(min(self.writable + <uint32_t>GROW_SPANS, self.span_count))
             if self.top < self.writable:
                 span = self.top
                 owned_add_32(&self.top, 1)
         return span
+
+    cdef int grow(self, uint32_t writable) noexcept nogil:
+        """Make the spans below writable so; 0, or -1. The lock is held."""
+        cdef char *start = self.base + (<uint64_t>self.writable << SPAN_SHIFT)
+        cdef uint64_t size = <uint64_t>(writable - self.writable) << SPAN_SHIFT
+        if mprotect(start, size, PROT_READ | PROT_WRITE):
+            return -1
+        zr_poison(start, size)
+        self.writable = writable
+        return 0
 
     cdef void give(self, uint32_t span, bint keep) noexcept nogil:
         """Take a span back. With keep, its pages stay resident while the stock has room for them."""
@@ -232,8 +178,8 @@ cdef class Arena:
             if compare_swap(&self.pages, pages, pages + n):
                 break
         while True:
-            peak = load_relaxed(&self.pages_max)
-            if peak >= pages + n or compare_swap(&self.pages_max, peak, pages + n):
+            peak = load_relaxed(self.pages_max)
+            if peak >= pages + n or compare_swap(self.pages_max, peak, pages + n):
                 return True
 
     cdef int decommit(self, uint32_t span, uint32_t mask) noexcept nogil:
@@ -241,6 +187,8 @@ cdef class Arena:
         cdef uint32_t gone = mask & self.committed[span]
         cdef int n = zr_popcount(gone)
         self._release(span, gone)
+        if gone:
+            zr_crash_point("page-given-back")
         self.committed[span] &= <uint16_t>~gone
         counter_sub(&self.pages, n)
         return n
@@ -253,7 +201,7 @@ cdef class Arena:
                 last = first
                 while mask >> last & 1:
                     last += 1
-                region_release(base + (first << PAGE_SHIFT), (last - first) << PAGE_SHIFT)
+                self.spans.release(base + (first << PAGE_SHIFT), (last - first) << PAGE_SHIFT)
                 first = last
             else:
                 first += 1
@@ -285,13 +233,12 @@ cdef class Arena:
             self.demand[n] = SPAN_PAGES
             self.demand_sum += SPAN_PAGES
         # All of it at once: to make more writable later takes a lock of the whole process, in the middle of a request.
-        if mprotect(self.base, <uint64_t>self.span_count << SPAN_SHIFT, PROT_READ | PROT_WRITE):
+        if self.grow(self.span_count):
             rc = -1
         else:
-            zr_poison(self.base + (<uint64_t>self.writable << SPAN_SHIFT),
-                      <uint64_t>(self.span_count - self.writable) << SPAN_SHIFT)
-            self.writable = self.span_count
             store_relaxed(&self.reserve, pages)
+            if self._populate_used():
+                rc = -1
             while rc > 0:
                 rc = self._keep_one()
         pthread_mutex_unlock(&self.lock)
@@ -384,6 +331,16 @@ cdef class Arena:
                 return 1
         return 0
 
+    cdef int _populate_used(self) noexcept nogil:
+        """Map the pages in use, so that a lock on all memory holds them: those of a state are somewhere else yet."""
+        cdef uint32_t span, page
+        for span in range(self.top):
+            for page in range(SPAN_PAGES):
+                if self.committed[span] >> page & 1 and region_populate(
+                        self.base + (<uint64_t>span << SPAN_SHIFT) + (page << PAGE_SHIFT), PAGE_SIZE):
+                    return -1
+        return 0
+
     cdef int _populate(self, uint32_t span, uint32_t npages) noexcept nogil:
         """Make a span's first pages and its records resident; 1, or -1."""
         cdef uint32_t first, count
@@ -459,19 +416,19 @@ cdef class Arena:
         store_relaxed(&self.ready_pages, 0)
         store_relaxed(&self.misses, 0)
         owned_sub_32(&self.records_ready, self.records_ready)
-        region_release(self.base, <uint64_t>self.writable << SPAN_SHIFT)
+        self.spans.release(self.base, <uint64_t>self.writable << SPAN_SHIFT)
         zr_poison(self.base, <uint64_t>self.writable << SPAN_SHIFT)
         memset(self.committed, 0, self.top * sizeof(uint16_t))
         owned_sub_32(&self.top, self.top)
         self.warm = self.cold = NIL
         store_relaxed(&self.stock, 0)
         store_relaxed(&self.pages, 0)
-        store_relaxed(&self.pages_max, 0)
+        store_relaxed(self.pages_max, 0)
         pthread_cond_signal(&self.work)
         pthread_mutex_unlock(&self.lock)
 
     cdef void reset_peak(self) noexcept nogil:
-        store_relaxed(&self.pages_max, load_relaxed(&self.pages))
+        store_relaxed(self.pages_max, load_relaxed(&self.pages))
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes of the two tables, counted in whole pages."""

@@ -2,6 +2,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from zramd.core.latency cimport latency
 from zramd.core.locks cimport pthread_mutex_t, pthread_rwlock_t
+from zramd.core.region cimport Memory, Region
 from zramd.core.types cimport BLOCK_SIZE
 from zramd.core.zsmalloc cimport Zsmalloc
 
@@ -21,9 +22,13 @@ cdef enum op:
     OP_TRIM
     OP_ZERO
     OPS
+cdef struct state_words:
+    # Kept, and not reset.
+    uint64_t limit_asked        # mem_limit of the last start + 1; 0: there was none
+    uint64_t limit              # mem_limit now
 
 cdef struct counters:
-    # All atomic.
+    # All atomic. Kept: new ones go to the end.
     uint64_t pages_stored
     uint64_t compr_data_size
     uint64_t same_pages
@@ -37,6 +42,8 @@ cdef struct counters:
     uint64_t written_bytes
     uint64_t limit_compactions
     uint64_t inflight
+    uint64_t checksum_errors
+    uint64_t corrupt_block      # the last one, + 1
     latency latencies[OPS]
 
 cdef class Device:
@@ -44,7 +51,11 @@ cdef class Device:
     cdef readonly int acceleration
     cdef uint64_t blocks
     cdef Zsmalloc pool
+    cdef readonly bint verify
+    cdef Memory memory
+    cdef Region slot_table
     cdef uint64_t *slots                    # atomic words, each changed under its stripe only
+    cdef Region touches
     cdef uint8_t *touched                   # per page of slots: whether one was ever written; others are not even read
     cdef uint64_t touched_pages             # atomic
     cdef pthread_mutex_t stripes[STRIPES]   # stripe b % STRIPES guards block b
@@ -53,13 +64,21 @@ cdef class Device:
     cdef scratch *scratches                 # those not in use, last in first out
     cdef uint64_t scratch_count
     cdef uint32_t scratch_size
-    cdef counters n
+    cdef counters *n
+    cdef state_words *kept
+    cdef uint64_t recovery_ms
+    cdef uint64_t recovered_blocks
+    cdef uint64_t leaked_objects
+    cdef uint64_t lost_blocks
 
     cdef scratch *_scratch_take(self) noexcept nogil
     cdef void _scratch_give(self, scratch *s) noexcept nogil
-    cdef int _store(self, const char *block, scratch *s, uint64_t *slot) noexcept nogil
-    cdef int _load(self, uint64_t slot, char *block) noexcept nogil
-    cdef void _drop(self, uint64_t slot) noexcept nogil
+    cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot) noexcept nogil
+    cdef uint64_t _same_slot(self, uint64_t block, uint64_t word) noexcept nogil
+    cdef int _load(self, uint64_t block, uint64_t slot, char *content) noexcept nogil
+    cdef bint _word_is_sound(self, uint64_t block, uint64_t slot, uint64_t word) noexcept nogil
+    cdef bint _object_is_sound(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil
+    cdef void _drop(self, uint64_t block, uint64_t slot) noexcept nogil
     cdef uint64_t _get(self, uint64_t block) noexcept nogil
     cdef uint64_t _set(self, uint64_t block, uint64_t slot) noexcept nogil
     cdef void _prefetch(self, uint64_t block) noexcept nogil
@@ -85,3 +104,4 @@ cdef class Device:
     cdef int _populate(self) noexcept nogil
     cdef const char *_find_fault(self, uint64_t *where) noexcept nogil
     cdef uint64_t _requests(self, op kind) noexcept nogil
+    cdef str culprit(self, int rc, uint64_t offset, uint64_t length)

@@ -1,8 +1,11 @@
+from collections.abc import Callable
 from typing import Any, final
 
 from _typeshed import ReadableBuffer, WriteableBuffer
 
 MAX_DISKSIZE: int
+
+def state_layout(disksize: int) -> dict[str, int]: ...
 
 @final
 class Device:
@@ -11,7 +14,18 @@ class Device:
     disksize: int
     acceleration: int
     mem_limit: int
-    def __new__(cls, disksize: int, *, mem_limit: int = 0, acceleration: int = 1) -> Device: ...
+    corrupt_block: int
+    verify: bool
+    def __new__(
+        cls,
+        disksize: int,
+        *,
+        mem_limit: int = 0,
+        acceleration: int = 1,
+        state: int = -1,
+        verify: bool = False,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> Device: ...
     def read(self, buf: WriteableBuffer, offset: int) -> None: ...
     def write(self, buf: ReadableBuffer, offset: int) -> None: ...
     def trim(self, offset: int, length: int) -> None: ...

@@ -1,6 +1,6 @@
 """The device: a table of slots, one a block, over a codec and a pool. Whole requests run without the GIL.
 
-    write:  encode -> pool.obj_alloc -> copy -> obj_end -> slot -> free the old object
+    write:  encode -> pool.obj_alloc -> copy -> obj_publish -> slot -> free the old object
     read:   slot -> pool.obj_begin -> decode into the client's buffer -> obj_end
     trim:   slot = 0 -> free
 
@@ -8,18 +8,22 @@ A block is read or written whole, under the lock of its stripe; blocks of one re
 is complete before its slot changes, so a write that fails leaves the old content (and a crash leaves either).
 Nothing here knows where an object is, and compaction knows nothing of slots.
 
+With verify, half of an object's checksum is in the slot and half in the cell; it is seeded with the block's number, so
+that a slot that leads to another block's object is found out too. For a same-filled block all of it is in the slot.
+
 Lock order: gate, one stripe, then the pool's. No lock but the stripe of a part-written block is held while compressing.
 """
 
 cimport cython
 from libc.errno cimport EINVAL, EIO, ENOMEM, ENOSPC
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 
-from zramd.core.arena cimport region_map, region_populate, region_release, region_unmap
+from zramd.core.checks cimport zr_crash_point
+from zramd.core.checksum cimport checksum
 from zramd.core.codec cimport decode, encode, fill, same_filled, state_size
 from zramd.core.latency cimport BUCKETS, FIRST_BOUND, clock_now, latency_add, latency_count, use_ticks
 from zramd.core.locks cimport (
@@ -40,20 +44,27 @@ from zramd.core.locks cimport (
     store_relaxed,
     store_release,
 )
+from zramd.core.recovery cimport Recovery
+from zramd.core.region cimport KEPT_DEVICE, KEPT_STATE, Memory, Region, region_populate
 from zramd.core.types cimport (
     BLOCK_SHIFT,
     BLOCK_SIZE,
     CELL_TAGS,
     PAGE_SHIFT,
     PAGE_SIZE,
+    SLOT_CHECK_SHIFT,
     SLOT_HANDLE_SHIFT,
+    SLOT_LOST,
     SLOT_SAME,
     SLOT_SIZE_MASK,
+    SLOTS_PER_PAGE,
     SPAN_SHIFT,
     SPAN_SIZE,
+    slot_handle,
 )
 from zramd.core.zsmalloc cimport Zsmalloc, size_class
 
+from zramd.core.zsmalloc import pool_layout
 from zramd.errors import CorruptionError, error_from
 
 cdef extern from *:
@@ -67,7 +78,6 @@ cdef extern from *:
 MAX_DISKSIZE = 4 << 40      # bytes: 2**30 blocks; handles have 31 bits
 
 cdef enum:
-    SLOTS_PER_PAGE = 512
     EXTENTS_MAX = 4096      # in one answer: the client asks again for the rest
     # NBD's block status flags
     STATE_HOLE = 1
@@ -87,16 +97,31 @@ cdef int time_by_ticks() except -1:
 time_by_ticks()
 
 
+def state_layout(uint64_t disksize):
+    """What a state file for a device of disksize bytes, a multiple of 4096, must agree on: names -> numbers.
+
+    "bytes" is the size of the file.
+    """
+    cdef uint64_t blocks = disksize >> BLOCK_SHIFT
+    return {"disksize": disksize, "slots": blocks} | pool_layout(blocks)
+
+
 @cython.final
 cdef class Device:
     """A block device of disksize bytes (rounded up to 4096) that reads as zeros until it is written.
 
     mem_limit: most bytes of pages the pool may use, 0: no limit. acceleration: lz4's, 1 compresses best.
-    Raises ValueError for a size out of range, MemoryError when the address space cannot be had.
+    state: descriptor, the caller's to close, of the file that holds all data (see zramd.state); what is in it is
+    taken over, and progress(done, total) called about every second meanwhile. -1: memory of this process.
+    verify: store a checksum with each block, and check it on each read; a state is all with or all without.
+    Raises ValueError for a size out of range, MemoryError when the address space cannot be had, CorruptionError when
+    what the state says contradicts itself (then nothing in it was changed).
     Every method may be called from any number of threads.
     """
 
-    def __cinit__(self, uint64_t disksize, *, uint64_t mem_limit=0, int acceleration=1):
+    def __cinit__(self, uint64_t disksize, *, uint64_t mem_limit=0, int acceleration=1, int state=-1,
+                  bint verify=False, progress=None):
+        cdef Memory memory
         cdef uint32_t i
         for i in range(STRIPES):
             pthread_mutex_init(&self.stripes[i], NULL)
@@ -108,11 +133,38 @@ cdef class Device:
         self.disksize = self.blocks << BLOCK_SHIFT
         self.acceleration = acceleration
         self.scratch_size = sizeof(scratch) + state_size()
-        self.slots = <uint64_t *>region_map(self.blocks * sizeof(uint64_t), True)
-        self.touched = <uint8_t *>region_map(self.blocks // SLOTS_PER_PAGE + 1, True)
-        if self.slots == NULL or self.touched == NULL:
-            raise MemoryError(f"no address space for {self.blocks} slots")
-        self.pool = Zsmalloc(self.blocks, mem_limit=mem_limit)
+        self.verify = verify
+        self.memory = memory = Memory(state)
+        self.kept = <state_words *>memory.kept(KEPT_STATE)
+        self.n = <counters *>memory.kept(KEPT_DEVICE)
+        self.slot_table = memory.region(self.blocks * sizeof(uint64_t), True)
+        self.slots = <uint64_t *>self.slot_table.base
+        self.touches = Region(self.blocks // SLOTS_PER_PAGE + 1)
+        self.touched = <uint8_t *>self.touches.base
+        self.pool = Zsmalloc(self.blocks, memory=memory)
+        if state >= 0:
+            self._take_over(progress)
+        # A limit that was changed at work stays, until another one is asked for than the last time.
+        if self.kept.limit_asked == mem_limit + 1:
+            self.pool.mem_limit = self.kept.limit
+        else:
+            self.mem_limit = mem_limit
+            self.kept.limit_asked = mem_limit + 1
+
+    def _take_over(self, progress):
+        """Rebuild from the state all that is not in it."""
+        cdef Recovery recovery = Recovery(self.pool, self.slot_table, self.touches, self.blocks, self.verify)
+        recovery.run(progress)
+        self.n.inflight = 0
+        self.n.pages_stored = recovery.stored
+        self.n.compr_data_size = recovery.compr
+        self.n.same_pages = recovery.same
+        self.n.huge_pages = recovery.huge
+        self.touched_pages = recovery.slot_pages
+        self.recovery_ms = recovery.milliseconds
+        self.recovered_blocks = recovery.stored
+        self.leaked_objects = recovery.leaked
+        self.lost_blocks = recovery.lost
 
     def __dealloc__(self):
         cdef scratch *s
@@ -121,8 +173,6 @@ cdef class Device:
             s = self.scratches
             self.scratches = s.next
             free(s)
-        region_unmap(self.slots, self.blocks * sizeof(uint64_t))
-        region_unmap(self.touched, self.blocks // SLOTS_PER_PAGE + 1)
         pthread_rwlock_destroy(&self.gate)
         pthread_mutex_destroy(&self.scratch_lock)
         for i in range(STRIPES):
@@ -153,21 +203,21 @@ cdef class Device:
     # --------------------------------------------------------------------------------------------------------
     # one block
 
-    cdef int _store(self, const char *block, scratch *s, uint64_t *slot) noexcept nogil:
+    cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot) noexcept nogil:
         """Store a block's content; the slot that stands for it. -ENOSPC: mem_limit, even after compaction."""
         cdef uint64_t word, handle = 0
-        cdef uint32_t size
+        cdef uint32_t size, check = 0
         cdef char *payload
         cdef int rc
-        if same_filled(block, &word):
-            slot[0] = SLOT_SAME
+        if same_filled(content, &word):
+            slot[0] = self._same_slot(block, word)
             if word:
                 handle = self.pool.word_alloc(word)
                 if handle == 0:
                     return -ENOMEM
                 slot[0] |= handle << SLOT_HANDLE_SHIFT
             return 0
-        size = encode(block, s.out, self.pool.max_payload, s.state, self.acceleration)
+        size = encode(content, s.out, self.pool.max_payload, s.state, self.acceleration)
         if size == 0:
             size = BLOCK_SIZE
         rc = self.pool.obj_alloc(size, &handle, &payload)
@@ -177,37 +227,72 @@ cdef class Device:
                 rc = self.pool.obj_alloc(size, &handle, &payload)
         if rc:
             return rc
-        memcpy(payload, block if size == BLOCK_SIZE else <const char *>s.out, size)
-        self.pool.obj_end(handle)
-        slot[0] = handle << SLOT_HANDLE_SHIFT | size
+        if size != BLOCK_SIZE:
+            content = s.out
+        if self.verify:
+            check = checksum(content, size, block)
+        memcpy(payload, content, size)
+        zr_crash_point("payload-written")
+        self.pool.obj_publish(handle, check >> 16)
+        zr_crash_point("object-published")
+        slot[0] = <uint64_t>(check & 0xFFFF) << SLOT_CHECK_SHIFT | handle << SLOT_HANDLE_SHIFT | size
         return 0
 
-    cdef int _load(self, uint64_t slot, char *block) noexcept nogil:
-        """The content that a slot stands for; 0 or -EIO."""
-        cdef uint64_t handle = slot >> SLOT_HANDLE_SHIFT
+    cdef uint64_t _same_slot(self, uint64_t block, uint64_t word) noexcept nogil:
+        """The slot of a block that is one word repeated, but for its handle."""
+        cdef uint64_t check
+        if not self.verify:
+            return SLOT_SAME
+        check = checksum(<const char *>&word, sizeof(word), block)
+        # Half of it is where others have their size.
+        return SLOT_SAME | (check & 0xFFFF) << SLOT_CHECK_SHIFT | check >> 16 & SLOT_SIZE_MASK
+
+    cdef int _load(self, uint64_t block, uint64_t slot, char *content) noexcept nogil:
+        """The content that a block's slot stands for; 0 or -EIO."""
+        cdef uint64_t handle = slot_handle(slot), word
+        cdef uint32_t size = slot & SLOT_SIZE_MASK
         cdef char *payload
-        cdef int rc
+        cdef int rc = -EIO
         if slot == 0:
-            memset(block, 0, BLOCK_SIZE)
+            memset(content, 0, BLOCK_SIZE)
             return 0
         if slot & SLOT_SAME:
-            fill(block, self.pool.word_read(handle) if handle else 0)
-            return 0
-        if self.pool.obj_begin(handle, &payload):
-            return -EIO
-        rc = decode(payload, slot & SLOT_SIZE_MASK, block)
-        self.pool.obj_end(handle)
+            word = self.pool.word_read(handle) if handle else 0
+            if self._word_is_sound(block, slot, word):
+                fill(content, word)
+                rc = 0
+        elif self.pool.obj_begin(handle, &payload) == 0:
+            if self._object_is_sound(block, slot, payload):
+                rc = decode(payload, size, content)
+            self.pool.obj_end(handle)
+        if rc:
+            counter_add(&self.n.checksum_errors, 1)
+            store_relaxed(&self.n.corrupt_block, block + 1)
         return rc
 
-    cdef void _drop(self, uint64_t slot) noexcept nogil:
-        """Free what a slot stood for, once no block holds the slot."""
-        cdef uint64_t handle = slot >> SLOT_HANDLE_SHIFT, size = slot & SLOT_SIZE_MASK
+    cdef inline bint _word_is_sound(self, uint64_t block, uint64_t slot, uint64_t word) noexcept nogil:
+        return not self.verify or slot == (
+            self._same_slot(block, word) | slot_handle(slot) << SLOT_HANDLE_SHIFT)
+
+    cdef inline bint _object_is_sound(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil:
+        cdef uint32_t size = slot & SLOT_SIZE_MASK, check
+        if size > BLOCK_SIZE or not self.pool.obj_fits(payload, size):
+            return False
+        if not self.verify:
+            return True
+        check = checksum(payload, size, block)
+        return check == (self.pool.obj_check(slot_handle(slot)) << 16 | slot >> SLOT_CHECK_SHIFT)
+
+    cdef void _drop(self, uint64_t block, uint64_t slot) noexcept nogil:
+        """Free what a block's slot stood for, once no block holds the slot."""
+        cdef uint64_t handle = slot_handle(slot), size = slot & SLOT_SIZE_MASK
         if slot == 0:
             return
         counter_sub(&self.n.pages_stored, 1)
         if slot & SLOT_SAME:
             counter_sub(&self.n.same_pages, 1)
-            if handle:
+            # A wrong slot must not free another block's word.
+            if handle and self._word_is_sound(block, slot, self.pool.word_read(handle)):
                 self.pool.word_free(handle)
             return
         counter_sub(&self.n.compr_data_size, size)
@@ -229,6 +314,7 @@ cdef class Device:
             if touch(&self.touched[block // SLOTS_PER_PAGE]):
                 counter_add(&self.touched_pages, 1)
         store_release(&self.slots[block], slot)
+        zr_crash_point("slot-stored")
         if slot:
             counter_add(&self.n.pages_stored, 1)
             if slot & SLOT_SAME:
@@ -244,16 +330,16 @@ cdef class Device:
         """Ask the cache for the object of a block."""
         cdef uint64_t slot = self._get(block)
         if slot and not slot & SLOT_SAME:
-            self.pool.obj_prefetch(slot >> SLOT_HANDLE_SHIFT, slot & SLOT_SIZE_MASK)
+            self.pool.obj_prefetch(slot_handle(slot), slot & SLOT_SIZE_MASK)
 
     cdef int _write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil:
         cdef uint64_t slot, old
-        cdef int rc = self._store(src, s, &slot)
+        cdef int rc = self._store(block, src, s, &slot)
         if rc == 0:
             pthread_mutex_lock(&self.stripes[block % STRIPES])
             old = self._set(block, slot)
             pthread_mutex_unlock(&self.stripes[block % STRIPES])
-            self._drop(old)
+            self._drop(block, old)
         return rc
 
     cdef int _merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil:
@@ -261,17 +347,17 @@ cdef class Device:
         cdef uint64_t slot, old = 0
         cdef int rc
         pthread_mutex_lock(&self.stripes[block % STRIPES])
-        rc = self._load(self._get(block), s.page)
+        rc = self._load(block, self._get(block), s.page)
         if rc == 0:
             if src != NULL:
                 memcpy(s.page + at, src, n)
             else:
                 memset(s.page + at, 0, n)
-            rc = self._store(s.page, s, &slot)
+            rc = self._store(block, s.page, s, &slot)
             if rc == 0:
                 old = self._set(block, slot)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
-        self._drop(old)
+        self._drop(block, old)
         return rc
 
     cdef int _read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil:
@@ -280,7 +366,7 @@ cdef class Device:
             memset(dst, 0, n)
             return 0
         pthread_mutex_lock(&self.stripes[block % STRIPES])
-        rc = self._load(self._get(block), dst if n == BLOCK_SIZE else s.page)
+        rc = self._load(block, self._get(block), dst if n == BLOCK_SIZE else s.page)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
         if n != BLOCK_SIZE and rc == 0:
             memcpy(dst, s.page + at, n)
@@ -289,12 +375,14 @@ cdef class Device:
     cdef int _zero_block(self, uint64_t block, uint64_t slot) noexcept nogil:
         """Make a block a hole (slot 0) or allocated zeros (SLOT_SAME)."""
         cdef uint64_t old
+        if slot:
+            slot = self._same_slot(block, 0)
         if slot == 0 and self._get(block) == 0:
             return 0
         pthread_mutex_lock(&self.stripes[block % STRIPES])
         old = self._set(block, slot)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
-        self._drop(old)
+        self._drop(block, old)
         return 0
 
     # --------------------------------------------------------------------------------------------------------
@@ -406,7 +494,7 @@ cdef class Device:
         kind[0] = -1
         while block < last:
             slot = self._get(block)
-            this = STATE_HOLE | STATE_ZERO if slot == 0 else STATE_ZERO if slot == SLOT_SAME else 0
+            this = STATE_HOLE | STATE_ZERO if slot == 0 else STATE_ZERO if slot & SLOT_SAME and slot_handle(slot) == 0 else 0
             if kind[0] < 0:
                 kind[0] = this
             if this != kind[0]:
@@ -420,7 +508,7 @@ cdef class Device:
     cdef const char *_find_fault(self, uint64_t *where) noexcept nogil:
         """The gate is held alone: no request is at work. Slots are unique when their handles are as many as the cells."""
         cdef uint64_t block, slot, handle, obj_size, touched = 0
-        cdef uint64_t stored = 0, same = 0, words = 0, huge = 0, compr = 0
+        cdef uint64_t stored = 0, lost = 0, same = 0, words = 0, huge = 0, compr = 0
         cdef char *payload
         for block in range(self.blocks // SLOTS_PER_PAGE + 1):
             touched += self.touched[block]
@@ -433,21 +521,29 @@ cdef class Device:
                 continue
             where[0] = block
             slot = self.slots[block]
-            handle = slot >> SLOT_HANDLE_SHIFT
+            handle = slot_handle(slot)
             obj_size = slot & SLOT_SIZE_MASK
             block += 1
             if slot == 0:
                 continue
             stored += 1
+            if slot == SLOT_LOST:
+                lost += 1
+                continue
             if slot & SLOT_SAME:
                 same += 1
                 words += handle != 0
+                if not self._word_is_sound(block - 1, slot, self.pool.word_read(handle) if handle else 0):
+                    return "a slot's checksum differs from its word"
                 continue
             if self.pool.obj_begin(handle, &payload):
                 return "a slot's handle is not live"
             if obj_size == 0 or obj_size > self.pool.obj_capacity(handle):
                 self.pool.obj_end(handle)
                 return "a slot's size does not fit its object"
+            if not self._object_is_sound(block - 1, slot, payload):
+                self.pool.obj_end(handle)
+                return "a slot's checksum differs from its object"
             self.pool.obj_end(handle)
             compr += obj_size
             huge += obj_size == BLOCK_SIZE
@@ -455,7 +551,7 @@ cdef class Device:
         if (stored != self.n.pages_stored or same != self.n.same_pages or compr != self.n.compr_data_size
                 or huge != self.n.huge_pages):
             return "the counters differ from the slots"
-        if stored - same + words != self.pool.cells_used:
+        if stored - lost - same + words != self.pool.cells_used:
             return "the slots' handles are not as many as the cells in use"
         return self.pool.find_fault(where, words)
 
@@ -512,6 +608,17 @@ cdef class Device:
 
     # --------------------------------------------------------------------------------------------------------
     # for Python
+    cdef str culprit(self, int rc, uint64_t offset, uint64_t length):
+        """Which block of a range that was read does not match its checksum, as the end of a sentence."""
+        cdef uint64_t block = load_relaxed(&self.n.corrupt_block) - 1
+        if rc != -EIO or not offset >> BLOCK_SHIFT <= block <= (offset + length) >> BLOCK_SHIFT:
+            return ""
+        return f", block {block}"
+
+    @property
+    def corrupt_block(self):
+        """The last block that could not be read because its object was changed in memory; -1: there was none."""
+        return <int64_t>load_relaxed(&self.n.corrupt_block) - 1
 
     def read(self, buf, uint64_t offset):
         """Fill a writable buffer from offset. Raises CorruptObjectError; ValueError beyond the device's end."""
@@ -522,7 +629,7 @@ cdef class Device:
             rc = self.serve_read(<char *>view.buf, offset, view.len)
         PyBuffer_Release(&view)
         if rc:
-            raise error_from(rc, f"read of {view.len} bytes at {offset}")
+            raise error_from(rc, f"read of {view.len} bytes at {offset}{self.culprit(rc, offset, view.len)}")
 
     def write(self, buf, uint64_t offset):
         """Write a buffer to offset. Raises PoolFullError when mem_limit leaves no room even after compaction (then
@@ -534,7 +641,7 @@ cdef class Device:
             rc = self.serve_write(<const char *>view.buf, offset, view.len)
         PyBuffer_Release(&view)
         if rc:
-            raise error_from(rc, f"write of {view.len} bytes at {offset}")
+            raise error_from(rc, f"write of {view.len} bytes at {offset}{self.culprit(rc, offset, view.len)}")
 
     def trim(self, uint64_t offset, uint64_t length):
         """Free the whole blocks of a range: they are holes and read as zeros. Parts of blocks stay as they are."""
@@ -636,6 +743,7 @@ cdef class Device:
     @mem_limit.setter
     def mem_limit(self, uint64_t limit):
         self.pool.mem_limit = limit
+        self.kept.limit = limit
 
     def counters(self):
         """Every number that is kept, by the names of the statistics, as a dict of ints. Nothing is waited for."""
@@ -659,6 +767,11 @@ cdef class Device:
             "read_bytes": load_relaxed(&self.n.read_bytes),
             "written_bytes": load_relaxed(&self.n.written_bytes),
             "limit_compactions": load_relaxed(&self.n.limit_compactions),
+            "recovery_ms": self.recovery_ms,
+            "recovered_blocks": self.recovered_blocks,
+            "leaked_objects": self.leaked_objects,
+            "lost_blocks": self.lost_blocks,
+            "checksum_errors": load_relaxed(&self.n.checksum_errors),
             "requests_inflight": load_relaxed(&self.n.inflight),
             "metadata_bytes": (
                 (load_relaxed(&self.touched_pages) << PAGE_SHIFT)
@@ -692,7 +805,7 @@ cdef class Device:
         return self.pool.table()
 
     def block(self, uint64_t number):
-        """What stands for a block, as a dict. `kind` is hole, same (one repeated word), lz4, or raw.
+        """What stands for a block, as a dict. `kind` is hole, same (one repeated word), lz4, raw, or lost.
 
         same: word, handle (0: the word is 0 and needs none). lz4 and raw: handle, payload_bytes, obj (bytes into the
         arena), zspage, chunk (of the zspage), class_index, class_size (bytes of a chunk), zspage_inuse and zspage_objs
@@ -709,10 +822,10 @@ cdef class Device:
             self._enter_gate()
             pthread_mutex_lock(&self.stripes[number % STRIPES])
             slot = self._get(number)
-            handle = slot >> SLOT_HANDLE_SHIFT
+            handle = slot_handle(slot)
             if slot & SLOT_SAME:
                 word = self.pool.word_read(handle) if handle else 0
-            elif slot:
+            elif slot and slot != SLOT_LOST:
                 rc = self.pool.obj_begin(handle, &payload)
                 if rc == 0:
                     obj = load_relaxed(&self.pool.cells[handle]) & ~<uint64_t>CELL_TAGS
@@ -728,6 +841,8 @@ cdef class Device:
             raise CorruptionError(f"a slot's handle is not live (at {number})")
         if slot == 0:
             return {"block": number, "kind": "hole"}
+        if slot == SLOT_LOST:
+            return {"block": number, "kind": "lost"}
         if slot & SLOT_SAME:
             return {"block": number, "kind": "same", "word": word, "handle": handle}
         return {
@@ -754,11 +869,12 @@ cdef class Device:
         with nogil:
             pthread_rwlock_wrlock(&self.gate)
             pthread_mutex_lock(&self.pool.compact_lock)
-            region_release(self.slots, self.blocks * sizeof(uint64_t))
-            region_release(self.touched, self.blocks // SLOTS_PER_PAGE + 1)
+            self.slot_table.release_all()
+            zr_crash_point("slots-cleared")
+            self.touches.release_all()
             store_relaxed(&self.touched_pages, 0)
             for i in range(sizeof(counters) // sizeof(uint64_t)):
-                store_relaxed(<uint64_t *>&self.n + i, 0)
+                store_relaxed(<uint64_t *>self.n + i, 0)
             self.pool.clear()
             if load_relaxed(&self.pool.arena.reserve):
                 self._populate()

@@ -5,7 +5,7 @@ Each function does one thing and raises OSError when the system refuses; zramd.s
 
 from libc.errno cimport errno
 
-from zramd.core.arena cimport regions_are_locked
+from zramd.core.region cimport regions_are_locked
 
 import os
 

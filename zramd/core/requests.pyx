@@ -101,12 +101,12 @@ cdef int serve(int request, PyObject **arguments) except -1:
                 # Both ways are fast, so the fast-zero flag asks for nothing more.
                 rc = device.serve_zero(offset, length, flags & MAY_TRIM)
     if rc:
-        fail(rc, offset, length)
+        fail(device, rc, offset, length)
         return -1
     return 0
 
 
-cdef void fail(int rc, uint64_t offset, uint64_t length) noexcept:
+cdef void fail(Device device, int rc, uint64_t offset, uint64_t length) noexcept:
     """Raise the exception for -errno, and tell nbdkit which errno the client gets."""
     cdef bint full = rc == -ENOSPC or rc == -ENOMEM
     if tell_errno is not None:
@@ -114,7 +114,7 @@ cdef void fail(int rc, uint64_t offset, uint64_t length) noexcept:
     if full:
         zr_raise(pool_full if rc == -ENOSPC else no_memory)
     else:
-        zr_raise(error_from(rc, f"request for {length} bytes at {offset}"))
+        zr_raise(error_from(rc, f"request for {length} bytes at {offset}{device.culprit(rc, offset, length)}"))
 
 
 def prepare(tell, int full):

@@ -6,15 +6,19 @@ zspage  the smallest run of pages that holds a whole number of chunks of one siz
 chunk   one place in a zspage; allocated, it holds a header and an object, free, the link to the next free chunk.
 object  a stored payload: compressed bytes, or a raw block (huge).
 obj     an object's location: its chunk's offset in the arena, in bytes. Chunks are CHUNK_ALIGN aligned.
-cell    one 64-bit word of the handle table: obj | CELL_PIN | CELL_LIVE.
+cell    one 64-bit word of the handle table: check << CELL_CHECK_SHIFT | obj | CELL_PIN | CELL_LIVE, or a same-filled
+        block's word.
 handle  a cell's index, from 1; never a location, so moving an object rewrites one cell and nobody notices.
-slot    one 64-bit word a block: handle << SLOT_HANDLE_SHIFT | SLOT_SAME | payload bytes; 0: never written, or freed.
+slot    one 64-bit word a block: check << SLOT_CHECK_SHIFT | handle << SLOT_HANDLE_SHIFT | payload bytes; with SLOT_SAME
+        (no object) more of the check in place of the bytes; 0: never written, or freed.
+check   with verify: half of the object's checksum; 0 without.
 
 A span and the number of its zspage are the same number, so an obj leads to its zspage with one shift:
 
     obj ──>> SPAN_SHIFT──> zspages[span] ──class_index──> classes[i].size ──> chunk number
 
-Slots, cells and payloads are the truth (see "crash rule" in zsmalloc.pyx); everything else can be rebuilt from them.
+Slots, cells, payloads and the class of each span are the truth (see "crash rule" in zsmalloc.pyx); everything else can
+be rebuilt from them, which recovery.pyx does.
 They hold offsets and numbers, no pointers, so they mean the same wherever they are mapped.
 """
 
@@ -25,6 +29,7 @@ cdef enum:
     PAGE_SIZE = 4096
     BLOCK_SHIFT = 12
     BLOCK_SIZE = 4096
+    SLOTS_PER_PAGE = 512
 
     # Longest zspage, as the kernel's CONFIG_ZSMALLOC_CHAIN_SIZE. The page bitmaps allow up to 16.
     SPAN_PAGES = 8
@@ -50,10 +55,13 @@ cdef enum:
     CELL_PIN = 1                # someone reads, writes, moves or frees the object
     CELL_LIVE = 2               # the cell holds an obj; clear: the cell is on the free list
     CELL_TAGS = 7
+    CELL_CHECK_SHIFT = 48       # the cell's half of the checksum is above: obj has 46 bits at most
 
     SLOT_SIZE_MASK = 0x1FFF     # payload bytes, 1 to 4096
     SLOT_SAME = 0x2000          # one 64-bit word repeated: it stands in the handle's cell, handle 0 is the word 0
+    SLOT_LOST = 0x4000          # the whole slot: what it led to was changed in memory, reading it is an error
     SLOT_HANDLE_SHIFT = 16
+    SLOT_CHECK_SHIFT = 48       # the slot's half of the checksum is above
 
 cdef enum:
     NIL = 0x7FFFFFFF            # no span: end of a list
@@ -67,3 +75,9 @@ cdef struct zspage:
     uint16_t free               # head of the free list, NO_CHUNK at its end; huge class: bitmap of the pages in use
     uint16_t class_index
     uint8_t group
+
+cdef inline uint64_t cell_obj(uint64_t cell) noexcept nogil:
+    return cell << (64 - CELL_CHECK_SHIFT) >> (64 - CELL_CHECK_SHIFT) & ~<uint64_t>CELL_TAGS
+
+cdef inline uint64_t slot_handle(uint64_t slot) noexcept nogil:
+    return slot << (64 - SLOT_CHECK_SHIFT) >> (64 - SLOT_CHECK_SHIFT + SLOT_HANDLE_SHIFT)

@@ -2,6 +2,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from zramd.core.arena cimport Arena
 from zramd.core.locks cimport pthread_mutex_t
+from zramd.core.region cimport Memory, Region
 from zramd.core.types cimport GROUPS, MAX_CLASSES, zspage
 
 cdef struct size_class:
@@ -16,16 +17,28 @@ cdef struct size_class:
     uint64_t inuse                  # objects
     uint64_t committed              # resident pages; of huge: those in use and the spare ones
 
+cdef struct pool_counters:
+    # All atomic. Kept: new ones go to the end.
+    uint64_t pages_compacted
+    uint64_t objects_migrated
+    uint64_t num_compactions
+    uint64_t compact_ns
+
 cdef class Zsmalloc:
     cdef readonly uint64_t max_objects
     cdef readonly uint32_t class_count
     cdef readonly uint32_t max_payload  # largest object that is not huge
+    cdef Memory memory
     cdef Arena arena
     cdef uint32_t huge                  # number of the huge class: the last
     cdef size_class classes[MAX_CLASSES]
     cdef uint8_t class_of[257]          # chunk bytes / CLASS_DELTA, rounded up -> class
+    cdef Region records
     cdef zspage *zspages                # one per span of the arena
+    cdef Region span_classes
+    cdef uint8_t *span_class            # per span: class_index + 1 of its last zspage; what recovery finds it by
 
+    cdef Region cell_table
     cdef uint64_t *cells                # the handle table
     cdef pthread_mutex_t cells_lock     # guards the three below
     cdef uint64_t cells_top             # cells below this one were used at least once
@@ -37,15 +50,15 @@ cdef class Zsmalloc:
     cdef uint32_t spares
 
     cdef pthread_mutex_t compact_lock   # one compactor at a time
-    cdef uint64_t pages_compacted       # these four: atomic
-    cdef uint64_t objects_migrated
-    cdef uint64_t num_compactions
-    cdef uint64_t compact_ns
+    cdef pool_counters *n
 
     # objects: each returns 0 or -errno. alloc and begin pin the object until end.
     cdef int obj_alloc(self, uint32_t size, uint64_t *handle, char **payload) noexcept nogil
     cdef int obj_begin(self, uint64_t handle, char **payload) noexcept nogil
     cdef void obj_end(self, uint64_t handle) noexcept nogil
+    cdef void obj_publish(self, uint64_t handle, uint64_t check) noexcept nogil
+    cdef uint64_t obj_check(self, uint64_t handle) noexcept nogil
+    cdef bint obj_fits(self, const char *payload, uint32_t size) noexcept nogil
     cdef int obj_free(self, uint64_t handle) noexcept nogil
     cdef void obj_prefetch(self, uint64_t handle, uint32_t size) noexcept nogil
     cdef uint32_t obj_capacity(self, uint64_t handle) noexcept nogil
@@ -71,6 +84,7 @@ cdef class Zsmalloc:
     cdef int _obj_alloc(self, uint32_t index, uint64_t handle, char **payload) noexcept nogil
     cdef int _chunk_take(self, size_class *c, uint32_t span, uint64_t handle, bint resident) noexcept nogil
     cdef void _chunk_give(self, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil
+    cdef bint _chunk_holds(self, size_class *c, uint32_t span, uint32_t chunk, uint64_t handle) noexcept nogil
     cdef int _huge_take(self, size_class *c, uint32_t span) noexcept nogil
     cdef void _huge_give(self, size_class *c, uint32_t span, uint32_t page) noexcept nogil
     cdef void _link(self, size_class *c, uint32_t span) noexcept nogil

@@ -2,6 +2,10 @@ from typing import Any, final
 
 from _typeshed import ReadableBuffer
 
+from zramd.core.region import Memory
+
+CHECK_LEVEL: int
+
 @final
 class Zsmalloc:
     """A pool of objects of 1 to 4096 bytes that can compact itself; see the functions for what they raise."""
@@ -10,7 +14,9 @@ class Zsmalloc:
     class_count: int
     max_payload: int
     mem_limit: int
-    def __new__(cls, max_objects: int = ..., *, mem_limit: int = 0) -> Zsmalloc: ...
+    def __new__(
+        cls, max_objects: int = ..., *, mem_limit: int = 0, memory: Memory | None = None
+    ) -> Zsmalloc: ...
     def malloc(self, size: int) -> int: ...
     def free(self, handle: int) -> None: ...
     def read(self, handle: int, size: int = 0) -> bytes: ...

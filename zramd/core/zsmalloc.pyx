@@ -18,8 +18,14 @@ A pin (CELL_PIN) is the exclusive right to an object: to its bytes, to move it a
 decompression, a mover for one copy. A mover that cannot have it goes on and comes back later.
 
 Crash rule: what a scan of the slots, cells and payloads finds is whole at any instant, because each is written after
-what it points to: alloc: header, payload, cell, (slot); move: copy, cell, header of the source; free: (slot), chunk, cell.
-The cell of an object being written is pinned, and no slot holds its handle yet; the scan takes its chunk back.
+what it points to: alloc: class of the span, header, payload, cell, (slot); move: copy, cell, header of the source; free:
+(slot), chunk, cell. The cell of an object being written is pinned, and no slot holds its handle yet; the scan takes its
+chunk back. A span changes its class only when no slot leads there. (A kill keeps what one processor has stored, in its
+order; the compiler keeps the order because each step ends with a release store or a call.) zr_crash_point marks each
+step, tests/property/test_crash_points.py dies at each.
+
+What a word of the file says is not trusted with memory beyond the file's own: a handle, an obj or a link that a flipped
+bit has made wrong is refused, or leads to an object whose checksum differs.
 """
 
 cimport cython
@@ -30,8 +36,17 @@ from libc.string cimport memcpy, memset
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
-from zramd.core.arena cimport Arena, region_map, region_populate, region_release, region_unmap
-from zramd.core.checks cimport FILL_FREED, FILL_FRESH, zr_assert, zr_fill, zr_poison, zr_unpoison
+from zramd.core.arena cimport Arena
+from zramd.core.checks cimport (
+    FILL_FREED,
+    FILL_FRESH,
+    ZRAMD_CHECK,
+    zr_assert,
+    zr_crash_point,
+    zr_fill,
+    zr_poison,
+    zr_unpoison,
+)
 from zramd.core.locks cimport (
     compare_swap,
     counter_add,
@@ -52,7 +67,9 @@ from zramd.core.locks cimport (
     store_relaxed,
     store_release,
 )
+from zramd.core.region cimport HEAD_SIZE, KEPT_PAGES, KEPT_POOL, Memory, Region, region_populate, whole_pages
 from zramd.core.types cimport (
+    CELL_CHECK_SHIFT,
     CELL_LIVE,
     CELL_PIN,
     CELL_TAGS,
@@ -73,10 +90,15 @@ from zramd.core.types cimport (
     SPAN_PAGES,
     SPAN_SHIFT,
     SPAN_SIZE,
+    cell_obj,
     zspage,
 )
 
+import zlib
+
 from zramd.errors import CorruptionError, error_from
+
+CHECK_LEVEL = ZRAMD_CHECK    # see checks.pxd
 
 cdef extern from *:
     """
@@ -100,6 +122,8 @@ cdef enum:
     SPARES = 32             # pages of huge objects kept for the next one: overwriting raw blocks would else fault each time
     CELLS_SLACK = 1 << 17   # handles beyond max_objects: objects that are written but not yet published by their owner
     PIN_SPINS = 200         # about a decompression; then let the holder of the pin run
+
+cdef uint64_t PIN_PATIENCE_NS = 10 * 1000 * 1000 * 1000
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -161,6 +185,44 @@ cdef void geometry(uint32_t size, uint32_t *pages, uint32_t *objs) noexcept nogi
     objs[0] = pages[0] * PAGE_SIZE // size
 
 
+def _size_classes():
+    """The size classes, smallest first, the huge class last: tuples (bytes of a chunk, pages and chunks of a zspage).
+
+    As in zsmalloc, sizes whose zspages have as many pages and hold as many objects are merged into the largest.
+    """
+    cdef uint32_t size, pages, objs
+    merged = [(PAGE_SIZE, SPAN_PAGES, SPAN_PAGES)]
+    last = None
+    # The largest class that still puts more than one object in a page's worth of memory; above it, a raw block is
+    # as small.
+    size = PAGE_SIZE - CLASS_DELTA
+    while size >= MIN_CHUNK:
+        geometry(size, &pages, &objs)
+        if objs > pages and (pages, objs) != last:
+            last = (pages, objs)
+            merged.append((size, pages, objs))
+        size -= CLASS_DELTA
+    assert len(merged) <= MAX_CLASSES
+    merged.reverse()
+    return merged
+
+
+CLASSES = _size_classes()
+
+
+def pool_layout(uint64_t max_objects):
+    """See state_layout in device.pyx."""
+    cdef uint64_t spans = max_objects + CELLS_SLACK
+    return {
+        "cells": spans + 1,
+        "spans": spans,
+        "span_size": SPAN_SIZE,
+        "size_classes": zlib.crc32(repr(CLASSES).encode()),
+        "bytes": (HEAD_SIZE + whole_pages(max_objects * sizeof(uint64_t)) + whole_pages(spans)
+                  + whole_pages((spans + 1) * sizeof(uint64_t)) + (spans << SPAN_SHIFT)),
+    }
+
+
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +235,7 @@ cdef class Zsmalloc:
     address space cannot be had.
     """
 
-    def __cinit__(self, uint64_t max_objects=1 << 24, *, uint64_t mem_limit=0):
+    def __cinit__(self, uint64_t max_objects=1 << 24, *, uint64_t mem_limit=0, Memory memory=None):
         cdef uint32_t i
         for i in range(MAX_CLASSES):
             pthread_mutex_init(&self.classes[i].lock, NULL)
@@ -183,12 +245,18 @@ cdef class Zsmalloc:
             raise ValueError(f"max_objects {max_objects} is out of range: 1 to {NIL - CELLS_SLACK - 1}")
         self.max_objects = max_objects
         self._make_classes()
+        if memory is None:
+            memory = Memory()
+        self.memory = memory
+        self.n = <pool_counters *>memory.kept(KEPT_POOL)
         # Each zspage holds one object at least, so there are never more zspages than objects.
-        self.arena = Arena(<uint32_t>(max_objects + CELLS_SLACK))
-        self.zspages = <zspage *>region_map(self.arena.span_count * sizeof(zspage), True)
-        self.cells = <uint64_t *>region_map((max_objects + CELLS_SLACK + 1) * sizeof(uint64_t), True)
-        if self.zspages == NULL or self.cells == NULL:
-            raise MemoryError(f"no address space for {max_objects} objects")
+        self.span_classes = memory.region(max_objects + CELLS_SLACK, True)
+        self.span_class = <uint8_t *>self.span_classes.base
+        self.cell_table = memory.region((max_objects + CELLS_SLACK + 1) * sizeof(uint64_t), True)
+        self.cells = <uint64_t *>self.cell_table.base
+        self.arena = Arena(<uint32_t>(max_objects + CELLS_SLACK), memory)
+        self.records = Region(self.arena.span_count * sizeof(zspage))
+        self.zspages = <zspage *>self.records.base
         self.arena.records = <char *>self.zspages
         self.arena.record_size = sizeof(zspage)
         self.cells_top = 1
@@ -196,39 +264,19 @@ cdef class Zsmalloc:
 
     def __dealloc__(self):
         cdef uint32_t i
-        if self.arena is not None:
-            region_unmap(self.zspages, self.arena.span_count * sizeof(zspage))
-            region_unmap(self.cells, (self.max_objects + CELLS_SLACK + 1) * sizeof(uint64_t))
         pthread_mutex_destroy(&self.compact_lock)
         pthread_mutex_destroy(&self.cells_lock)
         for i in range(MAX_CLASSES):
             pthread_mutex_destroy(&self.classes[i].lock)
 
     def _make_classes(self):
-        """Fill classes and class_of.
-
-        As in zsmalloc, sizes whose zspages have as many pages and hold as many objects are merged into the largest.
-        """
-        cdef uint32_t size, pages, objs, i, g
-        merged = []
-        last = None
-        # The largest class that still puts more than one object in a page's worth of memory; above it, a raw block is
-        # as small.
-        size = PAGE_SIZE - CLASS_DELTA
-        while size >= MIN_CHUNK:
-            geometry(size, &pages, &objs)
-            if objs > pages and (pages, objs) != last:
-                last = (pages, objs)
-                merged.append((size, pages, objs))
-            size -= CLASS_DELTA
-        self.max_payload = <uint32_t>merged[0][0] - HEADER_SIZE
-        merged.reverse()
-        merged.append((PAGE_SIZE, SPAN_PAGES, SPAN_PAGES))
-        assert len(merged) <= MAX_CLASSES
-        self.class_count = len(merged)
+        """Fill classes and class_of."""
+        cdef uint32_t size, i, g
+        self.class_count = len(CLASSES)
         self.huge = self.class_count - 1
+        self.max_payload = <uint32_t>CLASSES[self.huge - 1][0] - HEADER_SIZE
         for i in range(self.class_count):
-            self.classes[i].size, self.classes[i].pages, self.classes[i].objs = merged[i]
+            self.classes[i].size, self.classes[i].pages, self.classes[i].objs = CLASSES[i]
             for g in range(GROUPS):
                 self.classes[i].heads[g] = NIL
         i = 0
@@ -242,12 +290,15 @@ cdef class Zsmalloc:
 
     cdef uint64_t _cell_take(self) noexcept nogil:
         """A free cell, or 0 when there is none. It stays without CELL_LIVE until its owner stores an obj."""
-        cdef uint64_t handle
+        cdef uint64_t handle, next
         pthread_mutex_lock(&self.cells_lock)
         handle = self.cells_free
         if handle:
-            self.cells_free = load_relaxed(&self.cells[handle]) >> 3
-        elif self.cells_top <= self.max_objects + CELLS_SLACK:
+            next = load_relaxed(&self.cells[handle])
+            if next & CELL_TAGS:
+                handle = 0      # overwritten in memory: what follows it is lost until the next start
+            self.cells_free = next >> 3 if handle and next >> 3 < self.cells_top else 0
+        if handle == 0 and self.cells_top <= self.max_objects + CELLS_SLACK:
             handle = self.cells_top
             owned_add(&self.cells_top, 1)
         if handle:
@@ -264,7 +315,7 @@ cdef class Zsmalloc:
 
     cdef int _pin(self, uint64_t handle, uint64_t *obj) noexcept nogil:
         """Wait for the pin of an object; its location, or -ENOENT when the handle is not live."""
-        cdef uint64_t cell
+        cdef uint64_t cell, start = 0
         cdef uint32_t spins = 0
         if handle == 0 or handle > self.max_objects + CELLS_SLACK:
             return -ENOENT
@@ -273,13 +324,20 @@ cdef class Zsmalloc:
             if not cell & CELL_LIVE:
                 return -ENOENT
             if not cell & CELL_PIN and compare_swap(&self.cells[handle], cell, cell | CELL_PIN):
-                obj[0] = cell & ~<uint64_t>CELL_TAGS
-                return 0
+                obj[0] = cell_obj(cell)
+                if obj[0] >> SPAN_SHIFT < load_relaxed_32(&self.arena.top):
+                    return 0
+                store_release(&self.cells[handle], cell)
+                return -ENOENT
             spins += 1
             if spins % PIN_SPINS:
                 cpu_relax()
-            else:
-                sched_yield()
+                continue
+            if start == 0:
+                start = monotonic_ns()
+            elif monotonic_ns() - start > PIN_PATIENCE_NS:
+                return -ENOENT      # nobody holds it: the bit was set by an error of the memory
+            sched_yield()
 
     # --------------------------------------------------------------------------------------------------------
     # objects
@@ -300,6 +358,7 @@ cdef class Zsmalloc:
         handle[0] = self._cell_take()
         if handle[0] == 0:
             return -ENOMEM
+        zr_crash_point("cell-taken")
         rc = self._obj_alloc(index, handle[0], payload)
         if rc:
             self._cell_give(handle[0])
@@ -341,8 +400,10 @@ cdef class Zsmalloc:
         if chunk >= 0:
             self._regroup(c, <uint32_t>span)
             start = self.arena.base + (span << SPAN_SHIFT) + chunk * c.size
+            zr_crash_point("chunk-taken")
             store_release(&self.cells[handle], <uint64_t>(start - self.arena.base) | CELL_LIVE | CELL_PIN)
             payload[0] = start if index == self.huge else start + HEADER_SIZE
+            zr_crash_point("cell-stored")
         pthread_mutex_unlock(&c.lock)
         return 0 if chunk >= 0 else chunk
 
@@ -361,6 +422,20 @@ cdef class Zsmalloc:
         zr_assert((cell & CELL_PIN) != 0)
         store_release(&self.cells[handle], cell & ~<uint64_t>CELL_PIN)
 
+    cdef void obj_publish(self, uint64_t handle, uint64_t check) noexcept nogil:
+        """obj_end of an object that was written just now; check: 16 bits to keep for it."""
+        cdef uint64_t cell = load_relaxed(&self.cells[handle])
+        zr_assert((cell & CELL_PIN) != 0)
+        store_release(&self.cells[handle], cell_obj(cell) | CELL_LIVE | check << CELL_CHECK_SHIFT)
+
+    cdef uint64_t obj_check(self, uint64_t handle) noexcept nogil:
+        """What obj_publish was given for a pinned object."""
+        return load_relaxed(&self.cells[handle]) >> CELL_CHECK_SHIFT
+
+    cdef bint obj_fits(self, const char *payload, uint32_t size) noexcept nogil:
+        """Whether size bytes are there to be read, wherever payload leads."""
+        return <uint64_t>(payload - self.arena.base) + size <= <uint64_t>load_relaxed_32(&self.arena.top) << SPAN_SHIFT
+
     cdef int obj_free(self, uint64_t handle) noexcept nogil:
         """Free an object, once whoever holds its pin is done. -ENOENT: the handle is not live."""
         cdef uint64_t obj
@@ -370,11 +445,17 @@ cdef class Zsmalloc:
         cdef int rc = self._pin(handle, &obj)
         if rc:
             return rc
+        zr_crash_point("free-pinned")
         span = obj >> SPAN_SHIFT
         c = &self.classes[self.zspages[span].class_index]
         chunk = (<uint32_t>obj & (SPAN_SIZE - 1)) // c.size
         lock_class(c)
+        if not self._chunk_holds(c, span, chunk, handle):
+            pthread_mutex_unlock(&c.lock)
+            self.obj_end(handle)
+            return -ENOENT
         self._chunk_give(c, span, chunk)
+        zr_crash_point("chunk-freed")
         if self.zspages[span].group != ISOLATED:
             if self.zspages[span].inuse:
                 self._regroup(c, span)
@@ -385,19 +466,23 @@ cdef class Zsmalloc:
         pthread_mutex_unlock(&c.lock)
         if empty:
             self.arena.give(span, True)
+        zr_crash_point("span-freed")
         self._cell_give(handle)
+        zr_crash_point("cell-freed")
         return 0
 
     cdef uint32_t obj_capacity(self, uint64_t handle) noexcept nogil:
         """Bytes that fit in a pinned object."""
-        cdef uint64_t obj = load_relaxed(&self.cells[handle])
+        cdef uint64_t obj = cell_obj(load_relaxed(&self.cells[handle]))
         cdef uint32_t index = self.zspages[obj >> SPAN_SHIFT].class_index
         return PAGE_SIZE if index == self.huge else self.classes[index].size - HEADER_SIZE
 
     cdef void obj_prefetch(self, uint64_t handle, uint32_t size) noexcept nogil:
         """Ask the cache for the first size bytes of an object. Only a hint: nothing is pinned or even looked at."""
-        cdef uint64_t obj = load_relaxed(&self.cells[handle]) & ~<uint64_t>CELL_TAGS
+        cdef uint64_t obj = 0
         cdef uint32_t at
+        if handle <= self.max_objects + CELLS_SLACK:
+            obj = cell_obj(load_relaxed(&self.cells[handle]))
         if obj >> SPAN_SHIFT < self.arena.span_count:
             for at in range(0, size, 64):
                 prefetch(self.arena.base + obj + at)
@@ -407,13 +492,16 @@ cdef class Zsmalloc:
         cdef uint64_t handle = self._cell_take()
         if handle:
             store_release(&self.cells[handle], word)
+            zr_crash_point("word-stored")
         return handle
 
     cdef uint64_t word_read(self, uint64_t handle) noexcept nogil:
-        return load_acquire(&self.cells[handle])
+        return load_acquire(&self.cells[handle]) if handle <= self.max_objects + CELLS_SLACK else 0
 
     cdef void word_free(self, uint64_t handle) noexcept nogil:
-        self._cell_give(handle)
+        if handle < load_relaxed(&self.cells_top):
+            self._cell_give(handle)
+        zr_crash_point("word-freed")
 
     # --------------------------------------------------------------------------------------------------------
     # chunks; the class lock is held
@@ -426,7 +514,7 @@ cdef class Zsmalloc:
         cdef zspage *z = &self.zspages[span]
         cdef char *base = self.arena.base + (<uint64_t>span << SPAN_SHIFT)
         cdef char *start
-        cdef uint32_t chunk, header
+        cdef uint32_t chunk, header, next
         cdef int n
         if c.size == PAGE_SIZE:
             n = self._huge_take(c, span)
@@ -438,8 +526,12 @@ cdef class Zsmalloc:
                 chunk = z.free
                 start = base + chunk * c.size
                 memcpy(&header, start, HEADER_SIZE)
-                zr_assert(header & 1 == 0)
-                z.free = <uint16_t>(header >> 1)
+                next = header >> 1
+                if header & 1 or (next != NO_CHUNK and next >= z.fresh):
+                    # The link was overwritten in memory. What follows it is lost until the next start.
+                    z.free = NO_CHUNK
+                    return -ENOSPC
+                z.free = <uint16_t>next
             else:
                 chunk = z.fresh
                 if chunk == c.objs or (resident and pages_of_chunk(c, chunk) & ~<uint32_t>self.arena.committed[span]):
@@ -457,6 +549,19 @@ cdef class Zsmalloc:
         z.inuse += 1
         owned_add(&c.inuse, 1)
         return <int>chunk
+
+    cdef bint _chunk_holds(self, size_class *c, uint32_t span, uint32_t chunk, uint64_t handle) noexcept nogil:
+        """Whether a chunk holds the object of handle, as far as it tells."""
+        cdef zspage *z = &self.zspages[span]
+        cdef uint32_t header
+        if z.group == NO_ZSPAGE or &self.classes[z.class_index] != c:
+            return False
+        if c.size == PAGE_SIZE:
+            return z.free >> chunk & 1
+        if chunk >= z.fresh:
+            return False
+        memcpy(&header, self.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size, HEADER_SIZE)
+        return header == (<uint32_t>handle << 1 | 1)
 
     cdef void _chunk_give(self, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil:
         cdef zspage *z = &self.zspages[span]
@@ -554,6 +659,8 @@ cdef class Zsmalloc:
         z.fresh = 0
         z.free = 0 if index == self.huge else NO_CHUNK
         z.class_index = <uint16_t>index
+        self.span_class[span] = <uint8_t>(index + 1)
+        zr_crash_point("class-stored")
         if index == self.huge:
             for page in range(SPAN_PAGES):
                 if self.arena.committed[span] >> page & 1:
@@ -606,10 +713,10 @@ cdef class Zsmalloc:
             if budget == 0 or freed >= enough:
                 break
             freed += self._compact_class(i - 1, &budget, enough - freed)
-        counter_add(&self.compact_ns, monotonic_ns() - start)
+        counter_add(&self.n.compact_ns, monotonic_ns() - start)
         if freed:
-            counter_add(&self.pages_compacted, freed)
-            counter_add(&self.num_compactions, 1)
+            counter_add(&self.n.pages_compacted, freed)
+            counter_add(&self.n.num_compactions, 1)
         pthread_mutex_unlock(&self.compact_lock)
         return freed
 
@@ -674,7 +781,7 @@ cdef class Zsmalloc:
                 lock_class(c)
         freed += self._putback(c, src) + self._putback(c, dst)
         pthread_mutex_unlock(&c.lock)
-        counter_add(&self.objects_migrated, moved)
+        counter_add(&self.n.objects_migrated, moved)
         return freed - min(freed, grown)
 
     cdef uint32_t _isolate_fullest(self, size_class *c, bint resident) noexcept nogil:
@@ -714,23 +821,32 @@ cdef class Zsmalloc:
 
     cdef int _move(self, size_class *c, uint32_t src, uint32_t chunk, uint32_t dst, bint resident) noexcept nogil:
         """Move an object to another zspage of its class. -EBUSY: its pin is held; -ENOSPC: no room (see _chunk_take)."""
-        cdef uint64_t obj = (<uint64_t>src << SPAN_SHIFT) + chunk * c.size, handle
+        cdef uint64_t obj = (<uint64_t>src << SPAN_SHIFT) + chunk * c.size, handle, cell
         cdef char *old = self.arena.base + obj
         cdef char *new
         cdef uint32_t header
         cdef int room
         memcpy(&header, old, HEADER_SIZE)
         handle = header >> 1
-        if not compare_swap(&self.cells[handle], obj | CELL_LIVE, obj | CELL_LIVE | CELL_PIN):
+        if handle >= load_relaxed(&self.cells_top):
             return -EBUSY
+        cell = load_relaxed(&self.cells[handle])
+        if (cell_obj(cell) != obj or cell & CELL_TAGS != CELL_LIVE
+                or not compare_swap(&self.cells[handle], cell, cell | CELL_PIN)):
+            return -EBUSY
+        zr_crash_point("move-pinned")
         room = self._chunk_take(c, dst, handle, resident)
         if room < 0:
-            store_release(&self.cells[handle], obj | CELL_LIVE)
+            store_release(&self.cells[handle], cell)
             return room
+        zr_crash_point("move-chunk-taken")
         new = self.arena.base + (<uint64_t>dst << SPAN_SHIFT) + room * c.size
         memcpy(new + HEADER_SIZE, old + HEADER_SIZE, c.size - HEADER_SIZE)
-        store_release(&self.cells[handle], <uint64_t>(new - self.arena.base) | CELL_LIVE)
+        zr_crash_point("move-copied")
+        store_release(&self.cells[handle], cell ^ obj ^ <uint64_t>(new - self.arena.base))
+        zr_crash_point("move-cell-stored")
         self._chunk_give(c, src, chunk)
+        zr_crash_point("move-source-freed")
         return 0
 
     cdef uint64_t give_back(self) noexcept nogil:
@@ -781,10 +897,11 @@ cdef class Zsmalloc:
     # the pool as a whole
 
     cdef int populate(self) noexcept nogil:
-        """Make the cells of max_objects objects resident; 0 or -ENOMEM."""
+        """Make the cells of max_objects objects and the classes of spans resident; 0 or -ENOMEM."""
         # One more for each object that is written while its block still holds the old one.
         cdef uint64_t cells = min(self.max_objects + PAGE_SIZE, self.max_objects + CELLS_SLACK + 1)
-        if region_populate(self.cells, cells * sizeof(uint64_t)):
+        if (region_populate(self.cells, cells * sizeof(uint64_t))
+                or region_populate(self.span_class, self.arena.span_count)):
             return -ENOMEM
         store_relaxed(&self.cells_ready, cells)
         return 0
@@ -805,26 +922,29 @@ cdef class Zsmalloc:
             if i == self.huge:
                 self.spares = 0
             pthread_mutex_unlock(&c.lock)
-        region_release(self.zspages, self.arena.span_count * sizeof(zspage))
+        self.records.release_all()
         self.arena.reset()
+        zr_crash_point("pool-cleared")
         pthread_mutex_lock(&self.cells_lock)
-        region_release(self.cells, (self.max_objects + CELLS_SLACK + 1) * sizeof(uint64_t))
+        self.span_classes.release_all()
+        self.cell_table.release_all()
         store_relaxed(&self.cells_ready, 0)
         store_relaxed(&self.cells_top, 1)
         store_relaxed(&self.cells_used, 0)
         self.cells_free = 0
         pthread_mutex_unlock(&self.cells_lock)
-        store_relaxed(&self.pages_compacted, 0)
-        store_relaxed(&self.objects_migrated, 0)
-        store_relaxed(&self.num_compactions, 0)
-        store_relaxed(&self.compact_ns, 0)
+        store_relaxed(&self.n.pages_compacted, 0)
+        store_relaxed(&self.n.objects_migrated, 0)
+        store_relaxed(&self.n.num_compactions, 0)
+        store_relaxed(&self.n.compact_ns, 0)
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
-        """Resident bytes beside the arena's pages: cells, zspages, tables, this object."""
+        """Resident bytes beside the arena's pages: cells, zspages, tables, counters, this object."""
         cdef uint64_t cells = max(load_relaxed(&self.cells_top), load_relaxed(&self.cells_ready))
         cdef uint64_t zspages = max(load_relaxed_32(&self.arena.top), load_relaxed_32(&self.arena.records_ready))
         return ((cells * sizeof(uint64_t) + PAGE_SIZE - 1) >> PAGE_SHIFT << PAGE_SHIFT) + (
             (zspages * sizeof(zspage) + PAGE_SIZE - 1) >> PAGE_SHIFT << PAGE_SHIFT) + (
+            (zspages + PAGE_SIZE - 1) >> PAGE_SHIFT << PAGE_SHIFT) + (KEPT_PAGES << PAGE_SHIFT) + (
             self.arena.metadata_bytes() + sizeof(self.classes) + sizeof(self.class_of))
 
     cdef const char *find_fault(self, uint64_t *where, uint64_t words) noexcept nogil:
@@ -908,7 +1028,7 @@ cdef class Zsmalloc:
     cdef const char *_find_zspage_fault(self, uint32_t index, uint32_t span) noexcept nogil:
         cdef size_class *c = &self.classes[index]
         cdef zspage *z = &self.zspages[span]
-        cdef uint64_t obj = <uint64_t>span << SPAN_SHIFT
+        cdef uint64_t obj = <uint64_t>span << SPAN_SHIFT, cell
         cdef uint32_t chunk, header, live = 0, unused = 0
         if index == self.huge:
             if bits_set(z.free) != z.inuse or z.free & ~<uint32_t>self.arena.committed[span]:
@@ -924,7 +1044,8 @@ cdef class Zsmalloc:
                 live += 1
                 if header >> 1 == 0 or header >> 1 >= self.cells_top:
                     return "a header names no cell"
-                if self.cells[header >> 1] & ~<uint64_t>CELL_PIN != (obj + chunk * c.size) | CELL_LIVE:
+                cell = self.cells[header >> 1]
+                if cell_obj(cell) != obj + chunk * c.size or cell & ~<uint64_t>CELL_PIN & CELL_TAGS != CELL_LIVE:
                     return "a header's cell does not point back"
         if live != z.inuse:
             return "the count of a zspage differs from its headers"
@@ -1043,14 +1164,14 @@ cdef class Zsmalloc:
         return {
             "mem_used_total": load_relaxed(&self.arena.pages) << PAGE_SHIFT,
             "mem_limit": self.mem_limit,
-            "mem_used_max": load_relaxed(&self.arena.pages_max) << PAGE_SHIFT,
+            "mem_used_max": load_relaxed(self.arena.pages_max) << PAGE_SHIFT,
             "stock_pages": load_relaxed(&self.arena.stock),
             "reserve_bytes": load_relaxed(&self.arena.ready_pages) << PAGE_SHIFT,
             "reserve_misses": load_relaxed(&self.arena.misses),
-            "pages_compacted": load_relaxed(&self.pages_compacted),
-            "objects_migrated": load_relaxed(&self.objects_migrated),
-            "num_compactions": load_relaxed(&self.num_compactions),
-            "compact_ns": load_relaxed(&self.compact_ns),
+            "pages_compacted": load_relaxed(&self.n.pages_compacted),
+            "objects_migrated": load_relaxed(&self.n.objects_migrated),
+            "num_compactions": load_relaxed(&self.n.num_compactions),
+            "compact_ns": load_relaxed(&self.n.compact_ns),
             "zspages": zspages,
             "objs_allocated": allocated,
             "objs_used": used,

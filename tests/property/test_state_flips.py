@@ -1,0 +1,236 @@
+"""Bits that change by themselves in a state with verify=on: what is read is right, or an error; no crash."""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import suppress
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from zramd import Device, PoolFullError, state
+from zramd.core.device import state_layout
+from zramd.errors import CorruptionError, CorruptObjectError, StateError
+
+BLOCK = 4096
+BLOCKS = 256
+SIZE = BLOCKS * BLOCK
+
+
+def extents(fd: int) -> list[tuple[int, int]]:
+    """Start and end of what the file has that is no hole."""
+    found = []
+    at = 0
+    while True:
+        try:
+            at = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError:
+            return found
+        end = os.lseek(fd, at, os.SEEK_HOLE)
+        found.append((at, end))
+        at = end
+
+
+class Memory:
+    """A state in memory, whose bits can be changed behind the device's back."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("zramd")
+        self.path = f"/proc/self/fd/{self.fd}"
+
+    def take_over(self) -> Device:
+        fd = state.open_state(self.path, SIZE, True)
+        try:
+            return Device(SIZE, state=fd, verify=True)
+        finally:
+            os.close(fd)
+
+    def copy(self) -> "Memory":
+        copy = Memory()
+        os.ftruncate(copy.fd, os.fstat(self.fd).st_size)
+        for start, end in extents(self.fd):
+            os.pwrite(copy.fd, os.pread(self.fd, end - start, start), start)
+        return copy
+
+    def flip(self, rnd: random.Random, count: int, live: bool) -> None:
+        """Change bits: half of them anywhere in use, half in the tables, which are small but lead on."""
+        cells, arena = table_ends()
+        tables = [(start, min(end, arena)) for start, end in extents(self.fd) if start < arena]
+        for _ in range(count):
+            start, end = rnd.choice(rnd.choice((tables, extents(self.fd))))
+            at, bit = rnd.randrange(start, end), rnd.randrange(8)
+            if live and (at < 1 << 16 or (cells <= at < arena and at % 8 == bit == 0)):
+                continue  # the counters and the limit; the pin, for which all would wait
+            byte = os.pread(self.fd, 1, at)[0]
+            if byte or rnd.random() < 0.1:
+                os.pwrite(self.fd, bytes([byte ^ 1 << bit]), at)
+
+
+def table_ends() -> tuple[int, int]:
+    """Where the cells begin and end."""
+    layout = state_layout(SIZE)
+    arena = layout["bytes"] - layout["spans"] * layout["span_size"]
+    return arena - -(-8 * layout["cells"] // BLOCK) * BLOCK, arena
+
+
+def blocks(rnd: random.Random) -> Iterator[bytes]:
+    """Content of every kind."""
+    while True:
+        yield rnd.randbytes(8) * 512
+        yield rnd.randbytes(BLOCK)
+        yield bytes(BLOCK)
+        for _ in range(6):
+            yield rnd.randbytes(size := rnd.randrange(8, 3500)) + bytes(BLOCK - size)
+
+
+@pytest.fixture(scope="module")
+def saved() -> tuple[Memory, bytes]:
+    memory = Memory()
+    device = memory.take_over()
+    rnd = random.Random(1)
+    source = blocks(rnd)
+    for block in [*range(BLOCKS), *rnd.sample(range(BLOCKS), BLOCKS)]:
+        device.write(next(source), block * BLOCK)
+    for block in rnd.sample(range(BLOCKS), BLOCKS // 4):
+        device.trim(block * BLOCK, BLOCK)
+    content = bytearray(SIZE)
+    device.read(content, 0)
+    return memory, bytes(content)
+
+
+def read_all(device: Device, model: bytearray) -> int:
+    """Compare every block that can be read; how many cannot."""
+    lost = 0
+    buf = bytearray(BLOCK)
+    for offset in range(0, SIZE, BLOCK):
+        error = None
+        try:
+            device.read(buf, offset)
+        except CorruptObjectError as caught:
+            error = str(caught)
+        if error is None:
+            assert buf == model[offset : offset + BLOCK], f"block {offset // BLOCK} is wrong"
+        else:
+            assert f"block {offset // BLOCK}" in error
+            lost += 1
+    assert device.counters()["checksum_errors"] >= lost
+    return lost
+
+
+def use(device: Device, model: bytearray, rnd: random.Random, memory: Memory | None = None) -> None:
+    """Write, trim and compact as if nothing was wrong, while more goes wrong if memory is given."""
+    source = blocks(rnd)
+    for _ in range(150):
+        block = rnd.randrange(BLOCKS)
+        span = slice(block * BLOCK, (block + 1) * BLOCK)
+        action = rnd.randrange(10)
+        if memory is not None and rnd.random() < 0.1:
+            memory.flip(rnd, rnd.choice((1, 1, 5)), True)
+        if action < 6:
+            data = next(source)
+            with suppress(PoolFullError, MemoryError):
+                device.write(data, span.start)
+                model[span] = data
+        elif action < 8:
+            device.trim(span.start, BLOCK)
+            model[span] = bytes(BLOCK)
+        elif action == 8:
+            with suppress(CorruptObjectError, PoolFullError, MemoryError):
+                device.write(b"part", span.start + 100)
+                model[span.start + 100 : span.start + 104] = b"part"
+        else:
+            device.compact()
+            device.trim_stock()
+    read_all(device, model)
+    with suppress(CorruptionError):
+        device.check()
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1 << 32), count=st.sampled_from([1, 1, 3, 20, 200]))
+def test_flips_in_a_saved_state(saved: tuple[Memory, bytes], seed: int, count: int) -> None:
+    rnd = random.Random(seed)
+    memory, model = saved[0].copy(), bytearray(saved[1])
+    memory.flip(rnd, count, False)
+    try:
+        device = memory.take_over()
+    except (StateError, CorruptionError):
+        pass
+    else:
+        read_all(device, model)
+        use(device, model, rnd)
+    finally:
+        os.close(memory.fd)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1 << 32), count=st.sampled_from([1, 1, 3, 20, 200]))
+def test_flips_in_a_live_state(saved: tuple[Memory, bytes], seed: int, count: int) -> None:
+    rnd = random.Random(seed)
+    memory, model = saved[0].copy(), bytearray(saved[1])
+    device = memory.take_over()
+    memory.flip(rnd, count, True)
+    read_all(device, model)
+    use(device, model, rnd, memory)
+    os.close(memory.fd)
+
+
+def test_flips_are_found(saved: tuple[Memory, bytes]) -> None:
+    """The two tests above would pass if nothing ever came to harm."""
+    rnd = random.Random(3)
+    lost = taken = 0
+    for _ in range(60):
+        memory, model = saved[0].copy(), bytearray(saved[1])
+        memory.flip(rnd, 3, False)
+        with suppress(StateError, CorruptionError):
+            device = memory.take_over()
+            lost += read_all(device, model)
+            taken += device.counters()["lost_blocks"]
+            del device
+        os.close(memory.fd)
+    assert lost > 20
+    assert taken > 3
+
+
+def test_a_slot_that_leads_nowhere_loses_its_block_only(saved: tuple[Memory, bytes]) -> None:
+    memory, model = saved[0].copy(), bytearray(saved[1])
+    block = next(b for b in range(BLOCKS) if any(model[b * BLOCK : (b + 1) * BLOCK]))
+    at = (1 << 16) + 8 * block + 5
+    os.pwrite(memory.fd, bytes([os.pread(memory.fd, 1, at)[0] ^ 0x20]), at)  # of the handle
+    for _ in range(2):
+        device = memory.take_over()
+        device.check()
+        assert read_all(device, model) == device.counters()["lost_blocks"] == 1
+        del device
+    device = memory.take_over()
+    device.write(b"new" + bytes(BLOCK - 3), block * BLOCK)
+    model[block * BLOCK : (block + 1) * BLOCK] = b"new" + bytes(BLOCK - 3)
+    device.check()
+    assert read_all(device, model) == 0
+    del device
+    device = memory.take_over()
+    device.check()
+    assert device.counters()["lost_blocks"] == 0
+    os.close(memory.fd)
+
+
+@pytest.mark.slow
+def test_a_pin_that_nobody_holds(saved: tuple[Memory, bytes]) -> None:
+    """Who waits for it gives up."""
+    memory, model = saved[0].copy(), saved[1]
+    device = memory.take_over()
+    cells, _ = table_ends()
+    slots = 1 << 16
+    block = next(
+        block
+        for block in range(BLOCKS)
+        if any(model[block * BLOCK : (block + 1) * BLOCK])
+        and not os.pread(memory.fd, 8, slots + 8 * block)[1] & 0x20  # SLOT_SAME
+    )
+    handle = int.from_bytes(os.pread(memory.fd, 4, slots + 8 * block + 2), "little")
+    at = cells + 8 * handle
+    os.pwrite(memory.fd, bytes([os.pread(memory.fd, 1, at)[0] | 1]), at)
+    with pytest.raises(CorruptObjectError, match=f"block {block}"):
+        device.read(bytearray(BLOCK), block * BLOCK)
+    os.close(memory.fd)

@@ -1,0 +1,3 @@
+from libc.stdint cimport uint32_t, uint64_t
+
+cdef uint32_t checksum(const char *data, uint32_t size, uint64_t seed) noexcept nogil

@@ -1,0 +1,52 @@
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from zramd.core.arena cimport Arena
+from zramd.core.region cimport Region
+from zramd.core.zsmalloc cimport Zsmalloc
+
+cdef enum:
+    MENDS = 4096
+    LOST = 1024
+
+cdef class Recovery:
+    cdef Zsmalloc pool
+    cdef Arena arena
+    cdef Region slot_table
+    cdef uint64_t *slots
+    cdef Region touches
+    cdef uint64_t blocks
+    cdef bint verify
+    cdef Region used                # bitmap: the handles that slots hold
+    cdef Region live                # bitmap: the chunks that slots lead to, a bit for MIN_CHUNK bytes of arena
+    cdef uint32_t top               # spans below this one had a class
+    cdef bint spans_now             # which of the two parallel steps
+    cdef uint64_t cursor            # atomic: the next piece of work
+    cdef uint64_t pieces
+    cdef const char *wrong          # of the first contradiction; NULL: there is none
+    cdef uint64_t wrong_block
+    cdef uint64_t mends[MENDS]      # handles whose cell is pinned or whose header is wrong
+    cdef uint64_t mend_count        # this and those below: atomic
+    cdef uint64_t lost_blocks[LOST]     # with verify: blocks whose slot leads nowhere
+    # Results; atomic.
+    cdef uint64_t lost              # those blocks, and those that were lost before
+    cdef uint64_t lost_now
+    cdef uint64_t stored
+    cdef uint64_t same
+    cdef uint64_t huge
+    cdef uint64_t compr
+    cdef uint64_t handles
+    cdef uint64_t slot_pages        # that hold something
+    cdef uint64_t leaked
+    cdef uint64_t milliseconds
+
+    cdef uint32_t _find_top(self) noexcept nogil
+    cdef void _work(self) noexcept nogil
+    cdef void _scan_slots(self, uint64_t first, uint64_t last) noexcept nogil
+    cdef bint _scan_page(self, uint64_t block, uint64_t end) noexcept nogil
+    cdef const char *_scan_slot(self, uint64_t slot) noexcept nogil
+    cdef void _rebuild_spans(self, uint32_t first, uint32_t last) noexcept nogil
+    cdef void _rebuild_span(self, uint32_t span) noexcept nogil
+    cdef void _list_zspages(self) noexcept nogil
+    cdef void _list_cells(self) noexcept nogil
+    cdef void _mend(self) noexcept nogil
+    cdef void _give_back_slots(self) noexcept nogil

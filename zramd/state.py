@@ -1,0 +1,149 @@
+"""The state file: all data of a device, so that it outlives the server. Who may have it, and what is refused.
+
+    | header page | kept counters … | slots | classes of spans | cells | pages of the pool |
+
+The header is written once, when the file is new, and says what the rest was laid out for; it ends with its
+checksum. What is in the rest, zramd.core.recovery finds. The file is locked while a server has it mapped.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+import zlib
+
+from zramd.core.device import state_layout
+from zramd.core.region import filesystem
+from zramd.errors import StateError
+
+MAGIC = b"zramd state\n\0\x1a\xff\x00"
+VERSION = (
+    1  # of the file as a whole; raise it when what is in the slots, cells or headers means something else
+)
+
+_TMPFS = 0x01021994
+_FIELDS = ("disksize", "verify", "slots", "cells", "spans", "span_size", "size_classes", "bytes")
+_HEADER = struct.Struct(f"<16sQ{len(_FIELDS)}QQ")  # magic, version, fields, checksum of all before
+
+_REMOVE = "or remove the file to start empty"
+
+
+def open_state(path: str, disksize: int, verify: bool) -> int:
+    """Return the descriptor of the state file, locked; a new one is laid out for the device.
+
+    Raises StateError, one sentence, for a file that cannot be had or trusted; it is then as it was.
+    """
+    fd = _open(path)
+    try:
+        _lock(fd, path)
+        if filesystem(fd) != _TMPFS:
+            raise StateError(
+                f"state '{path}' is not on a tmpfs: use a path such as /dev/shm/NAME or /run/NAME, "
+                "for a disk would be written to all the time, and waited for"
+            )
+        layout = state_layout(disksize) | {"verify": int(verify)}
+        if _is_empty(fd):
+            _create(fd, path, layout)
+        else:
+            _accept(fd, path, layout)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise StateError(f"state '{path}' cannot be opened: {reason}: {_remedy(error.errno)}") from None
+
+
+def _remedy(number: int | None) -> str:
+    if number == errno.ENOENT:
+        return "make its folder, or use another path"
+    if number in (errno.EACCES, errno.EPERM):
+        return "run zramd as the user who owns it, or use another path"
+    return "use another path"
+
+
+def _lock(fd: int, path: str) -> None:
+    """Take the lock that says that a server uses the file; a fork shares it, and a kill drops it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StateError(
+            f"state '{path}' is in use by a running server: stop that first, or use another path"
+        ) from None
+
+
+def _is_empty(fd: int) -> bool:
+    """Say whether nothing was ever written to the file: it is empty, or all of it is a hole."""
+    try:
+        os.lseek(fd, 0, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return True
+        raise
+    return False
+
+
+def _create(fd: int, path: str, layout: dict[str, int]) -> None:
+    try:
+        os.ftruncate(fd, layout["bytes"])
+        os.pwrite(fd, _pack(layout), 0)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise StateError(
+            f"state '{path}' cannot be made: {reason}: make room there (its size is that of the data, "
+            "though it looks larger), or use another path"
+        ) from None
+
+
+def _pack(layout: dict[str, int]) -> bytes:
+    body = struct.pack(f"<16sQ{len(_FIELDS)}Q", MAGIC, VERSION, *(layout[name] for name in _FIELDS))
+    return body + struct.pack("<Q", zlib.crc32(body))
+
+
+def _accept(fd: int, path: str, layout: dict[str, int]) -> None:
+    """Raise StateError unless the file was laid out as this server would do it."""
+    header = os.pread(fd, _HEADER.size, 0)
+    if header[: len(MAGIC)] != MAGIC:
+        raise StateError(f"'{path}' is not a state of zramd: use another path, {_REMOVE}")
+    if len(header) < _HEADER.size:
+        raise StateError(f"state '{path}' was cut off in its header: restore a copy, {_REMOVE}")
+    _, version, *values, checksum = _HEADER.unpack(header)
+    # Another version's checksum may be elsewhere; damage would mostly make a large number of the version.
+    if version != VERSION and 0 < version < 1000:
+        raise StateError(
+            f"state '{path}' has format {version}, this zramd has {VERSION}: "
+            f"use the zramd that made it, {_REMOVE}"
+        )
+    if zlib.crc32(header[:-8]) != checksum:
+        raise StateError(
+            f"state '{path}' has a damaged header (its checksum differs): restore a copy, {_REMOVE}"
+        )
+    found = dict(zip(_FIELDS, values, strict=True))
+    if found["disksize"] != layout["disksize"]:
+        size = found["disksize"]
+        raise StateError(
+            f"state '{path}' is of a device of {size} bytes, not {layout['disksize']}: "
+            f"use disksize={size}, {_REMOVE}"
+        )
+    if found["verify"] != layout["verify"]:
+        word = "on" if found["verify"] else "off"
+        raise StateError(f"state '{path}' was made with verify={word}: use verify={word}, {_REMOVE}")
+    for name in _FIELDS:
+        if found[name] != layout[name]:
+            raise StateError(
+                f"state '{path}' is laid out otherwise ({name} is {found[name]}, not {layout[name]}): "
+                f"use the zramd that made it, {_REMOVE}"
+            )
+    size = os.fstat(fd).st_size
+    if size != layout["bytes"]:
+        done = "cut off" if size < layout["bytes"] else "added to"
+        raise StateError(
+            f"state '{path}' was {done}: it has {size} bytes, not {layout['bytes']}: "
+            f"restore a copy, {_REMOVE}"
+        )
