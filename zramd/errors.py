@@ -7,6 +7,7 @@
         ├── CorruptObjectError      an object does not decompress     (also an OSError: EIO)
         ├── HandleError             a handle is not live              (also a LookupError)
         ├── CorruptionError         a structure contradicts itself
+        ├── AttachError             a kernel device cannot be attached, detached, swapped to
         └── RundirError             the run folder cannot be used
 
 Each message is one sentence that quotes the value at fault. `exit_code` is what a command ends with.
@@ -51,6 +52,10 @@ class CorruptionError(ZramdError):
 
 class SwapError(ZramdError):
     """A measure that swap=local asks for cannot be had; the message says which, and the remedy."""
+
+
+class AttachError(ZramdError):
+    """A kernel device cannot be attached, detached, swapped to or off; the message says why."""
 
 
 class RundirError(ZramdError):
