@@ -12,6 +12,7 @@ the whole way once, with a connection that the kernel had no use for.
 
 import os
 import select
+import socket
 import sys
 import time
 from contextlib import suppress
@@ -126,7 +127,7 @@ class Keeper:
         job, links = self._job, []
         try:
             for _ in range(job.connections):
-                links.append(netlink.dial(self._address))
+                links.append(self._dial())
                 export = netlink.handshake(links[-1], job.name)
                 if job.connections > 1 and not export.flags & netlink.MULTI_CONN:
                     raise AttachError(f"the server of {job.name} does not allow for several connections")
@@ -140,11 +141,21 @@ class Keeper:
                 dead_conn_timeout=job.dead_conn_timeout,
                 backend=self._backend,
             )
+        except OSError as error:
+            what = self.device if job.index >= 0 else "an NBD device"
+            raise AttachError(f"the kernel does not give us {what}: {(error.strerror or '').lower()}") from None
         finally:
             for link in links:
                 link.close()
         if job.connections == 1 and job.timeout:
             self._set_timeout()
+
+    def _dial(self) -> socket.socket:
+        try:
+            return netlink.dial(self._address)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise AttachError(f"the server cannot be reached at '{self._job.address}': {reason}") from None
 
     def _set_timeout(self) -> None:
         """Let the kernel look after so many seconds whether a request's connection was replaced, and send it again.

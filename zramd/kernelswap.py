@@ -8,10 +8,10 @@ from typing import NamedTuple
 from zramd.errors import AttachError
 
 SWAPS = "/proc/swaps"
+MOUNTS = "/proc/mounts"
 MEMINFO = "/proc/meminfo"
-PRIORITIES = range(-1, 32768)  # what swapon takes; a higher one is used first, -1 lets the kernel choose
 PROGRESS_INTERVAL = 0.2  # seconds between two looks at how far swapoff is
-_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"  # ordinary users lack the first ones
+PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"  # ordinary users lack the first ones
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -31,14 +31,28 @@ def swaps() -> list[Swap]:
     found = []
     for line in lines:
         path, _, size, used, priority = line.split()
-        path = _OCTAL.sub(lambda octal: chr(int(octal[1], 8)), path)
-        found.append(Swap(path, int(size) << 10, int(used) << 10, int(priority)))
+        found.append(Swap(_unquote(path), int(size) << 10, int(used) << 10, int(priority)))
     return found
+
+
+def _unquote(path: str) -> str:
+    return _OCTAL.sub(lambda octal: chr(int(octal[1], 8)), path)
 
 
 def find(device: str) -> Swap | None:
     """Return how the kernel swaps to `device`, None if it does not."""
     return next((swap for swap in swaps() if swap.path == device), None)
+
+
+def mounts(device: str) -> list[str]:
+    """Return where `device` or one of its partitions is mounted."""
+    found = []
+    with open(MOUNTS) as file:
+        for line in file:
+            source, place, *_ = line.split()
+            if re.fullmatch(f"{re.escape(device)}(p[0-9]+)?", source):
+                found.append(_unquote(place))
+    return found
 
 
 def available() -> int:
@@ -56,8 +70,8 @@ def on(device: str, priority: int, *, discard: bool = True) -> None:
     `discard` makes the kernel trim what it has freed. Raises AttachError.
     """
     settle_queue(device)
-    _run("mkswap", device)
-    _run("swapon", *(["--discard"] if discard else []), "--priority", str(priority), device)
+    run("mkswap", device)
+    run("swapon", *(["--discard"] if discard else []), "--priority", str(priority), device)
 
 
 def settle_queue(device: str) -> None:
@@ -120,13 +134,15 @@ def off(device: str, *, force: bool = False, progress: Callable[[int, int], None
 def _program(name: str) -> str:
     import shutil
 
-    found = shutil.which(name, path=_PATH)
+    found = shutil.which(name, path=PATH)
     if found is None:
-        raise AttachError(f"{name} is not installed: run 'apt-get install mount util-linux' as root")
+        package = {"nbd-client": "nbd-client", "mkswap": "util-linux"}.get(name, "mount")
+        raise AttachError(f"{name} is not installed: run 'apt-get install {package}' as root")
     return found
 
 
-def _run(name: str, *arguments: str) -> None:
+def run(name: str, *arguments: str) -> None:
+    """Run a system program, wherever it is. Raises AttachError with what it says when it fails."""
     import subprocess
 
     done = subprocess.run(
