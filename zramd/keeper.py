@@ -10,6 +10,7 @@ is locked and warm, the kernel knows it for an I/O flusher, and before it says t
 the whole way once, with a connection that the kernel had no use for.
 """
 
+import math
 import os
 import select
 import socket
@@ -38,7 +39,7 @@ class Job(NamedTuple):
     adopt: int  # 1: the device is attached already, and its keeper has died
     data: str  # what `adopt` must find
     connections: int
-    timeout: int  # seconds after which a request that got no answer is looked at
+    timeout: float  # seconds after which the kernel looks at a request that got no answer, 0 for its 30
     dead_conn_timeout: int  # seconds for which requests wait for a new connection
 
     def words(self) -> list[str]:
@@ -48,11 +49,8 @@ class Job(NamedTuple):
 
 def job(words: list[str]) -> Job:
     """Return what `Job.words` stands for."""
-    name, address, folder, index, adopt, data, *numbers = words
-    connections, timeout, dead_conn_timeout = map(int, numbers)
-    return Job(
-        name, address, folder, int(index), int(adopt), data, connections, timeout, dead_conn_timeout
-    )
+    kinds = (str, str, str, int, int, str, int, float, int)
+    return Job(*(kind(word) for kind, word in zip(kinds, words, strict=True)))  # type: ignore[arg-type]
 
 
 class Keeper:
@@ -137,7 +135,7 @@ class Keeper:
                 [link.fileno() for link in links],
                 export,
                 index=job.index if job.index >= 0 else None,
-                timeout=job.timeout if job.connections > 1 else 0,
+                timeout=math.ceil(job.timeout) if job.connections > 1 else 0,
                 dead_conn_timeout=job.dead_conn_timeout,
                 backend=self._backend,
             )
@@ -161,10 +159,10 @@ class Keeper:
         """Let the kernel look after so many seconds whether a request's connection was replaced, and send it again.
 
         A timeout given by netlink would do that too, but also cut off a server that is only slow; and what such a
-        server has read already it may write long after newer data. Kernels before 5.0 look after 30 s.
+        server has read already it may write after what is sent it anew. Kernels before 5.0 look after 30 s.
         """
         with suppress(OSError), open(f"/sys/block/nbd{self.index}/queue/io_timeout", "w") as file:
-            file.write(str(self._job.timeout * 1000))
+            file.write(f"{self._job.timeout * 1000:.0f}")
 
     def _reconnect(self) -> None:
         self._say(f"{self._dead} of {self._job.connections} connections to {self._job.name} are dead")

@@ -102,7 +102,6 @@ def off(device: str, *, force: bool = False, progress: Callable[[int, int], None
             f"{swap.used >> 20} MiB are swapped out to {device} and only {memory >> 20} MiB of memory are available: "
             "end programs first, or use --force"
         )
-    import signal
     import subprocess
 
     process = subprocess.Popen(
@@ -122,7 +121,7 @@ def off(device: str, *, force: bool = False, progress: Callable[[int, int], None
                 if progress and now:
                     progress(now.used, swap.used)
     except BaseException:
-        process.send_signal(signal.SIGINT)  # the kernel's swapoff stops within a page, and the device stays
+        process.terminate()  # the kernel's swapoff stops within a page, and the device stays
         process.communicate()
         raise
     if process.returncode:

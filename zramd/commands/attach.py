@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 PRIORITY = 100  # before any other swap, as zram-generator has it
 DEAD_CONN_TIMEOUT = 120  # seconds
-TIMEOUT = 2  # seconds; see zramd.keeper on why it is no danger with one connection
-TIMEOUT_OF_SEVERAL = 30
+TIMEOUT = 1.0  # seconds; see zramd.keeper on why it is no danger with one connection
+TIMEOUT_OF_SEVERAL = 30.0
 APPEARS = 5.0  # seconds in which a device must have come or gone
 _DEVICE = re.compile(r"(?:/dev/)?nbd(\d{1,4})")
 
@@ -194,7 +194,7 @@ def _by_nbd_client(arguments: argparse.Namespace, name: str, address: str) -> st
     device = _free_device() if arguments.device < 0 else f"/dev/nbd{arguments.device}"
     words = ["-unix", address, device, "-b", "4096", "-N", name, "-C", str(arguments.connections)]
     if arguments.timeout is not None:
-        words += ["-timeout", str(arguments.timeout)]
+        words += ["-timeout", f"{arguments.timeout:.0f}"]
     record = attached.Record(name)
     try:
         kernelswap.run("nbd-client", *words)
@@ -287,9 +287,14 @@ def _whole(least: int, most: int, what: str) -> "Callable[[str], int]":
     return parse
 
 
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d{1,6}(\.\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds, such as 0.5 or 30")
+    return float(text)
+
+
 def add(commands: "Commands") -> None:
     """Add the verbs."""
-    seconds = _whole(0, 1_000_000, "a number of seconds")
     parser = commands.add_parser(
         "attach",
         help="make a kernel block device of a running zramd, and swap to it if asked",
@@ -318,16 +323,16 @@ def add(commands: "Commands") -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=seconds,
+        type=_seconds,
         metavar="S",
         help=(
-            "seconds after which a request of a lost connection is sent again [2]; with several connections a "
-            "server that is slower is cut off [30]"
+            f"seconds after which a request of a lost connection is sent again [{TIMEOUT:g}]; with several "
+            f"connections a server that is slower is cut off [{TIMEOUT_OF_SEVERAL:g}]"
         ),
     )
     parser.add_argument(
         "--dead-conn-timeout",
-        type=seconds,
+        type=_whole(0, 1_000_000, "a number of seconds"),
         default=DEAD_CONN_TIMEOUT,
         metavar="S",
         help=f"seconds for which requests wait for a new server before they fail [{DEAD_CONN_TIMEOUT}]",
