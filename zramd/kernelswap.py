@@ -75,7 +75,10 @@ def on(device: str, priority: int, *, discard: bool = True) -> None:
 
 
 def settle_queue(device: str) -> None:
-    """Tell the kernel that a device does not rotate: to one that does it sends no discards. Raises AttachError."""
+    """Tell the kernel that a device does not rotate: to one that does, it sends no discards.
+
+    Raises AttachError.
+    """
     path = f"/sys/block/{os.path.basename(device)}/queue/rotational"
     try:
         with open(path, "r+") as file:
@@ -99,8 +102,8 @@ def off(device: str, *, force: bool = False, progress: Callable[[int, int], None
     memory = available()
     if swap.used > memory and not force:
         raise AttachError(
-            f"{swap.used >> 20} MiB are swapped out to {device} and only {memory >> 20} MiB of memory are available: "
-            "end programs first, or use --force"
+            f"{swap.used >> 20} MiB are swapped out to {device} and only {memory >> 20} MiB of memory are "
+            "available: end programs first, or use --force"
         )
     import subprocess
 

@@ -44,7 +44,8 @@ def test_swaps(system: Path) -> None:
         kernelswap.Swap("/dev/nbd0", 1048572 << 10, 512 << 20, 100),
     ]
     found = kernelswap.find("/dev/nbd0")
-    assert found and found.used == 512 << 20
+    assert found is not None
+    assert found.used == 512 << 20
     assert kernelswap.find("/dev/nbd1") is None
 
 
@@ -66,7 +67,7 @@ def test_swapoff_is_refused_without_memory(system: Path) -> None:
     (system / "MEMINFO").write_text("MemAvailable: 500000 kB\n")
     with pytest.raises(
         AttachError,
-        match=r"^512 MiB are swapped out to /dev/nbd0 and only 488 MiB of memory are available: end programs first, ",
+        match=r"^512 MiB are swapped out to /dev/nbd0 and only 488 MiB of memory are available: end programs ",
     ):
         kernelswap.off("/dev/nbd0")
     kernelswap.off("/dev/nbd0", force=True)
@@ -89,7 +90,9 @@ def test_swapoff_tells_how_far_it_is(system: Path) -> None:
 
 
 def test_swapoff_fails(system: Path) -> None:
-    program(system, "swapoff", "echo 'swapoff: /dev/nbd0: swapoff failed: Cannot allocate memory' >&2; exit 255")
+    program(
+        system, "swapoff", "echo 'swapoff: /dev/nbd0: swapoff failed: Cannot allocate memory' >&2; exit 255"
+    )
     with pytest.raises(AttachError, match=r"^swapoff /dev/nbd0 failed: swapoff: .*: Cannot allocate memory$"):
         kernelswap.off("/dev/nbd0")
 
@@ -111,7 +114,9 @@ def test_swapoff_is_ended_when_interrupted(system: Path) -> None:
 
 def test_programs_that_fail_or_are_missing(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernelswap, "settle_queue", lambda device: None)
-    with pytest.raises(AttachError, match=r"^mkswap is not installed: run 'apt-get install util-linux' as root$"):
+    with pytest.raises(
+        AttachError, match=r"^mkswap is not installed: run 'apt-get install util-linux' as root$"
+    ):
         kernelswap.on("/dev/nbd0", 1)
     program(system, "mkswap", "exit 0")
     program(system, "swapon", f'echo "$@" >>{system}/arguments; [ $# -eq 4 ] || {{ echo no >&2; exit 255; }}')

@@ -50,8 +50,7 @@ def test_torn_attributes_end_it(torn: bytes) -> None:
 def test_messages_are_told_apart() -> None:
     data = netlink.message(20, 4, 1, netlink.u32(1, 0)) + netlink.message(21, 4, 2, netlink.u32(1, 9))
     assert [(kind, sequence) for kind, sequence, _ in netlink.messages(data)] == [(20, 1), (21, 2)]
-    assert list(netlink.messages(data[:-1]))[0][:2] == (20, 1)
-    assert len(list(netlink.messages(data[:-1]))) == 1
+    assert [kind for kind, _, _ in netlink.messages(data[:-1])] == [20]
 
 
 def test_dead_links_of_this_family_only() -> None:
@@ -89,7 +88,8 @@ def nbdkit(tmp_path: Path) -> Iterator[Callable[..., str]]:
         running.append(subprocess.Popen(["nbdkit", "-f", "-U", str(path), *words], stderr=subprocess.DEVNULL))
         end = time.monotonic() + 10
         while not path.exists():
-            assert time.monotonic() < end and running[-1].poll() is None
+            assert time.monotonic() < end
+            assert running[-1].poll() is None
             time.sleep(0.01)
         return str(path)
 

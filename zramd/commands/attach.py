@@ -34,15 +34,17 @@ def attach(arguments: argparse.Namespace) -> int:
     address = served.file(rundir.NBD_SOCKET)
     there = attached.find(served.name)
     if there and (there.keeper or not there.data):
-        raise AttachError(f"{served.name} is attached as {there.device} already: 'zramd detach {served.name}' first")
+        raise AttachError(
+            f"{served.name} is attached as {there.device} already: 'zramd detach {served.name}' first"
+        )
     if there:
         _say(f"{there.device} has lost its keeper: starting another")
         device = there.device
-        _start_keeper(_job(arguments, served, index=_index(device), data=there.data))
+        _start_keeper(_job(arguments, served, _index(device), there.data))
     elif arguments.nbd_client or not _has_netlink():
         device = _by_nbd_client(arguments, served.name, address)
     else:
-        device = f"/dev/nbd{_start_keeper(_job(arguments, served, index=arguments.device))}"
+        device = f"/dev/nbd{_start_keeper(_job(arguments, served, arguments.device))}"
     _wait(lambda: os.path.exists(device), f"{device} does not appear: is /dev a devtmpfs, or udev running?")
     if arguments.swap and kernelswap.find(device) is None:
         try:
@@ -117,7 +119,9 @@ def _has_netlink() -> bool:
     reason = "modprobe is not installed"
     modprobe = shutil.which("modprobe", path=kernelswap.PATH)
     if modprobe and not os.path.exists("/sys/module/nbd"):
-        done = subprocess.run([modprobe, "nbd"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [modprobe, "nbd"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
         reason = " ".join(done.stderr.split()).removeprefix("modprobe: ")
     if not os.path.exists("/sys/module/nbd"):
         raise AttachError(
@@ -131,7 +135,7 @@ def _has_netlink() -> bool:
     return True
 
 
-def _job(arguments: argparse.Namespace, served: client.Served, *, index: int, data: str = "") -> "Job":
+def _job(arguments: argparse.Namespace, served: client.Served, device: int, data: str = "") -> "Job":
     from zramd.keeper import Job
 
     timeout = arguments.timeout
@@ -141,7 +145,7 @@ def _job(arguments: argparse.Namespace, served: client.Served, *, index: int, da
         name=served.name,
         address=served.file(rundir.NBD_SOCKET),
         folder=served.path,
-        index=index,
+        device=device,
         adopt=int(bool(data)),
         data=data,
         connections=arguments.connections,
@@ -263,7 +267,9 @@ def _progress(device: str) -> "Callable[[int, int], None] | None":
     def show(left: int, total: int) -> None:
         done = 100 * (total - left) // total if total else 100
         end = "\n" if not left else ""
-        print(f"\rswapoff {device}: {done:3} %, {left >> 20} MiB left  ", end=end, file=sys.stderr, flush=True)
+        print(
+            f"\rswapoff {device}: {done:3} %, {left >> 20} MiB left  ", end=end, file=sys.stderr, flush=True
+        )
 
     return show
 
@@ -299,14 +305,13 @@ def add(commands: "Commands") -> None:
         "attach",
         help="make a kernel block device of a running zramd, and swap to it if asked",
         description=(
-            "Attach a running device to this machine's kernel and print the block device's name. A small process\n"
-            "stays: it connects the kernel again when the server was restarted with the same data. It writes what\n"
-            "it does to the kernel's log."
+            "Attach a running device to this machine's kernel and print the block device's name. A small\n"
+            "process stays: it connects the kernel again when the server was restarted with the same data.\n"
+            "What it does it writes to the kernel's log."
         ),
         more=lambda: (
-            "\nWithout --timeout and --dead-conn-timeout, requests wait while the server is away, 2 minutes at most.\n"
-            "Then, or when a server comes that does not hold the same data, they fail: programs whose memory was\n"
-            "swapped out get SIGBUS.\n"
+            "\nWhile the server is away, requests wait. After --dead-conn-timeout they fail: programs whose\n"
+            "memory was swapped out get SIGBUS. A server that does not hold the same data is not used.\n"
         ),
     )
     parser.add_argument("name", metavar="NAME", help="the device, as 'zramd list' shows it")
