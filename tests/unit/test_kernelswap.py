@@ -67,7 +67,7 @@ def test_swapoff_is_refused_without_memory(system: Path) -> None:
     (system / "MEMINFO").write_text("MemAvailable: 500000 kB\n")
     with pytest.raises(
         AttachError,
-        match=r"^512 MiB are swapped out to /dev/nbd0 and only 488 MiB of memory are available: end programs ",
+        match=r"^512 MiB are swapped out to /dev/nbd0 and only 488 MiB of memory are available: end ",
     ):
         kernelswap.off("/dev/nbd0")
     kernelswap.off("/dev/nbd0", force=True)
