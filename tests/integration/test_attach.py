@@ -34,6 +34,6 @@ def test_data_that_begins_anew_has_a_new_name(serve: Callable[..., Any]) -> None
 def test_unknown_export(serve: Callable[..., Any]) -> None:
     with (
         netlink.dial(str(serve().socket)) as sock,
-        pytest.raises(AttachError, match="^the server has no export 'other'"),
+        pytest.raises(AttachError, match=r"^the server has no export 'other'"),
     ):
         netlink.handshake(sock, "other")

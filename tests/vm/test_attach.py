@@ -355,7 +355,8 @@ def test_server_dies_under_swap(loaded: Guest) -> None:
     errors = [line for line in guest.kernel_log()[log:] if "I/O error" in line or "Read-error" in line]
     assert errors == []
     interrupted(guest)
-    guest.run(f"{ZRAMD} detach swap --swapoff", 60)
+    guest.run("echo max >/run/cgroup/load/memory.max")
+    guest.run(f"{ZRAMD} detach swap --swapoff", 120)
     assert guest.phase("verify", 240)["bad"] == 0
     guest.end_workload()
     end(guest, "swap")

@@ -90,17 +90,22 @@ def _must_be_root(verb: str, name: str) -> None:
 
 
 def _must_be_free(device: str) -> None:
-    """Refuse a device that is mounted, or part of another one. Raises AttachError."""
+    """Refuse a device that is mounted, or part of another one. Raises AttachError.
+
+    It is not opened for that: an open reads from it, and its server may have gone.
+    """
+    from glob import glob
+
     from zramd import kernelswap
 
     mounts = kernelswap.mounts(device)
     if mounts:
         raise AttachError(f"{device} is mounted on '{mounts[0]}': run 'umount {mounts[0]}' first")
-    try:
-        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-    except OSError as error:
-        reason = (error.strerror or "").lower()
-        raise AttachError(f"{device} is in use: {reason}: 'lsblk {device}' shows by what") from None
+    name = os.path.basename(device)
+    holders = [*glob(f"/sys/block/{name}/holders/*"), *glob(f"/sys/block/{name}/{name}p*/holders/*")]
+    holders += [swap.path for swap in kernelswap.swaps() if swap.path.startswith(f"{device}p")]
+    if holders:
+        raise AttachError(f"{device} is in use by {os.path.basename(holders[0])}: end that first")
 
 
 # ---- By netlink, with a keeper ---------------------------------------------------------------------------
