@@ -354,8 +354,8 @@ def test_server_dies_under_swap(loaded: Guest) -> None:
     assert used > 10 << 10
     errors = [line for line in guest.kernel_log()[log:] if "I/O error" in line or "Read-error" in line]
     assert errors == []
-    interrupted(guest)
     guest.run("echo max >/run/cgroup/load/memory.max")
+    interrupted(guest)
     guest.run(f"{ZRAMD} detach swap --swapoff", 120)
     assert guest.phase("verify", 240)["bad"] == 0
     guest.end_workload()
