@@ -315,7 +315,7 @@ def add(commands: "Commands") -> None:
             "What it does it writes to the kernel's log."
         ),
         more=lambda: (
-            "\nWhile the server is away, requests wait. After --dead-conn-timeout they fail: programs whose\n"
+            "\nWhile the server is away, requests wait. After --dead-conn-timeout new ones fail: programs whose\n"
             "memory was swapped out get SIGBUS. A server that does not hold the same data is not used.\n"
         ),
     )
