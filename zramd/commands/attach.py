@@ -315,8 +315,8 @@ def add(commands: "Commands") -> None:
             "What it does it writes to the kernel's log."
         ),
         more=lambda: (
-            "\nWhile the server is away, requests wait. After --dead-conn-timeout new ones fail: programs whose\n"
-            "memory was swapped out get SIGBUS. A server that does not hold the same data is not used.\n"
+            "\nWhile the server is away, requests wait. After --dead-conn-timeout new ones fail: programs\n"
+            "whose memory was swapped out get SIGBUS. A server with other data is not used.\n"
         ),
     )
     parser.add_argument("name", metavar="NAME", help="the device, as 'zramd list' shows it")
