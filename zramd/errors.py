@@ -8,6 +8,7 @@
         ├── HandleError             a handle is not live              (also a LookupError)
         ├── CorruptionError         a structure contradicts itself
         ├── SwapError               a measure of swap=local cannot be had
+        ├── AttachError             a kernel device cannot be attached, detached, swapped to
         ├── RundirError             the run folder cannot be used
         ├── DeviceError             a device is not there, or its server does not do what is asked
         └── UsageError              a command cannot be used as it was written
@@ -54,6 +55,10 @@ class CorruptionError(ZramdError):
 
 class SwapError(ZramdError):
     """A measure that swap=local asks for cannot be had; the message says which, and the remedy."""
+
+
+class AttachError(ZramdError):
+    """A kernel device cannot be attached, detached, swapped to or off; the message says why."""
 
 
 class RundirError(ZramdError):
