@@ -224,6 +224,7 @@ SETTINGS: tuple[Setting, ...] = (
         "file on a tmpfs that all data lives in: a server started with it carries on where the last one "
         "ended, however it ended",
         shown_default="none: the data ends with the server",
+        fixed="the data is in it",
     ),
     Setting(
         "verify",
@@ -232,6 +233,7 @@ SETTINGS: tuple[Setting, ...] = (
         "on",
         "store a checksum with each block and check it on each read: what was changed in memory is an error "
         "(EIO), never wrong data",
+        fixed="what is stored already has checksums or has none",
     ),
     Setting(
         "pool_full",

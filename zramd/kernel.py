@@ -2,9 +2,9 @@
 
 import os
 
+from zramd import kernelswap
+
 SYS_BLOCK = "/sys/block"
-SWAPS = "/proc/swaps"
-MOUNTS = "/proc/mounts"
 SWAP = "[SWAP]"  # what zramctl shows where the device is not mounted but swapped to
 
 
@@ -28,12 +28,7 @@ def attached(name: str, disksize: int) -> list[str]:
 
 def uses(device: str) -> list[str]:
     """Return what a device of the kernel's is used for: [SWAP], and the folders where it is mounted."""
-    used = [SWAP for line in _read(SWAPS).splitlines()[1:] if line.split()[0] == device]
-    for line in _read(MOUNTS).splitlines():
-        source, place = line.split()[:2]
-        if source == device:
-            used.append(place.replace("\\040", " "))
-    return used
+    return [*([SWAP] if kernelswap.find(device) else []), *kernelswap.mounts(device)]
 
 
 def _list(folder: str) -> list[str]:

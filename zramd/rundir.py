@@ -16,14 +16,14 @@ from zramd.errors import RundirError
 PID = "pid"
 NBD_SOCKET = "nbd.sock"
 CONTROL_SOCKET = "control.sock"
+DATA_ID = "data_id"  # names the data that the server holds: the same name, the same data
 STATS_FILES = ("mm_stat", "io_stat", "frag_ratio", "stats.json", "classes", "metrics.prom")
 LOG = "log"  # what a server in the background has to say once it serves
 BACKGROUND = "ZRAMD_BACKGROUND"  # in the environment of such a server
 LOCK_TIMEOUT = 0.1  # seconds
+_FILES = (DATA_ID, *STATS_FILES)
 _TEMPORARY = ".new"
-_OURS = frozenset(
-    (NBD_SOCKET, CONTROL_SOCKET, LOG, *STATS_FILES, *(name + _TEMPORARY for name in STATS_FILES))
-)
+_OURS = frozenset((NBD_SOCKET, CONTROL_SOCKET, LOG, *_FILES, *(name + _TEMPORARY for name in _FILES)))
 
 
 class Rundir:

@@ -26,7 +26,7 @@ from zramd.core.process import name_thread
 from zramd.endpoint import Endpoint
 from zramd.errors import ConfigError, CorruptionError, RundirError, StateError
 from zramd.metricsfile import MetricsFile
-from zramd.rundir import BACKGROUND, CONTROL_SOCKET, LOG, Rundir
+from zramd.rundir import BACKGROUND, CONTROL_SOCKET, DATA_ID, LOG, Rundir
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # those nbdkit stops on
 # Seconds after a stop signal. nbdkit then refuses new requests, but waits for its clients to leave.
@@ -80,7 +80,11 @@ class Server:
             except RundirError:
                 self._rundir.remove()
                 raise
-        self.device = self._make_device()
+        try:
+            self.device = self._make_device()
+        except BaseException:
+            self.stop()
+            raise
 
     def _make_device(self) -> Device:
         """Return the device, with what is in the state if there is one."""
@@ -138,6 +142,7 @@ class Server:
                 self._log.start()
             self._rundir.write_pid()
             self._corrupt = self.device.counters()["checksum_errors"]
+            self._publish_data_id()
             if self.config.stats_interval:
                 self._write_stats()
             self._inherited = _inherited_sockets()
@@ -262,11 +267,20 @@ class Server:
             if self._clients:
                 return False
             self.device.reset()
+            self._publish_data_id()
             return True
 
     def reset_mem_used_max(self) -> None:
         """Forget the peak of the pool's size."""
         self.device.reset_mem_used_max()
+
+    def _publish_data_id(self) -> None:
+        """Tell which data the device holds, by which a client knows it again.
+
+        A kernel that swaps must not be connected to a server that holds other data than the one that died.
+        """
+        assert self._rundir is not None
+        self._rundir.publish(DATA_ID, self.device.data_id + "\n")
 
     def _keep_reserve(self) -> None:
         name_thread("zramd-keeper")

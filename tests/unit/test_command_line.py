@@ -12,7 +12,7 @@ import pytest
 from conftest import PACKAGE_PARENT
 from test_stats import FakeDevice
 
-from zramd import client, config, kernel, prometheus, stats
+from zramd import client, config, kernel, kernelswap, prometheus, stats
 from zramd.commands import MODULES, Parser, completion, doctor, listing, main, parser
 from zramd.errors import UsageError
 
@@ -238,8 +238,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "swaps").write_text("Filename\tType\tSize\tUsed\tPriority\n/dev/nbd1 partition 2044 0 100\n")
     (tmp_path / "mounts").write_text("/dev/nbd0 /mnt/a\\040b ext4 rw 0 0\nproc /proc proc rw 0 0\n")
     monkeypatch.setattr(kernel, "SYS_BLOCK", str(tmp_path))
-    monkeypatch.setattr(kernel, "SWAPS", str(tmp_path / "swaps"))
-    monkeypatch.setattr(kernel, "MOUNTS", str(tmp_path / "mounts"))
+    monkeypatch.setattr(kernelswap, "SWAPS", str(tmp_path / "swaps"))
+    monkeypatch.setattr(kernelswap, "MOUNTS", str(tmp_path / "mounts"))
     return tmp_path
 
 
@@ -388,7 +388,7 @@ def man_sections() -> dict[str, str]:
     sections = {}
     for part in re.split(r"^\.It Ic ", text, flags=re.MULTILINE)[1:]:
         words = part.split("\n")[0].split()
-        verb = " ".join(words[:2]) if words[0] == "debug" else words[0]
+        verb = " ".join(words[:2]) if words[0] in ("config", "debug") else words[0]
         sections[verb] = part
     return sections
 

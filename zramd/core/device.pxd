@@ -26,6 +26,7 @@ cdef struct state_words:
     # Kept, and not reset.
     uint64_t limit_asked        # mem_limit of the last start + 1; 0: there was none
     uint64_t limit              # mem_limit now
+    uint64_t data_id[2]         # random: names what the device holds, from when it was last empty; 0: none yet
 
 cdef struct counters:
     # All atomic. Kept: new ones go to the end.

@@ -13,6 +13,7 @@ class Device:
 
     disksize: int
     acceleration: int
+    data_id: str
     mem_limit: int
     corrupt_block: int
     verify: bool

@@ -64,6 +64,8 @@ from zramd.core.types cimport (
 )
 from zramd.core.zsmalloc cimport Zsmalloc, size_class
 
+import os
+
 from zramd.core.zsmalloc import pool_layout
 from zramd.errors import CorruptionError, error_from
 
@@ -150,6 +152,19 @@ cdef class Device:
         else:
             self.mem_limit = mem_limit
             self.kept.limit_asked = mem_limit + 1
+        if not self.kept.data_id[0]:
+            self._name_data()
+
+    def _name_data(self):
+        cdef bytes name = os.urandom(sizeof(self.kept.data_id))
+        memcpy(self.kept.data_id, <const char *>name, sizeof(self.kept.data_id))
+        self.kept.data_id[0] |= 1
+
+    @property
+    def data_id(self):
+        """Names the data that the device holds, as hexadecimal digits: the same name, the same data, also in a state that
+        was taken over. An empty device and one that was reset begin with a new one."""
+        return f"{self.kept.data_id[1]:016x}{self.kept.data_id[0]:016x}"
 
     def _take_over(self, progress):
         """Rebuild from the state all that is not in it."""
@@ -866,6 +881,7 @@ cdef class Device:
     def reset(self):
         """Drop all data and set all counters to 0; mem_limit stays. Waits for the requests at work."""
         cdef size_t i
+        self._name_data()  # first: what is left after a crash is not what was there before
         with nogil:
             pthread_rwlock_wrlock(&self.gate)
             pthread_mutex_lock(&self.pool.compact_lock)
