@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MODULES = (
     "listing",
     "serve",
+    "show",
+    "doctor",
+    "completion",
 )
 
 EXIT_STATUS = """\

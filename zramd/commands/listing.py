@@ -107,7 +107,7 @@ def columns(words: str | None, every: bool) -> list[Column]:
 def numbers(served: client.Served) -> "dict[str, Any]":
     """Return what the columns show of one device; raises DeviceError when its server does not answer."""
     stats = served.stats()
-    stats["clients"] = served.get("/health")["clients"]
+    stats["clients"] = served.ask_json("GET", "/health")["clients"]
     devices = kernel.attached(stats["name"], stats["disksize"])
     stats["attached"] = ",".join(devices)
     stats["mountpoint"] = ",".join(use for device in devices for use in kernel.uses(device))

@@ -269,7 +269,7 @@ def start(arguments: argparse.Namespace) -> int:
     Raises as `plan`, and DeviceError with the server's reason when it does not get so far.
     """
     settings, options, argv = plan(
-        arguments.name, arguments.size, arguments.settings, arguments.nbdkit_options
+        arguments.new_name, arguments.size, arguments.settings, arguments.nbdkit_options
     )
     set_environment(settings)
     os.environ[rundir.BACKGROUND] = "1"
@@ -411,7 +411,7 @@ def add(commands: "Commands") -> None:
         settings=True,
         nbdkit_options=True,
     )
-    parser.add_argument("name", metavar="NAME", nargs="?", help="name of the device [zram0]")
+    parser.add_argument("new_name", metavar="NAME", nargs="?", help="name of the device [zram0]")
     parser.add_argument("--size", help=f"size of the device before compression [{DEFAULT_SIZE}]")
     parser.set_defaults(run=start)
 
