@@ -25,6 +25,7 @@ MODULES = (
     "listing",
     "serve",
     "show",
+    "top",
     "doctor",
     "completion",
 )
