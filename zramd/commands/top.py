@@ -257,7 +257,7 @@ class Top:
             self.lost = (
                 str(answer)
                 if living
-                else f"the server of {self.served.name} has ended, its data is gone: waiting for another"
+                else f"the server of {self.served.name} has ended: waiting for it to come back"
             )
             return
         if self.watch.add(answer) or self.lost:

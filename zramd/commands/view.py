@@ -17,7 +17,8 @@ MIN_WIDTH, MIN_HEIGHT = 60, 16
 _LABEL = 8  # width of what each row begins with
 _MAP_LABEL = 5
 _MAP_MARGIN = 15  # beside the map: a group's zspages and how many it gained
-_BAR_MARGIN = 26
+_BAR_MARGIN = 26  # beside a bar: what it shows, in numbers
+_GRAPH_MARGIN = 6  # beside a graph: what its top and bottom stand for
 _MIB = 1 << 20
 
 
@@ -30,6 +31,7 @@ class Glyphs(NamedTuple):
     gaps: str
     tables: str
     heat: str  # HEAT_LEVELS of them
+    swatch: str  # in a legend; '' where colours alone do not tell the parts: then the part's own
     none: str  # no zspages
     rest: str  # of a bar
     limit: str
@@ -38,9 +40,9 @@ class Glyphs(NamedTuple):
     micro: str
 
 
-COLOUR = Glyphs("▏▎▍▌▋▊▉█", "▁▂▃▄▅▆▇█", "█", "█", "█", "█" * 8, "·", " ", "┃", "┊", "─", "µ")
-MONO = Glyphs("▏▎▍▌▋▊▉█", "▁▂▃▄▅▆▇█", "█", "▒", "░", "░░▒▒▓▓██", "·", " ", "┃", "┊", "─", "µ")
-ASCII = Glyphs("", "", "#", "=", "-", ":-=+*%#@", ".", " ", "|", ":", "-", "u")
+COLOUR = Glyphs("▏▎▍▌▋▊▉█", "▁▂▃▄▅▆▇█", "█", "█", "█", "█" * 8, "■", "·", " ", "┃", "┊", "─", "µ")
+MONO = Glyphs("▏▎▍▌▋▊▉█", "▁▂▃▄▅▆▇█", "█", "▒", "░", "░░▒▒▓▓██", "", "·", " ", "┃", "┊", "─", "µ")
+ASCII = Glyphs("", "", "#", "=", "-", ":-=+*%#@", "", ".", " ", "|", ":", "-", "u")
 
 
 class State(NamedTuple):
@@ -241,9 +243,9 @@ def memory(sample: Sample, width: int, glyphs: Glyphs) -> list[Line]:
     near = limit and pool >= 0.9 * limit
     legend: Line = [
         (" " * _LABEL, ""),
-        *((glyphs.payload, "payload"), (f" payload {human(payload)}  ", "")),
-        *((glyphs.gaps, "gaps"), (f" gaps {human(max(pool - payload, 0))}  ", "")),
-        *((glyphs.tables, "tables"), (f" tables {human(max(spent - pool, 0))}  ", "")),
+        *((glyphs.swatch or glyphs.payload, "payload"), (f" payload {human(payload)}  ", "")),
+        *((glyphs.swatch or glyphs.gaps, "gaps"), (f" gaps {human(max(pool - payload, 0))}  ", "")),
+        *((glyphs.swatch or glyphs.tables, "tables"), (f" tables {human(max(spent - pool, 0))}  ", "")),
     ]
     if limit:
         words = f" limit {human(limit)}: {100 * pool / limit:.0f}%"
@@ -269,7 +271,7 @@ def frag(watch: Watch, width: int, height: int, glyphs: Glyphs) -> list[Line]:
     """Return the frag ratio, the occupancy, and how the first has gone: the newest at the right."""
     assert watch.sample is not None
     stats = watch.sample.stats
-    room = max(width - 2 * _LABEL - 6, 8)
+    room = max(width - 2 * _LABEL - _GRAPH_MARGIN, 8)
     shown = list(watch.frag)[-room:]
     known = [value for value in shown if value is not None]
     # Tens, so that the scale stays where it is for a while.
@@ -290,7 +292,7 @@ def frag(watch: Watch, width: int, height: int, glyphs: Glyphs) -> list[Line]:
         left = values[place] if place < len(values) else []
         edge = {0: "100%", height - 1: f"{low}%"}.get(place, "")
         cells = _runs(zip(row, styles, strict=True))
-        lines.append([*fit(left, 2 * _LABEL), *cells, (f" {edge:>4}", "dim")])
+        lines.append([*fit(left, 2 * _LABEL), *cells, (f" {edge:>5}", "dim")])
     return lines
 
 
@@ -324,11 +326,11 @@ def requests(watch: Watch, width: int, glyphs: Glyphs) -> list[Line]:
                 line += [(f"  p{100 * share:.0f}", "dim"), (f"{words:>6}", "")]
         if failed and stats[failed]:
             line.append((f"  {number(stats[failed])} failed", "bad"))
-        room = width - sum(len(text) for text, _ in line) - 2
+        room = width - sum(len(text) for text, _ in line) - 2 - _GRAPH_MARGIN
         series = _added(watch, name)
         most = max((value or 0 for value in series[-room:]), default=0) if room > 0 else 0
         (row,) = graph([value or None for value in series], 0, most, room, 1, glyphs)
-        lines.append([*line, ("  ", ""), (row, name)])
+        lines.append([*line, ("  ", ""), (row, name), (f" {number(most) if most else '':>5}", "dim")])
     return lines
 
 
@@ -361,7 +363,7 @@ def compaction(sample: Sample, rates: Rates) -> Line:
 
 
 def columns(count: int, room: int) -> list[tuple[int, int]]:
-    """Return the classes of each column of the map, as first and one past the last; at most `room` columns."""
+    """Return the classes of each column of the map, at most `room`: the first and one past the last."""
     if not count or room <= 0:
         return []
     if count <= room:
@@ -389,9 +391,9 @@ def heat_map(sample: Sample, rates: Rates, width: int, height: int, glyphs: Glyp
     heading: Line = [("zspages ", "bold")]
     for level in range(1, HEAT_LEVELS + 1):
         glyph = glyphs.heat[level - 1]
-        if glyphs is COLOUR or glyph not in glyphs.heat[: level - 1]:
-            least = human(4 ** (level - 1)).removesuffix("B")
-            heading += [(glyph, f"heat{level}"), (f"{least}{'+' if level == HEAT_LEVELS else ''} ", "dim")]
+        if glyphs.swatch or glyph not in glyphs.heat[: level - 1]:
+            least = human(4 ** (level - 1)).removesuffix("B") + "+" * (level == HEAT_LEVELS)
+            heading += [(glyphs.swatch or glyph, f"heat{level}"), (f"{least} ", "dim")]
     lines = [between(heading, [(f"{'zspages':>8} {'+/-':>6}", "dim")], width)]
     for groups in fold(list(totals), height - 2):
         line: Line = [(f"{groups[-1]:>{_MAP_LABEL - 1}} ", "dim")]
@@ -439,15 +441,16 @@ KEYS = (
     ("?", "help", "these words, and back"),
 )
 _MEANINGS = (
-    ("stored", "data before compression, of the size of the device"),
+    ("stored", "data before compression, and how much of the device that is"),
     ("spent", "memory for it: payloads, gaps between them, tables beside the pool"),
     ("frag", "percent of the pool that payload fills, over time: more is better"),
     ("in use", "percent of the pool's places for objects that hold one"),
-    ("trim", "trims and zeroing, and the memory that they freed (before compression)"),
-    ("p50 p99", "half, and 99 of 100, of these requests took no longer, in the server"),
-    ("compact", "objects moved, pages freed; pages that it would free now, and freed in all"),
-    ("zspages", "each column a size class, small objects at the left; each row zspages as"),
-    ("", "full as it says: 100% at the top. Compaction moves them up and out."),
+    ("trim", "trims and zeroing, and the data that they freed"),
+    ("p50 p99", "half, and 99 of 100, of the requests took no longer, in the server"),
+    ("compact", "objects moved and pages freed a second; share of the time;"),
+    ("", "pages it would free now, and has freed since the server's start"),
+    ("zspages", "how many there are: each column a size class, small at the left;"),
+    ("", "each row as full as it says. Compaction moves them up and out."),
 )
 
 
@@ -479,7 +482,7 @@ def body(state: State, width: int, height: int, glyphs: Glyphs) -> list[Line]:
     if sample is None or rates is None:
         return []
     spare = height - 23  # beyond a terminal of 24 rows
-    tall = 2 + min(max(spare - 5, 0), 6)
+    tall = 2 + min(max(spare - 5, 0), 10)
     gap: list[Line] = [[]]
     groups = [
         [header(state, sample, width)],
@@ -497,7 +500,7 @@ def body(state: State, width: int, height: int, glyphs: Glyphs) -> list[Line]:
 
 
 def screen(state: State, width: int, height: int, glyphs: Glyphs) -> list[Line]:
-    """Return `height` lines of `width` cells; the last is one shorter: the corner makes some terminals scroll."""
+    """Return `height` lines of `width` cells, the last one shorter: the corner may make a terminal scroll."""
     if width < MIN_WIDTH or height < MIN_HEIGHT:
         lines: list[Line] = [[(f"{width}x{height} is too small: {MIN_WIDTH}x{MIN_HEIGHT} is needed", "bold")]]
         return [fit(line, width) for line in [*lines, *[[]] * (height - 2)]] + [fit([], width - 1)]
