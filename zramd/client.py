@@ -87,10 +87,10 @@ def ask(path: str, method: str, url: str, body: str = "", timeout: float = TIMEO
         control.sendall(head.encode() + data)
         answer = b"".join(iter(lambda: control.recv(65536), b"")).decode(errors="replace")
     header, end, content = answer.partition("\r\n\r\n")
-    words = header.split(None, 2)
-    if not end or not header.startswith("HTTP/1.1 ") or not words[1].isdigit():
+    status = header.removeprefix("HTTP/1.1 ")[:3]
+    if not end or not header.startswith("HTTP/1.1 ") or not (status.isascii() and status.isdigit()):
         raise ConnectionError("what it sends is not an answer")
-    return int(words[1]), content
+    return int(status), content
 
 
 def base() -> str:

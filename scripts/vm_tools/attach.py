@@ -16,6 +16,7 @@ from typing import Any
 
 from vm_tools.errors import VmError
 from vm_tools.guest import Beat, Guest
+from zramd import client
 
 NAME = "zram0"
 READY_TIMEOUT = 60.0  # seconds; under TCG Python takes a few to start
@@ -107,17 +108,11 @@ class _HostServer(Attachment):
             return False
 
     def request(self, method: str, path: str, body: str = "") -> str:
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(ASK_TIMEOUT)
-            head = f"{method} {path} HTTP/1.1\r\nHost: zramd\r\nContent-Length: {len(body)}\r\n\r\n"
-            try:
-                client.connect(str(self.rundir / "control.sock"))
-                client.sendall((head + body).encode())
-                answer = b"".join(iter(lambda: client.recv(65536), b"")).decode()
-            except OSError as error:
-                raise VmError(f"zramd does not answer {method} {path}: {error}") from None
-        head, _, content = answer.partition("\r\n\r\n")
-        if not head.startswith("HTTP/1.1 200 "):
+        try:
+            status, content = client.ask(str(self.rundir), method, path, body, ASK_TIMEOUT)
+        except OSError as error:
+            raise VmError(f"zramd does not answer {method} {path}: {error}") from None
+        if status != 200:
             raise VmError(f"zramd refuses {method} {path}: {content.strip()}")
         return content
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from conftest import wait_until
 
 from zramd import config
 from zramd.compactor import FRUITLESS_BYTES, MAX_INTERVAL, MIN_FREEABLE, Compactor, Policy, Pressure
@@ -201,6 +202,17 @@ class TestThread:
         assert compactor.state == "off"
         assert compactor.compact_now(10) == 55
         assert compactor.compact_now(10) == 0
+        compactor.stop()
+
+    def test_configure(self) -> None:
+        """What is configured counts at once, even in the middle of an hour's interval."""
+        device = FakeDevice(freeable=5000)
+        compactor = make(device, compaction="off", compaction_interval="3600")
+        compactor.start()
+        assert compactor.state == "off"
+        compactor.configure(settings(compaction_step="128K"))
+        wait_until(lambda: device.freeable < 100)
+        assert set(device.budgets) == {128 << 10}
         compactor.stop()
 
     def test_compact_now_ends_when_nothing_can_be_gained(self) -> None:

@@ -313,3 +313,50 @@ def test_read_during_compaction_is_whole() -> None:
     assert not wrong
     assert device.counters()["objects_migrated"] > 0
     device.check()
+
+
+def test_block() -> None:
+    device = Device(1 << 20)
+    device.write(compressible(1), 0)
+    device.write(noise(1), BLOCK)
+    device.write(b"\x01\x02\x03\x04\x05\x06\x07\x08" * 512, 2 * BLOCK)
+    device.write(bytes(BLOCK), 3 * BLOCK)
+    device.write(compressible(2, 701), 5 * BLOCK)
+    lz4, other = device.block(0), device.block(5)
+    assert lz4["kind"] == other["kind"] == "lz4"
+    assert 700 < int(lz4["payload_bytes"]) < int(lz4["class_size"])
+    assert lz4["handle"] != other["handle"]
+    assert lz4["zspage"] == other["zspage"]
+    assert lz4["zspage_inuse"] == 2 <= int(lz4["zspage_objs"])
+    assert {lz4["chunk"], other["chunk"]} == {0, 1}
+    assert abs(int(lz4["obj"]) - int(other["obj"])) == lz4["class_size"]
+    (row,) = [row for row in device.classes() if row[0] == lz4["class_index"]]
+    assert row[1] == lz4["class_size"]
+    raw = device.block(1)
+    assert (raw["kind"], raw["payload_bytes"], raw["class_size"]) == ("raw", BLOCK, BLOCK)
+    same = device.block(2)
+    assert (same["kind"], same["word"]) == ("same", 0x0807060504030201)
+    assert device.block(3) == {"block": 3, "kind": "same", "word": 0, "handle": 0}
+    assert device.block(4) == {"block": 4, "kind": "hole"}
+    with pytest.raises(ValueError, match="block 256 is not on the device, which has blocks 0 to 255"):
+        device.block(256)
+    assert device.counters()["invalid_io"] == 0
+
+
+def test_block_follows_an_object_that_moves() -> None:
+    device = Device(16 << 20)
+    for block in range(2000):
+        device.write(compressible(block), block * BLOCK)
+    before = {block: device.block(block) for block in range(0, 2000, 3)}
+    for block in range(2000):
+        if block % 3:
+            device.trim(block * BLOCK, BLOCK)
+    device.compact()
+    moved = 0
+    for block, old in before.items():
+        new = device.block(block)
+        assert (new["handle"], new["payload_bytes"]) == (old["handle"], old["payload_bytes"])
+        moved += new["obj"] != old["obj"]
+        assert read(device, block * BLOCK, BLOCK) == compressible(block)
+    assert moved
+    device.check()

@@ -5,6 +5,8 @@ import signal
 import pytest
 
 from zramd import config, swap
+from zramd.core.device import Device
+from zramd.errors import ConfigError
 from zramd.server import Server
 
 
@@ -45,3 +47,17 @@ def test_stops_without_clients_and_for_others(used: list[str]) -> None:
     other = server()
     other.client_opened()
     assert other._may_leave(TERM)
+
+
+def test_change() -> None:
+    changed = server(mem_limit="1M")
+    changed.device = Device(1 << 20, mem_limit=1 << 20)
+    assert changed.change("mem_limit", "10000") == 12288
+    assert changed.device.mem_limit == changed.config.mem_limit == 12288
+    assert changed.change("compaction_threshold", "10%") == 10
+    assert changed.settings()["compaction_threshold"] == 10
+    with pytest.raises(ConfigError, match="compaction: 'x' is neither on nor off"):
+        changed.change("compaction", "x")
+    with pytest.raises(ConfigError, match="disksize cannot be changed while the device is served: clients"):
+        changed.change("disksize", "2M")
+    assert changed.config.disksize == 1 << 20

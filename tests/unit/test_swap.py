@@ -93,6 +93,30 @@ def test_log_gives_standard_error_back() -> None:
     assert in_child(code) == "first\nsecond\n"
 
 
+def test_log_in_a_file_is_bounded(tmp_path: Path) -> None:
+    code = f"""
+        import os, sys
+        from zramd import swap
+        swap.Log.BURST, swap.Log.LIMIT = 10**9, 10000
+        log = swap.Log()
+        print("early", file=sys.stderr)
+        log.start()
+        log.write_to("{tmp_path}/log")
+        log.start()
+        for number in range(1000):
+            print("line", number, "x" * 90, file=sys.stderr, flush=True)
+            while number % 10 == 9 and f"line {{number}} " not in open("{tmp_path}/log").read():
+                pass
+        log.stop()
+        print("late", file=sys.stderr)
+    """
+    assert in_child(code) == "early\n"
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[-2].startswith("line 999 ")
+    assert lines[-1] == "late"
+    assert 5 < len(lines) < 210  # all that was passed on at once may come on top
+
+
 @pytest.mark.skipif(SANITIZED, reason="a sanitizer has a heap of its own")
 def test_protected_process_needs_no_more_pages() -> None:
     """After protect, a device is filled, rewritten and trimmed with pages that are there already."""

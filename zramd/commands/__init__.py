@@ -38,6 +38,17 @@ exit status:
 """
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """argparse makes one for each argument that is added, and imports shutil just to learn the width."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            width = os.get_terminal_size().columns
+        except OSError:
+            width = 80
+        super().__init__(prog, width=max(width, 40) - 2)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, and that knows words which argparse does not.
 
@@ -54,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         more: Callable[[], str] = lambda: "",
         **rest: object,
     ) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **rest)  # type: ignore[arg-type]
+        super().__init__(formatter_class=_Formatter, **rest)  # type: ignore[arg-type]
         self.takes_settings = settings
         self.takes_nbdkit_options = nbdkit_options
         self._more = more

@@ -17,7 +17,7 @@ _BASH = """\
 # bash completion for zramd, made by 'zramd completion bash'
 _zramd() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD - 1]}}
-    local verb= words= folder path file
+    local verb='' words='' folder path file
     [[ $word == = || $previous == = ]] && return
     ((COMP_CWORD > 1)) && verb=${{COMP_WORDS[1]}}
     if ((COMP_CWORD > 2)); then

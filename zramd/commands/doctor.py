@@ -170,7 +170,7 @@ def local_swap(root: str = "") -> "Iterator[Finding]":
         )
     else:
         yield Finding(
-            OK, "memlock limit", limit if limit == "unlimited" else f"{limit} bytes, does not bind root"
+            OK, "memlock limit", limit if limit == "unlimited" else f"{limit} bytes, which bind others only"
         )
 
 
@@ -299,9 +299,9 @@ def add(commands: "Commands") -> None:
     parser = commands.add_parser(
         "doctor",
         help="see whether this machine is ready",
-        description="See whether this machine is ready to serve devices, and to swap to them. Each finding is "
-        "ok, a note (it concerns some uses only) or a problem, with its remedy. Exit status 1 if there is a "
-        "problem.",
+        description="See whether this machine is ready to serve devices, and to swap to them. Each finding "
+        "is ok, a note (it concerns some uses only) or a problem, with its remedy. "
+        "Exit status 1 if there is a problem.",
     )
     parser.add_argument("-J", "--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)

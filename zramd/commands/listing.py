@@ -104,10 +104,14 @@ def columns(words: str | None, every: bool) -> list[Column]:
     return [_BY_NAME[name] for name in names]
 
 
-def numbers(served: client.Served) -> "dict[str, Any]":
-    """Return what the columns show of one device; raises DeviceError when its server does not answer."""
+def numbers(served: client.Served, *, clients: bool) -> "dict[str, Any]":
+    """Return what the columns show of one device; raises DeviceError when its server does not answer.
+
+    The number of clients takes a question more, so it is there only if asked for.
+    """
     stats = served.stats()
-    stats["clients"] = served.ask_json("GET", "/health")["clients"]
+    if clients:
+        stats["clients"] = served.ask_json("GET", "/health")["clients"]
     devices = kernel.attached(stats["name"], stats["disksize"])
     stats["attached"] = ",".join(devices)
     stats["mountpoint"] = ",".join(use for device in devices for use in kernel.uses(device))
@@ -164,7 +168,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             if served.pid is None:
                 raise served.died()
-            values = numbers(served)
+            values = numbers(served, clients=_BY_NAME["CLIENTS"] in shown)
         except DeviceError as error:
             sys.stdout.flush()
             print(f"zramd: {error}", file=sys.stderr)

@@ -11,7 +11,6 @@ import argparse
 import os
 import re
 import select
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
 DEFAULT_SIZE = "1G"
 READY_TIMEOUT = 30.0  # seconds after which the watcher gives up: nbdkit says itself what is wrong
 STOP_TIMEOUT = 10.0  # seconds; a server needs one, a busy machine a few
-_BEFORE_REASON = re.compile(r"nbdkit: (error: )?(.*nbdkit_plugin\.py: \w+: error: )?")
+LOOK_TIMEOUT = 2.0  # seconds; one that does not answer is stopped all the same
+_BEFORE_REASON = r"nbdkit: (error: )?(.*nbdkit_plugin\.py: \w+: error: )?"
 
 # nbdkit's options that choose another transport than the socket in the run folder.
 _TRANSPORTS = {
@@ -69,7 +69,7 @@ _LONG_WITH_VALUE = {
     "--unix",
     "--user",
 }
-_FILTER_PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*=.*", re.DOTALL)
+_FILTER_PARAMETER = r"(?s)[A-Za-z][A-Za-z0-9._-]*=.*"
 
 
 class Options:
@@ -92,7 +92,7 @@ def read_options(words: list[str]) -> Options:
     rest = iter(words)
     for word in rest:
         if not word.startswith("-"):
-            (options.after if _FILTER_PARAMETER.fullmatch(word) else options.before).append(word)
+            (options.after if re.fullmatch(_FILTER_PARAMETER, word) else options.before).append(word)
             continue
         options.before.append(word)
         name, equals, value = word.partition("=")
@@ -268,6 +268,8 @@ def start(arguments: argparse.Namespace) -> int:
 
     Raises as `plan`, and DeviceError with the server's reason when it does not get so far.
     """
+    import signal
+
     settings, options, argv = plan(
         arguments.new_name, arguments.size, arguments.settings, arguments.nbdkit_options
     )
@@ -345,7 +347,7 @@ def _reason(said: str) -> str:
     """Return the sentence in what nbdkit has said before it ended."""
     lines = [line for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("nbdkit: ")] or lines
-    return _BEFORE_REASON.sub("", errors[-1], count=1) if errors else "it gave no reason"
+    return re.sub(_BEFORE_REASON, "", errors[-1], count=1) if errors else "it gave no reason"
 
 
 def stop(arguments: argparse.Namespace) -> int:
@@ -353,6 +355,8 @@ def stop(arguments: argparse.Namespace) -> int:
 
     Raises DeviceError when the kernel uses the device, and when the server does not end.
     """
+    import signal
+
     served = client.find(arguments.name, arguments.rundir)
     pid = served.pid or 0
     refuse_in_use(served, "stop")
@@ -372,7 +376,7 @@ def stop(arguments: argparse.Namespace) -> int:
 def refuse_in_use(served: client.Served, what: str) -> None:
     """Raise DeviceError when this machine's kernel swaps to a device or has it mounted."""
     try:
-        size = int(served.stats()["disksize"])
+        size = int(served.ask_json("GET", "/stats", timeout=LOOK_TIMEOUT)["disksize"])
     except DeviceError:  # it does not answer: then only what `zramd attach` has made is known
         size = 0
     for device in kernel.attached(served.name, size):
