@@ -32,6 +32,12 @@ class Histogram(NamedTuple):
         counts = tuple(max(now - then, 0) for now, then in zip_longest(self.counts, before, fillvalue=0))
         return Histogram(self.bounds, counts)
 
+    def plus(self, other: "Histogram | None") -> "Histogram":
+        """Return the requests of both."""
+        if other is None or other.bounds != self.bounds:
+            return self
+        return Histogram(self.bounds, tuple(a + b for a, b in zip(self.counts, other.counts, strict=True)))
+
     def quantile(self, share: float) -> float | None:
         """Return the seconds within which a share (0 to 1) of the requests was done, None if there were none.
 

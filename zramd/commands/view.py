@@ -344,6 +344,8 @@ def _added(watch: Watch, name: str) -> list[float | None]:
 
 def _quantile(rates: Rates, operation: str, share: float) -> float | None:
     found = rates.latencies.get(operation)
+    if found and operation == "trim":
+        found = found.plus(rates.latencies.get("zero"))
     return found.quantile(share) if found else None
 
 
@@ -424,7 +426,8 @@ def _axis(sample: Sample, placed: list[tuple[int, int]]) -> Line:
         start = place if not end else max(place + 1 - len(size), 0)
         if end and start < len(text) + 1:
             text = text[: text.rstrip().rfind(" ") + 1]  # the last size is worth more than the one before it
-        if start >= len(text) + (6 if text else 0) or end:
+        begins = place == 0 or placed[place - 1] != placed[place]
+        if end or (begins and start >= len(text) + (5 if text else 0)):
             text = text.ljust(start) + size
     return [("size ".rjust(_MAP_LABEL), "dim"), (text, "dim")]
 
@@ -503,7 +506,8 @@ def screen(state: State, width: int, height: int, glyphs: Glyphs) -> list[Line]:
     """Return `height` lines of `width` cells, the last one shorter: the corner may make a terminal scroll."""
     if width < MIN_WIDTH or height < MIN_HEIGHT:
         lines: list[Line] = [[(f"{width}x{height} is too small: {MIN_WIDTH}x{MIN_HEIGHT} is needed", "bold")]]
-        return [fit(line, width) for line in [*lines, *[[]] * (height - 2)]] + [fit([], width - 1)]
+        lines = [*lines, *[[]] * height][: height - 1]
+        return [fit(line, width) for line in lines] + [fit([], width - 1)]
     lines = help_lines(width) if state.help else body(state, width, height - 1, glyphs)
     if state.lost and not state.help:
         lines = [*lines[:1], *([("".join(text for text, _ in line), "dim")] for line in lines[1:])]
