@@ -344,7 +344,7 @@ class TestServer:
         tmux.start(*at(served), "-i 0.2")
         stored = tmux.line("stored").split()[-4]
         served.stop(number)
-        tmux.shows("the server of run has ended: waiting for it to come back")
+        tmux.shows("the server of zram0 has ended: waiting for it to come back")
         assert stored in tmux.line("stored"), "the last numbers stay"
         back = serve(rundir=served.rundir)
         tmux.shows(f"is served by process {back.process.pid}")

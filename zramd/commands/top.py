@@ -73,6 +73,11 @@ class Top:
         self._asked: float | None = None  # when the question was put that is still open
         self._devices = self._others()
 
+    @property
+    def name(self) -> str:
+        """The device's own name, which that of its run folder need not be."""
+        return self.watch.sample.stats["name"] if self.watch.sample else self.served.name
+
     def _others(self) -> list[client.Served]:
         """Return all devices that the keys go through, by name: those that live, and this one."""
         try:
@@ -147,7 +152,7 @@ class Top:
             self._due = max(self._due + self.interval, now)
             self._ask()
         if self._asked is not None and now - self._asked > PATIENCE and not self.lost:
-            self.lost = f"{self.served.name} does not answer: waiting for it"
+            self.lost = f"{self.name} does not answer: waiting for it"
         if now >= self._message_until:
             self._message = ""
         from zramd.commands.view import screen
@@ -166,7 +171,7 @@ class Top:
 
         paths = [served.path for served in self._devices]
         return State(
-            self.served.name,
+            self.name,
             self.watch,
             self.interval,
             paused=self.paused,
@@ -228,7 +233,7 @@ class Top:
             except ZramdError as error:
                 answer = error
             except (ValueError, KeyError, TypeError):
-                answer = DeviceError(f"{self.served.name} speaks of other things: is it of another version?")
+                answer = DeviceError(f"{self.name} speaks of other things: is it of another version?")
             self._answers.append(lambda: done(answer))
             self._wake_up()
 
@@ -255,13 +260,11 @@ class Top:
             # Whatever it is: the server is away, and may come back.
             living = rundir.holder(self.served.path) is not None
             self.lost = (
-                str(answer)
-                if living
-                else f"the server of {self.served.name} has ended: waiting for it to come back"
+                str(answer) if living else f"the server of {self.name} has ended: waiting for it to come back"
             )
             return
         if self.watch.add(answer) or self.lost:
-            self.say(f"{self.served.name} is served by process {answer.stats['pid']}")
+            self.say(f"{self.name} is served by process {answer.stats['pid']}")
         self.lost = ""
 
     def _compact(self) -> None:
@@ -270,8 +273,8 @@ class Top:
         if self._compacting:
             return
         self._compacting = True
-        served = self.served
-        self.say(f"compacting {served.name}")
+        served, name = self.served, self.name
+        self.say(f"compacting {name}")
         self._message_until += COMPACT_TIMEOUT
 
         def done(answer: "dict[str, Any] | ZramdError") -> None:
@@ -280,7 +283,7 @@ class Top:
                 self.say(str(answer))
                 return
             pages = answer["pages_freed"]
-            self.say(f"{served.name}: {pages} pages freed, frag ratio {answer['frag_ratio']:.2f}%")
+            self.say(f"{name}: {pages} pages freed, frag ratio {answer['frag_ratio']:.2f}%")
             self._due = 0.0
 
         timeout = COMPACT_TIMEOUT + client.TIMEOUT
@@ -305,7 +308,8 @@ def once(served: client.Served, seconds: float | None) -> int:
     from zramd.samples import Watch, take
 
     watch = Watch()
-    watch.add(take(served))
+    sample = take(served)
+    watch.add(sample)
     if seconds:
         time.sleep(seconds)
         watch.add(take(served))
@@ -316,7 +320,7 @@ def once(served: client.Served, seconds: float | None) -> int:
     columns = os.environ.get("COLUMNS", "")
     width = int(columns) if columns.isdigit() else width
     width, height = max(width or 80, view.MIN_WIDTH), 24 if height < 24 else height
-    state = view.State(served.name, watch, seconds or 0, keys=False)
+    state = view.State(sample.stats["name"], watch, seconds or 0, keys=False)
     for line in view.body(state, width, height - 1, glyphs(0)):
         print(view.plain(line).rstrip())
     return 0
