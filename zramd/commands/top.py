@@ -55,6 +55,7 @@ class Top:
         self.end = 0  # the number of the signal that ends it
         self.stopped = False  # it was told to wait in the background
         self._quit = False
+        self._resized = False
         self._glyphs = glyphs(terminal.colours)
         self._message, self._message_until = "", 0.0
         self._answers: deque[Callable[[], None]] = deque()
@@ -122,8 +123,6 @@ class Top:
         else:
             self.end = number
         self._wake_up()
-
-    _resized = False
 
     def _wake_up(self) -> None:
         with suppress(BlockingIOError):  # then it is awake enough
