@@ -47,6 +47,10 @@ class Served:
             ) from None
         if status == 200:
             return answer
+        if status == 404:
+            raise DeviceError(
+                f"{self.name} runs another version of zramd, which does not know '{path}': restart it"
+            )
         sentence = answer.splitlines()[0] if answer else f"status {status}"
         raise (UsageError if status == 400 else DeviceError)(f"{self.name}: {sentence}")
 
@@ -54,7 +58,11 @@ class Served:
         """Return the JSON object that is the answer; raises as `request`."""
         import json
 
-        values: dict[str, Any] = json.loads(self.request(method, path, body, timeout))
+        answer = self.request(method, path, body, timeout)
+        try:
+            values: dict[str, Any] = json.loads(answer)
+        except ValueError:
+            raise DeviceError(f"{self.name} does not answer {path} in whole: is it stopping?") from None
         return values
 
     def stats(self) -> "dict[str, Any]":

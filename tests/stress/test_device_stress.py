@@ -103,6 +103,8 @@ def test_owned_blocks_with_compaction(limit: int, ready: int) -> None:
                 elif action < 0.75:
                     device.trim(block * BLOCK, BLOCK)
                     mine.pop(block, None)
+                elif action < 0.8:
+                    assert (device.block(block)["kind"] == "hole") is (block not in mine)
                 else:
                     buf = bytearray(BLOCK)
                     device.read(buf, block * BLOCK)

@@ -103,6 +103,12 @@ def test_ask(answering: Callable[[bytes], client.Served]) -> None:
         (b"HTTP/1.1 400 Bad\r\n\r\nthat is wrong\n", UsageError, "a: that is wrong"),
         (b"HTTP/1.1 409 Conflict\r\n\r\nin use\nmore\n", DeviceError, "a: in use"),
         (b"HTTP/1.1 503 No\r\n\r\n", DeviceError, "a: status 503"),
+        (
+            b"HTTP/1.1 404 Not Found\r\n\r\nno such path",
+            DeviceError,
+            "another version of zramd, which .* '/x'",
+        ),
+        (b'HTTP/1.1 200 OK\r\n\r\n{"a": ', DeviceError, "a does not answer /x in whole: is it stopping?"),
         (b"", DeviceError, "a does not answer: '.*/control.sock': what it sends is not an answer"),
         (b"HTTP/1.1 xx\r\n\r\n", DeviceError, "what it sends is not an answer"),
         (b"HTTP/1.1 \r\n\r\n", DeviceError, "what it sends is not an answer"),
@@ -113,7 +119,7 @@ def test_wrong_answers(
     answering: Callable[[bytes], client.Served], answer: bytes, kind: type[Exception], sentence: str
 ) -> None:
     with pytest.raises(kind, match=sentence):
-        answering(answer).request("GET", "/x")
+        answering(answer).ask_json("GET", "/x")
 
 
 def test_no_answer(answering: Callable[[bytes | None], client.Served], tmp_path: Path) -> None:

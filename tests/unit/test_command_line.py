@@ -116,9 +116,9 @@ def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["nope"], "unknown command 'nope': use one of list, start"),
         (["lst"], "unknown command 'lst': did you mean 'list'?"),
-        (["list", "--nope"], "zramd: unrecognized arguments: --nope: see 'zramd --help'"),
-        (["stats", "a", "b"], "zramd: unrecognized arguments: b: see 'zramd --help'"),
-        (["--nope"], "zramd: unrecognized arguments: --nope: see 'zramd --help'"),
+        (["list", "--nope"], "zramd list: unrecognized arguments: --nope: see 'zramd list --help'"),
+        (["stats", "a", "b"], "zramd stats: unrecognized arguments: b: see 'zramd stats --help'"),
+        (["--nope"], "zramd list: unrecognized arguments: --nope: see 'zramd list --help'"),
         (["list", "-o"], "zramd list: argument -o/--output: expected one argument: see 'zramd list --help'"),
         (["debug"], "zramd debug: the following arguments are required: PART: see 'zramd debug --help'"),
         (
@@ -256,10 +256,12 @@ def test_attached(machine: Path) -> None:
 def test_stop_is_refused_while_in_use(
     machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = {"a": 1 << 20, "b": 2 << 20}
-    monkeypatch.setattr(client, "find", lambda name, rundir: client.Served(name, "/nowhere", os.getpid()))
+    sizes = {"run-a": ("a", 1 << 20), "run-b": ("b", 2 << 20)}  # the folder need not have the device's name
+    monkeypatch.setattr(client, "find", lambda name, rundir: client.Served(f"run-{name}", "/no", os.getpid()))
     monkeypatch.setattr(
-        client.Served, "ask_json", lambda self, *words, **rest: {"disksize": sizes[self.name]}
+        client.Served,
+        "ask_json",
+        lambda self, *words, **rest: dict(zip(("name", "disksize"), sizes[self.name], strict=True)),
     )
     monkeypatch.setattr("os.pidfd_open", lambda pid: pytest.fail("it would have been stopped"))
     assert main(["stop", "b"]) == 1

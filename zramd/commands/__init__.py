@@ -128,8 +128,11 @@ def main(argv: list[str] | None = None) -> int:
         words = ["list", *words]
     try:
         made = parser()
-        _check_verb(words[0], verbs(made))
-        arguments = made.parse_args(words)
+        known = verbs(made)
+        _check_verb(words[0], known)
+        arguments, extras = made.parse_known_args(words)
+        if extras:
+            known[words[0]].error(f"unrecognized arguments: {' '.join(extras)}")
         status: int = arguments.run(arguments)
         sys.stdout.flush()
         return status

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     Cell: TypeAlias = str | int | float | None  # None: unknown, or nothing
     Row: TypeAlias = dict[str, Cell]
 
+TIMEOUT = 2.0  # seconds for each server: one that hangs must not keep the others from being seen
 _LETTERS = "BKMGTPE"
 
 
@@ -109,9 +110,9 @@ def numbers(served: client.Served, *, clients: bool) -> "dict[str, Any]":
 
     The number of clients takes a question more, so it is there only if asked for.
     """
-    stats = served.stats()
+    stats = served.ask_json("GET", "/stats", timeout=TIMEOUT)
     if clients:
-        stats["clients"] = served.ask_json("GET", "/health")["clients"]
+        stats["clients"] = served.ask_json("GET", "/health", timeout=TIMEOUT)["clients"]
     devices = kernel.attached(stats["name"], stats["disksize"])
     stats["attached"] = ",".join(devices)
     stats["mountpoint"] = ",".join(use for device in devices for use in kernel.uses(device))

@@ -18,7 +18,7 @@ from contextlib import suppress
 
 from zramd import __version__, client, kernel, rundir
 from zramd.commands import add_device
-from zramd.errors import DeviceError, ZramdError
+from zramd.errors import DeviceError, UsageError, ZramdError
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ _TRANSPORTS = {
     "--unix",
     "--vsock",
 }
+_STANDARD_INPUT = {"-s", "--single", "--stdin"}
 # nbdkit's options whose value is the next word, if it is not attached with '='.
 _SHORT_WITH_VALUE = "DegiPptuU"
 _LONG_WITH_VALUE = {
@@ -257,7 +258,7 @@ def serve(arguments: argparse.Namespace) -> int:
     settings, options, argv = plan(
         arguments.name, arguments.size, arguments.settings, arguments.nbdkit_options
     )
-    if {"-s", "--single", "--stdin"}.isdisjoint(options.values):  # there, standard output is the client's
+    if _STANDARD_INPUT.isdisjoint(options.values):  # there, standard output is the client's
         _start_watcher(settings, greeting(settings, options, os.getpid()))
     set_environment(settings)
     os.execvp(argv[0], argv)
@@ -273,6 +274,8 @@ def start(arguments: argparse.Namespace) -> int:
     settings, options, argv = plan(
         arguments.new_name, arguments.size, arguments.settings, arguments.nbdkit_options
     )
+    if not _STANDARD_INPUT.isdisjoint(options.values):
+        raise UsageError("a server in the background has no standard input to serve: use 'zramd serve'")
     set_environment(settings)
     os.environ[rundir.BACKGROUND] = "1"
     end = time.monotonic() + READY_TIMEOUT
@@ -376,15 +379,15 @@ def stop(arguments: argparse.Namespace) -> int:
 def refuse_in_use(served: client.Served, what: str) -> None:
     """Raise DeviceError when this machine's kernel swaps to a device or has it mounted."""
     try:
-        size = int(served.ask_json("GET", "/stats", timeout=LOOK_TIMEOUT)["disksize"])
+        stats = served.ask_json("GET", "/stats", timeout=LOOK_TIMEOUT)
+        name, size = stats["name"], stats["disksize"]
     except DeviceError:  # it does not answer: then only what `zramd attach` has made is known
-        size = 0
-    for device in kernel.attached(served.name, size):
+        name, size = served.name, 0
+    for device in kernel.attached(name, size):
         for use in kernel.uses(device):
             command, what_for = ("swapoff", "swap") if use == kernel.SWAP else ("umount", f"'{use}'")
             raise DeviceError(
-                f"cannot {what} {served.name}: {device} is in use as {what_for}: "
-                f"run '{command} {device}' first"
+                f"cannot {what} {name}: {device} is in use as {what_for}: run '{command} {device}' first"
             )
 
 

@@ -147,10 +147,11 @@ def dump(arguments: argparse.Namespace) -> int:
             state[part] = json.loads(served.request("GET", path))
         except DeviceError as error:
             state[part] = {"error": str(error)}
-    devices = kernel.attached(served.name, state["stats"].get("disksize", 0))
+    known = state["stats"]
+    devices = kernel.attached(known.get("name", served.name), known.get("disksize", 0))
     state["attached"] = {device: kernel.uses(device) for device in devices}
     print(json.dumps(state, indent=2))
-    return 0 if "error" not in state["stats"] else 1
+    return 0 if "error" not in known else 1
 
 
 def block(arguments: argparse.Namespace) -> int:
