@@ -17,8 +17,8 @@ from conftest import NbdSocket, Served, wait_until
 from test_commands import at, refused, zramd
 
 from zramd import client, samples
+from zramd.commands.cells import number
 from zramd.commands.listing import human
-from zramd.commands.view import number
 
 Serve = Callable[..., Served]
 BLOCK = 4096
@@ -40,7 +40,6 @@ class Tmux:
         shell = "exec env PS1='prompt> ' bash --norc --noprofile"  # tmux' own shell forgets PS1
         command = ["new-session", "-d", "-x", str(width), "-y", str(height), shell]
         self._run("-u", "-f", "/dev/null", *command, env=environment)
-        wait_until(lambda: "prompt>" in self.text())
 
     def _run(self, *words: str, env: dict[str, str] | None = None) -> str:
         done = subprocess.run(
@@ -114,8 +113,11 @@ def tmux(tmp_path: Path) -> Iterator[Tmux]:
     if shutil.which("tmux") is None:
         pytest.skip("tmux is not installed")
     terminal = Tmux(tmp_path)
-    yield terminal
-    terminal.close()
+    try:
+        terminal.shows("prompt>")
+        yield terminal
+    finally:
+        terminal.close()
 
 
 def fill(served: Served, blocks: int = 4000) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from test_samples import sample
 
-from zramd.commands import view
-from zramd.commands.view import ASCII, COLOUR, MONO, Glyphs, State
+from zramd.commands import cells, view
+from zramd.commands.cells import ASCII, COLOUR, MONO, Glyphs
+from zramd.commands.view import State
 from zramd.samples import Histogram, Sample, Watch
 
 MIB = 1 << 20
@@ -53,17 +54,17 @@ def state(*taken: Sample, **changes: Any) -> State:
     return State("zram0", watched(*taken or (device(),)), 1.0)._replace(**changes)
 
 
-def text(lines: list[view.Line]) -> list[str]:
-    return [view.plain(line) for line in lines]
+def text(lines: list[cells.Line]) -> list[str]:
+    return [cells.plain(line) for line in lines]
 
 
-def line(lines: list[view.Line], word: str) -> str:
+def line(lines: list[cells.Line], word: str) -> str:
     """The text of the line that begins with a word."""
     (found,) = [words for words in text(lines) if words.startswith(word)]
     return found
 
 
-def styled(line: view.Line, style: str) -> str:
+def styled(line: cells.Line, style: str) -> str:
     """What a line shows in a style."""
     return "".join(words for words, name in line if name == style)
 
@@ -148,7 +149,7 @@ class TestScreen:
 class TestHeader:
     def test_words(self) -> None:
         one = device()._replace(clients=2, uses={"/dev/nbd0": ["[SWAP]"]})
-        shown = view.plain(view.header(state(one, paused=True), one, 120))
+        shown = cells.plain(view.header(state(one, paused=True), one, 120))
         words = "zram0  1G lz4  pid 7  up 1:00:00  2 clients  /dev/nbd0: the kernel swaps to it"
         assert shown.strip().startswith(words)
         assert shown.endswith(" PAUSED  every 1s")
@@ -163,10 +164,10 @@ class TestHeader:
     )
     def test_use_by_the_kernel(self, uses: dict[str, list[str]], words: str) -> None:
         one = device()._replace(uses=uses)
-        assert words in view.plain(view.header(state(one), one, 120))
+        assert words in cells.plain(view.header(state(one), one, 120))
 
     def test_what_matters_most_stays_when_it_is_narrow(self) -> None:
-        shown = view.plain(view.header(state(device(), paused=True), device(), 60))
+        shown = cells.plain(view.header(state(device(), paused=True), device(), 60))
         assert shown.startswith(" zram0 ")
         assert shown.endswith("PAUSED  every 1s")
 
@@ -178,13 +179,13 @@ class TestMemory:
         assert len(styled(spent, "payload")) == 15
         assert len(styled(spent, "gaps")) == 5
         assert len(styled(spent, "tables")) == 1
-        bar = view.plain(spent)[8 : 8 + 64]
+        bar = cells.plain(spent)[8 : 8 + 64]
         assert bar == "#" * 15 + "=" * 5 + "-" + " " * 9 + ":" + " " * 9 + "|" + " " * 23
-        assert "256M  25% of 1G" in view.plain(stored)
-        assert "84M  3.05 : 1" in view.plain(spent)
+        assert "256M  25% of 1G" in cells.plain(stored)
+        assert "84M  3.05 : 1" in cells.plain(spent)
         words = "# payload 60M  = gaps 20M  - tables 4M  | limit 160M: 50%"
-        assert view.plain(legend).strip().startswith(words)
-        assert view.plain(legend).endswith(": peak 120M")
+        assert cells.plain(legend).strip().startswith(words)
+        assert cells.plain(legend).endswith(": peak 120M")
 
     @pytest.mark.parametrize(("used", "style"), [(143, ""), (144, "bad"), (160, "bad")])
     def test_limit_that_is_near_is_marked(self, used: int, style: str) -> None:
@@ -194,18 +195,18 @@ class TestMemory:
     def test_limit_that_is_reached_is_still_marked(self) -> None:
         one = device(mem_used_total=160 * MIB, mem_used_max=160 * MIB, total_bytes=256 * MIB)
         _, spent, _ = view.memory(one, 98, ASCII)
-        assert view.plain(spent)[8 + 40] == "|"
+        assert cells.plain(spent)[8 + 40] == "|"
 
     def test_no_limit(self) -> None:
         _, spent, legend = view.memory(device(mem_limit=0), 80, COLOUR)
-        assert COLOUR.limit not in view.plain(spent)
-        assert "no limit" in view.plain(legend)
+        assert COLOUR.limit not in cells.plain(spent)
+        assert "no limit" in cells.plain(legend)
 
     def test_empty_device(self) -> None:
         names = ("orig_data_size", "compr_data_size", "mem_used_total", "mem_used_max", "total_bytes")
         stored, spent, _ = view.memory(device(**dict.fromkeys(names, 0)), 80, ASCII)
-        assert "#" not in view.plain(stored) + view.plain(spent)
-        assert "0%" in view.plain(stored)
+        assert "#" not in cells.plain(stored) + cells.plain(spent)
+        assert "0%" in cells.plain(stored)
 
     @pytest.mark.parametrize(
         ("disksize", "sizes", "scale"),
@@ -218,50 +219,50 @@ class TestMemory:
         ],
     )
     def test_scale(self, disksize: int, sizes: tuple[int, ...], scale: int) -> None:
-        assert view.scale_of(disksize, *sizes) == scale
+        assert cells.scale_of(disksize, *sizes) == scale
 
     @pytest.mark.parametrize("width", range(1, 40))
     def test_bar_is_as_wide_as_asked_for(self, width: int) -> None:
         for size in (0, 1, 499, 500, 999, 1000):
-            cells = view.bar([(size, "#", "a"), (1000 - size, "=", "b")], 1000, width, MONO)
-            assert len(cells) == width
-            assert all(len(glyph) == 1 for glyph, _ in cells)
+            drawn = cells.bar([(size, "#", "a"), (1000 - size, "=", "b")], 1000, width, MONO)
+            assert len(drawn) == width
+            assert all(len(glyph) == 1 for glyph, _ in drawn)
 
     def test_bar_ends_in_eighths(self) -> None:
-        drawn = ["".join(glyph for glyph, _ in view.bar([(n, "█", "")], 16, 2, MONO)) for n in range(17)]
+        drawn = ["".join(glyph for glyph, _ in cells.bar([(n, "█", "")], 16, 2, MONO)) for n in range(17)]
         steps = "▏▎▍▌▋▊▉█"
         assert drawn == ["  ", *(step + " " for step in steps), *("█" + step for step in steps)]
 
 
 class TestGraph:
     def test_rows(self) -> None:
-        drawn = view.graph([0, 25, 50, 75, 100, None, 100], 0, 100, 10, 2, MONO)
+        drawn = cells.graph([0, 25, 50, 75, 100, None, 100], 0, 100, 10, 2, MONO)
         assert drawn == ["      ▄█ █", "   ▁▄███ █"]
 
     def test_newest_are_kept(self) -> None:
-        assert view.graph([0, 0, 0, 8, 4], 0, 8, 2, 1, MONO) == ["█▄"]
-        assert view.graph([], 0, 1, 3, 2, MONO) == ["   ", "   "]
+        assert cells.graph([0, 0, 0, 8, 4], 0, 8, 2, 1, MONO) == ["█▄"]
+        assert cells.graph([], 0, 1, 3, 2, MONO) == ["   ", "   "]
 
     def test_frag_ratio(self) -> None:
         taken = [device(frag_ratio=ratio) for ratio in (100, 95, 80, 62)]
         upper, lower = view.frag(watched(*taken), 80, 2, COLOUR)
-        assert view.plain(upper).split()[:2] == ["frag", "62.00%"]
-        assert view.plain(upper).endswith("100%")
-        assert view.plain(lower).endswith("60%"), "the scale begins at the tens below the least"
+        assert cells.plain(upper).split()[:2] == ["frag", "62.00%"]
+        assert cells.plain(upper).endswith("100%")
+        assert cells.plain(lower).endswith("60%"), "the scale begins at the tens below the least"
         assert styled(lower, "good")[-2:] == "██"
         assert len(styled(lower, "fair")) == 1
         assert styled(lower, "bad") == "▁"
 
     def test_empty_pool_has_no_ratio(self) -> None:
         upper, lower = view.frag(watched(device(mem_used_total=0)), 80, 2, MONO)
-        assert view.plain(upper).split() == ["frag", "-", "100%"]
-        assert view.plain(lower).split() == ["in", "use", "-", "90%"]
+        assert cells.plain(upper).split() == ["frag", "-", "100%"]
+        assert cells.plain(lower).split() == ["in", "use", "-", "90%"]
 
 
 class TestRequests:
     def test_rates(self) -> None:
         new = device(reads=12_337, read_bytes=53 + 48 * MIB, writes=41, trims=45, zeroes=50, notify_free=275)
-        read, write, trim = map(view.plain, view.requests(watched(device(), new), 80, MONO))
+        read, write, trim = map(cells.plain, view.requests(watched(device(), new), 80, MONO))
         assert read.split()[:3] == ["read", "12.3k/s", "48M/s"]
         assert write.split()[:3] == ["write", "0/s", "0B/s"]
         assert trim.split()[:3] == ["trim", "5/s", "1M/s"], "zeroing counts as a trim; blocks have 4096 bytes"
@@ -277,7 +278,7 @@ class TestRequests:
                 "zero": Histogram(bounds, (0, 0, 50, 50)),
             }
         )
-        read, write, trim = map(view.plain, view.requests(watched(old, new), 80, MONO))
+        read, write, trim = map(cells.plain, view.requests(watched(old, new), 80, MONO))
         assert read.split()[3:7] == ["p50", "1.5µs", "p99", "2.0µs"], "of the requests between the two alone"
         assert write.split()[3:7] == ["p50", "-", "p99", "-"]
         assert trim.split()[3:5] == ["p50", "2.0ms"], "zeroing counts"
@@ -298,7 +299,7 @@ class TestCompaction:
         assert watch.rates is not None
         shown = view.compaction(new, watch.rates)
         words = "compact 1.0k moved/s 200 freed/s 12% busy 2 freeable 205 in all"
-        assert " ".join(view.plain(shown).split()) == words
+        assert " ".join(cells.plain(shown).split()) == words
         assert "moved/s" in styled(shown, "good")
 
     def test_rest(self) -> None:
@@ -317,7 +318,7 @@ class TestHeatMap:
 
     def map(
         self, *taken: Sample, width: int = 80, height: int = 13, glyphs: Glyphs = ASCII
-    ) -> list[view.Line]:
+    ) -> list[cells.Line]:
         watch = watched(*taken)
         assert watch.sample is not None
         assert watch.rates is not None
@@ -399,7 +400,7 @@ class TestHeatMap:
     ],
 )
 def test_number(value: float, words: str) -> None:
-    assert view.number(value) == words
+    assert cells.number(value) == words
     assert len(words) <= 5
 
 
@@ -408,12 +409,12 @@ def test_number(value: float, words: str) -> None:
     [(0, "0ns"), (2.5e-7, "250ns"), (8.1e-6, "8.1µs"), (41e-6, "41µs"), (0.0012, "1.2ms"), (2.1, "2.1s")],
 )
 def test_duration(seconds: float, words: str) -> None:
-    assert view.duration(seconds, MONO) == words
-    assert view.duration(seconds, ASCII) == words.replace("µ", "u")
+    assert cells.duration(seconds, MONO) == words
+    assert cells.duration(seconds, ASCII) == words.replace("µ", "u")
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"), [(7, "0:07"), (3599.9, "59:59"), (3723, "1:02:03"), (4 * 86400 + 18360, "4d 05:06")]
 )
 def test_clock(seconds: float, words: str) -> None:
-    assert view.clock(seconds) == words
+    assert cells.clock(seconds) == words

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from zramd.commands import Commands
-    from zramd.commands.view import Glyphs, State
+    from zramd.commands.cells import Glyphs
+    from zramd.commands.view import State
     from zramd.samples import Sample
     from zramd.terminal import Terminal
 
@@ -291,19 +292,19 @@ class Top:
 
 def glyphs(colours: int) -> "Glyphs":
     """Return the characters to draw with, by what standard output can take and how many colours there are."""
-    from zramd.commands import view
+    from zramd.commands import cells
 
     # The console's fonts have few of the characters.
     if "utf" not in (sys.stdout.encoding or "").lower() or os.environ.get("TERM") == "linux":
-        return view.ASCII
-    return view.COLOUR if colours >= 256 else view.MONO
+        return cells.ASCII
+    return cells.COLOUR if colours >= 256 else cells.MONO
 
 
 def once(served: client.Served, seconds: float | None) -> int:
     """Print the screen once: rates since the server's start, or over some seconds."""
     import time
 
-    from zramd.commands import view
+    from zramd.commands import cells, view
     from zramd.samples import Watch, take
 
     watch = Watch()
@@ -321,7 +322,7 @@ def once(served: client.Served, seconds: float | None) -> int:
     width, height = max(width or 80, view.MIN_WIDTH), 24 if height < 24 else height
     state = view.State(sample.stats["name"], watch, seconds or 0, keys=False)
     for line in view.body(state, width, height - 1, glyphs(0)):
-        print(view.plain(line).rstrip())
+        print(cells.plain(line).rstrip())
     return 0
 
 

@@ -4,13 +4,24 @@ A line is a list of (text, style) pieces, exactly as wide as asked for. Styles a
 is zramd.terminal's to say.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple
 
+from zramd.commands.cells import (
+    Glyphs,
+    Line,
+    bar,
+    between,
+    clock,
+    duration,
+    fit,
+    graph,
+    number,
+    runs,
+    scale_of,
+)
 from zramd.commands.listing import human
 from zramd.samples import Rates, Sample, Watch
-
-Line: TypeAlias = list[tuple[str, str]]
 
 HEAT_LEVELS = 8  # level n: at least 4 ** (n - 1) zspages
 MIN_WIDTH, MIN_HEIGHT = 60, 16
@@ -19,30 +30,6 @@ _MAP_LABEL = 5
 _MAP_MARGIN = 15  # beside the map: a group's zspages and how many it gained
 _BAR_MARGIN = 26  # beside a bar: what it shows, in numbers
 _GRAPH_MARGIN = 6  # beside a graph: what its top and bottom stand for
-_MIB = 1 << 20
-
-
-class Glyphs(NamedTuple):
-    """The characters that a terminal can show."""
-
-    eighths: str  # a cell filled from the left, from one eighth to whole
-    steps: str  # a cell filled from below, from one eighth to whole
-    payload: str
-    gaps: str
-    tables: str
-    heat: str  # HEAT_LEVELS of them
-    swatch: str  # in a legend; '' where colours alone do not tell the parts: then the part's own
-    none: str  # no zspages
-    rest: str  # of a bar
-    limit: str
-    peak: str
-    rule: str
-    micro: str
-
-
-COLOUR = Glyphs("▏▎▍▌▋▊▉█", "▁▂▃▄▅▆▇█", "█", "█", "█", "█" * 8, "■", "·", " ", "┃", "┊", "─", "µ")
-MONO = Glyphs("▏▎▍▌▋▊▉█", "▁▂▃▄▅▆▇█", "█", "▒", "░", "░░▒▒▓▓██", "", "·", " ", "┃", "┊", "─", "µ")
-ASCII = Glyphs("", "_-=#", "#", "=", "-", ":-=+*%#@", "", ".", " ", "|", ":", "-", "u")
 
 
 class State(NamedTuple):
@@ -57,133 +44,6 @@ class State(NamedTuple):
     lost: str = ""  # why there are no numbers, or only old ones
     keys: bool = True  # whether somebody can press one
     devices: tuple[int, int] = (1, 1)  # which device this is, and of how many
-
-
-# ------------------------------------------------------------------------------------------------------------
-# pieces
-
-
-def fit(line: Line, width: int, style: str = "") -> Line:
-    """Return a line cut or filled to a width."""
-    fitted: Line = []
-    left = width
-    for text, name in line:
-        if left and text:
-            fitted.append((text[:left], name))
-            left -= len(fitted[-1][0])
-    return [*fitted, (" " * left, style)] if left else fitted
-
-
-def plain(line: Line) -> str:
-    """Return a line's text."""
-    return "".join(text for text, _ in line)
-
-
-def between(left: Line, right: Line, width: int) -> Line:
-    """Return two lines in one, at both ends; what does not fit is missing in the middle."""
-    room = width - sum(len(text) for text, _ in right)
-    return fit([*fit(left, max(room - 1, 0)), (" ", ""), *right], width)
-
-
-def number(value: float) -> str:
-    """Return a count or a rate in at most five characters: 0, 7.5, 123, 12.3k, 4.5M."""
-    if 0 < value < 9.95 and value != int(value):
-        return f"{value:.1f}"
-    for letter in ("", "k", "M", "G", "T"):
-        if value < 999.5 or letter == "T":
-            break
-        value /= 1000
-    if letter and value < 99.95:
-        return f"{value:.1f}{letter}"
-    return f"{value:.0f}{letter}"
-
-
-def duration(seconds: float, glyphs: Glyphs) -> str:
-    """Return a time that a request took: 250ns, 8.1µs, 1.2ms, 2.1s."""
-    for unit, scale in (("ns", 1e9), (f"{glyphs.micro}s", 1e6), ("ms", 1e3), ("s", 1)):
-        value = seconds * scale
-        if value < 999.5 or unit == "s":
-            break
-    return f"{value:.1f}{unit}" if value < 9.95 and unit != "ns" else f"{value:.0f}{unit}"
-
-
-def clock(seconds: float) -> str:
-    """Return how long something has run: 0:07, 1:02:03, 4d 05:06."""
-    minutes, second = divmod(int(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if days:
-        return f"{days}d {hour:02}:{minute:02}"
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def graph(
-    values: Sequence[float | None], low: float, high: float, width: int, height: int, glyphs: Glyphs
-) -> list[str]:
-    """Return `height` rows of the last `width` values as columns that stand on `low`, the newest right.
-
-    A value of `low` or less still shows its lowest step: only what is None is blank.
-    """
-    per_cell = len(glyphs.steps) or 1
-    steps = glyphs.steps or glyphs.payload
-    shown = list(values)[-width:] if width > 0 else []
-    span = (high - low) or 1
-    filled = [
-        0
-        if value is None
-        else min(max(round((value - low) / span * height * per_cell), 1), height * per_cell)
-        for value in shown
-    ]
-    rows = []
-    for row in range(height - 1, -1, -1):
-        cells = (min(max(count - row * per_cell, 0), per_cell) for count in filled)
-        rows.append("".join(steps[cell - 1] if cell else " " for cell in cells).rjust(width))
-    return rows
-
-
-def bar(
-    parts: Iterable[tuple[int, str, str]], scale: int, width: int, glyphs: Glyphs
-) -> list[tuple[str, str]]:
-    """Return `width` cells for parts of (size, glyph, style), one after the other, of a whole of `scale`."""
-    cells: list[tuple[str, str]] = []
-    total = 0
-    style = ""
-    for size, glyph, name in parts:
-        total += size
-        if size > 0:
-            until = min(total * width // scale, width)
-            cells += [(glyph, name)] * (until - len(cells))
-            style = name
-    if total and len(cells) < width and glyphs.eighths:
-        eighths = total * width * 8 // scale - len(cells) * 8
-        if eighths > 0:
-            cells.append((glyphs.eighths[min(eighths, 8) - 1], style))
-    if total and not cells:
-        cells.append((glyphs.eighths[:1] or glyphs.payload, style))
-    return cells + [(glyphs.rest, "")] * (width - len(cells))
-
-
-def scale_of(disksize: int, *sizes: int) -> int:
-    """Return the size that a whole bar stands for: it changes seldom, and holds all sizes."""
-    need = max(sizes)
-    power = max(1 << (need - 1).bit_length(), _MIB) if need else _MIB
-    return disksize if need <= disksize < power else power
-
-
-def heat(zspages: int) -> int:
-    """Return the level of a cell of the map, 0 for no zspages."""
-    return min((zspages.bit_length() + 1) // 2, HEAT_LEVELS)
-
-
-def _runs(cells: Iterable[tuple[str, str]]) -> Line:
-    """Return cells as pieces: neighbours of one style together."""
-    line: Line = []
-    for text, style in cells:
-        if line and line[-1][1] == style:
-            line[-1] = (line[-1][0] + text, style)
-        else:
-            line.append((text, style))
-    return line
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -224,7 +84,7 @@ def memory(sample: Sample, width: int, glyphs: Glyphs) -> list[Line]:
 
     filled = bar([(stored, glyphs.payload, "stored")], scale, room, glyphs)
     words = f" {human(stored):>7}  {100 * stored / disksize:.0f}% of {human(disksize)}"
-    lines.append([("stored".ljust(_LABEL), "bold"), *_runs(filled), (words, "")])
+    lines.append([("stored".ljust(_LABEL), "bold"), *runs(filled), (words, "")])
 
     parts = [
         (payload, glyphs.payload, "payload"),
@@ -238,7 +98,7 @@ def memory(sample: Sample, width: int, glyphs: Glyphs) -> list[Line]:
         if size and (style == "limit" or filled[min(place, room - 1)][0] == glyphs.rest):
             filled[min(place, room - 1)] = (glyph, style)
     ratio = f"  {stored / spent:.2f} : 1" if spent else ""
-    lines.append([("spent".ljust(_LABEL), "bold"), *_runs(filled), (f" {human(spent):>7}{ratio}", "")])
+    lines.append([("spent".ljust(_LABEL), "bold"), *runs(filled), (f" {human(spent):>7}{ratio}", "")])
 
     near = limit and pool >= 0.9 * limit
     legend: Line = [
@@ -291,7 +151,7 @@ def frag(watch: Watch, width: int, height: int, glyphs: Glyphs) -> list[Line]:
     for place, row in enumerate(rows):
         left = values[place] if place < len(values) else []
         edge = {0: "100%", height - 1: f"{low}%"}.get(place, "")
-        cells = _runs(zip(row, styles, strict=True))
+        cells = runs(zip(row, styles, strict=True))
         lines.append([*fit(left, 2 * _LABEL), *cells, (f" {edge:>5}", "dim")])
     return lines
 
@@ -382,6 +242,11 @@ def fold(groups: Sequence[str], rows: int) -> list[list[str]]:
     return upward[::-1]
 
 
+def heat(zspages: int) -> int:
+    """Return the level of a cell of the map, 0 for no zspages."""
+    return min((zspages.bit_length() + 1) // 2, HEAT_LEVELS)
+
+
 def heat_map(sample: Sample, rates: Rates, width: int, height: int, glyphs: Glyphs) -> list[Line]:
     """Return the size classes by fullness: a heading, rows from full to empty, and the axis of sizes.
 
@@ -403,7 +268,7 @@ def heat_map(sample: Sample, rates: Rates, width: int, height: int, glyphs: Glyp
         for first, last in placed:
             level = heat(sum(row["zspages"][group] for row in sample.classes[first:last] for group in groups))
             cells.append((glyphs.heat[level - 1], f"heat{level}") if level else (glyphs.none, "empty"))
-        line += fit(_runs(cells), room)
+        line += fit(runs(cells), room)
         count = sum(totals[group] for group in groups)
         gained = sum(rates.groups.get(group, 0) for group in groups)
         line.append(
