@@ -26,6 +26,7 @@ MODULES = (
     "serve",
     "show",
     "attach",
+    "top",
     "doctor",
     "config",
     "completion",
