@@ -315,9 +315,17 @@ cdef class Device:
         if slot and not slot & SLOT_SAME:
             self.pool.obj_prefetch(slot_handle(slot), slot & SLOT_SIZE_MASK)
 
+    cdef int _slot_is_ready(self, uint64_t block) noexcept nogil:
+        """Before a slot is written: 0, or -ENOSPC, the state's file system has no room for it."""
+        if is_touched(&self.touched[block // SLOTS_PER_PAGE]) or self.slot_table.ready(&self.slots[block], 8) == 0:
+            return 0
+        return -ENOSPC
+
     cdef int _write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil:
         cdef uint64_t slot, old
-        cdef int rc = self._store(block, src, s, &slot)
+        cdef int rc = self._slot_is_ready(block)
+        if rc == 0:
+            rc = self._store(block, src, s, &slot)
         if rc == 0:
             pthread_mutex_lock(&self.stripes[block % STRIPES])
             old = self._set(block, slot)
@@ -328,7 +336,9 @@ cdef class Device:
     cdef int _merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil:
         """Write n bytes (zeros when src is NULL) at a place in a block: its other bytes stay."""
         cdef uint64_t slot, old = 0
-        cdef int rc
+        cdef int rc = self._slot_is_ready(block)
+        if rc:
+            return rc
         pthread_mutex_lock(&self.stripes[block % STRIPES])
         rc = self._load(block, self._get(block), s.page)
         if rc == 0:
@@ -359,6 +369,8 @@ cdef class Device:
         """Make a block a hole (slot 0) or allocated zeros (SLOT_SAME)."""
         cdef uint64_t old
         if slot:
+            if self._slot_is_ready(block):
+                return -ENOSPC
             slot = self._same_slot(block, 0)
         if slot == 0 and self._get(block) == 0:
             return 0
