@@ -21,8 +21,8 @@ Crash rule: what a scan of the slots, cells and payloads finds is whole at any i
 what it points to: alloc: class of the span, header, payload, cell, (slot); move: copy, cell, header of the source; free:
 (slot), chunk, cell. The cell of an object being written is pinned, and no slot holds its handle yet; the scan takes its
 chunk back. A span changes its class only when no slot leads there. (A kill keeps what one processor has stored, in its
-order; the compiler keeps the order because each step ends with a release store or a call.) zr_crash_point marks each
-step, tests/property/test_crash_points.py dies at each.
+order; the compiler keeps the order because each step ends with store_release, which has a fence for it.)
+zr_crash_point marks each step; tests/property/test_crash_points.py dies at each.
 
 What a word of the file says is not trusted with memory beyond the file's own: a handle, an obj or a link that a flipped
 bit has made wrong is refused, or leads to an object whose checksum differs.
