@@ -157,7 +157,7 @@ cdef class Arena:
     cdef int commit(self, uint32_t span, uint32_t mask) noexcept nogil:
         """Count the pages of mask as resident. The number of pages that were not before, or -ENOSPC at the limit.
 
-        Nothing is touched here: the owner's first write makes the page resident. (A file with little room is asked for it first.)
+        Nothing is touched here: the owner's first write makes the page resident. (A file with little room is asked first.)
         """
         cdef uint32_t fresh = mask & ~<uint32_t>self.committed[span]
         cdef int n = zr_popcount(fresh)
