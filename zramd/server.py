@@ -67,8 +67,8 @@ class Server:
         config = self.config
         if config.swap == "local":
             swap.prepare()
-        self._rundir = Rundir(config.rundir)
         self.device = self._make_device()
+        self._rundir = Rundir(config.rundir)
 
     def _make_device(self) -> Device:
         """Return the device, with what is in the state if there is one."""

@@ -658,3 +658,12 @@ def test_a_flip_of_any_bit_is_found(memory_folder: Path, kind: str) -> None:
     assert device.counters()["checksum_errors"] == errors
     assert read(device, 5 * BLOCK, BLOCK) == data
     device.check()
+
+
+@pytest.mark.parametrize("change", [-BLOCK, BLOCK])
+def test_a_file_of_another_size_is_no_state(change: int) -> None:
+    fd = os.memfd_create("zramd")
+    os.ftruncate(fd, state_layout(SIZE)["bytes"] + change)
+    with pytest.raises(ValueError, match="is not one of"):
+        Device(SIZE, state=fd)
+    os.close(fd)

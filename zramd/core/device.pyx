@@ -60,6 +60,8 @@ from zramd.core.types cimport (
 )
 from zramd.core.zsmalloc cimport Zsmalloc
 
+import os
+
 from zramd.core.zsmalloc import pool_layout
 from zramd.errors import CorruptionError, error_from
 
@@ -97,8 +99,8 @@ cdef class Device:
     state: descriptor, the caller's to close, of the file that holds all data (see zramd.state); what is in it is
     taken over, and progress(done, total) called about every second meanwhile. -1: memory of this process.
     verify: store a checksum with each block, and check it on each read; a state is all with or all without.
-    Raises ValueError for a size out of range, MemoryError when the address space cannot be had, CorruptionError when
-    what the state says contradicts itself (then nothing in it was changed).
+    Raises ValueError for a size out of range, also of the state; MemoryError when the address space cannot be had;
+    CorruptionError when the state contradicts itself (then nothing in it was changed).
     Every method may be called from any number of threads.
     """
 
@@ -126,6 +128,8 @@ cdef class Device:
         self.touched = <uint8_t *>self.touches.base
         self.pool = Zsmalloc(self.blocks, memory=memory)
         if state >= 0:
+            if os.fstat(state).st_size != memory.end:
+                raise ValueError(f"a state of {os.fstat(state).st_size} bytes is not one of {memory.end} bytes")
             self._take_over(progress)
         # A limit that was changed at work stays, until another one is asked for than the last time.
         if self.kept.limit_asked == mem_limit + 1:
