@@ -63,7 +63,11 @@ _with_traceback = traceback.format_exception
 def _format_exception(kind: type[BaseException], error: BaseException, trace: Any = None) -> list[str]:
     if isinstance(error, OSError):
         return [error.strerror or str(error)]
-    return [str(error)] if trace is None or isinstance(error, ZramdError) else _with_traceback(kind, error, trace)
+    return (
+        [str(error)]
+        if trace is None or isinstance(error, ZramdError)
+        else _with_traceback(kind, error, trace)
+    )
 
 
 traceback.format_exception = _format_exception  # type: ignore[assignment]

@@ -37,7 +37,12 @@ def exposition(snapshot: Snapshot, rows: list[ClassRow]) -> str:
         if number.metric:
             kind = "counter" if number.metric.endswith("_total") else "gauge"
             value = values[number.name]
-            family(number.metric, kind, number.meaning, ("", value if number.scale == 1 else value * number.scale))
+            family(
+                number.metric,
+                kind,
+                number.meaning,
+                ("", value if number.scale == 1 else value * number.scale),
+            )
     by_op("requests", "Requests served.", read=s.reads, write=s.writes, trim=s.trims, zero=s.zeroes)
     head(
         "request_duration_seconds", "histogram", "Time from the start of a request to its end, by operation."

@@ -73,6 +73,7 @@ class Server:
         config = self.config
         if config.swap == "local":
             swap.prepare()
+        self.device = self._make_device()
         self._rundir = Rundir(config.rundir)
         if config.metrics_file:
             try:
@@ -80,11 +81,6 @@ class Server:
             except RundirError:
                 self._rundir.remove()
                 raise
-        try:
-            self.device = self._make_device()
-        except BaseException:
-            self.stop()
-            raise
 
     def _make_device(self) -> Device:
         """Return the device, with what is in the state if there is one."""

@@ -88,7 +88,7 @@ NUMBERS = (
         "checksum_errors", "reads", "Reads that found a block changed in memory.", "checksum_errors_total"
     ),
     Number("lost_blocks", "blocks", "Blocks that nothing leads to any more.", "lost_blocks"),
-    Number("recovered_blocks", "blocks", "Blocks taken over from the state at the start.", "recovered_blocks"),
+    Number("recovered_blocks", "blocks", "Blocks taken over from the state.", "recovered_blocks"),
     Number(
         "leaked_objects", "objects", "Objects without a block, freed at the start.", "recovery_leaked_objects"
     ),

@@ -154,7 +154,7 @@ class Qemu(_HostServer):
     device = "/dev/vdb"
 
     def __init__(self, size: int, settings: dict[str, str], folder: Path, werror: str = "report") -> None:
-        """`werror` is what qemu does when a write fails: report, or enospc (pause the whole guest for ENOSPC)."""
+        """`werror` is what qemu does when a write fails: report, or enospc (then it pauses the guest)."""
         super().__init__(size, settings, folder, [])
         self._werror = werror
 

@@ -90,7 +90,7 @@ def full_pool(plan: Plan, boot: Boot, result: Result) -> None:
 
 
 def pause(plan: Plan, boot: Boot, result: Result) -> None:
-    """Let the pool run full under qemu's own policy: it pauses the guest, which goes on once there is room."""
+    """Let the pool run full under qemu's own policy: it pauses the guest until there is room."""
     limit = plan.mem_limit or 16 * MIB
     with booted(plan, boot, result, mem_limit=str(limit)) as session:
         session.swap_on()

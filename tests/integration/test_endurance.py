@@ -199,13 +199,15 @@ class TestRewriting:
 
 class TestFullPool:
     def test_failed_writes_leave_nothing(self, serve: Serve) -> None:
-        """nbdkit keeps what a callback raises: a kernel whose swap is full sends failing writes by the thousand."""
+        """nbdkit keeps what a callback raises, and a kernel whose swap is full sends thousands of such."""
         served = serve(mem_limit="1M", compaction="off")
         client = NbdSocket(served)
         noise = os.urandom(BLOCK)
 
         def fail(count: int) -> int:
-            return sum(client.ask(client.WRITE, turn % 8192 * BLOCK, BLOCK, noise) == 28 for turn in range(count))
+            return sum(
+                client.ask(client.WRITE, turn % 8192 * BLOCK, BLOCK, noise) == 28 for turn in range(count)
+            )
 
         fail(2_000)
         early = served.resident()

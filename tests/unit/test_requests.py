@@ -33,7 +33,11 @@ def test_each_does_its_work() -> None:
     requests.zero(device, BLOCK, BLOCK, 0)
     requests.zero(device, BLOCK, 3 * BLOCK, MAY_TRIM)
     requests.flush(device, 0)
-    assert requests.extents(device, 4 * BLOCK, 0, 0) == [(0, BLOCK, 3), (BLOCK, BLOCK, 2), (2 * BLOCK, 2 * BLOCK, 3)]
+    assert requests.extents(device, 4 * BLOCK, 0, 0) == [
+        (0, BLOCK, 3),
+        (BLOCK, BLOCK, 2),
+        (2 * BLOCK, 2 * BLOCK, 3),
+    ]
     assert len(requests.extents(device, 4 * BLOCK, 0, 4)) == 1
 
 

@@ -81,7 +81,7 @@ def test_server_stands_still(way: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [(), ("--mem-limit", "20M")], ids=["memory", "pool"])
 def test_local_at_the_limit(limit: tuple[str, ...], tmp_path: Path) -> None:
-    """A machine that swaps to its own zramd, all memory used, then also all of the pool: half a minute of it."""
+    """A machine that swaps to its own zramd, all memory used or all of the pool: half a minute of it."""
     result = vm_swap(tmp_path, "--attach", "local", "--minutes", "0.5", *limit)
     assert held(result, "the guest never hangs")
     assert held(result, "the server survives")
