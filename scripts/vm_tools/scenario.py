@@ -12,6 +12,7 @@ from vm_tools.session import Boot, Session, booted
 
 FULL_RATIO = 95.0  # percent that compaction must reach
 SHORT_RATIO = 90.0  # with --short the pool is so small that the last zspage of each class weighs more
+FITS = 0.8  # what is swapped out, as a part of the available memory, that swapoff can bring back safely
 ROUNDS = 2  # of frees and refills before the frag ratio is looked at; one with --short
 
 
@@ -86,6 +87,11 @@ def _free_and_swap_off(session: Session) -> None:
     session.phase("free 30", "freeing 30 % of the rest")
     session.settle()
     session.phase("pageout", "swapping all of it out")
+    # What is swapped out must fit into memory, and the pool does not shrink while swapoff works: see "Size" in
+    # docs/swapping.md for what happens else.
+    while session.swap_used() > FITS * session.available():
+        session.phase("free 30", "freeing more: what is swapped out does not fit into memory")
+        session.settle()
     swapped = session.moment().swapped
     session.live.step(f"swapoff while {swapped // 4096} pages are swapped")
     seconds = session.swap_off()

@@ -125,6 +125,11 @@ class Session:
         """Return the bytes that the guest's programs can still get."""
         return int(self.beat()["MemAvailable"])
 
+    def swap_used(self) -> int:
+        """Return the bytes of swap in use, those that are in memory too included."""
+        beat = self.beat()
+        return int(beat["SwapTotal"]) - int(beat["SwapFree"])
+
     def finish(self) -> None:
         """Take what the guest and the server tell at the end into the result."""
         result, guest = self.result, self.guest
