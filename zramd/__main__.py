@@ -1,8 +1,8 @@
-"""The `zramd` command; `zramd.launch` has its parts."""
+"""The `zramd` command; `zramd.commands` has its parts."""
 
 import sys
 
-from zramd.launch import main
+from zramd.commands import main
 
 if __name__ == "__main__":
     sys.exit(main())

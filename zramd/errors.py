@@ -7,7 +7,11 @@
         ├── CorruptObjectError      an object does not decompress     (also an OSError: EIO)
         ├── HandleError             a handle is not live              (also a LookupError)
         ├── CorruptionError         a structure contradicts itself
-        └── RundirError             the run folder cannot be used
+        ├── SwapError               a measure of swap=local cannot be had
+        ├── AttachError             a kernel device cannot be attached, detached, swapped to
+        ├── RundirError             the run folder cannot be used
+        ├── DeviceError             a device is not there, or its server does not do what is asked
+        └── UsageError              a command cannot be used as it was written
 
 Each message is one sentence that quotes the value at fault. `exit_code` is what a command ends with.
 """
@@ -53,8 +57,22 @@ class SwapError(ZramdError):
     """A measure that swap=local asks for cannot be had; the message says which, and the remedy."""
 
 
+class AttachError(ZramdError):
+    """A kernel device cannot be attached, detached, swapped to or off; the message says why."""
+
+
 class RundirError(ZramdError):
     """The run folder cannot be created or written, or a live server holds it."""
+
+
+class DeviceError(ZramdError):
+    """There is no such device, its server has died, does not answer, or refuses."""
+
+
+class UsageError(ZramdError):
+    """What was written on the command line cannot be used."""
+
+    exit_code = 2
 
 
 def error_from(code: int, what: str) -> Exception:

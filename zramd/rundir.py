@@ -15,9 +15,11 @@ from zramd.errors import RundirError
 PID = "pid"
 NBD_SOCKET = "nbd.sock"
 CONTROL_SOCKET = "control.sock"
+DATA_ID = "data_id"  # names the data that the server holds: the same name, the same data
 STATS_FILES = ("mm_stat", "io_stat", "frag_ratio", "stats.json", "classes", "metrics.prom")
+_FILES = (DATA_ID, *STATS_FILES)
 _TEMPORARY = ".new"
-_OURS = frozenset((NBD_SOCKET, CONTROL_SOCKET, *STATS_FILES, *(name + _TEMPORARY for name in STATS_FILES)))
+_OURS = frozenset((NBD_SOCKET, CONTROL_SOCKET, *_FILES, *(name + _TEMPORARY for name in _FILES)))
 
 
 class Rundir:

@@ -22,7 +22,7 @@ from zramd.core.device import Device
 from zramd.core.process import name_thread
 from zramd.endpoint import Endpoint
 from zramd.errors import CorruptionError, RundirError
-from zramd.rundir import CONTROL_SOCKET, Rundir
+from zramd.rundir import CONTROL_SOCKET, DATA_ID, Rundir
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # those nbdkit stops on
 # Seconds after a stop signal. nbdkit then refuses new requests, but waits for its clients to leave.
@@ -84,6 +84,7 @@ class Server:
                 self._keeper.start()
                 self._log.start()
             self._rundir.write_pid()
+            self._name_data()
             if self.config.stats_interval:
                 self._write_stats()
             self._inherited = _inherited_sockets()
@@ -173,11 +174,20 @@ class Server:
             if self._clients:
                 return False
             self.device.reset()
+            self._name_data()
             return True
 
     def reset_mem_used_max(self) -> None:
         """Forget the peak of the pool's size."""
         self.device.reset_mem_used_max()
+
+    def _name_data(self) -> None:
+        """Give the data that the device begins with a name, by which a client knows it again.
+
+        A kernel that swaps must not be connected to a new server that holds other data than the one that died.
+        """
+        assert self._rundir is not None
+        self._rundir.publish(DATA_ID, os.urandom(16).hex() + "\n")
 
     def _keep_reserve(self) -> None:
         name_thread("zramd-keeper")

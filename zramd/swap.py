@@ -17,18 +17,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
+from zramd import kernelswap
 from zramd.core import process, threadstate
-from zramd.core.device import Device
 from zramd.errors import SwapError
 
-SWAPS = "/proc/swaps"
+if TYPE_CHECKING:
+    from zramd.core.device import Device
+
 OOM_SCORE_ADJ = -1000
 HEAP_BYTES = 4 << 20  # the server's own use beyond its start is under 1 MiB
 _REQUEST_BYTES = 128 << 10  # the most in one request of the kernel's
-_PROBE_BYTES = (
-    3 << 20
-)  # of small objects mostly: Python's own allocator takes 1 MiB at a time and gives it back
 
 _SMALL = 2 << 20  # bytes
 _FRAMES = 200  # of Python: they fill the 16 KiB that each thread has for them
@@ -42,17 +42,30 @@ def prepare() -> None:
     _oom_score_adj()
 
 
-def protect(device: Device, reserve: int) -> None:
+def protect(device: "Device", reserve: int) -> None:
     """Take the measures that hold for this process only, with `reserve` bytes of pages kept ready.
 
     Call it in the process that serves, before it starts threads. Raises SwapError when one cannot be had.
     """
+    protect_process()
+    _reserve(device, reserve)
+    threadstate.on_keep(warm_stack)
+    _settle()
+
+
+def protect_process(heap: int = HEAP_BYTES) -> None:
+    """Take those measures that any process needs to act while memory is short, with `heap` bytes of it warm.
+
+    Raises SwapError when one cannot be had.
+    """
     _locked_memory()
     _resident_code()
-    _warm_heap()
-    _reserve(device, reserve)
+    _warm_heap(heap)
     warm_stack()
-    threadstate.on_keep(warm_stack)
+    _settle()
+
+
+def _settle() -> None:
     gc.collect()
     gc.freeze()  # what lives now lives for good: the collector need not touch it again
 
@@ -86,8 +99,7 @@ def take_priority() -> None:
 
 def devices_in_use(disksize: int) -> list[str]:
     """Return the kernel's NBD devices of `disksize` bytes that are swapped to now."""
-    with open(SWAPS) as swaps:
-        names = [line.split()[0] for line in swaps.readlines()[1:]]
+    names = [swap.path for swap in kernelswap.swaps()]
     return [name for name in names if name.startswith("/dev/nbd") and _size(name) == disksize]
 
 
@@ -157,29 +169,31 @@ def _resident_code() -> None:
         raise _refuse("cannot read the program's code into memory", f"{missing} kB are missing", remedy)
 
 
-def _warm_heap() -> None:
+def _warm_heap(size: int = HEAP_BYTES) -> None:
     """Python and nbdkit must find memory in the heap without asking the kernel for it."""
+    # Three quarters, of small objects mostly: Python's own allocator takes 1 MiB at a time and gives it back.
+    probe = size * 3 // 4
     remedy = "start it by 'zramd serve' or with PYTHONMALLOC=malloc in its environment"
     try:
-        process.warm_heap(HEAP_BYTES)
+        process.warm_heap(size)
     except OSError as error:
         raise _refuse("cannot make the heap resident", error.strerror, "free some memory") from None
     # The least of a few: the first time also touches what is not the heap.
-    faults = min(_faults_of_heap() for _ in range(3))
+    faults = min(_faults_of_heap(probe) for _ in range(3))
     if faults:
-        reason = f"{faults} page faults for {_PROBE_BYTES} bytes"
+        reason = f"{faults} page faults for {probe} bytes"
         raise _refuse("the heap takes pages from the kernel", reason, remedy)
 
 
-def _faults_of_heap() -> int:
-    """Return how many pages the heap takes from the kernel for _PROBE_BYTES of small and large objects."""
+def _faults_of_heap(size: int) -> int:
+    """Return how many pages the heap takes from the kernel for `size` bytes of small and large objects."""
     before = minor_faults()
-    objects = [bytes(200) for _ in range((_PROBE_BYTES - _REQUEST_BYTES) // 256)]
+    objects = [bytes(200) for _ in range((size - _REQUEST_BYTES) // 256)]
     objects.append(bytes(_REQUEST_BYTES))
     return minor_faults() - before
 
 
-def _reserve(device: Device, size: int) -> None:
+def _reserve(device: "Device", size: int) -> None:
     """Pages of the pool and all tables must be there before they are needed."""
     try:
         device.reserve_start(size)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from zramd import swap
+from zramd import kernelswap, swap
 from zramd.core import process
 from zramd.errors import SwapError
 
@@ -226,7 +226,7 @@ def test_devices_in_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         "Filename\tType\tSize\tUsed\tPriority\n"
         "/dev/vda2 partition 1000 0 -2\n/dev/nbd0 partition 1048572 0 100\n/dev/nbd1 partition 4 0 100\n"
     )
-    monkeypatch.setattr(swap, "SWAPS", str(swaps))
+    monkeypatch.setattr(kernelswap, "SWAPS", str(swaps))
     monkeypatch.setattr(swap, "_size", {"/dev/nbd0": 1 << 30, "/dev/nbd1": 8192}.get)
     assert swap.devices_in_use(1 << 30) == ["/dev/nbd0"]
     assert swap.devices_in_use(4096) == []

@@ -5,21 +5,20 @@ printed once the server answers comes from a small watcher process beside it.
 """
 
 import argparse
-import json
 import os
 import re
 import select
-import shlex
-import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
-from urllib.parse import quote
 
-from zramd import __version__, config, rundir
+from zramd import __version__, client, rundir
 from zramd.errors import ZramdError
+
+TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
+if TYPE_CHECKING:
+    from zramd.commands import Commands
+    from zramd.config import Config
 
 DEFAULT_SIZE = "1G"
 READY_TIMEOUT = 30.0  # seconds after which the watcher gives up: nbdkit says itself what is wrong
@@ -65,12 +64,13 @@ _LONG_WITH_VALUE = {
 _FILTER_PARAMETER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*=.*", re.DOTALL)
 
 
-class Options(NamedTuple):
+class Options:
     """nbdkit's options as the user gave them after `--`, looked through once."""
 
-    before: list[str]  # options, to stand before the plugin's name
-    after: list[str]  # filters' parameters, to stand after it
-    values: dict[str, str]  # option → its value, '' if it has none
+    def __init__(self) -> None:
+        self.before: list[str] = []  # options, to stand before the plugin's name
+        self.after: list[str] = []  # filters' parameters, to stand after it
+        self.values: dict[str, str] = {}  # option → its value, '' if it has none
 
     @property
     def other_transport(self) -> bool:
@@ -80,7 +80,7 @@ class Options(NamedTuple):
 
 def read_options(words: list[str]) -> Options:
     """Sort the words that are meant for nbdkit."""
-    options = Options([], [], {})
+    options = Options()
     rest = iter(words)
     for word in rest:
         if not word.startswith("-"):
@@ -99,7 +99,7 @@ def read_options(words: list[str]) -> Options:
     return options
 
 
-def command(settings: config.Config, pairs: list[tuple[str, str]], options: Options) -> list[str]:
+def command(settings: "Config", pairs: list[tuple[str, str]], options: Options) -> list[str]:
     """Return nbdkit's command line."""
     socket_option = [] if options.other_transport else ["-U", f"{settings.rundir}/{rundir.NBD_SOCKET}"]
     plugin = ["python", plugin_path(), *(f"{key}={value}" for key, value in pairs)]
@@ -108,11 +108,13 @@ def command(settings: config.Config, pairs: list[tuple[str, str]], options: Opti
 
 def plugin_path() -> str:
     """Return where nbdkit_plugin.py is: beside the package, in a checkout as in site-packages."""
-    return os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "nbdkit_plugin.py")
+    return os.path.join(os.path.dirname(os.path.dirname(rundir.__file__)), "nbdkit_plugin.py")
 
 
-def uri(settings: config.Config, options: Options) -> str:
+def uri(settings: "Config", options: Options) -> str:
     """Return the NBD URI that clients use, '' if nbdkit's options leave it open."""
+    from urllib.parse import quote
+
     given = options.values
     scheme = "nbds" if given.get("--tls") == "require" else "nbd"
     path = given.get("-U", given.get("--unix", ""))
@@ -129,8 +131,10 @@ def uri(settings: config.Config, options: Options) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/{settings.name}"
 
 
-def greeting(settings: config.Config, options: Options, pid: int) -> str:
+def greeting(settings: "Config", options: Options, pid: int) -> str:
     """Return what the user is told once the server answers: where it is, and three commands to try next."""
+    import shlex
+
     where = uri(settings, options)
     folder = shlex.quote(settings.rundir)
     sudo = "" if os.geteuid() == 0 else "sudo "
@@ -155,20 +159,15 @@ def greeting(settings: config.Config, options: Options, pid: int) -> str:
     )
 
 
-def is_ready(settings: config.Config) -> bool:
+def is_ready(settings: "Config") -> bool:
     """Say whether the server answers."""
     if not settings.endpoint:
         return os.path.exists(f"{settings.rundir}/{rundir.NBD_SOCKET}")
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
-            control.settimeout(1)
-            control.connect(f"{settings.rundir}/{rundir.CONTROL_SOCKET}")
-            control.sendall(b"GET /health HTTP/1.1\r\n\r\n")
-            answer = b"".join(iter(lambda: control.recv(4096), b""))
+        status, answer = client.ask(settings.rundir, "GET", "/health", timeout=1)
     except OSError:
         return False
-    header, _, body = answer.partition(b"\r\n\r\n")
-    return header.startswith(b"HTTP/1.1 200 ") and "status" in json.loads(body)
+    return status == 200 and "status" in answer
 
 
 def watch(pid: int, ready: Callable[[], bool], text: str) -> None:
@@ -190,7 +189,7 @@ def watch(pid: int, ready: Callable[[], bool], text: str) -> None:
             return
 
 
-def _start_watcher(settings: config.Config, text: str) -> None:
+def _start_watcher(settings: "Config", text: str) -> None:
     """Run `watch` in a process that is nobody's child, so that nbdkit has none that it does not know."""
     pid = os.getpid()
     child = os.fork()
@@ -204,11 +203,17 @@ def _start_watcher(settings: config.Config, text: str) -> None:
         os._exit(0)
 
 
-def serve(name: str | None, size: str | None, words: list[str], nbdkit_words: list[str]) -> None:
-    """Become nbdkit, serving as told: `words` are key=value settings. Returns only by an exception.
+def plan(
+    name: str | None, size: str | None, words: list[str], nbdkit_words: list[str]
+) -> "tuple[Config, Options, list[str]]":
+    """Return what to serve, nbdkit's own options, and its command line; `words` are key=value settings.
 
     Raises ConfigError, RundirError, and ZramdError when nbdkit is missing.
     """
+    import shutil
+
+    from zramd import config
+
     given = (("disksize", size), ("name", name))
     pairs = [(key, value) for key, value in given if value is not None]
     for word in words:
@@ -225,8 +230,11 @@ def serve(name: str | None, size: str | None, words: list[str], nbdkit_words: li
     if shutil.which("nbdkit") is None:
         raise ZramdError("nbdkit is not installed: run 'apt-get install nbdkit nbdkit-plugin-python' as root")
     options = read_options(nbdkit_words)
-    if {"-s", "--single", "--stdin"}.isdisjoint(options.values):  # there, standard output is the client's
-        _start_watcher(settings, greeting(settings, options, os.getpid()))
+    return settings, options, command(settings, pairs, options)
+
+
+def set_environment(settings: "Config") -> None:
+    """Set this process's environment as the server needs it."""
     # One arena for all threads: with an arena each, memory goes on growing for thousands of connections.
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     if settings.swap == "local":
@@ -234,45 +242,44 @@ def serve(name: str | None, size: str | None, words: list[str], nbdkit_words: li
         os.environ["PYTHONMALLOC"] = "malloc"
         os.environ["LD_BIND_NOW"] = "1"
     os.environ.pop("PYTHONHOME", None)  # nbdkit's Python is not the one that this was meant for
-    argv = command(settings, pairs, options)
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Become nbdkit, serving as told. Returns only by an exception: see `plan`."""
+    settings, options, argv = plan(
+        arguments.name, arguments.size, arguments.settings, arguments.nbdkit_options
+    )
+    if {"-s", "--single", "--stdin"}.isdisjoint(options.values):  # there, standard output is the client's
+        _start_watcher(settings, greeting(settings, options, os.getpid()))
+    set_environment(settings)
     os.execvp(argv[0], argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="zramd", description="A compressed RAM block device in userspace.")
-    parser.add_argument("--version", action="version", version=f"zramd {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    serve_parser = commands.add_parser(
+def _settings_help() -> str:
+    from zramd import config
+
+    return (
+        f"\nsettings [default]:\n{config.help_text()}\n"
+        "Sizes take K, M, G, T, P or E. What follows -- goes to nbdkit: a TCP port, TLS, filters.\n"
+        "Without it nothing listens on the network.\n\n"
+        "examples:\n"
+        "  zramd serve\n"
+        "  zramd serve --name swap0 --size 8G mem_limit=2G\n"
+        "  zramd serve -- -p 10809 --tls=require --tls-certificates=/etc/pki/zramd\n"
+    )
+
+
+def add(commands: "Commands") -> None:
+    """Add the verbs."""
+    parser = commands.add_parser(
         "serve",
-        help="serve a device to NBD clients until stopped",
+        help="serve a device to NBD clients until stopped, in the foreground",
         usage="zramd serve [--name NAME] [--size SIZE] [key=value ...] [-- NBDKIT-OPTIONS]",
         description="Serve a compressed device in the foreground, on a unix socket in the run folder.",
-        epilog=(
-            f"settings [default]:\n{config.help_text()}\n"
-            "Sizes take K, M, G, T, P or E. What follows -- goes to nbdkit: a TCP port, TLS, filters.\n"
-            "Without it nothing listens on the network.\n\n"
-            "examples:\n"
-            "  zramd serve\n"
-            "  zramd serve --name swap0 --size 8G mem_limit=2G\n"
-            "  zramd serve -- -p 10809 --tls=require --tls-certificates=/etc/pki/zramd\n"
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        more=_settings_help,
+        settings=True,
+        nbdkit_options=True,
     )
-    serve_parser.add_argument("--name", help="name of the device and of the NBD export [zram0]")
-    serve_parser.add_argument("--size", help=f"size of the device before compression [{DEFAULT_SIZE}]")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return 2 for what the user wrote wrong and 1 for what else went wrong."""
-    words = sys.argv[1:] if argv is None else argv
-    split = words.index("--") if "--" in words else len(words)
-    # Settings may stand anywhere among the options, which argparse cannot do.
-    settings = [word for word in words[:split] if "=" in word and not word.startswith("-")]
-    arguments = _parser().parse_args([word for word in words[:split] if word not in settings])
-    try:
-        serve(arguments.name, arguments.size, settings, words[split + 1 :])
-    except (ZramdError, OSError) as error:
-        print(f"zramd: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, ZramdError) else 1
-    return 0
+    parser.add_argument("--name", help="name of the device and of the NBD export [zram0]")
+    parser.add_argument("--size", help=f"size of the device before compression [{DEFAULT_SIZE}]")
+    parser.set_defaults(run=serve)

@@ -1,0 +1,121 @@
+"""Which kernel device belongs to which zramd: one small file for each that is attached, /run/zramd/NAME.attached.
+
+Its keeper (zramd.keeper) holds a lock on it for as long as it lives, so that no stale process number can be
+mistaken for one. The kernel has the last word: a device that it no longer has is not attached.
+"""
+
+import fcntl
+import os
+import time
+from contextlib import suppress
+from typing import NamedTuple
+
+from zramd import rundir
+from zramd.errors import AttachError
+
+FOLDER = "/run/zramd"  # attaching is root's business, so this is root's folder
+LOCK_TIMEOUT = 1.0  # seconds; who only looks holds the lock for microseconds
+
+
+class Attached(NamedTuple):
+    """A zramd that is attached; `keeper` is 0 when no keeper lives, `data` as in `data_of`."""
+
+    name: str
+    device: str
+    keeper: int
+    data: str
+
+
+def backend(name: str) -> str:
+    """Return what the kernel is told that a device belongs to (it tells since Linux 5.14)."""
+    return f"zramd/{name}"
+
+
+def find(name: str) -> Attached | None:
+    """Return how zramd `name` is attached, None if it is not. Raises OSError."""
+    try:
+        fd = os.open(_path(name), os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        keeper, device, data = os.pread(fd, 256, 0).decode().split(" ")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            keeper = "0"
+        except BlockingIOError:
+            pass
+    except ValueError:  # a keeper that is only starting
+        return None
+    finally:
+        os.close(fd)
+    if not is_connected(device) or read_sys(device, "backend") not in ("", backend(name)):
+        return None
+    return Attached(name, device, int(keeper), data.strip())
+
+
+def is_connected(device: str) -> bool:
+    """Say whether the kernel has a connection for /dev/nbdN, dead or alive."""
+    return os.path.exists(f"/sys/block/{os.path.basename(device)}/pid")
+
+
+def read_sys(device: str, name: str) -> str:
+    """Return what sysfs says of a device, '' if it does not."""
+    try:
+        with open(f"/sys/block/{os.path.basename(device)}/{name}") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def data_of(folder: str) -> str:
+    """Return what stands for the data that a server holds, from its run folder; '' if it does not tell.
+
+    Two servers with the same answer hold the same data, one after the other.
+    """
+    try:
+        with open(f"{folder}/{rundir.DATA_ID}") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+class Record:
+    """The file of one attached zramd, locked by this process."""
+
+    def __init__(self, name: str) -> None:
+        """Take the lock. Raises AttachError when a keeper has it, OSError."""
+        self._name = name
+        os.makedirs(FOLDER, mode=0o755, exist_ok=True)
+        end = time.monotonic() + LOCK_TIMEOUT
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        while True:
+            self._fd = os.open(_path(name), flags, 0o600)
+            with suppress(BlockingIOError, FileNotFoundError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # One that was removed since we opened it holds nothing.
+                if os.path.samestat(os.fstat(self._fd), os.stat(_path(name))):
+                    return
+            os.close(self._fd)
+            if time.monotonic() > end:
+                raise AttachError(f"{name} is being attached, or is attached already")
+            time.sleep(0.02)
+
+    def write(self, device: str, data: str, *, keeper: int) -> None:
+        """Say what is attached."""
+        text = f"{keeper} {device} {data}\n".encode()
+        os.pwrite(self._fd, text, 0)
+        os.ftruncate(self._fd, len(text))
+
+    def close(self) -> None:
+        """Let go of it; the file stays."""
+        os.close(self._fd)
+
+
+def remove(name: str) -> None:
+    """Remove the file of what is no longer attached."""
+    with suppress(FileNotFoundError):
+        os.unlink(_path(name))
+
+
+def _path(name: str) -> str:
+    return f"{FOLDER}/{name}.attached"

@@ -1,0 +1,161 @@
+"""Finds the devices of this machine by their run folders, and talks to their servers.
+
+    for served in client.every(): ...                 all, also those whose server has died
+    client.find("zram0").stats()["mem_used_total"]    one, whose server lives
+
+Nothing here needs the compiled core.
+"""
+
+import os
+import socket
+
+from zramd import rundir
+from zramd.errors import DeviceError, UsageError
+
+TIMEOUT = 10.0  # seconds to wait for an answer
+_CONTROL_SOCKET = rundir.CONTROL_SOCKET
+
+
+class Served:
+    """A device's run folder, and the process that serves it, None when that has died."""
+
+    __slots__ = ("name", "path", "pid")
+
+    def __init__(self, name: str, path: str, pid: int | None) -> None:
+        self.name = name
+        self.path = path
+        self.pid = pid
+
+    def file(self, name: str) -> str:
+        """Return the path of a file in the run folder, such as rundir.NBD_SOCKET."""
+        return f"{self.path}/{name}"
+
+    def request(self, method: str, path: str, body: str = "", timeout: float = TIMEOUT) -> str:
+        """Return what the server answers to one request of its endpoint.
+
+        Raises DeviceError when it does not answer or refuses, UsageError when it finds the request wrong.
+        """
+        try:
+            status, answer = ask(self.path, method, path, body, timeout)
+        except TimeoutError:
+            raise DeviceError(
+                f"{self.name} does not answer within {timeout:g} seconds: look at its process, {self.pid}"
+            ) from None
+        except OSError as error:
+            raise DeviceError(
+                f"{self.name} does not answer: {_why(self.file(_CONTROL_SOCKET), error)}"
+            ) from None
+        if status == 200:
+            return answer
+        sentence = answer.splitlines()[0] if answer else f"status {status}"
+        raise (UsageError if status == 400 else DeviceError)(f"{self.name}: {sentence}")
+
+    def get(self, path: str) -> "dict[str, Any]":
+        """Return the JSON object that GET `path` answers."""
+        import json
+
+        values: dict[str, Any] = json.loads(self.request("GET", path))
+        return values
+
+    def stats(self) -> "dict[str, Any]":
+        """Return every number there is, as stats.json has them."""
+        return self.get("/stats")
+
+    def died(self) -> DeviceError:
+        """Return the error that says that the server has died and what to do."""
+        return DeviceError(
+            f"the server of {self.name} has died, and its data with it: start it again, "
+            f"or remove what it left behind by 'rm -r {self.path}'"
+        )
+
+
+TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def ask(path: str, method: str, url: str, body: str = "", timeout: float = TIMEOUT) -> tuple[int, str]:
+    """Send one request to the control socket in run folder `path`; return status and body of the answer.
+
+    Raises OSError when there is no answer (TimeoutError when it takes too long).
+    """
+    data = body.encode()
+    head = f"{method} {url} HTTP/1.1\r\nHost: zramd\r\nContent-Length: {len(data)}\r\n\r\n"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
+        control.settimeout(timeout)
+        control.connect(f"{path}/{_CONTROL_SOCKET}")
+        control.sendall(head.encode() + data)
+        answer = b"".join(iter(lambda: control.recv(65536), b"")).decode(errors="replace")
+    header, end, content = answer.partition("\r\n\r\n")
+    words = header.split(None, 2)
+    if not end or not header.startswith("HTTP/1.1 ") or not words[1].isdigit():
+        raise ConnectionError("what it sends is not an answer")
+    return int(words[1]), content
+
+
+def base() -> str:
+    """Return the folder in which run folders lie: root's own, or the user's. '' for a user who has none."""
+    if os.geteuid() == 0:
+        return "/run/zramd"
+    folder = os.environ.get("XDG_RUNTIME_DIR")
+    return f"{folder}/zramd" if folder else ""
+
+
+def every() -> list[Served]:
+    """Return all devices in the usual place, by name, also those whose server has died."""
+    folder = base()
+    try:
+        names = sorted(os.listdir(folder)) if folder else []
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DeviceError(f"'{folder}' cannot be read: {(error.strerror or '').lower()}") from None
+    paths = [(name, f"{folder}/{name}") for name in names]
+    return [
+        Served(name, path, rundir.holder(path))
+        for name, path in paths
+        if os.path.exists(f"{path}/{rundir.PID}")
+    ]
+
+
+def look(name: str | None, path: str | None = None) -> Served:
+    """Return device `name`, or the one whose run folder is `path`, also if its server has died.
+
+    Raises UsageError when neither is given, DeviceError when there is no such device.
+    """
+    if path:
+        path = os.path.abspath(path)
+        missing = f"no server has used '{path}': give the folder that it has as rundir="
+    elif name is None:
+        raise UsageError("which device? Give its name, as 'zramd list' shows it, or --rundir FOLDER")
+    elif not name or name[0] in ".-" or "/" in name:
+        raise UsageError(f"'{name}' is not a device's name: 'zramd list' shows those that there are")
+    elif not base():
+        raise UsageError("no place to look for devices: set XDG_RUNTIME_DIR or give --rundir FOLDER")
+    else:
+        path = f"{base()}/{name}"
+        there = ", ".join(served.name for served in every())
+        missing = f"there is no device '{name}': " + (
+            f"use one of {there}" if there else f"'zramd start {name} --size 1G' starts it"
+        )
+    try:
+        os.close(os.open(f"{path}/{rundir.PID}", os.O_RDONLY | os.O_CLOEXEC))
+    except PermissionError:
+        raise DeviceError(f"'{path}' cannot be read: permission denied: run this as its owner") from None
+    except OSError:
+        raise DeviceError(missing) from None
+    return Served(name or os.path.basename(path), path, rundir.holder(path))
+
+
+def find(name: str | None, path: str | None = None) -> Served:
+    """As `look`, and raises DeviceError when the server has died."""
+    served = look(name, path)
+    if served.pid is None:
+        raise served.died()
+    return served
+
+
+def _why(path: str, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"there is no '{path}': it is starting, stopping, or runs with endpoint=off"
+    return f"'{path}': {(error.strerror or str(error)).lower()}"

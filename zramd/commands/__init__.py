@@ -1,0 +1,129 @@
+"""The `zramd` command: one module for a few verbs each, and what all verbs share.
+
+A verb module has `add(commands)`, which adds its parsers and sets `run` on each: a function that takes the
+parsed arguments and returns the exit status. It raises ZramdError for what goes wrong.
+
+`zramd list` takes longer to import than to work: modules import what is heavy inside their functions.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from zramd import __version__
+from zramd.errors import UsageError, ZramdError
+
+TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
+if TYPE_CHECKING:
+    from typing import NoReturn, TypeAlias
+
+    Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+MODULES = ("serve", "attach")
+
+EXIT_STATUS = """\
+exit status:
+  0  done
+  1  it went wrong, or what was looked for is wrong: one sentence on standard error says why
+  2  what was written on the command line is wrong
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, and that knows words which argparse does not.
+
+    settings: takes key=value words, anywhere among the options, as `arguments.settings`.
+    nbdkit_options: takes what follows -- as `arguments.nbdkit_options`.
+    more: returns what the help ends with; it is called only when somebody reads it.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: bool = False,
+        nbdkit_options: bool = False,
+        more: Callable[[], str] = lambda: "",
+        **rest: object,
+    ) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **rest)  # type: ignore[arg-type]
+        self.takes_settings = settings
+        self.takes_nbdkit_options = nbdkit_options
+        self._more = more
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Take the words out that argparse would not understand, and let it do the rest."""
+        words = list(sys.argv[1:] if args is None else args)
+        namespace = namespace or argparse.Namespace()
+        if self.takes_nbdkit_options:
+            split = words.index("--") if "--" in words else len(words)
+            words, namespace.nbdkit_options = words[:split], words[split + 1 :]
+        if self.takes_settings:
+            namespace.settings = [word for word in words if "=" in word and word[0] not in "-/."]
+            words = [word for word in words if word not in namespace.settings]
+        return super().parse_known_args(words, namespace)
+
+    def format_help(self) -> str:
+        """Return the help, with what `more` returns at its end."""
+        return f"{super().format_help()}{self._more()}"
+
+    def error(self, message: str) -> "NoReturn":
+        """End with status 2 and one sentence."""
+        self.exit(2, f"{self.prog}: {message}: see '{self.prog} --help'\n")
+
+
+def parser() -> Parser:
+    """Return the parser of the whole command line."""
+    made = Parser(
+        prog="zramd",
+        description="A compressed RAM block device in userspace. Without a command: list.",
+        more=lambda: f"\n'zramd COMMAND --help' tells more. man zramd tells all.\n\n{EXIT_STATUS}",
+    )
+    made.add_argument("-V", "--version", action="version", version=f"zramd {__version__}")
+    commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in MODULES:
+        import_module(f"zramd.commands.{name}").add(commands)
+    return made
+
+
+def verbs(of: argparse.ArgumentParser) -> dict[str, Parser]:
+    """Return the parsers of a parser's verbs, by their names."""
+    for action in of._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return 2 for what the user wrote wrong and 1 for what else went wrong."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "-V", "--version")):
+        words = ["list", *words]
+    try:
+        made = parser()
+        _check_verb(words[0], verbs(made))
+        arguments = made.parse_args(words)
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ZramdError, OSError) as error:
+        print(f"zramd: {error}", file=sys.stderr)
+        return error.exit_code if isinstance(error, ZramdError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _check_verb(word: str, known: dict[str, Parser]) -> None:
+    if word in known or word.startswith("-"):
+        return
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, known, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(known)}"
+    raise UsageError(f"unknown command '{word}': {hint}")

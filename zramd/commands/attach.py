@@ -1,0 +1,361 @@
+"""`zramd attach` and `zramd detach`: a kernel block device for a zramd, and swap on it if asked."""
+
+import argparse
+import os
+import re
+import sys
+from contextlib import suppress
+
+from zramd import client, rundir
+from zramd.errors import AttachError
+
+TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zramd.attached import Attached
+    from zramd.commands import Commands
+    from zramd.keeper import Job
+
+PRIORITY = 100  # before any other swap, as zram-generator has it
+DEAD_CONN_TIMEOUT = 120  # seconds
+TIMEOUT = 2  # seconds; see zramd.keeper on why it is no danger with one connection
+TIMEOUT_OF_SEVERAL = 30
+APPEARS = 5.0  # seconds in which a device must have come or gone
+_DEVICE = re.compile(r"(?:/dev/)?nbd(\d{1,4})")
+
+
+def attach(arguments: argparse.Namespace) -> int:
+    """Attach a device, swap to it if asked, and print its name."""
+    from zramd import attached, kernelswap
+
+    _must_be_root("attach", arguments.name)
+    served = client.find(arguments.name, arguments.rundir)
+    address = served.file(rundir.NBD_SOCKET)
+    there = attached.find(served.name)
+    if there and (there.keeper or not there.data):
+        raise AttachError(f"{served.name} is attached as {there.device} already: 'zramd detach {served.name}' first")
+    if there:
+        _say(f"{there.device} has lost its keeper: starting another")
+        device = there.device
+        _start_keeper(_job(arguments, served, index=_index(device), data=there.data))
+    elif arguments.nbd_client or not _has_netlink():
+        device = _by_nbd_client(arguments, served.name, address)
+    else:
+        device = f"/dev/nbd{_start_keeper(_job(arguments, served, index=arguments.device))}"
+    _wait(lambda: os.path.exists(device), f"{device} does not appear: is /dev a devtmpfs, or udev running?")
+    if arguments.swap and kernelswap.find(device) is None:
+        try:
+            kernelswap.on(device, arguments.priority, discard=not arguments.no_discard)
+        except BaseException:
+            if not there:
+                _disconnect(served.name, device, attached.find(served.name))
+            raise
+    print(device)
+    return 0
+
+
+def detach(arguments: argparse.Namespace) -> int:
+    """Detach a device, swapping off first if told."""
+    from zramd import attached, kernelswap
+
+    _must_be_root("detach", arguments.name)
+    there = attached.find(arguments.name)
+    if there is None:
+        raise AttachError(f"{arguments.name} is not attached")
+    device = there.device
+    if kernelswap.find(device):
+        if not arguments.swapoff:
+            raise AttachError(
+                f"{device} is in use as swap: 'zramd detach --swapoff {arguments.name}' swaps off first"
+            )
+        try:
+            kernelswap.off(device, force=arguments.force, progress=_progress(device))
+        except KeyboardInterrupt:
+            left = kernelswap.find(device)
+            if left is None:
+                raise
+            _say(f"interrupted: {left.used >> 20} MiB are still swapped out to {device}, which stays in use")
+            return 130
+    _must_be_free(device)
+    _disconnect(arguments.name, device, there)
+    return 0
+
+
+def _must_be_root(verb: str, name: str) -> None:
+    if os.geteuid():
+        raise AttachError(f"only root may {verb} kernel devices: run 'sudo zramd {verb} {name}'")
+
+
+def _must_be_free(device: str) -> None:
+    """Refuse a device that is mounted, or part of another one. Raises AttachError."""
+    from zramd import kernelswap
+
+    mounts = kernelswap.mounts(device)
+    if mounts:
+        raise AttachError(f"{device} is mounted on '{mounts[0]}': run 'umount {mounts[0]}' first")
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        reason = (error.strerror or "").lower()
+        raise AttachError(f"{device} is in use: {reason}: 'lsblk {device}' shows by what") from None
+
+
+# ---- By netlink, with a keeper ---------------------------------------------------------------------------
+
+
+def _has_netlink() -> bool:
+    """Load the kernel's NBD client; say whether it can be spoken to by netlink. Raises AttachError."""
+    import shutil
+    import subprocess
+
+    from zramd import kernelswap, netlink
+
+    with suppress(netlink.NoFamilyError):  # asking alone makes many kernels load it
+        netlink.Kernel().close()
+        return True
+    reason = "modprobe is not installed"
+    modprobe = shutil.which("modprobe", path=kernelswap.PATH)
+    if modprobe and not os.path.exists("/sys/module/nbd"):
+        done = subprocess.run([modprobe, "nbd"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        reason = " ".join(done.stderr.split()).removeprefix("modprobe: ")
+    if not os.path.exists("/sys/module/nbd"):
+        raise AttachError(
+            f"the kernel's module nbd cannot be loaded ({reason}): "
+            "install the modules of the running kernel; in a container, run 'modprobe nbd' on its host"
+        )
+    try:
+        netlink.Kernel().close()
+    except netlink.NoFamilyError:
+        return False
+    return True
+
+
+def _job(arguments: argparse.Namespace, served: client.Served, *, index: int, data: str = "") -> "Job":
+    from zramd.keeper import Job
+
+    timeout = arguments.timeout
+    if timeout is None:
+        timeout = TIMEOUT if arguments.connections == 1 else TIMEOUT_OF_SEVERAL
+    return Job(
+        name=served.name,
+        address=served.file(rundir.NBD_SOCKET),
+        folder=served.path,
+        index=index,
+        adopt=int(bool(data)),
+        data=data,
+        connections=arguments.connections,
+        timeout=timeout,
+        dead_conn_timeout=arguments.dead_conn_timeout,
+    )
+
+
+def _start_keeper(job: "Job") -> int:
+    """Start the process that attaches and stays, and return the device's index. Raises AttachError."""
+    import subprocess
+
+    import zramd
+
+    package = os.path.dirname(os.path.dirname(os.path.abspath(zramd.__file__)))
+    environment = {
+        "PYTHONPATH": package,
+        "PYTHONMALLOC": "malloc",  # Python's own allocator asks the kernel for memory now and then
+        "MALLOC_ARENA_MAX": "1",
+        "LD_BIND_NOW": "1",
+    }
+    keeper = subprocess.Popen(
+        [sys.executable, "-S", "-P", "-m", "zramd.keeper", *job.words()],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd="/",
+        env=environment,
+        start_new_session=True,
+    )
+    assert keeper.stdout is not None
+    try:
+        words = " ".join(keeper.stdout.read().decode(errors="replace").split())
+    except BaseException:
+        keeper.terminate()
+        raise
+    if not words.startswith("ok "):
+        raise AttachError(f"{job.name} cannot be attached: {words or 'its keeper has died'}")
+    return int(words.removeprefix("ok "))
+
+
+# ---- By nbd-client ---------------------------------------------------------------------------------------
+
+
+def _by_nbd_client(arguments: argparse.Namespace, name: str, address: str) -> str:
+    """Attach by the program nbd-client and return the device's name. Raises AttachError."""
+    from zramd import attached, kernelswap
+
+    _say(f"attaching by nbd-client: {name} has no keeper, and when its server ends, requests fail")
+    device = _free_device() if arguments.device < 0 else f"/dev/nbd{arguments.device}"
+    words = ["-unix", address, device, "-b", "4096", "-N", name, "-C", str(arguments.connections)]
+    if arguments.timeout is not None:
+        words += ["-timeout", str(arguments.timeout)]
+    record = attached.Record(name)
+    try:
+        kernelswap.run("nbd-client", *words)
+        record.write(device, "", keeper=0)
+    finally:
+        record.close()
+    return device
+
+
+def _free_device() -> str:
+    names = [name for name in os.listdir("/sys/block") if _DEVICE.fullmatch(name)]
+    for name in sorted(names, key=_index):
+        if not os.path.exists(f"/sys/block/{name}/pid"):
+            return f"/dev/{name}"
+    raise AttachError("no NBD device is free: load the module with more, 'modprobe nbd nbds_max=32'")
+
+
+# ---- Both ------------------------------------------------------------------------------------------------
+
+
+def _disconnect(name: str, device: str, there: "Attached | None") -> None:
+    """End a device, and its keeper."""
+    import signal
+
+    from zramd import attached, kernelswap, netlink
+
+    try:
+        kernel = netlink.Kernel()
+        kernel.disconnect(_index(device))
+        kernel.close()
+    except netlink.NoFamilyError:
+        kernelswap.run("nbd-client", "-d", device)
+    if there and there.keeper:
+        with suppress(ProcessLookupError):
+            os.kill(there.keeper, signal.SIGTERM)
+    _wait(lambda: not attached.is_connected(device), f"{device} is disconnected, but somebody has it open")
+    attached.remove(name)
+
+
+def _index(device: str) -> int:
+    match = _DEVICE.fullmatch(device)
+    if match is None:
+        raise AttachError(f"'{device}' is not an NBD device")
+    return int(match[1])
+
+
+def _wait(done: "Callable[[], bool]", otherwise: str) -> None:
+    import time
+
+    end = time.monotonic() + APPEARS
+    while not done():
+        if time.monotonic() > end:
+            raise AttachError(otherwise)
+        time.sleep(0.02)
+
+
+def _say(sentence: str) -> None:
+    print(f"zramd: {sentence}", file=sys.stderr, flush=True)
+
+
+def _progress(device: str) -> "Callable[[int, int], None] | None":
+    """Return what shows on a terminal how far swapoff is; None if there is none."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(left: int, total: int) -> None:
+        done = 100 * (total - left) // total if total else 100
+        end = "\n" if not left else ""
+        print(f"\rswapoff {device}: {done:3} %, {left >> 20} MiB left  ", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+# ---- The command line ------------------------------------------------------------------------------------
+
+
+def _device(text: str) -> int:
+    match = _DEVICE.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not an NBD device, such as /dev/nbd0")
+    return int(match[1])
+
+
+def _whole(least: int, most: int, what: str) -> "Callable[[str], int]":
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?\d{1,9}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {what} from {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+def add(commands: "Commands") -> None:
+    """Add the verbs."""
+    seconds = _whole(0, 1_000_000, "a number of seconds")
+    parser = commands.add_parser(
+        "attach",
+        help="make a kernel block device of a running zramd, and swap to it if asked",
+        description=(
+            "Attach a running device to this machine's kernel and print the block device's name. A small process\n"
+            "stays: it connects the kernel again when the server was restarted with the same data. It writes what\n"
+            "it does to the kernel's log."
+        ),
+        more=lambda: (
+            "\nWithout --timeout and --dead-conn-timeout, requests wait while the server is away, 2 minutes at most.\n"
+            "Then, or when a server comes that does not hold the same data, they fail: programs whose memory was\n"
+            "swapped out get SIGBUS.\n"
+        ),
+    )
+    parser.add_argument("name", metavar="NAME", help="the device, as 'zramd list' shows it")
+    parser.add_argument("--rundir", metavar="FOLDER", help="the server's run folder, if not the usual one")
+    parser.add_argument(
+        "--device", type=_device, default=-1, metavar="/dev/nbdN", help="which one [a free one]"
+    )
+    parser.add_argument(
+        "--connections",
+        type=_whole(1, 16, "a number of connections"),
+        default=1,
+        metavar="N",
+        help="how many, up to 16 [1]",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=seconds,
+        metavar="S",
+        help=(
+            "seconds after which a request of a lost connection is sent again [2]; with several connections a "
+            "server that is slower is cut off [30]"
+        ),
+    )
+    parser.add_argument(
+        "--dead-conn-timeout",
+        type=seconds,
+        default=DEAD_CONN_TIMEOUT,
+        metavar="S",
+        help=f"seconds for which requests wait for a new server before they fail [{DEAD_CONN_TIMEOUT}]",
+    )
+    parser.add_argument("--swap", action="store_true", help="mkswap and swapon; what the device held is lost")
+    parser.add_argument(
+        "--priority",
+        type=_whole(-1, 32767, "a priority"),
+        default=PRIORITY,
+        metavar="P",
+        help=f"of the swap, -1 to 32767: the highest is used first [{PRIORITY}]",
+    )
+    parser.add_argument(
+        "--no-discard", action="store_true", help="never trim what swap has freed: its memory stays in use"
+    )
+    parser.add_argument(
+        "--nbd-client", action="store_true", help="use that program, which cannot survive a restart"
+    )
+    parser.set_defaults(run=attach)
+
+    parser = commands.add_parser(
+        "detach",
+        help="take the kernel block device away again",
+        description="Detach a device from this machine's kernel. Refused while it is mounted or swapped to.",
+    )
+    parser.add_argument("name", metavar="NAME", help="the device, as 'zramd list' shows it")
+    parser.add_argument("--swapoff", action="store_true", help="swap off first; Ctrl-C stops that")
+    parser.add_argument(
+        "--force", action="store_true", help="swap off even if there is less memory than must come back"
+    )
+    parser.set_defaults(run=detach)

@@ -1,0 +1,260 @@
+"""The process that stays beside an attached kernel device and connects it again when its server was restarted.
+
+`zramd attach` starts it, and the device is its doing: it shakes hands with the server, gives the connections to
+the kernel and keeps none. When the kernel tells that connections are dead, or the server's process has ended, it
+waits for a server that holds the same data, and offers the kernel new connections. Meanwhile the kernel lets
+requests wait, as long as dead_conn_timeout says.
+
+It acts when nobody can swap, so nothing that it needs may be swapped out, read from a disk, or waited for: its memory
+is locked and warm, the kernel knows it for an I/O flusher, and before it says that all is well it has gone
+the whole way once, with a connection that the kernel had no use for.
+"""
+
+import os
+import select
+import socket
+import sys
+import time
+from contextlib import suppress
+from typing import NamedTuple
+
+from zramd import attached, netlink, rundir, swap
+from zramd.errors import AttachError, ZramdError
+
+RETRY = 0.01  # seconds between two looks for a new server; a server takes 100 to start
+RETRY_LATER = 0.2  # the same, once it has been away for RETRY_SOON
+RETRY_SOON = 5.0
+LOOK = 60.0  # seconds between two looks whether the device is still there
+HEAP_BYTES = 1 << 20
+
+
+class Job(NamedTuple):
+    """What to attach, all of it as words on the command line."""
+
+    name: str
+    address: str  # of the unix socket, or host:port
+    folder: str  # the server's run folder
+    index: int  # of the device, -1 for a free one
+    adopt: int  # 1: the device is attached already, and its keeper has died
+    data: str  # what `adopt` must find
+    connections: int
+    timeout: int  # seconds after which a request that got no answer is looked at
+    dead_conn_timeout: int  # seconds for which requests wait for a new connection
+
+    def words(self) -> list[str]:
+        """Return the command line's words."""
+        return [str(value) for value in self]
+
+
+def job(words: list[str]) -> Job:
+    """Return what `Job.words` stands for."""
+    name, address, folder, index, adopt, data, *numbers = words
+    connections, timeout, dead_conn_timeout = map(int, numbers)
+    return Job(
+        name, address, folder, int(index), int(adopt), data, connections, timeout, dead_conn_timeout
+    )
+
+
+class Keeper:
+    """One device and its connections."""
+
+    def __init__(self, job: Job) -> None:
+        """Raise AttachError or OSError when the kernel has no NBD client, or another keeper has the device."""
+        self.index = job.index
+        self._job = job
+        host, colon, port = job.address.rpartition(":")
+        self._address: netlink.Address = job.address if "/" in job.address or not colon else (host, int(port))
+        self._backend = attached.backend(job.name)
+        self._dead = 0  # connections that are to be replaced
+        self._size = int(attached.read_sys(self.device, "size") or 0) << 9  # of a device that is adopted
+        self._data = ""
+        self._said = ""
+        self._poll = select.poll()
+        self._server = -1  # pidfd
+        self._kernel = netlink.Kernel()
+        self._links = self._kernel.dead_links()
+        self._poll.register(self._links, select.POLLIN)
+        self._log = -1
+        with suppress(OSError):  # a container may have none
+            self._log = os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._record = attached.Record(job.name)
+
+    @property
+    def device(self) -> str:
+        """The device's name."""
+        return f"/dev/nbd{self.index}"
+
+    def attach(self) -> None:
+        """Protect this process, attach the device, and rehearse a reconnection.
+
+        Raises AttachError, SwapError or OSError; then nothing is attached.
+        """
+        swap.prepare()
+        swap.protect_process(HEAP_BYTES)
+        swap.take_priority()
+        if not self._job.adopt:
+            self._connect()
+        try:
+            self._data = self._job.data if self._job.adopt else attached.data_of(self._job.folder)
+            self._record.write(self.device, self._data, keeper=os.getpid())
+            self._say("attached")
+            self._dead = self._job.connections if self._job.adopt else 1
+            if not self._offer() and not self._job.adopt:
+                raise AttachError(f"{self._job.name} does not take a second connection")
+        except BaseException:
+            if not self._job.adopt:
+                self._kernel.disconnect(self.index)
+                attached.remove(self._job.name)
+            raise
+
+    def keep(self) -> None:
+        """Replace connections that die, until the device is detached."""
+        while True:
+            for fd, _ in self._poll.poll(LOOK * 1000):
+                if fd == self._server:
+                    self._forget_server()
+            self._count_dead()
+            if not attached.is_connected(self.device):
+                attached.remove(self._job.name)
+                return
+            if self._dead:
+                self._reconnect()
+
+    # ---- Inside
+
+    def _connect(self) -> None:
+        """Give the kernel its connections."""
+        job, links = self._job, []
+        try:
+            for _ in range(job.connections):
+                links.append(self._dial())
+                export = netlink.handshake(links[-1], job.name)
+                if job.connections > 1 and not export.flags & netlink.MULTI_CONN:
+                    raise AttachError(f"the server of {job.name} does not allow for several connections")
+            self._size = export.size
+            # With one connection the kernel need not cut off a server that is only slow: see _set_timeout.
+            self.index = self._kernel.connect(
+                [link.fileno() for link in links],
+                export,
+                index=job.index if job.index >= 0 else None,
+                timeout=job.timeout if job.connections > 1 else 0,
+                dead_conn_timeout=job.dead_conn_timeout,
+                backend=self._backend,
+            )
+        except OSError as error:
+            what = self.device if job.index >= 0 else "an NBD device"
+            raise AttachError(f"the kernel does not give us {what}: {(error.strerror or '').lower()}") from None
+        finally:
+            for link in links:
+                link.close()
+        if job.connections == 1 and job.timeout:
+            self._set_timeout()
+
+    def _dial(self) -> socket.socket:
+        try:
+            return netlink.dial(self._address)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise AttachError(f"the server cannot be reached at '{self._job.address}': {reason}") from None
+
+    def _set_timeout(self) -> None:
+        """Let the kernel look after so many seconds whether a request's connection was replaced, and send it again.
+
+        A timeout given by netlink would do that too, but also cut off a server that is only slow; and what such a
+        server has read already it may write long after newer data. Kernels before 5.0 look after 30 s.
+        """
+        with suppress(OSError), open(f"/sys/block/nbd{self.index}/queue/io_timeout", "w") as file:
+            file.write(str(self._job.timeout * 1000))
+
+    def _reconnect(self) -> None:
+        self._say(f"{self._dead} of {self._job.connections} connections to {self._job.name} are dead")
+        since = time.monotonic()
+        while self._dead and attached.is_connected(self.device):
+            if self._offer():
+                self._say(f"connected to {self._job.name} again after {time.monotonic() - since:.3f} s")
+            else:
+                time.sleep(RETRY if time.monotonic() - since < RETRY_SOON else RETRY_LATER)
+            self._count_dead()
+
+    def _offer(self) -> bool:
+        """Offer the kernel as many connections as are dead; say whether there is a server to connect to.
+
+        What the kernel has no use for it drops without a word.
+        """
+        links, dead = [], self._dead
+        try:
+            for _ in range(dead):
+                links.append(netlink.dial(self._address))
+                export = netlink.handshake(links[-1], self._job.name)
+                # Another server may have come in its place. Zeros instead of data are worse than an error.
+                if export.size != (self._size or export.size):
+                    raise AttachError(f"it has {export.size} bytes instead of {self._size}")
+                if attached.data_of(self._job.folder) != self._data:
+                    raise AttachError("it does not hold the data that was there before")
+            self._dead = 0
+            self._kernel.reconfigure(self.index, [link.fileno() for link in links], self._backend)
+            self._size = export.size
+            self._said = ""
+            self._watch_server()
+            return True
+        except AttachError as error:
+            if self._said != str(error):
+                self._said = str(error)
+                self._say(f"{self._job.name} serves, but cannot be used: {error}")
+        except OSError:
+            self._dead = dead  # nobody is there
+        finally:
+            for link in links:
+                link.close()
+        return False
+
+    def _count_dead(self) -> None:
+        """Take the news from the kernel."""
+        news = self._links.read()
+        if news is None:
+            self._dead = self._job.connections
+        elif self.index in news:
+            self._dead = min(self._dead + news.count(self.index), self._job.connections)
+
+    def _watch_server(self) -> None:
+        """Watch the server's process too: the kernel needs memory to tell of a dead connection."""
+        self._forget_server(dead=0)
+        pid = rundir.holder(self._job.folder)
+        with suppress(OSError):
+            if pid:
+                self._server = os.pidfd_open(pid)
+                self._poll.register(self._server, select.POLLIN)
+
+    def _forget_server(self, dead: int | None = None) -> None:
+        self._dead = self._job.connections if dead is None else dead
+        if self._server >= 0:
+            self._poll.unregister(self._server)
+            os.close(self._server)
+            self._server = -1
+
+    def _say(self, sentence: str) -> None:
+        """Write to the kernel's log, where what the kernel says of the device stands too. It never blocks."""
+        with suppress(OSError):
+            os.write(self._log, f"zramd: nbd{self.index}: {sentence}\n".encode())
+
+
+def main(words: list[str]) -> int:
+    """Attach, print "ok" and the device's index, or one sentence that says why not, and stay."""
+    try:
+        keeper = Keeper(job(words))
+        keeper.attach()
+    except (ZramdError, OSError) as error:
+        sentence = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
+        print(sentence.removeprefix("swap=local: "))
+        return 1
+    sys.stdout.write(f"ok {keeper.index}\n")
+    sys.stdout.flush()
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(null, fd)
+    keeper.keep()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

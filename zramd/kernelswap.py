@@ -1,0 +1,160 @@
+"""What the kernel swaps to: /proc/swaps, and mkswap, swapon and swapoff with what can be said of them."""
+
+import os
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from zramd.errors import AttachError
+
+SWAPS = "/proc/swaps"
+MOUNTS = "/proc/mounts"
+MEMINFO = "/proc/meminfo"
+PROGRESS_INTERVAL = 0.2  # seconds between two looks at how far swapoff is
+PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"  # ordinary users lack the first ones
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+class Swap(NamedTuple):
+    """What the kernel swaps to: sizes in bytes."""
+
+    path: str
+    size: int
+    used: int
+    priority: int
+
+
+def swaps() -> list[Swap]:
+    """Return all that the kernel swaps to now, as /proc/swaps tells. Raises OSError."""
+    with open(SWAPS) as file:
+        lines = file.readlines()[1:]
+    found = []
+    for line in lines:
+        path, _, size, used, priority = line.split()
+        found.append(Swap(_unquote(path), int(size) << 10, int(used) << 10, int(priority)))
+    return found
+
+
+def _unquote(path: str) -> str:
+    return _OCTAL.sub(lambda octal: chr(int(octal[1], 8)), path)
+
+
+def find(device: str) -> Swap | None:
+    """Return how the kernel swaps to `device`, None if it does not."""
+    return next((swap for swap in swaps() if swap.path == device), None)
+
+
+def mounts(device: str) -> list[str]:
+    """Return where `device` or one of its partitions is mounted."""
+    found = []
+    with open(MOUNTS) as file:
+        for line in file:
+            source, place, *_ = line.split()
+            if re.fullmatch(f"{re.escape(device)}(p[0-9]+)?", source):
+                found.append(_unquote(place))
+    return found
+
+
+def available() -> int:
+    """Return the bytes that programs can still get without swapping (MemAvailable)."""
+    with open(MEMINFO) as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    raise AttachError(f"{MEMINFO} does not tell MemAvailable")
+
+
+def on(device: str, priority: int, *, discard: bool = True) -> None:
+    """Make `device` a swap device, and swap to it. What it held is lost.
+
+    `discard` makes the kernel trim what it has freed. Raises AttachError.
+    """
+    settle_queue(device)
+    run("mkswap", device)
+    run("swapon", *(["--discard"] if discard else []), "--priority", str(priority), device)
+
+
+def settle_queue(device: str) -> None:
+    """Tell the kernel that a device does not rotate: to one that does it sends no discards. Raises AttachError."""
+    path = f"/sys/block/{os.path.basename(device)}/queue/rotational"
+    try:
+        with open(path, "r+") as file:
+            if file.read().strip() != "0":
+                file.seek(0)
+                file.write("0")
+    except OSError as error:
+        raise AttachError(f"'{path}' cannot be set to 0: {error.strerror}") from None
+
+
+def off(device: str, *, force: bool = False, progress: Callable[[int, int], None] | None = None) -> None:
+    """Bring back all that is swapped out to `device`, and swap to it no more.
+
+    `progress` is called now and then with the bytes that are still out and those that were. Raises
+    AttachError when there is less memory than must come back (unless `force`) and when swapoff fails, and
+    KeyboardInterrupt, with swapoff ended: then the rest is still out, and the device in use.
+    """
+    swap = find(device)
+    if swap is None:
+        return
+    memory = available()
+    if swap.used > memory and not force:
+        raise AttachError(
+            f"{swap.used >> 20} MiB are swapped out to {device} and only {memory >> 20} MiB of memory are available: "
+            "end programs first, or use --force"
+        )
+    import signal
+    import subprocess
+
+    process = subprocess.Popen(
+        [_program("swapoff"), device],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        process_group=0,  # Ctrl-C is for us to pass on
+    )
+    try:
+        while True:
+            try:
+                _, words = process.communicate(timeout=PROGRESS_INTERVAL)
+                break
+            except subprocess.TimeoutExpired:
+                now = find(device)
+                if progress and now:
+                    progress(now.used, swap.used)
+    except BaseException:
+        process.send_signal(signal.SIGINT)  # the kernel's swapoff stops within a page, and the device stays
+        process.communicate()
+        raise
+    if process.returncode:
+        raise AttachError(f"swapoff {device} failed: {_sentence(words)}")
+    if progress:
+        progress(0, swap.used)
+
+
+def _program(name: str) -> str:
+    import shutil
+
+    found = shutil.which(name, path=PATH)
+    if found is None:
+        package = {"nbd-client": "nbd-client", "mkswap": "util-linux"}.get(name, "mount")
+        raise AttachError(f"{name} is not installed: run 'apt-get install {package}' as root")
+    return found
+
+
+def run(name: str, *arguments: str) -> None:
+    """Run a system program, wherever it is. Raises AttachError with what it says when it fails."""
+    import subprocess
+
+    done = subprocess.run(
+        [_program(name), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    if done.returncode:
+        raise AttachError(f"{name} {arguments[-1]} failed: {_sentence(done.stderr)}")
+
+
+def _sentence(words: bytes) -> str:
+    return " ".join(words.decode(errors="replace").split()) or "no reason given"
