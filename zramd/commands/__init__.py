@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
-MODULES = ("serve", "attach")
+MODULES = ("serve", "attach", "config", "units")
 
 EXIT_STATUS = """\
 exit status:

@@ -246,9 +246,15 @@ def set_environment(settings: "Config") -> None:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Become nbdkit, serving as told. Returns only by an exception: see `plan`."""
-    settings, options, argv = plan(
-        arguments.name, arguments.size, arguments.settings, arguments.nbdkit_options
-    )
+    size, words = arguments.size, arguments.settings
+    if arguments.config is not None:
+        from zramd import devices
+
+        words = devices.find(arguments.config).words(
+            [*words, *([] if size is None else [f"disksize={size}"])]
+        )
+        size = None
+    settings, options, argv = plan(arguments.name, size, words, arguments.nbdkit_options)
     if {"-s", "--single", "--stdin"}.isdisjoint(options.values):  # there, standard output is the client's
         _start_watcher(settings, greeting(settings, options, os.getpid()))
     set_environment(settings)
@@ -265,6 +271,7 @@ def _settings_help() -> str:
         "examples:\n"
         "  zramd serve\n"
         "  zramd serve --name swap0 --size 8G mem_limit=2G\n"
+        "  zramd serve --config zram0 mem_limit=2G\n"
         "  zramd serve -- -p 10809 --tls=require --tls-certificates=/etc/pki/zramd\n"
     )
 
@@ -274,11 +281,14 @@ def add(commands: "Commands") -> None:
     parser = commands.add_parser(
         "serve",
         help="serve a device to NBD clients until stopped, in the foreground",
-        usage="zramd serve [--name NAME] [--size SIZE] [key=value ...] [-- NBDKIT-OPTIONS]",
+        usage="zramd serve [--config NAME | --name NAME] [--size SIZE] [key=value ...] [-- NBDKIT-OPTIONS]",
         description="Serve a compressed device in the foreground, on a unix socket in the run folder.",
         more=_settings_help,
         settings=True,
         nbdkit_options=True,
+    )
+    parser.add_argument(
+        "--config", metavar="NAME", help="serve the device that /etc/zramd.conf has under this name"
     )
     parser.add_argument("--name", help="name of the device and of the NBD export [zram0]")
     parser.add_argument("--size", help=f"size of the device before compression [{DEFAULT_SIZE}]")

@@ -1,0 +1,118 @@
+"""Configuration files: which count, in which order, and how their lines are read."""
+
+from pathlib import Path
+
+import pytest
+
+from zramd import conffiles
+from zramd.conffiles import Entry
+from zramd.errors import ConfigError
+
+
+def put(root: Path, *names: str) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+
+
+def found(root: Path) -> list[str]:
+    return [str(path.relative_to(root)) for path in conffiles.find(root, "zramd.conf")]
+
+
+def test_nothing_is_found_where_nothing_is(tmp_path):
+    assert found(tmp_path) == []
+
+
+def test_the_strongest_main_file_counts_alone(tmp_path):
+    folders = ("usr/lib", "usr/local/lib", "etc", "run")
+    for folder in folders:
+        put(tmp_path, f"{folder}/zramd.conf")
+        assert found(tmp_path) == [f"{folder}/zramd.conf"]
+
+
+def test_drop_ins_come_after_the_main_file_sorted_by_name_over_all_folders(tmp_path):
+    put(
+        tmp_path, "run/zramd.conf.d/10-b.conf", "usr/lib/zramd.conf.d/20-c.conf", "etc/zramd.conf.d/05-a.conf"
+    )
+    put(tmp_path, "usr/lib/zramd.conf", "usr/local/lib/zramd.conf.d/15-x.conf")
+    assert found(tmp_path) == [
+        "usr/lib/zramd.conf",
+        "etc/zramd.conf.d/05-a.conf",
+        "run/zramd.conf.d/10-b.conf",
+        "usr/local/lib/zramd.conf.d/15-x.conf",
+        "usr/lib/zramd.conf.d/20-c.conf",
+    ]
+
+
+def test_of_drop_ins_with_one_name_the_strongest_folder_counts(tmp_path):
+    for folder in ("usr/lib", "usr/local/lib", "etc", "run"):
+        put(tmp_path, f"{folder}/zramd.conf.d/10.conf")
+        assert found(tmp_path) == [f"{folder}/zramd.conf.d/10.conf"]
+
+
+def test_a_link_to_dev_null_hides_what_is_below(tmp_path):
+    put(tmp_path, "usr/lib/zramd.conf", "usr/lib/zramd.conf.d/10.conf", "usr/lib/zramd.conf.d/20.conf")
+    (tmp_path / "etc/zramd.conf.d").mkdir(parents=True)
+    (tmp_path / "etc/zramd.conf").symlink_to("/dev/null")
+    (tmp_path / "etc/zramd.conf.d/10.conf").symlink_to("/dev/null")
+    assert found(tmp_path) == ["usr/lib/zramd.conf.d/20.conf"]
+
+
+def test_other_files_in_the_folder_do_not_count(tmp_path):
+    put(tmp_path, "etc/zramd.conf.d/10.conf~", "etc/zramd.conf.d/.11.conf", "etc/zramd.conf.d/README")
+    assert found(tmp_path) == []
+
+
+def test_lines(tmp_path):
+    lines = [
+        "# x",
+        "; y",
+        "",
+        "a=1",
+        "[zram0]",
+        "  zram-size  =  ram == 1 ",
+        "options=",
+        "b = 'c d'",
+        'c="e"',
+        "d='",
+    ]
+    entries, problems = conffiles.parse(lines, "f")
+    assert problems == []
+    assert entries == [
+        Entry("f:4", "", "a", "1"),
+        Entry("f:5", "zram0", "", ""),
+        Entry("f:6", "zram0", "zram-size", "ram == 1"),
+        Entry("f:7", "zram0", "options", ""),
+        Entry("f:8", "zram0", "b", "c d"),
+        Entry("f:9", "zram0", "c", "e"),
+        Entry("f:10", "zram0", "d", "'"),
+    ]
+
+
+def test_lines_that_are_none(tmp_path):
+    entries, problems = conffiles.parse(
+        ["[zram0", "lost = 1", "[b] # no", "[c]", "word", "= 3", "x = 1"], "f"
+    )
+    assert [str(problem) for problem in problems] == [
+        "f:1: '[zram0' is not a section: write [zram0] and nothing else",
+        "f:3: '[b] # no' is not a section: write [zram0] and nothing else",
+        "f:5: 'word' is neither KEY = VALUE, nor [NAME], nor # comment",
+        "f:6: '= 3' is neither KEY = VALUE, nor [NAME], nor # comment",
+    ]
+    assert [entry.key for entry in entries] == ["", "x"]
+
+
+def test_lines_are_counted_as_editors_count_them(tmp_path):
+    (tmp_path / "f").write_text("# form\x0cfeed and \u2028\r\n[zram0]\r\n")
+    (entry,), problems = conffiles.read(tmp_path / "f")
+    assert problems == []
+    assert entry == Entry(f"{tmp_path}/f:2", "zram0", "", "")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match="there is no such file"):
+        conffiles.read(tmp_path / "none")
+    (tmp_path / "binary").write_bytes(b"[zram0]\n\xff\n")
+    with pytest.raises(ConfigError, match="byte 8 is not UTF-8 text"):
+        conffiles.read(tmp_path / "binary")

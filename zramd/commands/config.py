@@ -1,0 +1,215 @@
+"""`zramd config show`, `check` and `import`: what is configured, what is wrong, and taking over others'."""
+
+import argparse
+import sys
+
+from zramd.errors import ConfigError
+
+TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
+if TYPE_CHECKING:
+    from typing import Any
+
+    from zramd.commands import Commands
+    from zramd.devices import Configuration, Device
+    from zramd.foreign import Translation
+
+_ABOUT_GENERATOR = "read zram-generator's configuration, else zramswap's, instead of zramd's"
+
+
+def _human(size: int) -> str:
+    """Return bytes with the largest unit that leaves at least 1, with at most one decimal."""
+    power = max(0, (size.bit_length() - 1) // 10)
+    return f"{size / 1024**power:.1f}".removesuffix(".0") + f" {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def _translation(file: str | None) -> "Translation":
+    """Return another program's configuration: `file`, else its own. Raises ConfigError for none."""
+    from pathlib import Path
+
+    from zramd import conffiles, foreign
+
+    root = conffiles.root_folder()
+    paths = [Path(file)] if file else foreign.find(root)
+    if not paths:
+        raise ConfigError(f"nothing is configured for zram-generator or zramswap below {root}: give a FILE")
+    return foreign.read(paths)
+
+
+def _load(file: str | None, generator: bool) -> "Configuration":
+    from dataclasses import replace
+
+    from zramd import conffiles, devices
+
+    if not generator:
+        return devices.load(file=file)
+    translation = _translation(file)
+    built = devices.build(translation.sections, devices.total_ram(conffiles.root_folder()))
+    return replace(
+        built,
+        notes=(*translation.notes, *built.notes),
+        problems=(*translation.problems, *built.problems),
+        files=tuple(translation.files),
+    )
+
+
+def _values(device: "Device") -> "dict[str, Any]":
+    """Return every value that has an effect on the device, by its key."""
+    from dataclasses import asdict
+
+    values: dict[str, Any] = {"attach": device.attach}
+    if device.swaps:
+        values |= {"swap-priority": device.swap_priority, "options": device.options}
+    if device.attached:
+        values |= {
+            "timeout": "auto" if device.timeout is None else device.timeout,
+            "dead-conn-timeout": device.dead_conn_timeout,
+            "connections": device.connections,
+        }
+    return values | asdict(device.settings())
+
+
+def _origin(device: "Device", key: str) -> str:
+    """Return FILE:LINE of what gave `key` its value, '' for a default."""
+    from zramd.keys import TWINS
+
+    if key == "name":
+        return device.where[""]
+    written = [key, *(twin for twin, setting in TWINS.items() if setting == key)]
+    where = next((device.where[word] for word in written if word in device.where), "")
+    return where or ("attach = swap" if key == "swap" and device.swaps else "")
+
+
+def _table(device: "Device") -> str:
+    from zramd.config import Config
+
+    rows = []
+    for key, value in _values(device).items():
+        shown = {True: "on", False: "off"}[value] if isinstance(value, bool) else f"{value}"
+        is_size = type(value) is int and key in Config.__annotations__  # a setting's whole numbers are sizes
+        size = _human(value) if is_size and value else ""
+        rows.append((key, shown or "-", size, _origin(device, key) or "default"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = (
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, (*widths, 0), strict=True)) for row in rows
+    )
+    what = {
+        "swap": f"this machine swaps to it with priority {device.swap_priority}",
+        "device": "this machine attaches it",
+        "no": "for others to attach",
+    }[device.attach]
+    head = f"{device.name}: {_human(device.disksize)}, {what}"
+    return "\n".join([head, *(f"  {line.rstrip()}" for line in lines)])
+
+
+def _as_json(device: "Device") -> "dict[str, Any]":
+    values = _values(device)
+    return {
+        "name": device.name,
+        "disksize": device.disksize,
+        "attach": device.attach,
+        "values": values,
+        "from": {key: _origin(device, key) or None for key in values},
+        "serve": device.words(),
+    }
+
+
+def _complain(configuration: "Configuration") -> None:
+    for problem in configuration.problems:
+        print(f"zramd: {problem}", file=sys.stderr)
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """Print what would be started, with which values."""
+    configuration = _load(None, arguments.generator)
+    chosen = list(configuration.devices)
+    if arguments.name is not None:
+        chosen = [configuration.find(arguments.name)]
+    else:
+        _complain(configuration)
+    skipped = configuration.skipped if arguments.name is None else {}
+    if arguments.json:
+        import json
+
+        found = {
+            "devices": [_as_json(device) for device in chosen],
+            "skipped": skipped,
+            "notes": configuration.notes,
+            "files": configuration.files,
+        }
+        print(json.dumps(found, indent=2))
+    else:
+        parts = [_table(device) for device in chosen]
+        if arguments.name is None and not (chosen or configuration.problems):
+            parts = ["no device is configured: write /etc/zramd.conf, as docs/zramd.conf shows"]
+        parts += ["\n".join(f"{name}: {why}" for name, why in skipped.items())] if skipped else []
+        parts += ["\n".join(f"note: {note}" for note in configuration.notes)] if configuration.notes else []
+        if parts:
+            print("\n\n".join(parts))
+    return ConfigError.exit_code if configuration.problems else 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Print everything that is wrong; return 1 if anything is."""
+    configuration = _load(arguments.file, arguments.generator)
+    _complain(configuration)
+    for note in configuration.notes:
+        print(f"note: {note}")
+    for name, why in configuration.skipped.items():
+        print(f"{name}: {why}")
+    if configuration.problems:
+        return 1
+    names = ", ".join(device.name for device in configuration.devices) or "no device"
+    print(f"no errors in {', '.join(configuration.files) or 'no file'}: {names}")
+    return 0
+
+
+def import_(arguments: argparse.Namespace) -> int:
+    """Print a zramd.conf made from another program's configuration; return 1 if it has errors to mend."""
+    from zramd import conffiles, devices, foreign
+
+    translation = _translation(arguments.file)
+    sys.stdout.write(foreign.text(translation))
+    built = devices.build(translation.sections, devices.total_ram(conffiles.root_folder()))
+    problems = (*translation.problems, *built.problems)
+    for problem in problems:
+        print(f"zramd: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def add(commands: "Commands") -> None:
+    """Add the verbs."""
+    parser = commands.add_parser(
+        "config",
+        help="show, check or import the configuration of devices",
+        description=("Show and check /etc/zramd.conf and its drop-ins, or make one from another program's."),
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    one = verbs.add_parser(
+        "show",
+        help="print what would be started, with every value and where it comes from",
+        description="Print what would be started. Status 2: what is configured has errors.",
+    )
+    one.add_argument("name", nargs="?", metavar="NAME", help="only this device")
+    one.add_argument("-J", "--json", action="store_true", help="print JSON; sizes in bytes, times in seconds")
+    one.add_argument("--generator", action="store_true", help=_ABOUT_GENERATOR)
+    one.set_defaults(run=show)
+    one = verbs.add_parser(
+        "check",
+        help="print every error",
+        description="Print every error. Status 1: there are some.",
+    )
+    one.add_argument("file", nargs="?", metavar="FILE", help="only this file [zramd.conf and its drop-ins]")
+    one.add_argument("--generator", action="store_true", help=_ABOUT_GENERATOR)
+    one.set_defaults(run=check)
+    one = verbs.add_parser(
+        "import",
+        help="print a zramd.conf made from zram-generator's or zramswap's configuration",
+        description=(
+            "Print a zramd.conf that means the same; what zramd cannot do is named in comments at its head. "
+            "Nothing is changed: to use it, zramd config import > /etc/zramd.conf"
+        ),
+    )
+    one.add_argument(
+        "file", nargs="?", metavar="FILE", help="zram-generator.conf or default/zramswap [the machine's]"
+    )
+    one.set_defaults(run=import_)

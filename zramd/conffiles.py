@@ -1,0 +1,119 @@
+"""Finds and reads configuration files as systemd does: a main file and drop-ins, in four folders.
+
+`find` gives the files in the order in which they are read, so that a later value replaces an earlier one;
+`read` gives the lines of one file. What the lines mean is `zramd.devices`' business.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from zramd.errors import ConfigError, ZramdError
+
+# The first has the highest precedence.
+FOLDERS = ("run", "etc", "usr/local/lib", "usr/lib")
+
+_SECTION = re.compile(r"\[([^\[\]]*)\]")
+
+
+class Entry(NamedTuple):
+    """One line: a section's head (key is '') or a value."""
+
+    where: str  # FILE:LINE
+    section: str  # '': before any section
+    key: str
+    value: str
+
+
+class Problem(NamedTuple):
+    """Something in a file that cannot be used: one sentence that quotes it, and the remedy."""
+
+    where: str  # FILE:LINE
+    section: str  # '': concerns the whole file
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}"
+
+
+def root_folder(root: str | None = None) -> Path:
+    """Return the folder that stands for /: `root`, else what ZRAMD_ROOT says, else / itself."""
+    return Path(root or os.environ.get("ZRAMD_ROOT") or "/")
+
+
+def find(root: Path, name: str) -> list[Path]:
+    """Return the main file `name` and the drop-ins NAME.d/*.conf that count, the weakest first.
+
+    Of main files, the one in the highest folder counts alone. Drop-ins come in the order of their file names,
+    over all folders; of two with one name, the one in the higher folder counts. A link to /dev/null hides
+    what is below it and counts for nothing.
+    """
+    main = [path for folder in FOLDERS if os.path.lexists(path := root / folder / name)][:1]
+    drop_ins: dict[str, Path] = {}
+    for folder in FOLDERS:
+        try:
+            names = os.listdir(root / folder / f"{name}.d")
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise ZramdError(f"{root / folder / name}.d: {error.strerror}") from None
+        for file in names:
+            if file.endswith(".conf") and not file.startswith("."):
+                drop_ins.setdefault(file, root / folder / f"{name}.d" / file)
+    return [path for path in [*main, *(drop_ins[file] for file in sorted(drop_ins))] if not _masks(path)]
+
+
+def _masks(path: Path) -> bool:
+    return os.path.realpath(path) == os.devnull
+
+
+def read(path: Path) -> tuple[list[Entry], list[Problem]]:
+    """Return the lines of a file, and those that are none.
+
+    Raises ConfigError if the file is not there or is not text, ZramdError if it cannot be read.
+    """
+    try:
+        text = path.read_bytes().decode()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text: write it anew") from None
+    except OSError as error:
+        raise ZramdError(f"{path}: {error.strerror}") from None
+    return parse(text.split("\n"), str(path))
+
+
+def parse(lines: Iterable[str], name: str) -> tuple[list[Entry], list[Problem]]:
+    """Return the entries of `lines`, and the lines that are none; `name` is the file's."""
+    entries: list[Entry] = []
+    problems: list[Problem] = []
+    section: str | None = ""  # None: after a head that cannot be read, what follows belongs nowhere
+    for number, line in enumerate(lines, 1):
+        line, where = line.strip(), f"{name}:{number}"
+        if not line or line[0] in "#;":
+            continue
+        if line.startswith("["):
+            match = _SECTION.fullmatch(line)
+            if match is None:
+                problems.append(
+                    Problem(where, "", f"'{line}' is not a section: write [zram0] and nothing else")
+                )
+                section = None
+                continue
+            section = match[1].strip()
+            entries.append(Entry(where, section, "", ""))
+            continue
+        if section is None:
+            continue
+        key, equals, value = (part.strip() for part in line.partition("="))
+        if not equals or not key:
+            problems.append(
+                Problem(where, section, f"'{line}' is neither KEY = VALUE, nor [NAME], nor # comment")
+            )
+            continue
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+            value = value[1:-1]
+        entries.append(Entry(where, section, key, value))
+    return entries, problems
