@@ -109,7 +109,7 @@ embedded_python() {
 source_hash() {
     (
         cd "$root" &&
-            find zramd -type f -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z |
+            find zramd systemd docs/zramd.conf -type f -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z |
                 xargs -0 sha256sum -- nbdkit_plugin.py pyproject.toml README.md LICENSE scripts/zramd_build.py 2>&1
     ) | sha256sum | cut -c1-32
 }

@@ -9,6 +9,7 @@
         ├── CorruptionError         a structure contradicts itself
         ├── SwapError               a measure of swap=local cannot be had
         ├── AttachError             a kernel device cannot be attached, detached, swapped to
+        ├── UnitsError              systemd's units cannot be installed or removed
         ├── RundirError             the run folder cannot be used
         ├── DeviceError             a device is not there, or its server does not do what is asked
         └── UsageError              a command cannot be used as it was written
@@ -59,6 +60,10 @@ class SwapError(ZramdError):
 
 class AttachError(ZramdError):
     """A kernel device cannot be attached, detached, swapped to or off; the message says why."""
+
+
+class UnitsError(ZramdError):
+    """systemd's units cannot be installed or removed as asked; the message says why."""
 
 
 class RundirError(ZramdError):

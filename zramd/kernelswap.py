@@ -64,14 +64,14 @@ def available() -> int:
     raise AttachError(f"{MEMINFO} does not tell MemAvailable")
 
 
-def on(device: str, priority: int, *, discard: bool = True) -> None:
+def on(device: str, priority: int, *, options: str = "discard") -> None:
     """Make `device` a swap device, and swap to it. What it held is lost.
 
-    `discard` makes the kernel trim what it has freed. Raises AttachError.
+    `options` are swapon's, as in fstab; discard makes the kernel trim what it has freed. Raises AttachError.
     """
     settle_queue(device)
     run("mkswap", device)
-    run("swapon", *(["--discard"] if discard else []), "--priority", str(priority), device)
+    run("swapon", "--options", f"pri={priority},{options}".rstrip(","), device)
 
 
 def settle_queue(device: str) -> None:

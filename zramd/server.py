@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from zramd import __version__, stats, swap
+from zramd import __version__, notify, stats, swap
 from zramd.compactor import Compactor
 from zramd.config import Config
 from zramd.core.device import Device
@@ -30,6 +30,7 @@ STOP_READING = 0.1  # it has answered what was under way: clients see the end of
 STOP_WRITING = 0.5  # a client that does not take its answers is cut off
 STOP_WAITING = 0.9  # nbdkit is stuck: leave without it
 SWAPOFF_INTERVAL = 0.5  # seconds between two looks whether swap is off, while a stop waits for it
+STATUS_INTERVAL = 10.0  # seconds between two words on how we are to the service manager, at least
 REFRESH = 30.0  # seconds after which unchanged stats files are written again: their age shows that we live
 
 
@@ -57,6 +58,9 @@ class Server:
         self._log = swap.Log()
         self._keeper: threading.Thread | None = None
         self._stop_refused = False
+        self._manager = notify.Manager()
+        self._status = ""
+        self._told_at = 0.0
 
     def prepare(self) -> None:
         """Do all that can fail before nbdkit forks.
@@ -107,6 +111,8 @@ class Server:
             if self.config.swap == "local":
                 # Last: the threads above stay ordinary, those that nbdkit starts for clients inherit it.
                 swap.take_priority()
+            self._tell_status(self.snapshot())
+            self._manager.tell("READY=1")
         except BaseException:
             self.stop()
             raise
@@ -248,7 +254,16 @@ class Server:
         publish("classes", stats.classes_table(classes))
         publish("metrics.prom", stats.prometheus(snapshot, classes))
         self._written, self._written_at = counters, time.monotonic()
+        if self._written_at - self._told_at >= STATUS_INTERVAL and not self._stop_refused:
+            self._tell_status(snapshot)
         return True
+
+    def _tell_status(self, snapshot: stats.Snapshot) -> None:
+        """Tell the service manager what is stored, if that is news."""
+        status = stats.sentence(snapshot)
+        if status != self._status:
+            self._manager.tell(f"STATUS={status}")
+        self._status, self._told_at = status, time.monotonic()
 
     def _may_leave(self, signals: bytes) -> bool:
         """Say whether to stop now: the kernel must not lose what it has swapped out.
@@ -259,6 +274,7 @@ class Server:
             return True
         devices = " ".join(swap.devices_in_use(self.config.disksize))
         if devices and signals:
+            self._manager.tell(f"STATUS=stopping once 'swapoff {devices}' was run")
             print(
                 f"zramd: {devices} is in use as swap: stopping once 'swapoff {devices}' was run "
                 "(SIGQUIT stops at once and loses what is swapped out)",
@@ -270,6 +286,7 @@ class Server:
 
     def _leave(self) -> None:
         """End nbdkit within a second, in its normal way if it can: then it calls `stop`."""
+        self._manager.tell("STOPPING=1")
         self._shutdown()
         if self._stopping.wait(STOP_READING):
             return

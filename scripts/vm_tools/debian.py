@@ -144,7 +144,6 @@ def _options() -> Iterable[str]:
     # No machine id yet would mean a first boot, with presets that enable what nobody asked for.
     yield '--customize-hook=echo 5ec0ffee5ec0ffee5ec0ffee5ec0ffee > "$1"/etc/machine-id'
     yield '--customize-hook=echo "/dev/vda / ext4 noatime 0 0" > "$1"/etc/fstab'
-    yield '--customize-hook=mkdir "$1"/var/log/journal'
     yield f'--customize-hook=chroot "$1" systemctl mask {" ".join(NEVER_STARTED)}'
 
 
