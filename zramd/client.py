@@ -50,16 +50,16 @@ class Served:
         sentence = answer.splitlines()[0] if answer else f"status {status}"
         raise (UsageError if status == 400 else DeviceError)(f"{self.name}: {sentence}")
 
-    def get(self, path: str) -> "dict[str, Any]":
-        """Return the JSON object that GET `path` answers."""
+    def ask_json(self, method: str, path: str, body: str = "", timeout: float = TIMEOUT) -> "dict[str, Any]":
+        """Return the JSON object that is the answer; raises as `request`."""
         import json
 
-        values: dict[str, Any] = json.loads(self.request("GET", path))
+        values: dict[str, Any] = json.loads(self.request(method, path, body, timeout))
         return values
 
     def stats(self) -> "dict[str, Any]":
         """Return every number there is, as stats.json has them."""
-        return self.get("/stats")
+        return self.ask_json("GET", "/stats")
 
     def died(self) -> DeviceError:
         """Return the error that says that the server has died and what to do."""

@@ -117,11 +117,9 @@ class Compactor:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._device = device
-        self._policy = Policy(config)
-        self._step_bytes = config.compaction_step
-        self._enabled = config.compaction
         self._clock = clock
         self._wake = threading.Event()
+        self.configure(config)
         self._lock = threading.Lock()  # guards _tickets and _ended
         self._tickets: list[threading.Event] = []
         self._stopping = False
@@ -144,6 +142,13 @@ class Compactor:
         if self._running:
             return "running"
         return "idle" if self._enabled else "off"
+
+    def configure(self, config: Config) -> None:
+        """Go by these settings from the next step on."""
+        self._policy = Policy(config)
+        self._step_bytes = config.compaction_step
+        self._enabled = config.compaction
+        self._wake.set()
 
     def start(self) -> None:
         """Start the thread; only after the process has forked for the last time."""

@@ -149,6 +149,7 @@ class Setting:
     help: str
     aliases: tuple[str, ...] = ()
     shown_default: str = ""  # what help and README print where `default` cannot say it
+    fixed: str = ""  # why it cannot be changed while the device is served; "": it can
 
     @property
     def default_text(self) -> str:
@@ -165,8 +166,16 @@ SETTINGS: tuple[Setting, ...] = (
         "size of the device in bytes before compression, rounded up to 4096, at most 4T",
         aliases=("size",),
         shown_default="required",
+        fixed="clients were told the size when they connected",
     ),
-    Setting("name", _name, "zram0", "swap0", "name of the device and of the NBD export"),
+    Setting(
+        "name",
+        _name,
+        "zram0",
+        "swap0",
+        "name of the device and of the NBD export",
+        fixed="clients know the device by it",
+    ),
     Setting(
         "mem_limit",
         parse_size,
@@ -180,6 +189,7 @@ SETTINGS: tuple[Setting, ...] = (
         "lz4",
         "lz4(level=4)",
         f"compressor; level is lz4's acceleration, 1 to {MAX_ACCELERATION}: higher is faster and larger",
+        fixed="compressors are set up when the device is made",
     ),
     Setting(
         "rundir",
@@ -188,6 +198,7 @@ SETTINGS: tuple[Setting, ...] = (
         "/run/zramd/swap0",
         "folder for the sockets and the statistics, closed to other users",
         shown_default="/run/zramd/NAME as root, else $XDG_RUNTIME_DIR/zramd/NAME",
+        fixed="clients know the sockets in it",
     ),
     Setting(
         "pool_full",
@@ -195,6 +206,7 @@ SETTINGS: tuple[Setting, ...] = (
         "enospc",
         "eio",
         "error a client gets when mem_limit is reached: enospc or eio",
+        fixed="nbdkit reads it once, when it starts",
     ),
     Setting(
         "swap",
@@ -203,6 +215,7 @@ SETTINGS: tuple[Setting, ...] = (
         "local",
         "local: this machine's own kernel swaps to the device: lock all memory, never wait for more; "
         "other: anybody else does",
+        fixed="its measures are taken before the first client comes",
     ),
     Setting(
         "reserve",
@@ -210,6 +223,7 @@ SETTINGS: tuple[Setting, ...] = (
         "8M",
         "32M",
         "with swap=local: memory kept ready for pages to come, beside mem_limit, 1M to 1G",
+        fixed="its memory is locked before the first client comes",
     ),
     Setting(
         "thread_model",
@@ -218,6 +232,7 @@ SETTINGS: tuple[Setting, ...] = (
         "parallel",
         "parallel: several threads for each client; serialize_requests: one; "
         "auto: parallel if nbdkit is 1.34 or later",
+        fixed="nbdkit asks for it once, when it starts",
     ),
     Setting("compaction", _boolean, "on", "off", "compact in the background"),
     Setting(
@@ -245,7 +260,14 @@ SETTINGS: tuple[Setting, ...] = (
         "10",
         "seconds between two writes of the stats files; 0: no files",
     ),
-    Setting("endpoint", _boolean, "on", "off", "answer HTTP on control.sock in rundir"),
+    Setting(
+        "endpoint",
+        _boolean,
+        "on",
+        "off",
+        "answer HTTP on control.sock in rundir",
+        fixed="what can be changed is changed over it",
+    ),
 )
 
 _BY_KEY = {key: setting for setting in SETTINGS for key in (setting.name, *setting.aliases)}
@@ -320,10 +342,10 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
                 f"{key}='{text}' is a second value: {setting.name} is already '{given[setting.name]}'"
             )
         given[setting.name] = text
-        values[setting.name] = _value(setting, text)
+        values[setting.name] = value(setting, text)
     for setting in SETTINGS:
         if setting.name not in values and setting.default is not None:
-            values[setting.name] = _value(setting, setting.default)
+            values[setting.name] = value(setting, setting.default)
     if "disksize" not in values:
         raise ConfigError("disksize is missing: give the size of the device, such as disksize=1G")
     if "rundir" not in values:
@@ -331,7 +353,8 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
     return Config(**values)
 
 
-def _value(setting: Setting, text: str) -> Any:
+def value(setting: Setting, text: str) -> Any:
+    """Return what `text` means as the value of a setting; raises ConfigError."""
     try:
         return setting.parse(text)
     except ConfigError as error:

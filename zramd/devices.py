@@ -11,7 +11,7 @@ teaches all.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,6 @@ from zramd.config import Config
 from zramd.errors import ConfigError, ZramdError
 
 CONF = "zramd.conf"
-
-
 GENERATOR_CONF = "systemd/zram-generator.conf"
 ZRAMSWAP_CONF = "etc/default/zramswap"
 
@@ -46,7 +44,8 @@ class Device:
     timeout: int | None  # after which a request of a lost connection is sent again; None: as attach has it
     dead_conn_timeout: int  # for which requests wait for another server
     connections: int
-    where: dict[str, str] = field(default_factory=dict, compare=False)  # key as written → FILE:LINE
+    # Where each value was given, FILE:LINE, by its key (no alias); '' is the section's head.
+    where: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def rundir(self) -> str:
@@ -82,14 +81,20 @@ class Device:
 class Configuration:
     """Everything that was read."""
 
-    devices: tuple[Device, ...]
+    devices: tuple[Device, ...]  # without those that have problems
     skipped: dict[str, str]  # name of a section that makes no device here → why
     notes: tuple[str, ...]  # one sentence each, with what to do
     problems: tuple[Problem, ...]
     files: tuple[str, ...]  # that count, the weakest first
 
+    def has(self, name: str) -> bool:
+        """Whether there is a section of this name, be it right or wrong."""
+        sections = {device.name for device in self.devices} | {problem.section for problem in self.problems}
+        return name in sections or name in self.skipped
+
     def find(self, name: str) -> Device:
         """Return the device `name`. Raises SkippedError, and ConfigError if it is wrong or not there."""
+        config.find("name").parse(name)
         for problem in self.problems:
             if problem.section in ("", name):
                 raise ConfigError(str(problem))
@@ -121,10 +126,10 @@ def load(root: str | None = None, file: str | None = None) -> Configuration:
     for path in paths:
         entries, wrong = conffiles.read(path)
         problems += wrong + _add(sections, entries)
-    result = build(sections, total_ram(folder))
+    result = build(sections, total_ram(folder), problems)
     notes = [*result.notes, *([] if file else _other_notes(folder, bool(paths), result.devices))]
     files = tuple(str(path) for path in paths)
-    return Configuration(result.devices, result.skipped, tuple(notes), (*problems, *result.problems), files)
+    return replace(result, notes=tuple(notes), files=files)
 
 
 def total_ram(root: Path) -> int:
@@ -180,12 +185,16 @@ def _outside(key: str, value: str) -> str:
     )
 
 
-def build(sections: Sections, ram: int) -> Configuration:
-    """Return the devices that `sections` mean on a machine of `ram` megabytes."""
+def build(sections: Sections, ram: int, known: Iterable[Problem] = ()) -> Configuration:
+    """Return the devices that `sections` mean on a machine of `ram` megabytes.
+
+    `known` problems are in the result, too. A section with a problem makes no device; a problem outside of
+    sections leaves none.
+    """
     found: list[Device] = []
     skipped: dict[str, str] = {}
     notes: list[str] = []
-    problems: list[Problem] = []
+    problems = list(known)
     for name, values in sections.items():
         section = _Section(name, values, ram)
         section.read()
@@ -197,7 +206,7 @@ def build(sections: Sections, ram: int) -> Configuration:
             notes += section.notes
     _check_folders(found, problems)
     wrong = {problem.section for problem in problems}
-    devices = tuple(device for device in found if device.name not in wrong)
+    devices = tuple(device for device in found if wrong.isdisjoint(("", device.name)))
     return Configuration(devices, skipped, tuple(notes), tuple(problems), ())
 
 

@@ -223,7 +223,10 @@ def _from_zramswap(path: Path) -> tuple[Sections, list[str]]:
 
 def text(translation: Translation) -> str:
     """Return a zramd.conf that means the same, its notes as comments."""
-    lines = [f"# Made by 'zramd config import' from {', '.join(translation.files)}."]
+    lines = [
+        f"# Made by 'zramd config import' from {', '.join(translation.files)}.",
+        "# Both must not run: docs/configuration.md says how to turn the other off.",
+    ]
     if translation.notes:
         lines += ["#", "# Not taken over, or read otherwise:"]
         lines += [f"#   {note}" for note in translation.notes]

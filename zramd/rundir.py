@@ -8,6 +8,7 @@ import fcntl
 import os
 import socket
 import stat
+import time
 from contextlib import suppress
 
 from zramd.errors import RundirError
@@ -17,9 +18,12 @@ NBD_SOCKET = "nbd.sock"
 CONTROL_SOCKET = "control.sock"
 DATA_ID = "data_id"  # names the data that the server holds: the same name, the same data
 STATS_FILES = ("mm_stat", "io_stat", "frag_ratio", "stats.json", "classes", "metrics.prom")
+LOG = "log"  # what a server in the background has to say once it serves
+BACKGROUND = "ZRAMD_BACKGROUND"  # in the environment of such a server
+LOCK_TIMEOUT = 0.1  # seconds
 _FILES = (DATA_ID, *STATS_FILES)
 _TEMPORARY = ".new"
-_OURS = frozenset((NBD_SOCKET, CONTROL_SOCKET, *_FILES, *(name + _TEMPORARY for name in _FILES)))
+_OURS = frozenset((NBD_SOCKET, CONTROL_SOCKET, LOG, *_FILES, *(name + _TEMPORARY for name in _FILES)))
 
 
 class Rundir:
@@ -132,17 +136,28 @@ def _take_lock(path: str) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
         fd = os.open(f"{path}/{PID}", flags, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(fd):
             pid = _read_pid(fd)
             os.close(fd)
-            raise in_use(path, pid) from None
+            raise in_use(path, pid)
         # A server that stopped between our open and our lock has unlinked the file: then lock the new one.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), os.stat(f"{path}/{PID}")):
                 return fd
         os.close(fd)
+
+
+def _locked(fd: int) -> bool:
+    """Take the lock and say whether that succeeded. Who only looks, `holder`, has it for microseconds."""
+    end = time.monotonic() + LOCK_TIMEOUT
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.01)
 
 
 def _read_pid(fd: int) -> int:

@@ -14,15 +14,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from typing import Any
 
 from zramd import __version__, notify, stats, swap
 from zramd.compactor import Compactor
-from zramd.config import Config
+from zramd.config import Config, find
+from zramd.config import value as parse_value
 from zramd.core.device import Device
 from zramd.core.process import name_thread
 from zramd.endpoint import Endpoint
-from zramd.errors import CorruptionError, RundirError
-from zramd.rundir import CONTROL_SOCKET, DATA_ID, Rundir
+from zramd.errors import ConfigError, CorruptionError, RundirError
+from zramd.rundir import BACKGROUND, CONTROL_SOCKET, DATA_ID, LOG, Rundir
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # those nbdkit stops on
 # Seconds after a stop signal. nbdkit then refuses new requests, but waits for its clients to leave.
@@ -111,6 +114,9 @@ class Server:
             if self.config.swap == "local":
                 # Last: the threads above stay ordinary, those that nbdkit starts for clients inherit it.
                 swap.take_priority()
+            if BACKGROUND in os.environ:
+                self._log.start()
+                self._log.write_to(self._rundir.file(LOG))
             self._tell_status(self.snapshot())
             self._manager.tell("READY=1")
         except BaseException:
@@ -169,10 +175,37 @@ class Server:
         assert self._compactor is not None
         return self._compactor.compact_now(timeout)
 
-    def set_mem_limit(self, size: int) -> int:
-        """Change the limit of the pool, in bytes, and return it as it is then (whole pages)."""
-        self.device.mem_limit = size
-        return self.device.mem_limit
+    def settings(self) -> dict[str, Any]:
+        """Return every setting as it is now."""
+        return asdict(self.config)
+
+    def change(self, name: str, text: str) -> Any:
+        """Change a setting that can be while the device is served; return its value as it is then.
+
+        Raises ConfigError for a value that cannot be used, and for a setting that stays as it is.
+        """
+        setting = find(name)
+        if setting.fixed:
+            raise ConfigError(f"{name} cannot be changed while the device is served: {setting.fixed}")
+        value = parse_value(setting, text)
+        if name == "mem_limit":
+            self.device.mem_limit = value
+            value = self.device.mem_limit  # whole pages
+        with self._clients_lock:  # two changes at once
+            self.config = replace(self.config, **{name: value})
+        if self._compactor is not None:
+            self._compactor.configure(self.config)
+        if self._housekeeper is not None:
+            os.write(self._wake[1], b"\0")  # stats_interval
+        return value
+
+    def check(self) -> None:
+        """Walk every structure of the device; raises CorruptionError."""
+        self.device.check()
+
+    def block(self, number: int) -> dict[str, int | str]:
+        """Return what stands for a block; raises ValueError beyond the device's end."""
+        return self.device.block(number)
 
     def reset(self) -> bool:
         """Drop all data and return True, or return False if a client is connected."""
@@ -209,9 +242,10 @@ class Server:
         poll.register(self._wake[0], select.POLLIN)
         if self._endpoint is not None:
             poll.register(self._endpoint, select.POLLIN)
-        interval = self.config.stats_interval
-        due = time.monotonic() + interval
+        due = time.monotonic()
         while not self._stopping.is_set():
+            interval = self.config.stats_interval
+            due = min(due, time.monotonic() + interval)
             timeout = max(due - time.monotonic(), 0) * 1000 if interval else None
             if self._stop_refused:
                 timeout = SWAPOFF_INTERVAL * 1000

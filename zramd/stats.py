@@ -9,10 +9,83 @@ import os
 import sys
 import time
 from dataclasses import dataclass, fields
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 _PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 _GROUPS = ("10%", "20%", "30%", "40%", "50%", "60%", "70%", "80%", "90%", "99%", "100%")
+
+
+class Number(NamedTuple):
+    """One number of stats.json: its unit, what it means, and the Prometheus metric that shows it too."""
+
+    name: str
+    unit: str  # as a person reads it; '' for a count of things that the meaning names
+    meaning: str
+    metric: str = ""  # without the prefix zramd_; '': none, or one that is made of several numbers
+    scale: float = 1  # the metric's value for each of the number's
+
+
+# Every number there is, in the order in which they are shown.
+NUMBERS = (
+    Number("disksize", "bytes", "Size of the device before compression.", "disksize_bytes"),
+    Number("orig_data_size", "bytes", "Data stored, before compression.", "orig_data_bytes"),
+    Number("compr_data_size", "bytes", "Payloads in the pool, after compression.", "compr_data_bytes"),
+    Number("mem_used_total", "bytes", "Pages of the pool in use.", "mem_used_bytes"),
+    Number("mem_used_max", "bytes", "Peak of the pool's pages in use.", "mem_used_max_bytes"),
+    Number("mem_limit", "bytes", "Most that the pool may take, 0 for no limit.", "mem_limit_bytes"),
+    Number(
+        "metadata_bytes",
+        "bytes",
+        "Memory beside the pool: slots, handle cells and all else.",
+        "metadata_bytes",
+    ),
+    Number("reserve_bytes", "bytes", "Memory kept ready for pages to come.", "reserve_bytes"),
+    Number("total_bytes", "bytes", "All memory for data: pool, reserve and metadata."),
+    Number(
+        "resident_bytes",
+        "bytes",
+        "Resident memory of the server process.",
+        "process_resident_bytes",
+    ),
+    Number(
+        "frag_ratio", "percent", "Share of the pool that payload fills, more is better.", "frag_ratio", 0.01
+    ),
+    Number("occupancy", "percent", "Share of the pool's objects in use.", "pool_occupancy_ratio", 0.01),
+    Number("compression_ratio", "", "Bytes stored for each byte of pool.", "compression_ratio"),
+    Number("pages_stored", "blocks", "Blocks that hold data."),
+    Number(
+        "same_pages", "blocks", "Blocks that hold one repeated word and take no pool memory.", "same_pages"
+    ),
+    Number("huge_pages", "blocks", "Blocks stored raw.", "huge_pages"),
+    Number("huge_pages_since", "blocks", "Blocks stored raw since the start, also those freed since."),
+    Number("objs_allocated", "objects", "Places for objects in the pool."),
+    Number("objs_used", "objects", "Objects in the pool."),
+    Number("zspages", "zspages", "Runs of pages that hold the objects."),
+    Number("freeable_pages", "pages", "Pool memory that compaction would free now.", "freeable_bytes", 4096),
+    Number("num_compactions", "runs", "Compactions that freed something.", "compaction_runs_total"),
+    Number(
+        "limit_compactions",
+        "runs",
+        "Writes that compacted first because of mem_limit.",
+        "compaction_limit_runs_total",
+    ),
+    Number("objects_migrated", "objects", "Objects moved by compaction.", "compaction_moved_objects_total"),
+    Number("pages_compacted", "pages", "Pages freed by compaction.", "compaction_freed_pages_total"),
+    Number("compact_ns", "ns", "Time spent compacting.", "compaction_seconds_total", 1e-9),
+    Number("reads", "requests", "Read requests served."),
+    Number("writes", "requests", "Write requests served."),
+    Number("trims", "requests", "Trim requests served."),
+    Number("zeroes", "requests", "Write-zeroes requests served."),
+    Number("read_bytes", "bytes", "Bytes that clients have read."),
+    Number("written_bytes", "bytes", "Bytes that clients have written."),
+    Number("requests_inflight", "requests", "Requests being served now.", "requests_inflight"),
+    Number("failed_reads", "requests", "Read requests that failed."),
+    Number("failed_writes", "requests", "Write requests that failed, most for want of room."),
+    Number("invalid_io", "requests", "Requests beyond the device's end."),
+    Number("notify_free", "blocks", "Blocks freed by trim and zero.", "freed_blocks_total"),
+    Number("reserve_misses", "pages", "Pages that were not ready when needed.", "reserve_misses_total"),
+    Number("uptime", "seconds", "Time since the server started.", "uptime_seconds"),
+)
 
 
 class Source(Protocol):
@@ -199,17 +272,31 @@ def _class_line(
     )
 
 
+def to_dict(snapshot: Snapshot) -> dict[str, Any]:
+    """Return every number of the snapshot, derived ones included, by name."""
+    values = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
+    for name in ("total_bytes", "frag_ratio", "occupancy", "compression_ratio"):
+        values[name] = getattr(snapshot, name)
+    return values
+
+
 def to_json(snapshot: Snapshot) -> str:
     """Return every number of the snapshot, derived ones included, as one JSON object."""
-    values: dict[str, int | float | str] = {
-        field.name: getattr(snapshot, field.name) for field in fields(snapshot)
-    }
+    values = to_dict(snapshot)
     values["uptime"] = round(snapshot.uptime, 3)
-    values["total_bytes"] = snapshot.total_bytes
-    values["frag_ratio"] = round(snapshot.frag_ratio, 4)
-    values["occupancy"] = round(snapshot.occupancy, 4)
-    values["compression_ratio"] = round(snapshot.compression_ratio, 4)
+    for name in ("frag_ratio", "occupancy", "compression_ratio"):
+        values[name] = round(values[name], 4)
     return json.dumps(values, indent=2) + "\n"
+
+
+def classes_json(rows: list[ClassRow]) -> str:
+    """Return the table of size classes as a JSON list, zspages by fullness group as an object."""
+    classes = []
+    for row in rows:
+        values: dict[str, Any] = row._asdict()
+        values["zspages"] = dict(zip(_GROUPS, row.zspages, strict=True))
+        classes.append(values)
+    return json.dumps(classes, indent=2) + "\n"
 
 
 def prometheus(snapshot: Snapshot, rows: list[ClassRow]) -> str:
@@ -226,48 +313,29 @@ def prometheus(snapshot: Snapshot, rows: list[ClassRow]) -> str:
             shown = value if isinstance(value, int) else f"{value:.9g}"
             lines.append(f'zramd_{name}{{device="{s.name}"{labels}}} {shown}\n')
 
-    def gauge(name: str, meaning: str, value: int | float) -> None:
-        family(name, "gauge", meaning, ("", value))
-
-    def counter(name: str, meaning: str, value: int | float) -> None:
-        family(f"{name}_total", "counter", meaning, ("", value))
-
     def by_op(name: str, meaning: str, **values: int) -> None:
         samples = [(f',op="{op}"', value) for op, value in values.items()]
         family(f"{name}_total", "counter", meaning, *samples)
 
-    gauge("disksize_bytes", "Size of the device before compression.", s.disksize)
-    gauge("orig_data_bytes", "Data stored, before compression.", s.orig_data_size)
-    gauge("compr_data_bytes", "Payloads in the pool, after compression.", s.compr_data_size)
-    gauge("mem_used_bytes", "Pages of the pool in use.", s.mem_used_total)
-    gauge("mem_used_max_bytes", "Peak of the pool's pages in use.", s.mem_used_max)
-    gauge("mem_limit_bytes", "Most that the pool may take, 0 for no limit.", s.mem_limit)
-    gauge("metadata_bytes", "Memory beside the pool: slots, handle cells and all else.", s.metadata_bytes)
-    gauge("reserve_bytes", "Memory kept ready for pages to come.", s.reserve_bytes)
-    gauge("same_pages", "Blocks that hold one repeated word and take no pool memory.", s.same_pages)
-    gauge("huge_pages", "Blocks stored raw.", s.huge_pages)
-    gauge("freeable_bytes", "Pool memory that compaction would free now.", s.freeable_pages * 4096)
-    gauge("frag_ratio", "Share of the pool that payload fills, 1 is best.", s.frag_ratio / 100)
-    gauge("pool_occupancy_ratio", "Share of the pool's objects in use.", s.occupancy / 100)
-    gauge("compression_ratio", "Bytes stored for each byte of pool.", s.compression_ratio)
-    gauge("requests_inflight", "Requests being served now.", s.requests_inflight)
+    values = to_dict(snapshot)
+    for number in NUMBERS:
+        if number.metric:
+            kind = "counter" if number.metric.endswith("_total") else "gauge"
+            value = values[number.name]
+            family(
+                number.metric,
+                kind,
+                number.meaning,
+                ("", value * number.scale if number.scale != 1 else value),
+            )
     by_op("requests", "Requests served.", read=s.reads, write=s.writes, trim=s.trims, zero=s.zeroes)
     by_op("request_bytes", "Bytes read and written by clients.", read=s.read_bytes, write=s.written_bytes)
     by_op("request_errors", "Requests that failed.", read=s.failed_reads, write=s.failed_writes)
-    counter("reserve_misses", "Pages that were not ready when needed.", s.reserve_misses)
-    counter("freed_blocks", "Blocks freed by trim and zero.", s.notify_free)
-    counter("compaction_runs", "Compactions that freed something.", s.num_compactions)
-    counter("compaction_limit_runs", "Writes that compacted first because of mem_limit.", s.limit_compactions)
-    counter("compaction_moved_objects", "Objects moved by compaction.", s.objects_migrated)
-    counter("compaction_freed_pages", "Pages freed by compaction.", s.pages_compacted)
-    counter("compaction_seconds", "Time spent compacting.", s.compact_ns / 1e9)
     used = [row for row in rows if row.obj_allocated]
     objects = [(f',size="{row.size}"', row.obj_used) for row in used]
     pages = [(f',size="{row.size}"', row.pages_used) for row in used]
     family("class_objects", "gauge", "Objects in use, by size class.", *objects)
     family("class_pages", "gauge", "Pages in use, by size class.", *pages)
-    gauge("process_resident_bytes", "Resident memory of the server process.", s.resident_bytes)
-    gauge("uptime_seconds", "Time since the server started.", s.uptime)
     version = f"{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}"
     labels = f',version="{s.version}",python="{version}",comp_algorithm="{s.comp_algorithm}"'
     family("build_info", "gauge", "What serves the device.", (labels, 1))

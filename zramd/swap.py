@@ -263,11 +263,13 @@ class Log:
 
     BURST = 20
     PERIOD = 10.0  # seconds
+    LIMIT = 1 << 20  # bytes: a file that has more starts again from nothing
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._since = -self.PERIOD
         self._passed = 0
+        self._limited = False
         self.held_back = 0
         self._rest = b""
         self._target = -1
@@ -275,13 +277,24 @@ class Log:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Take descriptor 2 over."""
+        """Take descriptor 2 over, unless that was done already."""
+        if self._thread is not None:
+            return
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._target, self._pipe = os.dup(2), reader
         os.dup2(writer, 2)
         os.close(writer)
         self._thread = threading.Thread(target=self._work, name="zramd-log", daemon=True)
         self._thread.start()
+
+    def write_to(self, path: str) -> None:
+        """Pass on to a new file, of at most LIMIT bytes, from now on: who read so far sees the end."""
+        fd = os.open(
+            path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+        )
+        os.dup2(fd, self._target, inheritable=False)
+        os.close(fd)
+        self._limited = True
 
     def stop(self) -> None:
         """Give descriptor 2 back once all that was written is passed on."""
@@ -338,5 +351,7 @@ class Log:
 
     def _pass(self, text: bytes) -> None:
         with suppress(OSError):  # whoever read it is gone
+            if self._limited and os.fstat(self._target).st_size > self.LIMIT:
+                os.ftruncate(self._target, 0)
             while text:
                 text = text[os.write(self._target, text) :]

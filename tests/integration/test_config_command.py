@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PACKAGE_PARENT, talk, wait_until
+from conftest import PACKAGE_PARENT, talk
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "zramd.conf"
 GENERATOR = """\
@@ -36,14 +36,15 @@ def environment(root: Path) -> dict[str, str]:
     return {**os.environ, "ZRAMD_ROOT": str(root), "PYTHONPATH": str(PACKAGE_PARENT)}
 
 
+def run(root: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "zramd", *words], env=environment(root), capture_output=True, text=True
+    )
+
+
 def zramd(root: Path, *words: str) -> tuple[int, str, str]:
     """Run `zramd config WORDS`; returns the status and both outputs, the root's path left out."""
-    done = subprocess.run(
-        [sys.executable, "-m", "zramd", "config", *words],
-        env=environment(root),
-        capture_output=True,
-        text=True,
-    )
+    done = run(root, "config", *words)
     assert "Traceback" not in done.stderr
     return done.returncode, done.stdout.replace(str(root), ""), done.stderr.replace(str(root), "")
 
@@ -77,6 +78,8 @@ def test_show(root):
     assert status == 0
     assert output.startswith("vm: ")
     assert "zram0" not in output
+    why = "off: no device: zram-size = 0 is 0 here (/etc/zramd.conf:8)\n"
+    assert zramd(root, "show", "off") == (0, why, "")
 
 
 def test_show_json(root):
@@ -129,6 +132,11 @@ def test_all_errors_are_printed(root):
             2,
             "zramd: there is no device 'vm' in /etc/zramd.conf: add a section [vm] (there: none)\n",
         ),
+        (
+            ["show", "a/b"],
+            2,
+            "zramd: 'a/b' is not a name: use 1 to 64 letters, digits, _ . or -, not starting with . or -\n",
+        ),
         (["shwo"], 2, None),
         ([], 2, None),
     ],
@@ -159,7 +167,8 @@ def test_import_of_zramswap(root):
     put(root, "etc/default/zramswap", "ALGO=lz4\nPERCENT=50\n")
     assert zramd(root, "import") == (
         0,
-        "# Made by 'zramd config import' from /etc/default/zramswap.\n\n"
+        "# Made by 'zramd config import' from /etc/default/zramswap.\n"
+        "# Both must not run: docs/configuration.md says how to turn the other off.\n\n"
         "[zram0]\ncompression-algorithm = lz4\nzram-size = ram * 50 / 100\n",
         "",
     )
@@ -192,12 +201,22 @@ def test_zram_generator_is_read_only_when_asked(root):
     assert zramd(root, "check", "--generator")[0] == 0
 
 
-def test_a_configured_device_is_served(root):
-    put(
-        root,
-        "etc/zramd.conf",
-        f"[disk]\nzram-size = 64\nattach = no\nmem_limit = 4M\nrundir = {root}/run/disk\n",
-    )
+@pytest.fixture
+def disk(root: Path) -> Path:
+    """The run folder of a device that is configured as `disk`."""
+    folder = root / "run/disk"
+    put(root, "etc/zramd.conf", f"[disk]\nzram-size = 64\nattach = no\nmem_limit = 4M\nrundir = {folder}\n")
+    return folder
+
+
+def sizes(folder: Path) -> tuple[int, int]:
+    """The size and the limit of the device that is served in a run folder, in MiB."""
+    answer = talk(folder / "control.sock", b"GET /stats HTTP/1.1\r\n\r\n").partition(b"\r\n\r\n")[2]
+    stats = json.loads(answer)
+    return stats["disksize"] >> 20, stats["mem_limit"] >> 20
+
+
+def test_a_configured_device_is_served(root, disk):
     command = [sys.executable, "-m", "zramd", "serve", "--config", "disk", "compaction=off", "mem_limit=8M"]
     with (root / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -207,14 +226,36 @@ def test_a_configured_device_is_served(root):
         assert process.stdout is not None
         greeting = process.stdout.readline()
         assert f"serves disk, {64 << 20} bytes" in greeting, (root / "log").read_text()
-        control = root / "run/disk/control.sock"
-        wait_until(control.exists)
-        answer = talk(control, b"GET /stats HTTP/1.1\r\n\r\n").partition(b"\r\n\r\n")[2]
-        stats = json.loads(answer)
-        assert (stats["disksize"], stats["mem_limit"]) == (64 << 20, 8 << 20)
+        assert sizes(disk) == (64, 8)
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=30)
+
+
+@pytest.mark.parametrize(("words", "found"), [([], (64, 4)), (["mem_limit=8M", "size=1M"], (1, 8))])
+def test_a_configured_device_is_started_by_its_name(root, disk, words, found):
+    done = run(root, "start", "disk", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    try:
+        assert f"socket        {disk}/nbd.sock\n" in done.stdout
+        assert sizes(disk) == found
+    finally:
+        os.kill(int((disk / "pid").read_text()), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("zram-size = 0", "disk: no device: zram-size = 0 is 0 here (/etc/zramd.conf:2)"),
+        ("zram-size = ram +", "/etc/zramd.conf:2: zram-size: 'ram +', character 6: a number, a variable or"),
+        ("siez = 4", "/etc/zramd.conf:2: unknown key 'siez': did you mean 'size'?"),
+    ],
+)
+def test_start_never_falls_back_to_defaults(root, line, message):
+    put(root, "etc/zramd.conf", f"[disk]\n{line}\n")
+    done = run(root, "start", "disk")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.replace(str(root), "").startswith(f"zramd: {message}")
 
 
 @pytest.mark.parametrize(
@@ -234,11 +275,6 @@ def test_a_configured_device_is_served(root):
 )
 def test_serve_refuses(root, words, message):
     put(root, "etc/zramd.conf", "[disk]\nattach = no\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "zramd", "serve", *words],
-        env=environment(root),
-        capture_output=True,
-        text=True,
-    )
+    done = run(root, "serve", *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.replace(str(root), "") == f"zramd: {message}\n"

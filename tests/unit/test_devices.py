@@ -212,6 +212,7 @@ def test_memory_within_the_limit(root, text):
 def test_errors_have_place_value_and_remedy(root, line, message):
     (problem,) = root.problems(f"# first\n[zram0]\n\n{line}\n")
     assert problem.startswith(f"etc/zramd.conf:4: {message}")
+    assert root.load().devices == ()
     with pytest.raises(ConfigError) as caught:
         devices.find("zram0", str(root.path))
     assert str(caught.value).endswith(problem)
@@ -225,6 +226,7 @@ def test_errors_outside_of_sections_stop_all(root):
         "etc/zramd.conf:4: 'bad name' is not a name: use 1 to 64 letters, digits, _ . or -, "
         "not starting with . or -",
     ]
+    assert root.load().devices == ()
     with pytest.raises(ConfigError, match=r"zramd\.conf:1: set!two"):
         devices.find("good", str(root.path))
 

@@ -16,7 +16,8 @@ import pytest
 from conftest import wait_until
 from test_stats import FakeDevice
 
-from zramd import endpoint, stats
+from zramd import config, endpoint, stats
+from zramd.errors import CorruptionError
 
 
 class FakeService:
@@ -25,6 +26,8 @@ class FakeService:
         self.clients = 0
         self.resets = 0
         self.peak = 4096
+        self.fault = ""
+        self.changed: dict[str, object] = {}
         self.hold = threading.Event()
         self.hold.set()
 
@@ -42,9 +45,24 @@ class FakeService:
         self.hold.wait(10)
         return 42
 
-    def set_mem_limit(self, size: int) -> int:
-        self.limit = size
-        return size
+    def settings(self) -> dict[str, object]:
+        return {"mem_limit": self.limit}
+
+    def change(self, name: str, text: str) -> object:
+        value = config.value(config.find(name), text)
+        self.changed[name] = value
+        if name == "mem_limit":
+            self.limit = value
+        return value
+
+    def check(self) -> None:
+        if self.fault:
+            raise CorruptionError(self.fault)
+
+    def block(self, number: int) -> dict[str, int | str]:
+        if number > 9:
+            raise ValueError(f"block {number} is not on the device, which has blocks 0 to 9")
+        return {"block": number, "kind": "hole"}
 
     def reset(self) -> bool:
         if self.clients:
@@ -187,6 +205,59 @@ def test_reset(running: Running) -> None:
     running.service.clients = 0
     assert running.ask("POST", "/reset")[0] == 200
     assert running.service.resets == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("compaction", "off", False),
+        ("compaction_threshold", "10%", 10.0),
+        ("compaction_near_limit", "75", 75.0),
+        ("compaction_interval", "0.5", 0.5),
+        ("compaction_step", "256K", 256 << 10),
+        ("stats_interval", "0", 0.0),
+    ],
+)
+def test_change(running: Running, name: str, text: str, value: object) -> None:
+    code, answer = running.ask("PUT", f"/{name}", text)
+    assert (code, json.loads(answer)) == (200, {name: value})
+    assert running.service.changed == {name: value}
+    assert running.ask("PUT", f"/{name}", "x")[0] == 400
+    assert running.service.changed == {name: value}
+
+
+def test_only_what_can_change_has_a_path(running: Running) -> None:
+    paths = running.ask("GET", "/")[1].split()
+    for setting in config.SETTINGS:
+        assert (f"/{setting.name}" in paths) is not bool(setting.fixed)
+
+
+def test_settings(running: Running) -> None:
+    assert json.loads(running.ask("GET", "/settings")[1]) == {"mem_limit": 1048576}
+
+
+def test_check(running: Running) -> None:
+    assert json.loads(running.ask("POST", "/check")[1]) == {"sound": True}
+    running.service.fault = "the counters differ from the slots (at 0)"
+    code, text = running.ask("POST", "/check")
+    assert (code, json.loads(text)) == (200, {"sound": False, "fault": running.service.fault})
+
+
+def test_block(running: Running) -> None:
+    assert json.loads(running.ask("GET", "/block/7")[1]) == {"block": 7, "kind": "hole"}
+    code, text = running.ask("GET", "/block/10")
+    assert (code, text) == (400, "block 10 is not on the device, which has blocks 0 to 9\n")
+    for wrong in ("", "x", "-1", "1/2", "9" * 20):
+        code, text = running.ask("GET", f"/block/{wrong}")
+        assert code == 400
+        assert text.startswith(f"'{wrong}' is not a block's number")
+
+
+def test_classes_json(running: Running) -> None:
+    rows = json.loads(running.ask("GET", "/classes.json")[1])
+    assert [row["size"] for row in rows] == [row.size for row in running.service.classes()]
+    assert rows[0]["zspages"]["10%"] == 1
+    assert rows[0]["obj_used"] == 640
 
 
 def test_failing_service(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Size expressions: what zram-generator's users write, units, and errors with place and remedy."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,7 @@ from zramd import expression
 from zramd.expression import ExpressionError, evaluate, size
 
 MIB = 1 << 20
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -161,3 +164,27 @@ def test_long_text_is_refused():
 
 def test_units_are_found():
     assert expression.units("min(ram / 2, 4G) + 512K + 3 + 1e3") == ["4G", "512K"]
+
+
+def test_the_document_has_every_function():
+    (row,) = [line for line in DOCUMENT.splitlines() if line.startswith("| functions |")]
+    named = set(re.findall(r"`([a-z]+)", row))
+    named.remove("h")  # `h`: stands for what follows
+    hyperbolic = {f"{name}h" for name in ("sin", "cos", "tan", "asin", "acos", "atan")}
+    assert named | hyperbolic == set(expression._FUNCTIONS)
+
+
+def test_the_documents_examples_are_right():
+    table = DOCUMENT.partition("| written | means |")[2].partition("\n\n")[0]
+    written = {text: size(text, 12288) // MIB for text in re.findall(r"`([^`]+)`", table) if text != "ram"}
+    assert written == {
+        "4096": 4096,
+        "4G": 4096,
+        "4096M": 4096,
+        "4GiB": 4096,
+        "ram / 2": 6144,
+        "min(ram / 2, 4G)": 4096,
+        "min(ram, 4096) + max(ram - 4096, 0) / 2": 8192,
+    }
+    assert "`-2^2` is 4" in DOCUMENT
+    assert evaluate("-2^2", {}) == 4

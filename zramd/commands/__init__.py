@@ -21,7 +21,16 @@ if TYPE_CHECKING:
 
     Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
-MODULES = ("serve", "attach", "config", "units")
+MODULES = (
+    "listing",
+    "serve",
+    "attach",
+    "show",
+    "doctor",
+    "config",
+    "units",
+    "completion",
+)
 
 EXIT_STATUS = """\
 exit status:
@@ -87,6 +96,12 @@ def parser() -> Parser:
     for name in MODULES:
         import_module(f"zramd.commands.{name}").add(commands)
     return made
+
+
+def add_device(parser: Parser) -> None:
+    """Add the words that say which device: NAME, or --rundir FOLDER for one in an unusual place."""
+    parser.add_argument("name", metavar="NAME", nargs="?", help="the device, as 'zramd list' names it")
+    parser.add_argument("--rundir", metavar="FOLDER", help="its run folder, if it is not in the usual place")
 
 
 def verbs(of: argparse.ArgumentParser) -> dict[str, Parser]:

@@ -43,13 +43,9 @@ def _load(file: str | None, generator: bool) -> "Configuration":
     if not generator:
         return devices.load(file=file)
     translation = _translation(file)
-    built = devices.build(translation.sections, devices.total_ram(conffiles.root_folder()))
-    return replace(
-        built,
-        notes=(*translation.notes, *built.notes),
-        problems=(*translation.problems, *built.problems),
-        files=tuple(translation.files),
-    )
+    ram = devices.total_ram(conffiles.root_folder())
+    built = devices.build(translation.sections, ram, translation.problems)
+    return replace(built, notes=(*translation.notes, *built.notes), files=tuple(translation.files))
 
 
 def _values(device: "Device") -> "dict[str, Any]":
@@ -121,12 +117,13 @@ def _complain(configuration: "Configuration") -> None:
 def show(arguments: argparse.Namespace) -> int:
     """Print what would be started, with which values."""
     configuration = _load(None, arguments.generator)
-    chosen = list(configuration.devices)
-    if arguments.name is not None:
-        chosen = [configuration.find(arguments.name)]
-    else:
+    chosen, skipped = list(configuration.devices), configuration.skipped
+    if arguments.name is None:
         _complain(configuration)
-    skipped = configuration.skipped if arguments.name is None else {}
+    elif arguments.name in skipped:
+        chosen, skipped = [], {arguments.name: skipped[arguments.name]}
+    else:
+        chosen, skipped = [configuration.find(arguments.name)], {}
     if arguments.json:
         import json
 
@@ -139,7 +136,7 @@ def show(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
     else:
         parts = [_table(device) for device in chosen]
-        if arguments.name is None and not (chosen or configuration.problems):
+        if not (chosen or skipped or configuration.problems):
             parts = ["no device is configured: write /etc/zramd.conf, as docs/zramd.conf shows"]
         parts += ["\n".join(f"{name}: {why}" for name, why in skipped.items())] if skipped else []
         parts += ["\n".join(f"note: {note}" for note in configuration.notes)] if configuration.notes else []
@@ -169,11 +166,10 @@ def import_(arguments: argparse.Namespace) -> int:
 
     translation = _translation(arguments.file)
     sys.stdout.write(foreign.text(translation))
-    built = devices.build(translation.sections, devices.total_ram(conffiles.root_folder()))
-    problems = (*translation.problems, *built.problems)
-    for problem in problems:
-        print(f"zramd: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    ram = devices.total_ram(conffiles.root_folder())
+    configuration = devices.build(translation.sections, ram, translation.problems)
+    _complain(configuration)
+    return 1 if configuration.problems else 0
 
 
 def add(commands: "Commands") -> None:

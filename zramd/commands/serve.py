@@ -1,19 +1,25 @@
-"""`zramd serve`: check the settings, say what to try next, and become nbdkit.
+"""`zramd serve`: check the settings, say what to try next, and become nbdkit. `zramd start` and `stop`.
 
-The process that the user started is nbdkit in the end, so Ctrl-C, systemd and `kill` reach it. What is
-printed once the server answers comes from a small watcher process beside it.
+With `serve`, the process that the user started is nbdkit in the end, so Ctrl-C, systemd and `kill` reach it.
+What is printed once the server answers comes from a small watcher process beside it.
+
+With `start`, nbdkit's standard error is a pipe to us. The server turns to a file of its own once it serves:
+the pipe's end tells that, and what came before it why a server did not get so far.
 """
 
 import argparse
 import os
 import re
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
-from zramd import __version__, client, rundir
-from zramd.errors import ZramdError
+from zramd import __version__, client, kernel, rundir
+from zramd.commands import add_device
+from zramd.errors import DeviceError, ZramdError
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -22,6 +28,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SIZE = "1G"
 READY_TIMEOUT = 30.0  # seconds after which the watcher gives up: nbdkit says itself what is wrong
+STOP_TIMEOUT = 10.0  # seconds; a server needs one, a busy machine a few
+_BEFORE_REASON = re.compile(r"nbdkit: (error: )?(.*nbdkit_plugin\.py: \w+: error: )?")
 
 # nbdkit's options that choose another transport than the socket in the run folder.
 _TRANSPORTS = {
@@ -275,6 +283,132 @@ def _not_here(skipped: Exception) -> int:
     return 0
 
 
+def start(arguments: argparse.Namespace) -> int:
+    """Start a server in the background, wait until it answers, and say where it is.
+
+    Raises as `plan`, and DeviceError with the server's reason when it does not get so far.
+    """
+    name, words = arguments.new_name, arguments.settings
+    if name is not None and arguments.size is None:
+        from zramd import devices
+
+        configuration = devices.load()
+        if configuration.has(name):
+            words, name = configuration.find(name).words(words), None
+    settings, options, argv = plan(name, arguments.size, words, arguments.nbdkit_options)
+    set_environment(settings)
+    os.environ[rundir.BACKGROUND] = "1"
+    end = time.monotonic() + READY_TIMEOUT
+    pid, errors = _spawn(argv)
+    try:
+        said = _read_until(errors, end)
+        while not is_ready(settings):
+            if rundir.holder(settings.rundir) is None:
+                raise DeviceError(f"{settings.name} does not start: {_reason(said)}")
+            if time.monotonic() >= end:
+                raise DeviceError(f"{settings.name} does not answer within {READY_TIMEOUT:g} seconds")
+            time.sleep(0.01)
+    except BaseException:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        raise
+    lines = [("name", settings.name), ("pid", str(pid)), ("stats folder", settings.rundir)]
+    if not options.other_transport:
+        lines.append(("socket", f"{settings.rundir}/{rundir.NBD_SOCKET}"))
+    lines.append(("NBD URI", uri(settings, options) or "as nbdkit was told"))
+    print("".join(f"{what:<13} {value}\n" for what, value in lines), end="")
+    return 0
+
+
+def _spawn(argv: list[str]) -> tuple[int, int]:
+    """Run a program as nobody's child, in a session of its own; return its number and its standard error.
+
+    Nobody's child because nbdkit may ask the kernel to be ended together with its parent.
+    """
+    errors, to_errors = os.pipe()
+    numbers, to_numbers = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setsid()
+            between = os.getpid()
+            pid = os.fork()
+            if pid:
+                os.write(to_numbers, b"%d" % pid)
+            else:
+                while os.getppid() == between:
+                    time.sleep(0.001)
+                null = os.open(os.devnull, os.O_RDWR)
+                for source, target in ((null, 0), (null, 1), (to_errors, 2)):
+                    os.dup2(source, target)
+                os.execvp(argv[0], argv)
+        except OSError as error:
+            os.write(to_errors, f"{argv[0]}: {error}\n".encode())
+        finally:
+            os._exit(1)
+    os.close(to_errors)
+    os.close(to_numbers)
+    os.waitpid(child, 0)
+    with open(numbers, "rb") as file:
+        return int(file.read() or 0), errors
+
+
+def _read_until(reader: int, end: float) -> str:
+    """Return what comes from a pipe until its end, or until `end` on the clock of time.monotonic()."""
+    said = b""
+    poll = select.poll()
+    poll.register(reader, select.POLLIN)
+    while poll.poll(max(end - time.monotonic(), 0) * 1000):
+        data = os.read(reader, 4096)
+        if not data:
+            break
+        said += data
+    return said.decode(errors="replace")
+
+
+def _reason(said: str) -> str:
+    """Return the sentence in what nbdkit has said before it ended."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("nbdkit: ")] or lines
+    return _BEFORE_REASON.sub("", errors[-1], count=1) if errors else "it gave no reason"
+
+
+def stop(arguments: argparse.Namespace) -> int:
+    """Stop a server and wait for its end.
+
+    Raises DeviceError when the kernel uses the device, and when the server does not end.
+    """
+    served = client.find(arguments.name, arguments.rundir)
+    pid = served.pid or 0
+    refuse_in_use(served, "stop")
+    process = os.pidfd_open(pid)
+    if rundir.holder(served.path) == pid:  # it has not ended and left its number to another process
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+    ended = select.poll()
+    ended.register(process, select.POLLIN)
+    if not ended.poll(STOP_TIMEOUT * 1000):
+        raise DeviceError(
+            f"{served.name} has not stopped within {STOP_TIMEOUT:g} seconds: "
+            f"'kill -QUIT {pid}' ends it whatever it waits for"
+        )
+    return 0
+
+
+def refuse_in_use(served: client.Served, what: str) -> None:
+    """Raise DeviceError when this machine's kernel swaps to a device or has it mounted."""
+    try:
+        size = int(served.stats()["disksize"])
+    except DeviceError:  # it does not answer: then only what `zramd attach` has made is known
+        size = 0
+    for device in kernel.attached(served.name, size):
+        for use in kernel.uses(device):
+            command, what_for = ("swapoff", "swap") if use == kernel.SWAP else ("umount", f"'{use}'")
+            raise DeviceError(
+                f"cannot {what} {served.name}: {device} is in use as {what_for}: "
+                f"run '{command} {device}' first"
+            )
+
+
 def _settings_help() -> str:
     from zramd import config
 
@@ -287,14 +421,40 @@ def _settings_help() -> str:
         "  zramd serve --name swap0 --size 8G mem_limit=2G\n"
         "  zramd serve --config zram0 mem_limit=2G\n"
         "  zramd serve -- -p 10809 --tls=require --tls-certificates=/etc/pki/zramd\n"
+        "  zramd start swap0 --size 8G mem_limit=2G\n"
+        "  zramd start zram0\n"
     )
 
 
 def add(commands: "Commands") -> None:
     """Add the verbs."""
     parser = commands.add_parser(
+        "start",
+        help="start a server in the background",
+        usage="zramd start [NAME] [--size SIZE] [key=value ...] [-- NBDKIT-OPTIONS]",
+        description="Serve a compressed device in the background; wait until it answers, print where it is. "
+        "What it has to say goes to the file 'log' in its run folder. Without --size, a NAME that "
+        "/etc/zramd.conf has is started as configured there; key=value overrides.",
+        more=_settings_help,
+        settings=True,
+        nbdkit_options=True,
+    )
+    parser.add_argument("new_name", metavar="NAME", nargs="?", help="name of the device [zram0]")
+    parser.add_argument("--size", help=f"size of the device before compression [{DEFAULT_SIZE}]")
+    parser.set_defaults(run=start)
+
+    parser = commands.add_parser(
+        "stop",
+        help="stop a server: its data is lost",
+        description="Stop a server and wait for its end. Its data is lost. "
+        "Refuses while this machine's kernel swaps to the device or has it mounted.",
+    )
+    add_device(parser)
+    parser.set_defaults(run=stop)
+
+    parser = commands.add_parser(
         "serve",
-        help="serve a device to NBD clients until stopped, in the foreground",
+        help="serve a device in the foreground, until stopped",
         usage="zramd serve [--config NAME | --name NAME] [--size SIZE] [key=value ...] [-- NBDKIT-OPTIONS]",
         description="Serve a compressed device in the foreground, on a unix socket in the run folder.",
         more=_settings_help,

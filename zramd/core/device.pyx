@@ -42,13 +42,16 @@ from zramd.core.locks cimport (
 from zramd.core.types cimport (
     BLOCK_SHIFT,
     BLOCK_SIZE,
+    CELL_TAGS,
     PAGE_SHIFT,
     PAGE_SIZE,
     SLOT_HANDLE_SHIFT,
     SLOT_SAME,
     SLOT_SIZE_MASK,
+    SPAN_SHIFT,
+    SPAN_SIZE,
 )
-from zramd.core.zsmalloc cimport Zsmalloc
+from zramd.core.zsmalloc cimport Zsmalloc, size_class
 
 from zramd.errors import CorruptionError, error_from
 
@@ -641,6 +644,59 @@ cdef class Device:
     def classes(self):
         """zsmalloc's table, see Zsmalloc.table."""
         return self.pool.table()
+
+    def block(self, uint64_t number):
+        """What stands for a block, as a dict. `kind` is hole, same (one repeated word), lz4, or raw.
+
+        same: word, handle (0: the word is 0 and needs none). lz4 and raw: handle, payload_bytes, obj (bytes into the
+        arena), zspage, chunk (of the zspage), class_index, class_size (bytes of a chunk), zspage_inuse and zspage_objs (chunks
+        used and in all). An object may move at any time. Raises ValueError beyond the device's end; CorruptionError.
+        """
+        cdef uint64_t slot, handle, obj = 0, word = 0
+        cdef char *payload
+        cdef uint32_t span = 0, inuse = 0
+        cdef size_class *c = NULL
+        cdef int rc = 0
+        if number >= self.blocks:
+            raise ValueError(f"block {number} is not on the device, which has blocks 0 to {self.blocks - 1}")
+        with nogil:
+            self._begin()
+            pthread_mutex_lock(&self.stripes[number % STRIPES])
+            slot = self._get(number)
+            handle = slot >> SLOT_HANDLE_SHIFT
+            if slot & SLOT_SAME:
+                word = self.pool.word_read(handle) if handle else 0
+            elif slot:
+                rc = self.pool.obj_begin(handle, &payload)
+                if rc == 0:
+                    obj = load_relaxed(&self.pool.cells[handle]) & ~<uint64_t>CELL_TAGS
+                    span = obj >> SPAN_SHIFT
+                    c = &self.pool.classes[self.pool.zspages[span].class_index]
+                    pthread_mutex_lock(&c.lock)
+                    inuse = self.pool.zspages[span].inuse
+                    pthread_mutex_unlock(&c.lock)
+                    self.pool.obj_end(handle)
+            pthread_mutex_unlock(&self.stripes[number % STRIPES])
+            self._end()
+        if rc:
+            raise CorruptionError(f"a slot's handle is not live (at {number})")
+        if slot == 0:
+            return {"block": number, "kind": "hole"}
+        if slot & SLOT_SAME:
+            return {"block": number, "kind": "same", "word": word, "handle": handle}
+        return {
+            "block": number,
+            "kind": "raw" if slot & SLOT_SIZE_MASK == BLOCK_SIZE else "lz4",
+            "handle": handle,
+            "payload_bytes": slot & SLOT_SIZE_MASK,
+            "obj": obj,
+            "zspage": span,
+            "chunk": (obj & (SPAN_SIZE - 1)) // c.size,
+            "class_index": <uint64_t>(c - &self.pool.classes[0]),
+            "class_size": c.size,
+            "zspage_inuse": inuse,
+            "zspage_objs": c.objs,
+        }
 
     def reset_mem_used_max(self):
         """Forget the peak: mem_used_max starts again from what is used now."""

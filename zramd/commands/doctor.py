@@ -1,0 +1,307 @@
+"""`zramd doctor`: is this machine ready? Each finding is ok, a note, or a problem, with its remedy.
+
+A problem keeps devices from being served. A note concerns only some uses: most of them this machine's own
+kernel as the client (swap=local).
+"""
+
+import argparse
+import os
+import re
+
+from zramd import client
+
+TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from zramd.commands import Commands
+
+OLDEST_NBDKIT = (1, 28)  # calls `cleanup`
+THREADS_NBDKIT = (1, 34)  # survives a client that vanishes while several threads serve it
+LOCAL_KERNEL = (5, 18)  # swap=local
+MIN_FREE = 0.03  # of memory, as docs/swapping.md says
+SWAPPINESS = 60  # Linux' own default
+# Capabilities that swap=local needs, by their bits.
+CAPABILITIES = {14: "CAP_IPC_LOCK", 23: "CAP_SYS_NICE", 24: "CAP_SYS_RESOURCE"}
+
+OK, NOTE, PROBLEM = "ok", "note", "problem"
+
+
+class Finding:
+    """What was looked at, what was found, and what to do about it."""
+
+    __slots__ = ("level", "name", "remedy", "text")
+
+    def __init__(self, level: str, name: str, text: str, remedy: str = "") -> None:
+        self.level = level
+        self.name = name
+        self.text = text
+        self.remedy = remedy
+
+    def as_dict(self) -> dict[str, str]:
+        """Return the finding for JSON."""
+        return {"name": self.name, "level": self.level, "text": self.text, "remedy": self.remedy}
+
+
+def _run(*words: str) -> tuple[int, str, str]:
+    """Run a program and return its status and what it printed, on both ways."""
+    import subprocess
+
+    try:
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return 1, "", str(error)
+    return done.returncode, done.stdout, done.stderr
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Return the first version number in a text, such as (1, 32, 5)."""
+    match = re.search(r"[0-9]+(?:\.[0-9]+)+", text)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
+
+
+def nbdkit_version() -> str:
+    """Return nbdkit's version, '' if it is not there."""
+    return ".".join(str(part) for part in _version(_run("nbdkit", "--version")[1]))
+
+
+def nbdkit() -> "Iterator[Finding]":
+    """nbdkit, its Python plugin, and whether that can load the core."""
+    from zramd import __version__
+    from zramd.commands.serve import plugin_path
+
+    version = nbdkit_version()
+    if not version:
+        yield Finding(
+            PROBLEM, "nbdkit", "is not installed", "run 'apt-get install nbdkit nbdkit-plugin-python' as root"
+        )
+        return
+    numbers = _version(version)
+    if numbers < OLDEST_NBDKIT:
+        yield Finding(PROBLEM, "nbdkit", f"{version} is too old", "install 1.28 or later")
+    elif numbers < THREADS_NBDKIT:
+        yield Finding(OK, "nbdkit", f"{version}: each client is served by one thread, by several since 1.34")
+    else:
+        yield Finding(OK, "nbdkit", version)
+    status, out, _ = _run("nbdkit", "python", "--dump-plugin")
+    if status:
+        yield Finding(
+            PROBLEM,
+            "nbdkit's python plugin",
+            "is not installed",
+            "run 'apt-get install nbdkit-plugin-python' as root",
+        )
+        return
+    python = _fields(out).get("python_version", "")
+    yield Finding(OK, "nbdkit's python plugin", f"made for Python {python}")
+    status, out, err = _run("nbdkit", "python", plugin_path(), "--dump-plugin")
+    found = _fields(out)
+    minor = ".".join(python.split(".")[:2])
+    if status:
+        lines = err.strip().splitlines() or ["no reason given"]
+        yield Finding(
+            PROBLEM,
+            "zramd's core",
+            f"nbdkit cannot load it: {lines[-1].removeprefix('nbdkit: error: ')}",
+            f"install zramd for Python {minor}, or run 'scripts/serve' in a checkout",
+        )
+    elif found.get("zramd_version") != __version__:
+        yield Finding(
+            PROBLEM,
+            "zramd's core",
+            f"nbdkit loads version {found.get('zramd_version', 'unknown')}, this is {__version__}",
+            "remove one of the two installations",
+        )
+    else:
+        yield Finding(OK, "zramd's core", f"{__version__}, in nbdkit's Python {found.get('zramd_python')}")
+
+
+def _fields(text: str) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def kernel_nbd(root: str = "") -> "Iterator[Finding]":
+    """The kernel's NBD client."""
+    release = _read(f"{root}/proc/sys/kernel/osrelease")
+    modules = f"{root}/lib/modules/{release}"
+    if os.path.isdir(f"{root}/sys/module/nbd"):
+        yield Finding(OK, "kernel's nbd", "is there")
+    elif "/nbd.ko" in _read(f"{modules}/modules.dep"):
+        yield Finding(NOTE, "kernel's nbd", "is not loaded", "run 'modprobe nbd' as root to attach here")
+    elif "/nbd.ko" in _read(f"{modules}/modules.builtin"):
+        yield Finding(OK, "kernel's nbd", "is built in")
+    else:
+        yield Finding(
+            NOTE,
+            "kernel's nbd",
+            f"Linux {release} does not have it",
+            "use a kernel that has it to attach here; virtual machines need none",
+        )
+
+
+def local_swap(root: str = "") -> "Iterator[Finding]":
+    """What swap=local needs: the kernel's version, rights, and a limit on locked memory."""
+    release = _read(f"{root}/proc/sys/kernel/osrelease")
+    if _version(release)[:2] < LOCAL_KERNEL:
+        yield Finding(NOTE, "Linux", f"{release} cannot lock as swap=local needs", "use 5.18 or later for it")
+    else:
+        yield Finding(OK, "Linux", release)
+    effective = 0
+    for line in _read(f"{root}/proc/self/status").splitlines():
+        if line.startswith("CapEff:"):
+            effective = int(line.split()[1], 16)
+    missing = [name for bit, name in CAPABILITIES.items() if not effective >> bit & 1]
+    if missing:
+        yield Finding(
+            NOTE, "rights", f"{', '.join(missing)} missing for swap=local", "run it as root, or as a service"
+        )
+    else:
+        yield Finding(OK, "rights", "enough for swap=local")
+    limit = "unlimited"
+    for line in _read(f"{root}/proc/self/limits").splitlines():
+        if line.startswith("Max locked memory"):
+            limit = line.split()[3]
+    if limit != "unlimited" and "CAP_IPC_LOCK" in missing:
+        yield Finding(
+            NOTE,
+            "memlock limit",
+            f"{limit} bytes are not enough for swap=local",
+            "set LimitMEMLOCK=infinity in the unit, or 'ulimit -l unlimited'",
+        )
+    else:
+        yield Finding(
+            OK, "memlock limit", limit if limit == "unlimited" else f"{limit} bytes, does not bind root"
+        )
+
+
+def swap_settings(root: str = "") -> "Iterator[Finding]":
+    """The kernel's settings for swapping, and who else compresses."""
+
+    def setting(name: str) -> int | None:
+        text = _read(f"{root}/proc/sys/vm/{name}")
+        return int(text) if text.isdigit() else None
+
+    cluster = setting("page-cluster")
+    if cluster:
+        yield Finding(
+            NOTE,
+            "vm.page-cluster",
+            f"{cluster}: the kernel reads {1 << cluster} pages for each that it needs, which gains nothing",
+            "run 'sysctl vm.page-cluster=0' where the swap is used",
+        )
+    elif cluster is not None:
+        yield Finding(OK, "vm.page-cluster", "0")
+    swappiness = setting("swappiness")
+    if swappiness is not None and swappiness < SWAPPINESS:
+        yield Finding(
+            NOTE,
+            "vm.swappiness",
+            f"{swappiness}: the kernel hardly swaps, although this swap is fast",
+            "run 'sysctl vm.swappiness=100' where the swap is used",
+        )
+    elif swappiness is not None:
+        yield Finding(OK, "vm.swappiness", str(swappiness))
+    reserve, memory = setting("min_free_kbytes"), _memory_kb(root)
+    if reserve is not None and reserve < MIN_FREE * memory:
+        yield Finding(
+            NOTE,
+            "vm.min_free_kbytes",
+            f"{reserve}: a server with swap=local has little to fall back on",
+            f"run 'sysctl vm.min_free_kbytes={round(MIN_FREE * memory)}' for swap=local",
+        )
+    elif reserve is not None:
+        yield Finding(OK, "vm.min_free_kbytes", str(reserve))
+    if _read(f"{root}/sys/module/zswap/parameters/enabled") == "Y":
+        yield Finding(
+            NOTE,
+            "zswap",
+            "is on: pages are compressed twice",
+            "run 'echo N > /sys/module/zswap/parameters/enabled'",
+        )
+    else:
+        yield Finding(OK, "zswap", "is off")
+    others = [line.split() for line in _read(f"{root}/proc/swaps").splitlines()[1:]]
+    zram = [words[0] for words in others if os.path.basename(words[0]).startswith("zram")]
+    if zram:
+        yield Finding(
+            NOTE,
+            "other swap",
+            f"{' '.join(zram)} is the kernel's own compressed swap",
+            f"use one of the two: 'swapoff {' '.join(zram)}', or give zramd's the higher priority",
+        )
+    else:
+        yield Finding(OK, "other swap", "none that compresses")
+
+
+def _memory_kb(root: str) -> int:
+    for line in _read(f"{root}/proc/meminfo").splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1])
+    return 0
+
+
+def run_folder() -> "Iterator[Finding]":
+    """Where servers put their sockets."""
+    folder = client.base()
+    if not folder:
+        yield Finding(PROBLEM, "run folder", "XDG_RUNTIME_DIR is not set", "set it, or give rundir=FOLDER")
+        return
+    there = folder
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK):
+        yield Finding(OK, "run folder", f"{folder} can be written")
+    else:
+        yield Finding(
+            PROBLEM,
+            "run folder",
+            f"{folder} cannot be written",
+            f"make '{there}' a folder that you may write, or give rundir=FOLDER",
+        )
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+CHECKS: "tuple[Callable[[], Iterator[Finding]], ...]" = (
+    nbdkit,
+    run_folder,
+    kernel_nbd,
+    local_swap,
+    swap_settings,
+)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the findings; return 1 if one of them is a problem."""
+    findings = [finding for look in CHECKS for finding in look()]
+    ready = all(finding.level != PROBLEM for finding in findings)
+    if arguments.json:
+        import json
+
+        print(json.dumps({"ready": ready, "findings": [each.as_dict() for each in findings]}, indent=2))
+        return 0 if ready else 1
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        print(f"{finding.level:<7}  {finding.name:<{width}}  {finding.text}")
+        if finding.remedy:
+            print(f"{'':<{width + 9}}  {finding.remedy}")
+    return 0 if ready else 1
+
+
+def add(commands: "Commands") -> None:
+    """Add the verb."""
+    parser = commands.add_parser(
+        "doctor",
+        help="see whether this machine is ready",
+        description="See whether this machine is ready to serve devices, and to swap to them. Each finding is "
+        "ok, a note (it concerns some uses only) or a problem, with its remedy. Exit status 1 if there is a "
+        "problem.",
+    )
+    parser.add_argument("-J", "--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)

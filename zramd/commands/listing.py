@@ -1,0 +1,216 @@
+"""`zramd list`: the devices as zramctl shows the kernel's, with its columns, options and sizes."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from zramd import client, kernel
+from zramd.errors import DeviceError, UsageError
+
+TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
+if TYPE_CHECKING:
+    from typing import Any, TypeAlias
+
+    from zramd.commands import Commands
+
+    Cell: TypeAlias = str | int | float | None  # None: unknown, or nothing
+    Row: TypeAlias = dict[str, Cell]
+
+_LETTERS = "BKMGTPE"
+
+
+def human(size: int) -> str:
+    """Return a size as util-linux does: at most one decimal, a letter for the power of 1024."""
+    power = min(max(size.bit_length() - 1, 0) // 10, 6)
+    whole, rest = divmod(size, 1 << 10 * power)
+    tenths = (rest * 1000 // (1 << 10 * power) + 50) // 100
+    if tenths == 10:
+        whole, tenths = whole + 1, 0
+    return f"{whole}.{tenths}{_LETTERS[power]}" if tenths else f"{whole}{_LETTERS[power]}"
+
+
+class Column:
+    """A column: what it is called, what it means, how its cells look, and the number it shows."""
+
+    __slots__ = ("get", "kind", "meaning", "name")
+
+    def __init__(self, name: str, kind: str, meaning: str, get: "Callable[[dict[str, Any]], Cell]") -> None:
+        self.name = name
+        self.kind = kind  # text, size (bytes), number, or ratio (two decimals)
+        self.meaning = meaning
+        self.get = get
+
+    def show(self, cell: "Cell", in_bytes: bool) -> str:
+        """Return a cell as text, '' for nothing."""
+        if cell is None or cell == "":
+            return ""
+        if self.kind == "size" and not in_bytes:
+            return human(int(cell))
+        return f"{cell:.2f}" if self.kind == "ratio" else str(cell)
+
+
+def _number(name: str) -> "Callable[[dict[str, Any]], Cell]":
+    return lambda stats: stats.get(name)
+
+
+def _ratio(stats: "dict[str, Any]") -> "Cell":
+    used = stats.get("mem_used_total")
+    return stats["orig_data_size"] / used if used else None
+
+
+COLUMNS = (
+    Column("NAME", "text", "name of the device", _number("name")),
+    Column("DISKSIZE", "size", "size of the device, before compression", _number("disksize")),
+    Column("DATA", "size", "data stored, before compression", _number("orig_data_size")),
+    Column("COMPR", "size", "the same data, compressed", _number("compr_data_size")),
+    Column("ALGORITHM", "text", "compressor", _number("comp_algorithm")),
+    Column("STREAMS", "number", "processors that may compress at once", lambda stats: os.cpu_count()),
+    Column("ZERO-PAGES", "number", "blocks of one repeated word: no memory", _number("same_pages")),
+    Column(
+        "TOTAL",
+        "size",
+        "memory of the pool now: COMPR, headers, holes",
+        _number("mem_used_total"),
+    ),
+    Column("MEM-LIMIT", "size", "most that the pool may take, 0 for no limit", _number("mem_limit")),
+    Column("MEM-USED", "size", "as PEAK (zramctl calls the peak so)", _number("mem_used_max")),
+    Column("MIGRATED", "number", "pages that compaction has freed", _number("pages_compacted")),
+    Column("COMP-RATIO", "ratio", "DATA divided by TOTAL", _ratio),
+    Column("MOUNTPOINT", "text", "[SWAP], or where this machine has it mounted", _number("mountpoint")),
+    Column("FRAG", "ratio", "percent of the pool that payload fills: more is better", _number("frag_ratio")),
+    Column("HUGE-PAGES", "number", "blocks stored raw, because they do not compress", _number("huge_pages")),
+    Column("PEAK", "size", "most that TOTAL ever was", _number("mem_used_max")),
+    Column("METADATA", "size", "memory beside the pool, for tables", _number("metadata_bytes")),
+    Column("CLIENTS", "number", "connections of clients", _number("clients")),
+    Column("PID", "number", "process that serves it", _number("pid")),
+    Column("ATTACHED", "text", "device of this machine's kernel that is its client", _number("attached")),
+)
+DEFAULT = ("NAME", "ALGORITHM", "DISKSIZE", "DATA", "COMPR", "TOTAL", "FRAG", "MOUNTPOINT")
+_BY_NAME = {column.name: column for column in COLUMNS}
+
+
+def columns(words: str | None, every: bool) -> list[Column]:
+    """Return the columns that --output and --output-all ask for; raises UsageError for an unknown one."""
+    if every:
+        return list(COLUMNS)
+    names = list(DEFAULT)
+    if words is not None:
+        wanted = words.removeprefix("+").upper().split(",")
+        names = names + wanted if words.startswith("+") else wanted
+    for name in names:
+        if name not in _BY_NAME:
+            raise UsageError(f"unknown column '{name}': use some of {', '.join(_BY_NAME)}")
+    return [_BY_NAME[name] for name in names]
+
+
+def numbers(served: client.Served) -> "dict[str, Any]":
+    """Return what the columns show of one device; raises DeviceError when its server does not answer."""
+    stats = served.stats()
+    stats["clients"] = served.ask_json("GET", "/health")["clients"]
+    devices = kernel.attached(stats["name"], stats["disksize"])
+    stats["attached"] = ",".join(devices)
+    stats["mountpoint"] = ",".join(use for device in devices for use in kernel.uses(device))
+    return stats
+
+
+def table(shown: list[Column], rows: list[list[str]], *, headings: bool) -> str:
+    """Return rows of cells in columns as wide as they need, numbers to the right."""
+    lines = [[column.name for column in shown], *rows] if headings else rows
+    widths = [max(len(line[place]) for line in lines) for place in range(len(shown))] if lines else []
+    text = ""
+    for line in lines:
+        cells = [
+            cell.ljust(width) if column.kind == "text" else cell.rjust(width)
+            for column, cell, width in zip(shown, line, widths, strict=True)
+        ]
+        text += " ".join(cells).rstrip() + "\n"
+    return text
+
+
+def raw(shown: list[Column], rows: list[list[str]], *, headings: bool) -> str:
+    """Return rows of cells for programs: one space between two cells, none empty, none with a space in it."""
+    lines = [[column.name for column in shown], *rows] if headings else rows
+    cells = [[cell.replace("\\", r"\x5c").replace(" ", r"\x20") or "-" for cell in line] for line in lines]
+    return "".join(" ".join(line) + "\n" for line in cells)
+
+
+def as_json(shown: list[Column], rows: "list[Row]", *, in_bytes: bool) -> str:
+    """Return the rows as JSON: sizes as numbers with `in_bytes`, else as text such as 64M."""
+    import json
+
+    def value(column: Column, cell: "Cell") -> "Cell":
+        if cell is None or cell == "":
+            return None
+        if isinstance(cell, float):
+            return round(cell, 4)
+        return human(int(cell)) if column.kind == "size" and not in_bytes else cell
+
+    devices = [{column.name.lower(): value(column, row[column.name]) for column in shown} for row in rows]
+    return json.dumps({"devices": devices}, indent=2) + "\n"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table; devices whose server has died are named on standard error."""
+    shown = columns(arguments.output, arguments.output_all)
+    if arguments.rundir or arguments.names:
+        wanted = [client.find(name) for name in arguments.names]
+        wanted += [client.find(None, folder) for folder in arguments.rundir]
+    else:
+        wanted = client.every()
+    rows: list[Row] = []
+    status = 0
+    for served in wanted:
+        try:
+            if served.pid is None:
+                raise served.died()
+            values = numbers(served)
+        except DeviceError as error:
+            sys.stdout.flush()
+            print(f"zramd: {error}", file=sys.stderr)
+            status = 1
+            continue
+        rows.append({column.name: column.get(values) for column in shown})
+    if arguments.json:
+        sys.stdout.write(as_json(shown, rows, in_bytes=arguments.bytes))
+        return status
+    lines = [[column.show(row[column.name], arguments.bytes) for column in shown] for row in rows]
+    if rows:  # as zramctl: nothing at all when there is no device
+        write = raw if arguments.raw else table
+        sys.stdout.write(write(shown, lines, headings=not arguments.noheadings))
+    return status
+
+
+def _help() -> str:
+    width = max(len(name) for name in _BY_NAME)
+    lines = "".join(f"  {column.name:<{width}}  {column.meaning}\n" for column in COLUMNS)
+    return f"""
+columns:
+{lines}
+Without -o these are shown: {", ".join(DEFAULT)}.
+
+DATA is not what 'swapon' shows as used. It is more when the kernel was not told to discard what it frees
+(swapon --discard), for a freed page stays until it is written over; and less when pages of zeros never
+reach the device, which Linux keeps to itself since 6.12.
+"""
+
+
+def add(commands: "Commands") -> None:
+    """Add the verb."""
+    parser = commands.add_parser(
+        "list",
+        help="show the devices of this machine (the default)",
+        description="Show the devices of this machine that are served, as zramctl shows the kernel's.",
+        more=_help,
+    )
+    parser.add_argument("names", metavar="NAME", nargs="*", help="only these devices")
+    parser.add_argument("-b", "--bytes", action="store_true", help="print sizes in bytes")
+    parser.add_argument("-n", "--noheadings", action="store_true", help="print no headings")
+    parser.add_argument("-o", "--output", metavar="LIST", help="columns to show; +LIST: more columns")
+    parser.add_argument("--output-all", action="store_true", help="show all columns")
+    parser.add_argument("--raw", action="store_true", help="one space between two cells, - for an empty one")
+    parser.add_argument("-J", "--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--rundir", metavar="FOLDER", action="append", default=[], help="a device in this run folder"
+    )
+    parser.set_defaults(run=run)

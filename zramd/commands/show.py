@@ -1,0 +1,284 @@
+"""Verbs that ask one running server: stats, classes, compact, set, check, reset, dump, debug."""
+
+import argparse
+import sys
+import time
+
+from zramd import client
+from zramd.commands import add_device
+from zramd.errors import DeviceError, UsageError
+
+TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
+if TYPE_CHECKING:
+    from typing import Any
+
+    from zramd.commands import Commands, Parser
+
+CHECK_TIMEOUT = 600.0  # seconds; it walks about a million blocks a second
+
+
+def stats(arguments: argparse.Namespace) -> int:
+    """Print every number with its unit and meaning."""
+    served = client.find(arguments.name, arguments.rundir)
+    text = served.request("GET", "/stats")
+    if arguments.json:
+        sys.stdout.write(text)
+        return 0
+    import json
+
+    from zramd.stats import NUMBERS
+
+    values = json.loads(text)
+    rows = [(number.name, _shown(values[number.name]), number.unit, number.meaning) for number in NUMBERS]
+    widths = [max(len(row[place]) for row in rows) for place in range(3)]
+    print(f"{values['name']}: zramd {values['version']}, {values['comp_algorithm']}, process {values['pid']}")
+    for name, value, unit, meaning in rows:
+        print(f"{name:<{widths[0]}} {value:>{widths[1]}} {unit:<{widths[2]}} {meaning}")
+    return 0
+
+
+def _shown(value: int | float) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def classes(arguments: argparse.Namespace) -> int:
+    """Print zsmalloc's table of size classes."""
+    served = client.find(arguments.name, arguments.rundir)
+    sys.stdout.write(served.request("GET", "/classes.json" if arguments.json else "/classes"))
+    return 0
+
+
+def compact(arguments: argparse.Namespace) -> int:
+    """Compact until nothing more can be freed, and print what that was."""
+    from zramd.routes import COMPACT_TIMEOUT
+
+    served = client.find(arguments.name, arguments.rundir)
+    before = served.stats()
+    started = time.monotonic()
+    pages = 0
+    while True:
+        asked = time.monotonic()
+        answer = served.ask_json("POST", "/compact", timeout=COMPACT_TIMEOUT + client.TIMEOUT)
+        pages += answer["pages_freed"]
+        if time.monotonic() - asked < COMPACT_TIMEOUT:  # else it goes on
+            break
+    seconds = time.monotonic() - started
+    print(
+        f"{pages} pages ({pages * 4096} bytes) freed in {seconds:.2f} s, "
+        f"frag ratio {before['frag_ratio']:.2f} -> {answer['frag_ratio']:.2f} %"
+    )
+    return 0
+
+
+def change(arguments: argparse.Namespace) -> int:
+    """Change settings of a running server, all or none of them if one is written wrong."""
+    from zramd import config
+
+    if not arguments.settings:
+        raise UsageError("nothing to set: write it as in 'zramd set NAME mem_limit=2G'")
+    pairs = []
+    for word in arguments.settings:
+        key, _, text = word.partition("=")
+        setting = config.find(key)
+        if setting.fixed:
+            raise UsageError(f"{setting.name} cannot be changed while the device is served: {setting.fixed}")
+        config.value(setting, text)
+        pairs.append((setting.name, text))
+    served = client.find(arguments.name, arguments.rundir)
+    for name, text in pairs:
+        answer = served.ask_json("PUT", f"/{name}", text)
+        print(f"{name}={_as_setting(answer[name])}")
+    return 0
+
+
+def _as_setting(value: "Any") -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Let the server walk every structure of the device, and print whether it is sound."""
+    served = client.find(arguments.name, arguments.rundir)
+    started = time.monotonic()
+    answer = served.ask_json("POST", "/check", timeout=CHECK_TIMEOUT)
+    if not answer["sound"]:
+        raise DeviceError(
+            f"{served.name} is not sound: {answer['fault']}: "
+            f"keep the output of 'zramd dump {served.name}' for a bug report"
+        )
+    print(f"{served.name} is sound (checked in {time.monotonic() - started:.2f} s)")
+    return 0
+
+
+def reset(arguments: argparse.Namespace) -> int:
+    """Drop all data of a device that has no clients."""
+    served = client.find(arguments.name, arguments.rundir)
+    served.request("POST", "/reset")
+    return 0
+
+
+def dump(arguments: argparse.Namespace) -> int:
+    """Print everything about a device as one JSON object. What cannot be had is said in its place."""
+    import json
+    import os
+    import sys
+
+    import zramd
+    from zramd import kernel
+    from zramd.commands.doctor import nbdkit_version
+
+    served = client.find(arguments.name, arguments.rundir)
+    state: dict[str, Any] = {
+        "zramd": zramd.__version__,
+        "nbdkit": nbdkit_version() or "not found",
+        "python": sys.version.split()[0],
+        "kernel": " ".join(os.uname()[place] for place in (0, 2, 3, 4)),
+        "rundir": served.path,
+        "pid": served.pid,
+    }
+    for part, path in (
+        ("health", "/health"),
+        ("settings", "/settings"),
+        ("stats", "/stats"),
+        ("classes", "/classes.json"),
+    ):
+        try:
+            state[part] = json.loads(served.request("GET", path))
+        except DeviceError as error:
+            state[part] = {"error": str(error)}
+    devices = kernel.attached(served.name, state["stats"].get("disksize", 0))
+    state["attached"] = {device: kernel.uses(device) for device in devices}
+    print(json.dumps(state, indent=2))
+    return 0 if "error" not in state["stats"] else 1
+
+
+def block(arguments: argparse.Namespace) -> int:
+    """Print what stands for one block."""
+    served = client.find(arguments.name, arguments.rundir)
+    text = served.request("GET", f"/block/{arguments.number}")
+    if arguments.json:
+        sys.stdout.write(text)
+        return 0
+    import json
+
+    values = json.loads(text)
+    print(
+        f"block         {values['block']}, bytes {values['block'] * 4096} to {values['block'] * 4096 + 4095}"
+    )
+    print(f"kind          {_KINDS[values['kind']]}")
+    for name in ("word", "handle", "payload_bytes"):
+        if name in values:
+            print(f"{name:<13} {values[name]:#018x}" if name == "word" else f"{name:<13} {values[name]}")
+    if "zspage" in values:
+        print(f"class         {values['class_index']}, chunks of {values['class_size']} bytes")
+        used = f"{values['zspage_inuse']} of {values['zspage_objs']} chunks used"
+        print(f"zspage        {values['zspage']}, {used}, this one is number {values['chunk']}")
+        print(f"obj           {values['obj']:#x}, bytes into the arena")
+    return 0
+
+
+_KINDS = {
+    "hole": "hole: never written, or freed",
+    "same": "same: one 64-bit word, repeated",
+    "lz4": "lz4: compressed",
+    "raw": "raw: does not compress",
+}
+
+
+def _add(commands: "Commands", name: str, run: object, text: str, more: str) -> "Parser":
+    parser = commands.add_parser(name, help=text, description=more)
+    add_device(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_json(parser: "Parser") -> None:
+    parser.add_argument("-J", "--json", action="store_true", help="print JSON")
+
+
+def _live_settings() -> str:
+    from zramd import config
+
+    free = "".join(f"  {each.name:<22} {each.help}\n" for each in config.SETTINGS if not each.fixed)
+    fixed = "".join(f"  {each.name:<22} {each.fixed}\n" for each in config.SETTINGS if each.fixed)
+    return f"\nsettings that can be changed:\n{free}\nand that cannot, and why:\n{fixed}"
+
+
+def add(commands: "Commands") -> None:
+    """Add the verbs."""
+    _add_json(
+        _add(
+            commands,
+            "stats",
+            stats,
+            "print all numbers of a device, with their meaning",
+            "Print every number that a device counts, with its unit and its meaning.",
+        )
+    )
+    _add_json(
+        _add(
+            commands,
+            "classes",
+            classes,
+            "print the table of size classes",
+            "Print zsmalloc's table: for each size class the zspages by fullness, objects, pages, "
+            "and the pages that compaction would free.",
+        )
+    )
+    _add(
+        commands,
+        "compact",
+        compact,
+        "compact the pool now",
+        "Compact the pool until nothing more can be freed; print what was freed, and the frag ratio "
+        "(percent of the pool that payload fills) before and after.",
+    )
+    parser = commands.add_parser(
+        "set",
+        help="change settings of a running device",
+        usage="zramd set [--rundir FOLDER] NAME key=value ...",
+        description="Change settings of a running device, until it stops.",
+        more=_live_settings,
+        settings=True,
+    )
+    add_device(parser)
+    parser.set_defaults(run=change)
+    _add(
+        commands,
+        "check",
+        check,
+        "walk every structure of a device",
+        "Let the server walk every structure of the device, and say whether it is sound. "
+        "Clients wait meanwhile. Exit status 1 if it is not sound.",
+    )
+    _add(
+        commands,
+        "reset",
+        reset,
+        "drop all data of a device",
+        "Drop all data of a device, and set its counters to 0. Refused while a client is connected.",
+    )
+    _add(
+        commands,
+        "dump",
+        dump,
+        "print the whole state as JSON, for a bug report",
+        "Print the whole state of a device as one JSON object, for a bug report: versions, settings, "
+        "numbers, size classes. No data of the device is in it.",
+    )
+    parser = commands.add_parser(
+        "debug",
+        help="look into a device",
+        description="Look into a device, as those who develop zramd do.",
+    )
+    parts = parser.add_subparsers(dest="part", metavar="PART", required=True)
+    parser = _add(
+        parts,
+        "block",
+        block,
+        "what stands for one block",
+        "Print what stands for a block of 4096 bytes: a repeated word, or where its object is.",
+    )
+    parser.add_argument("number", metavar="N", help="the block's number, from 0 on")
+    _add_json(parser)
