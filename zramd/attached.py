@@ -1,4 +1,4 @@
-"""Which kernel device belongs to which zramd: one small file for each that is attached, /run/zramd/NAME.attached.
+"""Which kernel device belongs to which zramd: for each one attached, a file /run/zramd/NAME.attached.
 
 Its keeper (zramd.keeper) holds a lock on it for as long as it lives, so that no stale process number can be
 mistaken for one. The kernel has the last word: a device that it no longer has is not attached.

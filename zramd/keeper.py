@@ -1,15 +1,16 @@
-"""The process that stays beside an attached kernel device and connects it again when its server was restarted.
+"""The process that stays beside an attached kernel device and connects it again when its server restarts.
 
-`zramd attach` starts it, and the device is its doing: it shakes hands with the server, gives the connections to
-the kernel and keeps none. When the kernel tells that connections are dead, or the server's process has ended, it
-waits for a server that holds the same data, and offers the kernel new connections. Meanwhile the kernel lets
-requests wait, as long as dead_conn_timeout says.
+`zramd attach` starts it, and the device is its doing: it shakes hands with the server, gives the connections
+to the kernel and keeps none. When the kernel tells that connections are dead, or the server's process has
+ended, it waits for a server that holds the same data, and offers the kernel new connections. Meanwhile the
+kernel lets requests wait, as long as dead_conn_timeout says.
 
-It acts when nobody can swap, so nothing that it needs may be swapped out, read from a disk, or waited for: its memory
-is locked and warm, the kernel knows it for an I/O flusher, and before it says that all is well it has gone
-the whole way once, with a connection that the kernel had no use for.
+It acts when nobody can swap, so nothing that it needs may be swapped out, read from a disk, or waited for:
+its memory is locked and warm, the kernel knows it for an I/O flusher, and before it says that all is well it
+has gone the whole way once, with a connection that the kernel had no use for.
 """
 
+import math
 import os
 import select
 import socket
@@ -34,11 +35,11 @@ class Job(NamedTuple):
     name: str
     address: str  # of the unix socket, or host:port
     folder: str  # the server's run folder
-    index: int  # of the device, -1 for a free one
+    device: int  # its index, -1 for a free one
     adopt: int  # 1: the device is attached already, and its keeper has died
     data: str  # what `adopt` must find
     connections: int
-    timeout: int  # seconds after which a request that got no answer is looked at
+    timeout: float  # seconds after which the kernel looks at a request that got no answer, 0 for its 30
     dead_conn_timeout: int  # seconds for which requests wait for a new connection
 
     def words(self) -> list[str]:
@@ -48,19 +49,16 @@ class Job(NamedTuple):
 
 def job(words: list[str]) -> Job:
     """Return what `Job.words` stands for."""
-    name, address, folder, index, adopt, data, *numbers = words
-    connections, timeout, dead_conn_timeout = map(int, numbers)
-    return Job(
-        name, address, folder, int(index), int(adopt), data, connections, timeout, dead_conn_timeout
-    )
+    kinds = (str, str, str, int, int, str, int, float, int)
+    return Job(*(kind(word) for kind, word in zip(kinds, words, strict=True)))
 
 
 class Keeper:
     """One device and its connections."""
 
     def __init__(self, job: Job) -> None:
-        """Raise AttachError or OSError when the kernel has no NBD client, or another keeper has the device."""
-        self.index = job.index
+        """Raise AttachError or OSError when the kernel has no NBD client, or another keeper is there."""
+        self.index = job.device
         self._job = job
         host, colon, port = job.address.rpartition(":")
         self._address: netlink.Address = job.address if "/" in job.address or not colon else (host, int(port))
@@ -136,14 +134,16 @@ class Keeper:
             self.index = self._kernel.connect(
                 [link.fileno() for link in links],
                 export,
-                index=job.index if job.index >= 0 else None,
-                timeout=job.timeout if job.connections > 1 else 0,
+                index=job.device if job.device >= 0 else None,
+                timeout=math.ceil(job.timeout) if job.connections > 1 else 0,
                 dead_conn_timeout=job.dead_conn_timeout,
                 backend=self._backend,
             )
         except OSError as error:
-            what = self.device if job.index >= 0 else "an NBD device"
-            raise AttachError(f"the kernel does not give us {what}: {(error.strerror or '').lower()}") from None
+            what = self.device if job.device >= 0 else "an NBD device"
+            raise AttachError(
+                f"the kernel does not give us {what}: {(error.strerror or '').lower()}"
+            ) from None
         finally:
             for link in links:
                 link.close()
@@ -158,13 +158,14 @@ class Keeper:
             raise AttachError(f"the server cannot be reached at '{self._job.address}': {reason}") from None
 
     def _set_timeout(self) -> None:
-        """Let the kernel look after so many seconds whether a request's connection was replaced, and send it again.
+        """Let the kernel look after so many seconds whether a request's connection was replaced.
 
-        A timeout given by netlink would do that too, but also cut off a server that is only slow; and what such a
-        server has read already it may write long after newer data. Kernels before 5.0 look after 30 s.
+        Then it sends the request again. A timeout given by netlink would do that too, but also cut off a
+        server that is only slow; and what such a server has read already it may write after newer data.
+        Kernels before 5.0 look after 30 s.
         """
         with suppress(OSError), open(f"/sys/block/nbd{self.index}/queue/io_timeout", "w") as file:
-            file.write(str(self._job.timeout * 1000))
+            file.write(f"{self._job.timeout * 1000:.0f}")
 
     def _reconnect(self) -> None:
         self._say(f"{self._dead} of {self._job.connections} connections to {self._job.name} are dead")

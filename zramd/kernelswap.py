@@ -75,7 +75,10 @@ def on(device: str, priority: int, *, options: str = "discard") -> None:
 
 
 def settle_queue(device: str) -> None:
-    """Tell the kernel that a device does not rotate: to one that does it sends no discards. Raises AttachError."""
+    """Tell the kernel that a device does not rotate: to one that does, it sends no discards.
+
+    Raises AttachError.
+    """
     path = f"/sys/block/{os.path.basename(device)}/queue/rotational"
     try:
         with open(path, "r+") as file:
@@ -99,10 +102,9 @@ def off(device: str, *, force: bool = False, progress: Callable[[int, int], None
     memory = available()
     if swap.used > memory and not force:
         raise AttachError(
-            f"{swap.used >> 20} MiB are swapped out to {device} and only {memory >> 20} MiB of memory are available: "
-            "end programs first, or use --force"
+            f"{swap.used >> 20} MiB are swapped out to {device} and only {memory >> 20} MiB of memory are "
+            "available: end programs first, or use --force"
         )
-    import signal
     import subprocess
 
     process = subprocess.Popen(
@@ -122,7 +124,7 @@ def off(device: str, *, force: bool = False, progress: Callable[[int, int], None
                 if progress and now:
                     progress(now.used, swap.used)
     except BaseException:
-        process.send_signal(signal.SIGINT)  # the kernel's swapoff stops within a page, and the device stays
+        process.terminate()  # the kernel's swapoff stops within a page, and the device stays
         process.communicate()
         raise
     if process.returncode:

@@ -3,9 +3,9 @@
     sock = dial(address)
     export = handshake(sock, "zram0")
     kernel = Kernel()
-    index = kernel.connect([sock.fileno()], export, …)     # the kernel has the socket now: close ours
+    index = kernel.connect([sock.fileno()], export, …)  # the kernel has the socket now: close ours
     …
-    kernel.reconfigure(index, [another.fileno()], …)       # replaces connections that are dead, and only those
+    kernel.reconfigure(index, [another.fileno()], …)    # replaces connections that are dead, and only those
 
 What the kernel is given it must have for itself: a socket that was passed to it is closed here and never
 looked at again. Needs only the standard library, and little of it: zramd.keeper lives by this module.
@@ -110,7 +110,8 @@ def handshake(sock: socket.socket, name: str) -> Export:
         raise AttachError(f"the server does not tell the size of export '{name}'")
     if size < BLOCK_SIZE or minimum > BLOCK_SIZE:
         raise AttachError(
-            f"export '{name}' has {size} bytes in blocks of {minimum} or more: the kernel needs blocks of {BLOCK_SIZE}"
+            f"export '{name}' has {size} bytes in blocks of {minimum} or more: "
+            f"the kernel needs blocks of {BLOCK_SIZE}"
         )
     sock.settimeout(None)
     return Export(size, export_flags, minimum)
@@ -232,7 +233,6 @@ class Kernel:
         """Raise NoFamilyError when the kernel has no such thing (now), OSError when there is no netlink."""
         self._socket = _netlink()
         self._sequence = 0
-        self._family, self._groups = _CONTROL, {}
         self._family, self._groups = self._find_family("nbd")
 
     def close(self) -> None:

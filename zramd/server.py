@@ -223,7 +223,7 @@ class Server:
     def _name_data(self) -> None:
         """Give the data that the device begins with a name, by which a client knows it again.
 
-        A kernel that swaps must not be connected to a new server that holds other data than the one that died.
+        A kernel that swaps must not be connected to a server that holds other data than the one that died.
         """
         assert self._rundir is not None
         self._rundir.publish(DATA_ID, os.urandom(16).hex() + "\n")

@@ -213,7 +213,7 @@ class Local(Attachment):
     device = "/dev/nbd0"
 
     def __init__(self, size: int, settings: dict[str, str], nbd_options: str) -> None:
-        """`nbd_options` are further options of nbd-client."""
+        """`nbd_options` are further options of nbd-client, which then attaches instead of zramd itself."""
         super().__init__(size, settings)
         self._nbd_options = nbd_options
         self._guest: Guest | None = None
@@ -230,10 +230,16 @@ class Local(Attachment):
                 raise VmError(f"zramd does not serve in the guest: {self.log()}")
             time.sleep(0.2)
         guest.run(f"insmod {guest.machine.images.later_modules[-1]}")
-        _nbd_client(guest, f"-unix {RUNDIR}/nbd.sock {self.device} {self._nbd_options}")
+        if self._nbd_options:
+            _nbd_client(guest, f"-unix {RUNDIR}/nbd.sock {self.device} {self._nbd_options}")
+        else:
+            guest.run(f"/usr/bin/python3 -m zramd attach {NAME} --device {self.device}", 60)
 
     def detach(self, guest: Guest) -> None:
-        guest.run(f"/usr/sbin/nbd-client -d {self.device}")
+        if self._nbd_options:
+            guest.run(f"/usr/sbin/nbd-client -d {self.device}")
+        else:
+            guest.run(f"/usr/bin/python3 -m zramd detach {NAME}", 60)
 
     def peek(self, beat: Beat) -> dict[str, Any] | None:
         return beat.get("zramd")

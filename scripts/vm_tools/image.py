@@ -25,6 +25,7 @@ GUEST = Path(__file__).parent / "guest"
 BOOT_MODULES = ["virtio_pci", "virtio_blk"]
 LATER_MODULES = ["virtio_net", "nbd"]  # loaded by the modes that need them
 PROGRAMS = ["mkswap", "swapon", "swapoff", "nbd-client", "nbdkit", "strace"]
+PLUGINS = ["python", "file"]  # of nbdkit; a file on a tmpfs is what survives a server
 # Of Python's library: what no server needs. Folders that begin with config- hold what links against Python.
 LEFT_OUT = ("test", "idlelib", "lib2to3", "ensurepip", "pydoc_data", "distutils", "unittest")
 UNUSED_FOR = 24 * 3600  # seconds after which an image that nobody boots is removed
@@ -123,10 +124,10 @@ def _root_files(package: Path) -> Iterator[tuple[str, Path]]:
     """Yield each file of the root image: its path in the guest, and where it is taken from."""
     yield "bin/busybox", _program("busybox")
     version = sysconfig.get_python_version()
-    plugin = Path(output("nbdkit", "--dump-config").partition("\nplugindir=")[2].partition("\n")[0])
-    plugin /= "nbdkit-python-plugin.so"
+    folder = Path(output("nbdkit", "--dump-config").partition("\nplugindir=")[2].partition("\n")[0])
+    plugins = [folder / f"nbdkit-{name}-plugin.so" for name in PLUGINS]
     programs = [_program(name) for name in PROGRAMS]
-    binaries = [*programs, Path(f"/usr/bin/python{version}"), plugin]
+    binaries = [*programs, Path(f"/usr/bin/python{version}"), *plugins]
     for path in binaries:
         yield f"usr/sbin/{path.name}" if path in programs else str(path.relative_to("/")), path
     library = Path(f"/usr/lib/python{version}")

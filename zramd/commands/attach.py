@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 PRIORITY = 100  # before any other swap, as zram-generator has it
 DEAD_CONN_TIMEOUT = 120  # seconds
-TIMEOUT = 2  # seconds; see zramd.keeper on why it is no danger with one connection
-TIMEOUT_OF_SEVERAL = 30
+TIMEOUT = 1.0  # seconds; see zramd.keeper on why it is no danger with one connection
+TIMEOUT_OF_SEVERAL = 30.0
 APPEARS = 5.0  # seconds in which a device must have come or gone
 _DEVICE = re.compile(r"(?:/dev/)?nbd(\d{1,4})")
 
@@ -35,18 +35,20 @@ def attach(arguments: argparse.Namespace) -> int:
     served = client.find(arguments.name, arguments.rundir)
     address = served.file(rundir.NBD_SOCKET)
     there = attached.find(served.name)
-    if there and (there.keeper or not there.data) and not arguments.config:
-        raise AttachError(f"{served.name} is attached as {there.device} already: 'zramd detach {served.name}' first")
     if there and (there.keeper or not there.data):
+        if not arguments.config:
+            raise AttachError(
+                f"{served.name} is attached as {there.device} already: 'zramd detach {served.name}' first"
+            )
         device = there.device
     elif there:
         _say(f"{there.device} has lost its keeper: starting another")
         device = there.device
-        _start_keeper(_job(arguments, served, index=_index(device), data=there.data))
+        _start_keeper(_job(arguments, served, _index(device), there.data))
     elif arguments.nbd_client or not _has_netlink():
         device = _by_nbd_client(arguments, served.name, address)
     else:
-        device = f"/dev/nbd{_start_keeper(_job(arguments, served, index=arguments.device))}"
+        device = f"/dev/nbd{_start_keeper(_job(arguments, served, arguments.device))}"
     _wait(lambda: os.path.exists(device), f"{device} does not appear: is /dev a devtmpfs, or udev running?")
     if arguments.swap and kernelswap.find(device) is None:
         try:
@@ -146,7 +148,9 @@ def _has_netlink() -> bool:
     reason = "modprobe is not installed"
     modprobe = shutil.which("modprobe", path=kernelswap.PATH)
     if modprobe and not os.path.exists("/sys/module/nbd"):
-        done = subprocess.run([modprobe, "nbd"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [modprobe, "nbd"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
         reason = " ".join(done.stderr.split()).removeprefix("modprobe: ")
     if not os.path.exists("/sys/module/nbd"):
         raise AttachError(
@@ -160,7 +164,7 @@ def _has_netlink() -> bool:
     return True
 
 
-def _job(arguments: argparse.Namespace, served: client.Served, *, index: int, data: str = "") -> "Job":
+def _job(arguments: argparse.Namespace, served: client.Served, device: int, data: str = "") -> "Job":
     from zramd.keeper import Job
 
     timeout = arguments.timeout
@@ -170,7 +174,7 @@ def _job(arguments: argparse.Namespace, served: client.Served, *, index: int, da
         name=served.name,
         address=served.file(rundir.NBD_SOCKET),
         folder=served.path,
-        index=index,
+        device=device,
         adopt=int(bool(data)),
         data=data,
         connections=arguments.connections,
@@ -223,7 +227,7 @@ def _by_nbd_client(arguments: argparse.Namespace, name: str, address: str) -> st
     device = _free_device() if arguments.device < 0 else f"/dev/nbd{arguments.device}"
     words = ["-unix", address, device, "-b", "4096", "-N", name, "-C", str(arguments.connections)]
     if arguments.timeout is not None:
-        words += ["-timeout", str(arguments.timeout)]
+        words += ["-timeout", f"{arguments.timeout:.0f}"]
     record = attached.Record(name)
     try:
         kernelswap.run("nbd-client", *words)
@@ -292,7 +296,9 @@ def _progress(device: str) -> "Callable[[int, int], None] | None":
     def show(left: int, total: int) -> None:
         done = 100 * (total - left) // total if total else 100
         end = "\n" if not left else ""
-        print(f"\rswapoff {device}: {done:3} %, {left >> 20} MiB left  ", end=end, file=sys.stderr, flush=True)
+        print(
+            f"\rswapoff {device}: {done:3} %, {left >> 20} MiB left  ", end=end, file=sys.stderr, flush=True
+        )
 
     return show
 
@@ -316,21 +322,25 @@ def _whole(least: int, most: int, what: str) -> "Callable[[str], int]":
     return parse
 
 
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"\d{1,6}(\.\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds, such as 0.5 or 30")
+    return float(text)
+
+
 def add(commands: "Commands") -> None:
     """Add the verbs."""
-    seconds = _whole(0, 1_000_000, "a number of seconds")
     parser = commands.add_parser(
         "attach",
         help="make a kernel block device of a running zramd, and swap to it if asked",
         description=(
-            "Attach a running device to this machine's kernel and print the block device's name. A small process\n"
-            "stays: it connects the kernel again when the server was restarted with the same data. It writes what\n"
-            "it does to the kernel's log."
+            "Attach a running device to this machine's kernel and print the block device's name. A small\n"
+            "process stays: it connects the kernel again when the server was restarted with the same data.\n"
+            "What it does it writes to the kernel's log."
         ),
         more=lambda: (
-            "\nWithout --timeout and --dead-conn-timeout, requests wait while the server is away, 2 minutes at most.\n"
-            "Then, or when a server comes that does not hold the same data, they fail: programs whose memory was\n"
-            "swapped out get SIGBUS.\n"
+            "\nWhile the server is away, requests wait. After --dead-conn-timeout they fail: programs whose\n"
+            "memory was swapped out get SIGBUS. A server that does not hold the same data is not used.\n"
         ),
     )
     parser.add_argument("name", metavar="NAME", help="the device, as 'zramd list' shows it")
@@ -353,16 +363,16 @@ def add(commands: "Commands") -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=seconds,
+        type=_seconds,
         metavar="S",
         help=(
-            "seconds after which a request of a lost connection is sent again [2]; with several connections a "
-            "server that is slower is cut off [30]"
+            f"seconds after which a request of a lost connection is sent again [{TIMEOUT:g}]; with several "
+            f"connections a server that is slower is cut off [{TIMEOUT_OF_SEVERAL:g}]"
         ),
     )
     parser.add_argument(
         "--dead-conn-timeout",
-        type=seconds,
+        type=_whole(0, 1_000_000, "a number of seconds"),
         default=DEAD_CONN_TIMEOUT,
         metavar="S",
         help=f"seconds for which requests wait for a new server before they fail [{DEAD_CONN_TIMEOUT}]",

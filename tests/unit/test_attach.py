@@ -1,0 +1,97 @@
+"""`zramd attach` and `detach` as far as no kernel device is needed: what is refused, and what is recorded."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import zramd
+from zramd import attached, keeper, rundir
+from zramd.commands import main
+from zramd.errors import AttachError
+
+
+def test_job_survives_the_command_line() -> None:
+    job = keeper.Job("zram 0", "/run/a b/nbd.sock", "/run/a b", -1, 0, "", 3, 0.25, 120)
+    assert keeper.job(job.words()) == job
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root can")
+@pytest.mark.parametrize("verb", ["attach", "detach"])
+def test_only_root_may(verb: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", f"from zramd.commands import main; exit(main(['{verb}', 'zram0']))"],
+        env={**os.environ, "PYTHONPATH": str(Path(zramd.__file__).parent.parent)},
+        preexec_fn=lambda: os.setuid(65534),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.stderr == f"zramd: only root may {verb} kernel devices: run 'sudo zramd {verb} zram0'\n"
+    assert ran.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--device", "/dev/sda"], "argument --device: '/dev/sda' is not an NBD device, such as /dev/nbd0"),
+        (["--priority", "-2"], "argument --priority: '-2' is not a priority from -1 to 32767"),
+        (["--connections", "17"], "argument --connections: '17' is not a number of connections from 1 to 16"),
+        (["--timeout", "1e3"], "argument --timeout: '1e3' is not a number of seconds, such as 0.5 or 30"),
+        (["--dead-conn-timeout", "1.5"], "'1.5' is not a number of seconds from 0 to 1000000"),
+        ([], "the following arguments are required: NAME"),
+    ],
+)
+def test_bad_words(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["attach", *(["zram0"] if words else []), *words])
+    assert ended.value.code == 2
+    text = capsys.readouterr().err
+    assert sentence in text
+    assert text.count("\n") == 1
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(attached, "FOLDER", str(tmp_path))
+    monkeypatch.setattr(attached, "is_connected", lambda device: device == "/dev/nbd7")
+    monkeypatch.setattr(attached, "LOCK_TIMEOUT", 0.05)
+    return tmp_path
+
+
+def test_record(folder: Path) -> None:
+    assert attached.find("zram0") is None
+    record = attached.Record("zram0")
+    assert attached.find("zram0") is None  # a keeper that is only starting
+    record.write("/dev/nbd7", "abc", keeper=os.getpid())
+    assert attached.find("zram0") == attached.Attached("zram0", "/dev/nbd7", os.getpid(), "abc")
+    with pytest.raises(AttachError, match="zram0 is being attached, or is attached already"):
+        attached.Record("zram0")
+    record.close()
+    assert attached.find("zram0") == attached.Attached("zram0", "/dev/nbd7", 0, "abc")
+    record = attached.Record("zram0")
+    record.write("/dev/nbd8", "", keeper=0)
+    assert attached.find("zram0") is None  # the kernel has no such device
+    attached.remove("zram0")
+    attached.remove("zram0")
+    other = attached.Record("zram0")  # the removed file's lock is nobody's concern
+    other.close()
+    record.close()
+
+
+def test_record_of_a_device_that_is_another_s(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = attached.Record("zram0")
+    record.write("/dev/nbd7", "abc", keeper=1)
+    for backend, there in (("zramd/zram1", False), ("zramd/zram0", True), ("", True)):
+        monkeypatch.setattr(attached, "read_sys", lambda device, name, backend=backend: backend)
+        assert (attached.find("zram0") is not None) is there
+    record.close()
+
+
+def test_data_id(tmp_path: Path) -> None:
+    """A server's data has a name, another one for each server that starts empty."""
+    assert attached.data_of(str(tmp_path)) == ""
+    (tmp_path / rundir.DATA_ID).write_text("abc\n")
+    assert attached.data_of(str(tmp_path)) == "abc"

@@ -1,0 +1,393 @@
+"""`zramd attach` and `detach` in a real virtual machine, with its kernel's NBD client; and servers that die.
+
+What a server holds must survive it here, so the server is nbdkit's file plugin, on a file in memory, in a run
+folder as zramd's server has it.
+"""
+
+import base64
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import zramd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from vm_tools import image, kernel
+from vm_tools.guest import Guest, Machine, choose_accel
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(600)
+
+ZRAMD = "/usr/bin/python3 -m zramd"
+
+# Becomes nbdkit, holding a run folder: serve.py NAME DATA_ID SIZE [swap]. "swap": it is swapped to.
+SERVE = """
+import fcntl, os, sys
+name, data, size, *swapped = sys.argv[1:]
+if swapped:
+    from zramd import swap
+    swap.prepare()
+folder = f"/run/zramd/{name}"
+os.makedirs(folder, exist_ok=True)
+fd = os.open(f"{folder}/pid", os.O_RDWR | os.O_CREAT)
+fcntl.flock(fd, fcntl.LOCK_EX)
+os.set_inheritable(fd, True)
+os.pwrite(fd, b"%d" % os.getpid(), 0)
+with open(f"{folder}/data_id", "w") as file:
+    file.write(data)
+with open(f"/run/{data}", "a") as file:
+    file.truncate(int(size))
+if os.path.exists(f"{folder}/nbd.sock"):
+    os.unlink(f"{folder}/nbd.sock")
+os.execv("/usr/sbin/nbdkit", ["nbdkit", "-f", "-U", f"{folder}/nbd.sock", "file", f"/run/{data}"])
+"""
+
+# Eight threads write and verify blocks: probe.py DEVICE SECONDS, and one line of JSON at the end.
+PROBE = """
+import json, mmap, os, random, struct, sys, threading, time
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_DIRECT)
+seconds, count = float(sys.argv[2]), 8
+blocks = os.lseek(fd, 0, os.SEEK_END) // 4096
+end = time.monotonic() + seconds
+longest, done, bad = [0.0], [0] * count, []
+def work(n):
+    page, rnd, known = mmap.mmap(-1, 4096), random.Random(n), {}
+    while time.monotonic() < end:
+        block, started = rnd.randrange(n, blocks, count), time.monotonic()
+        try:
+            if rnd.random() < 0.6 or block not in known:
+                known[block] = struct.pack("QQ", block, rnd.getrandbits(63)) * 256
+                page[:] = known[block]
+                os.pwritev(fd, [page], block * 4096)
+            else:
+                os.preadv(fd, [page], block * 4096)
+                if page[:] != known[block]:
+                    bad.append(f"block {block}")
+        except OSError as error:
+            bad.append(str(error))
+            time.sleep(0.05)
+        longest.append(time.monotonic() - started)
+        done[n] += 1
+threads = [threading.Thread(target=work, args=(n,)) for n in range(count)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(json.dumps({"done": sum(done), "bad": bad[:9], "longest": sorted(longest)[-9:]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def guest() -> Iterator[Guest]:
+    """A booted guest, its module nbd not loaded yet."""
+    folder = ROOT / "build/vm"
+    cloud = kernel.prepare(folder)
+    images = image.prepare(folder, cloud, Path(zramd.__file__).parent.parent)
+    with tempfile.TemporaryDirectory(prefix="zramd-vm-") as name:
+        machine = Machine(cloud, images, 384 << 20, 2, "tcg")
+        machine = Machine(cloud, images, machine.memory, machine.cpus, choose_accel(machine, Path(name)))
+        with Guest(machine, Path(name)) as guest:
+            guest.wait_for_boot()
+            for program, text in (("serve", SERVE), ("probe", PROBE)):
+                words = base64.b64encode(text.encode()).decode()
+                guest.run(f"echo {words} | base64 -d >/tmp/{program}.py")
+            yield guest
+            assert guest.alarms() == []
+
+
+@pytest.fixture(scope="module")
+def loaded(guest: Guest) -> Guest:
+    """The guest with its module nbd."""
+    guest.run(f"insmod {guest.machine.images.later_modules[-1]}")
+    return guest
+
+
+def refused(guest: Guest, command: str, status: int = 1) -> str:
+    """What a command says that must fail with one sentence."""
+    found, words = guest.try_run(f"{ZRAMD} {command}")
+    assert found == status, words
+    assert words.startswith("zramd"), words
+    assert "\n" not in words, words
+    return words
+
+
+def start(guest: Guest, name: str, data: str, size: int = 32 << 20, swap: str = "") -> None:
+    """Start nbdkit on /run/DATA as the server of `name`."""
+    guest.run(f"setsid /usr/bin/python3 /tmp/serve.py {name} {data} {size} {swap} >>/run/{name}.log 2>&1 &")
+    guest.run(f"while ! [ -S /run/zramd/{name}/nbd.sock ]; do sleep 0.02; done")
+
+
+def kill(guest: Guest, name: str) -> None:
+    """Kill the server of `name`."""
+    guest.run(f"kill -9 $(cat /run/zramd/{name}/pid)")
+
+
+def end(guest: Guest, name: str) -> None:
+    """Kill the server of `name`, and remove what it held."""
+    kill(guest, name)
+    guest.run(f"rm -rf /run/{name} /run/zramd/{name}")
+
+
+def said(guest: Guest, sentence: str, count: int = 1) -> None:
+    """Wait until the kernel's log has a sentence so many times."""
+    end = time.monotonic() + 20
+    while sum(sentence in line for line in guest.kernel_log()) < count:
+        assert time.monotonic() < end, f"nobody says '{sentence}'"
+        time.sleep(0.05)
+
+
+def probe(guest: Guest, name: str, device: str, seconds: float) -> None:
+    """Start writing and verifying blocks."""
+    guest.run(f"/usr/bin/python3 /tmp/probe.py {device} {seconds} >/tmp/{name}.json 2>&1 &")
+
+
+def probed(guest: Guest, name: str) -> dict[str, Any]:
+    """What that found."""
+    guest.run(f"while ! grep -q done /tmp/{name}.json; do sleep 0.1; done", 90)
+    found: dict[str, Any] = json.loads(guest.run(f"cat /tmp/{name}.json"))
+    print(found)
+    return found
+
+
+def test_before_the_module_is_loaded(guest: Guest) -> None:
+    start(guest, "early", "early")
+    assert "module nbd cannot be loaded (modprobe is not installed)" in refused(guest, "attach early")
+    end(guest, "early")
+
+
+def test_bad_input(loaded: Guest) -> None:
+    guest = loaded
+    start(guest, "early", "early")
+    kill(guest, "early")
+    assert "there is no device 'nobody'" in refused(guest, "attach nobody")
+    assert "nobody is not attached" in refused(guest, "detach nobody")
+    assert "the server of early has died" in refused(guest, "attach early")
+    start(guest, "bad", "bad", 1000)
+    assert "has 1000 bytes in blocks of 1 or more: the kernel needs blocks of 4096" in refused(
+        guest, "attach bad"
+    )
+    end(guest, "bad")
+    end(guest, "early")
+    for words, sentence in (
+        ("--device sda", "'sda' is not an NBD device, such as /dev/nbd0"),
+        ("--priority 32768", "'32768' is not a priority from -1 to 32767"),
+        ("--connections 0", "'0' is not a number of connections from 1 to 16"),
+        ("--timeout x", "'x' is not a number of seconds, such as 0.5 or 30"),
+        ("--dead-conn-timeout -1", "'-1' is not a number of seconds from 0 to 1000000"),
+    ):
+        assert sentence in refused(guest, f"attach bad {words}", 2)
+    assert guest.run("cat /sys/block/nbd0/size").strip() == "0"
+
+
+def test_swap(loaded: Guest) -> None:
+    """Attached, swapped to, refused while in use, swapped off, detached; without /usr/sbin in PATH."""
+    guest = loaded
+    start(guest, "one", "one")
+    command = f"PATH=/usr/bin:/bin {ZRAMD} attach one --device /dev/nbd3 --swap --priority 7"
+    assert guest.run(command).strip() == "/dev/nbd3"
+    assert guest.run("cat /sys/block/nbd3/backend").strip() == "zramd/one"
+    assert guest.run("tail -n 1 /proc/swaps").split()[0:5:4] == ["/dev/nbd3", "7"]
+    said(guest, "swap on /dev/nbd3.  Priority:7 extents:1 across:32764k SSDsc")  # c: discards clusters
+    assert "one is attached as /dev/nbd3 already" in refused(guest, "attach one")
+    start(guest, "two", "two")
+    assert "does not give us /dev/nbd3: device or resource busy" in refused(guest, "attach two --device nbd3")
+    assert "/dev/nbd3 is in use as swap: 'zramd detach --swapoff one'" in refused(guest, "detach one")
+    keeper = guest.run("cut -d' ' -f1 /run/zramd/one.attached").strip()
+    guest.run(f"kill -0 {keeper}")
+    guest.run(f"PATH=/usr/bin:/bin {ZRAMD} detach one --swapoff")
+    assert "nbd3" not in guest.run("cat /proc/swaps")
+    guest.run(f"! kill -0 {keeper} && ! [ -e /sys/block/nbd3/pid ] && ! [ -e /run/zramd/one.attached ]")
+    end(guest, "one")
+    end(guest, "two")
+
+
+def test_mounted(loaded: Guest) -> None:
+    guest = loaded
+    start(guest, "disk", "disk")
+    device = guest.run(f"{ZRAMD} attach disk").strip()
+    guest.run(f"mkdir -p /run/place && mke2fs -b 4096 {device} && mount -t ext4 {device} /run/place")
+    assert f"{device} is mounted on '/run/place': run 'umount /run/place' first" in refused(
+        guest, "detach disk"
+    )
+    guest.run(f"umount /run/place && {ZRAMD} detach disk")
+    end(guest, "disk")
+
+
+@pytest.mark.parametrize("connections", [1, 3])
+def test_server_dies_under_io(loaded: Guest, connections: int) -> None:
+    """Killed in the middle and started again three times: requests wait, none fails, all data is right."""
+    guest, name = loaded, f"many{connections}"
+    start(guest, name, name)
+    device = guest.run(f"{ZRAMD} attach {name} --connections {connections} --timeout 1").strip()
+    log = f"{device.removeprefix('/dev/')}: connected to {name} again"
+    before = faults(guest, name)
+    probe(guest, name, device, 20)
+    for _ in range(3):
+        time.sleep(2)
+        dead = sum("connected to" in line for line in guest.kernel_log())
+        kill(guest, name)
+        start(guest, name, name)
+        said(guest, "connected to", dead + 1)
+        print([line for line in guest.kernel_log() if log in line][-1])
+    found = probed(guest, name)
+    assert found["bad"] == []
+    assert found["done"] > 200
+    assert found["longest"][-1] < 15  # seconds, on a machine that is busy
+    assert faults(guest, name) == before
+    guest.run(f"{ZRAMD} detach {name}")
+    end(guest, name)
+
+
+def faults(guest: Guest, name: str) -> list[str]:
+    """The page faults of a keeper so far, minor and major."""
+    return guest.run(f"cut -d' ' -f10,12 /proc/$(cut -d' ' -f1 /run/zramd/{name}.attached)/stat").split()
+
+
+def test_other_data_is_not_connected(loaded: Guest) -> None:
+    """A server that comes up empty gets no requests; the one with the data does, when it comes back."""
+    guest = loaded
+    start(guest, "data", "first")
+    device = guest.run(f"{ZRAMD} attach data").strip()
+    probe(guest, "data", device, 6)
+    time.sleep(1)
+    kill(guest, "data")
+    start(guest, "data", "second")
+    said(guest, "data serves, but cannot be used: it does not hold the data that was there before")
+    kill(guest, "data")
+    start(guest, "data", "first", 64 << 20)
+    said(guest, f"it has {64 << 20} bytes instead of {32 << 20}")
+    kill(guest, "data")
+    guest.run("truncate -s 32M /run/first")
+    start(guest, "data", "first")
+    found = probed(guest, "data")
+    assert found["bad"] == []
+    assert guest.run("tr -d '\\0' </run/second | wc -c").strip() == "0"
+    guest.run(f"{ZRAMD} detach data")
+    end(guest, "data")
+    guest.run("rm /run/first /run/second")
+
+
+def test_dead_conn_timeout(loaded: Guest) -> None:
+    """When no server comes back in time, requests fail; one that comes later still serves."""
+    guest = loaded
+    start(guest, "late", "late")
+    device = guest.run(f"{ZRAMD} attach late --dead-conn-timeout 2").strip()
+    probe(guest, "late", device, 8)
+    time.sleep(1)
+    kill(guest, "late")
+    time.sleep(5)
+    start(guest, "late", "late")
+    assert any("Input/output error" in each for each in probed(guest, "late")["bad"])
+    guest.run(f"dd if={device} of=/dev/null bs=1M count=8 iflag=direct && {ZRAMD} detach late")
+    end(guest, "late")
+
+
+def test_detach_without_a_server(loaded: Guest) -> None:
+    """A device whose server has gone for good goes at once."""
+    guest = loaded
+    start(guest, "gone", "gone")
+    guest.run(f"{ZRAMD} attach gone")
+    kill(guest, "gone")
+    said(guest, "connections to gone are dead")
+    started = time.monotonic()
+    guest.run(f"{ZRAMD} detach gone")
+    assert time.monotonic() - started < 20  # requests would wait for 120
+    guest.run("! [ -e /run/zramd/gone.attached ] && rm -r /run/gone /run/zramd/gone")
+
+
+def test_keeper_dies(loaded: Guest) -> None:
+    """The device lives on; attaching again gives it another keeper, which does its work."""
+    guest = loaded
+    start(guest, "kept", "kept")
+    device = guest.run(f"{ZRAMD} attach kept").strip()
+    keeper = guest.run("cut -d' ' -f1 /run/zramd/kept.attached").strip()
+    guest.run(f"kill -9 {keeper}")
+    assert guest.run(f"{ZRAMD} attach kept 2>/dev/null").strip() == device
+    assert guest.run("cut -d' ' -f1 /run/zramd/kept.attached").strip() != keeper
+    probe(guest, "kept", device, 5)
+    time.sleep(1)
+    kill(guest, "kept")
+    start(guest, "kept", "kept")
+    assert probed(guest, "kept")["bad"] == []
+    guest.run(f"{ZRAMD} detach kept")
+    end(guest, "kept")
+
+
+def test_server_dies_under_swap(loaded: Guest) -> None:
+    """A workload's memory is out on a server that is killed, again and again: every page comes back."""
+    guest, size = loaded, 64 << 20
+    # What is in a ramfs is not swapped itself; and only the workload is short of memory, which nbdkit's file
+    # plugin would not survive.
+    guest.run(
+        "mkdir -p /run/ram /run/cgroup && mount -t ramfs ram /run/ram && mount -t cgroup2 none /run/cgroup"
+    )
+    guest.run(f"dd if=/dev/zero of=/run/ram/pages bs=1M count={size >> 20}")
+    guest.run("echo +memory >/run/cgroup/cgroup.subtree_control && mkdir /run/cgroup/load")
+    guest.run("echo 24M >/run/cgroup/load/memory.max")
+    start(guest, "swap", "ram/pages", size, "swap")
+    device = guest.run(f"{ZRAMD} attach swap --swap").strip()
+    guest.start_workload(48, 1)
+    is_load = "grep -q pattern /proc/$pid/cmdline"
+    guest.run(
+        f"for pid in $(pidof guest_tool); do ! {is_load} || echo $pid >/run/cgroup/load/cgroup.procs; done"
+    )
+    guest.phase("fill", 240)
+    with ThreadPoolExecutor(1) as pool:
+        churn = pool.submit(guest.phase, "churn seconds 12", 240)
+        for _ in range(3):
+            time.sleep(2)
+            dead = sum("connected to swap" in line for line in guest.kernel_log())
+            kill(guest, "swap")
+            start(guest, "swap", "ram/pages", size, "swap")
+            said(guest, "connected to swap", dead + 1)
+        found = [churn.result(), guest.phase("verify", 240)]
+    used = int(guest.run("tail -n 1 /proc/swaps").split()[3])
+    print(found, used)
+    assert [each["bad"] for each in found] == [0, 0]
+    assert used > 10 << 10
+    errors = [line for line in guest.kernel_log() if "I/O error" in line or "Read-error" in line]
+    assert errors == []
+    interrupted(guest)
+    guest.run(f"{ZRAMD} detach swap --swapoff", 60)
+    assert guest.phase("verify", 240)["bad"] == 0
+    guest.end_workload()
+    end(guest, "swap")
+    guest.run("umount /run/ram /run/cgroup")
+    assert device not in guest.run("cat /proc/swaps")
+
+
+def interrupted(guest: Guest) -> None:
+    """Ctrl-C ends swapoff, and the device stays in use. The server stands still until then."""
+    server = guest.run("cat /run/zramd/swap/pid").strip()
+    guest.run(f"kill -STOP {server}")
+    # A shell's background jobs ignore the signal of Ctrl-C; a terminal's do not.
+    listens = "import os, signal, sys; signal.signal(2, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    command = f'/usr/bin/python3 -c "{listens}" {ZRAMD} detach swap --swapoff'
+    guest.run(f"{command} >/tmp/detach 2>&1 & echo $! >/tmp/detach.pid")
+    guest.run("while ! pidof swapoff; do sleep 0.1; done; sleep 0.5; kill -INT $(cat /tmp/detach.pid)")
+    time.sleep(0.5)
+    guest.run(f"kill -CONT {server}; while [ -d /proc/$(cat /tmp/detach.pid) ]; do sleep 0.1; done")
+    words = guest.run("cat /tmp/detach")
+    assert re.search(r"^zramd: interrupted: \d+ MiB are still swapped out to /dev/nbd\d, ", words, re.M), (
+        words
+    )
+    assert "/dev/nbd" in guest.run("cat /proc/swaps")
+
+
+def test_nbd_client(loaded: Guest) -> None:
+    guest = loaded
+    start(guest, "plain", "plain")
+    words = guest.run(f"{ZRAMD} attach plain --nbd-client")
+    assert "plain has no keeper, and when its server ends, requests fail" in words
+    device = words.split()[-1]
+    assert "plain is attached as" in refused(guest, "attach plain")
+    guest.run(f"dd if={device} of=/dev/null bs=1M count=8 iflag=direct && {ZRAMD} detach plain")
+    guest.run(f"! [ -e /sys/block/{device.removeprefix('/dev/')}/pid ]")
+    end(guest, "plain")
