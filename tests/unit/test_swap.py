@@ -47,6 +47,16 @@ def test_log_passes_few_lines_and_counts_the_rest() -> None:
     assert log.held_back == 0
 
 
+def test_log_counts_a_storm() -> None:
+    clock = Clock()
+    log = swap.Log(clock=clock)
+    log.filter(b"line\n" * log.BURST)
+    assert log.filter(b"line\n" * 1000 + b"half a li") == b""
+    assert log.held_back == 1000
+    clock.now += log.PERIOD
+    assert log.filter(b"ne\nnext\n") == b"zramd: 1000 lines more like these were held back\nne\nnext\n"
+
+
 def test_log_passes_whole_lines() -> None:
     log = swap.Log(clock=Clock())
     assert log.filter(b"one\ntw") == b"one\n"

@@ -77,7 +77,7 @@ cdef object no_memory = MemoryError("no memory for a request")
 
 
 cdef int serve(int request, PyObject **arguments) except -1:
-    cdef Device device = <Device?>arguments[0]
+    cdef Device device = <Device?><object>arguments[0]
     cdef uint64_t offset = <object>arguments[2], length
     cdef unsigned int flags = <object>arguments[3]
     cdef Py_buffer view
