@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 from contextlib import suppress
 
@@ -32,6 +33,8 @@ def attach(arguments: argparse.Namespace) -> int:
     if arguments.config and not _configure(arguments):
         return 0
     _must_be_root("attach", arguments.name)
+    # What was begun is finished: half an attachment would be nobody's. (Not ignored: children would inherit that.)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     served = client.find(arguments.name, arguments.rundir)
     address = served.file(rundir.NBD_SOCKET)
     there = attached.find(served.name)
@@ -250,8 +253,6 @@ def _free_device() -> str:
 
 def _disconnect(name: str, device: str, there: "Attached | None") -> None:
     """End a device, and its keeper."""
-    import signal
-
     from zramd import attached, kernelswap, netlink
 
     try:

@@ -660,7 +660,7 @@ cdef class Device:
         if number >= self.blocks:
             raise ValueError(f"block {number} is not on the device, which has blocks 0 to {self.blocks - 1}")
         with nogil:
-            self._begin()
+            self._begin(0, 0)
             pthread_mutex_lock(&self.stripes[number % STRIPES])
             slot = self._get(number)
             handle = slot >> SLOT_HANDLE_SHIFT
