@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import zramd
-from zramd.errors import UnitsError
+from zramd.errors import UnitsError, UsageError
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -76,10 +76,10 @@ def _places(arguments: argparse.Namespace) -> tuple[Path, Path]:
     """Return what stands for /, and the folder of the units in there."""
     root = Path(arguments.root or "/").absolute()
     if not root.is_dir():
-        raise UnitsError(f"--root '{arguments.root}' is not a folder")
+        raise UsageError(f"--root '{arguments.root}' is not a folder")
     prefix = Path(arguments.prefix)
     if not prefix.is_absolute():
-        raise UnitsError(f"--prefix '{arguments.prefix}' is not an absolute path: use one such as {PREFIX}")
+        raise UsageError(f"--prefix '{arguments.prefix}' is not an absolute path: use one such as {PREFIX}")
     if not arguments.root and os.geteuid():
         raise UnitsError("only root may install and remove units: use sudo, or --root FOLDER to try it out")
     return root, root / prefix.relative_to("/") / "lib/systemd/system"
