@@ -62,8 +62,8 @@ class Server:
         self._keeper: threading.Thread | None = None
         self._stop_refused = False
         self._manager = notify.Manager()
-        self._status = ""
-        self._told_at = 0.0
+        self._told = self._written
+        self._told_at = float("inf")  # nothing before we are ready
 
     def prepare(self) -> None:
         """Do all that can fail before nbdkit forks.
@@ -117,7 +117,7 @@ class Server:
             if BACKGROUND in os.environ:
                 self._log.start()
                 self._log.write_to(self._rundir.file(LOG))
-            self._tell_status(self.snapshot())
+            self._tell_status()
             self._manager.tell("READY=1")
         except BaseException:
             self.stop()
@@ -262,6 +262,9 @@ class Server:
             if interval and time.monotonic() >= due:
                 due = time.monotonic() + interval
                 self._refresh_stats()
+                told_lately = time.monotonic() - self._told_at < STATUS_INTERVAL
+                if self._written is not self._told and not told_lately and not self._stop_refused:
+                    self._tell_status()
 
     def _refresh_stats(self) -> None:
         """Write the stats files if there is news; complain once when that fails."""
@@ -288,16 +291,12 @@ class Server:
         publish("classes", stats.classes_table(classes))
         publish("metrics.prom", stats.prometheus(snapshot, classes))
         self._written, self._written_at = counters, time.monotonic()
-        if self._written_at - self._told_at >= STATUS_INTERVAL and not self._stop_refused:
-            self._tell_status(snapshot)
         return True
 
-    def _tell_status(self, snapshot: stats.Snapshot) -> None:
-        """Tell the service manager what is stored, if that is news."""
-        status = stats.sentence(snapshot)
-        if status != self._status:
-            self._manager.tell(f"STATUS={status}")
-        self._status, self._told_at = status, time.monotonic()
+    def _tell_status(self) -> None:
+        """Tell the service manager what is stored."""
+        self._manager.tell(f"STATUS={stats.sentence(self.snapshot())}")
+        self._told, self._told_at = self._written, time.monotonic()
 
     def _may_leave(self, signals: bytes) -> bool:
         """Say whether to stop now: the kernel must not lose what it has swapped out.

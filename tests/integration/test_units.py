@@ -42,7 +42,7 @@ def run(command: Path, *words: str | Path) -> tuple[int, str, str]:
 
 
 def tree(root: Path) -> dict[str, str]:
-    return {str(path.relative_to(root)): path.read_text() for path in root.rglob("*") if path.is_file()}
+    return {str(path.relative_to(root)): path.read_text(errors="replace") for path in root.rglob("*") if path.is_file()}
 
 
 def test_install_and_remove(command: Path, tmp_path: Path) -> None:

@@ -116,7 +116,10 @@ def _runs(command: str) -> bool:
     import subprocess
 
     environment = {"PATH": os.defpath}
-    done = subprocess.run([command, "--version"], env=environment, cwd="/", capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run([command, "--version"], env=environment, cwd="/", capture_output=True, text=True)
+    except OSError:
+        return False
     return done.stdout == f"zramd {zramd.__version__}\n"
 
 
