@@ -71,7 +71,7 @@ def on(device: str, priority: int, *, options: str = "discard") -> None:
     """
     settle_queue(device)
     run("mkswap", device)
-    run("swapon", "--options", f"pri={priority},{options}".rstrip(","), device)
+    run("swapon", "-o", f"pri={priority},{options}".rstrip(","), device)
 
 
 def settle_queue(device: str) -> None:

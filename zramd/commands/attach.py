@@ -57,8 +57,9 @@ def attach(arguments: argparse.Namespace) -> int:
         try:
             kernelswap.on(device, arguments.priority, options=arguments.swapon_options)
         except BaseException:
-            if not there:
-                _disconnect(served.name, device, attached.find(served.name))
+            if not there and kernelswap.find(device) is None:
+                with suppress(AttachError):  # what went wrong first is what counts
+                    _disconnect(served.name, device, attached.find(served.name))
             raise
     print(device)
     return 0
