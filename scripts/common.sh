@@ -56,7 +56,8 @@ vm_packages=(
     busybox-static  # the guest's shell
     nbd-client      # attaches the kernel's NBD device
     strace          # counts the server's system calls in the guest
-    e2fsprogs       # makes the guest's root image
+    e2fsprogs       # makes the guests' root images
+    mmdebstrap      # makes a Debian out of packages
 )
 check_packages=(
     shellcheck # lints the scripts

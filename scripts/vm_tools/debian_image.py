@@ -82,9 +82,9 @@ def _build(target: Path, kernel: Kernel) -> None:
 def _options() -> Iterable[str]:
     """Yield mmdebstrap's options. Its hooks run on this machine, with the new root in $1."""
     yield from ("--quiet", "--mode=root", "--variant=minbase", f"--include={','.join(PACKAGES)}")
-    yield '--dpkgopt=path-exclude=/usr/share/doc/*'
-    yield '--dpkgopt=path-exclude=/usr/share/man/*'
-    yield '--dpkgopt=path-exclude=/usr/share/locale/*'
+    yield "--dpkgopt=path-exclude=/usr/share/doc/*"
+    yield "--dpkgopt=path-exclude=/usr/share/man/*"
+    yield "--dpkgopt=path-exclude=/usr/share/locale/*"
     # nbdkit's Python plugin wants boto3, for a plugin of its own that nobody here uses: 80 MB of tables.
     yield '--customize-hook=rm -rf "$1"/usr/lib/python3/dist-packages/botocore/data'
     yield '--customize-hook=rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/*'

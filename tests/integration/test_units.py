@@ -29,7 +29,9 @@ def command() -> Iterator[Path]:
     shutil.copytree(Path(zramd.__file__).parent, packages / "zramd")
     shutil.copy(PACKAGE_PARENT / "nbdkit_plugin.py", packages)
     script = venv / "bin/zramd"
-    script.write_text(f"#!{venv}/bin/python3\nimport sys\nfrom zramd.__main__ import main\nsys.exit(main())\n")
+    script.write_text(
+        f"#!{venv}/bin/python3\nimport sys\nfrom zramd.__main__ import main\nsys.exit(main())\n"
+    )
     script.chmod(0o755)
     yield script
     shutil.rmtree(folder)
@@ -42,7 +44,11 @@ def run(command: Path, *words: str | Path) -> tuple[int, str, str]:
 
 
 def tree(root: Path) -> dict[str, str]:
-    return {str(path.relative_to(root)): path.read_text(errors="replace") for path in root.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_text(errors="replace")
+        for path in root.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_install_and_remove(command: Path, tmp_path: Path) -> None:
@@ -83,7 +89,11 @@ def test_install_and_remove(command: Path, tmp_path: Path) -> None:
         f"removed  {root}/etc/zramd.conf\n"
     )
     assert list(tree(root)) == ["usr/local/lib/systemd/system/zramd@zram0.service.d/mine.conf"]
-    assert run(command, "remove-units", "--root", root) == (0, f"there are no units of zramd in {folder}\n", "")
+    assert run(command, "remove-units", "--root", root) == (
+        0,
+        f"there are no units of zramd in {folder}\n",
+        "",
+    )
 
 
 def test_configuration_is_the_users(command: Path, tmp_path: Path) -> None:
@@ -92,7 +102,10 @@ def test_configuration_is_the_users(command: Path, tmp_path: Path) -> None:
     conf.write_text("[zram0]\n")
     assert f"kept       {conf}\n" in run(command, "install-units", "--root", tmp_path, "--prefix", "/usr")[1]
     assert (tmp_path / "usr/lib/systemd/system/zramd.slice").exists()
-    assert f"kept     {conf}: it is yours\n" in run(command, "remove-units", "--root", tmp_path, "--prefix", "/usr")[1]
+    assert (
+        f"kept     {conf}: it is yours\n"
+        in run(command, "remove-units", "--root", tmp_path, "--prefix", "/usr")[1]
+    )
     assert conf.read_text() == "[zram0]\n"
 
 
@@ -141,19 +154,30 @@ def test_refusals(command: Path, tmp_path: Path) -> None:
     wants = tmp_path / "etc/systemd/system/swap.target.wants"
     wants.mkdir(parents=True)
     (wants / "zramd@zram0.service").symlink_to("/usr/local/lib/systemd/system/zramd@.service")
-    refused("remove-units", "zramd@zram0.service is enabled or active: 'systemctl disable --now zramd@zram0.service' first")
+    refused(
+        "remove-units",
+        "zramd@zram0.service is enabled or active: 'systemctl disable --now zramd@zram0.service' first",
+    )
     # A service could not read it.
     home = tmp_path / "machine"
     shutil.copytree(command.parents[1], home / "home/me/venv", symlinks=True)
     moved = home / "home/me/venv/bin/zramd"
     moved.write_text(moved.read_text().replace(str(command.parents[1]), str(moved.parents[1])))
-    refused("install-units", f"'{moved}' is closed to services: install zramd and its Python elsewhere", home, moved)
+    refused(
+        "install-units",
+        f"'{moved}' is closed to services: install zramd and its Python elsewhere",
+        home,
+        moved,
+    )
     moved.write_text("#!/bin/false\n")
     moved.chmod(0o644)
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)}
     python = home / "home/me/venv/bin/python3"
     done = subprocess.run(
-        [python, "-m", "zramd", "install-units", "--root", home], env=environment, capture_output=True, text=True
+        [python, "-m", "zramd", "install-units", "--root", home],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert f"'{moved}' does not run by itself: install zramd" in done.stderr
@@ -189,7 +213,9 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager
     made._socket.close()
 
 
-def test_ready_and_status(manager: Manager, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ready_and_status(
+    manager: Manager, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
     served = serve(wait=False, stats_interval="0.1")
     assert manager.next_status() == "0 MiB stored in 0 MiB of memory"
     assert manager.next() == "READY=1"
@@ -252,5 +278,3 @@ def test_a_device_that_is_not_for_this_machine(manager: Manager, tmp_path: Path)
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("zramd: zram0: no device: host-memory-limit = 1")
-
-

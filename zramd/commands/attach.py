@@ -33,7 +33,7 @@ def attach(arguments: argparse.Namespace) -> int:
     if arguments.config and not _configure(arguments):
         return 0
     _must_be_root("attach", arguments.name)
-    # What was begun is finished: half an attachment would be nobody's. (Not ignored: children would inherit that.)
+    # What was begun is finished: half an attachment would be nobody's. (Children would inherit SIG_IGN.)
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     served = client.find(arguments.name, arguments.rundir)
     address = served.file(rundir.NBD_SOCKET)
@@ -55,6 +55,8 @@ def attach(arguments: argparse.Namespace) -> int:
     _wait(lambda: os.path.exists(device), f"{device} does not appear: is /dev a devtmpfs, or udev running?")
     if arguments.swap and kernelswap.find(device) is None:
         try:
+            if arguments.config and (changed := kernelswap.set_memory_aside()):
+                _say(changed)
             kernelswap.on(device, arguments.priority, options=arguments.swapon_options)
         except BaseException:
             if not there and kernelswap.find(device) is None:

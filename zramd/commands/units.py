@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 PREFIX = "/usr/local"  # of what an administrator installs; distributions use /usr
 UNITS = ("zramd@.service", "zramd-attach@.service", "zramd.slice")
-MARK = "# Installed by 'zramd install-units'; 'zramd remove-units' removes it. To change it: systemctl edit.\n"
+MARK = (
+    "# Installed by 'zramd install-units'; 'zramd remove-units' removes it. To change it: systemctl edit.\n"
+)
 COMMAND = "/usr/local/bin/zramd"  # what stands in the units as they are shipped
 HIDDEN = ("/home", "/root", "/run/user")  # from the services: ProtectHome=
 
@@ -102,9 +104,13 @@ def _command(root: Path) -> str:
     for path in needed:
         inside = _inside(path, root)
         if any(inside.startswith(f"{folder}/") for folder in HIDDEN) or not _readable(path):
-            raise UnitsError(f"'{path}' is closed to services: install zramd and its Python elsewhere, say /opt/zramd")
+            raise UnitsError(
+                f"'{path}' is closed to services: install zramd and its Python elsewhere, say /opt/zramd"
+            )
     if not re.fullmatch(r"[\w./+@:=-]+", inside := _inside(command, root)):
-        raise UnitsError(f"'{inside}' has characters that a unit cannot have in a path: install zramd elsewhere")
+        raise UnitsError(
+            f"'{inside}' has characters that a unit cannot have in a path: install zramd elsewhere"
+        )
     return inside
 
 
@@ -117,7 +123,9 @@ def _runs(command: str) -> bool:
 
     environment = {"PATH": os.defpath}
     try:
-        done = subprocess.run([command, "--version"], env=environment, cwd="/", capture_output=True, text=True)
+        done = subprocess.run(
+            [command, "--version"], env=environment, cwd="/", capture_output=True, text=True
+        )
     except OSError:
         return False
     return done.stdout == f"zramd {zramd.__version__}\n"
@@ -165,8 +173,12 @@ def _refuse_in_use(root: Path) -> None:
     links = (root / "etc/systemd/system").glob("*.wants/zramd@*.service")
     used = {link.name for link in links}
     if _live(root):
-        shown = _systemctl("list-units", "--plain", "--no-legend", "zramd@*.service", "zramd-attach@*.service")
-        used |= {line.split()[0] for line in shown.splitlines() if line.split()[2:3] not in ([], ["inactive"])}
+        shown = _systemctl(
+            "list-units", "--plain", "--no-legend", "zramd@*.service", "zramd-attach@*.service"
+        )
+        used |= {
+            line.split()[0] for line in shown.splitlines() if line.split()[2:3] not in ([], ["inactive"])
+        }
     if used:
         names = " ".join(sorted(used))
         raise UnitsError(f"{names} is enabled or active: 'systemctl disable --now {names}' first")
@@ -193,22 +205,31 @@ def _systemctl(*words: str) -> str:
 
 def add(commands: "Commands") -> None:
     """Add the verbs."""
-    for name, run, text in (
-        ("install-units", install, "write the systemd units of this installation"),
-        ("remove-units", remove, "remove the systemd units again"),
+    for name, run, text, more in (
+        (
+            "install-units",
+            install,
+            "write the systemd units of this installation",
+            ", and an example of\n/etc/zramd.conf where there is none. Run it again after an update; "
+            "'systemctl edit' keeps changes apart.",
+        ),
+        (
+            "remove-units",
+            remove,
+            "remove the systemd units again",
+            ", and the example\nof /etc/zramd.conf if it was never changed.",
+        ),
     ):
         parser = commands.add_parser(
-            name,
-            help=text,
-            description=(
-                f"{text.capitalize()}: {', '.join(UNITS)}, and an example of /etc/zramd.conf where there is none.\n"
-                "Run it again after an update. 'systemctl edit' keeps changes apart."
-                if run is install
-                else f"{text.capitalize()}, and the example of /etc/zramd.conf if it was never changed."
-            ),
+            name, help=text, description=f"{text.capitalize()}: {', '.join(UNITS)}{more}"
         )
-        parser.add_argument("--root", metavar="FOLDER", help="what stands for /, to prepare another system [/]")
         parser.add_argument(
-            "--prefix", metavar="FOLDER", default=PREFIX, help=f"units go to lib/systemd/system in it [{PREFIX}]"
+            "--root", metavar="FOLDER", help="what stands for /, to prepare another system [/]"
+        )
+        parser.add_argument(
+            "--prefix",
+            metavar="FOLDER",
+            default=PREFIX,
+            help=f"units go to lib/systemd/system in it [{PREFIX}]",
         )
         parser.set_defaults(run=run)
