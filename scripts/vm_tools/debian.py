@@ -1,7 +1,8 @@
 """A Debian 12 with systemd to boot, from the image that `debian_image` makes.
 
-A guest writes to a layer of its own over it, which outlives the guest: who boots it again sees what was written,
-as a machine does after a reboot. A second disk brings files in: a tar archive, to be unpacked from /dev/vdb.
+A guest writes to a layer of its own over it, which outlives the guest: who boots it again sees what was
+written, as a machine does after a reboot. A second disk brings files in: a tar archive, to be unpacked from
+/dev/vdb.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class DebianMachine(Machine):
 def machine(base: Machine, folder: Path, payload: dict[str, Path]) -> Machine:
     """Return a Debian that boots with the kernel and memory of `base`.
 
-    `base.images.root` is from `debian_image.prepare`. `folder` is for the guest's own layer, and for the archive
-    of `payload`: the files by their names in the guest's /payload.
+    `base.images.root` is from `debian_image.prepare`. `folder` is for the guest's own layer, and for the
+    archive of `payload`: the files by their names in the guest's /payload.
     """
     disks = Disks(base.images.initramfs, base.images.root, [], folder / "layer.qcow2", folder / "payload.tar")
     backing = ["-b", str(disks.root.absolute()), "-F", "raw"]

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(1200)
 
 MIB = 1 << 20
-MEMORY_MIB = 384
-WORKLOAD_MIB = 320  # with the system's own it does not fit
+MEMORY_MIB = 320
+WORKLOAD_MIB = 220  # with the system's own it does not fit
 BOOT_TIMEOUT = 240.0  # seconds; 10 to 15 on an idle machine, more on one that emulates two others
 SLOW = 240.0
 SHUTDOWN_TIMEOUT = 60.0  # seconds; systemd gives up on what hangs after 90
@@ -188,7 +188,7 @@ def swapped_out(guest: Guest, seed: int) -> None:
     """More memory is written to than there is."""
     guest.start_workload(WORKLOAD_MIB, seed)
     assert guest.phase("fill", SLOW)["written"] == WORKLOAD_MIB * 256
-    assert swap(guest)["/dev/nbd0"] > 20
+    assert swap(guest)["/dev/nbd0"] > 10
 
 
 def verified(guest: Guest) -> None:
@@ -202,7 +202,7 @@ def pressure(guest: Guest) -> None:
     swapped_out(guest, 1)
     verified(guest)
     stored = guest.run("zramd stats zram0 --json", SLOW)
-    assert int(re.findall(r'"orig_data_size": ([0-9]+)', stored)[0]) > 20 * MIB
+    assert int(re.findall(r'"orig_data_size": ([0-9]+)', stored)[0]) > 10 * MIB
     wait_for(
         guest,
         "systemctl show -P StatusText zramd@zram0 | sed 's/^[1-9][0-9]* MiB stored in .*/stored/'",
@@ -213,6 +213,7 @@ def pressure(guest: Guest) -> None:
 
 def stop_that_cannot_be(guest: Guest) -> None:
     """What is out does not fit in memory: a stop waits, says for what, and loses nothing."""
+    guest.phase("pageout", SLOW)
     guest.run("systemctl stop --no-block zramd@zram0")
     wait_for(guest, "systemctl show -P StatusText zramd@zram0", "stopping once 'swapoff /dev/nbd0' was run")
     assert guest.run("systemctl show -P ActiveState zramd@zram0").strip() == "deactivating"
@@ -231,7 +232,7 @@ def stop_that_cannot_be(guest: Guest) -> None:
 def restart(guest: Guest) -> None:
     """What is out comes back first; then it is as before."""
     guest.phase("pageout", SLOW)
-    assert swap(guest)["/dev/nbd0"] > 20
+    assert swap(guest)["/dev/nbd0"] > 10
     before = guest.run("cat /run/zramd/zram0/pid")
     guest.run("systemctl restart zramd@zram0", SLOW)
     guest.run("systemctl start zramd-attach@zram0", SLOW)
@@ -256,18 +257,15 @@ def stop_and_start(guest: Guest) -> None:
 def off(guest: Guest) -> None:
     """Nothing is left."""
     assert guest.run("cat /proc/swaps") == NO_SWAP
-    assert guest.try_run("systemctl is-active zramd@zram0 zramd-attach@zram0")[1].split() == ["inactive"] * 2
-    assert (
-        guest.run(
-            "ls /run/zramd; ls /sys/block/nbd0 | grep pid; pgrep 'zramd|nbdkit'; systemctl --failed --no-legend; true"
-        )
-        == ""
-    )
+    units = "zramd@zram0 zramd-attach@zram0"
+    assert guest.try_run(f"systemctl is-active {units}")[1].split() == ["inactive"] * 2
+    for look in ("ls /run/zramd", "ls /sys/block/nbd0/pid", "pgrep 'zramd|nbdkit'", "systemctl --failed -q"):
+        assert guest.run(f"{look} 2>/dev/null; true") == "", look
 
 
 def broken_off(guest: Guest) -> None:
     """Stopped while it starts, at any moment, it leaves nothing behind."""
-    for seconds in (0.0, 0.5, 1.0, 2.0):
+    for seconds in (0.5, 3.0, 5.0):  # a server starts in 2 to 4, its device in another 2 or 3
         guest.run("systemctl stop zramd@zram0", SLOW)
         guest.run(
             f"systemctl start --no-block zramd@zram0; sleep {seconds}; systemctl stop zramd@zram0",
