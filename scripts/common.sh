@@ -57,7 +57,8 @@ vm_packages=(
     busybox-static  # the guest's shell
     nbd-client      # attaches the kernel's NBD device
     strace          # counts the server's system calls in the guest
-    e2fsprogs       # makes the guest's root image
+    e2fsprogs       # makes the guests' root images
+    mmdebstrap      # makes a Debian out of packages
 )
 check_packages=(
     shellcheck # lints the scripts
@@ -110,7 +111,7 @@ embedded_python() {
 source_hash() {
     (
         cd "$root" &&
-            find zramd -type f -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z |
+            find zramd systemd docs/zramd.conf -type f -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z |
                 xargs -0 sha256sum -- nbdkit_plugin.py pyproject.toml README.md LICENSE docs/zramd.1 scripts/zramd_build.py 2>&1
     ) | sha256sum | cut -c1-32
 }

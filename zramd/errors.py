@@ -10,6 +10,7 @@
         ├── SwapError               a measure of swap=local cannot be had
         ├── StateError              the state file cannot be had or trusted
         ├── AttachError             a kernel device cannot be attached, detached, swapped to
+        ├── UnitsError              systemd's units cannot be installed or removed
         ├── RundirError             the run folder cannot be used
         ├── DeviceError             a device is not there, or its server does not do what is asked
         └── UsageError              a command cannot be used as it was written
@@ -64,6 +65,10 @@ class StateError(ZramdError):
 
 class AttachError(ZramdError):
     """A kernel device cannot be attached, detached, swapped to or off; the message says why."""
+
+
+class UnitsError(ZramdError):
+    """systemd's units cannot be installed or removed as asked; the message says why."""
 
 
 class RundirError(ZramdError):

@@ -10,6 +10,8 @@ from zramd.errors import AttachError
 SWAPS = "/proc/swaps"
 MOUNTS = "/proc/mounts"
 MEMINFO = "/proc/meminfo"
+MIN_FREE_KBYTES = "/proc/sys/vm/min_free_kbytes"
+MIN_FREE = 0.03  # of memory: docs/swapping.md says what for
 PROGRESS_INTERVAL = 0.2  # seconds between two looks at how far swapoff is
 PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"  # ordinary users lack the first ones
 _OCTAL = re.compile(r"\\([0-7]{3})")
@@ -60,21 +62,47 @@ def mounts(device: str) -> list[str]:
 
 def available() -> int:
     """Return the bytes that programs can still get without swapping (MemAvailable)."""
+    return _meminfo("MemAvailable")
+
+
+def set_memory_aside() -> str:
+    """Raise what the kernel sets aside to what a server needs that it swaps to itself (vm.min_free_kbytes).
+
+    Return a sentence that says what was changed, '' if nothing was. Raises AttachError.
+    """
+    wanted = round(_meminfo("MemTotal") * MIN_FREE) >> 10
+    try:
+        with open(MIN_FREE_KBYTES, "r+") as file:
+            before = int(file.read())
+            if before >= wanted:
+                return ""
+            file.seek(0)
+            file.write(str(wanted))
+            file.flush()
+            file.seek(0)
+            if int(file.read()) < wanted:
+                raise OSError(0, "the kernel does not take it")
+    except OSError as error:
+        raise AttachError(f"'{MIN_FREE_KBYTES}' cannot be set to {wanted}: {error.strerror}") from None
+    return f"vm.min_free_kbytes is {wanted} now, it was {before}"
+
+
+def _meminfo(name: str) -> int:
     with open(MEMINFO) as file:
         for line in file:
-            if line.startswith("MemAvailable:"):
+            if line.startswith(f"{name}:"):
                 return int(line.split()[1]) << 10
-    raise AttachError(f"{MEMINFO} does not tell MemAvailable")
+    raise AttachError(f"{MEMINFO} does not tell {name}")
 
 
-def on(device: str, priority: int, *, discard: bool = True) -> None:
+def on(device: str, priority: int, *, options: str = "discard") -> None:
     """Make `device` a swap device, and swap to it. What it held is lost.
 
-    `discard` makes the kernel trim what it has freed. Raises AttachError.
+    `options` are swapon's, as in fstab; discard makes the kernel trim what it has freed. Raises AttachError.
     """
     settle_queue(device)
     run("mkswap", device)
-    run("swapon", *(["--discard"] if discard else []), "--priority", str(priority), device)
+    run("swapon", "-o", f"pri={priority},{options}".rstrip(","), device)
 
 
 def settle_queue(device: str) -> None:

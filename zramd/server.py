@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from zramd import __version__, prometheus, state, stats, swap
+from zramd import __version__, notify, prometheus, state, stats, swap
 from zramd.compactor import Compactor
 from zramd.config import Config, find
 from zramd.config import value as parse_value
@@ -34,6 +34,7 @@ STOP_READING = 0.1  # it has answered what was under way: clients see the end of
 STOP_WRITING = 0.5  # a client that does not take its answers is cut off
 STOP_WAITING = 0.9  # nbdkit is stuck: leave without it
 SWAPOFF_INTERVAL = 0.5  # seconds between two looks whether swap is off, while a stop waits for it
+STATUS_INTERVAL = 10.0  # seconds between two words on how we are to the service manager, at least
 REFRESH = 30.0  # seconds after which unchanged stats files are written again: their age shows that we live
 
 
@@ -63,6 +64,9 @@ class Server:
         self._keeper: threading.Thread | None = None
         self._stop_refused = False
         self._corrupt = 0
+        self._manager = notify.Manager()
+        self._told = self._written
+        self._told_at = float("inf")  # nothing before we are ready
 
     def prepare(self) -> None:
         """Do all that can fail before nbdkit forks.
@@ -164,6 +168,8 @@ class Server:
             if BACKGROUND in os.environ:
                 self._log.start()
                 self._log.write_to(self._rundir.file(LOG))
+            self._tell_status()
+            self._manager.tell("READY=1")
         except BaseException:
             self.stop()
             raise
@@ -313,6 +319,9 @@ class Server:
                 due = time.monotonic() + interval
                 self._refresh_stats()
                 self._report_corruption()
+                told_lately = time.monotonic() - self._told_at < STATUS_INTERVAL
+                if self._written is not self._told and not told_lately and not self._stop_refused:
+                    self._tell_status()
 
     def _report_corruption(self) -> None:
         """Say so when blocks were found that were changed in memory."""
@@ -354,6 +363,11 @@ class Server:
         self._written, self._written_at = counters, time.monotonic()
         return True
 
+    def _tell_status(self) -> None:
+        """Tell the service manager what is stored."""
+        self._manager.tell(f"STATUS={stats.sentence(self.snapshot())}")
+        self._told, self._told_at = self._written, time.monotonic()
+
     def _may_leave(self, signals: bytes) -> bool:
         """Say whether to stop now: the kernel must not lose what it has swapped out.
 
@@ -363,6 +377,7 @@ class Server:
             return True
         devices = " ".join(swap.devices_in_use(self.config.disksize))
         if devices and signals:
+            self._manager.tell(f"STATUS=stopping once 'swapoff {devices}' was run")
             print(
                 f"zramd: {devices} is in use as swap: stopping once 'swapoff {devices}' was run "
                 "(SIGQUIT stops at once and loses what is swapped out)",
@@ -374,6 +389,7 @@ class Server:
 
     def _leave(self) -> None:
         """End nbdkit within a second, in its normal way if it can: then it calls `stop`."""
+        self._manager.tell("STOPPING=1")
         self._shutdown()
         if self._stopping.wait(STOP_READING):
             return

@@ -285,6 +285,13 @@ def io_stat(snapshot: Snapshot) -> str:
     return f"{s.failed_reads:8} {s.failed_writes:8} {s.invalid_io} {s.notify_free:8}\n"
 
 
+def sentence(snapshot: Snapshot) -> str:
+    """Return what a service manager shows of a server in one line."""
+    s = snapshot
+    stored = f"{s.orig_data_size >> 20} MiB stored in {s.total_bytes >> 20} MiB of memory"
+    return f"{stored}, frag ratio {s.frag_ratio:.0f} %" if s.mem_used_total else stored
+
+
 def frag_ratio(snapshot: Snapshot) -> str:
     """Return the percentage of the pool that payload fills, with two decimals."""
     return f"{snapshot.frag_ratio:.2f}\n"

@@ -44,10 +44,16 @@ class Machine:
     cpus: int
     accel: str
     devices: list[str] = field(default_factory=list)
+    parameters: str = ""  # further ones of the kernel
+
+    def root_disk(self) -> str:
+        """Return what qemu is told of the disk that the root is on."""
+        return f"driver=raw,node-name=root,read-only=on,file.driver=file,file.filename={self.images.root}"
 
     def command(self, console: Path, channels: list[int]) -> list[str]:
         """Return qemu's command line; `channels` are the sockets of ttyS1 to ttyS3 and of QMP."""
         append = "console=ttyS0 panic=-1 oops=panic random.trust_cpu=on nbd.nbds_max=1 ignore_loglevel"
+        append += f" {self.parameters}"
         if self.accel == "tcg":
             append += " tsc=reliable"  # else the clock is the HPET, which qemu emulates: slow
         command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
@@ -65,8 +71,7 @@ class Machine:
         for number, fd in enumerate(channels[:3], 1):
             command += ["-chardev", f"socket,id=tty{number},fd={fd}", "-serial", f"chardev:tty{number}"]
         command += ["-chardev", f"socket,id=qmp,fd={channels[3]}", "-mon", "chardev=qmp,mode=control"]
-        root = f"driver=raw,node-name=root,read-only=on,file.driver=file,file.filename={self.images.root}"
-        command += ["-blockdev", root, "-device", "virtio-blk-pci,drive=root"]
+        command += ["-blockdev", self.root_disk(), "-device", "virtio-blk-pci,drive=root"]
         return command + self.devices
 
 
@@ -157,6 +162,18 @@ class Guest:
             time.sleep(0.02)
         self.run("true", timeout)
         self.booted = time.monotonic() - started
+
+    def wait_for_end(self, timeout: float) -> float:
+        """Wait until the guest has powered off or wants to boot again, and return the seconds that it took.
+
+        Raises GuestError when it does neither.
+        """
+        started = time.monotonic()
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise self._error(f"the guest has not ended within {timeout:.0f} s") from None
+        return time.monotonic() - started
 
     def stop(self) -> None:
         """End the guest at once."""

@@ -57,7 +57,7 @@ def prepare(folder: Path, kernel: Kernel, package: Path) -> Images:
         folder / f"root-{digest}.img",
         [f"/lib/modules/{path.name}" for path in later],
     )
-    with _locked(folder):
+    with locked(folder):
         if not images.root.exists():
             _build_initramfs(images.initramfs, boot)
             _build_root(images.root, files)
@@ -124,7 +124,7 @@ def _root_files(package: Path) -> Iterator[tuple[str, Path]]:
     """Yield each file of the root image: its path in the guest, and where it is taken from."""
     yield "bin/busybox", _program("busybox")
     version = sysconfig.get_python_version()
-    folder = Path(_output("nbdkit", "--dump-config").partition("\nplugindir=")[2].partition("\n")[0])
+    folder = Path(output("nbdkit", "--dump-config").partition("\nplugindir=")[2].partition("\n")[0])
     plugins = [folder / f"nbdkit-{name}-plugin.so" for name in PLUGINS]
     programs = [_program(name) for name in PROGRAMS]
     binaries = [*programs, Path(f"/usr/bin/python{version}"), *plugins]
@@ -154,7 +154,7 @@ def _python_files(library: Path) -> Iterator[Path]:
 def _libraries(binaries: list[Path]) -> list[Path]:
     """Return the shared libraries that the binaries need, by the paths where the loader looks for them."""
     found = set()
-    for line in _output("ldd", *map(str, binaries)).splitlines():
+    for line in output("ldd", *map(str, binaries)).splitlines():
         words = line.split()
         if "=>" in words and "not" in words:
             raise VmError(f"a library is missing: {line.strip()}")
@@ -178,18 +178,19 @@ def _build_root(target: Path, files: dict[str, Path]) -> None:
         (stage / "usr/bin/python3").symlink_to(Path(python).name)
         never_checked = py_compile.PycInvalidationMode.UNCHECKED_HASH
         compileall.compile_dir(stage / "zramd", quiet=2, invalidation_mode=never_checked)
-        _compile_tool(stage / "bin/guest_tool")
+        compile_tool(stage / "bin/guest_tool")
         size = sum(path.stat().st_size + 4096 for path in stage.rglob("*") if not path.is_symlink())
         partial = target.with_suffix(".partial")
         partial.unlink(missing_ok=True)
         options = ["-q", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0", "-d", str(stage)]
-        _output("mke2fs", *options, str(partial), f"{size * 5 // 4 // 1024 + 4096}k")
+        output("mke2fs", *options, str(partial), f"{size * 5 // 4 // 1024 + 4096}k")
         partial.rename(target)
 
 
-def _compile_tool(target: Path) -> None:
+def compile_tool(target: Path) -> None:
+    """Compile the program that works in the guest: heartbeat, workload, and more."""
     sources = sorted(str(path) for path in GUEST.glob("*.c"))
-    _output("cc", "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(target), *sources)
+    output("cc", "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(target), *sources)
 
 
 # ---- Helpers ---------------------------------------------------------------------------------------------
@@ -202,7 +203,8 @@ def _program(name: str) -> Path:
     return Path(found)
 
 
-def _output(name: str, *arguments: str) -> str:
+def output(name: str, *arguments: str) -> str:
+    """Run a program and return what it prints; raises VmError with what it complains of."""
     command = [shutil.which(name, path=_PATH) or name, *arguments]
     environment = {"PATH": _PATH, "LC_ALL": "C"}
     try:
@@ -228,7 +230,8 @@ def _digest(files: Iterable[tuple[str, Path]]) -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Keep others from making images in the folder meanwhile."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

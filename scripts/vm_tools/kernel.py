@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vm_tools import debian
+from vm_tools import packages
 from vm_tools.errors import VmError
 
 META_PACKAGE = "linux-image-cloud-amd64"
@@ -38,14 +38,14 @@ class Kernel:
 def prepare(folder: Path) -> Kernel:
     """Return the kernel, downloaded into `folder` if it is not there yet; raises VmError."""
     folder.mkdir(parents=True, exist_ok=True)
-    package = image_package(debian.run("apt-cache", "depends", META_PACKAGE, cwd=folder))
+    package = image_package(packages.run("apt-cache", "depends", META_PACKAGE, cwd=folder))
     if package is None:
-        debian.refresh_lists(folder)
-        package = image_package(debian.run("apt-cache", "depends", META_PACKAGE, cwd=folder))
+        packages.refresh_lists(folder)
+        package = image_package(packages.run("apt-cache", "depends", META_PACKAGE, cwd=folder))
     if package is None:
         raise VmError(f"apt does not know {META_PACKAGE}: run 'apt-get update' as root")
     target = folder / package
-    debian.unpack(package, target)
+    packages.unpack(package, target)
     release = package.removeprefix("linux-image-")
     return Kernel(release, target / f"boot/vmlinuz-{release}", target / f"lib/modules/{release}")
 

@@ -87,8 +87,8 @@ def _free_and_swap_off(session: Session) -> None:
     session.phase("free 30", "freeing 30 % of the rest")
     session.settle()
     session.phase("pageout", "swapping all of it out")
-    # What is swapped out must fit into memory, and the pool does not shrink while swapoff works: see "Size" in
-    # docs/swapping.md for what happens else.
+    # What is swapped out must fit into memory, and the pool does not shrink while swapoff works.
+    # docs/swapping.md tells what happens else.
     while session.swap_used() > FITS * session.available():
         session.phase("free 30", "freeing more: what is swapped out does not fit into memory")
         session.settle()

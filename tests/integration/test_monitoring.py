@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from vm_tools import debian  # noqa: E402
+from vm_tools import packages  # noqa: E402
 
 Serve = Callable[..., Served]
 DOCS = ROOT / "docs/monitoring"
@@ -40,7 +40,7 @@ HISTOGRAM_PARTS = ("_bucket", "_sum", "_count")
 
 def unpacked(package: str) -> Path:
     target = ROOT / "build" / package
-    debian.unpack(package, target)
+    packages.unpack(package, target)
     return target / "usr/bin"
 
 

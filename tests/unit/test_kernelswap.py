@@ -119,13 +119,30 @@ def test_programs_that_fail_or_are_missing(system: Path, monkeypatch: pytest.Mon
     ):
         kernelswap.on("/dev/nbd0", 1)
     program(system, "mkswap", "exit 0")
-    program(system, "swapon", f'echo "$@" >>{system}/arguments; [ $# -eq 4 ] || {{ echo no >&2; exit 255; }}')
+    program(
+        system, "swapon", f'echo "$@" >>{system}/arguments; [ $2 != pri=5 ] || {{ echo no >&2; exit 255; }}'
+    )
     kernelswap.on("/dev/nbd0", -1)
     with pytest.raises(AttachError, match=r"^swapon /dev/nbd0 failed: no$"):
-        kernelswap.on("/dev/nbd0", 5, discard=False)
-    assert (system / "arguments").read_text() == "--discard --priority -1 /dev/nbd0\n--priority 5 /dev/nbd0\n"
+        kernelswap.on("/dev/nbd0", 5, options="")
+    assert (system / "arguments").read_text() == "-o pri=-1,discard /dev/nbd0\n-o pri=5 /dev/nbd0\n"
 
 
 def test_queue_that_is_not_there() -> None:
     with pytest.raises(AttachError, match=r"^'/sys/block/nope/queue/rotational' cannot be set to 0: No such"):
         kernelswap.settle_queue("/dev/nope")
+
+
+def test_memory_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meminfo, setting = tmp_path / "meminfo", tmp_path / "min_free_kbytes"
+    monkeypatch.setattr(kernelswap, "MEMINFO", str(meminfo))
+    monkeypatch.setattr(kernelswap, "MIN_FREE_KBYTES", str(setting))
+    meminfo.write_text("MemTotal:        1000000 kB\n")
+    setting.write_text("8000\n")
+    assert kernelswap.set_memory_aside() == "vm.min_free_kbytes is 30000 now, it was 8000"
+    setting.write_text("30000\n")
+    assert kernelswap.set_memory_aside() == ""
+    assert setting.read_text() == "30000\n"
+    setting.unlink()
+    with pytest.raises(AttachError, match=r"min_free_kbytes' cannot be set to 30000: No such file"):
+        kernelswap.set_memory_aside()

@@ -29,6 +29,7 @@ MODULES = (
     "top",
     "doctor",
     "config",
+    "units",
     "completion",
 )
 

@@ -27,17 +27,25 @@ _DEVICE = re.compile(r"(?:/dev/)?nbd(\d{1,4})")
 
 def attach(arguments: argparse.Namespace) -> int:
     """Attach a device, swap to it if asked, and print its name."""
+    import signal
+
     from zramd import attached, kernelswap
 
+    if arguments.config and not _configure(arguments):
+        return 0
     _must_be_root("attach", arguments.name)
+    # What was begun is finished: half an attachment would be nobody's. (Children would inherit SIG_IGN.)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     served = client.find(arguments.name, arguments.rundir)
     address = served.file(rundir.NBD_SOCKET)
     there = attached.find(served.name)
     if there and (there.keeper or not there.data):
-        raise AttachError(
-            f"{served.name} is attached as {there.device} already: 'zramd detach {served.name}' first"
-        )
-    if there:
+        if not arguments.config:
+            raise AttachError(
+                f"{served.name} is attached as {there.device} already: 'zramd detach {served.name}' first"
+            )
+        device = there.device
+    elif there:
         _say(f"{there.device} has lost its keeper: starting another")
         device = there.device
         _start_keeper(_job(arguments, served, _index(device), there.data))
@@ -48,13 +56,39 @@ def attach(arguments: argparse.Namespace) -> int:
     _wait(lambda: os.path.exists(device), f"{device} does not appear: is /dev a devtmpfs, or udev running?")
     if arguments.swap and kernelswap.find(device) is None:
         try:
-            kernelswap.on(device, arguments.priority, discard=not arguments.no_discard)
+            if arguments.config and (changed := kernelswap.set_memory_aside()):
+                _say(changed)
+            kernelswap.on(device, arguments.priority, options=arguments.swapon_options)
         except BaseException:
-            if not there:
-                _disconnect(served.name, device, attached.find(served.name))
+            if not there and kernelswap.find(device) is None:
+                with suppress(AttachError):  # what went wrong first is what counts
+                    _disconnect(served.name, device, attached.find(served.name))
             raise
     print(device)
     return 0
+
+
+def _configure(arguments: argparse.Namespace) -> bool:
+    """Take what zramd.conf says into `arguments`; return False, with a word, if nothing is to be attached.
+
+    Raises ConfigError.
+    """
+    from zramd import devices
+
+    try:
+        device = devices.find(arguments.name)
+    except devices.SkippedError as skipped:
+        _say(str(skipped))
+        return False
+    if not device.attached:
+        _say(f"{device.name} is for others to attach: attach = no")
+        return False
+    arguments.rundir = arguments.rundir or device.rundir
+    arguments.swap = device.swaps
+    arguments.priority, arguments.swapon_options = device.swap_priority, device.options
+    arguments.timeout, arguments.dead_conn_timeout = device.timeout, device.dead_conn_timeout
+    arguments.connections = device.connections
+    return True
 
 
 def detach(arguments: argparse.Namespace) -> int:
@@ -64,6 +98,8 @@ def detach(arguments: argparse.Namespace) -> int:
     _must_be_root("detach", arguments.name)
     there = attached.find(arguments.name)
     if there is None:
+        if arguments.if_attached:
+            return 0
         raise AttachError(f"{arguments.name} is not attached")
     device = there.device
     if kernelswap.find(device):
@@ -320,6 +356,12 @@ def add(commands: "Commands") -> None:
         ),
     )
     parser.add_argument("name", metavar="NAME", help="the device, as 'zramd list' shows it")
+    parser.add_argument(
+        "--config",
+        action="store_true",
+        help="attach it as /etc/zramd.conf says, and swap to it or not: the other options have no effect; "
+        "what is attached already stays so",
+    )
     parser.add_argument("--rundir", metavar="FOLDER", help="the server's run folder, if not the usual one")
     parser.add_argument(
         "--device", type=_device, default=-1, metavar="/dev/nbdN", help="which one [a free one]"
@@ -356,7 +398,12 @@ def add(commands: "Commands") -> None:
         help=f"of the swap, -1 to 32767: the highest is used first [{PRIORITY}]",
     )
     parser.add_argument(
-        "--no-discard", action="store_true", help="never trim what swap has freed: its memory stays in use"
+        "--no-discard",
+        dest="swapon_options",
+        action="store_const",
+        const="",
+        default="discard",
+        help="never trim what swap has freed: its memory stays in use",
     )
     parser.add_argument(
         "--nbd-client", action="store_true", help="use that program, which cannot survive a restart"
@@ -372,5 +419,8 @@ def add(commands: "Commands") -> None:
     parser.add_argument("--swapoff", action="store_true", help="swap off first; Ctrl-C stops that")
     parser.add_argument(
         "--force", action="store_true", help="swap off even if there is less memory than must come back"
+    )
+    parser.add_argument(
+        "--if-attached", action="store_true", help="if it is not attached, do nothing, and that is fine"
     )
     parser.set_defaults(run=detach)

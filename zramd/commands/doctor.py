@@ -9,6 +9,7 @@ import os
 import re
 
 from zramd import client
+from zramd.kernelswap import MIN_FREE
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 OLDEST_NBDKIT = (1, 28)  # calls `cleanup`
 THREADS_NBDKIT = (1, 34)  # survives a client that vanishes while several threads serve it
 LOCAL_KERNEL = (5, 18)  # swap=local
-MIN_FREE = 0.03  # of memory, as docs/swapping.md says
 SWAPPINESS = 60  # Linux' own default
 # Capabilities that swap=local needs, by their bits.
 CAPABILITIES = {14: "CAP_IPC_LOCK", 23: "CAP_SYS_NICE", 24: "CAP_SYS_RESOURCE"}

@@ -259,15 +259,29 @@ def serve(arguments: argparse.Namespace) -> int:
     if arguments.config is not None:
         from zramd import devices
 
-        words = devices.find(arguments.config).words(
-            [*words, *([] if size is None else [f"disksize={size}"])]
-        )
+        try:
+            device = devices.find(arguments.config)
+        except devices.SkippedError as skipped:
+            return _not_here(skipped)
+        words = device.words([*words, *([] if size is None else [f"disksize={size}"])])
         size = None
     settings, options, argv = plan(arguments.name, size, words, arguments.nbdkit_options)
-    if _STANDARD_INPUT.isdisjoint(options.values):  # there, standard output is the client's
+    # With -s, standard output is the client's; and a service manager has its own way to learn that we serve.
+    if _STANDARD_INPUT.isdisjoint(options.values) and "NOTIFY_SOCKET" not in os.environ:
         _start_watcher(settings, greeting(settings, options, os.getpid()))
     set_environment(settings)
     os.execvp(argv[0], argv)
+
+
+def _not_here(skipped: Exception) -> int:
+    """Say that the device is not meant for this machine. To a service manager that is no failure."""
+    from zramd import notify
+
+    if "NOTIFY_SOCKET" not in os.environ:
+        raise skipped
+    notify.Manager().tell(f"STATUS={skipped}", "READY=1")
+    print(f"zramd: {skipped}", file=sys.stderr)
+    return 0
 
 
 def start(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,280 @@
+"""systemd's side: units installed and removed by the real command, and what a server tells its manager."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import PACKAGE_PARENT, Served
+
+import zramd
+
+UNITS = ("zramd@.service", "zramd-attach@.service", "zramd.slice")
+
+
+@pytest.fixture(scope="module")
+def command() -> Iterator[Path]:
+    """`zramd` as it is installed: in an environment of its own, where services can read it."""
+    folder = Path(tempfile.mkdtemp(prefix="zramd-units-"))
+    folder.chmod(0o755)
+    venv = folder / "venv"
+    subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", venv], check=True)
+    (packages,) = venv.glob("lib/python3*/site-packages")
+    shutil.copytree(Path(zramd.__file__).parent, packages / "zramd")
+    shutil.copy(PACKAGE_PARENT / "nbdkit_plugin.py", packages)
+    script = venv / "bin/zramd"
+    script.write_text(
+        f"#!{venv}/bin/python3\nimport sys\nfrom zramd.__main__ import main\nsys.exit(main())\n"
+    )
+    script.chmod(0o755)
+    yield script
+    shutil.rmtree(folder)
+
+
+def run(command: Path, *words: str | Path) -> tuple[int, str, str]:
+    done = subprocess.run([command, *words], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+def tree(root: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(root)): path.read_text(errors="replace")
+        for path in root.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_install_and_remove(command: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    folder = root / "usr/local/lib/systemd/system"
+    status, said, complaint = run(command, "install-units", "--root", root)
+    assert (status, complaint) == (0, "")
+    assert said == "".join(f"installed  {folder / name}\n" for name in UNITS) + (
+        f"installed  {root}/etc/zramd.conf, an example\n"
+    )
+    installed = tree(root)
+    assert sorted(installed) == sorted(
+        ["etc/zramd.conf", *(f"usr/local/lib/systemd/system/{name}" for name in UNITS)]
+    )
+    service = (folder / "zramd@.service").read_text()
+    assert f"\nExecStart={command} serve --config %i\n" in service
+    assert f"\nRequiresMountsFor={command}\n" in service
+    assert "/usr/local/bin/zramd" not in "".join(tree(folder).values())
+    assert (folder / "zramd@.service").stat().st_mode & 0o777 == 0o644
+
+    # Again: nothing changes, and it says so. An older one is updated.
+    status, said, complaint = run(command, "install-units", "--root", root)
+    assert (status, complaint) == (0, "")
+    assert said == "".join(f"unchanged  {folder / name}\n" for name in UNITS) + (
+        f"kept       {root}/etc/zramd.conf\n"
+    )
+    (folder / "zramd.slice").write_text((folder / "zramd.slice").read_text() + "[Slice]\nCPUWeight=1\n")
+    assert f"updated    {folder}/zramd.slice\n" in run(command, "install-units", "--root", root)[1]
+    assert tree(root) == installed
+
+    # Only what was installed goes.
+    (folder / "zramd@zram0.service.d").mkdir()
+    (folder / "zramd@zram0.service.d/mine.conf").write_text("[Service]\nNice=1\n")
+    status, said, complaint = run(command, "remove-units", "--root", root)
+    assert (status, complaint) == (0, "")
+    assert said == "".join(f"removed  {folder / name}\n" for name in UNITS) + (
+        f"removed  {root}/etc/zramd.conf\n"
+    )
+    assert list(tree(root)) == ["usr/local/lib/systemd/system/zramd@zram0.service.d/mine.conf"]
+    assert run(command, "remove-units", "--root", root) == (
+        0,
+        f"there are no units of zramd in {folder}\n",
+        "",
+    )
+
+
+def test_configuration_is_the_users(command: Path, tmp_path: Path) -> None:
+    conf = tmp_path / "etc/zramd.conf"
+    conf.parent.mkdir()
+    conf.write_text("[zram0]\n")
+    assert f"kept       {conf}\n" in run(command, "install-units", "--root", tmp_path, "--prefix", "/usr")[1]
+    assert (tmp_path / "usr/lib/systemd/system/zramd.slice").exists()
+    assert (
+        f"kept     {conf}: it is yours\n"
+        in run(command, "remove-units", "--root", tmp_path, "--prefix", "/usr")[1]
+    )
+    assert conf.read_text() == "[zram0]\n"
+
+
+def test_installed_in_another_root(command: Path) -> None:
+    """The command is named as it will be seen from the system that is prepared."""
+    root = command.parents[2]
+    assert run(command, "install-units", "--root", root)[0] == 0
+    service = root / "usr/local/lib/systemd/system/zramd@.service"
+    assert "\nExecStart=/venv/bin/zramd serve --config %i\n" in service.read_text()
+    assert run(command, "remove-units", "--root", root)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--root", "/nowhere"], "--root '/nowhere' is not a folder"),
+        (["--prefix", "usr", "--root", "/tmp"], "--prefix 'usr' is not an absolute path: use one such as"),
+    ],
+)
+def test_bad_input(command: Path, words: list[str], sentence: str) -> None:
+    for verb in ("install-units", "remove-units"):
+        status, said, complaint = run(command, verb, *words)
+        assert (status, said) == (2, "")
+        assert complaint.startswith(f"zramd: {sentence}")
+        assert complaint.count("\n") == 1
+
+
+def test_refusals(command: Path, tmp_path: Path) -> None:
+    def refused(verb: str, sentence: str, root: Path = tmp_path, by: Path = command) -> None:
+        before = tree(root)
+        status, said, complaint = run(by, verb, "--root", root)
+        assert (status, said) == (1, "")
+        assert sentence in complaint
+        assert complaint.count("\n") == 1
+        assert tree(root) == before
+
+    folder = tmp_path / "usr/local/lib/systemd/system"
+    folder.mkdir(parents=True)
+    # Somebody else's unit is left alone, by both.
+    (folder / "zramd@.service").write_text("[Service]\n")
+    refused("install-units", f"{folder}/zramd@.service is not from 'zramd install-units'")
+    assert run(command, "remove-units", "--root", tmp_path)[1] == f"there are no units of zramd in {folder}\n"
+    (folder / "zramd@.service").unlink()
+    # What is enabled would leave a dangling link.
+    assert run(command, "install-units", "--root", tmp_path)[0] == 0
+    wants = tmp_path / "etc/systemd/system/swap.target.wants"
+    wants.mkdir(parents=True)
+    (wants / "zramd@zram0.service").symlink_to("/usr/local/lib/systemd/system/zramd@.service")
+    refused(
+        "remove-units",
+        "zramd@zram0.service is enabled or active: 'systemctl disable --now zramd@zram0.service' first",
+    )
+    # A service could not read it.
+    home = tmp_path / "machine"
+    shutil.copytree(command.parents[1], home / "home/me/venv", symlinks=True)
+    moved = home / "home/me/venv/bin/zramd"
+    moved.write_text(moved.read_text().replace(str(command.parents[1]), str(moved.parents[1])))
+    refused(
+        "install-units",
+        f"'{moved}' is closed to services: install zramd and its Python elsewhere",
+        home,
+        moved,
+    )
+    moved.write_text("#!/bin/false\n")
+    moved.chmod(0o644)
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)}
+    python = home / "home/me/venv/bin/python3"
+    done = subprocess.run(
+        [python, "-m", "zramd", "install-units", "--root", home],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"'{moved}' does not run by itself: install zramd" in done.stderr
+
+
+# ---- What a server tells its manager ---------------------------------------------------------------------
+
+
+class Manager:
+    """A service manager's end of NOTIFY_SOCKET."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "notify"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(self.path))
+        self._socket.settimeout(20)
+
+    def next(self) -> str:
+        """The next message."""
+        return self._socket.recv(4096).decode()
+
+    def next_status(self) -> str:
+        message = self.next()
+        assert message.startswith("STATUS=")
+        return message.removeprefix("STATUS=")
+
+
+@pytest.fixture
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
+    made = Manager(tmp_path)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(made.path))
+    yield made
+    made._socket.close()
+
+
+def test_ready_and_status(
+    manager: Manager, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve(wait=False, stats_interval="0.1")
+    assert manager.next_status() == "0 MiB stored in 0 MiB of memory"
+    assert manager.next() == "READY=1"
+    # Ready means ready: no second try.
+    handle = served.connect()
+    for block in range(1024):
+        handle.pwrite(os.urandom(4096), block * 4096)
+    # Nothing more for ten seconds, and then one message for all that has changed.
+    status = manager.next_status()
+    assert status.startswith("4 MiB stored in 4 MiB of memory, frag ratio ")
+    handle.shutdown()
+    served.process.send_signal(signal.SIGTERM)
+    assert manager.next() == "STOPPING=1"
+    served.process.wait(10)
+
+
+def test_a_manager_that_does_not_listen(
+    tmp_path: Path, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    assert serve().stats()["disksize"] == 64 << 20
+
+
+def configured(root: Path, text: str) -> dict[str, str]:
+    (root / "etc").mkdir()
+    (root / "etc/zramd.conf").write_text(text)
+    return {**os.environ, "ZRAMD_ROOT": str(root), "PYTHONPATH": str(PACKAGE_PARENT)}
+
+
+def test_serve_says_nothing_to_a_terminal_under_a_manager(manager: Manager, tmp_path: Path) -> None:
+    rundir = tmp_path / "run"
+    environment = configured(tmp_path, f"[zram7]\ndisksize = 16M\nattach = no\nrundir = {rundir}\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "zramd", "serve", "--config", "zram7"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert manager.next_status() == "0 MiB stored in 0 MiB of memory"
+        assert manager.next() == "READY=1"
+        assert int((rundir / "pid").read_text()) == process.pid
+    finally:
+        process.terminate()
+        said = process.communicate(timeout=10)
+    assert said == ("", "")
+
+
+def test_a_device_that_is_not_for_this_machine(manager: Manager, tmp_path: Path) -> None:
+    """To systemd it has started, told why there is nothing, and ended well; to a user it is an error."""
+    environment = configured(tmp_path, "[zram0]\nhost-memory-limit = 1\n")
+    words = [sys.executable, "-m", "zramd", "serve", "--config", "zram0"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    message = manager.next()
+    assert (done.returncode, done.stdout) == (0, "")
+    assert message.startswith("STATUS=zram0: no device: host-memory-limit = 1 is less than the ")
+    assert message.endswith("\nREADY=1")
+    del environment["NOTIFY_SOCKET"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("zramd: zram0: no device: host-memory-limit = 1")

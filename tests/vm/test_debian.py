@@ -1,0 +1,303 @@
+"""A Debian 12 with systemd, as an administrator has it: the wheel, a configuration, `systemctl enable --now`.
+
+One machine lives through all of it, and is booted three times. Each test needs those before it.
+"""
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import zramd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from vm_tools import debian, debian_image, image, kernel
+from vm_tools.guest import Guest, Machine, choose_accel
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(1200)
+
+MIB = 1 << 20
+MEMORY_MIB = 256
+WORKLOAD_MIB = 130  # with the system's own it does not fit
+BOOT_TIMEOUT = 240.0  # seconds; 10 to 15 on an idle machine, more on one that emulates two others
+SLOW = 300.0
+SHUTDOWN_TIMEOUT = 60.0  # seconds; systemd gives up on what hangs after 90
+SETUP = """\
+set -e
+tar -xf /dev/vdb -C /
+/opt/zramd/bin/pip install --no-deps --no-index --quiet /payload/*.whl
+ln -s /opt/zramd/bin/zramd /usr/local/bin/
+printf '[zram0]\\nzram-size = ram * 2\\n' >/etc/zramd.conf
+echo vm.page-cluster=0 >/etc/sysctl.d/zramd.conf
+sysctl --quiet --system
+cp /usr/share/systemd/tmp.mount /etc/systemd/system/
+systemctl enable --quiet tmp.mount"""
+# What systemd says when units hang, fail, or wait for each other.
+TROUBLE = re.compile(
+    r"\[FAILED\]|timed out|ordering cycle|dependency failed|failed with result|sigkill\.$", re.IGNORECASE
+)
+OURS = re.compile(r"zramd|nbd|swap", re.IGNORECASE)
+NO_SWAP = "Filename				Type		Size		Used		Priority"
+
+
+class Debian:
+    """The machine with its disk, on or off; `guest` is it while it is on."""
+
+    def __init__(self, machine: Machine, folder: Path) -> None:
+        self.machine = machine
+        self.folder = folder
+        self.guest: Guest
+        self.boots = 0
+
+    @contextmanager
+    def on(self) -> Iterator[Guest]:
+        self.boots += 1
+        folder = self.folder / f"boot{self.boots}"
+        folder.mkdir()
+        with Guest(self.machine, folder) as self.guest:
+            self.guest.wait_for_boot(BOOT_TIMEOUT)
+            print(f"boot {self.boots} took {self.guest.booted:.1f} s")
+            yield self.guest
+
+    def log(self) -> list[str]:
+        """The console: all that systemd and services say, to the very end."""
+        return [line for line in self.guest.kernel_log() if line.strip()]
+
+    def trouble(self) -> list[str]:
+        return [
+            line
+            for line in self.log()
+            if TROUBLE.search(line) or (OURS.search(line) and re.search("fail|error", line, re.IGNORECASE))
+        ]
+
+    def turn_off(self, how: str) -> None:
+        """Power off or reboot; nothing may hang or fail."""
+        self.guest.run(f"systemctl {how}")
+        seconds = self.guest.wait_for_end(SHUTDOWN_TIMEOUT)
+        print(f"{how} took {seconds:.1f} s")
+        assert self.trouble() == []
+        assert any("All swaps deactivated" in line for line in self.log())
+
+    def order(self, *sentences: str) -> None:
+        """The console has the sentences in this order; of each the last occurrence counts."""
+        log = self.log()
+        places = []
+        for sentence in sentences:
+            found = [number for number, line in enumerate(log) if sentence in line]
+            assert found, f"nobody says '{sentence}'"
+            places.append(found[-1])
+        assert places == sorted(places), [log[place] for place in places]
+
+
+@pytest.fixture(scope="module")
+def computer(tmp_path_factory: pytest.TempPathFactory) -> Debian:
+    """A machine that is off, with zramd's wheel on its second disk."""
+    folder = tmp_path_factory.mktemp("debian")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT],
+        check=True,
+    )
+    wheel = debian.wheel(folder)
+    cloud = kernel.prepare(ROOT / "build/vm")
+    small = image.prepare(ROOT / "build/vm", cloud, Path(zramd.__file__).parent.parent)
+    accel = choose_accel(Machine(cloud, small, 256 * MIB, 2, "tcg"), folder)
+    images = debian_image.prepare(ROOT / "build/vm", cloud, small)
+    base = Machine(cloud, images, MEMORY_MIB * MIB, 2, accel)
+    return Debian(debian.machine(base, folder, {wheel.name: wheel}), folder)
+
+
+def swap(guest: Guest) -> dict[str, int]:
+    """What is swapped to, as the user sees it: MiB in use, by device."""
+    lines = guest.run("cat /proc/swaps").splitlines()[1:]
+    return {line.split()[0]: int(line.split()[3]) >> 10 for line in lines}
+
+
+def wait_for(guest: Guest, command: str, wanted: str, seconds: float = SLOW) -> None:
+    end = time.monotonic() + seconds
+    while (found := guest.try_run(command)[1].strip()) != wanted:
+        assert time.monotonic() < end, f"'{command}' says '{found}', never '{wanted}'"
+        time.sleep(0.5)
+
+
+def test_from_nothing_to_a_reboot(computer: Debian) -> None:
+    with computer.on() as guest:
+        for line in SETUP.splitlines()[1:]:
+            guest.run(line, SLOW)
+        steps = (install, enable, pressure, stop_that_cannot_be, restart, stop_and_start, broken_off)
+        for step in steps:
+            started = time.monotonic()
+            step(guest)
+            print(f"{step.__name__} took {time.monotonic() - started:.1f} s", flush=True)
+        computer.guest.run("systemctl start zramd-attach@zram0", SLOW)
+        assert [line for line in computer.trouble() if "zramd-attach@zram0" not in line] == []
+        swapped_out(guest, 2)
+        mark = len(computer.log())
+        computer.guest.run("systemctl reboot")
+        seconds = guest.wait_for_end(SHUTDOWN_TIMEOUT)
+        print(f"reboot took {seconds:.1f} s")
+        end = computer.log()[mark:]
+        assert [line for line in end if TROUBLE.search(line)] == []
+
+
+def install(guest: Guest) -> None:
+    said = guest.run("zramd install-units", SLOW)
+    assert "installed  /usr/local/lib/systemd/system/zramd@.service" in said
+    assert "kept       /etc/zramd.conf" in said
+    units = "zramd@zram0.service zramd-attach@zram0.service zramd.slice"
+    assert guest.run(f"systemd-analyze verify --man=no {units}", SLOW) == ""
+    for unit, most in (("zramd@zram0", 10), ("zramd-attach@zram0", 40)):
+        exposure = guest.run(f"systemd-analyze security --no-pager --threshold={most} {unit}", SLOW)
+        print(exposure.splitlines()[-1])
+
+
+def enable(guest: Guest) -> None:
+    assert swap(guest) == {}
+    guest.run("systemctl enable --now zramd@zram0", SLOW)
+    guest.run("systemctl start zramd-attach@zram0", SLOW)  # waits for what is under way
+    active(guest)
+
+
+def active(guest: Guest) -> None:
+    """Swap is on, by zramd, as it should be."""
+    assert (
+        guest.run("systemctl is-active zramd@zram0 zramd-attach@zram0 dev-nbd0.swap").split()
+        == ["active"] * 3
+    )
+    device, _, size, _, priority = guest.run("tail -n 1 /proc/swaps").split()
+    memory = int(guest.run("grep MemTotal /proc/meminfo").split()[1]) >> 10
+    assert (device, int(size) + 4 >> 10, priority) == ("/dev/nbd0", memory * 2, "100")
+    columns, row = guest.run("zramd", SLOW).splitlines()
+    assert columns.split()[0::7] == ["NAME", "MOUNTPOINT"]
+    assert row.split()[:2] + row.split()[-1:] == ["zram0", "lz4", "[SWAP]"]
+    assert int(guest.run("cat /proc/sys/vm/min_free_kbytes")) >> 10 == memory * 3 // 100
+    assert guest.run("cat /sys/fs/cgroup/zramd.slice/memory.swap.max").strip() == "0"
+    for pid in ("/run/zramd/zram0/pid", "/run/zramd/zram0.attached"):
+        assert guest.run(f"cat /proc/$(cut -d' ' -f1 {pid})/oom_score_adj").strip() == "-1000"
+
+
+def swapped_out(guest: Guest, seed: int) -> None:
+    """More memory is written to than there is."""
+    guest.start_workload(WORKLOAD_MIB, seed)
+    assert guest.phase("fill", SLOW)["written"] == WORKLOAD_MIB * 256
+    assert swap(guest)["/dev/nbd0"] > 10
+
+
+def verified(guest: Guest) -> None:
+    found = guest.phase("verify", SLOW)
+    assert found["bad"] == 0
+    assert found["verified"] == found["live"] > 0
+
+
+def pressure(guest: Guest) -> None:
+    """A workload that does not fit is swapped out and in, page by page as it was written."""
+    swapped_out(guest, 1)
+    verified(guest)
+    stored = guest.run("zramd stats zram0 --json", SLOW)
+    assert int(re.findall(r'"orig_data_size": ([0-9]+)', stored)[0]) > 10 * MIB
+    wait_for(
+        guest,
+        "systemctl show -P StatusText zramd@zram0 | sed 's/^[1-9][0-9]* MiB stored in .*/stored/'",
+        "stored",
+        60,
+    )
+
+
+def stop_that_cannot_be(guest: Guest) -> None:
+    """What is out does not fit in memory: a stop waits, says for what, and loses nothing."""
+    guest.phase("pageout", SLOW)
+    guest.run("systemctl stop --no-block zramd@zram0")
+    wait_for(guest, "systemctl show -P StatusText zramd@zram0", "stopping once 'swapoff /dev/nbd0' was run")
+    assert guest.run("systemctl show -P ActiveState zramd@zram0").strip() == "deactivating"
+    assert "of memory are available: end programs first" in guest.run(
+        "journalctl -u zramd-attach@zram0 -o cat", SLOW
+    )
+    assert guest.phase("free 70", SLOW)["freed"] > 0
+    guest.run("swapoff /dev/nbd0", SLOW)
+    wait_for(guest, "systemctl show -P ActiveState zramd@zram0", "inactive")
+    verified(guest)
+    guest.run("systemctl start zramd@zram0 && systemctl start zramd-attach@zram0", SLOW)
+    active(guest)
+
+
+def restart(guest: Guest) -> None:
+    """What is out comes back first; then it is as before."""
+    guest.phase("pageout", SLOW)
+    assert swap(guest)["/dev/nbd0"] > 10
+    before = guest.run("cat /run/zramd/zram0/pid")
+    guest.run("systemctl restart zramd@zram0", SLOW)
+    guest.run("systemctl start zramd-attach@zram0", SLOW)
+    assert guest.run("cat /run/zramd/zram0/pid") != before
+    active(guest)
+    verified(guest)
+
+
+def stop_and_start(guest: Guest) -> None:
+    guest.phase("pageout", SLOW)
+    guest.run("systemctl stop zramd@zram0", SLOW)
+    off(guest)
+    verified(guest)
+    guest.end_workload()
+    assert guest.run("zramd remove-units 2>&1; true", SLOW).startswith(
+        "zramd: zramd@zram0.service is enabled or active: 'systemctl disable --now zramd@zram0.service' first"
+    )
+    guest.run("systemctl start zramd@zram0 && systemctl start zramd-attach@zram0", SLOW)
+    active(guest)
+
+
+def off(guest: Guest) -> None:
+    """Nothing is left."""
+    assert guest.run("cat /proc/swaps") == NO_SWAP
+    units = "zramd@zram0 zramd-attach@zram0"
+    assert guest.try_run(f"systemctl is-active {units}")[1].split() == ["inactive"] * 2
+    for look in ("ls /run/zramd", "ls /sys/block/nbd0/pid", "pgrep 'zramd|nbdkit'", "systemctl --failed -q"):
+        assert guest.run(f"{look} 2>/dev/null; true") == "", look
+
+
+def broken_off(guest: Guest) -> None:
+    """Stopped while it starts, at any moment, it leaves nothing behind."""
+    for seconds in (0.5, 3.0, 5.0):  # a server starts in 2 to 4, its device in another 2 or 3
+        guest.run("systemctl stop zramd@zram0", SLOW)
+        guest.run(
+            f"systemctl start --no-block zramd@zram0; sleep {seconds}; systemctl stop zramd@zram0",
+            SLOW,
+        )
+        off(guest)
+
+
+def test_active_again(computer: Debian) -> None:
+    """After the reboot, without a hand; off with pages swapped out, in an order that cannot lose them."""
+    with computer.on() as guest:
+        active(guest)
+        assert computer.trouble() == []
+        swapped_out(guest, 3)
+        verified(guest)
+        assert "tmpfs" in guest.run("findmnt /tmp")
+        computer.turn_off("poweroff")
+        computer.order(
+            "Stopped target sysinit.target",
+            "Unmounted tmp.mount",
+            "Stopped target swap.target",
+            "Deactivated swap dev-nbd0.swap",
+            "Stopped zramd-attach@zram0.service",
+            "Stopped zramd@zram0.service",
+            "Reached target umount.target",
+        )
+
+
+def test_removed(computer: Debian) -> None:
+    with computer.on() as guest:
+        active(guest)
+        guest.run("systemctl disable --now zramd@zram0", SLOW)
+        said = guest.run("zramd remove-units", SLOW)
+        assert said.count("removed  /usr/local/lib/systemd/system/zramd") == 3
+        assert "kept     /etc/zramd.conf: it is yours" in said
+        off(guest)
+        assert guest.run("find / -xdev -name 'zramd*.service*' -o -xdev -name 'zramd*.slice*'").strip() == ""
+        computer.turn_off("poweroff")

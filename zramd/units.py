@@ -1,0 +1,198 @@
+"""The systemd units of this installation: written, and removed again."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import zramd
+from zramd.errors import UnitsError, UsageError
+
+UNITS = ("zramd@.service", "zramd-attach@.service", "zramd.slice")
+MARK = (
+    "# Installed by 'zramd install-units'; 'zramd remove-units' removes it. To change it: systemctl edit.\n"
+)
+COMMAND = "/usr/local/bin/zramd"  # what stands in the units as they are shipped
+HIDDEN = ("/home", "/root", "/run/user")  # from the services: ProtectHome=
+
+
+def install(arguments: argparse.Namespace) -> int:
+    """Write the units, an example configuration if there is none, and let systemd read them."""
+    root, folder = _places(arguments)
+    command = _command(root)
+    changed = False
+    for name in UNITS:
+        target = folder / name
+        old = _read(target)
+        if old is not None and not old.startswith(MARK):
+            raise UnitsError(f"{target} is not from 'zramd install-units': remove it or use another --prefix")
+        text = MARK + (shipped("systemd") / name).read_text().replace(COMMAND, command)
+        if old == text:
+            print(f"unchanged  {target}")
+            continue
+        _write(target, text)
+        changed = True
+        print(f"{'installed' if old is None else 'updated  '}  {target}")
+    _install_example(root)
+    _reload(root, changed)
+    if not arguments.root:
+        print("next: look at /etc/zramd.conf, then 'systemctl enable --now zramd@zram0'")
+    return 0
+
+
+def remove(arguments: argparse.Namespace) -> int:
+    """Remove what `install` has written. What the user has changed stays."""
+    root, folder = _places(arguments)
+    found = [target for name in UNITS if (_read(target := folder / name) or "").startswith(MARK)]
+    if found:
+        _refuse_in_use(root)
+    for target in found:
+        target.unlink()
+        print(f"removed  {target}")
+    if not found:
+        print(f"there are no units of zramd in {folder}")
+    example = root / "etc/zramd.conf"
+    text = _read(example)
+    if text is not None and text == (shipped("docs") / "zramd.conf").read_text():
+        example.unlink()
+        print(f"removed  {example}")
+    elif text is not None:
+        print(f"kept     {example}: it is yours")
+    _reload(root, bool(found))
+    return 0
+
+
+def shipped(folder: str) -> Path:
+    """Return where files that are no code lie: in the package, or beside it in a checkout."""
+    package = Path(zramd.__file__).resolve().parent
+    inside = package / folder
+    return inside if inside.is_dir() else package.parent / folder
+
+
+def _places(arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """Return what stands for /, and the folder of the units in there."""
+    root = Path(arguments.root or "/").absolute()
+    if not root.is_dir():
+        raise UsageError(f"--root '{arguments.root}' is not a folder")
+    prefix = Path(arguments.prefix)
+    if not prefix.is_absolute():
+        raise UsageError(f"--prefix '{arguments.prefix}' is not an absolute path: use one such as /usr/local")
+    if not arguments.root and os.geteuid():
+        raise UnitsError("only root may install and remove units: use sudo, or --root FOLDER to try it out")
+    return root, root / prefix.relative_to("/") / "lib/systemd/system"
+
+
+def _command(root: Path) -> str:
+    """Return the path of this installation's command, as a service started from `root` sees it."""
+    import re
+    import sysconfig
+
+    command = os.path.realpath(sys.argv[0])
+    if os.path.basename(command) != "zramd":  # python -m zramd
+        command = f"{sysconfig.get_path('scripts')}/zramd"
+    needed = (command, os.path.realpath(sys.executable), os.path.realpath(zramd.__file__))
+    if not os.path.isfile(command) or not _runs(command):
+        raise UnitsError(
+            f"'{command}' does not run by itself: install zramd, 'python3 -m venv /opt/zramd' and "
+            "'/opt/zramd/bin/pip install' it, then '/opt/zramd/bin/zramd install-units'"
+        )
+    for path in needed:
+        inside = _inside(path, root)
+        if any(inside.startswith(f"{folder}/") for folder in HIDDEN) or not _readable(path):
+            raise UnitsError(
+                f"'{path}' is closed to services: install zramd and its Python elsewhere, say /opt/zramd"
+            )
+    if not re.fullmatch(r"[\w./+@:=-]+", inside := _inside(command, root)):
+        raise UnitsError(
+            f"'{inside}' has characters that a unit cannot have in a path: install zramd elsewhere"
+        )
+    return inside
+
+
+def _inside(path: str, root: Path) -> str:
+    return f"/{os.path.relpath(path, root)}" if Path(path).is_relative_to(root) else path
+
+
+def _runs(command: str) -> bool:
+    import subprocess
+
+    environment = {"PATH": os.defpath}
+    try:
+        done = subprocess.run(
+            [command, "--version"], env=environment, cwd="/", capture_output=True, text=True
+        )
+    except OSError:
+        return False
+    return done.stdout == f"zramd {zramd.__version__}\n"
+
+
+def _readable(path: str) -> bool:
+    """Say whether root can read a file without CAP_DAC_OVERRIDE, which the services do not have."""
+    for place in (Path(path), *Path(path).parents):
+        found = place.stat()
+        wanted = 5 if place.is_dir() else 4
+        if (found.st_mode >> (6 if found.st_uid == 0 else 0)) & wanted != wanted:
+            return False
+    return True
+
+
+def _install_example(root: Path) -> None:
+    from zramd import conffiles, devices
+
+    found = conffiles.find(root, devices.CONF)
+    if found:
+        print(f"kept       {found[0]}")
+        return
+    target = root / "etc" / devices.CONF
+    _write(target, (shipped("docs") / devices.CONF).read_text())
+    print(f"installed  {target}, an example")
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    new.chmod(0o644)
+    new.replace(path)
+
+
+def _refuse_in_use(root: Path) -> None:
+    """Raise UnitsError when a service is enabled or active."""
+    links = (root / "etc/systemd/system").glob("*.wants/zramd@*.service")
+    used = {link.name for link in links}
+    if _live(root):
+        shown = _systemctl(
+            "list-units", "--plain", "--no-legend", "zramd@*.service", "zramd-attach@*.service"
+        )
+        used |= {
+            line.split()[0] for line in shown.splitlines() if line.split()[2:3] not in ([], ["inactive"])
+        }
+    if used:
+        names = " ".join(sorted(used))
+        raise UnitsError(f"{names} is enabled or active: 'systemctl disable --now {names}' first")
+
+
+def _reload(root: Path, changed: bool) -> None:
+    if changed and _live(root):
+        _systemctl("daemon-reload")
+
+
+def _live(root: Path) -> bool:
+    """Say whether `root` is this machine's, and systemd runs it."""
+    return root == Path("/") and os.path.isdir("/run/systemd/system")
+
+
+def _systemctl(*words: str) -> str:
+    import subprocess
+
+    done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UnitsError(f"'systemctl {' '.join(words)}' failed: {' '.join(done.stderr.split())}")
+    return done.stdout
