@@ -81,6 +81,16 @@ def run(this: Plan, machine: Machine, live: report.Live) -> report.Result:
     return result
 
 
+def _asked() -> str:
+    """Return the command line's words, but for where its results go."""
+    words, skip = [], False
+    for word in sys.argv[1:]:
+        if not skip and word not in ("--json", "--markdown"):
+            words.append(word)
+        skip = word in ("--json", "--markdown")
+    return " ".join(words)
+
+
 def main() -> int:
     """Run what the command line asks for."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -98,7 +108,7 @@ def main() -> int:
     results = []
     for mode in MODES if asked.attach == "all" else [asked.attach]:
         result = run(plan(asked, mode), machine, live)
-        result.settings = {"kernel": cloud.release, "accel": accel, "command": " ".join(sys.argv[1:])}
+        result.settings = {"kernel": cloud.release, "accel": accel, "command": _asked()}
         print(report.text(result), flush=True)
         results.append(result)
     if asked.json:
