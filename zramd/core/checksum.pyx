@@ -1,7 +1,9 @@
 """The checksum of an object: four CRC-32C lanes over every fourth word, and the CRC-32C of the four.
 
-One lane would wait three cycles for each word. Each lane finds what a CRC finds in its words, and folding them loses
-nothing that happened in one of them. The seed, a block's number, makes another block's object wrong here.
+One lane would wait three cycles for each word. Each lane finds what a CRC finds in its words, and folding them loses nothing
+that happened in one of them: each is multiplied by an odd number first, which is one to one. Without that, the same change in
+two neighbouring words, such as of a stuck bit line, would cancel out: a CRC of CRCs is but a sum of shifted changes. The
+seed, a block's number, makes another block's object wrong here.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -15,6 +17,7 @@ cdef extern from *:
     /* What is read may be another's, or nobody's, when a word that led here is wrong: that is what is to be found. */
     #define CHECKSUM_CODE __attribute__((no_sanitize("address"))) static
 
+    #define CHECKSUM_MIX(lane, odd) ((uint64_t)((uint32_t)(lane) * odd##u))
     #define CHECKSUM_LANES(name, step)                                                          \\
     CHECKSUM_CODE uint32_t name(const char *data, uint32_t size, uint64_t seed)                 \\
     {                                                                                           \\
@@ -33,7 +36,8 @@ cdef extern from *:
         for (i = words * 8; i < size; i++)                                                      \\
             rest = rest << 8 | (unsigned char)data[i];                                          \\
         b = step(b, rest);                                                                      \\
-        return (uint32_t)step(step(step(a, b), c), d | (uint64_t)size << 32);                   \\
+        return (uint32_t)step(step(step(a, CHECKSUM_MIX(b, 0x9E3779B1)), CHECKSUM_MIX(c, 0x85EBCA77)), \\
+                              CHECKSUM_MIX(d, 0xC2B2AE3D) | (uint64_t)size << 32);              \\
     }
     typedef uint64_t __attribute__((aligned(1), may_alias)) checksum_word;
 

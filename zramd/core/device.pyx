@@ -49,7 +49,6 @@ from zramd.core.region cimport KEPT_DEVICE, KEPT_STATE, Memory, Region, region_p
 from zramd.core.types cimport (
     BLOCK_SHIFT,
     BLOCK_SIZE,
-    CELL_TAGS,
     PAGE_SHIFT,
     PAGE_SIZE,
     SLOT_CHECK_SHIFT,
@@ -60,6 +59,7 @@ from zramd.core.types cimport (
     SLOTS_PER_PAGE,
     SPAN_SHIFT,
     SPAN_SIZE,
+    cell_obj,
     slot_handle,
 )
 from zramd.core.zsmalloc cimport Zsmalloc, size_class
@@ -859,7 +859,7 @@ cdef class Device:
             elif slot and slot != SLOT_LOST:
                 rc = self.pool.obj_begin(handle, &payload)
                 if rc == 0:
-                    obj = load_relaxed(&self.pool.cells[handle]) & ~<uint64_t>CELL_TAGS
+                    obj = cell_obj(load_relaxed(&self.pool.cells[handle]))
                     span = obj >> SPAN_SHIFT
                     c = &self.pool.classes[self.pool.zspages[span].class_index]
                     pthread_mutex_lock(&c.lock)
