@@ -1,9 +1,9 @@
 """The checksum of an object: four CRC-32C lanes over every fourth word, and the CRC-32C of the four.
 
-One lane would wait three cycles for each word. Each lane finds what a CRC finds in its words, and folding them loses nothing
-that happened in one of them: each is multiplied by an odd number first, which is one to one. Without that, the same change in
-two neighbouring words, such as of a stuck bit line, would cancel out: a CRC of CRCs is but a sum of shifted changes. The
-seed, a block's number, makes another block's object wrong here.
+One lane would wait three cycles for each word. Each lane finds what a CRC finds in its words, and folding them loses
+nothing that happened in one of them: each is multiplied by an odd number first, which is one to one. Without that, the same
+change in two neighbouring words, such as of a stuck bit line, would cancel out: a CRC of CRCs is but a sum of shifted
+changes. The seed, a block's number, makes another block's object wrong here.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
