@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import socket
 import struct
@@ -38,6 +39,19 @@ def clean_env(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("ZRAMD_", "LISTEN_")):
             monkeypatch.delenv(name)
+
+
+def block_content(block: int, version: int) -> bytes:
+    """What only this version of this block holds, of every kind; version 0: a hole."""
+    if version == 0:
+        return bytes(4096)
+    rnd = random.Random(block << 32 | version)
+    kind = rnd.randrange(8)
+    if kind == 0:
+        return (block << 32 | version).to_bytes(8, "little") * 512
+    head = b"%08d %08d " % (block, version)
+    size = 4000 if kind == 1 else rnd.randrange(50, 3600)
+    return (head + rnd.randbytes(size) + bytes(4096))[: 4096 - 18] + head
 
 
 def wait_until(predicate: Callable[[], object], timeout: float = 10.0) -> None:

@@ -212,6 +212,60 @@ def test_a_large_state_is_taken_over_by_threads_with_progress(memory_folder: Pat
         assert read(again, block * BLOCK, len(expected)) == expected
 
 
+FILL_A_SMALL_ONE = """
+import os, random, subprocess, sys
+from zramd import Device, PoolFullError, state
+folder, size = sys.argv[1], int(sys.argv[2])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "zramd-test", folder], check=True)
+
+def start():
+    fd = state.open_state(folder + "/state", size, True)
+    device = Device(size, state=fd, verify=True)
+    os.close(fd)
+    return device
+
+device, model, refused = start(), {}, 0
+for turn in range(3):
+    for block in range(turn, size // 4096, 37 if turn == 2 else 3):
+        data = random.Random(block).randbytes(4096 if block % 2 else 900).ljust(4096, b"\\0")
+        data = data if block % 5 else data[:8] * 512
+        try:
+            device.write(data, block * 4096)
+            model[block] = data
+        except (PoolFullError, MemoryError):
+            refused += 1
+    device.check()
+    for block in [block for block in model if block % 4 == turn]:
+        device.trim(block * 4096, 4096)
+        del model[block]
+    device.check()
+    del device
+    device = start()
+    device.check()
+    buf = bytearray(4096)
+    for block, data in model.items():
+        device.read(buf, block * 4096)
+        assert buf == data
+print(refused, len(model))
+"""
+
+
+def test_a_full_tmpfs_is_a_full_pool(tmp_path: Path) -> None:
+    """Not the end of the process, which a page fault there would be."""
+    # The mount is gone when the process is.
+    command = (
+        ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
+    )
+    if subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs")
+    command += [sys.executable, "-c", FILL_A_SMALL_ONE, str(tmp_path), str(64 << 20)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    refused, kept = map(int, done.stdout.split())
+    assert refused > 1000
+    assert kept > 500
+
+
 def mapped(path: Path) -> int:
     """Bytes of the file that this process has mapped and resident."""
     total = 0
@@ -239,7 +293,7 @@ def test_for_the_local_kernel_all_of_a_state_is_mapped(memory_folder: Path) -> N
     assert counters["mem_used_total"] == used
     assert mapped(path) >= used + counters["reserve_bytes"] + SIZE // BLOCK * 16
     device.check()
-    assert resident(path) == mapped(path)
+    assert resident(path) == mapped(path) + BLOCK  # the header was written, not mapped
 
 
 def test_locked_memory_is_given_back(memory_folder: Path) -> None:
@@ -604,3 +658,12 @@ def test_a_flip_of_any_bit_is_found(memory_folder: Path, kind: str) -> None:
     assert device.counters()["checksum_errors"] == errors
     assert read(device, 5 * BLOCK, BLOCK) == data
     device.check()
+
+
+@pytest.mark.parametrize("change", [-BLOCK, BLOCK])
+def test_a_file_of_another_size_is_no_state(change: int) -> None:
+    fd = os.memfd_create("zramd")
+    os.ftruncate(fd, state_layout(SIZE)["bytes"] + change)
+    with pytest.raises(ValueError, match="is not one of"):
+        Device(SIZE, state=fd)
+    os.close(fd)

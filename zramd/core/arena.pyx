@@ -47,8 +47,10 @@ cdef extern from *:
     """
     #include <unistd.h>
     #define zr_popcount(x) __builtin_popcount(x)
+    #define zr_lowest(x) ((uint64_t)__builtin_ctz(x))
     """
     int zr_popcount(unsigned int x) noexcept nogil
+    uint64_t zr_lowest(unsigned int x) noexcept nogil
     int usleep(unsigned int microseconds) noexcept nogil
 
 cdef enum:
@@ -155,12 +157,18 @@ cdef class Arena:
     cdef int commit(self, uint32_t span, uint32_t mask) noexcept nogil:
         """Count the pages of mask as resident. The number of pages that were not before, or -ENOSPC at the limit.
 
-        Nothing is touched here: the owner's first write makes the page resident.
+        Nothing is touched here: the owner's first write makes the page resident. (A file with little room is asked first.)
         """
         cdef uint32_t fresh = mask & ~<uint32_t>self.committed[span]
         cdef int n = zr_popcount(fresh)
         if n:
             if not self._charge(n):
+                return -ENOSPC
+            if self.spans.is_scarce() and self.spans.ready(
+                    self.base + (<uint64_t>span << SPAN_SHIFT) + (zr_lowest(fresh) << PAGE_SHIFT),
+                    <uint64_t>n << PAGE_SHIFT):
+                self._release(span, fresh)
+                counter_sub(&self.pages, n)
                 return -ENOSPC
             if load_relaxed(&self.reserve):
                 counter_add(&self.misses, n)

@@ -83,6 +83,7 @@ cdef class Device:
     cdef uint64_t _get(self, uint64_t block) noexcept nogil
     cdef uint64_t _set(self, uint64_t block, uint64_t slot) noexcept nogil
     cdef void _prefetch(self, uint64_t block) noexcept nogil
+    cdef int _slot_is_ready(self, uint64_t block) noexcept nogil
     cdef int _write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil
     cdef int _merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
     cdef int _read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil

@@ -66,6 +66,8 @@ from zramd.core.zsmalloc cimport Zsmalloc, size_class
 
 import os
 
+import os
+
 from zramd.core.zsmalloc import pool_layout
 from zramd.errors import CorruptionError, error_from
 
@@ -116,8 +118,8 @@ cdef class Device:
     state: descriptor, the caller's to close, of the file that holds all data (see zramd.state); what is in it is
     taken over, and progress(done, total) called about every second meanwhile. -1: memory of this process.
     verify: store a checksum with each block, and check it on each read; a state is all with or all without.
-    Raises ValueError for a size out of range, MemoryError when the address space cannot be had, CorruptionError when
-    what the state says contradicts itself (then nothing in it was changed).
+    Raises ValueError for a size out of range, also of the state; MemoryError when the address space cannot be had;
+    CorruptionError when the state contradicts itself (then nothing in it was changed).
     Every method may be called from any number of threads.
     """
 
@@ -145,6 +147,8 @@ cdef class Device:
         self.touched = <uint8_t *>self.touches.base
         self.pool = Zsmalloc(self.blocks, memory=memory)
         if state >= 0:
+            if os.fstat(state).st_size != memory.end:
+                raise ValueError(f"a state of {os.fstat(state).st_size} bytes is not one of {memory.end} bytes")
             self._take_over(progress)
         # A limit that was changed at work stays, until another one is asked for than the last time.
         if self.kept.limit_asked == mem_limit + 1:
@@ -347,9 +351,17 @@ cdef class Device:
         if slot and not slot & SLOT_SAME:
             self.pool.obj_prefetch(slot_handle(slot), slot & SLOT_SIZE_MASK)
 
+    cdef int _slot_is_ready(self, uint64_t block) noexcept nogil:
+        """Before a slot is written: 0, or -ENOSPC, the state's file system has no room for it."""
+        if is_touched(&self.touched[block // SLOTS_PER_PAGE]) or self.slot_table.ready(&self.slots[block], 8) == 0:
+            return 0
+        return -ENOSPC
+
     cdef int _write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil:
         cdef uint64_t slot, old
-        cdef int rc = self._store(block, src, s, &slot)
+        cdef int rc = self._slot_is_ready(block)
+        if rc == 0:
+            rc = self._store(block, src, s, &slot)
         if rc == 0:
             pthread_mutex_lock(&self.stripes[block % STRIPES])
             old = self._set(block, slot)
@@ -360,7 +372,9 @@ cdef class Device:
     cdef int _merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil:
         """Write n bytes (zeros when src is NULL) at a place in a block: its other bytes stay."""
         cdef uint64_t slot, old = 0
-        cdef int rc
+        cdef int rc = self._slot_is_ready(block)
+        if rc:
+            return rc
         pthread_mutex_lock(&self.stripes[block % STRIPES])
         rc = self._load(block, self._get(block), s.page)
         if rc == 0:
@@ -391,6 +405,8 @@ cdef class Device:
         """Make a block a hole (slot 0) or allocated zeros (SLOT_SAME)."""
         cdef uint64_t old
         if slot:
+            if self._slot_is_ready(block):
+                return -ENOSPC
             slot = self._same_slot(block, 0)
         if slot == 0 and self._get(block) == 0:
             return 0

@@ -34,7 +34,10 @@ cdef extern from *:
     #define load_relaxed(p) __atomic_load_n((p), __ATOMIC_RELAXED)
     #define load_acquire(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define store_relaxed(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
-    #define store_release(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+    /* The fence, which is no instruction, keeps the compiler from moving what follows before the store: what a kill
+       leaves must be a moment of the program as it is written. */
+    #define store_release(p, v) \
+        (__atomic_store_n((p), (v), __ATOMIC_RELEASE), __atomic_signal_fence(__ATOMIC_SEQ_CST))
     #define counter_add(p, n) ((void)__atomic_fetch_add((p), (n), __ATOMIC_RELAXED))
     #define counter_sub(p, n) ((void)__atomic_fetch_sub((p), (n), __ATOMIC_RELAXED))
     /* for a word with one writer at a time (it holds a lock) and readers without one: no locked instruction */

@@ -16,7 +16,11 @@ cdef class Region:
     cdef readonly uint64_t size     # bytes, whole pages
     cdef int fd                     # -1: anonymous
     cdef uint64_t offset            # in the file
+    cdef uint64_t looks             # atomic: calls of is_scarce
+    cdef uint64_t scarce            # atomic: what it found the last time
 
+    cdef bint is_scarce(self) noexcept nogil
+    cdef int ready(self, void *start, uint64_t size) noexcept nogil
     cdef int release(self, void *start, uint64_t size) noexcept nogil
     cdef int release_all(self) noexcept nogil
     cdef bint next_extent(self, uint64_t *start, uint64_t *end) noexcept nogil

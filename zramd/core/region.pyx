@@ -10,7 +10,7 @@ Only what was written may be read: reading a hole of a file's mapping would allo
 """
 
 cimport cython
-from libc.errno cimport errno
+from libc.errno cimport EINVAL, errno
 from libc.stdint cimport int64_t, uint64_t
 from posix.mman cimport (
     MADV_DONTNEED,
@@ -27,6 +27,7 @@ from posix.mman cimport (
     munmap,
 )
 
+from zramd.core.locks cimport load_relaxed, store_relaxed
 from zramd.core.types cimport PAGE_SIZE
 
 import os
@@ -57,6 +58,12 @@ cdef extern from *:
     {
         return (int)syscall(SYS_fallocate, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size);
     }
+    /* Bytes that are free in the file system, or as good as all where it has no limit. */
+    static uint64_t room(int fd)
+    {
+        struct statfs s;
+        return fstatfs(fd, &s) || s.f_blocks == 0 ? UINT64_MAX : (uint64_t)s.f_bavail * s.f_bsize;
+    }
     static long filesystem_type(int fd)
     {
         struct statfs s;
@@ -65,9 +72,14 @@ cdef extern from *:
     """
     int MADV_NOHUGEPAGE, MADV_POPULATE_WRITE, MADV_DONTNEED_LOCKED, SEEK_DATA, SEEK_HOLE
     int punch_hole(int fd, uint64_t offset, uint64_t size) noexcept nogil
+    uint64_t room(int fd) noexcept nogil
     long filesystem_type(int fd) noexcept nogil
     int close(int fd) noexcept nogil
     int64_t lseek(int fd, int64_t offset, int whence) noexcept nogil
+
+cdef enum:
+    LOOK = 64
+    SCARCE = 64 << 20       # bytes: what others may take of the file system between two looks
 
 cdef int give_back_advice = MADV_DONTNEED
 
@@ -113,6 +125,28 @@ cdef class Region:
         if self.base != NULL:
             munmap(self.base, self.size)
 
+    cdef bint is_scarce(self) noexcept nogil:
+        """Whether there is so little room left in the file's file system that new pages need ready.
+
+        It looks every LOOK calls: asking for each page would cost 4 % of what it takes to fill a device.
+        """
+        cdef uint64_t looks = load_relaxed(&self.looks)
+        if self.fd < 0:
+            return False
+        store_relaxed(&self.looks, looks + 1)
+        if looks % LOOK == 0:
+            store_relaxed(&self.scarce, room(self.fd) < SCARCE)
+        return load_relaxed(&self.scarce)
+
+    cdef int ready(self, void *start, uint64_t size) noexcept nogil:
+        """Before pages are touched for the first time: 0, or -1, there is no room for them in the file.
+
+        Touching them would end the process (SIGBUS).
+        """
+        if self.fd < 0 or region_populate(start, size) == 0 or errno == EINVAL:     # before Linux 5.14
+            return 0
+        return -1
+
     cdef int release(self, void *start, uint64_t size) noexcept nogil:
         """Give whole pages back to the operating system; they read as zeros afterwards."""
         if self.fd < 0:
@@ -149,6 +183,8 @@ cdef class Memory:
         if fd >= 0:
             self.fd = os.dup(fd)
         self.head = self.region(HEAD_SIZE, True)
+        if self.head.ready(self.head.base + KEPT_STATE, KEPT_PAGES * PAGE_SIZE):
+            raise MemoryError("the file system of the state is full")
 
     def __dealloc__(self):
         if self.fd >= 0:

@@ -5,6 +5,9 @@ from _typeshed import ReadableBuffer
 from zramd.core.region import Memory
 
 CHECK_LEVEL: int
+CLASSES: list[tuple[int, int, int]]
+
+def pool_layout(max_objects: int) -> dict[str, int]: ...
 
 @final
 class Zsmalloc:

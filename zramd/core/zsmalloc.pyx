@@ -21,8 +21,8 @@ Crash rule: what a scan of the slots, cells and payloads finds is whole at any i
 what it points to: alloc: class of the span, header, payload, cell, (slot); move: copy, cell, header of the source; free:
 (slot), chunk, cell. The cell of an object being written is pinned, and no slot holds its handle yet; the scan takes its
 chunk back. A span changes its class only when no slot leads there. (A kill keeps what one processor has stored, in its
-order; the compiler keeps the order because each step ends with a release store or a call.) zr_crash_point marks each
-step, tests/property/test_crash_points.py dies at each.
+order; the compiler keeps the order because each step ends with store_release, which has a fence for it.)
+zr_crash_point marks each step; tests/property/test_crash_points.py dies at each.
 
 What a word of the file says is not trusted with memory beyond the file's own: a handle, an obj or a link that a flipped
 bit has made wrong is refused, or leads to an object whose checksum differs.
@@ -119,6 +119,7 @@ cdef extern from *:
     uint32_t bits_set(uint32_t x) noexcept nogil
 
 cdef enum:
+    CELLS_PER_PAGE = 512
     SPARES = 32             # pages of huge objects kept for the next one: overwriting raw blocks would else fault each time
     CELLS_SLACK = 1 << 17   # handles beyond max_objects: objects that are written but not yet published by their owner
     PIN_SPINS = 200         # about a decompression; then let the holder of the pin run
@@ -298,7 +299,9 @@ cdef class Zsmalloc:
             if next & CELL_TAGS:
                 handle = 0      # overwritten in memory: what follows it is lost until the next start
             self.cells_free = next >> 3 if handle and next >> 3 < self.cells_top else 0
-        if handle == 0 and self.cells_top <= self.max_objects + CELLS_SLACK:
+        if handle == 0 and self.cells_top <= self.max_objects + CELLS_SLACK and (
+                self.cells_top % CELLS_PER_PAGE > 1
+                or self.cell_table.ready(&self.cells[self.cells_top], sizeof(uint64_t)) == 0):
             handle = self.cells_top
             owned_add(&self.cells_top, 1)
         if handle:
@@ -648,12 +651,15 @@ cdef class Zsmalloc:
             self._link(c, span)
 
     cdef int64_t _zspage_new(self, size_class *c, uint32_t index) noexcept nogil:
-        """An empty zspage, listed; its span, or -ENOMEM."""
+        """An empty zspage, listed; its span, or -ENOMEM, -ENOSPC."""
         cdef int64_t span = self.arena.take(c.pages)
         cdef zspage *z
         cdef uint32_t page
         if span < 0:
             return span
+        if self.span_classes.is_scarce() and self.span_classes.ready(&self.span_class[span], 1):
+            self.arena.give(<uint32_t>span, False)
+            return -ENOSPC
         z = &self.zspages[span]
         z.inuse = 0
         z.fresh = 0
@@ -886,7 +892,8 @@ cdef class Zsmalloc:
                 return True
             # Somebody else made room while this thread waited for compact_lock. A chunk touches 2 pages at most.
             limit = load_relaxed(&self.arena.limit)
-            if limit == 0 or load_relaxed(&self.arena.pages) + 2 <= limit:
+            # (Unless it is the state's file system that has none.)
+            if (limit == 0 or load_relaxed(&self.arena.pages) + 2 <= limit) and not self.arena.spans.is_scarce():
                 return True
             if self.freeable_pages() == 0:
                 return False

@@ -1,0 +1,101 @@
+"""Processes that are killed in the middle of many threads' work, and the state they leave behind.
+
+30 kills; ZRAMD_STRESS multiplies that. The seed is printed and can be given as ZRAMD_SEED.
+(tests/integration/test_crash.py does it to servers with clients; here far more happens between two kills.)
+"""
+
+import mmap
+import os
+import random
+import signal
+import struct
+import threading
+import time
+
+import pytest
+from conftest import block_content
+
+from zramd import Device
+from zramd.core.device import state_layout
+
+BLOCK = 4096
+SCALE = float(os.environ.get("ZRAMD_STRESS", "1"))
+SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))
+KILLS = max(1, int(30 * SCALE))
+WORKERS = 4
+BLOCKS = 2048  # of each worker
+SIZE = WORKERS * BLOCKS * BLOCK
+
+
+def work(fd: int, told: mmap.mmap, versions: list[int], seed: int) -> None:
+    """Threads that write, trim and read blocks of their own, and tell what they begin and what is done."""
+    device = Device(SIZE, state=fd)
+
+    def worker(me: int) -> None:
+        rnd = random.Random(seed + me)
+        version = versions[me]
+        while True:
+            version += 1
+            index = rnd.randrange(64) if rnd.random() < 0.5 else rnd.randrange(BLOCKS)
+            block = me * BLOCKS + index
+            shown = 0 if rnd.random() < 0.3 else version
+            data = block_content(block, shown)
+            at = block * 16
+            told[at : at + 8] = struct.pack("<Q", shown)
+            if shown:
+                device.write(data, block * BLOCK)
+            else:
+                device.trim(block * BLOCK, BLOCK)
+            told[at + 8 : at + 16] = struct.pack("<Q", shown)
+            if rnd.random() < 0.2:
+                buf = bytearray(BLOCK)
+                device.read(buf, block * BLOCK)
+                assert buf == data
+
+    for me in range(WORKERS):
+        threading.Thread(target=worker, args=(me,), daemon=True).start()
+    while True:
+        device.compact(65536)
+        device.trim_stock()
+
+
+@pytest.mark.timeout(120 + 10 * KILLS)
+def test_threads_that_are_killed() -> None:
+    print(f"ZRAMD_SEED={SEED}")
+    rnd = random.Random(SEED)
+    fd = os.memfd_create("zramd")
+    os.ftruncate(fd, state_layout(SIZE)["bytes"])
+    told = mmap.mmap(-1, WORKERS * BLOCKS * 16)  # of each block: the version begun, the version done
+    versions = [0] * WORKERS
+    leaked = pinned = 0
+    for _ in range(KILLS):
+        child = os.fork()
+        if child == 0:
+            try:
+                work(fd, told, versions, rnd.randrange(1 << 30))
+            finally:
+                os._exit(1)
+        time.sleep(rnd.uniform(0.02, 0.3))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status), "it died by itself"
+        device = Device(SIZE, state=fd)
+        device.check()
+        leaked += device.counters()["leaked_objects"]
+        buf = bytearray(SIZE)
+        device.read(buf, 0)
+        for block in range(WORKERS * BLOCKS):
+            begun, done = struct.unpack_from("<QQ", told, block * 16)
+            found = buf[block * BLOCK : (block + 1) * BLOCK]
+            if found != block_content(block, done):
+                assert begun != done, f"block {block}: version {done} is lost"
+                assert found == block_content(block, begun), f"block {block} is torn"
+                done = begun
+                pinned += 1
+            struct.pack_into("<QQ", told, block * 16, done, done)
+            versions[block // BLOCKS] = max(versions[block // BLOCKS], begun)
+        device.check()
+        del device
+    print(f"{KILLS} kills: {leaked} objects leaked, {pinned} blocks in flight were new")
+    assert max(versions) > KILLS
+    os.close(fd)
