@@ -28,6 +28,23 @@ _HEADER = struct.Struct(f"<16sQ{len(_FIELDS)}QQ")  # magic, version, fields, che
 _REMOVE = "or remove the file to start empty"
 
 
+def look(path: str, disksize: int, verify: bool) -> None:
+    """Raise StateError if the state, which a server may be using now, is not one for this device."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise StateError(f"state '{path}' cannot be opened: {reason}: {_remedy(error.errno)}") from None
+    try:
+        _accept(fd, path, _layout(disksize, verify))
+    finally:
+        os.close(fd)
+
+
+def _layout(disksize: int, verify: bool) -> dict[str, int]:
+    return state_layout(disksize) | {"verify": int(verify)}
+
+
 def open_state(path: str, disksize: int, verify: bool) -> int:
     """Return the descriptor of the state file, locked; a new one is laid out for the device.
 
@@ -41,7 +58,7 @@ def open_state(path: str, disksize: int, verify: bool) -> int:
                 f"state '{path}' is not on a tmpfs: use a path such as /dev/shm/NAME or /run/NAME, "
                 "for a disk would be written to all the time, and waited for"
             )
-        layout = state_layout(disksize) | {"verify": int(verify)}
+        layout = _layout(disksize, verify)
         if _is_empty(fd):
             _create(fd, path, layout)
         else:
