@@ -17,6 +17,9 @@ HAND_OVER = signal.SIGUSR1  # leave at once, also while swapped to: the state st
 WAITS = "ZRAMD_TAKES_OVER"  # in the environment of the new server: the descriptor on which it waits
 MADE = "ZRAMD_RUNDIR_MADE"  # and whether zramd made the run folder
 
+SYSTEMD = "systemd"  # as state=: the service manager keeps the file, see zramd.fdstore
+KEPT_FD = "ZRAMD_STATE_FD"  # in the environment: which descriptor that is
+
 
 def takes_over() -> bool:
     """Say whether this process is to take over from another one."""

@@ -15,6 +15,7 @@ import zlib
 from zramd.core.device import state_layout
 from zramd.core.region import filesystem
 from zramd.errors import StateError
+from zramd.handover import KEPT_FD, SYSTEMD
 
 MAGIC = b"zramd state\n\0\x1a\xff\x00"
 VERSION = (
@@ -69,9 +70,19 @@ def open_state(path: str, disksize: int, verify: bool) -> int:
     return fd
 
 
+def _path(path: str) -> str:
+    """Return where the file is."""
+    if path != SYSTEMD:
+        return path
+    if KEPT_FD not in os.environ:
+        raise StateError(f"state={SYSTEMD} is for 'zramd serve' as a service: use it there, or use a file")
+    return f"/proc/self/fd/{os.environ[KEPT_FD]}"
+
+
 def _open(path: str) -> int:
+    path, flags = _path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK, 0o600)
+        return os.open(path, flags, 0o600)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise StateError(f"state '{path}' cannot be opened: {reason}: {_remedy(error.errno)}") from None

@@ -257,6 +257,8 @@ def set_environment(settings: "Config") -> None:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Become nbdkit, serving as told. Returns only by an exception: see `plan`."""
+    from zramd import fdstore, handover
+
     size, words = arguments.size, arguments.settings
     if arguments.config is not None:
         from zramd import devices
@@ -265,7 +267,10 @@ def serve(arguments: argparse.Namespace) -> int:
             [*words, *([] if size is None else [f"disksize={size}"])]
         )
         size = None
+    kept = fdstore.take_out()  # before anybody takes it for a socket
     settings, options, argv = plan(arguments.name, size, words, arguments.nbdkit_options)
+    if settings.state == handover.SYSTEMD:
+        fdstore.prepare(kept)
     if _STANDARD_INPUT.isdisjoint(options.values):  # there, standard output is the client's
         _start_watcher(settings, greeting(settings, options, os.getpid()))
     set_environment(settings)
@@ -287,6 +292,8 @@ def start(arguments: argparse.Namespace) -> int:
         if configuration.has(name):
             words, name = configuration.find(name).words(words), None
     settings, options, argv = plan(name, arguments.size, words, arguments.nbdkit_options)
+    if settings.state == "systemd":
+        raise UsageError("state=systemd is for 'zramd serve' as a service: use a file such as /dev/shm/NAME.state")
     if not _STANDARD_INPUT.isdisjoint(options.values):
         raise UsageError("a server in the background has no standard input to serve: use 'zramd serve'")
     set_environment(settings)
