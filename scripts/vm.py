@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from vm_tools import image, kernel, pressure, report, scenario
+from vm_tools import image, kernel, kills, pressure, report, scenario
 from vm_tools.errors import VmError
 from vm_tools.guest import Machine, choose_accel
 from vm_tools.plan import MODES, Plan, default_memory
@@ -32,6 +32,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--limit", action="store_true")
     parser.add_argument("--pause", action="store_true")
     parser.add_argument("--stall", type=float, default=0)
+    parser.add_argument("--kill", type=float, default=0)
+    parser.add_argument("--restart", action="store_true")
     parser.add_argument("--nbd-options", default="")
     parser.add_argument("--memory", type=parse_size, default=0)
     parser.add_argument("--seed", type=int, default=1)
@@ -52,6 +54,8 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
         limit=asked.limit,
         pause=asked.pause,
         stall=asked.stall,
+        kill=asked.kill,
+        restart=asked.restart,
         nbd_options=asked.nbd_options,
     )
 
@@ -67,6 +71,8 @@ def run(this: Plan, machine: Machine, live: report.Live) -> report.Result:
                 pressure.pause(this, boot, result)
             elif this.limit:
                 pressure.full_pool(this, boot, result)
+            elif this.kill:
+                kills.kills(this, boot, result)
             elif this.hog_seconds:
                 pressure.hog(this, boot, result)
             else:
@@ -97,6 +103,10 @@ def main() -> int:
     asked = arguments(sys.argv[1:])
     if asked.pause and asked.attach != "qemu":
         raise VmError("--pause is qemu's: use it with --attach qemu")
+    if (asked.kill or asked.restart) and asked.attach != "qemu":
+        raise VmError("--kill is qemu's: use it with --attach qemu")
+    if asked.restart and not asked.kill:
+        raise VmError("--restart wants the seconds between two: give --kill SECONDS, too")
     live = report.Live()
     folder = ROOT / "build/vm"
     cloud = kernel.prepare(folder)

@@ -108,7 +108,7 @@ def _metrics_file(text: str) -> str:
 def _state(text: str) -> str:
     if "\0" in text:
         raise ConfigError(f"'{text}' is not a path")
-    return os.path.abspath(text) if text else ""
+    return os.path.abspath(text) if text and text != "systemd" else text
 
 
 def _boolean(text: str) -> bool:
@@ -222,7 +222,7 @@ SETTINGS: tuple[Setting, ...] = (
         "",
         "/dev/shm/swap0.state",
         "file on a tmpfs that all data lives in: a server started with it carries on where the last one "
-        "ended, however it ended",
+        "ended, however it ended; systemd: as a service, the service manager keeps it",
         shown_default="none: the data ends with the server",
         fixed="the data is in it",
     ),

@@ -24,3 +24,9 @@ class Manager:
         if self._socket is not None:
             with suppress(OSError):
                 self._socket.send("\n".join(assignments).encode())
+
+    def store(self, name: str, fd: int) -> None:
+        """Give the manager a descriptor to keep, which it passes to the next process of this service."""
+        if self._socket is not None:
+            with suppress(OSError):
+                socket.send_fds(self._socket, [f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0".encode()], [fd])

@@ -1,7 +1,7 @@
 """What the control socket answers to which path; zramd.endpoint has the sockets and HTTP.
 
 GET   /stats /mm_stat /io_stat /classes /classes.json /metrics /health /settings /block/N
-POST  /compact /check /reset /mem_used_max
+POST  /compact /check /reset /mem_used_max, /sockets PATH: sends those on which clients are accepted
 PUT   /NAME for each setting that can be changed while the device is served
 """
 
@@ -44,6 +44,9 @@ class Service(Protocol):
         """Drop all data; return False, with nothing done, while a client is connected."""
 
     def reset_mem_used_max(self) -> None: ...
+    def send_sockets(self, path: str) -> None:
+        """Send the listening sockets to who listens at `path`; raises OSError."""
+
 
 
 class Reply(NamedTuple):
@@ -86,6 +89,7 @@ class Routes:
             "/check": {"POST": self._check},
             "/mem_used_max": {"POST": self._mem_used_max},
             "/reset": {"POST": self._reset},
+            "/sockets": {"POST": self._sockets},
         }
         for setting in SETTINGS:
             if not setting.fixed:
@@ -169,6 +173,13 @@ class Routes:
     def _mem_used_max(self, text: str) -> Reply:
         self._service.reset_mem_used_max()
         return _json({"mem_used_max": self._service.snapshot().mem_used_max})
+
+    def _sockets(self, text: str) -> Reply:
+        try:
+            self._service.send_sockets(text)
+        except OSError as error:
+            raise RefusedError(400, f"cannot send to '{text}': {(error.strerror or '').lower()}") from None
+        return _json({"sent": True})
 
     def _reset(self, text: str) -> Reply:
         if not self._service.reset():

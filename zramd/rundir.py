@@ -11,6 +11,7 @@ import stat
 import time
 from contextlib import suppress
 
+from zramd import handover
 from zramd.errors import RundirError
 
 PID = "pid"
@@ -36,14 +37,18 @@ class Rundir:
         """
         self.path = path
         try:
-            self._made = _make(path)
+            self.made = _make(path)
             self._lock = _take_lock(path)
         except OSError as error:
             raise RundirError(f"rundir '{path}' cannot be used: {reason(error)}") from None
-        # A socket that systemd opened and passed on is in use from the start, and not ours to remove.
+        # A socket that was opened by another process and passed on is in use from the start. What systemd has
+        # passed on is not ours to remove in the end, what another server has handed over is.
         self._names = _OURS - {NBD_SOCKET} if _holds_socket(self.file(NBD_SOCKET)) else _OURS
         try:
             self._remove_files()
+            if handover.takes_over():
+                self._names = _OURS
+                self.made = self.made or handover.MADE in os.environ
             self.write_pid()
         except OSError as error:
             raise RundirError(f"rundir '{path}' cannot be written: {reason(error)}") from None
@@ -68,6 +73,10 @@ class Rundir:
         except OSError as error:
             raise RundirError(f"rundir '{self.path}' cannot be written: {reason(error)}") from None
 
+    def leave_socket(self) -> None:
+        """Leave the NBD socket in the folder: another server has it."""
+        self._names -= {NBD_SOCKET}
+
     def remove(self) -> None:
         """Remove what zramd made in the folder, and the folder if zramd made it and nothing else is in it.
 
@@ -76,7 +85,7 @@ class Rundir:
         with suppress(OSError):
             self._remove_files()
             _unlink(self.file(PID))
-            if self._made:
+            if self.made:
                 os.rmdir(self.path)
 
     def _remove_files(self) -> None:

@@ -9,15 +9,14 @@ import os
 import select
 import signal
 import socket
-import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from zramd import __version__, notify, prometheus, state, stats, swap
+from zramd import __version__, handover, notify, prometheus, sockets, state, stats, swap
 from zramd.compactor import Compactor
 from zramd.config import Config, find
 from zramd.config import value as parse_value
@@ -57,6 +56,8 @@ class Server:
         self._clients = 0
         self._clients_lock = threading.Lock()
         self._inherited: frozenset[int] = frozenset()
+        self._listening: list[int] = []
+        self._hands_over = False
         self._written: dict[str, int] = {}
         self._written_at = 0.0
         self._complained = False
@@ -77,6 +78,14 @@ class Server:
         config = self.config
         if config.swap == "local":
             swap.prepare()
+        if handover.takes_over():
+            if config.state:
+                state.look(config.state, config.disksize, config.verify)
+            if config.metrics_file:
+                MetricsFile(config.metrics_file, config.name)
+            if config.swap == "local":
+                swap.protect_process()  # nbdkit does not fork here; `start` then finds it done
+            handover.wait()
         self.device = self._make_device()
         self._rundir = Rundir(config.rundir)
         if config.metrics_file:
@@ -145,7 +154,8 @@ class Server:
             self._publish_data_id()
             if self.config.stats_interval:
                 self._write_stats()
-            self._inherited = _inherited_sockets()
+            self._inherited = sockets.inherited()
+            self._listening = sockets.listening()
             self._compactor = Compactor(self.device, self.config)
             self._compactor.start()
             if self.config.endpoint:
@@ -160,7 +170,7 @@ class Server:
             # nbdkit's own handlers would only make it wait for its clients. Python's write the number into
             # the pipe at once, even while the main thread sits in nbdkit and runs no Python.
             signal.set_wakeup_fd(self._wake[1], warn_on_full_buffer=False)
-            for number in STOP_SIGNALS:
+            for number in (*STOP_SIGNALS, handover.HAND_OVER):
                 signal.signal(number, _ignore)
             if self.config.swap == "local":
                 # Last: the threads above stay ordinary, those that nbdkit starts for clients inherit it.
@@ -189,6 +199,8 @@ class Server:
             self._endpoint.close()
         self._remove_files()
         self._log.stop()
+        if self._hands_over:
+            os._exit(0)  # nbdkit would remove the socket, which the next server has
 
     def _remove_files(self) -> None:
         if self._metrics_file is not None:
@@ -284,6 +296,11 @@ class Server:
         assert self._rundir is not None
         self._rundir.publish(DATA_ID, self.device.data_id + "\n")
 
+    def send_sockets(self, path: str) -> None:
+        """Send the sockets on which clients are accepted to who listens at `path`. Raises OSError."""
+        assert self._rundir is not None
+        sockets.send(path, self._listening, "made" if self._rundir.made else "found")
+
     def _keep_reserve(self) -> None:
         name_thread("zramd-keeper")
         swap.warm_stack()
@@ -309,9 +326,13 @@ class Server:
                 if fd != self._wake[0]:
                     assert self._endpoint is not None
                     self._endpoint.accept()
-                elif any(signals := os.read(fd, 64)) and self._may_leave(signals):
-                    self._leave()
-                    return
+                elif any(signals := os.read(fd, 64)):
+                    if self.config.state and handover.HAND_OVER in signals:
+                        self._hand_over()
+                        return
+                    if self._may_leave(signals):
+                        self._leave()
+                        return
             if self._stop_refused and self._may_leave(b""):
                 self._leave()
                 return
@@ -387,6 +408,23 @@ class Server:
         self._stop_refused = bool(devices)
         return not devices
 
+    def _hand_over(self) -> None:
+        """Leave to a server that has our sockets and takes the state.
+
+        nbdkit answers what it reads after a shutdown by errors. So it is told only when no client is left.
+        """
+        assert self._rundir is not None
+        self._rundir.leave_socket()
+        self._hands_over = True
+        sockets.stop_accepting(self._listening, handover.HAND_OVER)
+        started = time.monotonic()
+        while sockets.shut_clients(self._inherited, socket.SHUT_RD):
+            if time.monotonic() - started > STOP_WRITING:
+                sockets.shut_clients(self._inherited, socket.SHUT_RDWR)
+                break
+            time.sleep(0.001)
+        self._leave()
+
     def _leave(self) -> None:
         """End nbdkit within a second, in its normal way if it can: then it calls `stop`."""
         self._manager.tell("STOPPING=1")
@@ -394,24 +432,14 @@ class Server:
         if self._stopping.wait(STOP_READING):
             return
         # What is under way is still answered after this: only reading ends.
-        self._shut_clients(socket.SHUT_RD)
+        sockets.shut_clients(self._inherited, socket.SHUT_RD)
         if self._stopping.wait(STOP_WRITING - STOP_READING):
             return
-        self._shut_clients(socket.SHUT_RDWR)
+        sockets.shut_clients(self._inherited, socket.SHUT_RDWR)
         if self._stopping.wait(STOP_WAITING - STOP_WRITING):
             return
         self._remove_files()
         os._exit(0)
-
-    def _shut_clients(self, how: int) -> None:
-        """Shut every connection of a client: those are nbdkit's, so they are looked for among all files."""
-        for inode, sock in _stream_sockets():
-            with sock:
-                if inode not in self._inherited and not _listens(sock):
-                    try:
-                        sock.shutdown(how)
-                    except OSError:
-                        continue  # it is gone already
 
 
 def self_test() -> None:
@@ -444,38 +472,3 @@ def _say(text: str) -> None:
 
 def _ignore(number: int, frame: object) -> None:
     """Do nothing: the wakeup descriptor has carried the news."""
-
-
-def _stream_sockets() -> Iterator[tuple[int, socket.socket]]:
-    """Yield inode and a duplicate of each stream socket beyond stdin, stdout and stderr."""
-    for name in os.listdir("/proc/self/fd"):
-        fd = int(name)
-        try:
-            status = os.fstat(fd)
-            if fd <= 2 or not stat.S_ISSOCK(status.st_mode):
-                continue
-            sock = socket.socket(fileno=os.dup(fd))
-        except OSError:
-            continue  # closed since it was listed
-        if sock.type == socket.SOCK_STREAM:
-            yield status.st_ino, sock
-        else:
-            sock.close()
-
-
-def _listens(sock: socket.socket) -> bool:
-    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-
-
-def _inherited_sockets() -> frozenset[int]:
-    """Return the inodes of the sockets that are not clients, seen before nbdkit accepts the first.
-
-    Without a listening socket nbdkit serves its standard input: then what is there is the client.
-    """
-    inherited = set()
-    listening = False
-    for inode, sock in _stream_sockets():
-        with sock:
-            inherited.add(inode)
-            listening = listening or _listens(sock)
-    return frozenset(inherited) if listening else frozenset()

@@ -15,6 +15,7 @@ import zlib
 from zramd.core.device import state_layout
 from zramd.core.region import filesystem
 from zramd.errors import StateError
+from zramd.handover import KEPT_FD, SYSTEMD
 
 MAGIC = b"zramd state\n\0\x1a\xff\x00"
 VERSION = (
@@ -26,6 +27,23 @@ _FIELDS = ("disksize", "verify", "slots", "cells", "spans", "span_size", "size_c
 _HEADER = struct.Struct(f"<16sQ{len(_FIELDS)}QQ")  # magic, version, fields, checksum of all before
 
 _REMOVE = "or remove the file to start empty"
+
+
+def look(path: str, disksize: int, verify: bool) -> None:
+    """Raise StateError if the state, which a server may be using now, is not one for this device."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise StateError(f"state '{path}' cannot be opened: {reason}: {_remedy(error.errno)}") from None
+    try:
+        _accept(fd, path, _layout(disksize, verify))
+    finally:
+        os.close(fd)
+
+
+def _layout(disksize: int, verify: bool) -> dict[str, int]:
+    return state_layout(disksize) | {"verify": int(verify)}
 
 
 def open_state(path: str, disksize: int, verify: bool) -> int:
@@ -41,7 +59,7 @@ def open_state(path: str, disksize: int, verify: bool) -> int:
                 f"state '{path}' is not on a tmpfs: use a path such as /dev/shm/NAME or /run/NAME, "
                 "for a disk would be written to all the time, and waited for"
             )
-        layout = state_layout(disksize) | {"verify": int(verify)}
+        layout = _layout(disksize, verify)
         if _is_empty(fd):
             _create(fd, path, layout)
         else:
@@ -52,9 +70,19 @@ def open_state(path: str, disksize: int, verify: bool) -> int:
     return fd
 
 
+def _path(path: str) -> str:
+    """Return where the file is."""
+    if path != SYSTEMD:
+        return path
+    if KEPT_FD not in os.environ:
+        raise StateError(f"state={SYSTEMD} is for 'zramd serve' as a service: use it there, or use a file")
+    return f"/proc/self/fd/{os.environ[KEPT_FD]}"
+
+
 def _open(path: str) -> int:
+    path, flags = _path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK, 0o600)
+        return os.open(path, flags, 0o600)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise StateError(f"state '{path}' cannot be opened: {reason}: {_remedy(error.errno)}") from None

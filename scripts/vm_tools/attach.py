@@ -16,7 +16,7 @@ from typing import Any
 
 from vm_tools.errors import VmError
 from vm_tools.guest import Beat, Guest
-from zramd import client
+from zramd import client, rundir
 
 NAME = "zram0"
 READY_TIMEOUT = 60.0  # seconds; under TCG Python takes a few to start
@@ -80,26 +80,32 @@ class _HostServer(Attachment):
         super().__init__(size, settings)
         self.rundir = folder / "zramd"
         self._log = folder / "zramd.log"
-        pairs = [f"{key}={value}" for key, value in {**settings, "rundir": str(self.rundir)}.items()]
-        command = [sys.executable, "-m", "zramd", "serve", "--name", NAME, "--size", str(size), *pairs]
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [*command, "--", "--exit-with-parent", *nbdkit_options],
-                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+        self._start(nbdkit_options)
         end = time.monotonic() + READY_TIMEOUT
         try:
             while not self._answers():
-                if self._process.poll() is not None or time.monotonic() > end:
+                if self._ended() or time.monotonic() > end:
                     words = " ".join(self._log.read_text(errors="replace").split())
                     raise VmError(f"zramd does not serve: {words or 'no reason given'}")
                 time.sleep(0.02)
         except BaseException:
             self.stop()
             raise
+
+    def _start(self, options: list[str]) -> None:
+        pairs = [f"{key}={value}" for key, value in {**self.settings, "rundir": str(self.rundir)}.items()]
+        command = [sys.executable, "-m", "zramd", "serve", "--name", NAME, "--size", str(self.size), *pairs]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*command, "--", "--exit-with-parent", *options],
+                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def _ended(self) -> bool:
+        return self._process.poll() is not None
 
     def _answers(self) -> bool:
         try:
@@ -172,6 +178,65 @@ class Qemu(_HostServer):
     def attach(self, guest: Guest) -> None:
         # A virtio disk says that it rotates. To such a disk the kernel sends no discards of what is freed.
         guest.run(f"echo 0 >/sys/block/{Path(self.device).name}/queue/rotational")
+
+
+class QemuWithState(Qemu):
+    """The same with a server in the background whose data outlives it, so that it can be ended and replaced."""
+
+    def __init__(self, size: int, settings: dict[str, str], folder: Path, state: Path) -> None:
+        self._state = state
+        super().__init__(size, {**settings, "state": str(state)}, folder)
+
+    def _start(self, options: list[str]) -> None:
+        pairs = [f"{key}={value}" for key, value in {**self.settings, "rundir": str(self.rundir)}.items()]
+        self._zramd("start", NAME, "--size", str(self.size), *pairs, "--", *options)
+
+    def kill(self) -> float:
+        """Kill the server, start another one, and return the seconds that nobody served."""
+        since = time.monotonic()
+        pid = self._pid()
+        os.kill(pid, signal.SIGKILL)
+        while rundir.holder(str(self.rundir)) == pid:
+            time.sleep(0.001)
+        self._start([])
+        return time.monotonic() - since
+
+    def restart(self) -> float:
+        """Let a new server take over, and return the seconds that nobody served, as the command tells."""
+        words = self._zramd("restart", "--rundir", str(self.rundir)).split()
+        return float(words[words.index("ms") - 1]) / 1000
+
+    def stop(self) -> None:
+        if pid := rundir.holder(str(self.rundir)):
+            os.kill(pid, signal.SIGTERM)
+            end = time.monotonic() + 10
+            while rundir.holder(str(self.rundir)) == pid:
+                if time.monotonic() > end:
+                    os.kill(pid, signal.SIGKILL)
+                time.sleep(0.02)
+        self._state.unlink(missing_ok=True)
+
+    def _ended(self) -> bool:
+        return rundir.holder(str(self.rundir)) is None
+
+    def _pid(self) -> int:
+        pid = rundir.holder(str(self.rundir))
+        if pid is None:
+            raise VmError("the server has died by itself")
+        return pid
+
+    def _zramd(self, *words: str) -> str:
+        ran = subprocess.run(
+            [sys.executable, "-m", "zramd", *words],
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if ran.returncode:
+            raise VmError(ran.stderr.strip() or f"zramd {words[0]} fails without a reason")
+        return ran.stdout
 
 
 class GuestNbd(_HostServer):

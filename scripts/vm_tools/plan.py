@@ -27,6 +27,8 @@ class Plan:
     limit: bool = False  # only look at what happens when the pool is full
     stall: float = 0.0  # how long the server stands still in the middle of it
     nbd_options: str = ""
+    kill: float = 0.0  # between two ends of the server, whose state stays
+    restart: bool = False  # they are by `zramd restart`, not by SIGKILL
     pause: bool = False  # qemu pauses the guest when the pool is full, as it does by default
 
     @property

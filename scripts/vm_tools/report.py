@@ -63,6 +63,8 @@ class Result:
     daemon: dict[str, Any] = field(default_factory=dict)
     swapoff: dict[str, Any] = field(default_factory=dict)
     stall: dict[str, Any] = field(default_factory=dict)
+    kills: dict[str, Any] = field(default_factory=dict)
+    slowest: float = 0.0  # of the workload's pages, seconds: how long it stood still
     requests: dict[str, Any] = field(default_factory=dict)  # what the server's requests cost in the guest
     expectations: list[Expectation] = field(default_factory=list)
     error: str = ""
@@ -72,6 +74,7 @@ class Result:
         self.pages_written += answer["written"]
         self.pages_verified += answer["verified"]
         self.pages_bad += answer["bad"]
+        self.slowest = max(self.slowest, answer["slowest"])
 
     def expect(self, what: str, met: bool, found: object = "") -> None:
         """Take note of something that must hold."""
@@ -166,6 +169,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("booted in", ", ".join(f"{seconds:g} s" for seconds in result.boot_seconds)),
         ("whole run", f"{result.seconds:g} s"),
         ("longest gap of heartbeats", f"{result.longest_gap:.1f} s"),
+        ("slowest page", f"{result.slowest:.3f} s"),
     ]
     full = result.moments.get("full")
     if full and full.spent:
@@ -180,6 +184,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("under pressure", result.hog),
         ("server in the guest", result.daemon),
         ("server stood still", result.stall),
+        ("server ended", result.kills),
     ):
         if found:
             facts.append((name, ", ".join(f"{key} {value}" for key, value in found.items())))
@@ -204,6 +209,8 @@ def _compaction_table(result: Result) -> list[str]:
 def write_markdown(path: Path, result: Result) -> None:
     """Put the report of a run into its place in a file, between its markers, or at the end."""
     mode = f"{result.mode}{'-pressure' if result.hog else ''}"
+    if result.kills:
+        mode += f"-{result.kills['by']}"
     begin, end = f"<!-- {mode} -->\n", f"<!-- /{mode} -->\n"
     machine = f"{_processor()}, {os.cpu_count()} CPUs; guest kernel {result.settings['kernel']}"
     section = (

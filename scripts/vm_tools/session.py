@@ -180,6 +180,8 @@ def booted(plan: Plan, boot: Boot, result: Result, **settings: str) -> Iterator[
 
 def make_attachment(plan: Plan, folder: Path, size: int, settings: dict[str, str]) -> attach.Attachment:
     """Return the mode's attachment, its server started if it runs on the host."""
+    if plan.kill:
+        return attach.QemuWithState(size, settings, folder, Path(f"/dev/shm/{folder.name}.state"))
     if plan.mode == "qemu":
         return attach.Qemu(size, settings, folder, "enospc" if plan.pause else "report")
     if plan.mode == "guest":

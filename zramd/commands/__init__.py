@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MODULES = (
     "listing",
     "serve",
+    "restart",
     "show",
     "attach",
     "top",

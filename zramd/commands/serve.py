@@ -13,7 +13,7 @@ import re
 import select
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from zramd import __version__, client, kernel, rundir
@@ -32,7 +32,7 @@ LOOK_TIMEOUT = 2.0  # seconds; one that does not answer is stopped all the same
 _BEFORE_REASON = r"nbdkit: (error: )?(.*nbdkit_plugin\.py: \w+: error: )?"
 
 # nbdkit's options that choose another transport than the socket in the run folder.
-_TRANSPORTS = {
+TRANSPORTS = {
     "-p",
     "--port",
     "-i",
@@ -84,27 +84,29 @@ class Options:
     @property
     def other_transport(self) -> bool:
         """Whether something else than the socket in the run folder is served."""
-        return not _TRANSPORTS.isdisjoint(self.values) or "LISTEN_FDS" in os.environ
+        return not TRANSPORTS.isdisjoint(self.values) or "LISTEN_FDS" in os.environ
 
 
-def read_options(words: list[str]) -> Options:
-    """Sort the words that are meant for nbdkit."""
+def read_options(words: list[str], leave_out: Collection[str] = ()) -> Options:
+    """Sort the words that are meant for nbdkit; `leave_out` are options that are not wanted."""
     options = Options()
     rest = iter(words)
     for word in rest:
         if not word.startswith("-"):
             (options.after if re.fullmatch(_FILTER_PARAMETER, word) else options.before).append(word)
             continue
-        options.before.append(word)
         name, equals, value = word.partition("=")
         if not name.startswith("--"):
             name, value = word[:2], word[2:]
             wants_value = name[1:] in _SHORT_WITH_VALUE and not value
         else:
             wants_value = name in _LONG_WITH_VALUE and not equals
+        given = [word]
         if wants_value and (value := next(rest, "")):
-            options.before.append(value)
-        options.values[name] = value
+            given.append(value)
+        if name not in leave_out:
+            options.before += given
+            options.values[name] = value
     return options
 
 
@@ -255,6 +257,8 @@ def set_environment(settings: "Config") -> None:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Become nbdkit, serving as told. Returns only by an exception: see `plan`."""
+    from zramd import fdstore, handover
+
     size, words = arguments.size, arguments.settings
     if arguments.config is not None:
         from zramd import devices
@@ -265,7 +269,10 @@ def serve(arguments: argparse.Namespace) -> int:
             return _not_here(skipped)
         words = device.words([*words, *([] if size is None else [f"disksize={size}"])])
         size = None
+    kept = fdstore.take_out()  # before anybody takes it for a socket
     settings, options, argv = plan(arguments.name, size, words, arguments.nbdkit_options)
+    if settings.state == handover.SYSTEMD:
+        fdstore.prepare(kept)
     # With -s, standard output is the client's; and a service manager has its own way to learn that we serve.
     if _STANDARD_INPUT.isdisjoint(options.values) and "NOTIFY_SOCKET" not in os.environ:
         _start_watcher(settings, greeting(settings, options, os.getpid()))
@@ -299,17 +306,19 @@ def start(arguments: argparse.Namespace) -> int:
         if configuration.has(name):
             words, name = configuration.find(name).words(words), None
     settings, options, argv = plan(name, arguments.size, words, arguments.nbdkit_options)
+    if settings.state == "systemd":
+        raise UsageError("state=systemd is for 'zramd serve' as a service: use a file such as /dev/shm/NAME.state")
     if not _STANDARD_INPUT.isdisjoint(options.values):
         raise UsageError("a server in the background has no standard input to serve: use 'zramd serve'")
     set_environment(settings)
     os.environ[rundir.BACKGROUND] = "1"
     end = time.monotonic() + READY_TIMEOUT
-    pid, errors = _spawn(argv)
+    pid, errors = spawn(argv)
     try:
-        said = _read_until(errors, end)
+        said = read_until(errors, end)
         while not is_ready(settings):
             if rundir.holder(settings.rundir) is None:
-                raise DeviceError(f"{settings.name} does not start: {_reason(said)}")
+                raise DeviceError(f"{settings.name} does not start: {reason(said)}")
             if time.monotonic() >= end:
                 raise DeviceError(f"{settings.name} does not answer within {READY_TIMEOUT:g} seconds")
             time.sleep(0.01)
@@ -325,10 +334,11 @@ def start(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _spawn(argv: list[str]) -> tuple[int, int]:
+def spawn(argv: list[str], prepare: Callable[[], None] = lambda: None) -> tuple[int, int]:
     """Run a program as nobody's child, in a session of its own; return its number and its standard error.
 
-    Nobody's child because nbdkit may ask the kernel to be ended together with its parent.
+    Nobody's child because nbdkit may ask the kernel to be ended together with its parent. `prepare` is called in
+    the new process before it becomes the program.
     """
     errors, to_errors = os.pipe()
     numbers, to_numbers = os.pipe()
@@ -346,6 +356,7 @@ def _spawn(argv: list[str]) -> tuple[int, int]:
                 null = os.open(os.devnull, os.O_RDWR)
                 for source, target in ((null, 0), (null, 1), (to_errors, 2)):
                     os.dup2(source, target)
+                prepare()
                 os.execvp(argv[0], argv)
         except OSError as error:
             os.write(to_errors, f"{argv[0]}: {error}\n".encode())
@@ -358,7 +369,7 @@ def _spawn(argv: list[str]) -> tuple[int, int]:
         return int(file.read() or 0), errors
 
 
-def _read_until(reader: int, end: float) -> str:
+def read_until(reader: int, end: float) -> str:
     """Return what comes from a pipe until its end, or until `end` on the clock of time.monotonic()."""
     said = b""
     poll = select.poll()
@@ -371,7 +382,7 @@ def _read_until(reader: int, end: float) -> str:
     return said.decode(errors="replace")
 
 
-def _reason(said: str) -> str:
+def reason(said: str) -> str:
     """Return the sentence in what nbdkit has said before it ended."""
     lines = [line for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("nbdkit: ")] or lines

@@ -24,13 +24,23 @@ struct memory {
 struct tally {
     uint64_t written, verified, freed, bad;
     uint64_t first_bad, first_byte; /* number of the page, place in it */
+    double slowest; /* seconds that the slowest page took */
 };
+
+static void took(struct tally *tally, double started)
+{
+    double seconds = now() - started;
+    if (seconds > tally->slowest)
+        tally->slowest = seconds;
+}
 
 static void write_page(struct memory *memory, uint64_t page, struct tally *tally)
 {
+    double started = now();
     memory->versions[page]++;
     memory->live[page] = 1;
     page_content((uint64_t *)(memory->start + page * PAGE), memory->seed, page, memory->versions[page]);
+    took(tally, started);
     tally->written++;
 }
 
@@ -40,7 +50,10 @@ static void verify_page(struct memory *memory, uint64_t page, struct tally *tall
     const unsigned char *found = memory->start + page * PAGE;
     page_content(wanted, memory->seed, page, memory->versions[page]);
     tally->verified++;
-    if (!memcmp(wanted, found, PAGE))
+    double started = now();
+    int same = !memcmp(wanted, found, PAGE);
+    took(tally, started);
+    if (same)
         return;
     if (!tally->bad++) {
         tally->first_bad = page;
@@ -113,9 +126,9 @@ static uint64_t count_live(const struct memory *memory)
 static void answer(const char *phase, const struct memory *memory, const struct tally *tally, double seconds)
 {
     printf("{\"phase\": \"%s\", \"pages\": %lu, \"live\": %lu, \"written\": %lu, \"verified\": %lu, \"freed\": %lu, "
-           "\"bad\": %lu, \"first_bad\": %lu, \"first_byte\": %lu, \"seconds\": %.3f}\n",
+           "\"bad\": %lu, \"first_bad\": %lu, \"first_byte\": %lu, \"slowest\": %.3f, \"seconds\": %.3f}\n",
            phase, memory->pages, count_live(memory), tally->written, tally->verified, tally->freed, tally->bad,
-           tally->first_bad, tally->first_byte, seconds);
+           tally->first_bad, tally->first_byte, tally->slowest, seconds);
     fflush(stdout);
 }
 

@@ -1,0 +1,344 @@
+"""zramd restart: a client that writes meanwhile loses nothing and is never refused; what cannot be restarted."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import NbdSocket, Served, talk, wait_until
+
+from zramd import rundir
+
+Serve = Callable[..., Served]
+BLOCK = 4096
+BLOCKS = 2000
+RESTARTS = 20
+
+
+def zramd(*words: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "zramd", *map(str, words)],
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **(env or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def content(block: int, version: int) -> bytes:
+    dice = random.Random(block << 32 | version)
+    return (b"%08d %08d " % (block, version) + dice.randbytes(dice.randrange(50, 3600))).ljust(BLOCK, b"\0")
+
+
+class Started:
+    """A server begun by `zramd start`; it looks like conftest.Served to NbdSocket."""
+
+    def __init__(self, folder: Path, state: Path, *words: str) -> None:
+        self.name = "again"
+        self.rundir = folder / "run"
+        self.socket = self.rundir / "nbd.sock"
+        self.state = state
+        done = zramd("start", self.name, "--size", "64M", f"rundir={self.rundir}", f"state={state}", *words)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    @property
+    def pid(self) -> int:
+        return rundir.holder(str(self.rundir)) or 0
+
+    def restart(self, *words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return zramd("restart", "--rundir", self.rundir, *words, env=env)
+
+    def refused(self, *words: str, status: int = 1) -> str:
+        """Try, see that the same process serves on, and return the sentence."""
+        pid = self.pid
+        done = self.restart(*words)
+        assert (done.returncode, done.stdout) == (status, ""), done
+        assert done.stderr.startswith("zramd: ")
+        assert done.stderr.count("\n") == 1
+        assert self.pid == pid
+        NbdSocket(self).close()  # type: ignore[arg-type]
+        return done.stderr.removeprefix("zramd: ").rstrip()
+
+    def ask(self, path: str) -> dict[str, object]:
+        answer = talk(self.rundir / "control.sock", f"GET {path} HTTP/1.1\r\n\r\n".encode())
+        values: dict[str, object] = json.loads(answer.partition(b"\r\n\r\n")[2])
+        return values
+
+
+@pytest.fixture
+def started(tmp_path: Path, memory_folder: Path) -> Iterator[Callable[..., Started]]:
+    made: list[Started] = []
+
+    def start(*words: str) -> Started:
+        made.append(Started(tmp_path, memory_folder / "state", *words))
+        return made[-1]
+
+    yield start
+    for served in made:
+        if served.pid:
+            os.kill(served.pid, signal.SIGKILL)
+
+
+class Client(threading.Thread):
+    """Writes and reads, one request at a time; connects again at once when the server leaves."""
+
+    def __init__(self, served: Started, first: int) -> None:
+        super().__init__(daemon=True)
+        self.served = served
+        self.first = first
+        self.known: dict[int, int] = {}
+        self.slowest = 0.0
+        self.connections = 0
+        self.failure: BaseException | None = None
+        self.stopping = False
+
+    def run(self) -> None:
+        try:
+            self.work()
+        except BaseException as error:
+            self.failure = error
+
+    def work(self) -> None:
+        dice, nbd, version = random.Random(self.first), None, 0
+        while not self.stopping:
+            block = self.first + dice.randrange(BLOCKS)
+            version += 1
+            since = time.monotonic()
+            while True:
+                if nbd is None:
+                    try:
+                        nbd = self.connect()
+                    except (ConnectionResetError, BrokenPipeError, EOFError):
+                        continue
+                try:
+                    assert nbd.ask(nbd.WRITE, block * BLOCK, BLOCK, content(block, version)) == 0
+                    self.known[block] = version
+                    other = dice.choice((block, *list(self.known)[:1]))
+                    assert nbd.read(other * BLOCK, BLOCK) == content(other, self.known[other])
+                    break
+                except (ConnectionError, EOFError):
+                    nbd = None
+            self.slowest = max(self.slowest, time.monotonic() - since)
+
+    def connect(self) -> NbdSocket:
+        """Refused, or no socket: that is a failure."""
+        try:
+            nbd = NbdSocket(self.served)  # type: ignore[arg-type]
+        except (ConnectionRefusedError, FileNotFoundError) as error:
+            raise AssertionError(f"a socket was not always there: {error}") from None
+        self.connections += 1
+        return nbd
+
+
+def test_clients_that_write_meanwhile(started: Callable[..., Started]) -> None:
+    served = started()
+    clients = [Client(served, number * BLOCKS) for number in range(3)]
+    for client in clients:
+        client.start()
+    pids = {served.pid}
+    for _ in range(RESTARTS):
+        time.sleep(0.05)
+        done = served.restart()
+        assert (done.returncode, done.stderr) == (0, "")
+        pids.add(served.pid)
+        assert f"pid           {served.pid}\n" in done.stdout
+    time.sleep(0.1)
+    for client in clients:
+        client.stopping = True
+        client.join()
+        assert client.failure is None, client.failure
+        assert client.connections > RESTARTS
+        assert client.slowest < 2
+    assert len(pids) == RESTARTS + 1
+    nbd = NbdSocket(served)  # type: ignore[arg-type]
+    for client in clients:
+        assert len(client.known) > 50
+        for block, version in client.known.items():
+            assert nbd.read(block * BLOCK, BLOCK) == content(block, version)
+    nbd.close()
+    print(f"the slowest of all requests took {max(client.slowest for client in clients) * 1000:.0f} ms")
+
+
+def test_many_requests_in_flight_meet_no_error(started: Callable[..., Started]) -> None:
+    """nbdkit fails what it reads while it shuts down; so it must not read then."""
+    served = started()
+    for _ in range(5):
+        nbd = NbdSocket(served)  # type: ignore[arg-type]
+        for number in range(100):
+            nbd.send(nbd.WRITE, number * BLOCK, BLOCK, content(number, 1))
+        assert served.restart().returncode == 0
+        answers = 0
+        try:
+            while True:
+                error, _ = nbd.reply()
+                assert error == 0
+                answers += 1
+        except ConnectionError:
+            pass
+        assert answers > 0
+        again = NbdSocket(served)  # type: ignore[arg-type]
+        for number in range(answers):
+            assert again.read(number * BLOCK, BLOCK) == content(number, 1)
+        again.close()
+
+
+def test_settings_stay_or_change(started: Callable[..., Started]) -> None:
+    served = started("mem_limit=32M", "compaction_step=128K", "--", "-t", "3")
+    before = served.ask("/settings")
+    assert served.restart().returncode == 0
+    assert served.ask("/settings") == before
+    assert served.restart("mem_limit=16M", "compaction=off").returncode == 0
+    assert served.ask("/settings") == {**before, "mem_limit": 16 << 20, "compaction": False}
+    assert served.ask("/stats")["mem_limit"] == 16 << 20
+    words = Path(f"/proc/{served.pid}/cmdline").read_bytes().split(b"\0")
+    assert words[words.index(b"-t") + 1] == b"3"
+    assert words.count(b"-f") == 1
+
+
+def test_stop_after_a_restart_leaves_only_the_state(started: Callable[..., Started]) -> None:
+    served = started()
+    assert served.restart().returncode == 0
+    assert served.restart().returncode == 0
+    assert zramd("stop", "--rundir", served.rundir).returncode == 0
+    assert not served.rundir.exists()
+    assert served.state.exists()
+
+
+def test_over_tcp(started: Callable[..., Started]) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    served = started("--", "-i", "127.0.0.1", "-p", str(port))
+    assert served.restart().returncode == 0
+    with socket.create_connection(("127.0.0.1", port), 5) as client:
+        assert client.recv(8) == b"NBDMAGIC"
+    assert served.restart().returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "sentence"),
+    [
+        (["disksize=32M"], 1, "is of a device of 67108864 bytes, not 33554432"),
+        (["verify=on"], 1, "was made with verify=off: use verify=off"),
+        (["state=/dev/shm/other"], 2, "would make it another device"),
+        (["name=other"], 2, "would make it another device"),
+        (["mem_limit=lots"], 2, "'lots' is not a size"),
+        (["memlimit=1G"], 2, "did you mean 'mem_limit'"),
+        (["metrics_file=/nowhere/x.prom"], 1, "metrics_file '/nowhere/x.prom' cannot be written"),
+    ],
+)
+def test_settings_that_do_not_fit(
+    started: Callable[..., Started], words: list[str], status: int, sentence: str
+) -> None:
+    told = started().refused(*words, status=status)
+    assert sentence in told
+    if status == 1:
+        assert told.startswith("again goes on as before: the new server does not start: ")
+
+
+def test_a_new_server_that_cannot_be_imported(started: Callable[..., Started], tmp_path: Path) -> None:
+    """As after an upgrade that went wrong: that is known before the old server is asked to leave."""
+    served = started()
+    pid = served.pid
+    (tmp_path / "nbdkit").write_text("#!/bin/sh\necho 'nbdkit: error: it is broken' >&2\nexit 1\n")
+    (tmp_path / "nbdkit").chmod(0o755)
+    done = served.restart(env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert done.returncode == 1
+    assert done.stderr == "zramd: again goes on as before: the new server does not start: it is broken\n"
+    assert served.pid == pid
+
+
+def test_a_new_server_that_fails_after_the_old_one_left(
+    started: Callable[..., Started], tmp_path: Path
+) -> None:
+    """Then one with the old settings comes in its place."""
+    served = started()
+    nbd = NbdSocket(served)  # type: ignore[arg-type]
+    assert nbd.ask(nbd.WRITE, 0, BLOCK, content(0, 7)) == 0
+    pid = served.pid
+    # The first one says that it is ready, and ends when it is to take over; the next one is real.
+    (tmp_path / "nbdkit").write_text(
+        "#!/usr/bin/python3\n"
+        "import os, sys\n"
+        f"if os.path.exists('{tmp_path}/tried'):\n"
+        "    os.environ['PATH'] = os.environ['PATH'].partition(':')[2]\n"
+        "    os.execvp('nbdkit', sys.argv)\n"
+        f"open('{tmp_path}/tried', 'w').close()\n"
+        "fd = int(os.environ['ZRAMD_TAKES_OVER'])\n"
+        "os.write(fd, b'ready')\n"
+        "os.read(fd, 1)\n"
+        "sys.exit('nbdkit: error: it fell over')\n"
+    )
+    (tmp_path / "nbdkit").chmod(0o755)
+    done = served.restart(env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert done.returncode == 1
+    assert served.pid not in (0, pid)
+    told = f"zramd: again is served as before, by a new process {served.pid}: it fell over\n"
+    assert done.stderr == told
+    again = NbdSocket(served)  # type: ignore[arg-type]
+    assert again.read(0, BLOCK) == content(0, 7)
+
+
+def test_without_a_state(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert zramd("start", "bare", "--size", "64M", f"rundir={folder}").returncode == 0
+    pid = rundir.holder(str(folder))
+    assert pid
+    try:
+        done = zramd("restart", "--rundir", folder)
+        assert done.returncode == 1
+        assert "zramd: bare has no state, and its data would be lost: stop it and start it with state=" in done.stderr
+        assert rundir.holder(str(folder)) == pid
+        os.kill(pid, signal.SIGUSR1)  # there is nothing to hand over: it is a plain stop
+        wait_until(lambda: rundir.holder(str(folder)) is None)
+        assert not folder.exists()
+    finally:
+        if rundir.holder(str(folder)) == pid:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_dead_server(started: Callable[..., Started]) -> None:
+    served = started()
+    os.kill(served.pid, signal.SIGKILL)
+    wait_until(lambda: not served.pid)
+    done = served.restart()
+    assert done.returncode == 1
+    assert "has died" in done.stderr
+
+
+def test_in_the_foreground(serve: Serve, memory_folder: Path) -> None:
+    served = serve(state=memory_folder / "state")
+    done = zramd("restart", "--rundir", served.rundir)
+    assert done.returncode == 1
+    assert f"runs in the foreground, not by 'zramd start': end it by 'kill -USR1 {served.process.pid}'" in done.stderr
+    nbd = NbdSocket(served)
+    assert nbd.ask(nbd.WRITE, 0, BLOCK, content(0, 1)) == 0
+    assert served.stop(signal.SIGUSR1) < 0.5
+    assert served.process.returncode == 0
+
+
+def test_two_at_once(started: Callable[..., Started]) -> None:
+    """One of them may fail; a server is there, and has the data."""
+    served = started()
+    nbd = NbdSocket(served)  # type: ignore[arg-type]
+    assert nbd.ask(nbd.WRITE, 0, BLOCK, content(0, 7)) == 0
+    with_results: list[subprocess.CompletedProcess[str]] = []
+    threads = [threading.Thread(target=lambda: with_results.append(served.restart())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert any(done.returncode == 0 for done in with_results), with_results
+    assert "Traceback" not in "".join(done.stderr for done in with_results)
+    again = NbdSocket(served)  # type: ignore[arg-type]
+    assert again.read(0, BLOCK) == content(0, 7)

@@ -1,0 +1,260 @@
+"""`zramd restart`: a new server takes over from a running one, with all data; its clients see only a pause.
+
+All that can fail is done before the old server is asked to leave: see zramd.handover.
+"""
+
+import argparse
+import os
+import select
+import signal
+import socket
+import time
+from contextlib import suppress
+
+from zramd import client, handover, rundir
+from zramd.commands import add_device, serve
+from zramd.errors import DeviceError, UsageError
+
+TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
+if TYPE_CHECKING:
+    from typing import Any
+
+    from zramd.commands import Commands
+
+LEAVE_TIMEOUT = 10.0  # seconds; a server needs one at most, a busy machine a few
+_FIRST = 3  # the first descriptor that nbdkit takes for a listening socket
+_SOCKETS = "sockets.sock"
+_KEPT = ("name", "rundir", "state")  # what a restart cannot change, beside what the state says itself
+_PROGRAM = {"-f", "--foreground", "--no-fork"}
+
+
+def restart(arguments: argparse.Namespace) -> int:
+    """Put a new server into the place of a running one, and say how long nobody answered.
+
+    Raises DeviceError (with what became of the old server), UsageError, ConfigError.
+    """
+    served = client.find(arguments.name, arguments.rundir)
+    settings = served.ask_json("GET", "/settings")
+    served.name = settings["name"]
+    pairs = _pairs(settings)
+    if not settings.get("state"):
+        raise DeviceError(
+            f"{served.name} has no state, and its data would be lost: stop it and start it with "
+            f"state=/dev/shm/{served.name}.state, then it can be restarted"
+        )
+    _refuse_others(served)
+    argv = _command(served, _override(pairs, arguments.settings))
+    as_before = _command(served, pairs)
+    listening, made = _take_sockets(served)
+    new = _Successor(argv, listening, made)
+    try:
+        new.wait_until_ready()
+    except DeviceError as error:
+        raise DeviceError(f"{served.name} goes on as before: the new server does not start: {error}") from None
+    since = time.monotonic()
+    try:
+        _end(served)
+        new.go(served)
+    except DeviceError as error:
+        new.kill()
+        if rundir.holder(served.path) == served.pid:
+            raise DeviceError(f"{served.name} goes on as before: {error}") from None
+        _come_back(served, as_before, listening, made, error)
+    away = time.monotonic() - since
+    print(f"{'name':<13} {served.name}\n{'pid':<13} {new.pid}\n{'away for':<13} {away * 1000:.0f} ms")
+    return 0
+
+
+def _come_back(
+    served: client.Served, argv: list[str], listening: list[int], made: bool, error: DeviceError
+) -> None:
+    """Start a server as the old one was; the old one has left, and the new one failed. Raises DeviceError."""
+    try:
+        again = _Successor(argv, listening, made)
+        again.wait_until_ready()
+        again.go(served)
+    except DeviceError as worse:
+        raise DeviceError(
+            f"{served.name} is not served: the new server failed ({error}), and so did one as before ({worse}): "
+            "the data is still in its state: start it with that"
+        ) from None
+    raise DeviceError(f"{served.name} is served as before, by a new process {again.pid}: {error}")
+
+
+class _Successor:
+    """A server that is ready to take over."""
+
+    def __init__(self, argv: list[str], listening: list[int], made: bool) -> None:
+        ours, theirs = socket.socketpair()
+        self._link = ours
+        # Above those that nbdkit takes for sockets of its own.
+        link = _high(theirs.fileno())
+        copies = [_high(fd) for fd in listening]
+
+        def prepare() -> None:
+            for number, fd in enumerate(copies, _FIRST):
+                os.dup2(fd, number)
+            os.set_inheritable(link, True)
+            os.environ.update(LISTEN_FDS=str(len(copies)), LISTEN_PID=str(os.getpid()))
+            os.environ[handover.WAITS] = str(link)
+            os.environ[rundir.BACKGROUND] = "1"
+            if made:
+                os.environ[handover.MADE] = "1"
+
+        self.pid, self._errors = serve.spawn(argv, prepare)
+        for fd in (link, *copies):
+            os.close(fd)
+        theirs.close()
+
+    def wait_until_ready(self) -> None:
+        """Return once it has nothing left to do but to take over. Raises DeviceError with its reason."""
+        self._link.settimeout(serve.READY_TIMEOUT)
+        try:
+            ready = self._link.recv(16)
+        except TimeoutError:
+            self.kill()
+            raise DeviceError(f"it is not ready within {serve.READY_TIMEOUT:g} seconds") from None
+        if not ready:
+            raise DeviceError(serve.reason(serve.read_until(self._errors, time.monotonic() + 1)))
+
+    def go(self, served: client.Served) -> None:
+        """Let it take over, and return once it answers. Raises DeviceError with its reason."""
+        end = time.monotonic() + serve.READY_TIMEOUT
+        with suppress(OSError):
+            self._link.send(b"!")
+        said = serve.read_until(self._errors, end)  # until it serves, and turns to its log
+        if rundir.holder(served.path) != self.pid:
+            raise DeviceError(serve.reason(said))
+
+    def kill(self) -> None:
+        """End it, if it is there."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def _pairs(settings: "dict[str, Any]") -> list[tuple[str, str]]:
+    """Return a server's settings as a user would write them."""
+    return [(key, _text(value)) for key, value in settings.items() if value != ""]
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str, str]]:
+    """Return the settings with those that the user wants otherwise. Raises ConfigError, UsageError."""
+    from zramd import config
+
+    before = config.parse(pairs)
+    given = [(key, value) for key, _, value in (word.partition("=") for word in words)]
+    names = {config.find(key).name for key, _ in given}
+    after = [*((key, value) for key, value in pairs if key not in names), *given]
+    parsed = config.parse(after)
+    for name in _KEPT:
+        if getattr(parsed, name) != getattr(before, name):
+            raise UsageError(
+                f"{name}='{getattr(parsed, name)}' would make it another device: a restart keeps "
+                f"{name}={getattr(before, name)}"
+            )
+    return after
+
+
+def _refuse_others(served: client.Served) -> None:
+    """Raise DeviceError for a server that another program watches: it would see its end, and not the new one."""
+    environment = _words(f"/proc/{served.pid}/environ")
+    if any(word.startswith(f"{rundir.BACKGROUND}=") for word in environment):
+        return
+    with open(f"/proc/{served.pid}/cgroup") as file:
+        unit = file.read().strip().rpartition("/")[2]
+    if unit.endswith(".service") and any(word.startswith("INVOCATION_ID=") for word in environment):
+        if any(word.startswith("NOTIFY_SOCKET=") for word in environment):
+            raise DeviceError(f"{served.name} is a service: run 'systemctl restart {unit}'")
+    raise DeviceError(
+        f"{served.name} runs in the foreground, not by 'zramd start': end it by 'kill -USR1 {served.pid}', "
+        "which keeps its clients waiting, and start it again with the same settings"
+    )
+
+
+def _words(path: str) -> list[str]:
+    try:
+        with open(path, "rb") as file:
+            return os.fsdecode(file.read()).split("\0")
+    except OSError as error:
+        raise DeviceError(f"'{path}' cannot be read: {rundir.reason(error)}: run this as its owner") from None
+
+
+def _command(served: client.Served, pairs: list[tuple[str, str]]) -> list[str]:
+    """Return nbdkit's command line: with the running one's own options, but for where it listens."""
+    from zramd import config
+
+    words = _words(f"/proc/{served.pid}/cmdline")[:-1]
+    at = next(
+        (i for i in range(2, len(words)) if words[i - 1] == "python" and words[i].endswith("nbdkit_plugin.py")), 0
+    )
+    if not at:
+        raise DeviceError(f"{served.name} is not served by nbdkit: '{' '.join(words[:4])} …'")
+    keys = {key for setting in config.SETTINGS for key in (setting.name, *setting.aliases)}
+    options = serve.read_options(words[1 : at - 1], leave_out=serve.TRANSPORTS | _PROGRAM)
+    after = [word for word in words[at + 1 :] if word.partition("=")[0] not in keys]
+    serve.set_environment(config.parse(pairs))
+    plugin = ["python", serve.plugin_path(), *(f"{key}={value}" for key, value in pairs)]
+    return ["nbdkit", "-f", *options.before, *plugin, *after]
+
+
+def _take_sockets(served: client.Served) -> tuple[list[int], bool]:
+    """Return the sockets on which a server accepts clients, and whether zramd made its run folder."""
+    path = served.file(_SOCKETS)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as here:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        here.bind(path)
+        try:
+            here.listen(1)
+            served.request("POST", "/sockets", path)
+            with here.accept()[0] as link:
+                text, found, _, _ = socket.recv_fds(link, 64, 16)
+        finally:
+            os.unlink(path)
+    if not found:
+        raise DeviceError(f"{served.name} serves its standard input: it cannot be restarted")
+    return found, text == b"made"
+
+
+def _end(served: client.Served) -> None:
+    """Let the old server hand over, and wait for its end. Raises DeviceError."""
+    pid = served.pid or 0
+    try:
+        process = os.pidfd_open(pid)
+        if rundir.holder(served.path) == pid:  # it has not ended and left its number to another process
+            signal.pidfd_send_signal(process, handover.HAND_OVER)
+    except ProcessLookupError:
+        return
+    ended = select.poll()
+    ended.register(process, select.POLLIN)
+    done = ended.poll(LEAVE_TIMEOUT * 1000)
+    os.close(process)
+    if not done:
+        raise DeviceError(f"it has not left within {LEAVE_TIMEOUT:g} seconds: look at its process, {pid}")
+
+
+def _high(fd: int) -> int:
+    import fcntl
+
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100)
+
+
+def add(commands: "Commands") -> None:
+    """Add the verb."""
+    parser = commands.add_parser(
+        "restart",
+        help="put a new server into the place of a running one, with all data",
+        usage="zramd restart NAME [key=value ...] [--rundir FOLDER]",
+        description="Start a new server, of this version of zramd, in the place of a running one that has a "
+        "state; key=value changes settings. Clients connect again by themselves, if they can (qemu's "
+        "reconnect-delay, zramd attach), and no data is lost. If the new server cannot start, the old one goes on.",
+        settings=True,
+    )
+    add_device(parser)
+    parser.set_defaults(run=restart)

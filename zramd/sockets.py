@@ -1,0 +1,89 @@
+"""The sockets of this process that are nbdkit's: it does not tell, so they are looked for among all files."""
+
+import os
+import signal
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+
+
+def listening() -> list[int]:
+    """Return the descriptors of the sockets on which clients are accepted, those alone if called early."""
+    found = []
+    for fd, _, sock in _streams():
+        with sock:
+            if _listens(sock):
+                found.append(fd)
+    return found
+
+
+def inherited() -> frozenset[int]:
+    """Return the inodes of the sockets that are not clients, seen before nbdkit accepts the first.
+
+    Without a listening socket nbdkit serves its standard input: then what is there is the client.
+    """
+    inodes = set()
+    found = False
+    for _, inode, sock in _streams():
+        with sock:
+            inodes.add(inode)
+            found = found or _listens(sock)
+    return frozenset(inodes) if found else frozenset()
+
+
+def shut_clients(others: frozenset[int], how: int) -> int:
+    """Shut every connection of a client, and return how many there still are; `others` are `inherited`."""
+    clients = 0
+    for _, inode, sock in _streams():
+        with sock:
+            if inode not in others and not _listens(sock):
+                clients += 1
+                try:
+                    sock.shutdown(how)
+                except OSError:
+                    continue  # it is gone already
+    return clients
+
+
+def stop_accepting(descriptors: list[int], number: int) -> None:
+    """Let nbdkit accept nobody any more: those who come now wait for the process that has the sockets next.
+
+    Its main thread may be waiting on the sockets: the signal `number` has it look again. It must be one that
+    does nothing.
+    """
+    silent, _ = os.pipe2(os.O_CLOEXEC)
+    for fd in descriptors:
+        os.dup2(silent, fd, inheritable=False)
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, number)
+
+
+def send(path: str, descriptors: list[int], text: str) -> None:
+    """Send descriptors, and what is to be known with them, to who listens at `path`. Raises OSError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as to:
+        to.settimeout(1)
+        to.connect(path)
+        socket.send_fds(to, [text.encode()], descriptors)
+
+
+def _streams() -> Iterator[tuple[int, int, socket.socket]]:
+    """Yield number, inode and a duplicate of each stream socket beyond stdin, stdout and stderr."""
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        try:
+            status = os.fstat(fd)
+            if fd <= 2 or not stat.S_ISSOCK(status.st_mode):
+                continue
+            sock = socket.socket(fileno=os.dup(fd))
+        except OSError:
+            continue  # closed since it was listed
+        if sock.type == socket.SOCK_STREAM:
+            yield fd, status.st_ino, sock
+        else:
+            sock.close()
+
+
+def _listens(sock: socket.socket) -> bool:
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
