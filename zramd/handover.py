@@ -13,7 +13,8 @@ A listening socket always exists, so who connects again is never refused: he wai
 import os
 import signal
 
-HAND_OVER = signal.SIGUSR1  # leave at once, also while swapped to: the state stays. Without a state as SIGTERM
+# Leave at once, also while swapped to: the state stays. Without a state as SIGTERM.
+HAND_OVER = signal.SIGUSR1
 WAITS = "ZRAMD_TAKES_OVER"  # in the environment of the new server: the descriptor on which it waits
 MADE = "ZRAMD_RUNDIR_MADE"  # and whether zramd made the run folder
 

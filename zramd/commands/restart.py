@@ -50,7 +50,9 @@ def restart(arguments: argparse.Namespace) -> int:
     try:
         new.wait_until_ready()
     except DeviceError as error:
-        raise DeviceError(f"{served.name} goes on as before: the new server does not start: {error}") from None
+        raise DeviceError(
+            f"{served.name} goes on as before: the new server does not start: {error}"
+        ) from None
     since = time.monotonic()
     try:
         _end(served)
@@ -191,7 +193,12 @@ def _command(served: client.Served, pairs: list[tuple[str, str]]) -> list[str]:
 
     words = _words(f"/proc/{served.pid}/cmdline")[:-1]
     at = next(
-        (i for i in range(2, len(words)) if words[i - 1] == "python" and words[i].endswith("nbdkit_plugin.py")), 0
+        (
+            i
+            for i in range(2, len(words))
+            if words[i - 1] == "python" and words[i].endswith("nbdkit_plugin.py")
+        ),
+        0,
     )
     if not at:
         raise DeviceError(f"{served.name} is not served by nbdkit: '{' '.join(words[:4])} …'")
