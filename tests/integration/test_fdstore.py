@@ -1,4 +1,4 @@
-"""state=systemd: what the service manager is given, what the next server makes of it; the manager is this test."""
+"""state=systemd: what the service manager gets, and what the next server has. The manager is this test."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""zramd restart: a client that writes meanwhile loses nothing and is never refused; what cannot be restarted."""
+"""zramd restart: clients that write meanwhile lose nothing, are never refused; what cannot be restarted."""
 
 import json
 import os
