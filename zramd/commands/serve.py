@@ -294,8 +294,7 @@ def start(arguments: argparse.Namespace) -> int:
     settings, options, argv = plan(name, arguments.size, words, arguments.nbdkit_options)
     if settings.state == "systemd":
         raise UsageError(
-            "state=systemd is for 'zramd serve' as a service: "
-            "use a file such as /dev/shm/NAME.state"
+            "state=systemd is for 'zramd serve' as a service: use a file such as /dev/shm/NAME.state"
         )
     if not _STANDARD_INPUT.isdisjoint(options.values):
         raise UsageError("a server in the background has no standard input to serve: use 'zramd serve'")
