@@ -33,7 +33,7 @@ def prepare(kept: int) -> None:
 
 
 def take_out() -> int:
-    """Take the memory file out of the descriptors that were passed to us and return it, -1 if it is not there.
+    """Take the memory file out of the descriptors that were passed to us; return it, -1 if it is not there.
 
     The sockets among them stay, one after the other from 3 on.
     """

@@ -4,16 +4,14 @@
 
     old     sends its listening sockets, and goes on
     new     starts with them, does all that may fail or takes time, says that it is ready, and waits
-    old     on HAND_OVER: accepts nobody, answers what it has read, closes the connections, ends
+    old     on SIGUSR1 (sockets.HAND_OVER): accepts nobody, answers what it has read, ends
     new     takes the run folder and the state, and answers those who have come meanwhile
 
 A listening socket always exists, so who connects again is never refused: he waits in its queue.
 """
 
 import os
-import signal
 
-HAND_OVER = signal.SIGUSR1  # leave at once, also while swapped to: the state stays. Without a state as SIGTERM
 WAITS = "ZRAMD_TAKES_OVER"  # in the environment of the new server: the descriptor on which it waits
 MADE = "ZRAMD_RUNDIR_MADE"  # and whether zramd made the run folder
 

@@ -48,7 +48,6 @@ class Service(Protocol):
         """Send the listening sockets to who listens at `path`; raises OSError."""
 
 
-
 class Reply(NamedTuple):
     """An answer: status code, content type, body, and the methods a 405 allows."""
 

@@ -170,7 +170,7 @@ class Server:
             # nbdkit's own handlers would only make it wait for its clients. Python's write the number into
             # the pipe at once, even while the main thread sits in nbdkit and runs no Python.
             signal.set_wakeup_fd(self._wake[1], warn_on_full_buffer=False)
-            for number in (*STOP_SIGNALS, handover.HAND_OVER):
+            for number in (*STOP_SIGNALS, sockets.HAND_OVER):
                 signal.signal(number, _ignore)
             if self.config.swap == "local":
                 # Last: the threads above stay ordinary, those that nbdkit starts for clients inherit it.
@@ -327,7 +327,7 @@ class Server:
                     assert self._endpoint is not None
                     self._endpoint.accept()
                 elif any(signals := os.read(fd, 64)):
-                    if self.config.state and handover.HAND_OVER in signals:
+                    if self.config.state and sockets.HAND_OVER in signals:
                         self._hand_over()
                         return
                     if self._may_leave(signals):
@@ -416,7 +416,7 @@ class Server:
         assert self._rundir is not None
         self._rundir.leave_socket()
         self._hands_over = True
-        sockets.stop_accepting(self._listening, handover.HAND_OVER)
+        sockets.stop_accepting(self._listening, sockets.HAND_OVER)
         started = time.monotonic()
         while sockets.shut_clients(self._inherited, socket.SHUT_RD):
             if time.monotonic() - started > STOP_WRITING:

@@ -7,6 +7,9 @@ import stat
 import threading
 from collections.abc import Iterator
 
+# Leave at once, also while swapped to: the state stays. Without a state as SIGTERM.
+HAND_OVER = signal.SIGUSR1
+
 
 def listening() -> list[int]:
     """Return the descriptors of the sockets on which clients are accepted, those alone if called early."""

@@ -181,7 +181,7 @@ class Qemu(_HostServer):
 
 
 class QemuWithState(Qemu):
-    """The same with a server in the background whose data outlives it, so that it can be ended and replaced."""
+    """The same with a server in the background, whose data outlives it."""
 
     def __init__(self, size: int, settings: dict[str, str], folder: Path, state: Path) -> None:
         self._state = state
@@ -202,7 +202,7 @@ class QemuWithState(Qemu):
         return time.monotonic() - since
 
     def restart(self) -> float:
-        """Let a new server take over, and return the seconds that nobody served, as the command tells."""
+        """Let a new server take over, and return the seconds that the command tells."""
         words = self._zramd("restart", "--rundir", str(self.rundir)).split()
         return float(words[words.index("ms") - 1]) / 1000
 

@@ -85,8 +85,12 @@ def _expect(session: Session, killer: Killer, before: dict[str, int], seconds: f
     enough = len(killer.away) >= seconds / (plan.kill + 5)
     result.expect("the server ends as often as asked", enough, f"{len(killer.away)} times")
     counted = after["writes"] - before["writes"] > 0 and after["recovered_blocks"] > 0
-    result.expect("each new server has what the last one held", counted, f"{after['recovered_blocks']} blocks")
+    result.expect(
+        "each new server has what the last one held", counted, f"{after['recovered_blocks']} blocks"
+    )
     slowest = result.slowest
-    result.expect("the guest goes on after each end", slowest < LONGEST_PAUSE, f"slowest page {slowest:.2f} s")
+    result.expect(
+        "the guest goes on after each end", slowest < LONGEST_PAUSE, f"slowest page {slowest:.2f} s"
+    )
     errors = [line for line in session.guest.kernel_log() if "I/O error" in line or "Write-error" in line]
     result.expect("no request fails", not errors, errors[:2])

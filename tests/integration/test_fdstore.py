@@ -1,4 +1,4 @@
-"""state=systemd: what the service manager is given, what the next server makes of it; the manager is this test."""
+"""state=systemd: what the service manager gets, and what the next server has. The manager is this test."""
 
 import json
 import os
@@ -45,7 +45,11 @@ class Manager:
                     os.close(fd)
                 if passed:
                     names = ":".join(name for name, _ in passed)
-                    env |= {"LISTEN_FDS": str(len(passed)), "LISTEN_PID": str(os.getpid()), "LISTEN_FDNAMES": names}
+                    env |= {
+                        "LISTEN_FDS": str(len(passed)),
+                        "LISTEN_PID": str(os.getpid()),
+                        "LISTEN_FDNAMES": names,
+                    }
                 log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
                 os.dup2(log, 2)
                 os.dup2(log, 1)
@@ -135,7 +139,9 @@ def test_sockets_of_the_manager_stay_sockets(manager: Manager) -> None:
         assert "accept" not in manager.log.read_text()
         manager.take()
         assert manager.kept == []
-    health = json.loads(talk(manager.rundir / "control.sock", b"GET /settings HTTP/1.1\r\n\r\n").partition(b"\r\n\r\n")[2])
+    health = json.loads(
+        talk(manager.rundir / "control.sock", b"GET /settings HTTP/1.1\r\n\r\n").partition(b"\r\n\r\n")[2]
+    )
     assert health["state"] == "systemd"
 
 
@@ -149,7 +155,17 @@ def test_sockets_of_the_manager_stay_sockets(manager: Manager) -> None:
 def test_without_a_manager(tmp_path: Path, words: list[str], status: int, told: str) -> None:
     env = {key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"}
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "zramd", *words, "--size", "64M", f"rundir={tmp_path}/run", "state=systemd"],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "zramd",
+            *words,
+            "--size",
+            "64M",
+            f"rundir={tmp_path}/run",
+            "state=systemd",
+        ],
         env=env,
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""zramd restart: a client that writes meanwhile loses nothing and is never refused; what cannot be restarted."""
+"""zramd restart: clients that write meanwhile lose nothing, are never refused; what cannot be restarted."""
 
 import json
 import os
@@ -297,7 +297,10 @@ def test_without_a_state(tmp_path: Path) -> None:
     try:
         done = zramd("restart", "--rundir", folder)
         assert done.returncode == 1
-        assert "zramd: bare has no state, and its data would be lost: stop it and start it with state=" in done.stderr
+        assert (
+            "zramd: bare has no state, and its data would be lost: stop it and start it with state="
+            in done.stderr
+        )
         assert rundir.holder(str(folder)) == pid
         os.kill(pid, signal.SIGUSR1)  # there is nothing to hand over: it is a plain stop
         wait_until(lambda: rundir.holder(str(folder)) is None)
@@ -320,7 +323,10 @@ def test_in_the_foreground(serve: Serve, memory_folder: Path) -> None:
     served = serve(state=memory_folder / "state")
     done = zramd("restart", "--rundir", served.rundir)
     assert done.returncode == 1
-    assert f"runs in the foreground, not by 'zramd start': end it by 'kill -USR1 {served.process.pid}'" in done.stderr
+    assert (
+        f"runs in the foreground, not by 'zramd start': end it by 'kill -USR1 {served.process.pid}'"
+        in done.stderr
+    )
     nbd = NbdSocket(served)
     assert nbd.ask(nbd.WRITE, 0, BLOCK, content(0, 1)) == 0
     assert served.stop(signal.SIGUSR1) < 0.5

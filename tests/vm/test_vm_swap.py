@@ -87,3 +87,14 @@ def test_local_at_the_limit(limit: tuple[str, ...], tmp_path: Path) -> None:
     assert held(result, "the server survives")
     assert held(result, "swap writes fail" if limit else "the hog reached the limit")
     assert result["pages_verified"] > 5_000
+
+
+@pytest.mark.parametrize("how", [(), ("--restart",)], ids=["kill", "restart"])
+def test_server_that_ends_again_and_again(how: tuple[str, ...], tmp_path: Path) -> None:
+    """Under swap; with the same state the next one goes on, and no page is lost."""
+    result = vm_swap(tmp_path, "--attach", "qemu", "--kill", "3", *how)
+    assert result["kills"]["times"] >= 4
+    assert held(result, "no request fails")
+    assert held(result, "each new server has what the last one held")
+    assert result["pages_verified"] > 10_000
+    assert result["swap_outs"] > 5_000

@@ -6,7 +6,6 @@ All that can fail is done before the old server is asked to leave: see zramd.han
 import argparse
 import os
 import select
-import signal
 import socket
 import time
 from contextlib import suppress
@@ -50,7 +49,9 @@ def restart(arguments: argparse.Namespace) -> int:
     try:
         new.wait_until_ready()
     except DeviceError as error:
-        raise DeviceError(f"{served.name} goes on as before: the new server does not start: {error}") from None
+        raise DeviceError(
+            f"{served.name} goes on as before: the new server does not start: {error}"
+        ) from None
     since = time.monotonic()
     try:
         _end(served)
@@ -75,8 +76,8 @@ def _come_back(
         again.go(served)
     except DeviceError as worse:
         raise DeviceError(
-            f"{served.name} is not served: the new server failed ({error}), and so did one as before ({worse}): "
-            "the data is still in its state: start it with that"
+            f"{served.name} is not served: the new server failed ({error}), "
+            f"and so did one as before ({worse}): the data is still in its state: start it with that"
         ) from None
     raise DeviceError(f"{served.name} is served as before, by a new process {again.pid}: {error}")
 
@@ -128,6 +129,8 @@ class _Successor:
 
     def kill(self) -> None:
         """End it, if it is there."""
+        import signal
+
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
 
@@ -162,15 +165,14 @@ def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str,
 
 
 def _refuse_others(served: client.Served) -> None:
-    """Raise DeviceError for a server that another program watches: it would see its end, and not the new one."""
+    """Raise DeviceError for a server that another program watches: it would only see its end."""
     environment = _words(f"/proc/{served.pid}/environ")
     if any(word.startswith(f"{rundir.BACKGROUND}=") for word in environment):
         return
     with open(f"/proc/{served.pid}/cgroup") as file:
         unit = file.read().strip().rpartition("/")[2]
-    if unit.endswith(".service") and any(word.startswith("INVOCATION_ID=") for word in environment):
-        if any(word.startswith("NOTIFY_SOCKET=") for word in environment):
-            raise DeviceError(f"{served.name} is a service: run 'systemctl restart {unit}'")
+    if unit.endswith(".service") and any(word.startswith("NOTIFY_SOCKET=") for word in environment):
+        raise DeviceError(f"{served.name} is a service: run 'systemctl restart {unit}'")
     raise DeviceError(
         f"{served.name} runs in the foreground, not by 'zramd start': end it by 'kill -USR1 {served.pid}', "
         "which keeps its clients waiting, and start it again with the same settings"
@@ -191,7 +193,12 @@ def _command(served: client.Served, pairs: list[tuple[str, str]]) -> list[str]:
 
     words = _words(f"/proc/{served.pid}/cmdline")[:-1]
     at = next(
-        (i for i in range(2, len(words)) if words[i - 1] == "python" and words[i].endswith("nbdkit_plugin.py")), 0
+        (
+            i
+            for i in range(2, len(words))
+            if words[i - 1] == "python" and words[i].endswith("nbdkit_plugin.py")
+        ),
+        0,
     )
     if not at:
         raise DeviceError(f"{served.name} is not served by nbdkit: '{' '.join(words[:4])} …'")
@@ -224,11 +231,15 @@ def _take_sockets(served: client.Served) -> tuple[list[int], bool]:
 
 def _end(served: client.Served) -> None:
     """Let the old server hand over, and wait for its end. Raises DeviceError."""
+    import signal
+
+    from zramd import sockets
+
     pid = served.pid or 0
     try:
         process = os.pidfd_open(pid)
         if rundir.holder(served.path) == pid:  # it has not ended and left its number to another process
-            signal.pidfd_send_signal(process, handover.HAND_OVER)
+            signal.pidfd_send_signal(process, sockets.HAND_OVER)
     except ProcessLookupError:
         return
     ended = select.poll()
@@ -253,7 +264,8 @@ def add(commands: "Commands") -> None:
         usage="zramd restart NAME [key=value ...] [--rundir FOLDER]",
         description="Start a new server, of this version of zramd, in the place of a running one that has a "
         "state; key=value changes settings. Clients connect again by themselves, if they can (qemu's "
-        "reconnect-delay, zramd attach), and no data is lost. If the new server cannot start, the old one goes on.",
+        "reconnect-delay, zramd attach), and no data is lost. "
+        "If the new server cannot start, the old one goes on.",
         settings=True,
     )
     add_device(parser)

@@ -307,7 +307,9 @@ def start(arguments: argparse.Namespace) -> int:
             words, name = configuration.find(name).words(words), None
     settings, options, argv = plan(name, arguments.size, words, arguments.nbdkit_options)
     if settings.state == "systemd":
-        raise UsageError("state=systemd is for 'zramd serve' as a service: use a file such as /dev/shm/NAME.state")
+        raise UsageError(
+            "state=systemd is for 'zramd serve' as a service: use a file such as /dev/shm/NAME.state"
+        )
     if not _STANDARD_INPUT.isdisjoint(options.values):
         raise UsageError("a server in the background has no standard input to serve: use 'zramd serve'")
     set_environment(settings)
@@ -337,8 +339,8 @@ def start(arguments: argparse.Namespace) -> int:
 def spawn(argv: list[str], prepare: Callable[[], None] = lambda: None) -> tuple[int, int]:
     """Run a program as nobody's child, in a session of its own; return its number and its standard error.
 
-    Nobody's child because nbdkit may ask the kernel to be ended together with its parent. `prepare` is called in
-    the new process before it becomes the program.
+    Nobody's child because nbdkit may ask the kernel to be ended together with its parent. `prepare` is called
+    in the new process before it becomes the program.
     """
     errors, to_errors = os.pipe()
     numbers, to_numbers = os.pipe()
