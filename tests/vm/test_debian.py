@@ -21,7 +21,7 @@ from vm_tools import debian, debian_image, image, kernel
 from vm_tools.guest import Guest, Machine, choose_accel
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.slow]
 
 MIB = 1 << 20
 MEMORY_MIB = 256
