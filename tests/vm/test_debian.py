@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(1200)
 
 MIB = 1 << 20
-MEMORY_MIB = 320
-WORKLOAD_MIB = 220  # with the system's own it does not fit
+MEMORY_MIB = 256
+WORKLOAD_MIB = 130  # with the system's own it does not fit
 BOOT_TIMEOUT = 240.0  # seconds; 10 to 15 on an idle machine, more on one that emulates two others
-SLOW = 240.0
+SLOW = 300.0
 SHUTDOWN_TIMEOUT = 60.0  # seconds; systemd gives up on what hangs after 90
 SETUP = """\
 set -e
@@ -130,13 +130,11 @@ def test_from_nothing_to_a_reboot(computer: Debian) -> None:
     with computer.on() as guest:
         for line in SETUP.splitlines()[1:]:
             guest.run(line, SLOW)
-        install(guest)
-        enable(guest)
-        pressure(guest)
-        stop_that_cannot_be(guest)
-        restart(guest)
-        stop_and_start(guest)
-        broken_off(guest)
+        steps = (install, enable, pressure, stop_that_cannot_be, restart, stop_and_start, broken_off)
+        for step in steps:
+            started = time.monotonic()
+            step(guest)
+            print(f"{step.__name__} took {time.monotonic() - started:.1f} s", flush=True)
         computer.guest.run("systemctl start zramd-attach@zram0", SLOW)
         assert [line for line in computer.trouble() if "zramd-attach@zram0" not in line] == []
         swapped_out(guest, 2)
@@ -220,7 +218,6 @@ def stop_that_cannot_be(guest: Guest) -> None:
     assert "of memory are available: end programs first" in guest.run(
         "journalctl -u zramd-attach@zram0 -o cat", SLOW
     )
-    verified(guest)
     assert guest.phase("free 70", SLOW)["freed"] > 0
     guest.run("swapoff /dev/nbd0", SLOW)
     wait_for(guest, "systemctl show -P ActiveState zramd@zram0", "inactive")
