@@ -71,7 +71,7 @@ def attach(arguments: argparse.Namespace) -> int:
 
 
 def _drop(there: "Attached") -> None:
-    """Detach what is left of a server that has ended, and its data with it. Raises AttachError if it is in use."""
+    """Detach what an ended server has left, whose data ended with it. Raises AttachError if it is in use."""
     from zramd import kernelswap
 
     use = ["swap"] if kernelswap.find(there.device) else kernelswap.mounts(there.device)
