@@ -39,6 +39,9 @@ def attach(arguments: argparse.Namespace) -> int:
     served = client.find(arguments.name, arguments.rundir)
     address = served.file(rundir.NBD_SOCKET)
     there = attached.find(served.name)
+    if there and arguments.config and there.data and there.data != attached.data_of(served.path):
+        _drop(there)
+        there = None
     if there and (there.keeper or not there.data):
         if not arguments.config:
             raise AttachError(
@@ -66,6 +69,20 @@ def attach(arguments: argparse.Namespace) -> int:
             raise
     print(device)
     return 0
+
+
+def _drop(there: "Attached") -> None:
+    """Detach what an ended server has left, whose data ended with it. Raises AttachError if it is in use."""
+    from zramd import kernelswap
+
+    use = ["swap"] if kernelswap.find(there.device) else kernelswap.mounts(there.device)
+    if use:
+        raise AttachError(
+            f"{there.device} is in use as '{use[0]}', but the server that had its data has ended: "
+            f"'zramd detach --swapoff {there.name}' first"
+        )
+    _say(f"{there.device} is left over from a server that has ended: detaching it")
+    _disconnect(there.name, there.device, there)
 
 
 def _configure(arguments: argparse.Namespace) -> bool:
