@@ -25,6 +25,7 @@ MODULES = (
     "listing",
     "serve",
     "show",
+    "saving",
     "attach",
     "top",
     "doctor",
