@@ -111,6 +111,8 @@ cdef class Stream:
             n = posix_write(fd, self.buffer + self.moved, self.size - self.moved)
             if n >= 0:
                 self.moved += <uint32_t>n
+                if self.moved < self.size:
+                    return -EINTR       # a signal may be why it was not all
                 continue
             if errno != EAGAIN:
                 return -errno
@@ -304,6 +306,8 @@ cdef class Reader(Stream):
                 n = posix_read(self.fd, self.buffer + self.moved, min(need - self.moved, self.limit - self.at - self.moved))
             if n > 0:
                 self.moved += <uint32_t>n
+                if self.moved < need:
+                    return -EINTR       # a signal may be why it was not all
                 continue
             if n == 0:
                 return WRONG
