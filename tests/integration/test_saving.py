@@ -90,7 +90,9 @@ def content(served: Served, size: int = SIZE) -> bytes:
 def held(tmp_path: Path, served: Served) -> "tuple[subprocess.Popen[bytes], int]":
     """A save into a pipe that nobody reads further, and the pipe."""
     reader, writer = os.pipe()
-    process = subprocess.Popen([*COMMAND, "save", *at(served), "-"], env=ENV, stdout=writer, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*COMMAND, "save", *at(served), "-"], env=ENV, stdout=writer, stderr=subprocess.PIPE
+    )
     os.close(writer)
     assert os.read(reader, 8) == b"\x89ZRAMD\r\n"
     return process, reader
@@ -196,6 +198,7 @@ def test_interrupted(serve: Serve, tmp_path: Path, end: str) -> None:
         while os.read(reader, 1 << 20):
             pass
     else:
+        time.sleep(0.5)  # until it waits in a write
         process.send_signal(getattr(signal, f"SIG{name}"))
     assert process.stderr is not None
     said = process.stderr.read().decode()
@@ -309,7 +312,10 @@ def test_no_client_while_it_is_loaded(serve: Serve, tmp_path: Path) -> None:
     done("save", *at(first), file)
     data = file.read_bytes()
     process = subprocess.Popen(
-        [*COMMAND, "load", *at(second), "-"], env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [*COMMAND, "load", *at(second), "-"],
+        env=ENV,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     assert process.stdin is not None
@@ -362,6 +368,10 @@ def test_curl(serve: Serve, tmp_path: Path) -> None:
     fill(first)
     file = tmp_path / "saved"
     curl = ["curl", "-sS", "--fail", "--unix-socket"]
-    subprocess.run([*curl, f"{first.rundir}/control.sock", "http://zramd/save", "-o", file], check=True, timeout=60)
-    subprocess.run([*curl, f"{second.rundir}/control.sock", "-T", file, "http://zramd/load"], check=True, timeout=60)
+    subprocess.run(
+        [*curl, f"{first.rundir}/control.sock", "http://zramd/save", "-o", file], check=True, timeout=60
+    )
+    subprocess.run(
+        [*curl, f"{second.rundir}/control.sock", "-T", file, "http://zramd/load"], check=True, timeout=60
+    )
     assert content(second) == content(first)

@@ -258,7 +258,7 @@ def test_a_device_that_changes() -> None:
         data = begun + file.read()
     thread.join()
     assert raised == ["a client changed the device while it was saved"]
-    with pytest.raises(SaveError, match="^a client changed the device while it was saved$"):
+    with pytest.raises(SaveError, match=r"^a client changed the device while it was saved$"):
         check(data)
 
 
@@ -305,7 +305,11 @@ def damaged() -> Iterator[tuple[str, bytes, str]]:
     yield "version", head + struct.pack("<I", crc32c(head)) + data[36:], "^it has another format .* 7, not 1$"
     for at in (36, 40, 52, 60000, len(data) - 1):
         yield f"cut {at}", data[:at], rf"^it was cut off \(at byte {at}\)$"
-    yield "flip", data[:50000] + bytes([data[50000] ^ 1]) + data[50001:], r"^a chunk is damaged \(at byte 36\)$"
+    yield (
+        "flip",
+        data[:50000] + bytes([data[50000] ^ 1]) + data[50001:],
+        r"^a chunk is damaged \(at byte 36\)$",
+    )
     yield "more", data + b"x", rf"^something follows its end \(at byte {len(data)}\)$"
     yield "swapped end", data[:36] + small[36:], ""
     first = 36 + 16 + struct.unpack_from("<I", data, 44)[0]
@@ -330,7 +334,9 @@ def damaged() -> Iterator[tuple[str, bytes, str]]:
 DAMAGED = [case for case in damaged() if case[2]]
 
 
-@pytest.mark.parametrize(("data", "message"), [case[1:] for case in DAMAGED], ids=[case[0] for case in DAMAGED])
+@pytest.mark.parametrize(
+    ("data", "message"), [case[1:] for case in DAMAGED], ids=[case[0] for case in DAMAGED]
+)
 def test_refused(data: bytes, message: str) -> None:
     with pytest.raises(SaveError, match=message):
         check(data)
@@ -343,7 +349,7 @@ def test_refused(data: bytes, message: str) -> None:
 
 def test_does_not_fit() -> None:
     data = save(filled())
-    with pytest.raises(SaveError, match="^it is larger than the device$"):
+    with pytest.raises(SaveError, match=r"^it is larger than the device$"):
         load(Device(SIZE - BLOCK), data)
     device = Device(SIZE, mem_limit=1 << 20)
     with pytest.raises(PoolFullError, match="mem_limit leaves no room"):
@@ -362,12 +368,17 @@ def test_begun_and_length() -> None:
     data = save(filled())
     for begun in (1, 36, 100, 4096):
         reader, writer = os.pipe()
-        threading.Thread(target=lambda: (os.write(writer, data[begun:] + b"more"), os.close(writer))).start()
+        threading.Thread(target=_write_and_close, args=(writer, data[begun:] + b"more")).start()
         device = Device(SIZE)
         saving.load(device, reader, begun=data[:begun], length=len(data), patience=10)
         assert os.read(reader, 10) == b"more"
         os.close(reader)
         assert blocks_of(save(device)) == blocks_of(data)
+
+
+def _write_and_close(fd: int, data: bytes) -> None:
+    with open(fd, "wb") as file:
+        file.write(data)
 
 
 def test_patience() -> None:

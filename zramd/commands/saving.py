@@ -100,7 +100,11 @@ def _sync_folder(file: str) -> None:
 
 
 def _copy(
-    served: client.Served, control: socket.socket, fd: int, what: str, progress: "Callable[[int], None] | None"
+    served: client.Served,
+    control: socket.socket,
+    fd: int,
+    what: str,
+    progress: "Callable[[int], None] | None",
 ) -> "dict[str, int]":
     """Copy a save from the server, checking it on the way."""
     from zramd.core import saving
@@ -114,7 +118,9 @@ def _copy(
     except SaveError as error:
         hint = ": stop who writes to it, or use --live" if "client changed" in str(error) else ""
         if "cut off" in str(error) or "cannot be read" in str(error):
-            raise DeviceError(f"{served.name} was not saved: its server ended, or gave up, meanwhile") from None
+            raise DeviceError(
+                f"{served.name} was not saved: its server ended, or gave up, meanwhile"
+            ) from None
         raise DeviceError(f"{served.name} was not saved: {error}{hint}") from None
     finally:
         _end_progress(progress)
@@ -277,15 +283,13 @@ def add(commands: "Commands") -> None:
         "save",
         save,
         "save a device to a file",
-        "Save a whole device to a file, compressed as it stands. The file is as the device was at one moment: "
-        "if a client changes it meanwhile, the save is given up.",
+        "Save a whole device to a file, compressed as it stands. The file is as the device was at one "
+        "moment: if a client changes it meanwhile, the save is given up.",
     )
     parser.add_argument(
         "--live", action="store_true", help="save it although it changes: blocks of different moments"
     )
-    parser.add_argument(
-        "--force", action="store_true", help="overwrite a file that is not a saved device"
-    )
+    parser.add_argument("--force", action="store_true", help="overwrite a file that is not a saved device")
     parser = _add(
         commands,
         "load",

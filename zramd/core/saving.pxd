@@ -28,7 +28,7 @@ cdef struct tally:
     uint64_t lost
     uint64_t payload_bytes
 
-cdef class Stream:
+cdef class _Stream:
     # One frame at a time; what is common to both directions.
     cdef char *buffer
     cdef uint32_t moved     # bytes of the frame that were read or written
@@ -44,7 +44,7 @@ cdef class Stream:
     cdef int _write(self, int fd) noexcept nogil
     cdef void _seal(self, uint32_t kind, uint32_t records, uint32_t bytes) noexcept nogil
 
-cdef class Writer(Stream):
+cdef class _Writer(_Stream):
     cdef Device device
     cdef int fd
     cdef bint live
@@ -62,7 +62,7 @@ cdef class Writer(Stream):
     cdef void _give_up(self, const char *why) noexcept nogil
     cdef uint64_t _changes(self) noexcept nogil
 
-cdef class Reader(Stream):
+cdef class _Reader(_Stream):
     cdef int fd
     cdef int copy           # -1: none
     cdef bint copy_failed

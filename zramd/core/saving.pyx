@@ -87,7 +87,7 @@ cdef inline char *put(char *at, uint64_t value) noexcept nogil:
     return at + sizeof(value)
 
 
-cdef class Stream:
+cdef class _Stream:
     """One direction of a save; for this module only."""
 
     def __cinit__(self, *arguments, **names):
@@ -134,7 +134,7 @@ cdef class Stream:
         self.moved = 0
 
 
-cdef class Writer(Stream):
+cdef class _Writer(_Stream):
     """Writes a device."""
 
     def __init__(self, Device device, int fd, bint live, int patience):
@@ -161,8 +161,8 @@ cdef class Writer(Stream):
 
     cdef int _step(self) noexcept nogil:
         """Write a few frames; 0 or -errno."""
-        cdef int rc = 0, i
-        for i in range(STEPS):
+        cdef int rc = 0
+        for _ in range(STEPS):
             rc = self._write(self.fd)
             if rc:
                 break
@@ -279,7 +279,7 @@ cdef class Writer(Stream):
         return numbers | {"changes": self.changes, "bytes": self.at}
 
 
-cdef class Reader(Stream):
+cdef class _Reader(_Stream):
     """Reads and checks what a Writer wrote, and stores or copies it."""
 
     def __init__(self, int fd, int copy, Device device, bytes begun, uint64_t limit, int patience):
@@ -515,7 +515,7 @@ def save(Device device, int fd, *, bint live=False, patience=-1):
     says how many requests that were. patience: seconds that nothing may move. Raises SaveError when a client changed
     the device and not live, or it was reset (the stream says so, too); OSError.
     """
-    return Writer(device, fd, live, <int>(patience * 1000)).run()
+    return _Writer(device, fd, live, <int>(patience * 1000)).run()
 
 
 def load(Device device, int fd, *, bytes begun=b"", length=-1, patience=-1):
@@ -524,7 +524,7 @@ def load(Device device, int fd, *, bytes begun=b"", length=-1, patience=-1):
     begun: what was read of it already; length: bytes of it, -1: to its end. Whatever is raised, the device is empty
     then. Raises SaveError; PoolFullError when mem_limit leaves no room.
     """
-    cdef Reader reader = Reader(
+    cdef _Reader reader = _Reader(
         fd, -1, device, begun, <uint64_t>-1 if length < 0 else length, <int>(patience * 1000))
     if load_relaxed(&device.n.pages_stored):
         raise SaveError("the device is not empty")
@@ -550,4 +550,4 @@ def check(int fd, *, int copy=-1, progress=None):
     Returns disksize, saved_at (seconds since 1970), blocks, and of them same, raw, lost; payload_bytes, changes, bytes.
     Calls progress(bytes) now and then. Raises SaveError; OSError when it cannot be written.
     """
-    return Reader(fd, copy, None, b"", <uint64_t>-1, -1).run(progress)
+    return _Reader(fd, copy, None, b"", <uint64_t>-1, -1).run(progress)
