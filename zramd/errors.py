@@ -64,7 +64,7 @@ class StateError(ZramdError):
 
 
 class SaveError(ZramdError):
-    """A saved device is damaged, cut off, of another format, or does not fit; the message says where and what."""
+    """A saved device is damaged, cut off, foreign, or does not fit; the message says where and what."""
 
 
 class AttachError(ZramdError):

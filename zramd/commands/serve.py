@@ -401,7 +401,8 @@ def refuse_in_use(served: client.Served, what: str, more: str = "") -> None:
         for use in kernel.uses(device):
             command, what_for = ("swapoff", "swap") if use == kernel.SWAP else ("umount", f"'{use}'")
             raise DeviceError(
-                f"cannot {what} {name}: {device} is in use as {what_for}: run '{command} {device}' first{more}"
+                f"cannot {what} {name}: {device} is in use as {what_for}: "
+                f"run '{command} {device}' first{more}"
             )
 
 
