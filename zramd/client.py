@@ -45,6 +45,9 @@ class Served:
             raise DeviceError(
                 f"{self.name} does not answer: {_why(self.file(_CONTROL_SOCKET), error)}"
             ) from None
+        return self._judge(path, status, answer)
+
+    def _judge(self, path: str, status: int, answer: str) -> str:
         if status == 200:
             return answer
         if status == 404:
@@ -53,6 +56,44 @@ class Served:
             )
         sentence = answer.splitlines()[0] if answer else f"status {status}"
         raise (UsageError if status == 400 else DeviceError)(f"{self.name}: {sentence}")
+
+    def open_stream(self, method: str, path: str, length: int = -1) -> socket.socket:
+        """Return a connection on which a stream comes (GET) or goes (PUT, of `length` bytes, -1: to its end).
+
+        Raises as `request`.
+        """
+        size = "" if length < 0 else f"Content-Length: {length}\r\n"
+        control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            control.settimeout(TIMEOUT)
+            control.connect(self.file(_CONTROL_SOCKET))
+            control.sendall(f"{method} {path} HTTP/1.1\r\nHost: zramd\r\n{size}\r\n".encode())
+            if method == "GET":
+                head = b""
+                while not head.endswith(b"\r\n\r\n") and (more := control.recv(1)):
+                    head += more
+                if b" 200 " not in head:
+                    rest = b"".join(iter(lambda: control.recv(65536), b""))
+                    self._judge(path, *_parse(head + rest))
+            control.settimeout(None)
+        except OSError as error:
+            control.close()
+            raise DeviceError(
+                f"{self.name} does not answer: {_why(self.file(_CONTROL_SOCKET), error)}"
+            ) from None
+        except BaseException:
+            control.close()
+            raise
+        return control
+
+    def end_stream(self, control: socket.socket, path: str) -> str:
+        """Return what the server answers to a stream that was sent; raises as `request`."""
+        try:
+            answer = b"".join(iter(lambda: control.recv(65536), b""))
+            status, text = _parse(answer)
+        except OSError:
+            raise DeviceError(f"the server of {self.name} has ended meanwhile") from None
+        return self._judge(path, status, text)
 
     def ask_json(self, method: str, path: str, body: str = "", timeout: float = TIMEOUT) -> "dict[str, Any]":
         """Return the JSON object that is the answer; raises as `request`."""
@@ -93,7 +134,11 @@ def ask(path: str, method: str, url: str, body: str = "", timeout: float = TIMEO
         control.settimeout(timeout)
         control.connect(f"{path}/{_CONTROL_SOCKET}")
         control.sendall(head.encode() + data)
-        answer = b"".join(iter(lambda: control.recv(65536), b"")).decode(errors="replace")
+        return _parse(b"".join(iter(lambda: control.recv(65536), b"")))
+
+
+def _parse(data: bytes) -> tuple[int, str]:
+    answer = data.decode(errors="replace")
     header, end, content = answer.partition("\r\n\r\n")
     status = header.removeprefix("HTTP/1.1 ")[:3]
     if not end or not header.startswith("HTTP/1.1 ") or not (status.isascii() and status.isdigit()):

@@ -14,13 +14,15 @@ import threading
 import time
 from contextlib import suppress
 
-from zramd.routes import TEXT, RefusedError, Reply, Routes, Service
+from zramd.routes import STREAMS_IN, STREAMS_OUT, TEXT, RefusedError, Reply, Routes, Service
 
 MAX_CONNECTIONS = 16
 MAX_HEADER = 8 << 10
 MAX_BODY = 1 << 10
 DEADLINE = 5.0  # seconds for a client to send its request and take the answer
 LINGER = 0.5  # seconds to wait for the client's end, so that what it still sends does not destroy the answer
+
+_STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nConnection: close\r\n\r\n"
 
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,8}) (/[!-~]*) HTTP/1\.[01]\r")
 _REQUEST_START = re.compile(rb"[A-Z]{0,8}|[A-Z]{1,8} [ -~]*\r?")
@@ -33,6 +35,7 @@ _REASONS = {
     409: "Conflict",
     411: "Length Required",
     413: "Content Too Large",
+    422: "Unprocessable Content",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",
     503: "Service Unavailable",
@@ -91,7 +94,15 @@ class Endpoint:
         deadline = time.monotonic() + DEADLINE
         try:
             try:
-                reply = self._routes.answer(*_receive(connection, deadline))
+                method, path, body, length = _receive(connection, deadline)
+                if (method, path) in STREAMS_OUT:
+                    connection.sendall(_STREAM)
+                    self._routes.save(connection.fileno(), path)
+                    return
+                if (method, path) in STREAMS_IN:
+                    reply = self._routes.load(connection.fileno(), body, length)
+                else:
+                    reply = self._routes.answer(method, path, body)
             except RefusedError as refused:
                 reply = refused.reply
             _send(connection, reply)
@@ -106,8 +117,10 @@ class Endpoint:
             connection.close()
 
 
-def _receive(connection: socket.socket, deadline: float) -> tuple[str, str, bytes]:
-    """Return method, path without a query, and body.
+def _receive(connection: socket.socket, deadline: float) -> tuple[str, str, bytes, int]:
+    """Return method, path without a query, body, and its length.
+
+    Of a stream the body is what came so far, and the length may be -1, up to the end of the connection.
 
     Raises RefusedError, and OSError when the client is gone.
     """
@@ -123,25 +136,29 @@ def _receive(connection: socket.socket, deadline: float) -> tuple[str, str, byte
     while b"\r\n\r\n" not in (seen := b"\r\n" + rest):
         rest += _some(connection, deadline, len(line) + len(rest))
     header, _, body = seen.partition(b"\r\n\r\n")
-    length = _content_length(header)
+    method, path = match[1].decode(), match[2].decode().partition("?")[0]
+    if (method, path) in STREAMS_IN:
+        length = _content_length(header, 1 << 62, -1)
+        return method, path, body, length
+    length = _content_length(header, MAX_BODY, 0)
     while len(body) < length:
         body += _some(connection, deadline, 0)
-    return match[1].decode(), match[2].decode().partition("?")[0], body[:length]
+    return method, path, body[:length], length
 
 
-def _content_length(header: bytes) -> int:
-    length = b"0"
+def _content_length(header: bytes, most: int, default: int) -> int:
+    length = b""
     for line in header.split(b"\r\n"):
         name, _, value = line.partition(b":")
         if name.lower() == b"transfer-encoding":
             raise RefusedError(411, "send a body with Content-Length, not in chunks")
         if name.lower() == b"content-length":
             length = value.strip()
-    if not length.isdigit():
-        raise RefusedError(400, "Content-Length is not a number")
-    if len(length) > 9 or int(length) > MAX_BODY:
-        raise RefusedError(413, f"a body has at most {MAX_BODY} bytes")
-    return int(length)
+            if not length.isdigit():
+                raise RefusedError(400, "Content-Length is not a number")
+            if len(length) > 19 or int(length) > most:
+                raise RefusedError(413, f"a body has at most {most} bytes")
+    return int(length) if length else default
 
 
 def _some(connection: socket.socket, deadline: float, have: int) -> bytes:

@@ -2,23 +2,29 @@
 
 GET   /stats /mm_stat /io_stat /classes /classes.json /metrics /health /settings /block/N
 POST  /compact /check /reset /mem_used_max, /sockets PATH: sends those on which clients are accepted
+GET   /save /save/live      the whole device as a stream, see docs/save-format.md
+PUT   /load                 such a stream into an empty device without clients
 PUT   /NAME for each setting that can be changed while the device is served
 """
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from zramd import prometheus, stats
 from zramd.config import SETTINGS
-from zramd.errors import ConfigError, CorruptionError
+from zramd.errors import ConfigError, CorruptionError, DeviceError, ZramdError
 
 COMPACT_TIMEOUT = 60.0
 TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _BLOCK = "/block/"
+# Whose answer, or body, is a stream of any length.
+STREAMS_OUT = (("GET", "/save"), ("GET", "/save/live"))
+STREAMS_IN = (("PUT", "/load"),)
 
 
 class Service(Protocol):
@@ -46,6 +52,14 @@ class Service(Protocol):
     def reset_mem_used_max(self) -> None: ...
     def send_sockets(self, path: str) -> None:
         """Send the listening sockets to who listens at `path`; raises OSError."""
+    def save(self, fd: int, *, live: bool) -> None:
+        """Write the device to a descriptor; raises SaveError, OSError once that has begun."""
+
+    def load(self, fd: int, begun: bytes, length: int) -> dict[str, int]:
+        """Fill the device from a descriptor, of which `begun` was read; length of all, -1: up to its end.
+
+        Raises DeviceError when it is not a time for that, SaveError.
+        """
 
 
 class Reply(NamedTuple):
@@ -113,8 +127,25 @@ class Routes:
         except Exception as error:
             return Reply(500, TEXT, f"{error or type(error).__name__}\n")
 
+    def save(self, fd: int, path: str) -> None:
+        """Answer one of STREAMS_OUT, after the header."""
+        with suppress(ZramdError):  # the stream itself says so
+            self._service.save(fd, live=path.endswith("live"))
+
+    def load(self, fd: int, begun: bytes, length: int) -> Reply:
+        """Return the answer to one of STREAMS_IN, whose body comes from a descriptor."""
+        try:
+            return _json(self._service.load(fd, begun, length))
+        except DeviceError as error:
+            return Reply(409, TEXT, f"{error}\n")
+        except (ZramdError, MemoryError) as error:
+            return Reply(422, TEXT, f"{error}\n")
+
     def _paths(self) -> str:
-        return "".join(f"{method} {path}\n" for path, methods in self._routes.items() for method in methods)
+        streams = "".join(f"{method} {path}\n" for method, path in (*STREAMS_OUT, *STREAMS_IN))
+        return streams + "".join(
+            f"{method} {path}\n" for path, methods in self._routes.items() for method in methods
+        )
 
     def _index(self, text: str) -> Reply:
         return Reply(200, TEXT, self._paths())

@@ -22,8 +22,10 @@ from zramd.config import Config, find
 from zramd.config import value as parse_value
 from zramd.core.device import Device
 from zramd.core.process import name_thread
+from zramd.core.saving import load as load_stream
+from zramd.core.saving import save as save_stream
 from zramd.endpoint import Endpoint
-from zramd.errors import ConfigError, CorruptionError, RundirError, StateError
+from zramd.errors import ConfigError, CorruptionError, DeviceError, RundirError, StateError
 from zramd.metricsfile import MetricsFile
 from zramd.rundir import BACKGROUND, CONTROL_SOCKET, DATA_ID, LOG, Rundir
 
@@ -34,6 +36,7 @@ STOP_WRITING = 0.5  # a client that does not take its answers is cut off
 STOP_WAITING = 0.9  # nbdkit is stuck: leave without it
 SWAPOFF_INTERVAL = 0.5  # seconds between two looks whether swap is off, while a stop waits for it
 STATUS_INTERVAL = 10.0  # seconds between two words on how we are to the service manager, at least
+STREAM_PATIENCE = 600.0  # seconds that a save or a load may stand still: ssh may ask for a password
 REFRESH = 30.0  # seconds after which unchanged stats files are written again: their age shows that we live
 
 
@@ -68,6 +71,7 @@ class Server:
         self._manager = notify.Manager()
         self._told = self._written
         self._told_at = float("inf")  # nothing before we are ready
+        self._loading = False
 
     def prepare(self) -> None:
         """Do all that can fail before nbdkit forks.
@@ -123,6 +127,8 @@ class Server:
             ) from None
         finally:
             os.close(fd)  # the device has one of its own, and the lock with it
+        if device.dropped:
+            _say(f"a load into state '{path}' was not completed: what it had of it was dropped")
         counters = device.counters()
         if counters["lost_blocks"]:
             _say(
@@ -209,8 +215,10 @@ class Server:
             self._rundir.remove()
 
     def client_opened(self) -> None:
-        """Count a client; waits while the device is being reset."""
+        """Count a client; waits while the device is being reset, raises DeviceError while it is loaded."""
         with self._clients_lock:
+            if self._loading:
+                raise DeviceError(f"{self.config.name} is being loaded: connect when that is done")
             self._clients += 1
 
     def client_closed(self) -> None:
@@ -278,11 +286,32 @@ class Server:
     def reset(self) -> bool:
         """Drop all data and return True, or return False if a client is connected."""
         with self._clients_lock:
-            if self._clients:
+            if self._clients or self._loading:
                 return False
             self.device.reset()
             self._publish_data_id()
             return True
+
+    def save(self, fd: int, *, live: bool) -> None:
+        """Write the device to a descriptor; raises SaveError, OSError."""
+        save_stream(self.device, fd, live=live, patience=STREAM_PATIENCE)
+
+    def load(self, fd: int, begun: bytes, length: int) -> dict[str, int]:
+        """Fill the empty device from a descriptor; raises DeviceError, SaveError, PoolFullError."""
+        with self._clients_lock:
+            if self._loading:
+                raise DeviceError("the device is being loaded already")
+            if self._clients:
+                raise DeviceError("the device is in use: disconnect every client before a load")
+            if self.device.counters()["pages_stored"]:
+                raise DeviceError("the device is not empty: --force drops what it holds")
+            self._loading = True
+        try:
+            return load_stream(self.device, fd, begun=begun, length=length, patience=STREAM_PATIENCE)
+        finally:
+            self._publish_data_id()
+            with self._clients_lock:
+                self._loading = False
 
     def reset_mem_used_max(self) -> None:
         """Forget the peak of the pool's size."""

@@ -26,6 +26,7 @@ MODULES = (
     "serve",
     "restart",
     "show",
+    "saving",
     "attach",
     "top",
     "doctor",

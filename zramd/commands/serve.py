@@ -414,8 +414,11 @@ def stop(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def refuse_in_use(served: client.Served, what: str) -> None:
-    """Raise DeviceError when this machine's kernel swaps to a device or has it mounted."""
+def refuse_in_use(served: client.Served, what: str, more: str = "") -> None:
+    """Raise DeviceError when this machine's kernel swaps to a device or has it mounted.
+
+    `more` ends the sentence.
+    """
     try:
         stats = served.ask_json("GET", "/stats", timeout=LOOK_TIMEOUT)
         name, size = stats["name"], stats["disksize"]
@@ -425,7 +428,8 @@ def refuse_in_use(served: client.Served, what: str) -> None:
         for use in kernel.uses(device):
             command, what_for = ("swapoff", "swap") if use == kernel.SWAP else ("umount", f"'{use}'")
             raise DeviceError(
-                f"cannot {what} {name}: {device} is in use as {what_for}: run '{command} {device}' first"
+                f"cannot {what} {name}: {device} is in use as {what_for}: "
+                f"run '{command} {device}' first{more}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The checksum of an object: four CRC-32C lanes over every fourth word, and the CRC-32C of the four.
+"""CRC-32C, and the checksum of an object: four CRC-32C lanes over every fourth word, and the CRC-32C of the four.
 
 One lane would wait three cycles for each word. Each lane finds what a CRC finds in its words, and folding them loses
 nothing that happened in one of them: each is multiplied by an odd number first, which is one to one. Without that, the same
@@ -63,26 +63,65 @@ cdef extern from *:
     }
     CHECKSUM_LANES(checksum_portable, crc_by_table)
 
+
+    /* CRC-32C as everybody has it, of little-endian words. */
+    #define CRC_LANE(name, step)                                                                \\
+    static uint32_t name(const char *data, uint64_t size, uint32_t crc)                         \\
+    {                                                                                           \\
+        const checksum_word *word = (const checksum_word *)data;                                \\
+        uint64_t c = ~crc, i;                                                                   \\
+        for (i = 0; i < size / 8; i++)                                                          \\
+            c = step(c, word[i]);                                                               \\
+        for (i = size / 8 * 8; i < size; i++)                                                   \\
+            c = c >> 8 ^ checksum_table[(c ^ (unsigned char)data[i]) & 0xFF];                   \\
+        return ~(uint32_t)c;                                                                    \\
+    }
+    CRC_LANE(crc_portable, crc_by_table)
+
     #if defined(__x86_64__)
     #define crc_by_cpu __builtin_ia32_crc32di
     __attribute__((target("sse4.2"))) CHECKSUM_LANES(checksum_fast, crc_by_cpu)
+    __attribute__((target("sse4.2"))) CRC_LANE(crc_fast, crc_by_cpu)
+    #define crc_best(data, size, crc) \\
+        (__builtin_cpu_supports("sse4.2") ? crc_fast(data, size, crc) : crc_portable(data, size, crc))
     #define checksum_best(data, size, seed) \\
         (__builtin_cpu_supports("sse4.2") ? checksum_fast(data, size, seed) : checksum_portable(data, size, seed))
     #elif defined(__ARM_FEATURE_CRC32)
     #include <arm_acle.h>
     #define crc_by_cpu(crc, word) __crc32cd((uint32_t)(crc), (word))
     CHECKSUM_LANES(checksum_fast, crc_by_cpu)
+    CRC_LANE(crc_fast, crc_by_cpu)
+    #define crc_best crc_fast
     #define checksum_best checksum_fast
     #else
+    #define crc_best crc_portable
     #define checksum_best checksum_portable
     #endif
     """
+    uint32_t crc_best(const char *data, uint64_t size, uint32_t crc) noexcept nogil
+    uint32_t crc_portable(const char *data, uint64_t size, uint32_t crc) noexcept nogil
     uint32_t checksum_best(const char *data, uint32_t size, uint64_t seed) noexcept nogil
     uint32_t checksum_portable(const char *data, uint32_t size, uint64_t seed) noexcept nogil
 
 
 cdef uint32_t checksum(const char *data, uint32_t size, uint64_t seed) noexcept nogil:
     return checksum_best(data, size, seed)
+
+
+cdef uint32_t crc_of(const char *data, uint64_t size, uint32_t crc) noexcept nogil:
+    return crc_best(data, size, crc)
+
+
+def crc32c(data, uint32_t crc=0, bint portable=False):
+    """The CRC-32C of a buffer, from that of what comes before it on; portable as in `of`."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    if portable:
+        crc = crc_portable(<const char *>view.buf, view.len, crc)
+    else:
+        crc = crc_best(<const char *>view.buf, view.len, crc)
+    PyBuffer_Release(&view)
+    return crc
 
 
 def of(data, uint64_t seed=0, bint portable=False):

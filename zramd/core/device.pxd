@@ -27,6 +27,7 @@ cdef struct state_words:
     uint64_t limit_asked        # mem_limit of the last start + 1; 0: there was none
     uint64_t limit              # mem_limit now
     uint64_t data_id[2]         # random: names what the device holds, from when it was last empty; 0: none yet
+    uint64_t loading            # a saved device is being loaded: what is there is not all of it
 
 cdef struct counters:
     # All atomic. Kept: new ones go to the end.
@@ -71,10 +72,14 @@ cdef class Device:
     cdef uint64_t recovered_blocks
     cdef uint64_t leaked_objects
     cdef uint64_t lost_blocks
+    cdef uint64_t epoch                     # atomic: how often the data was replaced as a whole, by reset or load
+    cdef readonly bint dropped              # the state held a device that was loaded in part: it was reset
 
     cdef scratch *_scratch_take(self) noexcept nogil
     cdef void _scratch_give(self, scratch *s) noexcept nogil
     cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot) noexcept nogil
+    cdef int _store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil
+    cdef int _store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil
     cdef uint64_t _same_slot(self, uint64_t block, uint64_t word) noexcept nogil
     cdef int _load(self, uint64_t block, uint64_t slot, char *content) noexcept nogil
     cdef bint _word_is_sound(self, uint64_t block, uint64_t slot, uint64_t word) noexcept nogil

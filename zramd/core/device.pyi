@@ -17,6 +17,7 @@ class Device:
     mem_limit: int
     corrupt_block: int
     verify: bool
+    dropped: bool
     def __new__(
         cls,
         disksize: int,

@@ -150,6 +150,10 @@ cdef class Device:
             if os.fstat(state).st_size != memory.end:
                 raise ValueError(f"a state of {os.fstat(state).st_size} bytes is not one of {memory.end} bytes")
             self._take_over(progress)
+            if self.kept.loading:
+                self.reset()
+                self.kept.loading = 0
+                self.dropped = True
         # A limit that was changed at work stays, until another one is asked for than the last time.
         if self.kept.limit_asked == mem_limit + 1:
             self.pool.mem_limit = self.kept.limit
@@ -167,7 +171,7 @@ cdef class Device:
     @property
     def data_id(self):
         """Names the data that the device holds, as hexadecimal digits: the same name, the same data, also in a state that
-        was taken over. An empty device and one that was reset begin with a new one."""
+        was taken over. A device begins with a new one when it is empty, reset, or loaded."""
         return f"{self.kept.data_id[1]:016x}{self.kept.data_id[0]:016x}"
 
     def _take_over(self, progress):
@@ -224,33 +228,41 @@ cdef class Device:
 
     cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot) noexcept nogil:
         """Store a block's content; the slot that stands for it. -ENOSPC: mem_limit, even after compaction."""
-        cdef uint64_t word, handle = 0
-        cdef uint32_t size, check = 0
-        cdef char *payload
-        cdef int rc
+        cdef uint64_t word
+        cdef uint32_t size
         if same_filled(content, &word):
-            slot[0] = self._same_slot(block, word)
-            if word:
-                handle = self.pool.word_alloc(word)
-                if handle == 0:
-                    return -ENOMEM
-                slot[0] |= handle << SLOT_HANDLE_SHIFT
-            return 0
+            return self._store_word(block, word, slot)
         size = encode(content, s.out, self.pool.max_payload, s.state, self.acceleration)
         if size == 0:
-            size = BLOCK_SIZE
-        rc = self.pool.obj_alloc(size, &handle, &payload)
+            return self._store_payload(block, content, BLOCK_SIZE, slot)
+        return self._store_payload(block, s.out, size, slot)
+
+    cdef int _store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil:
+        """Store a block that is one word repeated; the slot that stands for it."""
+        cdef uint64_t handle
+        slot[0] = self._same_slot(block, word)
+        if word:
+            handle = self.pool.word_alloc(word)
+            if handle == 0:
+                return -ENOMEM
+            slot[0] |= handle << SLOT_HANDLE_SHIFT
+        return 0
+
+    cdef int _store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
+        """Store what a block is compressed to, or all of it; the slot that stands for it. Errors as _store."""
+        cdef uint64_t handle = 0
+        cdef uint32_t check = 0
+        cdef char *place
+        cdef int rc = self.pool.obj_alloc(size, &handle, &place)
         if rc == -ENOSPC:
             counter_add(&self.n.limit_compactions, 1)
             while rc == -ENOSPC and self.pool.make_room():
-                rc = self.pool.obj_alloc(size, &handle, &payload)
+                rc = self.pool.obj_alloc(size, &handle, &place)
         if rc:
             return rc
-        if size != BLOCK_SIZE:
-            content = s.out
         if self.verify:
-            check = checksum(content, size, block)
-        memcpy(payload, content, size)
+            check = checksum(payload, size, block)
+        memcpy(place, payload, size)
         zr_crash_point("payload-written")
         self.pool.obj_publish(handle, check >> 16)
         zr_crash_point("object-published")
@@ -901,6 +913,7 @@ cdef class Device:
         with nogil:
             pthread_rwlock_wrlock(&self.gate)
             pthread_mutex_lock(&self.pool.compact_lock)
+            owned_add(&self.epoch, 1)
             self.slot_table.release_all()
             zr_crash_point("slots-cleared")
             self.touches.release_all()

@@ -1,0 +1,377 @@
+"""`zramd save` and `zramd load` through the real command against real servers."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import NbdSocket, Served, wait_until
+
+from zramd.rundir import DATA_ID
+
+Serve = Callable[..., Served]
+BLOCK = 4096
+SIZE = 64 << 20
+COMMAND = [sys.executable, "-P", "-m", "zramd"]
+ENV = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def zramd(*words: object, **more: object) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(
+        [*COMMAND, *map(str, words)],
+        env=ENV,
+        stdin=more.pop("stdin", subprocess.DEVNULL),
+        capture_output=True,
+        timeout=60,
+        **more,  # type: ignore[call-overload]
+    )
+
+
+def done(*words: object, **more: object) -> str:
+    result = zramd(*words, **more)
+    assert result.returncode == 0, result
+    return (result.stdout + result.stderr).decode()
+
+
+def refused(*words: object, status: int = 1, **more: object) -> str:
+    result = zramd(*words, **more)
+    said = result.stderr.decode()
+    assert (result.returncode, said.count("\n"), said[:7]) == (status, 1, "zramd: "), result
+    return said[7:-1]
+
+
+def at(served: Served) -> tuple[str, str]:
+    return "--rundir", str(served.rundir)
+
+
+def fill(served: Served, size: int = SIZE) -> None:
+    """Write noise, what compresses, words, zeros and holes."""
+    dice = random.Random(1)
+    client = NbdSocket(served)
+    for start in range(0, size, 1 << 20):
+        kind = dice.randrange(5)
+        if kind == 0:
+            continue
+        data = b"".join(
+            {1: dice.randbytes(8) * 512, 2: bytes(BLOCK)}.get(
+                kind, dice.randbytes(dice.choice((300, 2000, BLOCK))).ljust(BLOCK, b"\7")
+            )
+            for _ in range(256)
+        )
+        assert client.ask(client.WRITE, start, len(data), data) == 0
+    leave(served, client)
+
+
+def leave(served: Served, client: NbdSocket) -> None:
+    client.close()
+    wait_until(lambda: clients(served) == 0)
+
+
+def clients(served: Served) -> int:
+    number: int = json.loads(served.request("GET", "/health")[1])["clients"]
+    return number
+
+
+def content(served: Served, size: int = SIZE) -> bytes:
+    client = NbdSocket(served)
+    data = b"".join(client.read(start, 1 << 20) for start in range(0, size, 1 << 20))
+    leave(served, client)
+    return data
+
+
+def held(tmp_path: Path, served: Served) -> "tuple[subprocess.Popen[bytes], int]":
+    """A save into a pipe that nobody reads further, and the pipe."""
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        [*COMMAND, "save", *at(served), "-"], env=ENV, stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    assert os.read(reader, 8) == b"\x89ZRAMD\r\n"
+    return process, reader
+
+
+def test_save_and_load(serve: Serve, tmp_path: Path) -> None:
+    first, second = serve(), serve(disksize=SIZE + (1 << 20), verify="on")
+    fill(first)
+    file = tmp_path / "saved"
+    said = done("save", *at(first), file)
+    numbers = first.stats()
+    assert said.startswith(f"{numbers['pages_stored']} blocks, {file.stat().st_size} bytes, ")
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert os.listdir(tmp_path).count("saved.partial") == 0
+    before = (second.rundir / DATA_ID).read_text()
+    done("load", *at(second), file)
+    assert content(second) == content(first)
+    after = second.stats()
+    for name in ("pages_stored", "compr_data_size", "same_pages", "huge_pages"):
+        assert after[name] == numbers[name] > 0, name
+    assert json.loads(second.request("POST", "/check")[1]) == {"sound": True}
+    assert (second.rundir / DATA_ID).read_text() != before
+    shown = done("load", "--check", file)
+    assert f"disksize  {SIZE} bytes\n" in shown
+    assert f"blocks    {numbers['pages_stored']} of {SIZE // BLOCK}\n" in shown
+    assert f"payload   {numbers['compr_data_size']} bytes\n" in shown
+    # The device has data now.
+    assert "is not loaded" in (text := refused("load", *at(second), file))
+    assert "the device is not empty: --force drops what it holds" in text
+    done("load", "--force", *at(second), file)
+    assert content(second) == content(first)
+
+
+def test_pipe(serve: Serve) -> None:
+    first, second = serve(), serve()
+    fill(first)
+    source = subprocess.Popen(
+        [*COMMAND, "save", *at(first), "-"], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    done("load", *at(second), "-", stdin=source.stdout)
+    assert source.wait(10) == 0
+    assert content(second) == content(first)
+
+
+def test_save_under_load(serve: Serve, tmp_path: Path) -> None:
+    """Clients go on; without --live there is no file, with it each block is whole."""
+    served, other = serve(), serve()
+    fill(served)
+    stop = threading.Event()
+    slowest = 0.0
+
+    def write() -> None:
+        nonlocal slowest
+        client = NbdSocket(served)
+        dice = random.Random(2)
+        while not stop.is_set():
+            data = bytes([dice.randrange(256)]) * 16 + b"block" + bytes(BLOCK - 21)
+            began = time.monotonic()
+            assert client.ask(client.WRITE, dice.randrange(64) * BLOCK + SIZE - 64 * BLOCK, BLOCK, data) == 0
+            slowest = max(slowest, time.monotonic() - began)
+        client.close()
+
+    thread = threading.Thread(target=write)
+    before = served.stats()["writes"]
+    thread.start()
+    file = tmp_path / "saved"
+    try:
+        wait_until(lambda: served.stats()["writes"] > before + 50)
+        text = refused("save", *at(served), file)
+        assert "a client changed the device while it was saved: stop who writes to it, or use --live" in text
+        assert os.listdir(tmp_path).count("saved") == os.listdir(tmp_path).count("saved.partial") == 0
+        said = done("save", "--live", *at(served), file)
+    finally:
+        stop.set()
+        thread.join()
+    assert "requests changed the device while it was saved: its blocks are of different moments" in said
+    assert slowest < 1
+    done("load", *at(other), file)
+    found = content(other)
+    assert found[: SIZE - 64 * BLOCK] == content(served)[: SIZE - 64 * BLOCK]
+    for block in range(SIZE - 64 * BLOCK, SIZE, BLOCK):
+        data = found[block : block + BLOCK]
+        assert data[16:21] in (b"block", data[:5], found[block + 16 : block + 21])
+        assert data[16:21] != b"block" or data == data[:1] * 16 + b"block" + bytes(BLOCK - 21)
+
+
+@pytest.mark.parametrize("end", ["command INT", "command KILL", "server KILL"])
+def test_interrupted(serve: Serve, tmp_path: Path, end: str) -> None:
+    """The old file is untouched; no half of a new one is left, or is taken for a whole one."""
+    served = serve()
+    fill(served)
+    file = tmp_path / "saved"
+    done("save", *at(served), file)
+    old = file.read_bytes()
+    fifo = tmp_path / "saved.partial"
+    os.mkfifo(fifo)  # what the command writes to stands still, with nobody reading
+    process = subprocess.Popen([*COMMAND, "save", *at(served), str(file)], env=ENV, stderr=subprocess.PIPE)
+    reader = os.open(fifo, os.O_RDONLY)
+    assert os.read(reader, 8) == b"\x89ZRAMD\r\n"
+    who, name = end.split()
+    if who == "server":
+        served.process.kill()
+        while os.read(reader, 1 << 20):
+            pass
+    else:
+        time.sleep(0.5)  # until it waits in a write
+        process.send_signal(getattr(signal, f"SIG{name}"))
+    assert process.stderr is not None
+    said = process.stderr.read().decode()
+    status = process.wait(20)
+    os.close(reader)
+    assert file.read_bytes() == old
+    assert "Traceback" not in said
+    if name == "INT":
+        assert status == 130
+    if end == "server KILL":
+        assert status == 1
+        assert said == "zramd: zram0 was not saved: its server ended, or gave up, meanwhile\n".replace(
+            "zram0", served.rundir.name
+        )
+    if end == "command KILL":
+        fifo.unlink()
+        done("save", *at(served), file)  # the server has not been held up
+        assert file.read_bytes() != old[:100]
+    assert not fifo.exists()
+
+
+def test_full_disk(serve: Serve, tmp_path: Path) -> None:
+    served = serve()
+    fill(served)
+    file = tmp_path / "saved"
+    done("save", *at(served), file)
+    old = file.read_bytes()
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    text = refused("save", *at(served), file, preexec_fn=limit)
+    assert text == f"'{file}' cannot be written: file too large"
+    assert file.read_bytes() == old
+    assert not Path(f"{file}.partial").exists()
+    assert "'/dev/full' is not a regular file" in refused("save", *at(served), "/dev/full", status=2)
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(
+            [*COMMAND, "save", *at(served), "-"], env=ENV, stdout=full, stderr=subprocess.PIPE, timeout=60
+        )
+    assert result.returncode == 1
+    assert result.stderr == b"zramd: 'standard output' cannot be written: no space left on device\n"
+
+
+def test_what_is_in_the_way(serve: Serve, tmp_path: Path) -> None:
+    served = serve()
+    precious = tmp_path / "thesis.txt"
+    precious.write_text("do not lose me")
+    text = refused("save", *at(served), precious, status=2)
+    assert text == f"'{precious}' is something else than a saved device: --force overwrites it"
+    assert precious.read_text() == "do not lose me"
+    assert "is not a regular file" in refused("save", *at(served), tmp_path, status=2)
+    assert "no such file or directory" in refused("save", *at(served), tmp_path / "no" / "where")
+    assert "which file?" in refused("save", "zram0", status=2)
+    done("save", "--force", *at(served), precious)
+    done("load", "--check", precious)
+    link = tmp_path / "link"
+    link.symlink_to(precious)
+    done("save", *at(served), link)
+    assert link.is_symlink()
+
+
+def test_load_refusals(serve: Serve, tmp_path: Path) -> None:
+    first, second, small, tight = serve(), serve(), serve(disksize="1M"), serve(mem_limit="1M")
+    fill(first)
+    file, bad = tmp_path / "saved", tmp_path / "bad"
+    done("save", *at(first), file)
+    data = file.read_bytes()
+
+    def load(served: Served, path: Path, *more: str) -> str:
+        text = refused("load", *more, *at(served), path)
+        assert served.stats()["pages_stored"] == 0
+        return text
+
+    def check() -> str:
+        return refused("load", "--check", bad)
+
+    bad.write_bytes(data[: len(data) // 2])
+    for text in (load(second, bad), check()):
+        assert f"it was cut off (at byte {len(data) // 2})" in text
+        assert f"'{bad}'" in text
+    middle = len(data) // 2
+    bad.write_bytes(data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :])
+    assert "a chunk is damaged (at byte" in load(second, bad)
+    assert "a chunk is damaged (at byte" in check()
+    bad.write_bytes(data + b"\n")
+    assert f"something follows its end (at byte {len(data)})" in load(second, bad)
+    bad.write_bytes(b"hello")
+    assert load(second, bad).endswith("it is not a saved device")
+    assert refused("load", "--check", bad) == f"'{bad}' cannot be used: it is not a saved device"
+    assert load(small, file).endswith("it is larger than the device")
+    assert "mem_limit leaves no room" in load(tight, file)
+    assert "no such file" in refused("load", *at(second), tmp_path / "none")
+    client = NbdSocket(second)
+    assert "the device is in use: disconnect every client before a load" in refused("load", *at(second), file)
+    assert "disconnect every client before a reset" in refused("load", "--force", *at(second), file)
+    leave(second, client)
+    # A file that cannot be loaded does not cost what is there.
+    before = content(first)
+    refused("load", "--force", *at(first), bad)
+    assert content(first) == before
+    done("load", *at(second), file)
+    assert content(second) == before
+
+
+def test_no_client_while_it_is_loaded(serve: Serve, tmp_path: Path) -> None:
+    first, second = serve(), serve()
+    fill(first)
+    file = tmp_path / "saved"
+    done("save", *at(first), file)
+    data = file.read_bytes()
+    process = subprocess.Popen(
+        [*COMMAND, "load", *at(second), "-"],
+        env=ENV,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    process.stdin.write(data[: 4 << 20])
+    process.stdin.flush()
+    wait_until(lambda: second.stats()["pages_stored"] > 0)
+    with pytest.raises((ConnectionError, OSError)):
+        NbdSocket(second).read(0, BLOCK)
+    assert "zram0 is being loaded: connect when that is done" in second.log.read_text()
+    assert second.request("POST", "/reset")[0] == 409
+    assert "the device is being loaded already" in refused("load", *at(second), file)
+    assert "the device is being loaded" in refused("save", *at(second), tmp_path / "other")
+    process.stdin.close()  # it ends too early
+    assert process.wait(20) == 1
+    assert process.stderr is not None
+    assert b"it was cut off (at byte 4194304)" in process.stderr.read()
+    assert second.stats()["pages_stored"] == 0
+    done("load", *at(second), file)
+    assert content(second) == content(first)
+
+
+def test_the_server_dies_in_a_load(serve: Serve, tmp_path: Path, memory_folder: Path) -> None:
+    first = serve()
+    fill(first)
+    file = tmp_path / "saved"
+    done("save", *at(first), file)
+    configured = {"state": memory_folder / "state", "rundir": tmp_path / "run"}
+    second = serve(**configured)
+    process = subprocess.Popen(
+        [*COMMAND, "load", *at(second), "-"], env=ENV, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    process.stdin.write(file.read_bytes()[: 4 << 20])
+    process.stdin.flush()
+    wait_until(lambda: second.stats()["pages_stored"] > 0)
+    second.stop(9)
+    process.stdin.close()
+    assert process.stderr is not None
+    assert b"has ended meanwhile" in process.stderr.read()
+    assert process.wait(20) == 1
+    third = serve(**configured)
+    assert third.stats()["pages_stored"] == 0
+    assert "was not completed: what it had of it was dropped" in third.log.read_text()
+    done("load", *at(third), file)
+    assert content(third) == content(first)
+
+
+def test_curl(serve: Serve, tmp_path: Path) -> None:
+    first, second = serve(), serve()
+    fill(first)
+    file = tmp_path / "saved"
+    curl = ["curl", "-sS", "--fail", "--unix-socket"]
+    subprocess.run(
+        [*curl, f"{first.rundir}/control.sock", "http://zramd/save", "-o", file], check=True, timeout=60
+    )
+    subprocess.run(
+        [*curl, f"{second.rundir}/control.sock", "-T", file, "http://zramd/load"], check=True, timeout=60
+    )
+    assert content(second) == content(first)

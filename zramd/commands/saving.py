@@ -1,0 +1,306 @@
+"""Verbs that take a device to a file and back: save, load."""
+
+import argparse
+import os
+import socket
+import stat
+import sys
+import time
+from contextlib import suppress
+
+from zramd import client
+from zramd.commands import add_device
+from zramd.errors import DeviceError, SaveError, UsageError
+
+TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from zramd.commands import Commands, Parser
+
+COPY = 1 << 20  # bytes of a pipe that are sent at once
+SHOW_INTERVAL = 0.2  # seconds between two looks at the progress
+RECORD = 16  # bytes of a record beside the payload, at most
+
+
+def save(arguments: argparse.Namespace) -> int:
+    """Save a device to a file."""
+    from zramd.commands.serve import refuse_in_use
+
+    file = _file(arguments)
+    served = client.find(arguments.name, arguments.rundir)
+    if file == "-" and os.isatty(1):
+        raise UsageError("a saved device is not for a terminal: use a file, or a pipe")
+    if file != "-":
+        file = os.path.realpath(file)
+        _check_target(file, arguments.force)
+    if not arguments.live:
+        refuse_in_use(served, "save", ", or save it with --live, blocks of different moments")
+    numbers = served.stats()
+    total = numbers["compr_data_size"] + numbers["pages_stored"] * RECORD
+    started = time.monotonic()
+    with served.open_stream("GET", "/save/live" if arguments.live else "/save") as control:
+        if file == "-":
+            found = _copy(served, control, 1, "standard output", _progress("saved", total))
+        else:
+            found = _write(served, control, file, total)
+    print(f"{_summary(found)}, {_speed(found['bytes'], started)}", file=sys.stderr)
+    _warn(found)
+    return 0
+
+
+def _check_target(file: str, force: bool) -> None:
+    """Raise UsageError when something is in the way that is not a saved device."""
+    from zramd.core.saving import MAGIC
+
+    try:
+        status = os.stat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"'{file}' is not a regular file: use one, or - for standard output")
+        with open(file, "rb") as there:
+            if status.st_size and there.read(len(MAGIC)) != MAGIC and not force:
+                raise UsageError(f"'{file}' is something else than a saved device: --force overwrites it")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise _cannot("be read", file, error) from None
+
+
+def _write(served: client.Served, control: socket.socket, file: str, total: int) -> "dict[str, int]":
+    """Write the stream beside the file, and put it in its place once it is whole and on the disk."""
+    partial = f"{file}.partial"
+    done = False
+    try:
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise _cannot("be written", partial, error) from None
+    try:
+        try:
+            found = _copy(served, control, fd, file, _progress("saved", total))
+            os.fsync(fd)
+            os.rename(partial, file)
+            done = True
+            _sync_folder(file)
+        except OSError as error:
+            raise _cannot("be written", file, error) from None
+    finally:
+        os.close(fd)
+        if not done:
+            with suppress(OSError):
+                os.unlink(partial)
+    return found
+
+
+def _sync_folder(file: str) -> None:
+    folder = os.open(os.path.dirname(file), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _copy(
+    served: client.Served,
+    control: socket.socket,
+    fd: int,
+    what: str,
+    progress: "Callable[[int], None] | None",
+) -> "dict[str, int]":
+    """Copy a save from the server, checking it on the way."""
+    from zramd.core import saving
+
+    try:
+        return saving.check(control.fileno(), copy=fd, progress=progress)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _cannot("be written", what, error) from None
+    except SaveError as error:
+        hint = ": stop who writes to it, or use --live" if "client changed" in str(error) else ""
+        if "cut off" in str(error) or "cannot be read" in str(error):
+            raise DeviceError(
+                f"{served.name} was not saved: its server ended, or gave up, meanwhile"
+            ) from None
+        raise DeviceError(f"{served.name} was not saved: {error}{hint}") from None
+    finally:
+        _end_progress(progress)
+
+
+def load(arguments: argparse.Namespace) -> int:
+    """Load a saved device into a running one, or only check it."""
+    file = _file(arguments)
+    if arguments.check:
+        return _check(file)
+    served = client.find(arguments.name, arguments.rundir)
+    started = time.monotonic()
+    with _open(file) as source:
+        regular = stat.S_ISREG(os.fstat(source.fileno()).st_mode)
+        if arguments.force:
+            if regular:  # what is there is not dropped for a file that cannot be loaded
+                _verify(source.fileno(), file)
+                source.seek(0)
+            served.request("POST", "/reset")
+        length = os.fstat(source.fileno()).st_size if regular else -1
+        with served.open_stream("PUT", "/load", length) as control:
+            _send(source.fileno(), control, length)
+            try:
+                answer = served.end_stream(control, "/load")
+            except DeviceError as error:
+                raise DeviceError(f"'{file}' is not loaded: {error}") from None
+    import json
+
+    found = json.loads(answer)
+    print(f"{_summary(found)}, {_speed(found['bytes'], started)}")
+    _warn(found)
+    return 0
+
+
+def _send(fd: int, control: socket.socket, length: int) -> None:
+    """Send a file, as much of it as the server takes: it says then why not all."""
+    progress = _progress("loaded", length)
+    sent = 0
+    try:
+        while data := os.read(fd, COPY):
+            control.sendall(data)
+            sent += len(data)
+            if progress is not None:
+                progress(sent)
+        control.shutdown(socket.SHUT_WR)
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+    finally:
+        _end_progress(progress)
+
+
+def _check(file: str) -> int:
+    """Check a file and tell what is in it."""
+    with _open(file) as source:
+        found = _verify(source.fileno(), file)
+    when = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(found["saved_at"]))
+    rows = {
+        "disksize": f"{found['disksize']} bytes",
+        "saved": when,
+        "blocks": f"{found['blocks']} of {found['disksize'] // 4096}",
+        "same": f"{found['same']} (one word, repeated)",
+        "lz4": f"{found['blocks'] - found['same'] - found['raw'] - found['lost']}",
+        "raw": f"{found['raw']}",
+        "lost": f"{found['lost']}",
+        "payload": f"{found['payload_bytes']} bytes",
+        "changes": f"{found['changes']} requests while it was saved",
+    }
+    print("".join(f"{name:<9} {value}\n" for name, value in rows.items()), end="")
+    return 0
+
+
+def _verify(fd: int, file: str) -> "dict[str, int]":
+    from zramd.core import saving
+
+    try:
+        size = os.fstat(fd).st_size
+        return saving.check(fd, progress=_progress("checked", size))
+    except SaveError as error:
+        raise DeviceError(f"'{file}' cannot be used: {error}") from None
+
+
+def _open(file: str) -> "io.FileIO":
+    import io
+
+    try:
+        if file == "-":
+            return io.FileIO(0, closefd=False)
+        return io.FileIO(file)
+    except OSError as error:
+        raise _cannot("be read", file, error) from None
+
+
+def _file(arguments: argparse.Namespace) -> str:
+    """Return FILE: the last word, where NAME is not needed the only one."""
+    if arguments.file is None and (arguments.rundir or getattr(arguments, "check", False)):
+        arguments.name, arguments.file = None, arguments.name
+    if not arguments.file:
+        raise UsageError(f"which file? Write it as in 'zramd {arguments.command} NAME FILE'")
+    file: str = arguments.file
+    return file
+
+
+def _cannot(what: str, file: str, error: OSError) -> DeviceError:
+    return DeviceError(f"'{file}' cannot {what}: {(error.strerror or str(error)).lower()}")
+
+
+def _progress(what: str, total: int) -> "Callable[[int], None] | None":
+    """Return what shows the progress on a terminal; None: there is none, or nothing to compare with."""
+    if not sys.stderr.isatty() or total <= 0:
+        return None
+    shown = time.monotonic()
+
+    def show(done: int) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= SHOW_INTERVAL:
+            shown = time.monotonic()
+            sys.stderr.write(f"\r{what} {min(100 * done // total, 100)} % ")
+            sys.stderr.flush()
+
+    return show
+
+
+def _end_progress(progress: "Callable[[int], None] | None") -> None:
+    if progress is not None:
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
+
+
+def _summary(found: "dict[str, int]") -> str:
+    return f"{found['blocks']} blocks, {found['bytes']} bytes"
+
+
+def _speed(size: int, started: float) -> str:
+    return f"{size / max(time.monotonic() - started, 1e-6) / 1e6:.0f} MB/s"
+
+
+def _warn(found: "dict[str, int]") -> None:
+    if found["changes"]:
+        print(
+            f"zramd: {found['changes']} requests changed the device while it was saved: "
+            "its blocks are of different moments",
+            file=sys.stderr,
+        )
+    if found["lost"]:
+        print(f"zramd: {found['lost']} blocks are lost: reading them is an error", file=sys.stderr)
+
+
+def _add(commands: "Commands", name: str, run: object, text: str, more: str) -> "Parser":
+    parser = commands.add_parser(name, help=text, description=more)
+    add_device(parser)
+    parser.add_argument("file", metavar="FILE", nargs="?", help="the file, or - for a pipe")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add(commands: "Commands") -> None:
+    """Add the verbs."""
+    parser = _add(
+        commands,
+        "save",
+        save,
+        "save a device to a file",
+        "Save a whole device to a file, compressed as it stands. The file is as the device was at one "
+        "moment: if a client changes it meanwhile, the save is given up.",
+    )
+    parser.add_argument(
+        "--live", action="store_true", help="save it although it changes: blocks of different moments"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite a file that is not a saved device")
+    parser = _add(
+        commands,
+        "load",
+        load,
+        "load a saved device into a running one",
+        "Load a saved device into a running one that is empty, has no clients and is not smaller. "
+        "All of it is checked; when something is wrong, the device is left empty.",
+    )
+    parser.add_argument("--check", action="store_true", help="only check the file, tell what is in it")
+    parser.add_argument("--force", action="store_true", help="drop what the device holds first")
+
+
+if TYPE_CHECKING:
+    import io
