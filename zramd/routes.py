@@ -52,6 +52,7 @@ class Service(Protocol):
     def reset_mem_used_max(self) -> None: ...
     def send_sockets(self, path: str) -> None:
         """Send the listening sockets to who listens at `path`; raises OSError."""
+
     def save(self, fd: int, *, live: bool) -> None:
         """Write the device to a descriptor; raises SaveError, OSError once that has begun."""
 
