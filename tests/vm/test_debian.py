@@ -275,6 +275,8 @@ def broken_off(guest: Guest) -> None:
             f"systemctl start --no-block zramd@zram0; sleep {seconds}; systemctl stop zramd@zram0",
             SLOW,
         )
+        # An attachment that was broken off because its server went may be called failed; nothing else is left.
+        guest.try_run("systemctl reset-failed zramd-attach@zram0")
         off(guest)
 
 
