@@ -135,7 +135,7 @@ def test_from_nothing_to_a_reboot(computer: Debian) -> None:
             started = time.monotonic()
             step(guest)
             print(f"{step.__name__} took {time.monotonic() - started:.1f} s", flush=True)
-        computer.guest.run("systemctl start zramd-attach@zram0", SLOW)
+        computer.guest.run("systemctl start zramd@zram0 && systemctl start zramd-attach@zram0", SLOW)
         assert [line for line in computer.trouble() if "zramd-attach@zram0" not in line] == []
         swapped_out(guest, 2)
         mark = len(computer.log())
