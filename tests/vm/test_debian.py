@@ -136,7 +136,13 @@ def test_from_nothing_to_a_reboot(computer: Debian) -> None:
             step(guest)
             print(f"{step.__name__} took {time.monotonic() - started:.1f} s", flush=True)
         computer.guest.run("systemctl start zramd@zram0 && systemctl start zramd-attach@zram0", SLOW)
-        assert [line for line in computer.trouble() if "zramd-attach@zram0" not in line] == []
+        # Two steps mean trouble for the attachment, and the first takes the server from an attached device:
+        # what udev reads of it then is an error (108, ESHUTDOWN).
+        meant = re.compile(
+            r"zramd-attach@zram0|error \(108\)"
+            r"|I/O error, dev nbd0.*\(READ\)|Buffer I/O error on dev nbd0.*read"
+        )
+        assert [line for line in computer.trouble() if not meant.search(line)] == []
         swapped_out(guest, 2)
         mark = len(computer.log())
         computer.guest.run("systemctl reboot")
@@ -275,7 +281,7 @@ def broken_off(guest: Guest) -> None:
             f"systemctl start --no-block zramd@zram0; sleep {seconds}; systemctl stop zramd@zram0",
             SLOW,
         )
-        # An attachment that was broken off because its server went may be called failed; nothing else is left.
+        # An attachment that was broken off because its server went may be called failed; no more is left.
         guest.try_run("systemctl reset-failed zramd-attach@zram0")
         off(guest)
 
