@@ -7,7 +7,8 @@ mistaken for one. The kernel has the last word: a device that it no longer has i
 import fcntl
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from zramd import rundir
@@ -15,6 +16,7 @@ from zramd.errors import AttachError
 
 FOLDER = "/run/zramd"  # attaching is root's business, so this is root's folder
 LOCK_TIMEOUT = 1.0  # seconds; who only looks holds the lock for microseconds
+_NBD_CLEAR_SOCK = 0xAB04  # linux/nbd.h
 
 
 class Attached(NamedTuple):
@@ -56,6 +58,31 @@ def find(name: str) -> Attached | None:
 def is_connected(device: str) -> bool:
     """Say whether the kernel has a connection for /dev/nbdN, dead or alive."""
     return os.path.exists(f"/sys/block/{os.path.basename(device)}/pid")
+
+
+@contextmanager
+def unobserved(device: str) -> Iterator[None]:
+    """Keep udev from looking into a device that swap is taken from and that is then disconnected.
+
+    udev reads a block device once a writer such as the swap has closed it, and what it reads while the
+    connection goes away are I/O errors in the kernel's log. It leaves a locked device alone until the lock
+    is gone; a device that was disconnected meanwhile has no size then, so there is nothing to read.
+    (systemd's "Locking Block Device Access".) The server must be alive: an open may read.
+    """
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        end = time.monotonic() + LOCK_TIMEOUT
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # udev itself, while it looks: not for long
+                time.sleep(0.02)
+        yield
+        with suppress(OSError):  # EBUSY: it is still connected
+            fcntl.ioctl(fd, _NBD_CLEAR_SOCK)
+    finally:
+        os.close(fd)
 
 
 def read_sys(device: str, name: str) -> str:

@@ -29,7 +29,7 @@ def attach(arguments: argparse.Namespace) -> int:
     """Attach a device, swap to it if asked, and print its name."""
     import signal
 
-    from zramd import attached, kernelswap
+    from zramd import attached, kernelswap, swapunit
 
     if arguments.config and not _configure(arguments):
         return 0
@@ -61,11 +61,14 @@ def attach(arguments: argparse.Namespace) -> int:
         try:
             if arguments.config and (changed := kernelswap.set_memory_aside()):
                 _say(changed)
+            if arguments.config:
+                swapunit.order(device, served.name)
             kernelswap.on(device, arguments.priority, options=arguments.swapon_options)
         except BaseException:
             if not there and kernelswap.find(device) is None:
                 with suppress(AttachError):  # what went wrong first is what counts
-                    _disconnect(served.name, device, attached.find(served.name))
+                    _disconnect(device, attached.find(served.name))
+                    _forget(served.name, device)
             raise
     print(device)
     return 0
@@ -82,7 +85,8 @@ def _drop(there: "Attached") -> None:
             f"'zramd detach --swapoff {there.name}' first"
         )
     _say(f"{there.device} is left over from a server that has ended: detaching it")
-    _disconnect(there.name, there.device, there)
+    _disconnect(there.device, there)
+    _forget(there.name, there.device)
 
 
 def _configure(arguments: argparse.Namespace) -> bool:
@@ -110,6 +114,8 @@ def _configure(arguments: argparse.Namespace) -> bool:
 
 def detach(arguments: argparse.Namespace) -> int:
     """Detach a device, swapping off first if told."""
+    from contextlib import ExitStack
+
     from zramd import attached, kernelswap
 
     _must_be_root("detach", arguments.name)
@@ -119,21 +125,24 @@ def detach(arguments: argparse.Namespace) -> int:
             return 0
         raise AttachError(f"{arguments.name} is not attached")
     device = there.device
-    if kernelswap.find(device):
-        if not arguments.swapoff:
-            raise AttachError(
-                f"{device} is in use as swap: 'zramd detach --swapoff {arguments.name}' swaps off first"
-            )
-        try:
-            kernelswap.off(device, force=arguments.force, progress=_progress(device))
-        except KeyboardInterrupt:
-            left = kernelswap.find(device)
-            if left is None:
-                raise
-            _say(f"interrupted: {left.used >> 20} MiB are still swapped out to {device}, which stays in use")
-            return 130
-    _must_be_free(device)
-    _disconnect(arguments.name, device, there)
+    with ExitStack() as stack:
+        if kernelswap.find(device):
+            if not arguments.swapoff:
+                raise AttachError(
+                    f"{device} is in use as swap: 'zramd detach --swapoff {arguments.name}' swaps off first"
+                )
+            stack.enter_context(attached.unobserved(device))
+            try:
+                kernelswap.off(device, force=arguments.force, progress=_progress(device))
+            except KeyboardInterrupt:
+                left = kernelswap.find(device)
+                if left is None:
+                    raise
+                _say(f"interrupted: {left.used >> 20} MiB are still swapped out to {device}, still in use")
+                return 130
+        _must_be_free(device)
+        _disconnect(device, there)
+    _forget(there.name, device)
     return 0
 
 
@@ -277,11 +286,11 @@ def _free_device() -> str:
 # ---- Both ------------------------------------------------------------------------------------------------
 
 
-def _disconnect(name: str, device: str, there: "Attached | None") -> None:
+def _disconnect(device: str, there: "Attached | None") -> None:
     """End a device, and its keeper."""
     import signal
 
-    from zramd import attached, kernelswap, netlink
+    from zramd import kernelswap, netlink
 
     try:
         kernel = netlink.Kernel()
@@ -292,8 +301,15 @@ def _disconnect(name: str, device: str, there: "Attached | None") -> None:
     if there and there.keeper:
         with suppress(ProcessLookupError):
             os.kill(there.keeper, signal.SIGTERM)
+
+
+def _forget(name: str, device: str) -> None:
+    """Wait until the kernel has given the device up, and remove what was noted of it."""
+    from zramd import attached, swapunit
+
     _wait(lambda: not attached.is_connected(device), f"{device} is disconnected, but somebody has it open")
     attached.remove(name)
+    swapunit.forget(device)
 
 
 def _index(device: str) -> int:

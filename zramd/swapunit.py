@@ -1,0 +1,40 @@
+"""systemd's unit of the swap on an attached device: its place in the order of a shutdown.
+
+systemd makes a unit such as dev-nbd0.swap of each swap that it finds in /proc/swaps. Before=dev-nbd0.swap in a unit
+of ours would make it load that name before there is such a swap, and it then never gets its default
+dependencies: at shutdown it was switched off first of all, before the programs that had memory there had ended
+(systemd 252). So the order is given to it by a drop-in, written when the device's name is known.
+"""
+
+import os
+from contextlib import suppress
+
+FOLDER = "/run/systemd/system"
+DROP_IN = "50-zramd.conf"
+
+
+def order(device: str, name: str) -> None:
+    """Have systemd stop swap on `device` before zramd-attach@`name` stops. Call it before swapon.
+
+    Without systemd nothing is done. Raises OSError.
+    """
+    if not os.path.isdir(FOLDER):
+        return
+    folder = _folder(device)
+    os.makedirs(folder, mode=0o755, exist_ok=True)
+    path = f"{folder}/{DROP_IN}"
+    with open(path, "w") as file:
+        file.write(f"[Unit]\nAfter=zramd-attach@{name}.service\n")
+    os.chmod(folder, 0o755)  # whatever the umask is: 'systemctl cat' is for everybody
+    os.chmod(path, 0o644)
+
+
+def forget(device: str) -> None:
+    """Remove what `order` has written, if anything."""
+    with suppress(OSError):
+        os.unlink(f"{_folder(device)}/{DROP_IN}")
+        os.rmdir(_folder(device))
+
+
+def _folder(device: str) -> str:
+    return f"{FOLDER}/dev-{os.path.basename(device)}.swap.d"
