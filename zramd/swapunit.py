@@ -1,9 +1,9 @@
 """systemd's unit of the swap on an attached device: its place in the order of a shutdown.
 
-systemd makes a unit such as dev-nbd0.swap of each swap that it finds in /proc/swaps. Before=dev-nbd0.swap in a unit
-of ours would make it load that name before there is such a swap, and it then never gets its default
-dependencies: at shutdown it was switched off first of all, before the programs that had memory there had ended
-(systemd 252). So the order is given to it by a drop-in, written when the device's name is known.
+systemd makes a unit such as dev-nbd0.swap of each swap that it finds in /proc/swaps. Before=dev-nbd0.swap in
+a unit of ours would make it load that name before there is such a swap, and it then never gets its default
+dependencies: at shutdown it was switched off first of all, before the programs that had memory there had
+ended (systemd 252). So the order is given to it by a drop-in, written when the device's name is known.
 """
 
 import os
