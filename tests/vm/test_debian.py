@@ -1,6 +1,6 @@
 """A Debian 12 with systemd, as an administrator has it: the wheel, a configuration, `systemctl enable --now`.
 
-One machine lives through all of it, and is booted three times. Each test needs those before it.
+One machine lives through all of it, and is booted four times. Each test needs those before it.
 """
 
 import re
@@ -300,8 +300,39 @@ def test_active_again(computer: Debian) -> None:
             "Deactivated swap dev-nbd0.swap",
             "Stopped zramd-attach@zram0.service",
             "Stopped zramd@zram0.service",
-            "Reached target umount.target",
+            "Reached target shutdown.target",
         )
+
+
+def test_kept(computer: Debian) -> None:
+    """With state=systemd the server is restarted, and killed, and what is attached goes on with the same data."""
+    with computer.on() as guest:
+        guest.run("systemctl stop zramd@zram0", SLOW)
+        guest.run("printf 'state = systemd\\nattach = no\\n' >>/etc/zramd.conf")
+        guest.run("systemctl start zramd@zram0", SLOW)
+        device = guest.run("zramd attach zram0", SLOW).strip()
+        guest.run("head -c 16M /dev/urandom >/run/data")
+        guest.run(f"dd if=/run/data of={device} bs=64k oflag=direct status=none", SLOW)
+        server = "systemctl show -P MainPID zramd@zram0"
+        for how in ("systemctl restart zramd@zram0", "kill -9 $(cat /run/zramd/zram0/pid)") * 2:
+            before = guest.run(server).strip()
+            guest.run(how, SLOW)
+            running = f'test "$({server})" != {before} && systemctl is-active zramd@zram0'
+            wait_for(guest, running, "active", 60)
+            guest.run(f"dd if={device} bs=64k count=256 iflag=direct status=none | cmp - /run/data", SLOW)
+            stats = guest.run("zramd stats zram0 --json", SLOW)
+            assert int(re.findall(r'"recovered_blocks": ([0-9]+)', stats)[0]) == 4096, how
+        guest.run("zramd detach zram0", SLOW)
+        guest.run("rm /run/data; sed -i '/^state\\|^attach/d' /etc/zramd.conf")
+        guest.run("systemctl restart zramd@zram0", SLOW)
+        guest.run("systemctl start zramd-attach@zram0", SLOW)
+        active(guest)
+        assert int(re.findall(r'"orig_data_size": ([0-9]+)', guest.run("zramd stats zram0 --json"))[0]) < MIB
+        assert [
+            line for line in computer.log() if TROUBLE.search(line) and "killed" not in line.lower()
+        ] == []
+        guest.run("systemctl poweroff")
+        print(f"poweroff took {guest.wait_for_end(SHUTDOWN_TIMEOUT):.1f} s")
 
 
 def test_removed(computer: Debian) -> None:
