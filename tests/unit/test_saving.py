@@ -523,12 +523,13 @@ def test_a_signal_that_comes_before_the_wait_ends_it() -> None:
         while os.write(writer, bytes(BLOCK)):
             pass
     before = signal.signal(signal.SIGUSR1, end)
-    done = threading.Event()
+    done, late = threading.Event(), threading.Event()
 
     def other() -> None:
         time.sleep(0.2)
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
         if not done.wait(10):
+            late.set()
             with contextlib.suppress(BlockingIOError):
                 while os.read(reader, 1 << 20):  # then it ends without having seen the signal
                     pass
@@ -538,6 +539,7 @@ def test_a_signal_that_comes_before_the_wait_ends_it() -> None:
     try:
         with pytest.raises(EndedError):
             saving.check(source, copy=writer)
+        assert not late.is_set()
     finally:
         done.set()
         thread.join()
