@@ -1,9 +1,11 @@
 """Saved devices: the format by a reader of its own, what comes back, what is refused."""
 
+import contextlib
 import fcntl
 import io
 import os
 import random
+import signal
 import struct
 import threading
 import time
@@ -502,3 +504,45 @@ def test_any_device(seed: int, fraction: float, verify: bool, other_verify: bool
     assert content(other) == content(device)
     assert other.counters()["compr_data_size"] == device.counters()["compr_data_size"]
     other.check()
+
+
+def test_a_signal_that_comes_before_the_wait_ends_it() -> None:
+    """Another thread takes the signal, so that no call of ours is interrupted: as if it came just before."""
+
+    class EndedError(Exception):
+        pass
+
+    def end(_number: int, _frame: object) -> None:
+        raise EndedError
+
+    source = os.memfd_create("saved")
+    saving.save(Device(SIZE), source)
+    os.lseek(source, 0, os.SEEK_SET)
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, bytes(BLOCK)):
+            pass
+    before = signal.signal(signal.SIGUSR1, end)
+    done, late = threading.Event(), threading.Event()
+
+    def other() -> None:
+        time.sleep(0.2)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        if not done.wait(10):
+            late.set()
+            with contextlib.suppress(BlockingIOError):
+                while os.read(reader, 1 << 20):  # then it ends without having seen the signal
+                    pass
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        with pytest.raises(EndedError):
+            saving.check(source, copy=writer)
+        assert not late.is_set()
+    finally:
+        done.set()
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+        for fd in (source, reader, writer):
+            os.close(fd)

@@ -6,7 +6,7 @@ import socket
 import stat
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from zramd import client
 from zramd.commands import add_device
@@ -14,7 +14,7 @@ from zramd.errors import DeviceError, SaveError, UsageError
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from zramd.commands import Commands, Parser
 
@@ -110,7 +110,8 @@ def _copy(
     from zramd.core import saving
 
     try:
-        return saving.check(control.fileno(), copy=fd, progress=progress)
+        with _unblocked(fd, os.O_WRONLY) as target:
+            return saving.check(control.fileno(), copy=target, progress=progress)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -124,6 +125,22 @@ def _copy(
         raise DeviceError(f"{served.name} was not saved: {error}{hint}") from None
     finally:
         _end_progress(progress)
+
+
+@contextmanager
+def _unblocked(fd: int, how: int) -> "Iterator[int]":
+    """Have a pipe wait in poll, and not in read or write: a Ctrl-C that comes just before that is not seen.
+
+    Others may hold the same open pipe, as a shell does: it is opened once more, and what they see stays.
+    """
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        yield fd
+        return
+    again = os.open(f"/proc/self/fd/{fd}", how | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield again
+    finally:
+        os.close(again)
 
 
 def load(arguments: argparse.Namespace) -> int:
@@ -197,7 +214,8 @@ def _verify(fd: int, file: str) -> "dict[str, int]":
 
     try:
         size = os.fstat(fd).st_size
-        return saving.check(fd, progress=_progress("checked", size))
+        with _unblocked(fd, os.O_RDONLY) as source:
+            return saving.check(source, progress=_progress("checked", size))
     except SaveError as error:
         raise DeviceError(f"'{file}' cannot be used: {error}") from None
 

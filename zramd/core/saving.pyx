@@ -64,6 +64,7 @@ cdef enum:
     RECORD_MAX = 8 + BLOCK_SIZE
     VISITS = 8192           # blocks looked at for one chunk
     STEPS = 16              # chunks between two looks for signals and calls of progress
+    TICK = 100              # milliseconds of waiting, the same: a signal just before a wait does not end it
 
 MAGIC = b"\x89ZRAMD\r\n"
 VERSION = FORMAT
@@ -100,8 +101,18 @@ cdef class _Stream:
         free(self.buffer)
 
     cdef int _wait(self, int fd, int events) noexcept nogil:
-        cdef int n = wait_for(fd, events, self.patience)
-        return 0 if n > 0 else -ETIMEDOUT if n == 0 else -errno
+        cdef int tick = TICK if self.patience < 0 else min(TICK, self.patience - self.waited)
+        cdef int n = wait_for(fd, events, tick)
+        if n < 0:
+            return -errno
+        if n > 0:
+            self.waited = 0
+            return 0
+        if self.patience >= 0:
+            self.waited += tick
+            if self.waited >= self.patience:
+                return -ETIMEDOUT
+        return -EINTR
 
     cdef int _write(self, int fd) noexcept nogil:
         """Write the rest of the frame; 0 or -errno, and it can be called again."""
