@@ -305,7 +305,7 @@ def test_active_again(computer: Debian) -> None:
 
 
 def test_kept(computer: Debian) -> None:
-    """With state=systemd the server is restarted, and killed, and what is attached goes on with the same data."""
+    """With state=systemd the server is restarted and killed, and what is attached goes on with its data."""
     with computer.on() as guest:
         guest.run("systemctl stop zramd@zram0", SLOW)
         guest.run("printf 'state = systemd\\nattach = no\\n' >>/etc/zramd.conf")
