@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import zramd
-from zramd import attached, keeper, rundir
+from zramd import attached, devices, keeper, kernelswap, rundir
+from zramd.commands import attach as command
 from zramd.commands import main
 from zramd.errors import AttachError
 
@@ -95,3 +98,32 @@ def test_data_id(tmp_path: Path) -> None:
     assert attached.data_of(str(tmp_path)) == ""
     (tmp_path / rundir.DATA_ID).write_text("abc\n")
     assert attached.data_of(str(tmp_path)) == "abc"
+
+
+@pytest.mark.parametrize(
+    ("configured", "swapped", "detached"),
+    [("no", False, False), ("no", True, True), ("device", False, True), ("swap", False, True)],
+)
+def test_the_service_leaves_what_others_attached(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    configured: str,
+    swapped: bool,
+    detached: bool,
+) -> None:
+    """With attach = no it was not the service that attached it; swap on it would lose memory."""
+    done: list[str] = []
+    swap = kernelswap.Swap("/dev/nbd7", 1 << 20, 0, 100)
+    device = SimpleNamespace(attached=configured != "no")
+    there = attached.Attached("zram0", "/dev/nbd7", 0, "data")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(devices, "find", lambda name: device)
+    monkeypatch.setattr(attached, "find", lambda name: there)
+    monkeypatch.setattr(attached, "unobserved", lambda device: nullcontext())
+    monkeypatch.setattr(kernelswap, "find", lambda device: swap if swapped else None)
+    monkeypatch.setattr(kernelswap, "off", lambda device, **_: done.append("swapoff"))
+    monkeypatch.setattr(command, "_must_be_free", lambda device: None)
+    monkeypatch.setattr(command, "_disconnect", lambda device, there: done.append("detach"))
+    monkeypatch.setattr(command, "_forget", lambda name, device: None)
+    assert main(["detach", "--config", "--swapoff", "zram0"]) == 0
+    assert done == ["swapoff"] * swapped + ["detach"] * detached

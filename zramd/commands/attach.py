@@ -112,6 +112,17 @@ def _configure(arguments: argparse.Namespace) -> bool:
     return True
 
 
+def _for_others(name: str) -> bool:
+    """Say whether zramd.conf leaves it to others to attach a device. Who attached it, detaches it."""
+    from zramd import devices
+    from zramd.errors import ConfigError
+
+    try:
+        return not devices.find(name).attached
+    except ConfigError:
+        return False
+
+
 def detach(arguments: argparse.Namespace) -> int:
     """Detach a device, swapping off first if told."""
     from contextlib import ExitStack
@@ -125,6 +136,8 @@ def detach(arguments: argparse.Namespace) -> int:
             return 0
         raise AttachError(f"{arguments.name} is not attached")
     device = there.device
+    if arguments.config and not kernelswap.find(device) and _for_others(there.name):
+        return 0
     with ExitStack() as stack:
         if kernelswap.find(device):
             if not arguments.swapoff:
@@ -455,5 +468,10 @@ def add(commands: "Commands") -> None:
     )
     parser.add_argument(
         "--if-attached", action="store_true", help="if it is not attached, do nothing, and that is fine"
+    )
+    parser.add_argument(
+        "--config",
+        action="store_true",
+        help="nor if /etc/zramd.conf has attach = no for it and no swap is on it: others attached it then",
     )
     parser.set_defaults(run=detach)
