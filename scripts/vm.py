@@ -103,8 +103,8 @@ def main() -> int:
     asked = arguments(sys.argv[1:])
     if asked.pause and asked.attach != "qemu":
         raise VmError("--pause is qemu's: use it with --attach qemu")
-    if (asked.kill or asked.restart) and asked.attach not in ("qemu", "local"):
-        raise VmError("--kill needs a client that connects again: use it with --attach qemu or local")
+    if (asked.kill or asked.restart) and asked.attach != "qemu":
+        raise VmError("--kill is qemu's: use it with --attach qemu")
     if asked.restart and not asked.kill:
         raise VmError("--restart wants the seconds between two: give --kill SECONDS, too")
     live = report.Live()

@@ -22,11 +22,6 @@ NAME = "zram0"
 READY_TIMEOUT = 60.0  # seconds; under TCG Python takes a few to start
 ASK_TIMEOUT = 120.0  # seconds; a compaction waits for its end
 RUNDIR = f"/run/zramd/{NAME}"  # in the guest
-# In the guest: a control group that is never swapped out, and in a file system of its own the state. What is
-# in that file belongs to the group of the server that wrote it, also when no server lives that locks it.
-UNSWAPPED = "/run/cgroup/zramd"
-STATE = "/run/state/swap"
-START_TIMEOUT = 90.0  # seconds; a start under TCG in a guest that is short of memory
 # Seconds for which qemu lets requests wait when the server is away, before it fails them.
 RECONNECT_DELAY = 30
 
@@ -185,19 +180,7 @@ class Qemu(_HostServer):
         guest.run(f"echo 0 >/sys/block/{Path(self.device).name}/queue/rotational")
 
 
-class Endable(ABC):
-    """A server whose data outlives it, so that it can end in the middle of everything."""
-
-    @abstractmethod
-    def kill(self) -> float:
-        """Kill the server, start another one, and return the seconds that nobody served."""
-
-    @abstractmethod
-    def restart(self) -> float:
-        """Let a new server take over, and return the seconds that the command tells."""
-
-
-class QemuWithState(Qemu, Endable):
+class QemuWithState(Qemu):
     """The same with a server in the background, whose data outlives it."""
 
     def __init__(self, size: int, settings: dict[str, str], folder: Path, state: Path) -> None:
@@ -209,6 +192,7 @@ class QemuWithState(Qemu, Endable):
         self._zramd("start", NAME, "--size", str(self.size), *pairs, "--", *options)
 
     def kill(self) -> float:
+        """Kill the server, start another one, and return the seconds that nobody served."""
         since = time.monotonic()
         pid = self._pid()
         os.kill(pid, signal.SIGKILL)
@@ -218,7 +202,9 @@ class QemuWithState(Qemu, Endable):
         return time.monotonic() - since
 
     def restart(self) -> float:
-        return _away_for(self._zramd("restart", "--rundir", str(self.rundir)))
+        """Let a new server take over, and return the seconds that the command tells."""
+        words = self._zramd("restart", "--rundir", str(self.rundir)).split()
+        return float(words[words.index("ms") - 1]) / 1000
 
     def stop(self) -> None:
         if pid := rundir.holder(str(self.rundir)):
@@ -294,27 +280,20 @@ class Local(Attachment):
 
     def attach(self, guest: Guest) -> None:
         self._guest = guest
-        self._serve(guest)
-        guest.run(f"insmod {guest.machine.images.later_modules[-1]}")
-        if self._nbd_options:
-            _nbd_client(guest, f"-unix {RUNDIR}/nbd.sock {self.device} {self._nbd_options}")
-        else:
-            guest.run(f"/usr/bin/python3 -m zramd attach {NAME} --device {self.device}", 60)
-
-    def _words(self) -> str:
-        """Return what the server is started with."""
         pairs = " ".join(shlex.quote(f"{key}={value}") for key, value in self.settings.items())
-        return f"--size {self.size} {pairs}"
-
-    def _serve(self, guest: Guest) -> None:
         log = "/run/zramd.log"
-        serve = f"/usr/bin/python3 -m zramd serve --name {NAME} {self._words()}"
+        serve = f"/usr/bin/python3 -m zramd serve --name {NAME} --size {self.size} {pairs}"
         guest.run(f"setsid {serve} >{log} 2>&1 &")
         end = time.monotonic() + READY_TIMEOUT
         while guest.try_run(f"/bin/guest_tool control {RUNDIR}/control.sock GET /health")[0]:
             if time.monotonic() > end or not guest.try_run(f"grep -qE '^zramd: |error:' {log}")[0]:
                 raise VmError(f"zramd does not serve in the guest: {self.log()}")
             time.sleep(0.2)
+        guest.run(f"insmod {guest.machine.images.later_modules[-1]}")
+        if self._nbd_options:
+            _nbd_client(guest, f"-unix {RUNDIR}/nbd.sock {self.device} {self._nbd_options}")
+        else:
+            guest.run(f"/usr/bin/python3 -m zramd attach {NAME} --device {self.device}", 60)
 
     def detach(self, guest: Guest) -> None:
         if self._nbd_options:
@@ -338,56 +317,6 @@ class Local(Attachment):
     def log(self) -> str:
         """Return what the server has said."""
         return self._guest.run("cat /run/zramd.log") if self._guest else ""
-
-
-class LocalWithState(Local, Endable):
-    """The same with a server in the background, whose data outlives it; the kernel waits for the next one."""
-
-    def __init__(self, size: int, settings: dict[str, str]) -> None:
-        super().__init__(size, {**settings, "state": STATE}, "")
-
-    def _serve(self, guest: Guest) -> None:
-        guest.run("mkdir -p /run/cgroup /run/state && mount -t cgroup2 none /run/cgroup")
-        guest.run("mount -t tmpfs -o size=100%,mode=700 state /run/state")
-        guest.run(f"echo +memory >/run/cgroup/cgroup.subtree_control && mkdir {UNSWAPPED}")
-        guest.run(f"echo 0 >{UNSWAPPED}/memory.swap.max")
-        # The next server starts when nothing can be swapped out. What it takes must be free by then: without,
-        # it waits for memory that only it could free (seen). This keeps a fifth free: not always enough.
-        guest.run("sysctl -w vm.watermark_scale_factor=1000")
-        self._unswapped(self._start())
-
-    def _start(self) -> str:
-        return f"/usr/bin/python3 -m zramd start {NAME} {self._words()}"
-
-    def _unswapped(self, script: str) -> str:
-        """Run a script of the guest's shell that goes on while nothing can be swapped in."""
-        if self._guest is None:
-            raise VmError("zramd does not run in the guest yet")
-        # The second shell has no page of before it joined the group. 0 is whoever writes it.
-        command = f"(echo 0 >{UNSWAPPED}/cgroup.procs && exec sh -c {shlex.quote(script)})"
-        return self._guest.run(command, START_TIMEOUT)
-
-    def kill(self) -> float:
-        clock = "read now rest </proc/uptime"
-        words = self._unswapped(
-            f"{clock}; was=$now; read pid <{RUNDIR}/pid; kill -9 $pid; "
-            "while [ -e /proc/$pid ]; do usleep 1000; done; "
-            f"{self._start()} && {clock} && echo away $was $now"
-        ).split()
-        since, until = words[words.index("away") + 1 :]
-        return float(until) - float(since)
-
-    def restart(self) -> float:
-        return _away_for(self._unswapped(f"/usr/bin/python3 -m zramd restart {NAME}"))
-
-    def log(self) -> str:
-        return self._guest.run(f"cat {RUNDIR}/log") if self._guest else ""
-
-
-def _away_for(text: str) -> float:
-    """Return the seconds that `zramd restart` tells."""
-    words = text.split()
-    return float(words[words.index("ms") - 1]) / 1000
 
 
 def _nbd_client(guest: Guest, words: str) -> None:

@@ -44,8 +44,6 @@ class Plan:
 
         More than fits, and not more than fits together with what can be swapped out.
         """
-        if self.kill and self.mode == "local":  # `available` is without what is kept free for the next server
-            return int(1.7 * available) // MIB
         spare = SPARE // 2 if self.short else SPARE
         if self.mode != "local" and not self.mem_limit:
             return 2 * available // MIB
@@ -63,7 +61,7 @@ class Plan:
         device what was overwritten long ago stays stored. For a machine that swaps to itself and is driven to
         its limit half of its memory, as zram's users have it: see docs/swapping.md, "Size".
         """
-        if self.mode == "local" and self.hog_seconds and not self.kill:
+        if self.mode == "local" and self.hog_seconds:
             return self.memory // 2
         return 3 * self.memory // 2
 

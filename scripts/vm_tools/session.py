@@ -180,8 +180,6 @@ def booted(plan: Plan, boot: Boot, result: Result, **settings: str) -> Iterator[
 
 def make_attachment(plan: Plan, folder: Path, size: int, settings: dict[str, str]) -> attach.Attachment:
     """Return the mode's attachment, its server started if it runs on the host."""
-    if plan.kill and plan.mode == "local":
-        return attach.LocalWithState(size, settings)
     if plan.kill:
         return attach.QemuWithState(size, settings, folder, Path(f"/dev/shm/{folder.name}.state"))
     if plan.mode == "qemu":
