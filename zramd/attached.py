@@ -7,7 +7,7 @@ mistaken for one. The kernel has the last word: a device that it no longer has i
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
@@ -61,14 +61,20 @@ def is_connected(device: str) -> bool:
 
 
 @contextmanager
-def unobserved(device: str) -> Iterator[None]:
+def unobserved(device: str) -> Iterator[Callable[[], None]]:
     """Keep udev from looking into a device that swap is taken from and that is then disconnected.
 
     udev reads a block device once a writer such as the swap has closed it, and what it reads while the
     connection goes away are I/O errors in the kernel's log. It leaves a locked device alone until the lock
-    is gone; a device that was disconnected meanwhile has no size then, so there is nothing to read.
-    (systemd's "Locking Block Device Access".) The server must be alive: an open may read.
+    is gone (systemd's "Locking Block Device Access"). Once the kernel has been told to disconnect, call what
+    this yields: it takes the device's size away, so that udev then finds nothing to read. Not before: it
+    cuts off a device that is connected. The server must be alive: an open may read. Raises OSError.
     """
+
+    def disconnected() -> None:
+        with suppress(OSError):  # a device that keeps its size is read in vain, no more
+            fcntl.ioctl(fd, _NBD_CLEAR_SOCK)
+
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
         end = time.monotonic() + LOCK_TIMEOUT
@@ -78,9 +84,7 @@ def unobserved(device: str) -> Iterator[None]:
                 break
             except BlockingIOError:  # udev itself, while it looks: not for long
                 time.sleep(0.02)
-        yield
-        with suppress(OSError):  # EBUSY: it is still connected
-            fcntl.ioctl(fd, _NBD_CLEAR_SOCK)
+        yield disconnected
     finally:
         os.close(fd)
 

@@ -13,23 +13,12 @@ from pathlib import Path
 
 import pytest
 from conftest import PACKAGE_PARENT, NbdSocket, Served, wait_until
+from conftest import zramd_command as zramd
 
 from zramd import rundir, stats
 
 Serve = Callable[..., Served]
 BLOCK = 4096
-
-
-def zramd(*words: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user does."""
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "zramd", *map(str, words)],
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **(env or {})},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
 
 
 def said(*words: object) -> str:

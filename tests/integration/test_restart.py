@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import NbdSocket, Served, talk, wait_until
+from conftest import zramd_command as zramd
 
 from zramd import rundir
 
@@ -20,17 +20,6 @@ Serve = Callable[..., Served]
 BLOCK = 4096
 BLOCKS = 2000
 RESTARTS = 20
-
-
-def zramd(*words: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "zramd", *map(str, words)],
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **(env or {})},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
 
 
 def content(block: int, version: int) -> bytes:

@@ -119,11 +119,11 @@ def test_the_service_leaves_what_others_attached(
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(devices, "find", lambda name: device)
     monkeypatch.setattr(attached, "find", lambda name: there)
-    monkeypatch.setattr(attached, "unobserved", lambda device: nullcontext())
+    monkeypatch.setattr(attached, "unobserved", lambda device: nullcontext(lambda: done.append("emptied")))
     monkeypatch.setattr(kernelswap, "find", lambda device: swap if swapped else None)
     monkeypatch.setattr(kernelswap, "off", lambda device, **_: done.append("swapoff"))
     monkeypatch.setattr(command, "_must_be_free", lambda device: None)
     monkeypatch.setattr(command, "_disconnect", lambda device, there: done.append("detach"))
     monkeypatch.setattr(command, "_forget", lambda name, device: None)
     assert main(["detach", "--config", "--swapoff", "zram0"]) == 0
-    assert done == ["swapoff"] * swapped + ["detach"] * detached
+    assert done == ["swapoff"] * swapped + ["detach"] * detached + ["emptied"] * swapped

@@ -53,3 +53,21 @@ def test_udev_finds_the_device_locked(tmp_path: Path) -> None:
         fcntl.flock(udev, fcntl.LOCK_SH | fcntl.LOCK_NB)
         with attached.unobserved(str(device)):  # it waits a while for udev, and goes on then
             pass
+
+
+def test_only_a_device_that_was_disconnected_loses_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ioctl cuts off what is connected; a swapoff that was interrupted leaves swap on the device."""
+    device = tmp_path / "nbd3"
+    device.touch()
+    asked: list[int] = []
+    monkeypatch.setattr(fcntl, "ioctl", lambda fd, request: asked.append(request))
+    with attached.unobserved(str(device)):
+        pass
+    with pytest.raises(KeyboardInterrupt), attached.unobserved(str(device)):
+        raise KeyboardInterrupt
+    assert asked == []
+    with attached.unobserved(str(device)) as disconnected:
+        disconnected()
+    assert asked == [0xAB04]  # NBD_CLEAR_SOCK

@@ -367,6 +367,7 @@ def test_server_dies_under_swap(loaded: Guest) -> None:
 
 def interrupted(guest: Guest) -> None:
     """Ctrl-C ends swapoff, and the device stays in use. The server stands still until then."""
+    mark = len(guest.kernel_log())
     server = guest.run("cat /run/zramd/swap/pid").strip()
     guest.run(f"kill -STOP {server}")
     # A shell's background jobs ignore the signal of Ctrl-C; a terminal's do not.
@@ -381,6 +382,9 @@ def interrupted(guest: Guest) -> None:
         words
     )
     assert "/dev/nbd" in guest.run("cat /proc/swaps")
+    assert guest.phase("verify", 240)["bad"] == 0
+    cut = [line for line in guest.kernel_log()[mark:] if re.search("shutting down sockets|are dead", line)]
+    assert cut == []
 
 
 def test_nbd_client(loaded: Guest) -> None:

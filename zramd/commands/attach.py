@@ -125,7 +125,7 @@ def _for_others(name: str) -> bool:
 
 def detach(arguments: argparse.Namespace) -> int:
     """Detach a device, swapping off first if told."""
-    from contextlib import ExitStack
+    from contextlib import nullcontext
 
     from zramd import attached, kernelswap
 
@@ -136,15 +136,16 @@ def detach(arguments: argparse.Namespace) -> int:
             return 0
         raise AttachError(f"{arguments.name} is not attached")
     device = there.device
-    if arguments.config and not kernelswap.find(device) and _for_others(there.name):
+    swapped = kernelswap.find(device) is not None
+    if arguments.config and not swapped and _for_others(there.name):
         return 0
-    with ExitStack() as stack:
-        if kernelswap.find(device):
-            if not arguments.swapoff:
-                raise AttachError(
-                    f"{device} is in use as swap: 'zramd detach --swapoff {arguments.name}' swaps off first"
-                )
-            stack.enter_context(attached.unobserved(device))
+    if swapped and not arguments.swapoff:
+        raise AttachError(
+            f"{device} is in use as swap: 'zramd detach --swapoff {arguments.name}' swaps off first"
+        )
+    # Only a swap is a writer that udev waits for; and without one the server may be dead.
+    with attached.unobserved(device) if swapped else nullcontext(lambda: None) as disconnected:
+        if swapped:
             try:
                 kernelswap.off(device, force=arguments.force, progress=_progress(device))
             except KeyboardInterrupt:
@@ -155,6 +156,7 @@ def detach(arguments: argparse.Namespace) -> int:
                 return 130
         _must_be_free(device)
         _disconnect(device, there)
+        disconnected()
     _forget(there.name, device)
     return 0
 
