@@ -92,6 +92,7 @@ def _free_and_swap_off(session: Session) -> None:
     while session.swap_used() > FITS * session.available():
         session.phase("free 30", "freeing more: what is swapped out does not fit into memory")
         session.settle()
+        session.phase("pageout", "swapping the rest out again")  # for swapoff to have work
     swapped = session.moment().swapped
     session.live.step(f"swapoff while {swapped // 4096} pages are swapped")
     seconds = session.swap_off()
