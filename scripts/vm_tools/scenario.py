@@ -81,18 +81,32 @@ def _expect_compaction(session: Session, before: Moment, after: Moment) -> None:
     result.expect(f"compaction brings the frag ratio to {wanted:g} %", reached, ratio_text(before, after))
 
 
+def _page_out(session: Session, why: str) -> None:
+    """Swap all of the workload out.
+
+    What MADV_PAGEOUT writes is still in the swap cache when it is written, and stays there while memory is
+    plenty: swapoff would not have to read it. So the kernel is told to reclaim as much.
+    """
+    session.phase("pageout", why)
+    session.settle()
+    cached = int(session.beat()["SwapCached"])
+    root = "/run/cgroup2"
+    session.guest.try_run(f"mkdir -p {root} && mount -t cgroup2 none {root}")
+    session.guest.try_run(f"echo {cached} >{root}/memory.reclaim; umount {root}")
+
+
 def _free_and_swap_off(session: Session) -> None:
     """Free until what is left fits into memory, swap off while it is still swapped, and verify it."""
     result = session.result
     session.phase("free 30", "freeing 30 % of the rest")
     session.settle()
-    session.phase("pageout", "swapping all of it out")
+    _page_out(session, "swapping all of it out")
     # What is swapped out must fit into memory, and the pool does not shrink while swapoff works.
     # docs/swapping.md tells what happens else.
     while session.swap_used() > FITS * session.available():
         session.phase("free 30", "freeing more: what is swapped out does not fit into memory")
         session.settle()
-        session.phase("pageout", "swapping the rest out again")  # for swapoff to have work
+        _page_out(session, "swapping the rest out again")
     swapped = session.moment().swapped
     session.live.step(f"swapoff while {swapped // 4096} pages are swapped")
     seconds = session.swap_off()
