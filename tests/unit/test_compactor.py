@@ -162,8 +162,8 @@ class TestTick:
     def test_run_without_gain_backs_off(self) -> None:
         device = FakeDevice(freeable=500, gain=0)
         compactor = make(device)
-        delays = [compactor.tick() for _ in range(6)]
-        assert delays == [0, 2, 0, 4, 0, 8]
+        delays = [compactor.tick() for _ in range(12)]
+        assert delays == [0, 0, 0, 2, 0, 0, 0, 4, 0, 0, 0, 8]
 
     def test_gives_the_stock_back_once_when_idle(self) -> None:
         device = FakeDevice()

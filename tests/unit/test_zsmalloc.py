@@ -27,7 +27,7 @@ def verify(pool: Zsmalloc, handles: dict[int, int], size: int) -> None:
         assert pool.read(handle, size) == i.to_bytes(4, "little") + bytes([i % 256]) * (size - 4)
 
 
-@pytest.mark.parametrize("size", [1, 2, 28, 29, 100, 2048, 3628, 3629, 4095, 4096])
+@pytest.mark.parametrize("size", [1, 2, 28, 29, 100, 2048, 3844, 3845, 4095, 4096])
 def test_round_trip(size: int) -> None:
     pool = Zsmalloc(1000)
     handle = pool.malloc(size)
@@ -97,9 +97,9 @@ def test_class_geometry() -> None:
     assert sizes[0] == 32
     assert sizes[-1] == PAGE
     for _, size, *_, pages, _ in table[:-1]:
-        assert 1 <= pages <= 8
+        assert 1 <= pages <= 16
         objs = pages * PAGE // size
-        waste = [(n * PAGE % size) / n for n in range(1, 9) if n * PAGE >= size]
+        waste = [(n * PAGE % size) / n for n in range(1, 17) if n * PAGE >= size]
         assert (pages * PAGE % size) / pages == min(waste), size
         assert objs > pages, f"class {size} saves nothing over a raw page"
 
@@ -158,7 +158,7 @@ def test_huge_objects_free_their_page_by_themselves() -> None:
     pool.check()
 
 
-@pytest.mark.parametrize("size", [20, 100, 333, 1000, 1365, 2000, 3000, 3628])
+@pytest.mark.parametrize("size", [20, 100, 333, 1000, 1365, 2000, 3000, 3844])
 @pytest.mark.parametrize("keep", [0.05, 0.35, 0.9])
 def test_compaction_frees_what_it_promised(size: int, keep: float) -> None:
     pool = Zsmalloc(20000)
@@ -201,14 +201,33 @@ def test_compaction_in_steps_comes_to_the_same_end() -> None:
 def test_compaction_moves_no_more_than_it_must() -> None:
     """Emptiest into fullest: one object in a zspage of its own is what moves, not its full neighbours."""
     pool = Zsmalloc(1000)
-    per_zspage = rows(pool)[1024][16] * PAGE // 1024
-    handles = fill(pool, per_zspage * 3, 1020)
+    size, pages = next((row[1], row[16]) for row in pool.table() if row[1] >= 1024)
+    per_zspage = pages * PAGE // size
+    handles = fill(pool, per_zspage * 3, size - HEADER)
     pool.free(handles[0])
     for handle in handles[-per_zspage + 1 :]:
         pool.free(handle)
-    assert pool.compact() == rows(pool)[1024][16]
+    assert pool.compact() == pages
     assert pool.stats()["objects_migrated"] == 1
     pool.check()
+
+
+@pytest.mark.parametrize("size", [20, 500, 1500, 3000])
+def test_compaction_tightens_the_last_zspage(size: int) -> None:
+    """What is left of it goes to its first pages; not more is copied than was on the others."""
+    pool = Zsmalloc(10000)
+    (chunk, pages) = next((row[1], row[16]) for row in pool.table() if row[1] >= size + HEADER)
+    count = pages * PAGE // chunk
+    handles = dict(enumerate(fill(pool, count, size)))
+    for i in range(count // 3):
+        pool.free(handles.pop(i))
+    before = pool.stats()
+    freed = pool.compact()
+    assert freed == before["freeable_pages"] == pages - -(-len(handles) * chunk // PAGE)
+    assert pool.stats()["mem_used_total"] == (pages - freed) * PAGE
+    assert pool.stats()["objects_migrated"] <= freed * PAGE // chunk + 2
+    pool.check()
+    verify(pool, handles, size)
 
 
 def test_mem_limit_is_never_exceeded() -> None:

@@ -31,18 +31,19 @@ cdef enum:
     BLOCK_SIZE = 4096
     SLOTS_PER_PAGE = 512
 
-    # Longest zspage, as the kernel's CONFIG_ZSMALLOC_CHAIN_SIZE. The page bitmaps allow up to 16.
-    SPAN_PAGES = 8
-    SPAN_SHIFT = 15             # log2(SPAN_PAGES * PAGE_SIZE)
-    SPAN_SIZE = 32768
-    SPAN_LENGTHS = 9            # a zspage has 1 to SPAN_PAGES pages
+    # Longest zspage: as long as the page bitmaps allow. See docs/density.md.
+    SPAN_PAGES = 16
+    SPAN_SHIFT = 16             # log2(SPAN_PAGES * PAGE_SIZE)
+    SPAN_SIZE = 65536
+    SPAN_LENGTHS = 17           # a zspage has 1 to SPAN_PAGES pages
 
     HEADER_SIZE = 4             # handle << 1 | 1; a handle has 31 bits, so a pool holds 2**31 - 1 objects
     CHUNK_ALIGN = 8             # the low 3 bits of an obj are free for the cell's tags
     MIN_CHUNK = 32
-    CLASS_DELTA = 16            # spacing of size classes before merging
-    MAX_CLASSES = 256
-    MAX_CHUNKS = 1024           # SPAN_SIZE / MIN_CHUNK: most chunks in a zspage
+    CLASS_DELTA = 8             # spacing of size classes up to FINE_CHUNK before merging, twice as much above
+    FINE_CHUNK = 768
+    MAX_CLASSES = 255           # span_class holds their number + 1 in a byte
+    MAX_CHUNKS = 2048           # SPAN_SIZE / MIN_CHUNK: most chunks in a zspage
     NO_CHUNK = 0xFFFF
 
     # Fullness groups: 0 %, then up to 10, 20, … 90, 99 %, and 100 %, as zsmalloc has them since Linux 6.4.
@@ -55,7 +56,7 @@ cdef enum:
     CELL_PIN = 1                # someone reads, writes, moves or frees the object
     CELL_LIVE = 2               # the cell holds an obj; clear: the cell is on the free list
     CELL_TAGS = 7
-    CELL_CHECK_SHIFT = 48       # the cell's half of the checksum is above: obj has 46 bits at most
+    CELL_CHECK_SHIFT = 48       # the cell's half of the checksum is above: obj has 47 bits at most
 
     SLOT_SIZE_MASK = 0x1FFF     # payload bytes, 1 to 4096
     SLOT_SAME = 0x2000          # one 64-bit word repeated: it stands in the handle's cell, handle 0 is the word 0
@@ -67,7 +68,7 @@ cdef enum:
     NIL = 0x7FFFFFFF            # no span: end of a list
 
 cdef struct zspage:
-    # Guarded by the lock of its class. chunks in use + chunks on the free list == fresh; 20 bytes for 32 KiB of span.
+    # Guarded by the lock of its class. chunks in use + chunks on the free list == fresh; 20 bytes for 64 KiB of span.
     uint32_t prev               # neighbours in the list of its fullness group, as span numbers
     uint32_t next
     uint16_t inuse              # chunks that hold an object

@@ -32,7 +32,7 @@ cdef class Zsmalloc:
     cdef Arena arena
     cdef uint32_t huge                  # number of the huge class: the last
     cdef size_class classes[MAX_CLASSES]
-    cdef uint8_t class_of[257]          # chunk bytes / CLASS_DELTA, rounded up -> class
+    cdef uint8_t class_of[513]          # chunk bytes / CLASS_DELTA, rounded up -> class
     cdef Region records
     cdef zspage *zspages                # one per span of the arena
     cdef Region span_classes
@@ -68,6 +68,7 @@ cdef class Zsmalloc:
     cdef uint64_t word_read(self, uint64_t handle) noexcept nogil
     cdef void word_free(self, uint64_t handle) noexcept nogil
 
+    cdef uint64_t freeable(self, size_class *c) noexcept nogil
     cdef uint64_t freeable_pages(self) noexcept nogil
     cdef bint make_room(self) noexcept nogil
     cdef uint64_t compact_run(self, uint64_t budget, uint64_t enough) noexcept nogil
@@ -96,6 +97,8 @@ cdef class Zsmalloc:
     cdef uint32_t _isolate_emptiest(self, size_class *c) noexcept nogil
     cdef uint32_t _putback(self, size_class *c, uint32_t span) noexcept nogil
     cdef uint64_t _compact_class(self, uint32_t index, uint64_t *budget, uint64_t enough) noexcept nogil
+    cdef uint64_t _tighten(self, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil
+    cdef void _list_chunks(self, size_class *c, uint32_t span) noexcept nogil
     cdef int _move(self, size_class *c, uint32_t src, uint32_t chunk, uint32_t dst, bint resident) noexcept nogil
     cdef const char *_find_class_fault(self, uint32_t index, uint64_t *where) noexcept nogil
     cdef const char *_find_zspage_fault(self, uint32_t index, uint32_t span) noexcept nogil

@@ -75,6 +75,7 @@ from zramd.core.types cimport (
     CELL_TAGS,
     CHUNK_ALIGN,
     CLASS_DELTA,
+    FINE_CHUNK,
     GROUP_EMPTY,
     GROUP_FULL,
     GROUPS,
@@ -147,19 +148,9 @@ cdef inline uint32_t fullness(size_class *c, zspage *z) noexcept nogil:
     return 10 * <uint32_t>z.inuse // c.objs + 1
 
 
-cdef inline uint64_t freeable(size_class *c) noexcept nogil:
-    """Pages that compacting the class frees: the one predicate for starting, for going on and for the statistics.
-
-    As many zspages can be emptied as their free chunks fill whole zspages; those that remain may use all their pages.
-    May be read without the lock, then it can be off by what is happening meanwhile.
-    """
-    cdef uint64_t zspages = load_relaxed(&c.zspages), inuse = load_relaxed(&c.inuse)
-    cdef int64_t spare_chunks = <int64_t>(zspages * c.objs) - <int64_t>inuse
-    cdef int64_t pages
-    if spare_chunks < <int64_t>c.objs or c.size == PAGE_SIZE:
-        return 0
-    pages = <int64_t>load_relaxed(&c.committed) - <int64_t>(zspages - spare_chunks // c.objs) * c.pages
-    return pages if pages > 0 else 0
+cdef inline uint32_t pages_below(size_class *c, uint32_t chunks) noexcept nogil:
+    """Pages that the first chunks of a zspage touch."""
+    return (chunks * c.size + PAGE_SIZE - 1) >> PAGE_SHIFT
 
 
 cdef inline uint32_t pages_of_chunk(size_class *c, uint32_t chunk) noexcept nogil:
@@ -202,7 +193,7 @@ def _size_classes():
         if objs > pages and (pages, objs) != last:
             last = (pages, objs)
             merged.append((size, pages, objs))
-        size -= CLASS_DELTA
+        size -= CLASS_DELTA if size <= FINE_CHUNK else 2 * CLASS_DELTA
     assert len(merged) <= MAX_CLASSES
     merged.reverse()
     return merged
@@ -698,12 +689,28 @@ cdef class Zsmalloc:
     # --------------------------------------------------------------------------------------------------------
     # compaction
 
+    cdef uint64_t freeable(self, size_class *c) noexcept nogil:
+        """Pages that compacting the class frees: the one predicate for starting, for going on and for the statistics.
+
+        At best all zspages are full but one, which has its objects on its first pages. Where mem_limit leaves no room
+        to move between zspages, each part-filled one can still be tightened, which costs each a part of a page.
+        May be read without the lock, then it can be off by what is happening meanwhile.
+        """
+        cdef uint64_t inuse = load_relaxed(&c.inuse), limit = load_relaxed(&self.arena.limit), best, part
+        if c.size == PAGE_SIZE or inuse == 0:
+            return 0
+        best = inuse // c.objs * c.pages + pages_below(c, inuse % c.objs)
+        if limit and load_relaxed(&self.arena.pages) + 2 > limit:
+            part = load_relaxed(&c.zspages) - load_relaxed(&c.group_count[GROUP_FULL])
+            best += part - 1 if part else 0
+        return load_relaxed(&c.committed) - best if load_relaxed(&c.committed) > best else 0
+
     cdef uint64_t freeable_pages(self) noexcept nogil:
         """Pages that a whole compaction would free."""
         cdef uint64_t n = 0
         cdef uint32_t i
         for i in range(self.huge):
-            n += freeable(&self.classes[i])
+            n += self.freeable(&self.classes[i])
         return n
 
     cdef uint64_t compact_run(self, uint64_t budget, uint64_t enough) noexcept nogil:
@@ -729,20 +736,21 @@ cdef class Zsmalloc:
     cdef uint64_t _compact_class(self, uint32_t index, uint64_t *budget, uint64_t enough) noexcept nogil:
         """Move objects from the emptiest zspage into the fullest while that frees pages; the pages freed.
 
-        Both are off their lists meanwhile, so that the lock can be dropped whenever someone waits for it: nobody
-        allocates from them, and who frees an object in them leaves them alone otherwise.
+        The one that stays part-filled is tightened. Both are off their lists meanwhile, so that the lock can be dropped
+        whenever someone waits for it: nobody allocates from them, and who frees an object in them leaves them alone
+        otherwise.
         """
         cdef size_class *c = &self.classes[index]
-        cdef uint32_t src = NIL, dst = NIL, chunk = 0, header, retries = 2
+        cdef uint32_t src = NIL, dst = NIL, chunk = 0, header, group, retries = 2
         cdef uint64_t freed = 0, grown = 0, moved = 0, before
         cdef bint resident = False      # the limit is reached: only chunks whose pages are there can be moved into
         cdef char *base = NULL
         cdef int rc
-        if freeable(c) == 0:
+        if self.freeable(c) == 0:
             return 0
         lock_class(c)
         while freed < enough and budget[0]:
-            if dst == NIL and freeable(c):
+            if dst == NIL and self.freeable(c):
                 dst = self._isolate_fullest(c, resident)
                 if dst == NIL and src != NIL and resident and retries:
                     # The source itself may be the only one with room: let it be the next destination.
@@ -750,7 +758,7 @@ cdef class Zsmalloc:
                     freed += self._putback(c, src)
                     src = NIL
                     continue
-            if src == NIL and dst != NIL and freeable(c):
+            if src == NIL and dst != NIL and self.freeable(c):
                 src = self._isolate_emptiest(c)
                 chunk = 0
                 base = self.arena.base + (<uint64_t>src << SPAN_SHIFT)
@@ -786,6 +794,12 @@ cdef class Zsmalloc:
                 sched_yield()
                 lock_class(c)
         freed += self._putback(c, src) + self._putback(c, dst)
+        for group in range(GROUP_EMPTY + 1, GROUP_FULL):
+            src = c.heads[group]
+            while src != NIL and freed < enough + grown and budget[0] and not load_relaxed_32(&c.waiters) and (
+                    self.freeable(c)):
+                freed += self._tighten(c, src, budget)
+                src = self.zspages[src].next
         pthread_mutex_unlock(&c.lock)
         counter_add(&self.n.objects_migrated, moved)
         return freed - min(freed, grown)
@@ -824,6 +838,57 @@ cdef class Zsmalloc:
                 freed = self._zspage_gone(c, span)
                 self.arena.give(span, False)
         return freed
+
+    cdef uint64_t _tighten(self, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil:
+        """Give back the last pages of a zspage, after moving what is on them to its first; the pages freed.
+
+        At most half a zspage is copied, with the class lock held.
+        """
+        cdef zspage *z = &self.zspages[span]
+        cdef char *base = self.arena.base + (<uint64_t>span << SPAN_SHIFT)
+        cdef uint32_t enough = (pages_below(c, z.inuse) << PAGE_SHIFT) // c.size    # chunks on the pages that stay
+        cdef uint32_t chunk, header
+        cdef uint64_t freed
+        # (A span of the reserve has resident pages beyond those that were used.)
+        if bits_set(self.arena.committed[span]) <= pages_below(c, z.inuse):
+            return 0
+        self._list_chunks(c, span)
+        chunk = z.fresh
+        while chunk > enough and budget[0]:
+            chunk -= 1
+            memcpy(&header, base + chunk * c.size, HEADER_SIZE)
+            if header & 1:
+                if z.free >= enough or self._move(c, span, chunk, span, True):
+                    break
+                counter_add(&self.n.objects_migrated, 1)
+                budget[0] -= min(c.size, budget[0])
+                # The lowest free chunk is to be the first of the list, not this one.
+                memcpy(&header, base + chunk * c.size, HEADER_SIZE)
+                z.free = <uint16_t>(header >> 1)
+        self._list_chunks(c, span)
+        freed = self.arena.decommit(span, ~<uint32_t>0 << pages_below(c, z.fresh))
+        owned_sub(&c.committed, freed)
+        return freed
+
+    cdef void _list_chunks(self, size_class *c, uint32_t span) noexcept nogil:
+        """List the free chunks of a zspage again, lowest first; those above the last object are as never used."""
+        cdef zspage *z = &self.zspages[span]
+        cdef char *start
+        cdef uint32_t chunk, header, i, last = z.fresh
+        z.free = NO_CHUNK
+        z.fresh = 0
+        for i in range(last):
+            chunk = last - 1 - i
+            start = self.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size
+            memcpy(&header, start, HEADER_SIZE)
+            if header & 1:
+                z.fresh = <uint16_t>max(<uint32_t>z.fresh, chunk + 1)
+            elif z.fresh:
+                header = <uint32_t>z.free << 1
+                memcpy(start, &header, HEADER_SIZE)
+                z.free = <uint16_t>chunk
+            else:
+                zr_poison(start, c.size)
 
     cdef int _move(self, size_class *c, uint32_t src, uint32_t chunk, uint32_t dst, bint resident) noexcept nogil:
         """Move an object to another zspage of its class. -EBUSY: its pin is held; -ENOSPC: no room (see _chunk_take)."""
@@ -1201,7 +1266,7 @@ cdef class Zsmalloc:
                 load_relaxed(&c.inuse),
                 load_relaxed(&c.committed),
                 c.pages,
-                freeable(c),
+                self.freeable(c),
             ))
         return rows
 
