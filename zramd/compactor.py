@@ -205,7 +205,9 @@ class Compactor:
             # On demand means everything, and at once.
             if now.freeable and not self._policy.fruitless:
                 return 0.0
-            self._device.trim_stock()
+            freed = self._device.compact()  # what the steps leave: see compact_whole in zsmalloc.pyx
+            self.pages_freed += freed
+            self._run_freed += freed
             self._answer(asked)
         elif self._policy.worth_going_on(now):
             return self._policy.pause(taken, before, now)

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -37,6 +38,7 @@ STOP_WAITING = 0.9  # nbdkit is stuck: leave without it
 SWAPOFF_INTERVAL = 0.5  # seconds between two looks whether swap is off, while a stop waits for it
 STATUS_INTERVAL = 10.0  # seconds between two words on how we are to the service manager, at least
 STREAM_PATIENCE = 600.0  # seconds that a save or a load may stand still: ssh may ask for a password
+KEEPER_NICE = -20  # the reserve is refilled ahead of what ordinary programs do
 REFRESH = 30.0  # seconds after which unchanged stats files are written again: their age shows that we live
 
 
@@ -332,6 +334,9 @@ class Server:
 
     def _keep_reserve(self) -> None:
         name_thread("zramd-keeper")
+        # It needs the processor when requests do, but not their right to what is set aside (see swap.take_priority).
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), KEEPER_NICE)
         swap.warm_stack()
         self.device.reserve_keep()
 

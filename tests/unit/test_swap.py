@@ -1,6 +1,7 @@
 """swap=local: each measure is taken, read back, and refused with its name when it cannot be had."""
 
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -10,8 +11,10 @@ import pytest
 
 from zramd import kernelswap, swap
 from zramd.core import process
+from zramd.core.device import Device
 from zramd.errors import SwapError
 
+BLOCK = 4096
 SANITIZED = "san" in os.environ.get("ZRAMD_BUILD", "")
 
 
@@ -165,6 +168,47 @@ def test_protected_process_needs_no_more_pages() -> None:
         print("used", device.counters()["mem_used_total"])
     """
     assert in_child(code) == "misses 0\nused 0\n"
+
+
+def blocks_of_all_sizes(count: int) -> list[bytes]:
+    rnd = random.Random(5)
+    return [rnd.randbytes(size) + bytes(BLOCK - size) for size in (rnd.randrange(50, BLOCK) for _ in range(count))]
+
+
+def test_the_reserve_serves_to_its_last_page() -> None:
+    """Whatever lengths are asked for: nothing is missing while anything is ready. (Nobody refills it here.)"""
+    device = Device(64 << 20)
+    device.reserve_start(4 << 20)
+    written = dict(enumerate(blocks_of_all_sizes(4000)))
+    for n, data in written.items():
+        ready = device.counters()["reserve_bytes"]
+        device.write(data, n * BLOCK)
+        if ready:
+            assert device.counters()["reserve_misses"] == 0
+    assert device.counters()["reserve_bytes"] == 0
+    assert device.counters()["reserve_misses"] > 0
+    device.check()
+    buffer = bytearray(BLOCK)
+    for n, data in written.items():
+        device.read(buffer, n * BLOCK)
+        assert buffer == data
+
+
+def test_compaction_leaves_ready_pages_ready() -> None:
+    """With a reserve, a part-filled zspage keeps its pages: what comes next needs none."""
+    device = Device(64 << 20)
+    device.reserve_start(48 << 20)
+    pages = blocks_of_all_sizes(4000)
+    dice = random.Random(6)
+    for _ in range(5):
+        for n, data in enumerate(pages):
+            device.write(data, n * BLOCK)
+        for n in dice.sample(range(len(pages)), len(pages) * 2 // 3):
+            device.trim(n * BLOCK, BLOCK)
+        assert device.compact() > 100
+        assert device.counters()["freeable_pages"] == 0
+        assert device.counters()["reserve_misses"] == 0
+    device.check()
 
 
 @pytest.mark.skipif(SANITIZED, reason="a sanitizer has a heap of its own")

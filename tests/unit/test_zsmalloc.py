@@ -230,6 +230,55 @@ def test_compaction_tightens_the_last_zspage(size: int) -> None:
     verify(pool, handles, size)
 
 
+def test_compaction_borrows_chunks_of_larger_classes() -> None:
+    """The last pages of a class's part-filled zspage go where larger classes have chunks to spare."""
+    rnd = random.Random(3)
+    pool = Zsmalloc(10000)
+    objects = {}
+    for _ in range(3000):
+        data = rnd.randbytes(rnd.randrange(800, 3600))
+        handle = pool.malloc(len(data))
+        pool.write(handle, data)
+        objects[handle] = data
+    while pool.compact(1 << 20):
+        pass
+    assert pool.stats()["freeable_pages"] == 0
+    used = pool.stats()["mem_used_total"]
+    migrated = pool.stats()["objects_migrated"]
+    freed = pool.compact()
+    assert freed >= 30
+    assert pool.stats()["mem_used_total"] == used - freed * PAGE
+    assert pool.stats()["freeable_pages"] == 0
+    assert pool.stats()["objects_migrated"] - migrated <= 4 * freed
+    pool.check()
+    assert all(pool.read(handle, len(data)) == data for handle, data in objects.items())
+    assert pool.compact() == 0
+
+
+def test_borrowed_chunks_are_little_larger_ever() -> None:
+    """However often the pool is compacted, no object is in a chunk more than 1/16 larger than its own."""
+    rnd = random.Random(4)
+    pool = Zsmalloc(10000)
+    sizes = sorted(row[1] for row in pool.table())
+    objects: dict[int, int] = {}
+    for _ in range(60):
+        for handle in rnd.sample(sorted(objects), len(objects) // 10):
+            pool.free(handle)
+            del objects[handle]
+        while len(objects) < 700:
+            size = rnd.choice((rnd.randrange(1, 3800), rnd.randrange(1500, 1800)))
+            objects[pool.malloc(size)] = size
+        pool.compact()
+    pool.check()
+    larger = 0
+    for handle, size in objects.items():
+        own = next(chunk for chunk in sizes if chunk >= size + HEADER)
+        chunk = len(pool.read(handle)) + HEADER
+        larger += chunk > own
+        assert own <= chunk <= own + own // 16
+    assert larger
+
+
 def test_mem_limit_is_never_exceeded() -> None:
     pool = Zsmalloc(10000, mem_limit=100 * PAGE - 5)
     assert pool.mem_limit == 100 * PAGE

@@ -367,15 +367,17 @@ cdef class Arena:
         return 1
 
     cdef int64_t _ready_take(self, uint32_t npages) noexcept nogil:
-        """A ready span of npages or, when there is none, a longer one; its pages count as used. -ENOMEM: none.
+        """A ready span of npages or, when there is none, a longer one, then a shorter one, whose other pages are not
+        resident; its pages count as used. -ENOMEM: none.
 
         The lock is held.
         """
-        cdef uint32_t n
+        cdef uint32_t i, n
         self._note_demand(npages)
         if self.keeper_sleeps and self.ready_count[npages] <= self._ready_wanted(npages) // 2:
             pthread_cond_signal(&self.work)
-        for n in range(npages, SPAN_LENGTHS):
+        for i in range(1, SPAN_LENGTHS):
+            n = npages + i - 1 if npages + i <= SPAN_LENGTHS else SPAN_LENGTHS - i
             if self.ready[n] != NIL:
                 if not self._charge(n):
                     break

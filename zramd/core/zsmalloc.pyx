@@ -70,6 +70,7 @@ from zramd.core.locks cimport (
 from zramd.core.region cimport HEAD_SIZE, KEPT_PAGES, KEPT_POOL, Memory, Region, region_populate, whole_pages
 from zramd.core.types cimport (
     CELL_CHECK_SHIFT,
+    CELL_LENT,
     CELL_LIVE,
     CELL_PIN,
     CELL_TAGS,
@@ -124,6 +125,8 @@ cdef enum:
     SPARES = 32             # pages of huge objects kept for the next one: overwriting raw blocks would else fault each time
     CELLS_SLACK = 1 << 17   # handles beyond max_objects: objects that are written but not yet published by their owner
     PIN_SPINS = 200         # about a decompression; then let the holder of the pin run
+    RESIDENT_TRIES = 8      # zspages of a fullness group that are looked at for resident room
+    BORROW_SHIFT = 4        # a borrowed chunk is at most 1/16 larger than the object's own
 
 cdef uint64_t PIN_PATIENCE_NS = 10 * 1000 * 1000 * 1000
 
@@ -362,7 +365,9 @@ cdef class Zsmalloc:
         cdef size_class *c = &self.classes[index]
         cdef int64_t span = -ENOSPC
         cdef int chunk = -ENOSPC
-        cdef uint32_t group, candidate
+        cdef uint32_t group, candidate, tries
+        # With a reserve, a new zspage from there is better than the pages that a part-filled one has not.
+        cdef bint resident = load_relaxed(&self.arena.reserve) != 0
         cdef char *start
         lock_class(c)
         if index == self.huge and self.spares:
@@ -370,13 +375,15 @@ cdef class Zsmalloc:
             chunk = self._chunk_take(c, <uint32_t>span, handle, False)
         # The fullest zspage first, so that the emptiest get empty by themselves.
         for group in range(GROUP_FULL - 1, GROUP_EMPTY, -1):
-            if index == self.huge and load_relaxed_32(&self.arena.ready_count[SPAN_PAGES]):
-                break       # its unused pages are not resident, those of the reserve are
+            if resident and index == self.huge:
+                break       # what is resident there are the spare pages
             candidate = c.heads[group]
+            tries = RESIDENT_TRIES if resident else <uint32_t>NIL
             # The limit may refuse the pages of its unused chunks; the next zspage may have a chunk that was freed.
-            while candidate != NIL and chunk < 0:
+            while candidate != NIL and chunk < 0 and tries:
                 span = candidate
-                chunk = self._chunk_take(c, candidate, handle, False)
+                chunk = self._chunk_take(c, candidate, handle, resident)
+                tries -= 1
                 # All pages of huge zspages are alike: refused once, refused each time.
                 candidate = NIL if index == self.huge else self.zspages[candidate].next
             if chunk >= 0:
@@ -536,6 +543,10 @@ cdef class Zsmalloc:
                 owned_add(&c.committed, n)
                 start = base + chunk * c.size
                 z.fresh += 1
+                if n:
+                    # The object may end before the page that its chunk ends on, which is counted as resident.
+                    zr_unpoison(start, c.size)
+                    start[c.size - 1] = 0
             zr_unpoison(start, c.size)
             header = <uint32_t>handle << 1 | 1
             memcpy(start, &header, HEADER_SIZE)
@@ -694,11 +705,15 @@ cdef class Zsmalloc:
 
         At best all zspages are full but one, which has its objects on its first pages. Where mem_limit leaves no room
         to move between zspages, each part-filled one can still be tightened, which costs each a part of a page.
+        With a reserve a zspage keeps its unused pages: they are ready for what comes.
         May be read without the lock, then it can be off by what is happening meanwhile.
         """
         cdef uint64_t inuse = load_relaxed(&c.inuse), limit = load_relaxed(&self.arena.limit), best, part
         if c.size == PAGE_SIZE or inuse == 0:
             return 0
+        if load_relaxed(&self.arena.reserve):
+            best = (inuse + c.objs - 1) // c.objs * c.pages
+            return load_relaxed(&c.committed) - best if load_relaxed(&c.committed) > best else 0
         best = inuse // c.objs * c.pages + pages_below(c, inuse % c.objs)
         if limit and load_relaxed(&self.arena.pages) + 2 > limit:
             part = load_relaxed(&c.zspages) - load_relaxed(&c.group_count[GROUP_FULL])
@@ -733,6 +748,19 @@ cdef class Zsmalloc:
         pthread_mutex_unlock(&self.compact_lock)
         return freed
 
+    cdef uint64_t compact_whole(self) noexcept nogil:
+        """Compact until nothing is freeable, borrow, and give back what is kept for the next write; the pages freed."""
+        cdef uint64_t freed = self.compact_run(<uint64_t>-1, <uint64_t>-1), borrowed = 0
+        cdef uint32_t i
+        pthread_mutex_lock(&self.compact_lock)
+        if load_relaxed(&self.arena.reserve) == 0:
+            for i in range(self.huge, 0, -1):
+                borrowed += self._borrow(i - 1)
+        counter_add(&self.n.pages_compacted, borrowed)
+        self.give_back()
+        pthread_mutex_unlock(&self.compact_lock)
+        return freed + borrowed
+
     cdef uint64_t _compact_class(self, uint32_t index, uint64_t *budget, uint64_t enough) noexcept nogil:
         """Move objects from the emptiest zspage into the fullest while that frees pages; the pages freed.
 
@@ -743,7 +771,8 @@ cdef class Zsmalloc:
         cdef size_class *c = &self.classes[index]
         cdef uint32_t src = NIL, dst = NIL, chunk = 0, header, group, retries = 2
         cdef uint64_t freed = 0, grown = 0, moved = 0, before
-        cdef bint resident = False      # the limit is reached: only chunks whose pages are there can be moved into
+        # Only chunks whose pages are there can be moved into: with a reserve, and once the limit is reached.
+        cdef bint resident = load_relaxed(&self.arena.reserve) != 0
         cdef char *base = NULL
         cdef int rc
         if self.freeable(c) == 0:
@@ -768,7 +797,7 @@ cdef class Zsmalloc:
                 memcpy(&header, base + chunk * c.size, HEADER_SIZE)
                 if header & 1:
                     before = c.committed
-                    rc = self._move(c, src, chunk, dst, resident)
+                    rc = self._move(c, src, chunk, c, dst, resident)
                     grown += c.committed - before
                     if rc == -ENOSPC:
                         resident = resident or self.zspages[dst].inuse < c.objs
@@ -796,7 +825,7 @@ cdef class Zsmalloc:
         freed += self._putback(c, src) + self._putback(c, dst)
         for group in range(GROUP_EMPTY + 1, GROUP_FULL):
             src = c.heads[group]
-            while src != NIL and freed < enough + grown and budget[0] and not load_relaxed_32(&c.waiters) and (
+            while src != NIL and not load_relaxed(&self.arena.reserve) and freed < enough + grown and budget[0] and not load_relaxed_32(&c.waiters) and (
                     self.freeable(c)):
                 freed += self._tighten(c, src, budget)
                 src = self.zspages[src].next
@@ -858,7 +887,7 @@ cdef class Zsmalloc:
             chunk -= 1
             memcpy(&header, base + chunk * c.size, HEADER_SIZE)
             if header & 1:
-                if z.free >= enough or self._move(c, span, chunk, span, True):
+                if z.free >= enough or self._move(c, span, chunk, c, span, True):
                     break
                 counter_add(&self.n.objects_migrated, 1)
                 budget[0] -= min(c.size, budget[0])
@@ -869,6 +898,64 @@ cdef class Zsmalloc:
         freed = self.arena.decommit(span, ~<uint32_t>0 << pages_below(c, z.fresh))
         owned_sub(&c.committed, freed)
         return freed
+
+    cdef uint64_t _borrow(self, uint32_t index) noexcept nogil:
+        """Empty the last pages of a class's part-filled zspage into chunks of somewhat larger classes; the pages freed.
+
+        Those chunks are free and on resident pages, so that they cost nothing now. A class's last page is half empty
+        on average, and so is each of the larger ones': 0.6 % of a pool of 36 MB (docs/density.md). Larger classes were
+        seen to before, so their pages stay. The class lock is held for a few copies.
+        """
+        cdef size_class *c = &self.classes[index]
+        cdef uint32_t span, wanted
+        cdef uint64_t freed = 0, budget = <uint64_t>-1
+        lock_class(c)
+        span = self._isolate_emptiest(c)
+        while span != NIL and self.zspages[span].inuse:
+            wanted = self.zspages[span].inuse - (
+                ((pages_below(c, self.zspages[span].inuse) - 1) << PAGE_SHIFT) // c.size)
+            # Nothing is moved unless it frees the page.
+            if self._lend(index, span, wanted, False) < wanted or self._lend(index, span, wanted, True) < wanted:
+                break
+            if self.zspages[span].inuse:
+                freed += self._tighten(c, span, &budget)
+        freed += self._putback(c, span)
+        pthread_mutex_unlock(&c.lock)
+        return freed
+
+    cdef uint32_t _lend(self, uint32_t index, uint32_t span, uint32_t wanted, bint move) noexcept nogil:
+        """Find chunks of larger classes for the last `wanted` objects of a zspage, and move them there if told; how many."""
+        cdef size_class *c = &self.classes[index]
+        cdef size_class *d
+        cdef char *base = self.arena.base + (<uint64_t>span << SPAN_SHIFT)
+        cdef uint32_t found = 0, i, dst, group, room, header, chunk = self.zspages[span].fresh
+        for i in range(index + 1, self.huge):
+            d = &self.classes[i]
+            if found == wanted or d.size - c.size > c.size >> BORROW_SHIFT:
+                break
+            lock_class(d)
+            dst = NIL
+            for group in range(GROUP_FULL - 1, GROUP_EMPTY, -1):
+                if d.heads[group] != NIL:
+                    dst = d.heads[group]
+                    break
+            if dst != NIL:
+                room = (bits_set(self.arena.committed[dst]) << PAGE_SHIFT) // d.size
+                room = min(room, d.objs) - min(<uint32_t>self.zspages[dst].inuse, room)
+                while room and found < wanted:
+                    if move:
+                        header = 0
+                        while chunk and not header & 1:
+                            chunk -= 1
+                            memcpy(&header, base + chunk * c.size, HEADER_SIZE)
+                        if not header & 1 or self._move(c, span, chunk, d, dst, True):
+                            break
+                        counter_add(&self.n.objects_migrated, 1)
+                    room -= 1
+                    found += 1
+                self._regroup(d, dst)
+            pthread_mutex_unlock(&d.lock)
+        return found
 
     cdef void _list_chunks(self, size_class *c, uint32_t span) noexcept nogil:
         """List the free chunks of a zspage again, lowest first; those above the last object are as never used."""
@@ -890,8 +977,13 @@ cdef class Zsmalloc:
             else:
                 zr_poison(start, c.size)
 
-    cdef int _move(self, size_class *c, uint32_t src, uint32_t chunk, uint32_t dst, bint resident) noexcept nogil:
-        """Move an object to another zspage of its class. -EBUSY: its pin is held; -ENOSPC: no room (see _chunk_take)."""
+    cdef int _move(self, size_class *c, uint32_t src, uint32_t chunk, size_class *d, uint32_t dst,
+                   bint resident) noexcept nogil:
+        """Move an object of class c to a zspage of class d, which is c or a larger one; both are locked.
+
+        -EBUSY: its pin is held, or it was lent to c already, so that no object creeps up class by class; -ENOSPC: no
+        room (see _chunk_take).
+        """
         cdef uint64_t obj = (<uint64_t>src << SPAN_SHIFT) + chunk * c.size, handle, cell
         cdef char *old = self.arena.base + obj
         cdef char *new
@@ -902,19 +994,20 @@ cdef class Zsmalloc:
         if handle >= load_relaxed(&self.cells_top):
             return -EBUSY
         cell = load_relaxed(&self.cells[handle])
-        if (cell_obj(cell) != obj or cell & CELL_TAGS != CELL_LIVE
+        if (cell_obj(cell) != obj or cell & (CELL_LIVE | CELL_PIN) != CELL_LIVE or (d != c and cell & CELL_LENT)
                 or not compare_swap(&self.cells[handle], cell, cell | CELL_PIN)):
             return -EBUSY
         zr_crash_point("move-pinned")
-        room = self._chunk_take(c, dst, handle, resident)
+        room = self._chunk_take(d, dst, handle, resident)
         if room < 0:
             store_release(&self.cells[handle], cell)
             return room
         zr_crash_point("move-chunk-taken")
-        new = self.arena.base + (<uint64_t>dst << SPAN_SHIFT) + room * c.size
+        new = self.arena.base + (<uint64_t>dst << SPAN_SHIFT) + room * d.size
         memcpy(new + HEADER_SIZE, old + HEADER_SIZE, c.size - HEADER_SIZE)
         zr_crash_point("move-copied")
-        store_release(&self.cells[handle], cell ^ obj ^ <uint64_t>(new - self.arena.base))
+        cell = cell ^ obj ^ <uint64_t>(new - self.arena.base)
+        store_release(&self.cells[handle], cell if d == c else cell | CELL_LENT)
         zr_crash_point("move-cell-stored")
         self._chunk_give(c, src, chunk)
         zr_crash_point("move-source-freed")
@@ -1117,7 +1210,7 @@ cdef class Zsmalloc:
                 if header >> 1 == 0 or header >> 1 >= self.cells_top:
                     return "a header names no cell"
                 cell = self.cells[header >> 1]
-                if cell_obj(cell) != obj + chunk * c.size or cell & ~<uint64_t>CELL_PIN & CELL_TAGS != CELL_LIVE:
+                if cell_obj(cell) != obj + chunk * c.size or not cell & CELL_LIVE:
                     return "a header's cell does not point back"
         if live != z.inuse:
             return "the count of a zspage differs from its headers"
@@ -1217,12 +1310,10 @@ cdef class Zsmalloc:
             PyBuffer_Release(&view)
 
     def compact(self, uint64_t budget=0):
-        """Move about budget bytes of objects, 0: until nothing is freeable; returns the number of pages freed."""
+        """Move about budget bytes of objects, 0: all that frees a page; returns the number of pages freed."""
         cdef uint64_t freed
         with nogil:
-            freed = self.compact_run(budget or <uint64_t>-1, <uint64_t>-1)
-            if budget == 0:
-                self.trim()
+            freed = self.compact_run(budget, <uint64_t>-1) if budget else self.compact_whole()
         return freed
 
     def stats(self):
