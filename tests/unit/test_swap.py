@@ -195,7 +195,7 @@ def test_the_reserve_serves_to_its_last_page() -> None:
 
 
 def test_compaction_leaves_ready_pages_ready() -> None:
-    """With a reserve, a part-filled zspage keeps its pages: what comes next needs none."""
+    """With a reserve, the last zspage of a class keeps some pages: what comes next need not start another."""
     device = Device(64 << 20)
     device.reserve_start(48 << 20)
     pages = blocks_of_all_sizes(4000)
@@ -206,7 +206,7 @@ def test_compaction_leaves_ready_pages_ready() -> None:
         for n in dice.sample(range(len(pages)), len(pages) * 2 // 3):
             device.trim(n * BLOCK, BLOCK)
         assert device.compact() > 100
-        assert device.counters()["freeable_pages"] == 0
+        assert device.counters()["freeable_pages"] < 16
         assert device.counters()["reserve_misses"] == 0
     device.check()
 

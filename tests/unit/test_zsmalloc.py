@@ -230,6 +230,23 @@ def test_compaction_tightens_the_last_zspage(size: int) -> None:
     verify(pool, handles, size)
 
 
+def test_compaction_fills_and_tightens_in_one_go() -> None:
+    """What is moved may take pages of the zspage it goes to first; the last zspage is tightened none the less."""
+    pool = Zsmalloc(10000)
+    chunk, pages = next((row[1], row[16]) for row in pool.table() if row[1] >= 3800 + HEADER)
+    objs = pages * PAGE // chunk
+    zspages = [fill(pool, objs, 3800) for _ in range(3)]
+    part = fill(pool, objs - 2, 3800)  # has a page or two that it never used
+    for handles in zspages:
+        for handle in handles[3:]:
+            pool.free(handle)
+    freeable = pool.stats()["freeable_pages"]
+    assert pool.compact() == freeable
+    assert pool.stats()["freeable_pages"] == 0
+    assert pool.stats()["objs_used"] == 9 + len(part)
+    pool.check()
+
+
 def test_compaction_borrows_chunks_of_larger_classes() -> None:
     """The last pages of a class's part-filled zspage go where larger classes have chunks to spare."""
     rnd = random.Random(3)

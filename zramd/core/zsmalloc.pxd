@@ -69,6 +69,7 @@ cdef class Zsmalloc:
     cdef void word_free(self, uint64_t handle) noexcept nogil
 
     cdef uint64_t freeable(self, size_class *c) noexcept nogil
+    cdef uint32_t _pages_wanted(self, size_class *c, uint32_t chunks) noexcept nogil
     cdef uint64_t freeable_pages(self) noexcept nogil
     cdef bint make_room(self) noexcept nogil
     cdef uint64_t compact_run(self, uint64_t budget, uint64_t enough) noexcept nogil

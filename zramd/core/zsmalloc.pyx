@@ -126,6 +126,7 @@ cdef enum:
     CELLS_SLACK = 1 << 17   # handles beyond max_objects: objects that are written but not yet published by their owner
     PIN_SPINS = 200         # about a decompression; then let the holder of the pin run
     RESIDENT_TRIES = 8      # zspages of a fullness group that are looked at for resident room
+    TAIL_PAGES = 2          # unused pages that the last zspage of a class keeps where there is a reserve
     BORROW_SHIFT = 4        # a borrowed chunk is at most 1/16 larger than the object's own
 
 cdef uint64_t PIN_PATIENCE_NS = 10 * 1000 * 1000 * 1000
@@ -705,20 +706,23 @@ cdef class Zsmalloc:
 
         At best all zspages are full but one, which has its objects on its first pages. Where mem_limit leaves no room
         to move between zspages, each part-filled one can still be tightened, which costs each a part of a page.
-        With a reserve a zspage keeps its unused pages: they are ready for what comes.
+        With a reserve that one keeps TAIL_PAGES: they are ready for what comes. (All of its pages would be 5 MiB.)
         May be read without the lock, then it can be off by what is happening meanwhile.
         """
         cdef uint64_t inuse = load_relaxed(&c.inuse), limit = load_relaxed(&self.arena.limit), best, part
         if c.size == PAGE_SIZE or inuse == 0:
             return 0
-        if load_relaxed(&self.arena.reserve):
-            best = (inuse + c.objs - 1) // c.objs * c.pages
-            return load_relaxed(&c.committed) - best if load_relaxed(&c.committed) > best else 0
-        best = inuse // c.objs * c.pages + pages_below(c, inuse % c.objs)
+        best = inuse // c.objs * c.pages
+        if inuse % c.objs:
+            best += self._pages_wanted(c, inuse % c.objs)
         if limit and load_relaxed(&self.arena.pages) + 2 > limit:
             part = load_relaxed(&c.zspages) - load_relaxed(&c.group_count[GROUP_FULL])
             best += part - 1 if part else 0
         return load_relaxed(&c.committed) - best if load_relaxed(&c.committed) > best else 0
+
+    cdef uint32_t _pages_wanted(self, size_class *c, uint32_t chunks) noexcept nogil:
+        """Pages that a part-filled zspage keeps when it is tightened to so many chunks."""
+        return min(c.pages, pages_below(c, chunks) + (TAIL_PAGES if load_relaxed(&self.arena.reserve) else 0))
 
     cdef uint64_t freeable_pages(self) noexcept nogil:
         """Pages that a whole compaction would free."""
@@ -825,8 +829,8 @@ cdef class Zsmalloc:
         freed += self._putback(c, src) + self._putback(c, dst)
         for group in range(GROUP_EMPTY + 1, GROUP_FULL):
             src = c.heads[group]
-            while src != NIL and not load_relaxed(&self.arena.reserve) and freed < enough + grown and budget[0] and not load_relaxed_32(&c.waiters) and (
-                    self.freeable(c)):
+            while src != NIL and freed - min(freed, grown) < enough and budget[0] and (
+                    not load_relaxed_32(&c.waiters) and self.freeable(c)):
                 freed += self._tighten(c, src, budget)
                 src = self.zspages[src].next
         pthread_mutex_unlock(&c.lock)
@@ -879,7 +883,7 @@ cdef class Zsmalloc:
         cdef uint32_t chunk, header
         cdef uint64_t freed
         # (A span of the reserve has resident pages beyond those that were used.)
-        if bits_set(self.arena.committed[span]) <= pages_below(c, z.inuse):
+        if bits_set(self.arena.committed[span]) <= self._pages_wanted(c, z.inuse):
             return 0
         self._list_chunks(c, span)
         chunk = z.fresh
@@ -895,7 +899,7 @@ cdef class Zsmalloc:
                 memcpy(&header, base + chunk * c.size, HEADER_SIZE)
                 z.free = <uint16_t>(header >> 1)
         self._list_chunks(c, span)
-        freed = self.arena.decommit(span, ~<uint32_t>0 << pages_below(c, z.fresh))
+        freed = self.arena.decommit(span, ~<uint32_t>0 << self._pages_wanted(c, z.fresh))
         owned_sub(&c.committed, freed)
         return freed
 
@@ -1310,7 +1314,10 @@ cdef class Zsmalloc:
             PyBuffer_Release(&view)
 
     def compact(self, uint64_t budget=0):
-        """Move about budget bytes of objects, 0: all that frees a page; returns the number of pages freed."""
+        """Move about budget bytes of objects, 0: all that frees a page; returns the number of pages freed.
+
+        A budget may end between taking a page for what is moved and freeing those that it came from.
+        """
         cdef uint64_t freed
         with nogil:
             freed = self.compact_run(budget, <uint64_t>-1) if budget else self.compact_whole()
