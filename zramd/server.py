@@ -334,7 +334,7 @@ class Server:
 
     def _keep_reserve(self) -> None:
         name_thread("zramd-keeper")
-        # It needs the processor when requests do, but not their right to what is set aside (see swap.take_priority).
+        # It needs the processor when requests do, but not what is set aside for them: see swap.take_priority.
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), KEEPER_NICE)
         swap.warm_stack()

@@ -1,6 +1,7 @@
 """The scripts as a user runs them."""
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ def set_up():
         pytest.skip("needs scripts/test or scripts/serve to have been run in this checkout")
 
 
-@pytest.mark.parametrize("script", ["serve", "test", "build", "sanitize", "check"])
+@pytest.mark.parametrize("script", ["serve", "test", "build", "sanitize", "check", "geometry"])
 def test_help(script):
     result = run(SCRIPTS / script, "--help")
     assert result.returncode == 0
@@ -50,6 +51,21 @@ def test_wrong_arguments(command, says):
     assert result.returncode == 2
     assert says in result.stderr
     assert not result.stdout
+
+
+def test_geometry_computes_what_the_pool_does(tmp_path):
+    """The row of the design that zramd has and the one measured in a real pool are alike to the page."""
+    dice = random.Random(1)
+    corpus = tmp_path / "pages"
+    pages = [dice.randbytes(size := dice.randrange(4096)) + bytes(4096 - size) for _ in range(1000)]
+    corpus.write_bytes(b"".join(pages))
+    result = run(SCRIPTS / "geometry", corpus)
+    assert result.returncode == 0
+    rows = [row.replace("*", "").split(" | ")[-4:] for row in result.stdout.splitlines()]
+    ours = next(n for n, row in enumerate(result.stdout.splitlines()) if "**" in row)
+    assert len(rows) > 20
+    assert rows[ours] == rows[-1]
+    assert rows[ours] not in rows[:ours]
 
 
 def test_profiles_are_those_of_the_backend():

@@ -6,8 +6,8 @@ zspage  the smallest run of pages that holds a whole number of chunks of one siz
 chunk   one place in a zspage; allocated, it holds a header and an object, free, the link to the next free chunk.
 object  a stored payload: compressed bytes, or a raw block (huge).
 obj     an object's location: its chunk's offset in the arena, in bytes. Chunks are CHUNK_ALIGN aligned.
-cell    one 64-bit word of the handle table: check << CELL_CHECK_SHIFT | obj | CELL_LENT | CELL_LIVE | CELL_PIN, or a same-filled
-        block's word.
+cell    one 64-bit word of the handle table: check << CELL_CHECK_SHIFT | obj | CELL_LENT | CELL_LIVE | CELL_PIN, or a
+        same-filled block's word.
 handle  a cell's index, from 1; never a location, so moving an object rewrites one cell and nobody notices.
 slot    one 64-bit word a block: check << SLOT_CHECK_SHIFT | handle << SLOT_HANDLE_SHIFT | payload bytes; with SLOT_SAME
         (no object) more of the check in place of the bytes; 0: never written, or freed.

@@ -103,6 +103,7 @@ cdef class Zsmalloc:
     cdef uint64_t _compact_class(self, uint32_t index, uint64_t *budget, uint64_t enough) noexcept nogil
     cdef uint64_t _tighten(self, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil
     cdef void _list_chunks(self, size_class *c, uint32_t span) noexcept nogil
-    cdef int _move(self, size_class *c, uint32_t src, uint32_t chunk, size_class *d, uint32_t dst, bint resident) noexcept nogil
+    cdef int _move(self, size_class *c, uint32_t src, uint32_t chunk, size_class *d, uint32_t dst,
+                   bint resident) noexcept nogil
     cdef const char *_find_class_fault(self, uint32_t index, uint64_t *where) noexcept nogil
     cdef const char *_find_zspage_fault(self, uint32_t index, uint32_t span) noexcept nogil
