@@ -231,7 +231,7 @@ def test_compaction_tightens_the_last_zspage(size: int) -> None:
 
 
 def test_compaction_fills_and_tightens_in_one_go() -> None:
-    """What is moved may take pages of the zspage it goes to first; the last zspage is tightened none the less."""
+    """What is moved may take pages where it goes; the last zspage is tightened none the less."""
     pool = Zsmalloc(10000)
     chunk, pages = next((row[1], row[16]) for row in pool.table() if row[1] >= 3800 + HEADER)
     objs = pages * PAGE // chunk
