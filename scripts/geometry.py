@@ -30,8 +30,9 @@ SMALL = (
 class Design:
     """`fine` is the spacing of size classes up to `until` bytes, `coarse` above, before merging.
 
-    `last` is what the part-filled zspage of a class costs: all of its pages (whole), those that its objects need
-    (tight), or less where free chunks of classes at most `borrow` times as large take the objects of its last pages.
+    `last` is what the part-filled zspage of a class costs: all of its pages (whole), those that its objects
+    need (tight), or less where free chunks of classes at most `borrow` times as large take the objects of its
+    last pages.
     """
 
     fine: int
