@@ -193,9 +193,8 @@ def main(corpora: Sequence[str]) -> None:
         name = f"{design} (the kernel's)" if design is KERNEL else str(design)
         row = f"| {name} | {len(design.classes())} | {cells(pages)} |"
         print(row if design is not OURS else row.replace("| ", "| **").replace(" |", "** |"))
-    print(
-        f"| zramd's pool, measured | | | | | {cells({name: measure(sizes) for name, sizes in columns.items()})} |"
-    )
+    measured = {name: measure(sizes) for name, sizes in columns.items()}
+    print(f"| zramd's pool, measured | | | | | {cells(measured)} |")
 
 
 main(sys.argv[1:])

@@ -178,7 +178,7 @@ def blocks_of_all_sizes(count: int) -> list[bytes]:
 
 
 def test_the_reserve_serves_to_its_last_page() -> None:
-    """Whatever lengths are asked for: nothing is missing while anything is ready. (Nobody refills it here.)"""
+    """Whatever lengths are asked for, nothing is missing while anything is ready. Nobody refills it here."""
     device = Device(64 << 20)
     device.reserve_start(4 << 20)
     written = dict(enumerate(blocks_of_all_sizes(4000)))
