@@ -17,7 +17,8 @@ from cpython.exc cimport PyErr_CheckSignals
 
 from zramd.core.checksum cimport crc_of
 from zramd.core.codec cimport decode
-from zramd.core.device cimport OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, Device
+from zramd.core.blocks cimport OP_TRIM, OP_WRITE, OP_ZERO, STRIPES
+from zramd.core.device cimport Device
 from zramd.core.locks cimport (
     load_relaxed,
     owned_add,
@@ -199,7 +200,7 @@ cdef class _Writer(_Stream):
             self.gave_up = "a client changed the device while it was saved"
         while self.gave_up == NULL and self.next < self.device.blocks and used + RECORD_MAX <= BODY_MAX and visits < VISITS:
             visits += 1
-            if not self.device.touched[self.next // SLOTS_PER_PAGE]:
+            if not self.device.table.touched[self.next // SLOTS_PER_PAGE]:
                 self.next = (self.next // SLOTS_PER_PAGE + 1) * SLOTS_PER_PAGE
                 continue
             n = self._record(self.next, self.buffer + FRAME_BYTES + used)
@@ -217,21 +218,21 @@ cdef class _Writer(_Stream):
         cdef uint64_t slot, word = 0
         cdef uint32_t what = SLOT_LOST, size
         cdef char *payload
-        if self.device._get(block) == 0:
+        if self.device.table.get(block) == 0:
             return 0
-        pthread_mutex_lock(&self.device.stripes[block % STRIPES])
-        slot = self.device._get(block)
+        pthread_mutex_lock(&self.device.table.stripes[block % STRIPES])
+        slot = self.device.table.get(block)
         size = slot & SLOT_SIZE_MASK
         if slot & SLOT_SAME:
             word = self.device.pool.word_read(slot_handle(slot)) if slot_handle(slot) else 0
-            if self.device._word_is_sound(block, slot, word):
+            if self.device.table.word_is_sound(block, slot, word):
                 what = SLOT_SAME
         elif slot and self.device.pool.obj_begin(slot_handle(slot), &payload) == 0:
-            if size and self.device._object_is_sound(block, slot, payload):
+            if size and self.device.table.object_is_sound(block, slot, payload):
                 memcpy(out + 8, payload, size)
                 what = size
             self.device.pool.obj_end(slot_handle(slot))
-        pthread_mutex_unlock(&self.device.stripes[block % STRIPES])
+        pthread_mutex_unlock(&self.device.table.stripes[block % STRIPES])
         if slot == 0:
             return 0
         # What a read would not get is not to stop a load either.
@@ -456,14 +457,14 @@ cdef class _Reader(_Stream):
         if self.device is None:
             return 0
         if what == SLOT_SAME:
-            rc = self.device._store_word(block, long_at(data), &slot)
+            rc = self.device.table.store_word(block, long_at(data), &slot)
         elif what != SLOT_LOST:
-            rc = self.device._store_payload(block, data, what, &slot)
+            rc = self.device.table.store_payload(block, data, what, &slot)
         if rc == 0:
-            pthread_mutex_lock(&self.device.stripes[block % STRIPES])
-            old = self.device._set(block, slot)
-            pthread_mutex_unlock(&self.device.stripes[block % STRIPES])
-            self.device._drop(block, old)
+            pthread_mutex_lock(&self.device.table.stripes[block % STRIPES])
+            old = self.device.table.set(block, slot)
+            pthread_mutex_unlock(&self.device.table.stripes[block % STRIPES])
+            self.device.table.drop(block, old)
         return rc
 
     cdef int _end(self) noexcept nogil:

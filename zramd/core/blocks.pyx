@@ -1,0 +1,407 @@
+"""One block at a time: the table of slots over a codec and a pool.
+
+    write:  encode -> pool.obj_alloc -> copy -> obj_publish -> slot -> free the old object
+    read:   slot -> pool.obj_begin -> decode into the caller's buffer -> obj_end
+    trim:   slot = 0 -> free
+
+A block is read or written whole, under the lock of its stripe. A new object is complete before its slot changes, so a
+write that fails leaves the old content (and a crash leaves either). Nothing here knows where an object is, and compaction
+knows nothing of slots.
+
+With verify, half of an object's checksum is in the slot and half in the cell; it is seeded with the block's number, so
+that a slot that leads to another block's object is found out too. For a same-filled block all of it is in the slot.
+
+Lock order: one stripe, then the pool's. No lock but the stripe of a part-written block is held while compressing.
+"""
+
+cimport cython
+from libc.errno cimport EIO, ENOMEM, ENOSPC
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from zramd.core.checks cimport zr_crash_point
+from zramd.core.checksum cimport checksum
+from zramd.core.codec cimport decode, encode, fill, same_filled, state_size
+from zramd.core.locks cimport (
+    counter_add,
+    counter_sub,
+    load_acquire,
+    load_relaxed,
+    owned_add,
+    pthread_mutex_destroy,
+    pthread_mutex_init,
+    pthread_mutex_lock,
+    pthread_mutex_unlock,
+    store_relaxed,
+    store_release,
+)
+from zramd.core.region cimport KEPT_DEVICE, Memory, Region, region_populate
+from zramd.core.types cimport (
+    BLOCK_SIZE,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    SLOT_CHECK_SHIFT,
+    SLOT_HANDLE_SHIFT,
+    SLOT_LOST,
+    SLOT_SAME,
+    SLOT_SIZE_MASK,
+    SLOTS_PER_PAGE,
+    slot_handle,
+)
+from zramd.core.zsmalloc cimport Zsmalloc
+
+cdef extern from *:
+    """
+    #define touch(p) (__atomic_exchange_n((p), 1, __ATOMIC_RELAXED) == 0)
+    """
+    bint touch(uint8_t *p) noexcept nogil   # whether it was not before
+
+
+@cython.final
+cdef class Blocks:
+    """The blocks 0 to count - 1, with their slots and counters in memory; each reads as zeros until it is written.
+
+    verify: store a checksum with each, and check it on each read. acceleration: lz4's.
+    """
+
+    def __cinit__(self, uint64_t count, Memory memory not None, int acceleration, bint verify):
+        cdef uint32_t i
+        for i in range(STRIPES):
+            pthread_mutex_init(&self.stripes[i], NULL)
+        pthread_mutex_init(&self.scratch_lock, NULL)
+        self.count = count
+        self.acceleration = acceleration
+        self.verify = verify
+        self.scratch_size = sizeof(scratch) + state_size()
+        self.n = <counters *>memory.kept(KEPT_DEVICE)
+        self.slot_table = memory.region(count * sizeof(uint64_t), True)
+        self.slots = <uint64_t *>self.slot_table.base
+        self.touches = Region(count // SLOTS_PER_PAGE + 1)
+        self.touched = <uint8_t *>self.touches.base
+        self.pool = Zsmalloc(count, memory=memory)
+
+    def __dealloc__(self):
+        cdef scratch *s
+        cdef uint32_t i
+        while self.scratches != NULL:
+            s = self.scratches
+            self.scratches = s.next
+            free(s)
+        pthread_mutex_destroy(&self.scratch_lock)
+        for i in range(STRIPES):
+            pthread_mutex_destroy(&self.stripes[i])
+
+    # --------------------------------------------------------------------------------------------------------
+    # scratch: as many as there ever were requests at work at once; the last one used is still in the cache
+
+    cdef scratch *scratch_take(self) noexcept nogil:
+        cdef scratch *s
+        pthread_mutex_lock(&self.scratch_lock)
+        s = self.scratches
+        if s != NULL:
+            self.scratches = s.next
+        else:
+            s = <scratch *>malloc(self.scratch_size)
+            if s != NULL:
+                owned_add(&self.scratch_count, 1)
+        pthread_mutex_unlock(&self.scratch_lock)
+        return s
+
+    cdef void scratch_give(self, scratch *s) noexcept nogil:
+        pthread_mutex_lock(&self.scratch_lock)
+        s.next = self.scratches
+        self.scratches = s
+        pthread_mutex_unlock(&self.scratch_lock)
+
+    # --------------------------------------------------------------------------------------------------------
+    # one block
+
+    cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot) noexcept nogil:
+        """Store a block's content; the slot that stands for it. -ENOSPC: mem_limit, even after compaction."""
+        cdef uint64_t word
+        cdef uint32_t size
+        if same_filled(content, &word):
+            return self.store_word(block, word, slot)
+        size = encode(content, s.out, self.pool.max_payload, s.state, self.acceleration)
+        if size == 0:
+            return self.store_payload(block, content, BLOCK_SIZE, slot)
+        return self.store_payload(block, s.out, size, slot)
+
+    cdef int store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil:
+        """Store a block that is one word repeated; the slot that stands for it."""
+        cdef uint64_t handle
+        slot[0] = self._same_slot(block, word)
+        if word:
+            handle = self.pool.word_alloc(word)
+            if handle == 0:
+                return -ENOMEM
+            slot[0] |= handle << SLOT_HANDLE_SHIFT
+        return 0
+
+    cdef int store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
+        """Store what a block is compressed to, or all of it; the slot that stands for it. Errors as _store."""
+        cdef uint64_t handle = 0
+        cdef uint32_t check = 0
+        cdef char *place
+        cdef int rc = self.pool.obj_alloc(size, &handle, &place)
+        if rc == -ENOSPC:
+            counter_add(&self.n.limit_compactions, 1)
+            while rc == -ENOSPC and self.pool.make_room():
+                rc = self.pool.obj_alloc(size, &handle, &place)
+        if rc:
+            return rc
+        if self.verify:
+            check = checksum(payload, size, block)
+        memcpy(place, payload, size)
+        zr_crash_point("payload-written")
+        self.pool.obj_publish(handle, check >> 16)
+        zr_crash_point("object-published")
+        slot[0] = <uint64_t>(check & 0xFFFF) << SLOT_CHECK_SHIFT | handle << SLOT_HANDLE_SHIFT | size
+        return 0
+
+    cdef uint64_t _same_slot(self, uint64_t block, uint64_t word) noexcept nogil:
+        """The slot of a block that is one word repeated, but for its handle."""
+        cdef uint64_t check
+        if not self.verify:
+            return SLOT_SAME
+        check = checksum(<const char *>&word, sizeof(word), block)
+        # Half of it is where others have their size.
+        return SLOT_SAME | (check & 0xFFFF) << SLOT_CHECK_SHIFT | check >> 16 & SLOT_SIZE_MASK
+
+    cdef int _load(self, uint64_t block, uint64_t slot, char *content) noexcept nogil:
+        """The content that a block's slot stands for; 0 or -EIO."""
+        cdef uint64_t handle = slot_handle(slot), word
+        cdef uint32_t size = slot & SLOT_SIZE_MASK
+        cdef char *payload
+        cdef int rc = -EIO
+        if slot == 0:
+            memset(content, 0, BLOCK_SIZE)
+            return 0
+        if slot & SLOT_SAME:
+            word = self.pool.word_read(handle) if handle else 0
+            if self.word_is_sound(block, slot, word):
+                fill(content, word)
+                rc = 0
+        elif self.pool.obj_begin(handle, &payload) == 0:
+            if self.object_is_sound(block, slot, payload):
+                rc = decode(payload, size, content)
+            self.pool.obj_end(handle)
+        if rc:
+            counter_add(&self.n.checksum_errors, 1)
+            store_relaxed(&self.n.corrupt_block, block + 1)
+        return rc
+
+    cdef inline bint word_is_sound(self, uint64_t block, uint64_t slot, uint64_t word) noexcept nogil:
+        return not self.verify or slot == (
+            self._same_slot(block, word) | slot_handle(slot) << SLOT_HANDLE_SHIFT)
+
+    cdef inline bint object_is_sound(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil:
+        cdef uint32_t size = slot & SLOT_SIZE_MASK, check
+        if size > BLOCK_SIZE or not self.pool.obj_fits(payload, size):
+            return False
+        if not self.verify:
+            return True
+        check = checksum(payload, size, block)
+        return check == (self.pool.obj_check(slot_handle(slot)) << 16 | slot >> SLOT_CHECK_SHIFT)
+
+    cdef void drop(self, uint64_t block, uint64_t slot) noexcept nogil:
+        """Free what a block's slot stood for, once no block holds the slot."""
+        cdef uint64_t handle = slot_handle(slot), size = slot & SLOT_SIZE_MASK
+        if slot == 0:
+            return
+        counter_sub(&self.n.pages_stored, 1)
+        if slot & SLOT_SAME:
+            counter_sub(&self.n.same_pages, 1)
+            # A wrong slot must not free another block's word.
+            if handle and self.word_is_sound(block, slot, self.pool.word_read(handle)):
+                self.pool.word_free(handle)
+            return
+        counter_sub(&self.n.compr_data_size, size)
+        if size == BLOCK_SIZE:
+            counter_sub(&self.n.huge_pages, 1)
+        self.pool.obj_free(handle)
+
+    cdef uint64_t get(self, uint64_t block) noexcept nogil:
+        if not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
+            return 0
+        return load_acquire(&self.slots[block])
+
+    cdef uint64_t set(self, uint64_t block, uint64_t slot) noexcept nogil:
+        """Publish a block's new slot; the old one, which is the caller's to drop. The stripe is held."""
+        cdef uint64_t old = self.get(block), size = slot & SLOT_SIZE_MASK
+        if not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
+            if slot == 0:
+                return 0
+            if touch(&self.touched[block // SLOTS_PER_PAGE]):
+                counter_add(&self.touched_pages, 1)
+        store_release(&self.slots[block], slot)
+        zr_crash_point("slot-stored")
+        if slot:
+            counter_add(&self.n.pages_stored, 1)
+            if slot & SLOT_SAME:
+                counter_add(&self.n.same_pages, 1)
+            else:
+                counter_add(&self.n.compr_data_size, size)
+                if size == BLOCK_SIZE:
+                    counter_add(&self.n.huge_pages, 1)
+                    counter_add(&self.n.huge_pages_since, 1)
+        return old
+
+    cdef void prefetch(self, uint64_t block) noexcept nogil:
+        """Ask the cache for the object of a block."""
+        cdef uint64_t slot = self.get(block)
+        if slot and not slot & SLOT_SAME:
+            self.pool.obj_prefetch(slot_handle(slot), slot & SLOT_SIZE_MASK)
+
+    cdef int slot_is_ready(self, uint64_t block) noexcept nogil:
+        """Before a slot is written: 0, or -ENOSPC, the state's file system has no room for it."""
+        if is_touched(&self.touched[block // SLOTS_PER_PAGE]) or self.slot_table.ready(&self.slots[block], 8) == 0:
+            return 0
+        return -ENOSPC
+
+    cdef int write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil:
+        cdef uint64_t slot, old
+        cdef int rc = self.slot_is_ready(block)
+        if rc == 0:
+            rc = self._store(block, src, s, &slot)
+        if rc == 0:
+            pthread_mutex_lock(&self.stripes[block % STRIPES])
+            old = self.set(block, slot)
+            pthread_mutex_unlock(&self.stripes[block % STRIPES])
+            self.drop(block, old)
+        return rc
+
+    cdef int merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil:
+        """Write n bytes (zeros when src is NULL) at a place in a block: its other bytes stay."""
+        cdef uint64_t slot, old = 0
+        cdef int rc = self.slot_is_ready(block)
+        if rc:
+            return rc
+        pthread_mutex_lock(&self.stripes[block % STRIPES])
+        rc = self._load(block, self.get(block), s.page)
+        if rc == 0:
+            if src != NULL:
+                memcpy(s.page + at, src, n)
+            else:
+                memset(s.page + at, 0, n)
+            rc = self._store(block, s.page, s, &slot)
+            if rc == 0:
+                old = self.set(block, slot)
+        pthread_mutex_unlock(&self.stripes[block % STRIPES])
+        self.drop(block, old)
+        return rc
+
+    cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil:
+        cdef int rc
+        if self.get(block) == 0:
+            memset(dst, 0, n)
+            return 0
+        pthread_mutex_lock(&self.stripes[block % STRIPES])
+        rc = self._load(block, self.get(block), dst if n == BLOCK_SIZE else s.page)
+        pthread_mutex_unlock(&self.stripes[block % STRIPES])
+        if n != BLOCK_SIZE and rc == 0:
+            memcpy(dst, s.page + at, n)
+        return rc
+
+    cdef int zero_block(self, uint64_t block, uint64_t slot) noexcept nogil:
+        """Make a block a hole (slot 0) or allocated zeros (SLOT_SAME)."""
+        cdef uint64_t old
+        if slot:
+            if self.slot_is_ready(block):
+                return -ENOSPC
+            slot = self._same_slot(block, 0)
+        if slot == 0 and self.get(block) == 0:
+            return 0
+        pthread_mutex_lock(&self.stripes[block % STRIPES])
+        old = self.set(block, slot)
+        pthread_mutex_unlock(&self.stripes[block % STRIPES])
+        self.drop(block, old)
+        return 0
+
+    # --------------------------------------------------------------------------------------------------------
+    # all of them
+
+    cdef int populate(self) noexcept nogil:
+        """Make the slots and the cells resident; 0 or -ENOMEM."""
+        cdef uint64_t pages = self.count // SLOTS_PER_PAGE + 1
+        cdef int rc = self.pool.populate()
+        if rc or region_populate(self.slots, self.count * sizeof(uint64_t)):
+            return -ENOMEM
+        memset(self.touched, 1, pages)
+        store_relaxed(&self.touched_pages, pages)
+        return 0
+
+    cdef void clear(self) noexcept nogil:
+        """Forget all content and all counts. Nobody else may be here; the pool's compact_lock is held."""
+        cdef size_t i
+        self.slot_table.release_all()
+        zr_crash_point("slots-cleared")
+        self.touches.release_all()
+        store_relaxed(&self.touched_pages, 0)
+        for i in range(sizeof(counters) // sizeof(uint64_t)):
+            store_relaxed(<uint64_t *>self.n + i, 0)
+        self.pool.clear()
+
+    cdef uint64_t metadata_bytes(self) noexcept nogil:
+        """Resident bytes beside the pool's pages."""
+        return (
+            (load_relaxed(&self.touched_pages) << PAGE_SHIFT)
+            + (self.count // SLOTS_PER_PAGE + PAGE_SIZE) // PAGE_SIZE * PAGE_SIZE
+            + load_relaxed(&self.scratch_count) * self.scratch_size
+            + sizeof(self.stripes)
+            + self.pool.metadata_bytes()
+        )
+
+    cdef const char *find_fault(self, uint64_t *where) noexcept nogil:
+        """Walk every structure; NULL, or what is wrong, with a block, handle or span in where[0]. Nobody else may be here.
+
+        Slots are unique when their handles are as many as the cells.
+        """
+        cdef uint64_t block, slot, handle, obj_size, touched = 0
+        cdef uint64_t stored = 0, lost = 0, same = 0, words = 0, huge = 0, compr = 0
+        cdef char *payload
+        for block in range(self.count // SLOTS_PER_PAGE + 1):
+            touched += self.touched[block]
+        if touched != self.touched_pages:
+            return "the count of touched slot pages is wrong"
+        block = 0
+        while block < self.count:
+            if not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
+                block += SLOTS_PER_PAGE - block % SLOTS_PER_PAGE
+                continue
+            where[0] = block
+            slot = self.slots[block]
+            handle = slot_handle(slot)
+            obj_size = slot & SLOT_SIZE_MASK
+            block += 1
+            if slot == 0:
+                continue
+            stored += 1
+            if slot == SLOT_LOST:
+                lost += 1
+                continue
+            if slot & SLOT_SAME:
+                same += 1
+                words += handle != 0
+                if not self.word_is_sound(block - 1, slot, self.pool.word_read(handle) if handle else 0):
+                    return "a slot's checksum differs from its word"
+                continue
+            if self.pool.obj_begin(handle, &payload):
+                return "a slot's handle is not live"
+            if obj_size == 0 or obj_size > self.pool.obj_capacity(handle):
+                self.pool.obj_end(handle)
+                return "a slot's size does not fit its object"
+            if not self.object_is_sound(block - 1, slot, payload):
+                self.pool.obj_end(handle)
+                return "a slot's checksum differs from its object"
+            self.pool.obj_end(handle)
+            compr += obj_size
+            huge += obj_size == BLOCK_SIZE
+        where[0] = 0
+        if (stored != self.n.pages_stored or same != self.n.same_pages or compr != self.n.compr_data_size
+                or huge != self.n.huge_pages):
+            return "the counters differ from the slots"
+        if stored - lost - same + words != self.pool.cells_used:
+            return "the slots' handles are not as many as the cells in use"
+        return self.pool.find_fault(where, words)
