@@ -125,6 +125,7 @@ cdef enum:
     SPARES = 32             # pages of huge objects kept for the next one: overwriting raw blocks would else fault each time
     CELLS_SLACK = 1 << 17   # handles beyond max_objects: objects that are written but not yet published by their owner
     PIN_SPINS = 200         # about a decompression; then let the holder of the pin run
+    EMPTIEST_TRIES = 32     # zspages of a fullness group that are compared
     RESIDENT_TRIES = 8      # zspages of a fullness group that are looked at for resident room
     TAIL_PAGES = 2          # unused pages that the last zspage of a class keeps where there is a reserve
     BORROW_SHIFT = 4        # a borrowed chunk is at most 1/16 larger than the object's own
@@ -853,12 +854,18 @@ cdef class Zsmalloc:
         return NIL
 
     cdef uint32_t _isolate_emptiest(self, size_class *c) noexcept nogil:
-        cdef uint32_t group, span
+        """Unlist the emptiest zspage, of those at the head of the lowest group that has one: fewer objects to move."""
+        cdef uint32_t group, span, best, tries = EMPTIEST_TRIES
         for group in range(GROUP_EMPTY + 1, GROUP_FULL):
-            span = c.heads[group]
-            if span != NIL:
-                self._unlink(c, span)
-                return span
+            best = span = c.heads[group]
+            while span != NIL and tries:
+                if self.zspages[span].inuse < self.zspages[best].inuse:
+                    best = span
+                span = self.zspages[span].next
+                tries -= 1
+            if best != NIL:
+                self._unlink(c, best)
+                return best
         return NIL
 
     cdef uint32_t _putback(self, size_class *c, uint32_t span) noexcept nogil:
