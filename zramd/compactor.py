@@ -17,7 +17,7 @@ from zramd.core.process import name_thread
 
 MIN_FREEABLE = 16  # pages: below this a run is not worth waking the caches for
 MAX_INTERVAL = 60.0  # seconds between looks after runs that gained nothing
-EAGER = 8  # after a run that gained, the next look comes in this part of the interval: more may have been freed
+EAGER = 8  # after a run that gained, the next look comes in this part of the interval
 IO_SHARE = 4  # pause this many step times when clients are active: 1 part compacting, 4 parts not, 20 %
 MIN_PAUSE = 0.001
 # A zspage is at most 16 pages, so moving this much without freeing one means that nothing can be gained.
