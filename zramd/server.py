@@ -35,6 +35,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  #
 STOP_READING = 0.1  # it has answered what was under way: clients see the end of the connection
 STOP_WRITING = 0.5  # a client that does not take its answers is cut off
 STOP_WAITING = 0.9  # nbdkit is stuck: leave without it
+# Seconds in a hand-over. What is lost there a client asks for again, so it need not be long.
+HANDSHAKES = 0.2  # those who are connecting get done, while all others are served
+HANDING_OVER = 0.2  # a client that does not take its answers is cut off
 SWAPOFF_INTERVAL = 0.5  # seconds between two looks whether swap is off, while a stop waits for it
 STATUS_INTERVAL = 10.0  # seconds between two words on how we are to the service manager, at least
 STREAM_PATIENCE = 600.0  # seconds that a save or a load may stand still: ssh may ask for a password
@@ -334,7 +337,7 @@ class Server:
 
     def _keep_reserve(self) -> None:
         name_thread("zramd-keeper")
-        # It needs the processor when requests do, but not their right to what is set aside (see swap.take_priority).
+        # It needs the processor when requests do, not their right to what is set aside: see swap.take_priority.
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), KEEPER_NICE)
         swap.warm_stack()
@@ -446,18 +449,34 @@ class Server:
         """Leave to a server that has our sockets and takes the state.
 
         nbdkit answers what it reads after a shutdown by errors. So it is told only when no client is left.
+        A client that is cut off connects again at once. But one that is cut off while it connects takes that
+        for a server that is not there, and qemu then sleeps for a second: so those who have begun get done.
         """
         assert self._rundir is not None
         self._rundir.leave_socket()
         self._hands_over = True
+        if self._endpoint is not None:
+            self._endpoint.close()  # a save that is under way would be waited for like a client
         sockets.stop_accepting(self._listening, sockets.HAND_OVER)
-        started = time.monotonic()
+        end = time.monotonic() + HANDSHAKES
+        self._await_signal(sockets.HAND_OVER, end)
+        while sockets.count_clients(self._inherited) > self._clients and time.monotonic() < end:
+            time.sleep(0.001)
+        end = time.monotonic() + HANDING_OVER
         while sockets.shut_clients(self._inherited, socket.SHUT_RD):
-            if time.monotonic() - started > STOP_WRITING:
+            if time.monotonic() > end:
                 sockets.shut_clients(self._inherited, socket.SHUT_RDWR)
                 break
             time.sleep(0.001)
         self._leave()
+
+    def _await_signal(self, number: int, end: float) -> None:
+        """Wait until the main thread has handled a signal, or until `end`."""
+        poll = select.poll()
+        poll.register(self._wake[0], select.POLLIN)
+        while poll.poll(max(end - time.monotonic(), 0) * 1000):
+            if number in os.read(self._wake[0], 64):
+                return
 
     def _leave(self) -> None:
         """End nbdkit within a second, in its normal way if it can: then it calls `stop`."""

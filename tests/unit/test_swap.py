@@ -172,11 +172,13 @@ def test_protected_process_needs_no_more_pages() -> None:
 
 def blocks_of_all_sizes(count: int) -> list[bytes]:
     rnd = random.Random(5)
-    return [rnd.randbytes(size) + bytes(BLOCK - size) for size in (rnd.randrange(50, BLOCK) for _ in range(count))]
+    return [
+        rnd.randbytes(size) + bytes(BLOCK - size) for size in (rnd.randrange(50, BLOCK) for _ in range(count))
+    ]
 
 
 def test_the_reserve_serves_to_its_last_page() -> None:
-    """Whatever lengths are asked for: nothing is missing while anything is ready. (Nobody refills it here.)"""
+    """Whatever lengths are asked for: nothing is missing while anything is ready. (Nobody refills it.)"""
     device = Device(64 << 20)
     device.reserve_start(4 << 20)
     written = dict(enumerate(blocks_of_all_sizes(4000)))
