@@ -58,7 +58,7 @@ class Writers:
 
     def _write(self, dice: random.Random, first: int) -> None:
         while not self._done.is_set():
-            block = first + dice.randrange(BLOCKS)
+            block = first + dice.randrange(dice.choice((16, BLOCKS)))
             if version := dice.randrange(VERSIONS):
                 self.device.write(block_content(block, version), block * BLOCK)
             else:
