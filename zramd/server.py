@@ -338,7 +338,7 @@ class Server:
 
     def _keep_reserve(self) -> None:
         name_thread("zramd-keeper")
-        # It needs the processor when requests do, not their right to what is set aside: see swap.take_priority.
+        # It needs the processor when requests do, not their right to what is set aside (swap.take_priority).
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), KEEPER_NICE)
         swap.warm_stack()
@@ -471,8 +471,8 @@ class Server:
     def _await_handshakes(self) -> None:
         """Wait until the main thread accepts nobody any more, and all whom it has accepted are our clients.
 
-        nbdkit closes the socket of a client who leaves before it tells us. Until then he may stand for one who
-        is connecting: so look again and again.
+        nbdkit closes the socket of a client who leaves before it tells us. Until then he may stand for one
+        who is connecting: so look again and again.
         """
         end = time.monotonic() + HANDSHAKES
         poll = select.poll()

@@ -54,8 +54,8 @@ def count_clients(others: frozenset[int]) -> int:
 def stop_accepting(descriptors: list[int], number: int) -> None:
     """Let nbdkit accept nobody any more: those who come now wait for the process that has the sockets next.
 
-    Its main thread may be waiting on the sockets, or be about to return with a last client: the signal `number`,
-    one that does nothing, has it look again. Once that has been handled, nobody is accepted any more.
+    Its main thread may be waiting on the sockets, or be about to return with a last client: the signal
+    `number`, one that does nothing, has it look again. Once that is handled, nobody is accepted any more.
     """
     silent, _ = os.pipe2(os.O_CLOEXEC)
     for fd in descriptors:
