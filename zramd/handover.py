@@ -4,10 +4,12 @@
 
     old     sends its listening sockets, and goes on
     new     starts with them, does all that may fail or takes time, says that it is ready, and waits
-    old     on SIGUSR1 (sockets.HAND_OVER): accepts nobody, answers what it has read, ends
+    old     on SIGUSR1 (sockets.HAND_OVER): accepts nobody; who is connecting gets done; answers what it has
+            read, ends
     new     takes the run folder and the state, and answers those who have come meanwhile
 
-A listening socket always exists, so who connects again is never refused: he waits in its queue.
+A listening socket always exists, so who connects again is never refused: he waits in its queue. And nobody is
+cut off while he connects: of that qemu makes a pause of a second.
 """
 
 import os

@@ -35,6 +35,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  #
 STOP_READING = 0.1  # it has answered what was under way: clients see the end of the connection
 STOP_WRITING = 0.5  # a client that does not take its answers is cut off
 STOP_WAITING = 0.9  # nbdkit is stuck: leave without it
+# Seconds in a hand-over.
+HANDSHAKES = 1.0  # those who are connecting get done at most, while all others are served
+LOOKS = 20  # a millisecond apart: nobody is connecting if all of them say so
+HANDING_OVER = 0.2  # a client that does not take its answers is cut off; it asks again
 SWAPOFF_INTERVAL = 0.5  # seconds between two looks whether swap is off, while a stop waits for it
 STATUS_INTERVAL = 10.0  # seconds between two words on how we are to the service manager, at least
 STREAM_PATIENCE = 600.0  # seconds that a save or a load may stand still: ssh may ask for a password
@@ -446,18 +450,40 @@ class Server:
         """Leave to a server that has our sockets and takes the state.
 
         nbdkit answers what it reads after a shutdown by errors. So it is told only when no client is left.
+        A client that is cut off connects again at once. But one that is cut off while it connects takes that
+        for a server that is not there, and qemu then sleeps for a second: so those who have begun get done.
         """
         assert self._rundir is not None
         self._rundir.leave_socket()
         self._hands_over = True
+        if self._endpoint is not None:
+            self._endpoint.close()  # a save that is under way would be waited for like a client
         sockets.stop_accepting(self._listening, sockets.HAND_OVER)
-        started = time.monotonic()
+        self._await_handshakes()
+        end = time.monotonic() + HANDING_OVER
         while sockets.shut_clients(self._inherited, socket.SHUT_RD):
-            if time.monotonic() - started > STOP_WRITING:
+            if time.monotonic() > end:
                 sockets.shut_clients(self._inherited, socket.SHUT_RDWR)
                 break
             time.sleep(0.001)
         self._leave()
+
+    def _await_handshakes(self) -> None:
+        """Wait until the main thread accepts nobody any more, and all whom it has accepted are our clients.
+
+        nbdkit closes the socket of a client who leaves before it tells us. Until then he may stand for one
+        who is connecting: so look again and again.
+        """
+        end = time.monotonic() + HANDSHAKES
+        poll = select.poll()
+        poll.register(self._wake[0], select.POLLIN)
+        while poll.poll(max(end - time.monotonic(), 0) * 1000):
+            if sockets.HAND_OVER in os.read(self._wake[0], 64):
+                break
+        looks = 0
+        while looks < LOOKS and time.monotonic() < end:
+            looks = looks + 1 if sockets.count_clients(self._inherited) == self._clients else 0
+            time.sleep(0.001)
 
     def _leave(self) -> None:
         """End nbdkit within a second, in its normal way if it can: then it calls `stop`."""

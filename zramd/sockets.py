@@ -6,6 +6,7 @@ import socket
 import stat
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 # Leave at once, also while swapped to: the state stays. Without a state as SIGTERM.
 HAND_OVER = signal.SIGUSR1
@@ -38,22 +39,23 @@ def inherited() -> frozenset[int]:
 def shut_clients(others: frozenset[int], how: int) -> int:
     """Shut every connection of a client, and return how many there still are; `others` are `inherited`."""
     clients = 0
-    for _, inode, sock in _streams():
-        with sock:
-            if inode not in others and not _listens(sock):
-                clients += 1
-                try:
-                    sock.shutdown(how)
-                except OSError:
-                    continue  # it is gone already
+    for sock in _clients(others):
+        clients += 1
+        with suppress(OSError):  # it is gone already
+            sock.shutdown(how)
     return clients
+
+
+def count_clients(others: frozenset[int]) -> int:
+    """Return how many connections of clients there are; `others` are `inherited`."""
+    return sum(1 for _ in _clients(others))
 
 
 def stop_accepting(descriptors: list[int], number: int) -> None:
     """Let nbdkit accept nobody any more: those who come now wait for the process that has the sockets next.
 
-    Its main thread may be waiting on the sockets: the signal `number` has it look again. It must be one that
-    does nothing.
+    Its main thread may be waiting on the sockets, or be about to return with a last client: the signal
+    `number`, one that does nothing, has it look again. Once that is handled, nobody is accepted any more.
     """
     silent, _ = os.pipe2(os.O_CLOEXEC)
     for fd in descriptors:
@@ -69,6 +71,14 @@ def send(path: str, descriptors: list[int], text: str) -> None:
         to.settimeout(1)
         to.connect(path)
         socket.send_fds(to, [text.encode()], descriptors)
+
+
+def _clients(others: frozenset[int]) -> Iterator[socket.socket]:
+    """Yield each connection of a client, to be used before the next."""
+    for _, inode, sock in _streams():
+        with sock:
+            if inode not in others and not _listens(sock):
+                yield sock
 
 
 def _streams() -> Iterator[tuple[int, int, socket.socket]]:

@@ -80,9 +80,11 @@ def test_greeting(settings: config.Config) -> None:
     text = serve.greeting(settings, serve.read_options([]), 4711)
     assert "nbd+unix:///zram0?socket=/run/z/nbd.sock" in text
     assert "stats folder  /run/z\n" in text
-    assert "nbd-client -unix /run/z/nbd.sock /dev/nbd0 -b 4096" in text
+    assert "zramd attach --rundir /run/z\n" in text
     assert "cat /run/z/mm_stat" in text
     assert "kill 4711" in text
+    usual = config.parse([("size", "1G"), ("name", "zram0"), ("rundir", "/run/zramd/zram0")])
+    assert "zramd attach zram0\n" in serve.greeting(usual, serve.read_options(["-t", "4"]), 4711)
     assert "attach        nbdinfo nbd://localhost:1/zram0\n" in serve.greeting(
         settings, serve.read_options(["-p", "1"]), 4711
     )

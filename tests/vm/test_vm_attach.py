@@ -245,6 +245,24 @@ def test_server_dies_under_io(loaded: Guest, connections: int) -> None:
     end(guest, name)
 
 
+def test_restart_under_io(loaded: Guest) -> None:
+    """`zramd restart` of a real server, again and again: requests wait, none fails, all data is right."""
+    guest, restarts = loaded, 8
+    guest.run("mkdir -p /run/kept && mount -t tmpfs none /run/kept")
+    guest.run(f"PATH=/usr/sbin:$PATH {ZRAMD} start next --size 32M state=/run/kept/next")
+    device = guest.run(f"{ZRAMD} attach next --timeout 1").strip()
+    probe(guest, "next", device, 40)
+    for number in range(restarts):
+        print(guest.run(f"PATH=/usr/sbin:$PATH {ZRAMD} restart next", 60).splitlines()[-1])
+        said(guest, "connected to next again", number + 1)
+    print([line for line in guest.kernel_log() if "connected to next again" in line])
+    found = probed(guest, "next")
+    assert found["bad"] == []
+    assert found["done"] > 200
+    assert found["longest"][-1] < 15  # seconds, on a machine that is busy
+    guest.run(f"{ZRAMD} detach next && {ZRAMD} stop next && umount /run/kept")
+
+
 def faults(guest: Guest, name: str) -> list[str]:
     """The page faults of a keeper so far, minor and major."""
     return guest.run(f"cut -d' ' -f10,12 /proc/$(cut -d' ' -f1 /run/zramd/{name}.attached)/stat").split()

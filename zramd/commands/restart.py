@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LEAVE_TIMEOUT = 10.0  # seconds; a server needs one at most, a busy machine a few
 _FIRST = 3  # the first descriptor that nbdkit takes for a listening socket
 _SOCKETS = "sockets.sock"
+_SOCKETS_MAX = 16  # of the kind on which clients are accepted
 _KEPT = ("name", "rundir", "state")  # what a restart cannot change, beside what the state says itself
 _PROGRAM = {"-f", "--foreground", "--no-fork"}
 
@@ -33,6 +34,7 @@ def restart(arguments: argparse.Namespace) -> int:
     Raises DeviceError (with what became of the old server), UsageError, ConfigError.
     """
     served = client.find(arguments.name, arguments.rundir)
+    _keep_others_off(served)
     settings = served.ask_json("GET", "/settings")
     served.name = settings["name"]
     pairs = _pairs(settings)
@@ -164,6 +166,17 @@ def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str,
     return after
 
 
+def _keep_others_off(served: client.Served) -> None:
+    """Raise DeviceError if another process restarts this server; until this one ends, no other one can."""
+    import fcntl
+
+    folder = os.open(served.path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DeviceError(f"{served.name} is being restarted already") from None
+
+
 def _refuse_others(served: client.Served) -> None:
     """Raise DeviceError for a server that another program watches: it would only see its end."""
     environment = _words(f"/proc/{served.pid}/environ")
@@ -221,9 +234,11 @@ def _take_sockets(served: client.Served) -> tuple[list[int], bool]:
             here.listen(1)
             served.request("POST", "/sockets", path)
             with here.accept()[0] as link:
-                text, found, _, _ = socket.recv_fds(link, 64, 16)
+                text, found, _, _ = socket.recv_fds(link, 64, _SOCKETS_MAX)
         finally:
             os.unlink(path)
+    for fd in found:
+        os.set_inheritable(fd, False)  # or the new server would have these beside those that it is given
     if not found:
         raise DeviceError(f"{served.name} serves its standard input: it cannot be restarted")
     return found, text == b"made"

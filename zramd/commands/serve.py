@@ -149,12 +149,10 @@ def greeting(settings: "Config", options: Options, pid: int) -> str:
     where = uri(settings, options)
     folder = shlex.quote(settings.rundir)
     sudo = "" if os.geteuid() == 0 else "sudo "
-    if where.startswith("nbd+unix:"):
-        path = options.values.get(
-            "-U", options.values.get("--unix", f"{settings.rundir}/{rundir.NBD_SOCKET}")
-        )
-        nbd = shlex.quote(os.path.abspath(path))
-        attach = f"{sudo}modprobe nbd; {sudo}nbd-client -unix {nbd} /dev/nbd0 -b 4096 -N {settings.name}"
+    if not options.other_transport:
+        # Attaching is root's business, and root looks for a device by its name elsewhere than other users.
+        usual = settings.rundir == f"/run/zramd/{settings.name}"
+        attach = f"{sudo}zramd attach {settings.name if usual else f'--rundir {folder}'}"
     elif where:
         attach = f"nbdinfo {shlex.quote(where)}"
     else:
