@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vm_tools import attach
+from vm_tools import attach, buddy
 from vm_tools.guest import Beat, Guest, Machine
-from vm_tools.plan import MIB, Plan
+from vm_tools.plan import KERNEL_ZRAM, MIB, Plan
 from vm_tools.report import Live, Moment, Result
 
 PHASE_TIMEOUT = 1200.0  # seconds for one phase of the workload
@@ -97,13 +97,14 @@ class Session:
             total=stats["mem_used_total"],
             frag_ratio=stats["frag_ratio"],
             stored=stats["orig_data_size"],
-            freeable_pages=stats["freeable_pages"],
+            freeable_pages=stats.get("freeable_pages"),
             spent=stats["total_bytes"],
-            resident=stats["resident_bytes"],
-            migrated=stats["objects_migrated"],
+            resident=stats.get("resident_bytes"),
+            migrated=stats.get("objects_migrated"),
             notify_free=stats["notify_free"],
             mem_free=self.attachment.memory_free(self.guest),
             swapped=beat["SwapTotal"] - beat["SwapFree"] - beat["SwapCached"],
+            guest=buddy.free_blocks(self.guest),
         )
 
     def beat(self) -> Beat:
@@ -186,6 +187,8 @@ def make_attachment(plan: Plan, folder: Path, size: int, settings: dict[str, str
         return attach.Qemu(size, settings, folder, "enospc" if plan.pause else "report")
     if plan.mode == "guest":
         return attach.GuestNbd(size, settings, folder, plan.nbd_options)
+    if plan.mode == KERNEL_ZRAM:
+        return attach.KernelZram(size)
     return attach.Local(size, settings, plan.nbd_options)
 
 
