@@ -36,7 +36,10 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--restart", action="store_true")
     parser.add_argument("--nbd-options", default="")
     parser.add_argument("--memory", type=parse_size, default=0)
+    parser.add_argument("--cpus", type=int, default=Plan.cpus)
+    parser.add_argument("--size", type=parse_size, default=0)
     parser.add_argument("--workload", type=parse_size, default=0)
+    parser.add_argument("--pageout", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -48,6 +51,7 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
     return Plan(
         mode,
         asked.memory or default_memory(mode, asked.short),
+        asked.cpus,
         short=asked.short,
         seed=asked.seed,
         hog_seconds=int(asked.minutes * 60),
@@ -59,6 +63,8 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
         restart=asked.restart,
         nbd_options=asked.nbd_options,
         workload_bytes=asked.workload,
+        pageout=asked.pageout,
+        size=asked.size,
     )
 
 

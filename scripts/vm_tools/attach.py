@@ -1,4 +1,4 @@
-"""The three ways in which a guest gets its zramd device, and how each server is asked; and the kernel's own zram."""
+"""The ways in which a guest gets its zramd device, or the kernel's own zram, and how each is asked."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Attachment(ABC):
         """End what runs on the host."""
 
     def memory_free(self, guest: Guest) -> int:
-        """Return the free bytes of the machine whose memory holds the pool; that is the guest, if nobody else."""
+        """Return the free bytes of the machine whose memory holds the pool: the guest, if no other."""
         line = guest.run("grep MemFree /proc/meminfo")
         return int(line.split()[1]) * 1024
 
@@ -374,7 +374,7 @@ class KernelZram(Attachment):
 
     def _table_bytes(self) -> int:
         """The slots' table: how long one is depends on how the kernel was built."""
-        lines = self._run("grep zram_ /proc/vmallocinfo || true").splitlines()
+        lines = self._run("grep -F '[zram]' /proc/vmallocinfo || true").splitlines()
         return sum(int(line.split()[1]) - 4096 for line in lines)  # each has a page that guards its end
 
     def _read(self, name: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""The free memory of a machine by the length of its free blocks, and what the kernel does to lengthen them."""
+"""A machine's free memory by the length of its blocks, and what the kernel does to lengthen them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def free_blocks(guest: Guest) -> FreeBlocks:
 
 
 def compact_memory(guest: Guest) -> dict[str, Any]:
-    """Let the guest's kernel move pages together, and return how many it has moved, and how many it could not."""
+    """Let the guest's kernel move pages together; return how many it has moved, and how many it could not."""
     before = _counts(guest)
     guest.run("echo 1 >/proc/sys/vm/compact_memory", 120)
     after = _counts(guest)

@@ -31,7 +31,9 @@ class Plan:
     kill: float = 0.0  # between two ends of the server, whose state stays
     restart: bool = False  # they are by `zramd restart`, not by SIGKILL
     pause: bool = False  # qemu pauses the guest when the pool is full, as it does by default
+    pageout: bool = False  # swap all of the workload out before it is freed
     workload_bytes: int = 0  # instead of what suits the guest's memory
+    size: int = 0  # of the device, instead of what suits the guest's memory
 
     @property
     def in_guest(self) -> bool:
@@ -70,6 +72,8 @@ class Plan:
         device what was overwritten long ago stays stored. For a machine that swaps to itself and is driven to
         its limit half of its memory, as zram's users have it: see docs/swapping.md, "Size".
         """
+        if self.size:
+            return self.size
         if self.in_guest and self.hog_seconds:
             return self.memory // 2
         return 3 * self.memory // 2

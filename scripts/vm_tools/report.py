@@ -74,7 +74,7 @@ class Result:
     alarms: list[str] = field(default_factory=list)
     moments: dict[str, Moment] = field(default_factory=dict)
     compaction: dict[str, Any] = field(default_factory=dict)
-    guest_compaction: dict[str, Any] = field(default_factory=dict)  # that of the guest's kernel, of all memory
+    guest_compaction: dict[str, Any] = field(default_factory=dict)  # by the guest's kernel
     hog: dict[str, Any] = field(default_factory=dict)
     daemon: dict[str, Any] = field(default_factory=dict)
     swapoff: dict[str, Any] = field(default_factory=dict)
@@ -210,7 +210,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
 
 
 def _compaction_table(result: Result) -> list[str]:
-    """The pool at each moment, and the guest's free memory: what part of it is in blocks of 64 KiB and of 2 MiB."""
+    """The pool at each moment, and the guest's free memory: how much of it is in long blocks."""
     lines = [
         f"{'':<21} {'used MiB':>9} {'total MiB':>10} {'frag ratio':>11} {'MemFree MiB':>12} {'swapped':>8}"
         f" {'guest free':>11} {'>= 64K':>7} {'>= 2M':>7} {'2M blocks':>10}"

@@ -50,6 +50,8 @@ def _make_holes(session: Session) -> None:
         session.phase(f"churn pages {pages}", "writing again and verifying random runs of pages")
         session.phase("free 40", "freeing 40 % in random stretches of 2 MiB")
         session.phase("fill", "filling what was freed")
+    if session.plan.pageout:
+        _page_out(session, "swapping all of it out")
     session.result.moments["full"] = session.moment()
     session.phase("free 65", "freeing 65 % in random stretches of 2 MiB")
     session.settle()

@@ -25,6 +25,7 @@ SYSCTLS = (
     ("vm.swappiness", "150", "swapping to memory is cheaper than reading files again"),
     ("vm.min_free_kbytes", "{reserve}", "what sends a page out needs memory itself"),
     ("vm.overcommit_memory", "1", "the workload maps more than there is"),
+    ("vm.percpu_pagelist_high_fraction", "1000000", "what is free is counted, and not hidden by the CPUs"),
 )
 
 

@@ -14,7 +14,7 @@ SIZE = 64 << 20
 BLOCKS = 10_000  # that are written: 19 MiB in the pool
 FREED = 0.65  # of them
 CLOSE = 0.01  # by how much of what the server says the kernel may say more or less
-# Where pages are anonymous, tables whose mappings lie next to the arena's become one mapping with it: in bytes.
+# In bytes: where pages are anonymous, tables that lie next to the arena's become one mapping with them.
 TABLES = 64 << 10
 GIVEN_BACK = 1.0  # seconds from the end of a compaction
 Serve = Callable[..., Served]
@@ -45,7 +45,7 @@ def mappings(pid: int) -> Iterator[Mapping]:
 def arena(pid: int) -> tuple[int, int]:
     """Rss and Pss of the pool's pages.
 
-    The pool has by far the largest address space, of which only the beginning, where its pages are, can be read.
+    The pool has by far the largest address space, of which only the beginning, its pages, can be read.
     """
     found = list(mappings(pid))
     unused = max((each for each in found if not each.readable), key=lambda each: each.end - each.start)
