@@ -105,7 +105,7 @@ def test_the_stats_say_what_the_kernel_says(serve: Serve, memory_folder: Path, k
     assert server.stats()["mem_used_total"] > 16 << 20
     assert agrees(server, kind)
     nbd.close()
-    assert server.request("POST", "/reset")[0] == 200
+    wait_until(lambda: server.request("POST", "/reset")[0] == 200)  # once the server has seen the client leave
     assert server.stats()["mem_used_total"] == 0
     assert agrees(server, kind)
 
