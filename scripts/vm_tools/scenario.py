@@ -32,6 +32,8 @@ def fall_and_rise(plan: Plan, boot: Boot, result: Result) -> None:
             requests.measure(session)
         _make_holes(session)
         _compact(session)
+        if plan.mode == "local":
+            requests.expect_resident(session)
         result.guest_compaction = buddy.compact_memory(session.guest)
         result.moments["joined"] = session.moment()
         session.phase("verify", "verifying every page")

@@ -51,6 +51,7 @@ def test_swap(way: str, tmp_path: Path) -> None:
     if way == "local":
         assert held(result, "requests need no memory")
         assert held(result, "no system call takes memory")
+        assert held(result, "the pool takes what the server says")
         assert held(result, "a stop waits for swapoff")
         assert result["requests"]["reserve_misses"] == 0
         joined(result)
