@@ -115,7 +115,8 @@ def main() -> int:
         raise VmError("--kill is qemu's: use it with --attach qemu")
     if asked.restart and not asked.kill:
         raise VmError("--restart wants the seconds between two: give --kill SECONDS, too")
-    if asked.attach == KERNEL_ZRAM and (asked.minutes or asked.limit or asked.stall or asked.mem_limit):
+    others = (asked.minutes, asked.limit, asked.stall, asked.mem_limit, asked.nbd_options)
+    if asked.attach == KERNEL_ZRAM and any(others):
         raise VmError("with --attach zram there is only the comparison: memory written, freed and compacted")
     live = report.Live()
     folder = ROOT / "build/vm"
