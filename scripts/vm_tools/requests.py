@@ -5,6 +5,7 @@ from __future__ import annotations
 from vm_tools import smaps
 from vm_tools.attach import RUNDIR
 from vm_tools.session import Session
+from zramd.core.device import state_layout
 
 FAULTS_WANTED = 0.01  # page faults for each request: the server's own housekeeping may have one now and then
 CLOSE = 0.01  # by how much of what the server says of its pool the kernel may say more or less
@@ -67,7 +68,8 @@ def expect_resident(session: Session) -> None:
     stats = session.attachment.stats()
     said = stats["mem_used_total"] + stats["reserve_bytes"]
     lines = session.guest.run(f"grep -E '^[0-9a-f]+-|^[RP]ss:' /proc/$(cat {RUNDIR}/pid)/smaps")
-    found = smaps.arena(lines).rss
+    layout = state_layout(session.attachment.size)
+    found, _ = smaps.arena(lines, layout["spans"] * layout["span_size"])
     close = abs(found - said) <= CLOSE * said + TABLES
     session.result.expect(
         "the pool takes what the server says", close, f"{found >> 10} KiB resident, {said >> 10} KiB said"

@@ -28,13 +28,13 @@ def mappings(smaps: str) -> Iterator[Mapping]:
         yield Mapping(start, end, rights[0] == "r", sizes["Rss:"], sizes["Pss:"])
 
 
-def arena(smaps: str) -> Mapping:
-    """Return the mapping that has the pool's pages.
+def arena(smaps: str, size: int) -> tuple[int, int]:
+    """Return Rss and Pss of the pool's pages; `size` is the pool's address space in bytes.
 
-    The pool has by far the largest address space, of which only the beginning, its pages, can be read.
-    Where pages are anonymous, tables that lie next to it may have become one mapping with it.
+    That is by far the largest, and most of it cannot be read: only its beginning has pages. Where pages are
+    anonymous, tables that lie next to it may have become one mapping with it; they are counted, too.
     """
     found = list(mappings(smaps))
-    unused = max((each for each in found if not each.readable), key=lambda each: each.end - each.start)
-    (used,) = (each for each in found if each.end == unused.start)
-    return used
+    end = max((each for each in found if not each.readable), key=lambda each: each.end - each.start).end
+    pool = [each for each in found if each.end > end - size and each.start < end]
+    return sum(each.rss for each in pool), sum(each.pss for each in pool)
