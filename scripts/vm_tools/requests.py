@@ -63,7 +63,7 @@ def system_calls(table: str) -> dict[str, int]:
 
 
 def expect_resident(session: Session) -> None:
-    """See that the pool, its reserve and its tables take what the server says, as the guest's kernel counts it.
+    """See that pool, reserve and tables take what the server says, as the guest's kernel counts them.
 
     The reserve makes all of the pool writable, and so one mapping with its tables.
     """

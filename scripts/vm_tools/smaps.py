@@ -29,9 +29,8 @@ def mappings(smaps: str) -> Iterator[Mapping]:
 def arena(smaps: str, size: int) -> tuple[int, int]:
     """Return Rss and Pss of the pool's pages; `size` is the pool's address space in bytes.
 
-    That is by far the largest. Most of it cannot be read, unless a reserve was made ready in it: only its beginning
-    has pages. Where pages are anonymous, tables that lie next to it may have become one mapping with it; they are
-    counted, too.
+    That is by far the largest. Where pages are anonymous, tables that lie next to it may have become one
+    mapping with it: they are counted, too.
     """
     found = list(mappings(smaps))
     end = max(found, key=lambda each: each.end - each.start).end
