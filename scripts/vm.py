@@ -12,7 +12,7 @@ from pathlib import Path
 from vm_tools import image, kernel, kills, pressure, report, scenario
 from vm_tools.errors import VmError
 from vm_tools.guest import Machine, choose_accel
-from vm_tools.plan import MODES, Plan, default_memory
+from vm_tools.plan import KERNEL_ZRAM, MODES, Plan, default_memory
 from vm_tools.session import Boot, as_json
 
 import zramd
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 def arguments(words: list[str]) -> argparse.Namespace:
     """Return what the command line asks for."""
     parser = argparse.ArgumentParser(prog="scripts/vm-swap", add_help=False, allow_abbrev=False)
-    parser.add_argument("--attach", choices=[*MODES, "all"], default="all")
+    parser.add_argument("--attach", choices=[*MODES, KERNEL_ZRAM, "all"], default="all")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--minutes", type=float, default=0)
     parser.add_argument("--mem-limit", type=parse_size, default=0)
@@ -36,6 +36,10 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--restart", action="store_true")
     parser.add_argument("--nbd-options", default="")
     parser.add_argument("--memory", type=parse_size, default=0)
+    parser.add_argument("--cpus", type=int, default=Plan.cpus)
+    parser.add_argument("--size", type=parse_size, default=0)
+    parser.add_argument("--workload", type=parse_size, default=0)
+    parser.add_argument("--pageout", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -47,6 +51,7 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
     return Plan(
         mode,
         asked.memory or default_memory(mode, asked.short),
+        asked.cpus,
         short=asked.short,
         seed=asked.seed,
         hog_seconds=int(asked.minutes * 60),
@@ -57,6 +62,9 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
         kill=asked.kill,
         restart=asked.restart,
         nbd_options=asked.nbd_options,
+        workload_bytes=asked.workload,
+        pageout=asked.pageout,
+        size=asked.size,
     )
 
 
@@ -107,6 +115,9 @@ def main() -> int:
         raise VmError("--kill is qemu's: use it with --attach qemu")
     if asked.restart and not asked.kill:
         raise VmError("--restart wants the seconds between two: give --kill SECONDS, too")
+    others = (asked.minutes, asked.limit, asked.stall, asked.mem_limit, asked.nbd_options)
+    if asked.attach == KERNEL_ZRAM and any(others):
+        raise VmError("with --attach zram there is only the comparison: memory written, freed and compacted")
     live = report.Live()
     folder = ROOT / "build/vm"
     cloud = kernel.prepare(folder)

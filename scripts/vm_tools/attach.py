@@ -1,4 +1,4 @@
-"""The three ways in which a guest gets its zramd device, and how each server is asked."""
+"""The ways in which a guest gets its zramd device, or the kernel's own zram, and how each is asked."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ ASK_TIMEOUT = 120.0  # seconds; a compaction waits for its end
 RUNDIR = f"/run/zramd/{NAME}"  # in the guest
 # Seconds for which qemu lets requests wait when the server is away, before it fails them.
 RECONNECT_DELAY = 30
+HANDLE_BYTES = 8  # that the kernel's zram needs for each object, beside its slots and its pool
 
 
 class Attachment(ABC):
-    """A zramd server and the way from a guest to it."""
+    """A device that compresses, and the way from a guest to it."""
 
     name: str
     device: str  # in the guest
 
-    def __init__(self, size: int, settings: dict[str, str]) -> None:
-        """`size` is the device's, in bytes; `settings` are zramd's."""
+    def __init__(self, size: int) -> None:
+        """`size` is the device's, in bytes."""
         self.size = size
-        self.settings = settings
 
     def qemu_options(self) -> list[str]:
         """Return what qemu is to be told before the guest boots; the host's server runs from here on."""
@@ -51,29 +51,45 @@ class Attachment(ABC):
     def stop(self) -> None:  # noqa: B027  where nothing runs on the host
         """End what runs on the host."""
 
+    def memory_free(self, guest: Guest) -> int:
+        """Return the free bytes of the machine whose memory holds the pool: the guest, if no other."""
+        line = guest.run("grep MemFree /proc/meminfo")
+        return int(line.split()[1]) * 1024
+
+    @abstractmethod
+    def peek(self, beat: Beat) -> dict[str, Any] | None:
+        """Return the latest numbers without asking for them; `beat` is the guest's last heartbeat."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, Any]:
+        """Return the numbers now, by zramd's names."""
+
+    @abstractmethod
+    def compact(self) -> int:
+        """Compact now and return the pages freed."""
+
+
+class Zramd(Attachment):
+    """A zramd server, and the way from a guest to it."""
+
+    def __init__(self, size: int, settings: dict[str, str]) -> None:
+        """`size` is the device's, in bytes; `settings` are zramd's."""
+        super().__init__(size)
+        self.settings = settings
+
     @abstractmethod
     def request(self, method: str, path: str, body: str = "") -> str:
         """Ask the server's control socket and return the body of its answer; raises VmError."""
 
-    @abstractmethod
-    def memory_free(self, guest: Guest) -> int:
-        """Return the free bytes of the machine whose memory holds the pool."""
-
-    @abstractmethod
-    def peek(self, beat: Beat) -> dict[str, Any] | None:
-        """Return the server's latest numbers without asking it; `beat` is the guest's last heartbeat."""
-
     def stats(self) -> dict[str, Any]:
-        """Return the server's numbers now."""
         values: dict[str, Any] = json.loads(self.request("GET", "/stats"))
         return values
 
     def compact(self) -> int:
-        """Compact now and return the pages freed."""
         return int(json.loads(self.request("POST", "/compact"))["pages_freed"])
 
 
-class _HostServer(Attachment):
+class _HostServer(Zramd):
     """zramd runs on the host, its files in `folder`."""
 
     def __init__(self, size: int, settings: dict[str, str], folder: Path, nbdkit_options: list[str]) -> None:
@@ -266,7 +282,7 @@ class GuestNbd(_HostServer):
         guest.run(f"/usr/sbin/nbd-client -d {self.device}")
 
 
-class Local(Attachment):
+class Local(Zramd):
     """zramd runs in the guest and serves the guest's own kernel."""
 
     name = "local"
@@ -310,13 +326,67 @@ class Local(Attachment):
         words = shlex.join([f"{RUNDIR}/control.sock", method, path, body])
         return self._guest.run(f"/bin/guest_tool control {words}", ASK_TIMEOUT)
 
-    def memory_free(self, guest: Guest) -> int:
-        line = guest.run("grep MemFree /proc/meminfo")
-        return int(line.split()[1]) * 1024
-
     def log(self) -> str:
         """Return what the server has said."""
         return self._guest.run("cat /run/zramd.log") if self._guest else ""
+
+
+class KernelZram(Attachment):
+    """No zramd at all: the zram of the guest's kernel, with the same compressor."""
+
+    name = "zram"
+    device = "/dev/zram0"
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._guest: Guest | None = None
+
+    def attach(self, guest: Guest) -> None:
+        self._guest = guest
+        for path in guest.machine.images.zram_modules:
+            guest.run(f"insmod {path}")
+        self._write("comp_algorithm", "lz4")
+        self._write("disksize", str(self.size))
+
+    def detach(self, guest: Guest) -> None:
+        self._write("reset", "1")
+
+    def peek(self, beat: Beat) -> dict[str, Any] | None:
+        return None
+
+    def stats(self) -> dict[str, Any]:
+        memory, requests = self._read("mm_stat"), self._read("io_stat")
+        stored, used, total = memory[:3]
+        return {
+            "orig_data_size": stored,
+            "compr_data_size": used,
+            "mem_used_total": total,
+            "frag_ratio": round(100 * used / total, 2) if total else 100.0,
+            "total_bytes": total + self._table_bytes() + HANDLE_BYTES * stored // 4096,
+            "pages_compacted": memory[6],
+            "notify_free": requests[3],
+        }
+
+    def compact(self) -> int:
+        before = self.stats()["pages_compacted"]
+        self._write("compact", "1")
+        return int(self.stats()["pages_compacted"] - before)
+
+    def _table_bytes(self) -> int:
+        """The slots' table: how long one is depends on how the kernel was built."""
+        lines = self._run("grep -F '[zram]' /proc/vmallocinfo || true").splitlines()
+        return sum(int(line.split()[1]) - 4096 for line in lines)  # each has a page that guards its end
+
+    def _read(self, name: str) -> list[int]:
+        return [int(word) for word in self._run(f"cat /sys/block/zram0/{name}").split()]
+
+    def _write(self, name: str, value: str) -> None:
+        self._run(f"echo {value} >/sys/block/zram0/{name}", ASK_TIMEOUT)
+
+    def _run(self, command: str, timeout: float = 30.0) -> str:
+        if self._guest is None:
+            raise VmError("the guest has no zram yet")
+        return self._guest.run(command, timeout)
 
 
 def _nbd_client(guest: Guest, words: str) -> None:

@@ -24,6 +24,7 @@ from vm_tools.kernel import Kernel
 GUEST = Path(__file__).parent / "guest"
 BOOT_MODULES = ["virtio_pci", "virtio_blk"]
 LATER_MODULES = ["virtio_net", "nbd"]  # loaded by the modes that need them
+ZRAM_MODULES = ["lz4", "zram"]  # the kernel's own, to compare with
 PROGRAMS = ["mkswap", "swapon", "swapoff", "nbd-client", "nbdkit", "strace"]
 PLUGINS = ["python", "file"]  # of nbdkit; a file on a tmpfs is what survives a server
 # Of Python's library: what no server needs. Folders that begin with config- hold what links against Python.
@@ -39,6 +40,7 @@ class Images:
     initramfs: Path
     root: Path
     later_modules: list[str]  # paths in the guest, in the order in which to load them
+    zram_modules: list[str]
 
 
 def prepare(folder: Path, kernel: Kernel, package: Path) -> Images:
@@ -50,12 +52,14 @@ def prepare(folder: Path, kernel: Kernel, package: Path) -> Images:
     boot = kernel.module_files(BOOT_MODULES)
     later = [path for path in kernel.module_files(LATER_MODULES) if path not in boot]
     files = dict(_root_files(package))
-    files |= {f"lib/modules/{path.name}": path for path in later}
+    zram = kernel.module_files(ZRAM_MODULES)
+    files |= {f"lib/modules/{path.name}": path for path in (*later, *zram)}
     digest = _digest([*files.items(), *((path.name, path) for path in (*boot, *sorted(GUEST.iterdir())))])
     images = Images(
         folder / f"initramfs-{digest}.img",
         folder / f"root-{digest}.img",
         [f"/lib/modules/{path.name}" for path in later],
+        [f"/lib/modules/{path.name}" for path in zram],
     )
     with locked(folder):
         if not images.root.exists():

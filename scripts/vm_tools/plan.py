@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 MIB = 1 << 20
 MODES = ("qemu", "guest", "local")
+KERNEL_ZRAM = "zram"  # a mode too: the same with the kernel's own zram, to compare with
 
 # Of one MiB of the workload's pages, the pool takes about this much when it is compacted (measured).
 STORED = 0.47
@@ -30,6 +31,14 @@ class Plan:
     kill: float = 0.0  # between two ends of the server, whose state stays
     restart: bool = False  # they are by `zramd restart`, not by SIGKILL
     pause: bool = False  # qemu pauses the guest when the pool is full, as it does by default
+    pageout: bool = False  # swap all of the workload out before it is freed
+    workload_bytes: int = 0  # instead of what suits the guest's memory
+    size: int = 0  # of the device, instead of what suits the guest's memory
+
+    @property
+    def in_guest(self) -> bool:
+        """Whether the pool is in the guest's own memory."""
+        return _in_guest(self.mode)
 
     @property
     def zramd_settings(self) -> dict[str, str]:
@@ -44,13 +53,15 @@ class Plan:
 
         More than fits, and not more than fits together with what can be swapped out.
         """
+        if self.workload_bytes:
+            return self.workload_bytes // MIB
         spare = SPARE // 2 if self.short else SPARE
-        if self.mode != "local" and not self.mem_limit:
+        if not self.in_guest and not self.mem_limit:
             return 2 * available // MIB
         # A pool of so many bytes, before compaction two thirds full, holds so much of the workload.
         pool = self.mem_limit or int(0.4 * available)
         swapped = int(pool / STORED * (0.66 if not self.mem_limit else 0.8))
-        resident = available - spare - (pool if self.mode == "local" else 0)
+        resident = available - spare - (pool if self.in_guest else 0)
         return max(resident + swapped, available // 2) // MIB
 
     @property
@@ -61,13 +72,19 @@ class Plan:
         device what was overwritten long ago stays stored. For a machine that swaps to itself and is driven to
         its limit half of its memory, as zram's users have it: see docs/swapping.md, "Size".
         """
-        if self.mode == "local" and self.hog_seconds:
+        if self.size:
+            return self.size
+        if self.in_guest and self.hog_seconds:
             return self.memory // 2
         return 3 * self.memory // 2
 
 
 def default_memory(mode: str, short: bool) -> int:
     """Return the guest's memory in bytes."""
-    if mode == "local":
+    if _in_guest(mode):
         return (256 if short else 384) * MIB
     return (160 if short else 256) * MIB
+
+
+def _in_guest(mode: str) -> bool:
+    return mode in ("local", KERNEL_ZRAM)

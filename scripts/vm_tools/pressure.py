@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from vm_tools.attach import Qemu
 from vm_tools.plan import MIB, Plan
 from vm_tools.report import Result
 from vm_tools.session import Boot, Session, booted
@@ -94,6 +95,7 @@ def pause(plan: Plan, boot: Boot, result: Result) -> None:
     limit = plan.mem_limit or 16 * MIB
     with booted(plan, boot, result, mem_limit=str(limit)) as session:
         session.swap_on()
+        assert isinstance(session.attachment, Qemu)
         mib = (session.available() + 2 * limit) // MIB
         session.start_workload(mib)
         pauses = 0

@@ -9,25 +9,40 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from vm_tools.buddy import FreeBlocks
+from vm_tools.plan import KERNEL_ZRAM
+
 MIB = 1 << 20
+# The moments that the report tells of, in their order.
+MOMENTS = {
+    "empty": "before the workload",
+    "full": "after swap in/out",
+    "before": "after freeing",
+    "after": "after compaction",
+    "joined": "after compact_memory",
+}
 LIVE_EVERY = 3  # heartbeats between two live lines, where they do not overwrite each other
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Server and guest at one moment; in bytes but for frag_ratio and what is named pages or counts."""
+    """Server and guest at one moment; in bytes but for frag_ratio and what is named pages or counts.
+
+    What the kernel's own zram does not tell is None.
+    """
 
     used: int  # payloads of the live objects
     total: int  # the pool's pages
     frag_ratio: float  # used of total, in percent
     stored: int  # what the payloads were before compression
-    freeable_pages: int
+    freeable_pages: int | None
     spent: int  # pool and metadata
-    resident: int  # of the server's process
-    migrated: int  # objects moved so far
+    resident: int | None  # of the server's process
+    migrated: int | None  # objects moved so far
     notify_free: int  # blocks trimmed so far
     mem_free: int  # MemFree of the machine that holds the pool
     swapped: int  # what the guest has in swap and not also in memory
+    guest: FreeBlocks  # the guest's free memory
 
 
 @dataclass
@@ -59,6 +74,7 @@ class Result:
     alarms: list[str] = field(default_factory=list)
     moments: dict[str, Moment] = field(default_factory=dict)
     compaction: dict[str, Any] = field(default_factory=dict)
+    guest_compaction: dict[str, Any] = field(default_factory=dict)  # by the guest's kernel
     hog: dict[str, Any] = field(default_factory=dict)
     daemon: dict[str, Any] = field(default_factory=dict)
     swapoff: dict[str, Any] = field(default_factory=dict)
@@ -146,7 +162,8 @@ def live_line(beat: dict[str, Any], stats: dict[str, Any] | None, last: dict[str
 
 def text(result: Result) -> str:
     """Return the report of one run for people."""
-    lines = [f"swap over zramd, attached by {result.mode}: {'all held' if result.ok else 'FAILED'}"]
+    what = "the kernel's own zram" if result.mode == KERNEL_ZRAM else f"zramd, attached by {result.mode}"
+    lines = [f"swap over {what}: {'all held' if result.ok else 'FAILED'}"]
     lines += [f"  {name:<26} {value}" for name, value in _facts(result)]
     if result.compaction:
         lines += ["", *(f"  {line}" for line in _compaction_table(result)), ""]
@@ -179,6 +196,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         )
     for name, found in (
         ("compaction", result.compaction),
+        ("guest's compact_memory", result.guest_compaction),
         ("swapoff while swapped", result.swapoff),
         ("requests", result.requests),
         ("under pressure", result.hog),
@@ -192,16 +210,18 @@ def _facts(result: Result) -> list[tuple[str, str]]:
 
 
 def _compaction_table(result: Result) -> list[str]:
+    """The pool at each moment, and the guest's free memory: how much of it is in long blocks."""
     lines = [
-        f"{'':<20} {'used MiB':>9} {'total MiB':>10} {'frag ratio':>11} {'MemFree MiB':>12} {'swapped':>8}"
+        f"{'':<21} {'used MiB':>9} {'total MiB':>10} {'frag ratio':>11} {'MemFree MiB':>12} {'swapped':>8}"
+        f" {'guest free':>11} {'>= 64K':>7} {'>= 2M':>7} {'2M blocks':>10}"
     ]
-    names = (("full", "after swap in/out"), ("before", "after freeing"), ("after", "after compaction"))
-    for key, name in names:
+    for key, name in MOMENTS.items():
         if key in result.moments:
             m = result.moments[key]
             lines.append(
-                f"{name:<20} {m.used / MIB:9.1f} {m.total / MIB:10.1f} {m.frag_ratio:9.1f} % "
-                f"{m.mem_free / MIB:12.1f} {m.swapped // 4096:8}"
+                f"{name:<21} {m.used / MIB:9.1f} {m.total / MIB:10.1f} {m.frag_ratio:9.1f} % "
+                f"{m.mem_free / MIB:12.1f} {m.swapped // 4096:8} {m.guest.free / MIB:11.1f} "
+                f"{m.guest.small:5.1f} % {m.guest.huge:5.1f} % {m.guest.huge_pages:9}"
             )
     return lines
 

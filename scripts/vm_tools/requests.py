@@ -1,11 +1,15 @@
-"""What a swapping kernel's requests cost a server in its own machine, and when that server stops."""
+"""What a swapping kernel's requests cost a server in its own machine, what it takes, and when it stops."""
 
 from __future__ import annotations
 
+from vm_tools import smaps
 from vm_tools.attach import RUNDIR
 from vm_tools.session import Session
+from zramd.core.device import state_layout
 
 FAULTS_WANTED = 0.01  # page faults for each request: the server's own housekeeping may have one now and then
+CLOSE = 0.01  # by how much of what the server says of its pool the kernel may say more or less
+SLACK = 256 << 10  # bytes: what else lies next to it; the keeper goes on meanwhile
 SECONDS = 6  # of load while system calls are counted
 # By these a program gets memory from the kernel or changes what is mapped.
 MEMORY_CALLS = ("brk", "mmap", "mremap", "munmap", "mprotect", "clone", "clone3")
@@ -56,6 +60,21 @@ def system_calls(table: str) -> dict[str, int]:
         if len(words) >= 5 and words[0].replace(".", "").isdigit() and words[-1] != "total":
             calls[words[-1]] = int(words[3])
     return calls
+
+
+def expect_resident(session: Session) -> None:
+    """See that pool, reserve and tables take what the server says, as the guest's kernel counts them.
+
+    The reserve makes all of the pool writable, and so one mapping with its tables.
+    """
+    said = session.attachment.stats()["total_bytes"]
+    lines = session.guest.run(f"grep -E '^[0-9a-f]+-|^[RP]ss:' /proc/$(cat {RUNDIR}/pid)/smaps")
+    layout = state_layout(session.attachment.size)
+    found, _ = smaps.arena(lines, layout["spans"] * layout["span_size"])
+    close = abs(found - said) <= CLOSE * said + SLACK
+    session.result.expect(
+        "the pool takes what the server says", close, f"{found >> 10} KiB resident, {said >> 10} KiB said"
+    )
 
 
 def stop_waits_for_swapoff(session: Session) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from vm_tools import image, kernel, plan, report, requests
+from vm_tools import buddy, image, kernel, plan, report, requests
 from vm_tools.errors import VmError
 
 MIB = 1 << 20
@@ -66,10 +66,35 @@ def test_workload_is_more_than_fits() -> None:
         assert this.workload(available) * MIB > available * (0.99 if mode == "local" else 1.9)
     local = plan.Plan("local", 384 * MIB)
     assert local.zramd_settings["swap"] == "local"
+    # What is compared is alike, and what is asked for is done.
+    kernel_zram = plan.Plan(plan.KERNEL_ZRAM, plan.default_memory(plan.KERNEL_ZRAM, False))
+    assert kernel_zram.memory == local.memory
+    assert kernel_zram.workload(320 * MIB) == local.workload(320 * MIB)
+    assert kernel_zram.device_size == local.device_size
+    asked = plan.Plan("local", 384 * MIB, workload_bytes=100 * MIB, size=200 * MIB)
+    assert (asked.workload(320 * MIB), asked.device_size) == (100, 200 * MIB)
+
+
+BUDDYINFO = """Node 0, zone      DMA      4      0      0      0      1    0    0    0    0      0      2
+Node 0, zone    DMA32    100     50      0      0     10    0    0    0    0      3      1
+"""
+
+
+def test_free_memory_by_the_length_of_its_blocks() -> None:
+    found = buddy.parse(BUDDYINFO)
+    assert found.blocks == (104, 50, 0, 0, 11, 0, 0, 0, 0, 3, 3)
+    pages = 104 + 100 + 11 * 16 + 3 * 512 + 3 * 1024
+    assert found.free == pages * 4096
+    assert found.small == round(100 * (pages - 204) / pages, 1)
+    assert found.huge == round(100 * 9 * 512 / pages, 1)
+    assert found.huge_pages == 9
+    full = buddy.parse("Node 0, zone    DMA32 0 0 0 0 0 0 0 0 0 0 0\n")
+    assert (full.free, full.small, full.huge, full.huge_pages) == (0, 0, 0, 0)
 
 
 def moment(frag_ratio: float) -> report.Moment:
-    return report.Moment(MIB, 2 * MIB, frag_ratio, 4 * MIB, 7, 3 * MIB, 9 * MIB, 5, 6, 8 * MIB, 4096)
+    guest = buddy.parse(BUDDYINFO)
+    return report.Moment(MIB, 2 * MIB, frag_ratio, 4 * MIB, 7, 3 * MIB, 9 * MIB, 5, 6, 8 * MIB, 4096, guest)
 
 
 def result() -> report.Result:
@@ -95,6 +120,8 @@ def test_report() -> None:
     assert "20 of 10 written, 0 bad" in text
     assert "num_migrated 5, pages_freed 3" in text
     assert "4.0 MiB for 3.0 MiB, 1.33 for 1" in text
+    assert "after freeing" in text
+    assert " 92.4 %         9" in text
 
 
 def test_markdown_replaces_its_own_place(tmp_path: Path) -> None:

@@ -51,8 +51,34 @@ def test_swap(way: str, tmp_path: Path) -> None:
     if way == "local":
         assert held(result, "requests need no memory")
         assert held(result, "no system call takes memory")
+        assert held(result, "the pool takes what the server says")
         assert held(result, "a stop waits for swapoff")
         assert result["requests"]["reserve_misses"] == 0
+        joined(result)
+
+
+def joined(result: dict[str, Any]) -> None:
+    """The guest's kernel could move what is in memory, the pool too: its free memory lies in long blocks."""
+    found = result["guest_compaction"]
+    assert found["compact_unevictable_allowed"] == 1
+    assert found["pages_moved"] > 1000
+    assert found["not_moved"] <= found["pages_moved"] // 100
+    free = {name: moment["guest"] for name, moment in result["moments"].items()}
+    assert free["joined"]["huge_pages"] > free["after"]["huge_pages"]
+    for each in free.values():
+        assert each["free"] == 4096 * sum(count << order for order, count in enumerate(each["blocks"]))
+
+
+def test_kernel_zram(tmp_path: Path) -> None:
+    """The same with the kernel's own zram, so that there is something to compare with."""
+    result = vm_swap(tmp_path, "--attach", "zram")
+    assert result["pages_bad"] == 0
+    assert result["swap_outs"] > 5_000
+    moments = result["moments"]
+    assert moments["full"]["total"] > moments["before"]["total"] >= moments["after"]["total"] > 0
+    assert moments["full"]["spent"] > moments["full"]["total"] + moments["full"]["stored"] // 4096 * 8
+    assert result["swapoff"]["bad"] == 0
+    joined(result)
 
 
 def test_full_pool(tmp_path: Path) -> None:
