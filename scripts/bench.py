@@ -23,6 +23,7 @@ from bench_tools import (
     large_rows,
     nbd_rows,
     state_rows,
+    steady_rows,
 )
 from bench_tools.results import NotMeasuredError, Report
 from bench_tools.setup import GIB, Measure, Setup
@@ -37,12 +38,13 @@ GROUPS: dict[str, Measure] = {
     "lz4": in_process_rows.measure_lz4,
     "threads": in_process_rows.measure_threads,
     "density": density_rows.measure,
+    "steady": steady_rows.measure,
     "compaction": compaction_rows.measure,
     "idle": idle_rows.measure,
     "state": state_rows.measure,
     "large": large_rows.measure,
 }
-NEED_CORPUS = {"lz4", "threads", "density", "compaction", "state", "large"}
+NEED_CORPUS = {"lz4", "threads", "density", "steady", "compaction", "state", "large"}
 
 
 def main() -> int:

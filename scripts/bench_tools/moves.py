@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench_tools.kernel_pool import PAGE, KernelPool, Moved, Pool, SizeClass, Zspage
+from bench_tools.kernel_pool import KernelPool, Moved, Pool, SizeClass, Zspage
 from bench_tools.setup import BLOCK
 from zramd import Device
 
@@ -93,5 +93,5 @@ def moved_bytes(
 
 
 def per_page(moved: Moved) -> float:
-    """Return the bytes moved for each byte freed."""
-    return moved.bytes / (moved.pages_freed * PAGE)
+    """Return the bytes moved for each page freed."""
+    return moved.bytes / moved.pages_freed
