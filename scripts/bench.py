@@ -42,9 +42,10 @@ GROUPS: dict[str, Measure] = {
     "compaction": compaction_rows.measure,
     "idle": idle_rows.measure,
     "state": state_rows.measure,
-    "large": large_rows.measure,
+    "scale": large_rows.measure,
+    "large": large_rows.measure_large,
 }
-NEED_CORPUS = {"lz4", "threads", "density", "steady", "compaction", "state", "large"}
+NEED_CORPUS = {"lz4", "threads", "density", "steady", "compaction", "state", "scale", "large"}
 
 
 def main() -> int:
@@ -109,9 +110,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     options = parser.parse_args()
     if options.only is None:
-        options.only = [group for group in GROUPS if group != "large" or options.large or options.quick]
-    elif options.large and "large" not in options.only:
-        options.only.append("large")
+        options.only = [group for group in GROUPS if group != "large"]
+    if options.large:  # it measures what scale does, and more
+        options.only = [group for group in options.only if group not in ("scale", "large")] + ["large"]
     if options.corpus and not os.access(options.corpus, os.R_OK):
         parser.error(f"'{options.corpus}' cannot be read")
     for file in (options.json, options.markdown):

@@ -43,6 +43,7 @@ class Server:
         # If this process is killed, nothing is left behind.
         command = ["nbdkit", "-f", "--exit-with-parent", "-U", str(self._socket), *threads, *plugin]
         self._log = self.folder / "log"
+        started = time.monotonic()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
@@ -57,6 +58,7 @@ class Server:
         except BaseException:
             self.stop()
             raise
+        self.start_seconds = time.monotonic() - started
 
     def _wait(self) -> None:
         end = time.monotonic() + START_TIMEOUT
