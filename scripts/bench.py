@@ -6,10 +6,12 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +24,7 @@ from bench_tools import (
     in_process_rows,
     large_rows,
     nbd_rows,
+    page,
     state_rows,
     steady_rows,
 )
@@ -31,6 +34,7 @@ from bench_tools.setup import GIB, Measure, Setup
 from zramd import __version__
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 QUIET_LOAD = 0.5
 
 GROUPS: dict[str, Measure] = {
@@ -74,11 +78,16 @@ def main() -> int:
         if options.quick:
             report.settings["run"] += "; --quick: too small for the figures to mean anything"
         _measure(setup, options)
+        report.settings["took"] = f"{(time.monotonic() - setup.started) / 60:.1f} minutes"
     print(report.text(), end="")
     if options.json:
         options.json.write_text(json.dumps(report.as_dict(), indent=1, ensure_ascii=False) + "\n")
     if options.markdown:
         options.markdown.write_text(report.markdown())
+    if options.report and report.rows:
+        command = shlex.join(["scripts/bench", *sys.argv[1:]])
+        for file in page.write(report, options.report, command):
+            print(f"zramd: wrote {os.path.relpath(file)}", file=sys.stderr)
     return 0 if report.rows else 1
 
 
@@ -108,6 +117,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, metavar="FILE")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", nargs="?", const=DOCS)
     options = parser.parse_args()
     if options.only is None:
         options.only = [group for group in GROUPS if group != "large"]
@@ -115,6 +125,10 @@ def _options() -> argparse.Namespace:
         options.only = [group for group in options.only if group not in ("scale", "large")] + ["large"]
     if options.corpus and not os.access(options.corpus, os.R_OK):
         parser.error(f"'{options.corpus}' cannot be read")
+    if options.quick and options.report == DOCS:
+        parser.error("--quick measures nothing that belongs into docs: name another folder for its report")
+    if options.report and not (options.report.is_dir() and os.access(options.report, os.W_OK)):
+        parser.error(f"'{options.report}' is not a folder that can be written to")
     for file in (options.json, options.markdown):
         # Found now, and not after ten minutes.
         if file and not os.access(file if file.exists() else file.absolute().parent, os.W_OK):

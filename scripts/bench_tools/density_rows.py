@@ -251,8 +251,6 @@ def _moves(trace: Trace, device: CountedDevice, kernel_freed: int) -> list[Row]:
     rows = []
     for number_of, step in enumerate((FREED_SOME, AGED)):
         mine, same = device.zramd[number_of], device.same_state[number_of]
-        if not mine.pages_freed or not same.pages_freed:
-            continue
         note = (
             f"{mine.bytes / MIB:.2f} MiB in {mine.objects:,} moves freed {mine.pages_freed:,} pages; the kernel's "
             f"algorithm on the same zspages, simulated, frees {same.pages_freed:,} with {same.bytes / MIB:.2f} MiB, "

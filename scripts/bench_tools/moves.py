@@ -93,5 +93,5 @@ def moved_bytes(
 
 
 def per_page(moved: Moved) -> float:
-    """Return the bytes moved for each page freed."""
-    return moved.bytes / moved.pages_freed
+    """Return the bytes moved for each page freed, 0 if there was none to free."""
+    return moved.bytes / moved.pages_freed if moved.pages_freed else 0.0
