@@ -105,7 +105,7 @@ def measure_large(setup: Setup) -> list[Row]:
 
 def _measure(setup: Setup, sizes: list[int]) -> list[Row]:
     if setup.quick:
-        sizes = [8 * MIB, sizes[-1] // (16 * len(sizes))]
+        sizes = [8 * MIB, 32 * MIB]
     # Half of what is stored, and a corpus; with some room.
     if psutil.virtual_memory().available < sum(sizes) + GIB // 2:
         raise NotMeasuredError(f"pools of {sum(sizes) / GIB:.1f} GiB need as much free memory, and 0.5 GiB more")

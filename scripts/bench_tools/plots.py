@@ -19,7 +19,6 @@ from matplotlib.figure import Figure  # noqa: E402
 # Each has a contrast of at least 3.5 : 1 against both white and GitHub's dark page.
 INK = "#7a828c"
 COLORS = {"zramd": "#e0570f", "kernel zram": "#2f86dd"}
-OTHER = "#8d96a0"
 STYLE = {
     "svg.fonttype": "none",  # text stays text, so that a picture is small and can be searched
     "svg.hashsalt": "zramd",  # the same ids each time
@@ -63,7 +62,7 @@ def _frag_ratio(report: Report) -> Figure | None:
     curves = {name: curve for name, curve in report.curves.items() if name.startswith("frag ratio, ")}
     if not curves:
         return None
-    figure = Figure(figsize=(9, 3.3), layout="constrained")
+    figure = Figure(figsize=(9, 3.1), layout="constrained")
     axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     for at, (name, curve) in zip(axes, curves.items(), strict=True):
         _frag_ratio_of(at, name.removeprefix("frag ratio, "), curve)
@@ -88,14 +87,14 @@ def _frag_ratio_of(axes: Axes, title: str, curve: dict[str, Any]) -> None:
             color=COLORS[name],
             va="center",
         )
-    for x in (filled, freed):
+    for x in (filled, freed, aged):
         axes.axvline(x, color=INK, linewidth=0.6, linestyle=(0, (2, 3)))
-    axes.axvline(aged, color=INK, linewidth=0.6, linestyle=(0, (2, 3)))
-    for start, stop, word in ((0, filled, "fill"), (filled, freed, "free 65 %"), (freed, aged, "age")):
+    for start, stop, word in ((0, filled, "write"), (filled, freed, "free"), (freed, aged, "age")):
         axes.text((start + stop) / 2, 103.5, word, ha="center", va="bottom")
     low = min(y for points in lines.values() for _, y in points)
-    for x in (freed, aged):
-        axes.annotate("compact ", (x, low), ha="right", va="bottom", rotation=90, fontsize=8.5)
+    # (Aging is the longest part: there is room for both, one above the other.)
+    axes.text(freed, low, "  \N{LEFTWARDS ARROW} compact", ha="left")
+    axes.text(aged, low + 8, "compact \N{RIGHTWARDS ARROW}  ", ha="right")
     axes.set_xlabel("requests")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,.0f} k" if value else "0")
     axes.set_xlim(0, end)
@@ -184,15 +183,15 @@ def _bar_panel(axes: Axes, title: str, bars: Sequence[tuple[str, str, float, flo
     y = 0.0
     ticks = []
     longest = max(high for *_, high in bars)
-    word_before = bars[0][0]
+    word_before = ""
     for word, name, value, low, high in bars:
-        if word != word_before:
+        if word_before not in ("", word):
             y += 0.5
-            word_before = word
-        axes.barh(y, value, height=0.78, color=COLORS.get(name, OTHER))
+        axes.barh(y, value, height=0.78, color=COLORS.get(name, INK), alpha=0.75 if name in COLORS else 0.4)
         axes.plot([low, high], [y, y], color=INK, linewidth=1)
         axes.text(max(high, value) + longest * 0.012, y, number(value), va="center")
-        ticks.append((y, f"{word}  {name}"))
+        ticks.append((y, name if word == word_before else f"{word}    {name}"))
+        word_before = word
         y += 1
     axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks])
     axes.tick_params(left=False)
