@@ -168,7 +168,19 @@ def measure(setup: Setup) -> list[Row]:
     table = Table(
         "Density, step by step",
         "MiB; frag ratio in percent. The kernel's metadata is computed: 16 B a block and 8 B an object.",
-        ["trace", "after", "payload", "used", "kernel", "ratio", "total", "kernel", "ratio", "frag", "kernel"],
+        [
+            "trace",
+            "after",
+            "payload",
+            "used",
+            "kernel",
+            "ratio",
+            "total",
+            "kernel",
+            "ratio",
+            "frag",
+            "kernel",
+        ],
     )
     for trace in traces(setup):
         setup.say(f"density, {trace.name}")

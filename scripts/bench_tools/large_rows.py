@@ -108,7 +108,9 @@ def _measure(setup: Setup, sizes: list[int]) -> list[Row]:
         sizes = [8 * MIB, 32 * MIB]
     # Half of what is stored, and a corpus; with some room.
     if psutil.virtual_memory().available < sum(sizes) + GIB // 2:
-        raise NotMeasuredError(f"pools of {sum(sizes) / GIB:.1f} GiB need as much free memory, and 0.5 GiB more")
+        raise NotMeasuredError(
+            f"pools of {sum(sizes) / GIB:.1f} GiB need as much free memory, and 0.5 GiB more"
+        )
     setup.say(f"{sizes[-1] >> 20} MiB stored")
     data, blocks = requests(setup), pages(setup)
     pools = [Pool(data, blocks, size, setup.pick(100000, 5000)) for size in sizes]

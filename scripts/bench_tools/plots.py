@@ -13,8 +13,8 @@ from bench_tools.setup import GIB, MIB
 
 mpl.use("svg")
 
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 # Each has a contrast of at least 3.5 : 1 against both white and GitHub's dark page.
 INK = "#7a828c"

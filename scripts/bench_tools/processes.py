@@ -194,9 +194,7 @@ def fio(setup: Setup, device: Iterable[str], *jobs: Iterable[str]) -> Measured:
         bytes_per_second=mixed["bw_bytes"],
         p50=percentile("mixed", "50.000000"),
         p99=percentile("mixed", "99.000000"),
-        p99_of={
-            kind: percentile(kind, "99.000000") for kind in ("read", "write") if job[kind]["total_ios"]
-        },
+        p99_of={kind: percentile(kind, "99.000000") for kind in ("read", "write") if job[kind]["total_ios"]},
     )
 
 

@@ -39,6 +39,8 @@ GROUPS = {
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([BENCH, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
 PICTURES = ["frag-ratio.svg", "throughput.svg", "cost.svg"]
 
 

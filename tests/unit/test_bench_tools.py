@@ -23,15 +23,18 @@ def test_size_classes_are_those_of_a_kernel() -> None:
     assert len(classes) == 119
     by_size = {c.size: (c.pages, c.objs) for c in classes}
     # Some of what the kernel makes of the rule: pages and objects of a zspage.
-    assert by_size.items() >= {
-        32: (1, 128),
-        48: (3, 256),
-        208: (3, 59),
-        1216: (3, 10),
-        2176: (8, 15),
-        3632: (8, 9),
-        4096: (1, 1),
-    }.items()
+    assert (
+        by_size.items()
+        >= {
+            32: (1, 128),
+            48: (3, 256),
+            208: (3, 59),
+            1216: (3, 10),
+            2176: (8, 15),
+            3632: (8, 9),
+            4096: (1, 1),
+        }.items()
+    )
 
 
 @pytest.mark.parametrize(
