@@ -253,9 +253,9 @@ def _cells(trace: Trace, zramd: History, kernel: History | None) -> Iterator[lis
             trace.name,
             step,
             f"{usage.payload / MIB:.2f}",
-            *beside(usage.used, peer and peer.used, MIB, 2),
-            *beside(usage.total, peer and peer.total, MIB, 2),
-            *beside(usage.frag_ratio, peer and peer.frag_ratio, 1, 2),
+            *beside(usage.used, peer.used if peer else None, MIB, 2),
+            *beside(usage.total, peer.total if peer else None, MIB, 2),
+            *beside(usage.frag_ratio, peer.frag_ratio if peer else None, 1, 2),
         ]
 
 
@@ -264,8 +264,9 @@ def _moves(trace: Trace, device: CountedDevice, kernel_freed: int) -> list[Row]:
     for number_of, step in enumerate((FREED_SOME, AGED)):
         mine, same = device.zramd[number_of], device.same_state[number_of]
         note = (
-            f"{mine.bytes / MIB:.2f} MiB in {mine.objects:,} moves freed {mine.pages_freed:,} pages; the kernel's "
-            f"algorithm on the same zspages, simulated, frees {same.pages_freed:,} with {same.bytes / MIB:.2f} MiB, "
+            f"{mine.bytes / MIB:.2f} MiB in {mine.objects:,} moves freed {mine.pages_freed:,} pages; "
+            f"the kernel's algorithm on the same zspages, simulated, frees {same.pages_freed:,} "
+            f"with {same.bytes / MIB:.2f} MiB, "
             f"and on the kernel's own zspages {per_page(device.kernel[number_of]):,.0f} B a page"
         )
         if kernel_freed:

@@ -1,8 +1,8 @@
-"""A model of the kernel's zsmalloc: who is in which zspage, and what its compaction moves. Sizes only, no bytes.
+"""A model of the kernel's zsmalloc: who is in which zspage, and what its compaction moves. Sizes, no bytes.
 
-The rules are those of Linux since 6.6, with zspages of up to 8 pages: classes 16 bytes apart, a header of 8 bytes,
-fullness groups of 10 %, lists whose head is the zspage that joined last, and the compaction of 2023: from the
-emptiest zspage into the fullest until that is full, as long as a class has a zspage's worth of free places.
+The rules are those of Linux since 6.6, with zspages of up to 8 pages: classes 16 bytes apart, a header of
+8 bytes, fullness groups of 10 %, lists whose head is the zspage that joined last, and the compaction of 2023:
+from the emptiest zspage into the fullest until that is full, while a class has a zspage's worth of free places.
 Where a machine has the real thing, scripts/bench tells how many pages both have after the same trace.
 """
 
@@ -146,7 +146,7 @@ class Pool:
 
 
 def size_classes() -> tuple[list[SizeClass], list[SizeClass]]:
-    """Return the kernel's size classes, largest first, and the class of each step of DELTA bytes from MIN_CLASS on."""
+    """Return the kernel's size classes, largest first, and the class of each step of DELTA from the least."""
     classes: list[SizeClass] = []
     steps: list[SizeClass] = []
     for size in range(PAGE, MIN_CLASS - 1, -DELTA):
@@ -172,7 +172,7 @@ class KernelPool(Pool):
         self._writes = 0
 
     def store(self, block: int, payload_bytes: int) -> None:
-        """Store a block, as long as its payload; the old object goes once the new one is there. 0: it needs none."""
+        """Store a block's payload, 0: it needs none. The old object goes once the new one is there."""
         old = self._objects.pop(block, None)
         if payload_bytes:
             self._writes += 1

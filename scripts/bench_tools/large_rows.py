@@ -6,6 +6,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 
 import psutil  # type: ignore[import-untyped]
@@ -129,10 +130,8 @@ def _measure(setup: Setup, sizes: list[int]) -> list[Row]:
         "snapshot of the stats": Pool.snapshot,
         START: start,
     }
-    runs = {
-        f"{name} {pool.size}": lambda run=run, pool=pool: run(pool)  # type: ignore[misc]
-        for name, run in what.items()
-        for pool in pools
+    runs: dict[str, Callable[[], float]] = {
+        f"{name} {pool.size}": partial(run, pool) for name, run in what.items() for pool in pools
     }
     times = take_turns(setup.rounds, runs)
     setup.report.curves[COST] = {

@@ -32,9 +32,8 @@ def filled(page: str, text: str) -> str:
 
 def _lines(report: Report, pictures: dict[str, str], command: str) -> list[str]:
     lines = [
-        f"Made by `{command}`, all in one run. zramd and its peer take turns; a ratio is the median of the ratios of "
-        "the rounds.",
-        "Machines differ, so read the ratios and make your own table.",
+        f"Made by `{command}`, all in one run. zramd and its peer take turns; a ratio is the median",
+        "of the ratios of the rounds. Machines differ, so read the ratios and make your own table.",
         "",
     ]
     for name, caption in pictures.items():

@@ -1,7 +1,11 @@
-"""The report's pictures, from what one run measured. They read on white and on black, and change only with the figures."""
+"""The report's pictures, from what one run measured: to be read on white and on black.
+
+The same figures give the same bytes.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from matplotlib.figure import Figure
 # Each has a contrast of at least 3.5 : 1 against both white and GitHub's dark page.
 INK = "#7a828c"
 COLORS = {"zramd": "#e0570f", "kernel zram": "#2f86dd"}
-STYLE = {
+STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text, so that a picture is small and can be searched
     "svg.hashsalt": "zramd",  # the same ids each time
     "font.family": "sans-serif",
@@ -39,7 +43,7 @@ STYLE = {
 def draw(report: Report, folder: Path) -> dict[str, str]:
     """Write the pictures that the report has figures for; return what each shows, by the name of its file."""
     drawn: dict[str, str] = {}
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE):  # type: ignore[arg-type]
         for name, caption, figure in (
             ("frag-ratio.svg", FRAG_RATIO, _frag_ratio(report)),
             ("throughput.svg", THROUGHPUT, _throughput(report)),
@@ -53,8 +57,8 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
 
 
 FRAG_RATIO = (
-    "Frag ratio (payload through the pool's pages) along both traces: blocks are written, 65 % are freed at random, "
-    "the pool is compacted, blocks come and go, the pool is compacted again"
+    "Frag ratio (payload through the pool's pages) along both traces: blocks are written, 65 % are freed at "
+    "random, the pool is compacted, blocks come and go, the pool is compacted again"
 )
 
 
@@ -105,7 +109,7 @@ def apart(values: Sequence[float], least: float) -> list[float]:
     """Return places for labels of these values that are at least so far from each other."""
     order = sorted(range(len(values)), key=values.__getitem__)
     places = list(values)
-    for below, above in zip(order, order[1:], strict=False):
+    for below, above in itertools.pairwise(order):
         gap = places[above] - places[below]
         if gap < least:
             places[below] -= (least - gap) / 2
@@ -114,8 +118,8 @@ def apart(values: Sequence[float], least: float) -> list[float]:
 
 
 THROUGHPUT = (
-    "Throughput beside the peers, more is better: over NBD with fio, and in process on memory pages; bars are medians, "
-    "lines reach from the lowest round to the highest"
+    "Throughput beside the peers, more is better: over NBD with fio, and in process on memory pages; bars are"
+    " medians, lines reach from the lowest round to the highest"
 )
 # Title, unit, by how much a row's value is divided, and the rows.
 PANELS = (

@@ -77,7 +77,7 @@ def test_every_row(tmp_path: Path) -> None:
 
 
 def assert_pictures_are_the_same_again(curves: dict[str, Any], folder: Path) -> None:
-    """Drawn twice from the same figures, a picture has the same bytes: else each run would change all of it."""
+    """Drawn twice from the same figures, a picture has the same bytes."""
     from bench_tools import plots  # scripts/bench has installed what it needs
     from bench_tools.results import Report
 
