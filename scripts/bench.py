@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import shlex
 import signal
 import subprocess
 import sys
@@ -85,7 +84,7 @@ def main() -> int:
     if options.markdown:
         options.markdown.write_text(report.markdown())
     if options.report and report.rows:
-        command = shlex.join(["scripts/bench", *sys.argv[1:]])
+        command = "scripts/bench --report --large" if options.large else "scripts/bench --report"
         for file in page.write(report, options.report, command):
             print(f"zramd: wrote {os.path.relpath(file)}", file=sys.stderr)
     return 0 if report.rows else 1
@@ -191,7 +190,7 @@ def _machine(load: float) -> dict[str, str]:
     return {
         "machine": f"{' / '.join(sorted(models)) or platform.machine()}, {psutil.cpu_count()} cores, "
         f"{psutil.virtual_memory().total / GIB:.0f} GiB",
-        "software": f"Linux {platform.release()}, {', '.join(software)}",
+        "software": f"Linux {platform.release().partition('-')[0]}, {', '.join(software)}",
         "load average at the start": f"{load:.2f}",
     }
 

@@ -37,7 +37,7 @@ def _lines(report: Report, pictures: dict[str, str], command: str) -> list[str]:
         "",
     ]
     for name, caption in pictures.items():
-        lines += [f"![{caption}]({name})", "", f"{caption}.", ""]
+        lines += [f"![{Path(name).stem}]({name})", "", f"{caption}.", ""]
     if "frag-ratio.svg" in pictures and not any(
         "kernel zram" in curve for name, curve in report.curves.items() if name.startswith("frag ratio")
     ):
