@@ -81,6 +81,7 @@ def assert_pictures_are_the_same_again(curves: dict[str, Any], folder: Path) -> 
     from bench_tools import plots  # scripts/bench has installed what it needs
     from bench_tools.results import Report
 
+    assert plots.apart([3, 10, 1], 4) == [4, 10, 0]  # where its labels go
     report = Report({}, {})
     report.curves = curves
     drawn = []
