@@ -5,6 +5,7 @@ The same figures give the same bytes.
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +52,10 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
         ):
             if figure:
                 # (Without a date, or each run would change every file.)
-                figure.savefig(folder / name, transparent=True, bbox_inches="tight", metadata={"Date": None})
+                text = io.StringIO()
+                figure.savefig(text, transparent=True, bbox_inches="tight", metadata={"Date": None})
+                lines = [line.rstrip() for line in text.getvalue().splitlines()]
+                (folder / name).write_text("\n".join(lines) + "\n")
                 drawn[name] = caption
     return drawn
 
