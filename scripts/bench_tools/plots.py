@@ -53,7 +53,9 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
             if figure:
                 # (Without a date, or each run would change every file.)
                 text = io.StringIO()
-                figure.savefig(text, transparent=True, bbox_inches="tight", metadata={"Date": None})
+                figure.savefig(
+                    text, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
+                )
                 lines = [line.rstrip() for line in text.getvalue().splitlines()]
                 (folder / name).write_text("\n".join(lines) + "\n")
                 drawn[name] = caption
