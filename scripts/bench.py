@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -22,7 +23,9 @@ from bench_tools import (
     in_process_rows,
     large_rows,
     nbd_rows,
+    page,
     state_rows,
+    steady_rows,
 )
 from bench_tools.results import NotMeasuredError, Report
 from bench_tools.setup import GIB, Measure, Setup
@@ -30,6 +33,7 @@ from bench_tools.setup import GIB, Measure, Setup
 from zramd import __version__
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 QUIET_LOAD = 0.5
 
 GROUPS: dict[str, Measure] = {
@@ -37,12 +41,14 @@ GROUPS: dict[str, Measure] = {
     "lz4": in_process_rows.measure_lz4,
     "threads": in_process_rows.measure_threads,
     "density": density_rows.measure,
+    "steady": steady_rows.measure,
     "compaction": compaction_rows.measure,
     "idle": idle_rows.measure,
     "state": state_rows.measure,
-    "large": large_rows.measure,
+    "scale": large_rows.measure,
+    "large": large_rows.measure_large,
 }
-NEED_CORPUS = {"lz4", "threads", "density", "compaction", "state", "large"}
+NEED_CORPUS = {"lz4", "threads", "density", "steady", "compaction", "state", "scale", "large"}
 
 
 def main() -> int:
@@ -71,11 +77,16 @@ def main() -> int:
         if options.quick:
             report.settings["run"] += "; --quick: too small for the figures to mean anything"
         _measure(setup, options)
+        report.settings["took"] = f"{(time.monotonic() - setup.started) / 60:.1f} minutes"
     print(report.text(), end="")
     if options.json:
         options.json.write_text(json.dumps(report.as_dict(), indent=1, ensure_ascii=False) + "\n")
     if options.markdown:
         options.markdown.write_text(report.markdown())
+    if options.report and report.rows:
+        command = "scripts/bench --report --large" if options.large else "scripts/bench --report"
+        for file in page.write(report, options.report, command):
+            print(f"zramd: wrote {os.path.relpath(file)}", file=sys.stderr)
     return 0 if report.rows else 1
 
 
@@ -105,13 +116,18 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, metavar="FILE")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", nargs="?", const=DOCS)
     options = parser.parse_args()
     if options.only is None:
-        options.only = [group for group in GROUPS if group != "large" or options.large or options.quick]
-    elif options.large and "large" not in options.only:
-        options.only.append("large")
+        options.only = [group for group in GROUPS if group != "large"]
+    if options.large:  # it measures what scale does, and more
+        options.only = [group for group in options.only if group not in ("scale", "large")] + ["large"]
     if options.corpus and not os.access(options.corpus, os.R_OK):
         parser.error(f"'{options.corpus}' cannot be read")
+    if options.quick and options.report == DOCS:
+        parser.error("--quick measures nothing that belongs into docs: name another folder for its report")
+    if options.report and not (options.report.is_dir() and os.access(options.report, os.W_OK)):
+        parser.error(f"'{options.report}' is not a folder that can be written to")
     for file in (options.json, options.markdown):
         # Found now, and not after ten minutes.
         if file and not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
@@ -174,7 +190,7 @@ def _machine(load: float) -> dict[str, str]:
     return {
         "machine": f"{' / '.join(sorted(models)) or platform.machine()}, {psutil.cpu_count()} cores, "
         f"{psutil.virtual_memory().total / GIB:.0f} GiB",
-        "software": f"Linux {platform.release()}, {', '.join(software)}",
+        "software": f"Linux {platform.release().partition('-')[0]}, {', '.join(software)}",
         "load average at the start": f"{load:.2f}",
     }
 

@@ -141,5 +141,13 @@ def measure(setup: Setup) -> list[Row]:
         f"{busy / 1e7 / seconds:.1f} % of the time spent "
         "compacting; peer: compaction=off, its control socket asked as often for /health"
     )
-    on, off = ([run.p99 for run in runs[name]] for name in ("on", "off"))
-    return [Row("p99 of 4K I/O during compaction", "µs", on, ratio_at_most(1.5), "without", off, note)]
+
+    def row(what: str, take: Callable[[Measured], float]) -> Row:
+        on, off = ([take(run) for run in runs[name]] for name in ("on", "off"))
+        return Row(f"p99 of 4K {what} during compaction", "µs", on, ratio_at_most(1.5), "without", off, note)
+
+    return [
+        row("I/O", lambda run: run.p99),
+        row("reads", lambda run: run.p99_of["read"]),
+        row("writes", lambda run: run.p99_of["write"]),
+    ]

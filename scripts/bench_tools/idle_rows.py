@@ -26,8 +26,20 @@ def measure(setup: Setup) -> list[Row]:
             for server, before in zip((empty, idle), cpu, strict=True)
         ]
         resident = empty.resident_bytes()
+        fio(setup, empty.device, whole("read", MIB))  # a client by itself costs memory too
+        before, total = empty.resident_bytes(), empty.stats()["total_bytes"]
+        fio(setup, empty.device, whole("write", MIB))
+        stored, total = empty.resident_bytes() - before, empty.stats()["total_bytes"] - total
+    note = f"resident memory before and after; total_bytes grew by {total / MIB:.2f} MiB"
     return [
         Row("CPU of an idle daemon, empty", "%", shares[:1], at_most(0.1, "%")),
         Row(f"CPU of an idle daemon, {size >> 20} MiB stored", "%", shares[1:], at_most(0.1, "%")),
         Row("resident memory, empty, disksize=100G", "MB", [resident / 1e6], at_most(25, "MB")),
+        Row(
+            "resident memory that 1 MiB stored adds, disksize=100G",
+            "MiB",
+            [stored / MIB],
+            at_most(2, "MiB"),
+            note=note,
+        ),
     ]

@@ -43,6 +43,7 @@ class Server:
         # If this process is killed, nothing is left behind.
         command = ["nbdkit", "-f", "--exit-with-parent", "-U", str(self._socket), *threads, *plugin]
         self._log = self.folder / "log"
+        started = time.monotonic()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
@@ -57,6 +58,7 @@ class Server:
         except BaseException:
             self.stop()
             raise
+        self.start_seconds = time.monotonic() - started
 
     def _wait(self) -> None:
         end = time.monotonic() + START_TIMEOUT
@@ -64,7 +66,7 @@ class Server:
             if self._process.poll() is not None or time.monotonic() > end:
                 words = " ".join(self._log.read_text().split())
                 raise NotMeasuredError(f"nbdkit does not serve {self.name}: {words or 'no reason given'}")
-            time.sleep(0.02)
+            time.sleep(0.005)
 
     def _answers(self) -> bool:
         with socket.socket(socket.AF_UNIX) as client:
@@ -151,6 +153,7 @@ class Measured:
     bytes_per_second: float
     p50: float
     p99: float
+    p99_of: dict[str, float]  # of its reads and of its writes alone, where it has them
 
 
 def fio(setup: Setup, device: Iterable[str], *jobs: Iterable[str]) -> Measured:
@@ -161,7 +164,7 @@ def fio(setup: Setup, device: Iterable[str], *jobs: Iterable[str]) -> Measured:
     output = setup.folder / "fio.json"
     with suppress(FileNotFoundError):
         output.unlink()
-    command = ["fio", "--output-format=json", f"--output={output}", "--unified_rw_reporting=1", *FIO_DATA]
+    command = ["fio", "--output-format=json", f"--output={output}", "--unified_rw_reporting=both", *FIO_DATA]
     command += device
     for index, job in enumerate(jobs):
         command += [f"--name=job{index}", *job]
@@ -176,16 +179,22 @@ def fio(setup: Setup, device: Iterable[str], *jobs: Iterable[str]) -> Measured:
         raise NotMeasuredError(f"fio failed with status {done.returncode}: {words}")
     # fio may put warnings before its JSON.
     text = output.read_text()
-    mixed = json.loads(text[text.index("{") :])["jobs"][0]["mixed"]
+    job = json.loads(text[text.index("{") :])["jobs"][0]
+    mixed = job["mixed"]
     if not mixed["total_ios"]:
         raise NotMeasuredError(f"fio did nothing: {' '.join(command)}")
-    percentile = mixed["clat_ns"]["percentile"]
+
+    def percentile(kind: str, percent: str) -> float:
+        value: float = job[kind]["clat_ns"]["percentile"][percent]
+        return value / 1e3
+
     return Measured(
         requests=mixed["total_ios"],
         iops=mixed["iops"],
         bytes_per_second=mixed["bw_bytes"],
-        p50=percentile["50.000000"] / 1e3,
-        p99=percentile["99.000000"] / 1e3,
+        p50=percentile("mixed", "50.000000"),
+        p99=percentile("mixed", "99.000000"),
+        p99_of={kind: percentile(kind, "99.000000") for kind in ("read", "write") if job[kind]["total_ios"]},
     )
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, TypeVar
 
@@ -132,6 +132,35 @@ class Row:
         ]
 
 
+@dataclass
+class Table:
+    """Figures that have no aim of their own, in more detail than a row."""
+
+    title: str
+    about: str
+    head: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+
+    def markdown(self) -> list[str]:
+        """Return its lines as Markdown."""
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        return [f"## {self.title}", "", self.about, "", *(f"| {' | '.join(line)} |" for line in lines), ""]
+
+    def text(self) -> list[str]:
+        """Return its lines for a terminal."""
+        return [f"{self.title}: {self.about}", *aligned([self.head, *self.rows]), ""]
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table, its head underlined."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in ruled
+    ]
+
+
 HEAD = ["what", "zramd", "peer", "ratio (range)", "aim", "result"]
 
 
@@ -152,6 +181,8 @@ class Report:
         self.settings = settings
         self.rows: list[Row] = []
         self.skipped: list[str] = []
+        self.tables: list[Table] = []
+        self.curves: dict[str, dict[str, Any]] = {}  # what the pictures are drawn from
 
     def skip(self, sentence: str) -> None:
         """Take note of something that is not measured."""
@@ -165,20 +196,18 @@ class Report:
             "settings": self.settings,
             "rows": [row.as_dict() for row in self.rows],
             "skipped": self.skipped,
+            "tables": [asdict(table) for table in self.tables],
+            "curves": self.curves,
         }
 
     def text(self) -> str:
         """Return the report for a terminal."""
         table, notes = self._table()
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        table.insert(1, ["-" * width for width in widths])
         lines = [f"{name}: {value}" for name, value in {**self.machine, **self.settings}.items()]
-        lines += [""]
-        lines += [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in table
-        ]
-        lines += ["", *notes, *self._last_lines()]
+        lines += ["", *aligned(table), ""]
+        for detail in self.tables:
+            lines += detail.text()
+        lines += [*notes, *self._last_lines()]
         return "\n".join(lines) + "\n"
 
     def markdown(self) -> str:
@@ -188,6 +217,8 @@ class Report:
         lines = [f"- {name}: {value}" for name, value in {**self.machine, **self.settings}.items()]
         lines += ["", *(f"| {' | '.join(row)} |" for row in table), ""]
         lines += [f"- {line}" for line in (*notes, *self._last_lines())]
+        for detail in self.tables:
+            lines += ["", *detail.markdown()[:-1]]
         return "\n".join(lines) + "\n"
 
     def _table(self) -> tuple[list[list[str]], list[str]]:

@@ -6,13 +6,16 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "scripts" / "bench"
+sys.path.insert(0, str(BENCH.parent))
 
 NEEDED = ["nbdkit", "fio", "cc"]
 pytestmark = pytest.mark.skipif(
@@ -24,11 +27,13 @@ GROUPS = {
     "nbd": 10,
     "lz4": 3,
     "threads": 2 if len(os.sched_getaffinity(0)) > 1 else 0,
-    "density": 8,
-    "compaction": 1,
-    "idle": 3,
+    "density": 16,
+    "steady": 14,
+    "compaction": 3,
+    "idle": 4,
     "state": 7,
-    "large": 2,
+    "scale": 6,
+    "large": 6,
 }
 
 
@@ -36,15 +41,22 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([BENCH, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
+PICTURES = ["frag-ratio.svg", "throughput.svg", "cost.svg"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_row(tmp_path: Path) -> None:
     json_file, markdown_file = tmp_path / "bench.json", tmp_path / "bench.md"
-    done = run("--quick", "--large", "--json", str(json_file), "--markdown", str(markdown_file))
+    done = run(
+        *("--quick", "--large", "--report", str(tmp_path)),
+        *("--json", str(json_file), "--markdown", str(markdown_file)),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     report: dict[str, Any] = json.loads(json_file.read_text())
     rows = report["rows"]
-    assert len(rows) == sum(GROUPS.values()), done.stdout
+    # `large` measures what `scale` does, and more.
+    assert len(rows) == sum(GROUPS.values()) - GROUPS["scale"], done.stdout
     for row in rows:
         numbers = [row["value"], *row["values"], *row["peer_values"], *row["ratios"]]
         numbers += [row[key] for key in ("peer_value", "ratio") if row["peer_values"]]
@@ -56,6 +68,29 @@ def test_every_row(tmp_path: Path) -> None:
             assert report["skipped"], f"{row['what']} has no peer, and nothing says why"
     assert {"machine", "software", "load average at the start"} <= report["machine"].keys()
     assert report["settings"]
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert markdown_file.read_text() in page
+    for picture in PICTURES:
+        assert f"]({picture})" in page
+        assert ElementTree.parse(tmp_path / picture).getroot().tag.endswith("svg")
+    assert_pictures_are_the_same_again(report["curves"], tmp_path)
+
+
+def assert_pictures_are_the_same_again(curves: dict[str, Any], folder: Path) -> None:
+    """Drawn twice from the same figures, a picture has the same bytes."""
+    from bench_tools import plots  # scripts/bench has installed what it needs
+    from bench_tools.results import Report
+
+    assert plots.apart([3, 10, 1], 4) == [4, 10, 0]  # where its labels go
+    report = Report({}, {})
+    report.curves = curves
+    drawn = []
+    for name in ("first", "second"):
+        (folder / name).mkdir()
+        captions = plots.draw(report, folder / name)
+        drawn.append({picture: (folder / name / picture).read_bytes() for picture in captions})
+    assert drawn[0].keys() == {"frag-ratio.svg", "cost.svg"}
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize(
@@ -66,6 +101,8 @@ def test_every_row(tmp_path: Path) -> None:
         (["--seconds", "nan"], "'nan' is out of range"),
         (["--json", "/nowhere/file"], "'/nowhere/file' cannot be written"),
         (["--corpus", "/nowhere/pages"], "'/nowhere/pages' cannot be read"),
+        (["--report", "/nowhere"], "'/nowhere' is not a folder that can be written to"),
+        (["--quick", "--report"], "name another folder for its report"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )
