@@ -431,7 +431,9 @@ cdef class Device:
         """
         cdef int rc
         with nogil:
+            pthread_rwlock_wrlock(&self.gate)   # check looks at what is made resident here
             rc = self.table.populate()
+            pthread_rwlock_unlock(&self.gate)
             if rc == 0:
                 rc = self.pool.arena.reserve_start((size + PAGE_SIZE - 1) >> PAGE_SHIFT)
         if rc:
