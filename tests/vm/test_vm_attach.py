@@ -248,8 +248,8 @@ def test_server_dies_under_io(loaded: Guest, connections: int) -> None:
 def test_restart_under_io(loaded: Guest) -> None:
     """`zramd restart` of a real server, again and again: requests wait, none fails, all data is right."""
     guest, restarts = loaded, 8
-    guest.run("mkdir -p /run/kept && mount -t tmpfs none /run/kept")
-    guest.run(f"PATH=/usr/sbin:$PATH {ZRAMD} start next --size 32M state=/run/kept/next")
+    guest.run("mkdir /run/states && mount -t tmpfs none /run/states")
+    guest.run(f"PATH=/usr/sbin:$PATH {ZRAMD} start next --size 32M state=/run/states/next")
     device = guest.run(f"{ZRAMD} attach next --timeout 1").strip()
     probe(guest, "next", device, 40)
     for number in range(restarts):
@@ -260,7 +260,7 @@ def test_restart_under_io(loaded: Guest) -> None:
     assert found["bad"] == []
     assert found["done"] > 200
     assert found["longest"][-1] < 15  # seconds, on a machine that is busy
-    guest.run(f"{ZRAMD} detach next && {ZRAMD} stop next && umount /run/kept")
+    guest.run(f"{ZRAMD} detach next && {ZRAMD} stop next && umount /run/states && rmdir /run/states")
 
 
 def faults(guest: Guest, name: str) -> list[str]:
