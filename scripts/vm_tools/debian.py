@@ -46,7 +46,14 @@ def machine(base: Machine, folder: Path, payload: dict[str, Path]) -> Machine:
     `base.images.root` is from `debian_image.prepare`. `folder` is for the guest's own layer, and for the
     archive of `payload`: the files by their names in the guest's /payload.
     """
-    disks = Disks(base.images.initramfs, base.images.root, [], folder / "layer.qcow2", folder / "payload.tar")
+    disks = Disks(
+        base.images.initramfs,
+        base.images.root,
+        [],
+        [],
+        layer=folder / "layer.qcow2",
+        payload=folder / "payload.tar",
+    )
     backing = ["-b", str(disks.root.absolute()), "-F", "raw"]
     image.output("qemu-img", "create", "-q", "-f", "qcow2", *backing, str(disks.layer))
     with tarfile.open(disks.payload, "w") as archive:
