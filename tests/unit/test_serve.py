@@ -3,6 +3,7 @@
 import io
 import os
 import socket
+import sys
 import threading
 from pathlib import Path
 
@@ -74,6 +75,18 @@ def test_uri(settings: config.Config, words: str, uri: str) -> None:
 def test_passed_sockets(settings: config.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LISTEN_FDS", "1")
     assert run_line(settings, "") == "nbdkit -f python PLUGIN size=1G"
+
+
+def test_greeting_names_a_command_that_is_there(
+    settings: config.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a checkout zramd is beside its Python, where no shell looks."""
+    (tmp_path / "zramd").touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert f"{tmp_path}/zramd attach" in serve.greeting(settings, serve.read_options([]), 4711)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert f"{tmp_path}/zramd" not in serve.greeting(settings, serve.read_options([]), 4711)
 
 
 def test_greeting(settings: config.Config) -> None:

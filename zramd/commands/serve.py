@@ -142,6 +142,15 @@ def uri(settings: "Config", options: Options) -> str:
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/{settings.name}"
 
 
+def _command() -> str:
+    """Return how to call zramd from where the user stands: in a checkout it is in .venv, off his PATH."""
+    import shlex
+    import shutil
+
+    beside = os.path.join(os.path.dirname(sys.executable), "zramd")
+    return "zramd" if shutil.which("zramd") or not os.path.exists(beside) else shlex.quote(beside)
+
+
 def greeting(settings: "Config", options: Options, pid: int) -> str:
     """Return what the user is told once the server answers: where it is, and three commands to try next."""
     import shlex
@@ -152,7 +161,7 @@ def greeting(settings: "Config", options: Options, pid: int) -> str:
     if not options.other_transport:
         # Attaching is root's business, and root looks for a device by its name elsewhere than other users.
         usual = settings.rundir == f"/run/zramd/{settings.name}"
-        attach = f"{sudo}zramd attach {settings.name if usual else f'--rundir {folder}'}"
+        attach = f"{sudo}{_command()} attach {settings.name if usual else f'--rundir {folder}'}"
     elif where:
         attach = f"nbdinfo {shlex.quote(where)}"
     else:
