@@ -9,21 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench_tools.density_rows import SMALL
+
 from zramd import Zsmalloc
 from zramd.core.codec import compress
 
 PAGE = 4096
 SMALLEST = 32
-SMALL = (
-    64,
-    96,
-    128,
-    192,
-    256,
-    384,
-    512,
-    700,
-)  # random bytes in a highly compressible block, as scripts/bench has
 
 
 @dataclass(frozen=True)

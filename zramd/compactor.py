@@ -17,7 +17,6 @@ from zramd.core.process import name_thread
 
 MIN_FREEABLE = 16  # pages: below this a run is not worth waking the caches for
 MAX_INTERVAL = 60.0  # seconds between looks after runs that gained nothing
-EAGER = 8  # after a run that gained, the next look comes in this part of the interval
 IO_SHARE = 4  # pause this many step times when clients are active: 1 part compacting, 4 parts not, 20 %
 MIN_PAUSE = 0.001
 # A zspage is at most 16 pages, so moving this much without freeing one means that nothing can be gained.
@@ -54,13 +53,10 @@ class Policy:
         self._step = config.compaction_step
         self._fruitless = 0  # bytes moved since a page was last freed
         self._backoff = 1
-        self._eager = False
 
     @property
     def interval(self) -> float:
         """Seconds until the next look."""
-        if self._eager:
-            return self._interval / EAGER
         return max(self._interval, min(self._interval * self._backoff, MAX_INTERVAL))
 
     @property
@@ -94,15 +90,10 @@ class Policy:
     def run_ended(self, freed: int) -> None:
         """Take note of a run that freed `freed` pages: without gain the next look comes later."""
         self._fruitless = 0
-        self._eager = freed > 0
         if freed:
             self._backoff = 1
         elif self.interval < MAX_INTERVAL:
             self._backoff *= 2
-
-    def found_nothing(self) -> None:
-        """Take note of a look after which no run was worth starting."""
-        self._eager = False
 
     def reset_backoff(self) -> None:
         """Look again at the configured interval."""
@@ -195,7 +186,6 @@ class Compactor:
             self._policy.reset_backoff()
         if not self._running:
             if not self._tickets and not self._policy.worth_starting(now):
-                self._policy.found_nothing()
                 self._trim_when_idle(before, now)
                 return self._policy.interval
             self._running = True

@@ -960,6 +960,7 @@ cdef class Zsmalloc:
                             chunk -= 1
                             memcpy(&header, base + chunk * c.size, HEADER_SIZE)
                         if not header & 1 or self._move(c, span, chunk, d, dst, True):
+                            wanted = found      # the page stays: do not move more
                             break
                         counter_add(&self.n.objects_migrated, 1)
                     room -= 1
