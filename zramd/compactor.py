@@ -33,6 +33,10 @@ class Pressure(NamedTuple):
     requests_done: int
     requests_inflight: int
 
+    def busy_since(self, before: "Pressure") -> bool:
+        """Say whether clients make requests now, or made some since `before`."""
+        return self.requests_inflight > 0 or self.requests_done != before.requests_done
+
 
 class Compactable(Protocol):
     """What the compactor needs of a device."""
@@ -83,7 +87,7 @@ class Policy:
 
     def pause(self, step_seconds: float, before: Pressure, now: Pressure) -> float:
         """Return the seconds to leave to clients after a step; 0 when there are none."""
-        if now.requests_inflight or now.requests_done != before.requests_done:
+        if now.busy_since(before):
             return max(IO_SHARE * step_seconds, MIN_PAUSE)
         return 0.0
 
@@ -181,18 +185,18 @@ class Compactor:
     def tick(self) -> float:
         """Do what is due, at most one step, and return the seconds until the next is due."""
         now = Pressure(*self._device.pressure())
-        before, self._seen = self._seen or now, now
+        last, self._seen = self._seen or now, now
         if self._tickets:
             self._policy.reset_backoff()
         if not self._running:
             if not self._tickets and not self._policy.worth_starting(now):
-                self._trim_when_idle(before, now)
+                self._trim_when_idle(last, now)
                 return self._policy.interval
             self._running = True
             self._run_freed = 0
-        return self._step(before)
+        return self._step(last, now)
 
-    def _step(self, before: Pressure) -> float:
+    def _step(self, last: Pressure, before: Pressure) -> float:
         asked = len(self._tickets)  # who asks later may ask about more than this step looks at
         started = self._clock()
         freed = self._device.compact(self._step_bytes)
@@ -205,12 +209,15 @@ class Compactor:
             # On demand means everything, and at once.
             if now.freeable and not self._policy.fruitless:
                 return 0.0
-            freed = self._device.compact()  # what the steps leave: see compact_whole in zsmalloc.pyx
-            self.pages_freed += freed
-            self._run_freed += freed
+            # What the steps leave, see compact_whole in zsmalloc.pyx. It gives back what is kept for the next write:
+            # a busy client takes it again at once, and its p99 was 1.6 times as long, not 1.4.
+            if not now.busy_since(before):
+                freed = self._device.compact()
+                self.pages_freed += freed
+                self._run_freed += freed
             self._answer(asked)
         elif self._policy.worth_going_on(now):
-            return self._policy.pause(taken, before, now)
+            return self._policy.pause(taken, last, now)
         self._policy.run_ended(self._run_freed)
         self._running = False
         self._trimmed = False
@@ -218,7 +225,7 @@ class Compactor:
 
     def _trim_when_idle(self, before: Pressure, now: Pressure) -> None:
         """Give the stock of kept pages back once no request came for one interval."""
-        if now.requests_inflight or now.requests_done != before.requests_done:
+        if now.busy_since(before):
             self._trimmed = False
         elif not self._trimmed:
             self._device.trim_stock()

@@ -70,6 +70,7 @@ NUMBERS = (
         "compaction_limit_runs_total",
     ),
     Number("objects_migrated", "objects", "Objects moved by compaction.", "compaction_moved_objects_total"),
+    Number("bytes_migrated", "bytes", "Bytes moved by compaction.", "compaction_moved_bytes_total"),
     Number("pages_compacted", "pages", "Pages freed by compaction.", "compaction_freed_pages_total"),
     Number("compact_ns", "ns", "Time spent compacting.", "compaction_seconds_total", 1e-9),
     Number("reads", "requests", "Read requests served."),
@@ -142,6 +143,7 @@ class Counters:
     freeable_pages: int
     zspages: int
     objects_migrated: int
+    bytes_migrated: int
     num_compactions: int
     compact_ns: int
     limit_compactions: int

@@ -262,12 +262,14 @@ def _cells(trace: Trace, zramd: History, kernel: History | None) -> Iterator[lis
 def _moves(trace: Trace, device: CountedDevice, kernel_freed: int) -> list[Row]:
     rows = []
     for number_of, step in enumerate((FREED_SOME, AGED)):
-        mine, same = device.zramd[number_of], device.same_state[number_of]
+        mine, same, rest = device.as_much[number_of], device.same_state[number_of], device.zramd[number_of]
+        rest -= mine
         note = (
-            f"{mine.bytes / MIB:.2f} MiB in {mine.objects:,} moves freed {mine.pages_freed:,} pages; "
-            f"the kernel's algorithm on the same zspages, simulated, frees {same.pages_freed:,} "
-            f"with {same.bytes / MIB:.2f} MiB, "
-            f"and on the kernel's own zspages {per_page(device.kernel[number_of]):,.0f} B a page"
+            f"until zramd has freed as many pages as the kernel's algorithm, simulated, on the same zspages: "
+            f"{mine.pages_freed:,} with {mine.bytes / MIB:.2f} MiB in {mine.objects:,} moves, "
+            f"beside {same.pages_freed:,} with {same.bytes / MIB:.2f} MiB. "
+            f"zramd then frees {rest.pages_freed:,} more with {rest.bytes / MIB:.2f} MiB. "
+            f"On the kernel's own zspages it is {per_page(device.kernel[number_of]):,.0f} B a page"
         )
         if kernel_freed:
             simulated = sum(moved.pages_freed for moved in device.kernel)

@@ -26,6 +26,11 @@ class Zspage:
 
     size_class: SizeClass
     objects: dict[int, None] = field(default_factory=dict)
+    resident: int = -1  # pages that are there; the kernel's zspages have all of theirs
+
+    def __post_init__(self) -> None:
+        if self.resident < 0:
+            self.resident = self.size_class.pages
 
     @property
     def group(self) -> int:
@@ -66,6 +71,13 @@ class Moved:
     objects: int = 0
     bytes: int = 0
     pages_freed: int = 0
+
+    def __sub__(self, before: Moved) -> Moved:
+        return Moved(
+            self.objects - before.objects,
+            self.bytes - before.bytes,
+            self.pages_freed - before.pages_freed,
+        )
 
 
 class Pool:
@@ -122,6 +134,7 @@ class Pool:
 
     def _compact_class(self, size_class: SizeClass, moved: Moved) -> None:
         target: Zspage | None = None
+        freed = 0
         while size_class.zspages * size_class.objs - size_class.inuse >= size_class.objs:
             target = target or size_class.isolate(range(FULL - 1, 0, -1))
             source = size_class.isolate(range(1, FULL))
@@ -133,16 +146,20 @@ class Pool:
                 self._where[name] = target
                 moved.objects += 1
                 moved.bytes += size_class.size
+                wanted = -(-len(target.objects) * size_class.size // PAGE)
+                freed -= max(wanted - target.resident, 0)
+                target.resident = max(wanted, target.resident)
             if source.objects:
                 size_class.insert(source)
             else:
                 size_class.zspages -= 1
-                moved.pages_freed += size_class.pages
+                freed += source.resident
             if len(target.objects) == size_class.objs:
                 size_class.insert(target)
                 target = None
         if target is not None:
             size_class.insert(target)
+        moved.pages_freed += freed
 
 
 def size_classes() -> tuple[list[SizeClass], list[SizeClass]]:

@@ -12,6 +12,7 @@ from zramd import Device
 
 # Columns of zsmalloc's table, see Device.classes.
 SIZE, PAGES = 1, -2
+STEP = 4 << 10  # bytes moved before looking whether as many pages are freed
 
 
 def pool_of(blocks: Iterable[dict[str, Any]], table: Sequence[tuple[int, ...]]) -> Pool:
@@ -21,15 +22,18 @@ def pool_of(blocks: Iterable[dict[str, Any]], table: Sequence[tuple[int, ...]]) 
     """
     objects: defaultdict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     objs: dict[int, int] = {}
+    resident: dict[tuple[int, int], int] = {}
     for block in blocks:
         if block["kind"] == "lz4":  # raw ones have a page each: there is nothing to compact
             objects[block["class_index"], block["zspage"]].append((block["chunk"], block["handle"]))
             objs[block["class_index"]] = block["zspage_objs"]
+            resident[block["class_index"], block["zspage"]] = block["zspage_pages"]
     classes = {index: SizeClass(table[index][SIZE], table[index][PAGES], objs[index]) for index in objs}
     pool = Pool([classes[index] for index in sorted(classes, reverse=True)])
-    for (index, _), chunks in sorted(objects.items()):
+    for (index, zspage), chunks in sorted(objects.items()):
         # The kernel goes through a source from its first chunk on.
-        pool.place(Zspage(classes[index]), [handle for _, handle in sorted(chunks, reverse=True)])
+        place = Zspage(classes[index], resident=resident[index, zspage])
+        pool.place(place, [handle for _, handle in sorted(chunks, reverse=True)])
     return pool
 
 
@@ -40,6 +44,7 @@ class CountedDevice:
         self.device = Device(blocks * BLOCK)
         self.model = KernelPool()
         self.zramd: list[Moved] = []  # of each compaction
+        self.as_much: list[Moved] = []  # until it had freed as many pages as the next
         self.same_state: list[Moved] = []
         self.kernel: list[Moved] = []
         self._blocks = blocks
@@ -56,40 +61,22 @@ class CountedDevice:
 
     def compact(self) -> None:
         """Compact both, and note what that moved."""
-        before, counters = self._where(), self.device.counters()
-        table = self.device.classes()
+        blocks = [self.device.block(block) for block in range(self._blocks)]
+        same_state = pool_of(blocks, self.device.classes()).compact()
+        before = self._moved()
+        done, last = Moved(), None
+        while done.pages_freed < same_state.pages_freed and done != last:
+            self.device.compact(STEP)
+            done, last = self._moved() - before, done
+        self.as_much.append(done)
         self.device.compact()
-        after, now = self._where(), self.device.counters()
-        self.zramd.append(moved_bytes(before, after, table, _gain(counters, now)))
-        self.same_state.append(pool_of(before, table).compact())
+        self.zramd.append(self._moved() - before)
+        self.same_state.append(same_state)
         self.kernel.append(self.model.compact())
 
-    def _where(self) -> list[dict[str, Any]]:
-        return [self.device.block(block) for block in range(self._blocks)]
-
-
-def _gain(before: dict[str, int], after: dict[str, int]) -> tuple[int, int]:
-    return tuple(after[key] - before[key] for key in ("objects_migrated", "pages_compacted"))  # type: ignore[return-value]
-
-
-def moved_bytes(
-    before: Sequence[dict[str, Any]],
-    after: Sequence[dict[str, Any]],
-    table: Sequence[tuple[int, ...]],
-    gain: tuple[int, int],
-) -> Moved:
-    """Return what a compaction of zramd moved: whose place is another one, and how many moves it counted.
-
-    It counts moves, not bytes. Objects that moved twice are taken to be as long as those that moved.
-    """
-    moves, pages_freed = gain
-    lengths = [
-        table[old["class_index"]][SIZE]
-        for old, new in zip(before, after, strict=True)
-        if old["kind"] == "lz4" and old["obj"] != new["obj"]
-    ]
-    mean = sum(lengths) / len(lengths) if lengths else 0
-    return Moved(moves, sum(lengths) + round((moves - len(lengths)) * mean), pages_freed)
+    def _moved(self) -> Moved:
+        counters = self.device.counters()
+        return Moved(counters["objects_migrated"], counters["bytes_migrated"], counters["pages_compacted"])
 
 
 def per_page(moved: Moved) -> float:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from bench_tools import density_rows, page
-from bench_tools.kernel_pool import KernelPool, Pool, SizeClass, Zspage, size_classes
-from bench_tools.moves import CountedDevice, moved_bytes, per_page, pool_of
+from bench_tools.kernel_pool import KernelPool, Moved, Pool, SizeClass, Zspage, size_classes
+from bench_tools.moves import CountedDevice, per_page, pool_of
 from bench_tools.results import Report, Table
 
 BLOCK = 4096
@@ -120,6 +120,7 @@ def block_at(zspage: int, chunk: int, handle: int) -> dict[str, object]:
         "class_index": 1,
         "zspage": zspage,
         "zspage_objs": 4,
+        "zspage_pages": 1,
         "chunk": chunk,
         "handle": handle,
         "obj": zspage * 65536 + chunk * 1024,
@@ -138,13 +139,35 @@ def test_same_zspages_as_the_device() -> None:
     assert per_page(moved) == 1024
 
 
-def test_bytes_of_what_moved() -> None:
-    before = [block_at(7, 0, 1), block_at(9, 1, 4), {"kind": "hole"}]
-    after = [block_at(7, 0, 1), block_at(7, 1, 4), {"kind": "hole"}]
-    assert moved_bytes(before, after, TABLE, (1, 1)).bytes == 1024
-    twice = moved_bytes(before, after, TABLE, (2, 1))
-    assert (twice.objects, twice.bytes) == (2, 2048)
-    assert per_page(moved_bytes(before, before, TABLE, (0, 0))) == 0
+def test_pages_that_are_not_there_are_not_freed() -> None:
+    """A zspage of zramd has only the pages that its objects touched: the kernel's rules free no more than those."""
+    table = [(0, 512, *[0] * 14, 1, 0), (1, 2048, *[0] * 14, 3, 0)]
+    blocks = [
+        {**block_at(7, 0, 1), "zspage_objs": 6, "zspage_pages": 1},
+        {**block_at(7, 1, 2), "zspage_objs": 6, "zspage_pages": 1},
+        {**block_at(9, 3, 3), "zspage_objs": 6, "zspage_pages": 2},
+    ]
+    moved = pool_of(blocks, table).compact()
+    # The target grows by a page, and the source has two.
+    assert (moved.objects, moved.bytes, moved.pages_freed) == (1, 2048, 1)
+    assert per_page(Moved()) == 0
+
+
+def test_a_compaction_of_the_device_is_counted() -> None:
+    """As much as the kernel's algorithm frees, and then the rest."""
+    device = CountedDevice(600)
+    dice = random.Random(4)
+    for block in range(600):
+        device.write(small_block(dice), block * BLOCK)
+    for block in dice.sample(range(600), 400):
+        device.trim(block * BLOCK, BLOCK)
+    before = device.device.counters()
+    device.compact()
+    after = device.device.counters()
+    (whole,), (as_much,), (same,) = device.zramd, device.as_much, device.same_state
+    assert whole.pages_freed == after["pages_compacted"] - before["pages_compacted"] > 0
+    assert whole.bytes == after["bytes_migrated"] > 0
+    assert same.pages_freed <= as_much.pages_freed <= whole.pages_freed
 
 
 def test_trace_on_a_device() -> None:

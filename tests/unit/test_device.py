@@ -409,6 +409,7 @@ def test_block() -> None:
     assert lz4["handle"] != other["handle"]
     assert lz4["zspage"] == other["zspage"]
     assert lz4["zspage_inuse"] == 2 <= int(lz4["zspage_objs"])
+    assert lz4["zspage_pages"] == 1
     assert {lz4["chunk"], other["chunk"]} == {0, 1}
     assert abs(int(lz4["obj"]) - int(other["obj"])) == lz4["class_size"]
     (row,) = [row for row in device.classes() if row[0] == lz4["class_index"]]

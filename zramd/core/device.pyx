@@ -527,11 +527,11 @@ cdef class Device:
 
         same: word, handle (0: the word is 0 and needs none). lz4 and raw: handle, payload_bytes, obj (bytes into the
         arena), zspage, chunk (of the zspage), class_index, class_size (bytes of a chunk), zspage_inuse and zspage_objs
-        (chunks used and in all). An object may move at any time. Raises ValueError beyond the device's end; CorruptionError.
+        (chunks used and in all), zspage_pages (resident ones). An object may move at any time. Raises ValueError beyond the device's end; CorruptionError.
         """
         cdef uint64_t slot, handle, obj = 0, word = 0
         cdef char *payload
-        cdef uint32_t span = 0, inuse = 0
+        cdef uint32_t span = 0, inuse = 0, resident = 0
         cdef size_class *c = NULL
         cdef int rc = 0
         if number >= self.blocks:
@@ -551,6 +551,7 @@ cdef class Device:
                     c = &self.pool.classes[self.pool.zspages[span].class_index]
                     pthread_mutex_lock(&c.lock)
                     inuse = self.pool.zspages[span].inuse
+                    resident = self.pool.arena.committed[span]
                     pthread_mutex_unlock(&c.lock)
                     self.pool.obj_end(handle)
             pthread_mutex_unlock(&self.table.stripes[number % STRIPES])
@@ -575,6 +576,7 @@ cdef class Device:
             "class_size": c.size,
             "zspage_inuse": inuse,
             "zspage_objs": c.objs,
+            "zspage_pages": int(resident).bit_count(),
         }
 
     def reset_mem_used_max(self):

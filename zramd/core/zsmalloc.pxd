@@ -23,6 +23,7 @@ cdef struct pool_counters:
     uint64_t objects_migrated
     uint64_t num_compactions
     uint64_t compact_ns
+    uint64_t bytes_migrated             # whole chunks
 
 cdef class Zsmalloc:
     cdef readonly uint64_t max_objects
@@ -100,7 +101,8 @@ cdef class Zsmalloc:
     cdef uint32_t _isolate_fullest(self, size_class *c, bint resident) noexcept nogil
     cdef uint32_t _isolate_emptiest(self, size_class *c) noexcept nogil
     cdef uint32_t _putback(self, size_class *c, uint32_t span) noexcept nogil
-    cdef uint64_t _compact_class(self, uint32_t index, uint64_t *budget, uint64_t enough) noexcept nogil
+    cdef bint _is_worth_moving(self, size_class *c, bint whole) noexcept nogil
+    cdef uint64_t _compact_class(self, uint32_t index, uint64_t *budget, uint64_t enough, bint whole) noexcept nogil
     cdef uint64_t _tighten(self, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil
     cdef void _list_chunks(self, size_class *c, uint32_t span) noexcept nogil
     cdef int _move(self, size_class *c, uint32_t src, uint32_t chunk, size_class *d, uint32_t dst,

@@ -736,16 +736,18 @@ cdef class Zsmalloc:
     cdef uint64_t compact_run(self, uint64_t budget, uint64_t enough) noexcept nogil:
         """Compact until about budget bytes were moved, enough pages freed, or nothing is freeable; the pages freed.
 
-        Largest class first, as zsmalloc does: the fewest copies for each page freed.
+        First whole zspages, as zsmalloc does, largest class first: the fewest copies for each page freed. Then the last
+        pages of those that stay part-filled, which cost more: after aging 4 times as much (docs/benchmarks.md).
         """
         cdef uint64_t freed = 0, start
         cdef uint32_t i
+        cdef bint whole
         pthread_mutex_lock(&self.compact_lock)
         start = monotonic_ns()
-        for i in range(self.huge, 0, -1):
-            if budget == 0 or freed >= enough:
-                break
-            freed += self._compact_class(i - 1, &budget, enough - freed)
+        for whole in range(1, -1, -1):
+            for i in range(self.huge, 0, -1):
+                if budget and freed < enough:
+                    freed += self._compact_class(i - 1, &budget, enough - freed, whole)
         counter_add(&self.n.compact_ns, monotonic_ns() - start)
         if freed:
             counter_add(&self.n.pages_compacted, freed)
@@ -766,25 +768,30 @@ cdef class Zsmalloc:
         pthread_mutex_unlock(&self.compact_lock)
         return freed + borrowed
 
-    cdef uint64_t _compact_class(self, uint32_t index, uint64_t *budget, uint64_t enough) noexcept nogil:
+    cdef bint _is_worth_moving(self, size_class *c, bint whole) noexcept nogil:
+        """Whether compacting the class frees a page; with whole, a whole zspage (zsmalloc's zs_can_compact)."""
+        return self.freeable(c) and (
+            not whole or load_relaxed(&c.zspages) * c.objs - load_relaxed(&c.inuse) >= c.objs)
+
+    cdef uint64_t _compact_class(self, uint32_t index, uint64_t *budget, uint64_t enough, bint whole) noexcept nogil:
         """Move objects from the emptiest zspage into the fullest while that frees pages; the pages freed.
 
-        The one that stays part-filled is tightened. Both are off their lists meanwhile, so that the lock can be dropped
+        With whole, only while it frees whole zspages. Else what stays part-filled is tightened. Both are off their lists meanwhile, so that the lock can be dropped
         whenever someone waits for it: nobody allocates from them, and who frees an object in them leaves them alone
         otherwise.
         """
         cdef size_class *c = &self.classes[index]
         cdef uint32_t src = NIL, dst = NIL, chunk = 0, header, group, retries = 2
-        cdef uint64_t freed = 0, grown = 0, moved = 0, before
+        cdef uint64_t freed = 0, grown = 0, before
         # Only chunks whose pages are there can be moved into: with a reserve, and once the limit is reached.
         cdef bint resident = load_relaxed(&self.arena.reserve) != 0
         cdef char *base = NULL
         cdef int rc
-        if self.freeable(c) == 0:
+        if not self._is_worth_moving(c, whole):
             return 0
         lock_class(c)
         while freed < enough and budget[0]:
-            if dst == NIL and self.freeable(c):
+            if dst == NIL and self._is_worth_moving(c, whole):
                 dst = self._isolate_fullest(c, resident)
                 if dst == NIL and src != NIL and resident and retries:
                     # The source itself may be the only one with room: let it be the next destination.
@@ -792,7 +799,7 @@ cdef class Zsmalloc:
                     freed += self._putback(c, src)
                     src = NIL
                     continue
-            if src == NIL and dst != NIL and self.freeable(c):
+            if src == NIL and dst != NIL and self._is_worth_moving(c, whole):
                 src = self._isolate_emptiest(c)
                 chunk = 0
                 base = self.arena.base + (<uint64_t>src << SPAN_SHIFT)
@@ -810,7 +817,6 @@ cdef class Zsmalloc:
                         dst = NIL
                         break
                     if rc == 0:
-                        moved += 1
                         budget[0] -= min(c.size, budget[0])
                 chunk += 1
                 if budget[0] == 0 or load_relaxed_32(&c.waiters):
@@ -828,14 +834,13 @@ cdef class Zsmalloc:
                 sched_yield()
                 lock_class(c)
         freed += self._putback(c, src) + self._putback(c, dst)
-        for group in range(GROUP_EMPTY + 1, GROUP_FULL):
+        for group in range(GROUP_FULL if whole else GROUP_EMPTY + 1, GROUP_FULL):
             src = c.heads[group]
             while src != NIL and freed - min(freed, grown) < enough and budget[0] and (
                     not load_relaxed_32(&c.waiters) and self.freeable(c)):
                 freed += self._tighten(c, src, budget)
                 src = self.zspages[src].next
         pthread_mutex_unlock(&c.lock)
-        counter_add(&self.n.objects_migrated, moved)
         return freed - min(freed, grown)
 
     cdef uint32_t _isolate_fullest(self, size_class *c, bint resident) noexcept nogil:
@@ -900,7 +905,6 @@ cdef class Zsmalloc:
             if header & 1:
                 if z.free >= enough or self._move(c, span, chunk, c, span, True):
                     break
-                counter_add(&self.n.objects_migrated, 1)
                 budget[0] -= min(c.size, budget[0])
                 # The lowest free chunk is to be the first of the list, not this one.
                 memcpy(&header, base + chunk * c.size, HEADER_SIZE)
@@ -962,7 +966,6 @@ cdef class Zsmalloc:
                         if not header & 1 or self._move(c, span, chunk, d, dst, True):
                             wanted = found      # the page stays: do not move more
                             break
-                        counter_add(&self.n.objects_migrated, 1)
                     room -= 1
                     found += 1
                 self._regroup(d, dst)
@@ -1023,6 +1026,8 @@ cdef class Zsmalloc:
         zr_crash_point("move-cell-stored")
         self._chunk_give(c, src, chunk)
         zr_crash_point("move-source-freed")
+        counter_add(&self.n.objects_migrated, 1)
+        counter_add(&self.n.bytes_migrated, c.size)
         return 0
 
     cdef uint64_t give_back(self) noexcept nogil:
@@ -1114,6 +1119,7 @@ cdef class Zsmalloc:
         store_relaxed(&self.n.objects_migrated, 0)
         store_relaxed(&self.n.num_compactions, 0)
         store_relaxed(&self.n.compact_ns, 0)
+        store_relaxed(&self.n.bytes_migrated, 0)
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes beside the arena's pages: cells, zspages, tables, counters, this object."""
@@ -1348,6 +1354,7 @@ cdef class Zsmalloc:
             "reserve_misses": load_relaxed(&self.arena.misses),
             "pages_compacted": load_relaxed(&self.n.pages_compacted),
             "objects_migrated": load_relaxed(&self.n.objects_migrated),
+            "bytes_migrated": load_relaxed(&self.n.bytes_migrated),
             "num_compactions": load_relaxed(&self.n.num_compactions),
             "compact_ns": load_relaxed(&self.n.compact_ns),
             "zspages": zspages,
