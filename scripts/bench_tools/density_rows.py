@@ -15,6 +15,9 @@ from bench_tools.kernel import KernelBlocks, KernelZram
 from bench_tools.moves import CountedDevice, per_page
 from bench_tools.results import Aim, NotMeasuredError, Row, Table, at_least, ratio_at_most
 from bench_tools.setup import BLOCK, MIB, Setup
+from zramd import Device
+from zramd.compactor import Compactor
+from zramd.config import parse
 
 SMALL = (
     64,
@@ -26,6 +29,7 @@ SMALL = (
     512,
     700,
 )  # random bytes in a highly compressible block; the rest is zeros
+KIB = 1024
 FREED = 0.65  # share of the blocks that is trimmed
 AGING_ROUNDS = 2
 AGING_WRITES, AGING_TRIMS = 0.5, 0.35  # for each block and round of aging
@@ -89,6 +93,23 @@ class Target(Protocol):
     def write(self, data: bytes, offset: int) -> None: ...
     def trim(self, offset: int, length: int) -> None: ...
     def compact(self) -> object: ...
+
+
+class LeftAlone:
+    """A device that nobody asks to compact: background compaction does what it does by its default settings."""
+
+    def __init__(self, blocks: int) -> None:
+        self.device = Device(blocks * BLOCK)
+        self.write, self.trim = self.device.write, self.device.trim
+        config = parse([("disksize", str(blocks * BLOCK))])
+        self._compactor = Compactor(self.device, config)
+        self._rest = config.compaction_interval
+
+    def compact(self) -> None:
+        """Let a second pass: a look, and the run that it starts."""
+        self._compactor.tick()  # notes that requests came
+        while self._compactor.tick() < self._rest:
+            pass
 
 
 def run(trace: Trace, target: Target, usage: Callable[[], Usage]) -> History:
@@ -191,7 +212,9 @@ def measure(setup: Setup) -> list[Row]:
             kernel, kernel_freed = _on_kernel(trace)
         except (NotMeasuredError, OSError) as reason:
             setup.report.skip(f"kernel zram, density: {reason}")
-        rows += _rows(trace, zramd, kernel) + _moves(trace, device, kernel_freed)
+        alone = LeftAlone(trace.blocks)
+        background = run(trace, alone, lambda alone=alone: usage_of(alone.device.counters()))  # type: ignore[misc]
+        rows += _rows(trace, zramd, kernel, background) + _moves(trace, device, kernel_freed)
         table.rows += _cells(trace, zramd, kernel)
         setup.report.curves[f"frag ratio, {trace.name}"] = {
             "marks": zramd.marks,
@@ -205,7 +228,7 @@ def measure(setup: Setup) -> list[Row]:
     return rows
 
 
-def _rows(trace: Trace, zramd: History, kernel: History | None) -> list[Row]:
+def _rows(trace: Trace, zramd: History, kernel: History | None, background: History) -> list[Row]:
     note = "one run: the trace is fixed; the kernel's metadata is computed: 16 B a block and 8 B an object"
 
     def row(
@@ -220,6 +243,19 @@ def _rows(trace: Trace, zramd: History, kernel: History | None) -> list[Row]:
         if kernel:
             step = max(STEPS, key=lambda step: take(zramd.steps[step]) / take(kernel.steps[step]))
         return row(f"{what} at the worst step", "MiB", step, take, ratio_at_most(1), f"; after {step}")
+
+    def left_alone(what: str, take: Callable[[Usage], float]) -> Row:
+        """A second after freeing, which is one look of background compaction; the kernel's compacts on demand."""
+        return Row(
+            f"{what} a second after freeing 65 %, {trace.name}",
+            "MiB",
+            [take(background.steps[COMPACTED])],
+            ratio_at_most(1),
+            KERNEL,
+            [take(kernel.steps[FREED_SOME])] if kernel else [],
+            note
+            + "; background compaction alone, by its default settings; the kernel compacts when it is asked",
+        )
 
     def ratio(usage: Usage) -> float:
         return usage.frag_ratio
@@ -237,6 +273,8 @@ def _rows(trace: Trace, zramd: History, kernel: History | None) -> list[Row]:
         row("total_bytes after filling", "MiB", FILLED, total, ratio_at_most(1)),
         worst("mem_used_total", used),
         worst("total_bytes", total),
+        left_alone("mem_used_total", used),
+        left_alone("total_bytes", total),
     ]
 
 
@@ -266,9 +304,9 @@ def _moves(trace: Trace, device: CountedDevice, kernel_freed: int) -> list[Row]:
         rest -= mine
         note = (
             f"until zramd has freed as many pages as the kernel's algorithm, simulated, on the same zspages: "
-            f"{mine.pages_freed:,} with {mine.bytes / MIB:.2f} MiB in {mine.objects:,} moves, "
-            f"beside {same.pages_freed:,} with {same.bytes / MIB:.2f} MiB. "
-            f"zramd then frees {rest.pages_freed:,} more with {rest.bytes / MIB:.2f} MiB. "
+            f"{mine.pages_freed:,} with {mine.bytes / KIB:,.1f} KiB in {mine.objects:,} moves, "
+            f"beside {same.pages_freed:,} with {same.bytes / KIB:,.1f} KiB. "
+            f"zramd then frees {rest.pages_freed:,} more with {rest.bytes / KIB:,.1f} KiB. "
             f"On the kernel's own zspages it is {per_page(device.kernel[number_of]):,.0f} B a page"
         )
         if kernel_freed:

@@ -12,7 +12,7 @@ from zramd import Device
 
 # Columns of zsmalloc's table, see Device.classes.
 SIZE, PAGES = 1, -2
-STEP = 4 << 10  # bytes moved before looking whether as many pages are freed
+STEP = 512  # bytes moved before looking whether as many pages are freed
 
 
 def pool_of(blocks: Iterable[dict[str, Any]], table: Sequence[tuple[int, ...]]) -> Pool:

@@ -34,6 +34,7 @@ COUNTERS = {
     "freeable_pages": 2,
     "zspages": 1,
     "objects_migrated": 23,
+    "bytes_migrated": 2300,
     "num_compactions": 29,
     "compact_ns": 1500000000,
     "limit_compactions": 31,

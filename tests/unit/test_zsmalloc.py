@@ -212,6 +212,26 @@ def test_compaction_moves_no_more_than_it_must() -> None:
     pool.check()
 
 
+def test_compaction_frees_whole_zspages_first() -> None:
+    """One object moved frees a zspage of small ones; the last pages of a larger class cost more, and come after."""
+    pool = Zsmalloc(10000)
+    rows = pool.table()
+    small, large = (next(row for row in rows if row[1] >= size) for size in (512, 3000))
+    objs = [row[16] * PAGE // row[1] for row in (small, large)]
+    few = fill(pool, 2 * objs[0], small[1] - HEADER)
+    for handle in [few[0], *few[objs[0] + 1 :]]:
+        pool.free(handle)
+    for handle in fill(pool, objs[1], large[1] - HEADER)[: objs[1] // 2]:
+        pool.free(handle)
+    assert [row[-1] > 0 for row in pool.table() if row[0] in (small[0], large[0])] == [True, True]
+    pool.compact(1)
+    assert pool.stats()["bytes_migrated"] == small[1]
+    pool.compact()
+    assert pool.stats()["freeable_pages"] == 0
+    assert pool.stats()["bytes_migrated"] > large[1]
+    pool.check()
+
+
 @pytest.mark.parametrize("size", [20, 500, 1500, 3000])
 def test_compaction_tightens_the_last_zspage(size: int) -> None:
     """What is left of it goes to its first pages; not more is copied than was on the others."""
