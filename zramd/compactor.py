@@ -194,9 +194,9 @@ class Compactor:
                 return self._policy.interval
             self._running = True
             self._run_freed = 0
-        return self._step(last, now)
+        return self._step(last)
 
-    def _step(self, last: Pressure, before: Pressure) -> float:
+    def _step(self, last: Pressure) -> float:
         asked = len(self._tickets)  # who asks later may ask about more than this step looks at
         started = self._clock()
         freed = self._device.compact(self._step_bytes)
@@ -209,12 +209,9 @@ class Compactor:
             # On demand means everything, and at once.
             if now.freeable and not self._policy.fruitless:
                 return 0.0
-            # What the steps leave, see compact_whole in zsmalloc.pyx. It gives back what is kept for the next write:
-            # a busy client takes it again at once, and its p99 was 1.6 times as long, not 1.4.
-            if not now.busy_since(before):
-                freed = self._device.compact()
-                self.pages_freed += freed
-                self._run_freed += freed
+            freed = self._device.compact()  # what the steps leave: see compact_whole in zsmalloc.pyx
+            self.pages_freed += freed
+            self._run_freed += freed
             self._answer(asked)
         elif self._policy.worth_going_on(now):
             return self._policy.pause(taken, last, now)

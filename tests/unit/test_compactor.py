@@ -205,23 +205,6 @@ class TestThread:
         assert compactor.compact_now(10) == 0
         compactor.stop()
 
-    def test_compact_now_leaves_a_busy_client_its_stock(self) -> None:
-        """What is kept for the next write is taken again at once: the whole compaction is for who is idle."""
-        device = FakeDevice(freeable=55)
-        compactor = make(device, compaction="off", compaction_interval="3600")
-
-        def request() -> None:
-            device.done += 1
-
-        device.during_step = request
-        compactor.start()
-        assert compactor.compact_now(10) == 55
-        assert 0 not in device.budgets
-        device.during_step = lambda: None
-        compactor.compact_now(10)
-        assert device.budgets[-1] == 0
-        compactor.stop()
-
     def test_configure(self) -> None:
         """What is configured counts at once, even in the middle of an hour's interval."""
         device = FakeDevice(freeable=5000)
