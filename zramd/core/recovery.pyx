@@ -39,7 +39,7 @@ from zramd.core.types cimport (
     slot_handle,
     zspage,
 )
-from zramd.core.zsmalloc cimport Zsmalloc, size_class
+from zramd.core.zsmalloc cimport Zsmalloc, is_mapped, pages_below, pages_of_chunk, size_class
 
 import os
 import threading
@@ -301,20 +301,22 @@ cdef class Recovery:
             z.class_index = <uint16_t>(self.pool.span_class[span] - 1)
             if z.class_index < self.pool.class_count:
                 c = &self.pool.classes[z.class_index]
-                z.inuse = z.fresh = z.free = 0
+                z.used = 0
+                z.inuse = z.fresh = 0
+                z.free = NO_CHUNK
                 for chunk in range(c.objs):
                     if bit_is_set(live, chunk * c.size // MIN_CHUNK):
                         z.inuse += 1
                         z.fresh = <uint16_t>(chunk + 1)
-                        z.free |= <uint16_t>(1 << chunk % 16)
+                        if is_mapped(c):
+                            z.used |= <uint64_t>1 << chunk
+                            needed |= pages_of_chunk(c, chunk)
                 if z.inuse:
                     z.group = 0
-                if c.size == PAGE_SIZE:
-                    needed = z.free
-                    z.fresh = 0
-                elif z.inuse:
-                    needed = (1 << ((z.fresh * c.size + PAGE_SIZE - 1) >> PAGE_SHIFT)) - 1
-                    z.free = NO_CHUNK
+                    if is_mapped(c):
+                        z.fresh = <uint16_t>c.objs
+                    else:
+                        needed = (1 << pages_below(c, z.fresh)) - 1
             excess = self.arena.committed[span] & ~needed
             if excess:
                 self.arena._release(span, excess)
@@ -325,7 +327,7 @@ cdef class Recovery:
             start = base + (c.objs - 1 - chunk) * c.size
             if bit_is_set(live, <uint64_t>(start - base) // MIN_CHUNK):
                 zr_unpoison(start, c.size)
-            elif c.objs - 1 - chunk < z.fresh:
+            elif not is_mapped(c) and c.objs - 1 - chunk < z.fresh:
                 zr_unpoison(start, CHUNK_ALIGN)
                 header = <uint32_t>z.free << 1
                 memcpy(start, &header, HEADER_SIZE)

@@ -44,6 +44,7 @@ cdef enum:
     FINE_CHUNK = 768
     MAX_CLASSES = 255           # span_class holds their number + 1 in a byte
     MAX_CHUNKS = 2048           # SPAN_SIZE / MIN_CHUNK: most chunks in a zspage
+    MAPPED_CHUNKS = 64          # zspages of no more chunks have a bitmap of those in use, others a list of the free ones
     NO_CHUNK = 0xFFFF
 
     # Fullness groups: 0 %, then up to 10, 20, … 90, 99 %, and 100 %, as zsmalloc has them since Linux 6.4.
@@ -69,12 +70,14 @@ cdef enum:
     NIL = 0x7FFFFFFF            # no span: end of a list
 
 cdef struct zspage:
-    # Guarded by the lock of its class. chunks in use + chunks on the free list == fresh; 20 bytes for 64 KiB of span.
+    # Guarded by the lock of its class; 32 bytes for 64 KiB of span.
+    uint64_t used               # with a bitmap: the chunks in use; a free one need not be resident
     uint32_t prev               # neighbours in the list of its fullness group, as span numbers
     uint32_t next
     uint16_t inuse              # chunks that hold an object
+    # With a list: chunks in use + chunks on the list == fresh. With a bitmap: all chunks.
     uint16_t fresh              # chunks below this one were used at least once; those above need not be resident
-    uint16_t free               # head of the free list, NO_CHUNK at its end; huge class: bitmap of the pages in use
+    uint16_t free               # head of the free list, NO_CHUNK at its end
     uint16_t class_index
     uint8_t group
 

@@ -3,7 +3,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from zramd.core.arena cimport Arena
 from zramd.core.locks cimport pthread_mutex_t
 from zramd.core.region cimport Memory, Region
-from zramd.core.types cimport GROUPS, MAX_CLASSES, zspage
+from zramd.core.types cimport GROUPS, MAPPED_CHUNKS, MAX_CLASSES, PAGE_SHIFT, PAGE_SIZE, zspage
 
 cdef struct size_class:
     pthread_mutex_t lock            # guards all of this and the zspages of the class
@@ -16,6 +16,20 @@ cdef struct size_class:
     uint64_t zspages                # isolated ones included
     uint64_t inuse                  # objects
     uint64_t committed              # resident pages; of huge: those in use and the spare ones
+
+cdef inline bint is_mapped(size_class *c) noexcept nogil:
+    """Whether zspages of the class have a bitmap of the chunks in use, not a list of the free ones."""
+    return c.objs <= MAPPED_CHUNKS
+
+cdef inline uint32_t pages_below(size_class *c, uint32_t chunks) noexcept nogil:
+    """Pages that the first chunks of a zspage touch."""
+    return (chunks * c.size + PAGE_SIZE - 1) >> PAGE_SHIFT
+
+cdef inline uint32_t pages_of_chunk(size_class *c, uint32_t chunk) noexcept nogil:
+    """Bitmap of the pages of its zspage that a chunk touches."""
+    cdef uint32_t start = chunk * c.size
+    cdef uint32_t first = start >> PAGE_SHIFT, last = (start + c.size - 1) >> PAGE_SHIFT
+    return (<uint32_t>2 << last) - (<uint32_t>1 << first)
 
 cdef struct pool_counters:
     # All atomic. Kept: new ones go to the end.
@@ -91,21 +105,33 @@ cdef class Zsmalloc:
     cdef int _chunk_take(self, size_class *c, uint32_t span, uint64_t handle, bint resident) noexcept nogil
     cdef void _chunk_give(self, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil
     cdef bint _chunk_holds(self, size_class *c, uint32_t span, uint32_t chunk, uint64_t handle) noexcept nogil
-    cdef int _huge_take(self, size_class *c, uint32_t span) noexcept nogil
-    cdef void _huge_give(self, size_class *c, uint32_t span, uint32_t page) noexcept nogil
+    cdef int _list_take(self, size_class *c, uint32_t span, bint resident) noexcept nogil
+    cdef int _mapped_take(self, size_class *c, uint32_t span, bint resident) noexcept nogil
+    cdef int _commit(self, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil
+    cdef uint64_t _chunks_below(self, size_class *c, uint32_t span) noexcept nogil
+    cdef uint64_t _mapped_room(self, size_class *c, uint32_t span) noexcept nogil
+    cdef void _spare_page(self, size_class *c, uint32_t span, uint32_t page) noexcept nogil
+    cdef uint32_t _unused_pages(self, size_class *c, uint32_t span, uint32_t pages) noexcept nogil
+    cdef void _give_pages(self, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil
+    cdef uint32_t _next_used(self, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil
+    cdef uint32_t _last_used(self, size_class *c, uint32_t span, uint32_t end) noexcept nogil
     cdef void _link(self, size_class *c, uint32_t span) noexcept nogil
     cdef void _unlink(self, size_class *c, uint32_t span) noexcept nogil
     cdef void _regroup(self, size_class *c, uint32_t span) noexcept nogil
     cdef int64_t _zspage_new(self, size_class *c, uint32_t index) noexcept nogil
     cdef uint32_t _zspage_gone(self, size_class *c, uint32_t span) noexcept nogil
     cdef uint32_t _isolate_fullest(self, size_class *c, bint resident) noexcept nogil
+    cdef bint _has_resident_room(self, size_class *c, uint32_t span) noexcept nogil
     cdef uint32_t _isolate_emptiest(self, size_class *c) noexcept nogil
     cdef uint32_t _putback(self, size_class *c, uint32_t span) noexcept nogil
     cdef bint _is_worth_moving(self, size_class *c, bint whole) noexcept nogil
     cdef uint64_t _compact_class(self, uint32_t index, uint64_t *budget, uint64_t enough, bint whole) noexcept nogil
     cdef uint64_t _tighten(self, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil
+    cdef void _pack_list(self, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil
+    cdef void _pack_mapped(self, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil
     cdef void _list_chunks(self, size_class *c, uint32_t span) noexcept nogil
     cdef int _move(self, size_class *c, uint32_t src, uint32_t chunk, size_class *d, uint32_t dst,
                    bint resident) noexcept nogil
     cdef const char *_find_class_fault(self, uint32_t index, uint64_t *where) noexcept nogil
+    cdef const char *_find_chunk_fault(self, size_class *c, uint64_t obj) noexcept nogil
     cdef const char *_find_zspage_fault(self, uint32_t index, uint32_t span) noexcept nogil

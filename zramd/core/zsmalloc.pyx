@@ -8,8 +8,10 @@ The design is that of Linux' mm/zsmalloc.c with Minchan Kim's compaction series 
 
 A handle is not a location: moving an object rewrites its cell, and the header leads a mover from the object to the cell.
 Chunks of one zspage are all of one size class; its pages are virtually contiguous, so no object straddles a copy.
-Objects above max_payload are huge: a page each, without a header, and a freed one's page is given back by itself, so
-there is nothing to compact; a bitmap in the zspage stands where others keep their free list.
+Zspages of at most MAPPED_CHUNKS chunks (all those of 1 KiB or more) have a bitmap of the chunks in use instead of the list
+of free ones. So a page on which nothing is left can be given back by itself, before any compaction; the kernel gives back
+whole zspages. See docs/density.md.
+Objects above max_payload are huge: a page each, without a header, so there is nothing to compact.
 
 Lock order: compact_lock, then a class lock, then cells_lock or arena.lock. Pins are outside of that order: whoever holds
 a class lock may only try for a pin, whoever holds a pin may wait for a class lock.
@@ -112,13 +114,19 @@ cdef extern from *:
         return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
     }
     #define lowest_bit(x) ((uint32_t)__builtin_ctz(x))
+    #define highest_bit_64(x) (63 - (uint32_t)__builtin_clzll(x))
+    #define lowest_bit_64(x) ((uint32_t)__builtin_ctzll(x))
     #define bits_set(x) ((uint32_t)__builtin_popcount(x))
+    #define bits_set_64(x) ((uint32_t)__builtin_popcountll(x))
     #define prefetch(p) __builtin_prefetch(p)
     """
     void prefetch(const void *p) noexcept nogil
     uint64_t monotonic_ns() noexcept nogil
     uint32_t lowest_bit(uint32_t x) noexcept nogil
     uint32_t bits_set(uint32_t x) noexcept nogil
+    uint32_t highest_bit_64(uint64_t x) noexcept nogil
+    uint32_t lowest_bit_64(uint64_t x) noexcept nogil
+    uint32_t bits_set_64(uint64_t x) noexcept nogil
 
 cdef enum:
     CELLS_PER_PAGE = 512
@@ -129,6 +137,8 @@ cdef enum:
     RESIDENT_TRIES = 8      # zspages of a fullness group that are looked at for resident room
     TAIL_PAGES = 2          # unused pages that the last zspage of a class keeps where there is a reserve
     BORROW_SHIFT = 4        # a borrowed chunk is at most 1/16 larger than the object's own
+    SLACK_SHIFT = 3         # a page is given back by itself once 1/8 of its class is freeable: steady overwriting
+                            # would else give back and take again (docs/density.md)
 
 cdef uint64_t PIN_PATIENCE_NS = 10 * 1000 * 1000 * 1000
 
@@ -153,16 +163,15 @@ cdef inline uint32_t fullness(size_class *c, zspage *z) noexcept nogil:
     return 10 * <uint32_t>z.inuse // c.objs + 1
 
 
-cdef inline uint32_t pages_below(size_class *c, uint32_t chunks) noexcept nogil:
-    """Pages that the first chunks of a zspage touch."""
-    return (chunks * c.size + PAGE_SIZE - 1) >> PAGE_SHIFT
+cdef inline uint64_t all_chunks(size_class *c) noexcept nogil:
+    """Bitmap of the chunks of a zspage."""
+    return ~<uint64_t>0 >> (64 - c.objs)
 
 
-cdef inline uint32_t pages_of_chunk(size_class *c, uint32_t chunk) noexcept nogil:
-    """Bitmap of the pages of its zspage that a chunk touches."""
-    cdef uint32_t start = chunk * c.size
-    cdef uint32_t first = start >> PAGE_SHIFT, last = (start + c.size - 1) >> PAGE_SHIFT
-    return (<uint32_t>2 << last) - (<uint32_t>1 << first)
+cdef inline uint64_t chunks_of_page(size_class *c, uint32_t page) noexcept nogil:
+    """Bitmap of the chunks of a zspage that touch a page."""
+    cdef uint32_t first = (page << PAGE_SHIFT) // c.size, last = (((page + 1) << PAGE_SHIFT) - 1) // c.size
+    return ((<uint64_t>2 << min(last, c.objs - 1)) - (<uint64_t>1 << first)) if first < c.objs else 0
 
 
 cdef void geometry(uint32_t size, uint32_t *pages, uint32_t *objs) noexcept nogil:
@@ -442,7 +451,7 @@ cdef class Zsmalloc:
     cdef int obj_free(self, uint64_t handle) noexcept nogil:
         """Free an object, once whoever holds its pin is done. -ENOENT: the handle is not live."""
         cdef uint64_t obj
-        cdef uint32_t span, chunk
+        cdef uint32_t span, index, chunk
         cdef size_class *c
         cdef bint empty = False
         cdef int rc = self._pin(handle, &obj)
@@ -450,7 +459,8 @@ cdef class Zsmalloc:
             return rc
         zr_crash_point("free-pinned")
         span = obj >> SPAN_SHIFT
-        c = &self.classes[self.zspages[span].class_index]
+        index = self.zspages[span].class_index
+        c = &self.classes[index]
         chunk = (<uint32_t>obj & (SPAN_SIZE - 1)) // c.size
         lock_class(c)
         if not self._chunk_holds(c, span, chunk, handle):
@@ -462,6 +472,8 @@ cdef class Zsmalloc:
         if self.zspages[span].group != ISOLATED:
             if self.zspages[span].inuse:
                 self._regroup(c, span)
+                if is_mapped(c) and index != self.huge:
+                    self._give_pages(c, span, chunk)
             else:
                 self._unlink(c, span)
                 self._zspage_gone(c, span)
@@ -512,116 +524,194 @@ cdef class Zsmalloc:
     cdef int _chunk_take(self, size_class *c, uint32_t span, uint64_t handle, bint resident) noexcept nogil:
         """Allocate a chunk of a zspage and write its header; its number, or -ENOSPC.
 
-        A freed chunk first, its page is there already. With resident, only a chunk whose pages are.
+        A free chunk whose pages are resident first. With resident, no other one.
         """
         cdef zspage *z = &self.zspages[span]
-        cdef char *base = self.arena.base + (<uint64_t>span << SPAN_SHIFT)
         cdef char *start
-        cdef uint32_t chunk, header, next
-        cdef int n
-        if c.size == PAGE_SIZE:
-            n = self._huge_take(c, span)
-            if n < 0:
-                return n
-            chunk = <uint32_t>n
-        else:
-            if z.free != NO_CHUNK:
-                chunk = z.free
-                start = base + chunk * c.size
-                memcpy(&header, start, HEADER_SIZE)
-                next = header >> 1
-                if header & 1 or (next != NO_CHUNK and next >= z.fresh):
-                    # The link was overwritten in memory. What follows it is lost until the next start.
-                    z.free = NO_CHUNK
-                    return -ENOSPC
-                z.free = <uint16_t>next
-            else:
-                chunk = z.fresh
-                if chunk == c.objs or (resident and pages_of_chunk(c, chunk) & ~<uint32_t>self.arena.committed[span]):
-                    return -ENOSPC
-                n = self.arena.commit(span, pages_of_chunk(c, chunk))
-                if n < 0:
-                    return n
-                owned_add(&c.committed, n)
-                start = base + chunk * c.size
-                z.fresh += 1
-                if n:
-                    # The object may end before the page that its chunk ends on, which is counted as resident.
-                    zr_unpoison(start, c.size)
-                    start[c.size - 1] = 0
-            zr_unpoison(start, c.size)
+        cdef uint32_t header
+        cdef int chunk = self._mapped_take(c, span, resident) if is_mapped(c) else self._list_take(c, span, resident)
+        if chunk < 0:
+            return chunk
+        start = self.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size
+        zr_unpoison(start, c.size)
+        if c.size != PAGE_SIZE:
             header = <uint32_t>handle << 1 | 1
             memcpy(start, &header, HEADER_SIZE)
             zr_fill(start + HEADER_SIZE, FILL_FRESH, c.size - HEADER_SIZE)
         z.inuse += 1
         owned_add(&c.inuse, 1)
+        return chunk
+
+    cdef int _list_take(self, size_class *c, uint32_t span, bint resident) noexcept nogil:
+        """Take the first chunk off the free list, its pages are there already; else one that was never used."""
+        cdef zspage *z = &self.zspages[span]
+        cdef uint32_t chunk, header, next
+        cdef int rc
+        if z.free != NO_CHUNK:
+            chunk = z.free
+            memcpy(&header, self.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size, HEADER_SIZE)
+            next = header >> 1
+            if header & 1 or (next != NO_CHUNK and next >= z.fresh):
+                # The link was overwritten in memory. What follows it is lost until the next start.
+                z.free = NO_CHUNK
+                return -ENOSPC
+            z.free = <uint16_t>next
+            return <int>chunk
+        chunk = z.fresh
+        if chunk == c.objs or (resident and pages_of_chunk(c, chunk) & ~<uint32_t>self.arena.committed[span]):
+            return -ENOSPC
+        rc = self._commit(c, span, chunk)
+        if rc:
+            return rc
+        z.fresh += 1
         return <int>chunk
+
+    cdef int _mapped_take(self, size_class *c, uint32_t span, bint resident) noexcept nogil:
+        """Mark a chunk in the bitmap: the lowest free one whose pages are resident, else the lowest."""
+        cdef zspage *z = &self.zspages[span]
+        cdef uint64_t free = ~z.used & all_chunks(c), bits = free & self._chunks_below(c, span)
+        cdef uint32_t chunk, i
+        cdef int rc
+        while bits and pages_of_chunk(c, lowest_bit_64(bits)) & ~<uint32_t>self.arena.committed[span]:
+            bits &= bits - 1
+        if bits:
+            chunk = lowest_bit_64(bits)
+            for i in range(self.spares if c.size == PAGE_SIZE else 0):
+                if self.spare[i] == span:
+                    self.spares -= 1
+                    self.spare[i] = self.spare[self.spares]
+                    break
+        elif free and not resident:
+            chunk = lowest_bit_64(free)
+            rc = self._commit(c, span, chunk)
+            if rc:
+                return rc
+        else:
+            return -ENOSPC
+        z.used |= <uint64_t>1 << chunk
+        return <int>chunk
+
+    cdef int _commit(self, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil:
+        """Count the pages of a chunk as resident; 0, or -ENOSPC."""
+        cdef char *last = self.arena.base + (<uint64_t>span << SPAN_SHIFT) + (chunk + 1) * c.size - 1
+        cdef int n = self.arena.commit(span, pages_of_chunk(c, chunk))
+        if n < 0:
+            return n
+        owned_add(&c.committed, n)
+        if n:
+            # The object may end before the page that its chunk ends on, which is counted as resident.
+            zr_unpoison(last, 1)
+            last[0] = 0
+        return 0
+
+    cdef uint64_t _chunks_below(self, size_class *c, uint32_t span) noexcept nogil:
+        """Bitmap of the chunks that end on the last resident page or before it."""
+        cdef uint32_t committed = self.arena.committed[span], chunks
+        if committed == 0:
+            return 0
+        chunks = min(((highest_bit_64(committed) + 1) << PAGE_SHIFT) // c.size, c.objs)
+        return ~<uint64_t>0 >> (64 - chunks) if chunks else 0
+
+    cdef uint64_t _mapped_room(self, size_class *c, uint32_t span) noexcept nogil:
+        """Bitmap of the free chunks whose pages are resident."""
+        cdef uint64_t bits = ~self.zspages[span].used & self._chunks_below(c, span), room = 0
+        while bits:
+            if not pages_of_chunk(c, lowest_bit_64(bits)) & ~<uint32_t>self.arena.committed[span]:
+                room |= bits & -bits
+            bits &= bits - 1
+        return room
 
     cdef bint _chunk_holds(self, size_class *c, uint32_t span, uint32_t chunk, uint64_t handle) noexcept nogil:
         """Whether a chunk holds the object of handle, as far as it tells."""
         cdef zspage *z = &self.zspages[span]
         cdef uint32_t header
-        if z.group == NO_ZSPAGE or &self.classes[z.class_index] != c:
+        if z.group == NO_ZSPAGE or &self.classes[z.class_index] != c or chunk >= z.fresh:
+            return False
+        if is_mapped(c) and not z.used >> chunk & 1:
             return False
         if c.size == PAGE_SIZE:
-            return z.free >> chunk & 1
-        if chunk >= z.fresh:
-            return False
+            return True
         memcpy(&header, self.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size, HEADER_SIZE)
         return header == (<uint32_t>handle << 1 | 1)
 
     cdef void _chunk_give(self, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil:
         cdef zspage *z = &self.zspages[span]
         cdef char *start = self.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size
-        cdef uint32_t header
+        cdef uint32_t header = <uint32_t>z.free << 1
         z.inuse -= 1
         owned_sub(&c.inuse, 1)
-        if c.size == PAGE_SIZE:
-            self._huge_give(c, span, chunk)
+        zr_fill(start, FILL_FREED, c.size)
+        if is_mapped(c):
+            z.used &= ~(<uint64_t>1 << chunk)
+            zr_poison(start, c.size)
+            if c.size == PAGE_SIZE:
+                self._spare_page(c, span, chunk)
             return
-        header = <uint32_t>z.free << 1
         memcpy(start, &header, HEADER_SIZE)
-        zr_fill(start + HEADER_SIZE, FILL_FREED, c.size - HEADER_SIZE)
         # The first 8 bytes hold the link, which is ours to read.
         zr_poison(start + CHUNK_ALIGN, c.size - CHUNK_ALIGN)
         z.free = <uint16_t>chunk
 
-    cdef int _huge_take(self, size_class *c, uint32_t span) noexcept nogil:
-        """A page of a huge zspage: one that is resident, or one that can be; -ENOSPC."""
-        cdef zspage *z = &self.zspages[span]
-        cdef uint32_t unused = ~<uint32_t>z.free & ((1 << SPAN_PAGES) - 1)
-        cdef uint32_t warm = unused & self.arena.committed[span]
-        cdef uint32_t page, i
-        cdef int n
-        if warm:
-            page = lowest_bit(warm)
-            for i in range(self.spares):
-                if self.spare[i] == span:
-                    self.spares -= 1
-                    self.spare[i] = self.spare[self.spares]
-                    break
-        elif unused:
-            page = lowest_bit(unused)
-            n = self.arena.commit(span, <uint32_t>1 << page)
-            if n < 0:
-                return n
-            owned_add(&c.committed, n)
-        else:
-            return -ENOSPC
-        z.free |= <uint16_t>(1 << page)
-        zr_unpoison(self.arena.base + (<uint64_t>span << SPAN_SHIFT) + (page << PAGE_SHIFT), PAGE_SIZE)
-        return <int>page
-
-    cdef void _huge_give(self, size_class *c, uint32_t span, uint32_t page) noexcept nogil:
-        """Free a page of a huge zspage: a spare while there are few, else back to the operating system at once."""
-        cdef zspage *z = &self.zspages[span]
-        z.free &= <uint16_t>~(1 << page)
-        zr_poison(self.arena.base + (<uint64_t>span << SPAN_SHIFT) + (page << PAGE_SHIFT), PAGE_SIZE)
+    cdef void _spare_page(self, size_class *c, uint32_t span, uint32_t page) noexcept nogil:
+        """A huge object was freed: its page is a spare while there are few, else it is given back at once."""
         if self.spares < SPARES:
             self.spare[self.spares] = span
             self.spares += 1
         else:
             owned_sub(&c.committed, self.arena.decommit(span, <uint32_t>1 << page))
+
+    cdef uint32_t _unused_pages(self, size_class *c, uint32_t span, uint32_t pages) noexcept nogil:
+        """Those of some pages of a zspage with a bitmap that are resident, and that no object touches."""
+        cdef uint32_t unused = 0
+        pages &= self.arena.committed[span]
+        while pages:
+            if not self.zspages[span].used & chunks_of_page(c, lowest_bit(pages)):
+                unused |= pages & -pages
+            pages &= pages - 1
+        return unused
+
+    cdef void _give_pages(self, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil:
+        """Give the pages back that nothing but a freed chunk was on, where much of the class is free.
+
+        The keeper of a reserve wants them: there they wait for compaction.
+        """
+        cdef uint64_t used = self.zspages[span].used
+        cdef uint32_t unused
+        if (used << 1 & used >> 1) >> chunk & 1:
+            return      # both neighbours are in use, and each page has a part of one of them
+        unused = self._unused_pages(c, span, pages_of_chunk(c, chunk))
+        if unused and load_relaxed(&self.arena.reserve) == 0 and (
+                self.freeable(c) << SLACK_SHIFT > load_relaxed(&c.committed)):
+            owned_sub(&c.committed, self.arena.decommit(span, unused))
+
+    cdef uint32_t _next_used(self, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil:
+        """The first chunk from `chunk` on that holds an object, or fresh."""
+        cdef zspage *z = &self.zspages[span]
+        cdef uint32_t header = 0
+        if z.inuse == 0 or chunk >= z.fresh:
+            return z.fresh
+        if is_mapped(c):
+            return lowest_bit_64(z.used >> chunk << chunk) if z.used >> chunk else z.fresh
+        while chunk < z.fresh:
+            memcpy(&header, self.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size, HEADER_SIZE)
+            if header & 1:
+                break
+            chunk += 1
+        return chunk
+
+    cdef uint32_t _last_used(self, size_class *c, uint32_t span, uint32_t end) noexcept nogil:
+        """The last chunk below `end` that holds an object, or NIL."""
+        cdef uint64_t bits
+        cdef uint32_t header = 0
+        if is_mapped(c):
+            bits = self.zspages[span].used & (all_chunks(c) if end == c.objs else (<uint64_t>1 << end) - 1)
+            return highest_bit_64(bits) if bits else <uint32_t>NIL
+        while end:
+            end -= 1
+            memcpy(&header, self.arena.base + (<uint64_t>span << SPAN_SHIFT) + end * c.size, HEADER_SIZE)
+            if header & 1:
+                return end
+        return NIL
 
     # --------------------------------------------------------------------------------------------------------
     # zspages; the class lock is held
@@ -666,8 +756,9 @@ cdef class Zsmalloc:
             return -ENOSPC
         z = &self.zspages[span]
         z.inuse = 0
-        z.fresh = 0
-        z.free = 0 if index == self.huge else NO_CHUNK
+        z.used = 0
+        z.fresh = <uint16_t>c.objs if is_mapped(c) else 0
+        z.free = NO_CHUNK
         z.class_index = <uint16_t>index
         self.span_class[span] = <uint8_t>(index + 1)
         zr_crash_point("class-stored")
@@ -781,11 +872,10 @@ cdef class Zsmalloc:
         otherwise.
         """
         cdef size_class *c = &self.classes[index]
-        cdef uint32_t src = NIL, dst = NIL, chunk = 0, header, group, retries = 2
+        cdef uint32_t src = NIL, dst = NIL, chunk = 0, group, retries = 2
         cdef uint64_t freed = 0, grown = 0, before
         # Only chunks whose pages are there can be moved into: with a reserve, and once the limit is reached.
         cdef bint resident = load_relaxed(&self.arena.reserve) != 0
-        cdef char *base = NULL
         cdef int rc
         if not self._is_worth_moving(c, whole):
             return 0
@@ -802,23 +892,21 @@ cdef class Zsmalloc:
             if src == NIL and dst != NIL and self._is_worth_moving(c, whole):
                 src = self._isolate_emptiest(c)
                 chunk = 0
-                base = self.arena.base + (<uint64_t>src << SPAN_SHIFT)
             if src == NIL or dst == NIL:
                 break
-            while chunk < self.zspages[src].fresh and self.zspages[src].inuse:
-                memcpy(&header, base + chunk * c.size, HEADER_SIZE)
-                if header & 1:
-                    before = c.committed
-                    rc = self._move(c, src, chunk, c, dst, resident)
-                    grown += c.committed - before
-                    if rc == -ENOSPC:
-                        resident = resident or self.zspages[dst].inuse < c.objs
-                        freed += self._putback(c, dst)
-                        dst = NIL
-                        break
-                    if rc == 0:
-                        budget[0] -= min(c.size, budget[0])
-                chunk += 1
+            chunk = self._next_used(c, src, chunk)
+            while chunk < self.zspages[src].fresh:
+                before = c.committed
+                rc = self._move(c, src, chunk, c, dst, resident)
+                grown += c.committed - before
+                if rc == -ENOSPC:
+                    resident = resident or self.zspages[dst].inuse < c.objs
+                    freed += self._putback(c, dst)
+                    dst = NIL
+                    break
+                if rc == 0:
+                    budget[0] -= min(c.size, budget[0])
+                chunk = self._next_used(c, src, chunk + 1)
                 if budget[0] == 0 or load_relaxed_32(&c.waiters):
                     break
             if self.zspages[src].inuse == 0:
@@ -846,17 +934,21 @@ cdef class Zsmalloc:
     cdef uint32_t _isolate_fullest(self, size_class *c, bint resident) noexcept nogil:
         """Unlist the fullest zspage that has room, with resident room without another page; NIL when there is none."""
         cdef uint32_t group, span
-        cdef zspage *z
         for group in range(GROUP_FULL - 1, GROUP_EMPTY, -1):
             span = c.heads[group]
             while span != NIL:
-                z = &self.zspages[span]
-                if not resident or z.free != NO_CHUNK or not (
-                        pages_of_chunk(c, z.fresh) & ~<uint32_t>self.arena.committed[span]):
+                if not resident or self._has_resident_room(c, span):
                     self._unlink(c, span)
                     return span
-                span = z.next
+                span = self.zspages[span].next
         return NIL
+
+    cdef bint _has_resident_room(self, size_class *c, uint32_t span) noexcept nogil:
+        """Whether a part-filled zspage has a free chunk whose pages are resident."""
+        cdef zspage *z = &self.zspages[span]
+        if is_mapped(c):
+            return self._mapped_room(c, span) != 0
+        return z.free != NO_CHUNK or not pages_of_chunk(c, z.fresh) & ~<uint32_t>self.arena.committed[span]
 
     cdef uint32_t _isolate_emptiest(self, size_class *c) noexcept nogil:
         """Unlist the emptiest zspage, of those at the head of the lowest group that has one: fewer objects to move."""
@@ -889,30 +981,56 @@ cdef class Zsmalloc:
 
         At most half a zspage is copied, with the class lock held.
         """
+        cdef uint64_t before = c.committed
+        cdef uint32_t wanted = self._pages_wanted(c, self.zspages[span].inuse), unused
+        # (A span of the reserve has resident pages beyond those that were used.)
+        if bits_set(self.arena.committed[span]) <= wanted:
+            return 0
+        if is_mapped(c):
+            self._pack_mapped(c, span, budget)
+            unused = self._unused_pages(c, span, ~<uint32_t>0)
+            if load_relaxed(&self.arena.reserve):
+                unused &= ~<uint32_t>0 << wanted
+        else:
+            self._pack_list(c, span, budget)
+            unused = ~<uint32_t>0 << self._pages_wanted(c, self.zspages[span].fresh)
+        owned_sub(&c.committed, self.arena.decommit(span, unused))
+        return before - min(before, c.committed)
+
+    cdef void _pack_list(self, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil:
+        """Move the objects of a zspage to its first pages."""
         cdef zspage *z = &self.zspages[span]
-        cdef char *base = self.arena.base + (<uint64_t>span << SPAN_SHIFT)
         cdef uint32_t enough = (pages_below(c, z.inuse) << PAGE_SHIFT) // c.size    # chunks on the pages that stay
         cdef uint32_t chunk, header
-        cdef uint64_t freed
-        # (A span of the reserve has resident pages beyond those that were used.)
-        if bits_set(self.arena.committed[span]) <= self._pages_wanted(c, z.inuse):
-            return 0
         self._list_chunks(c, span)
-        chunk = z.fresh
-        while chunk > enough and budget[0]:
-            chunk -= 1
-            memcpy(&header, base + chunk * c.size, HEADER_SIZE)
-            if header & 1:
-                if z.free >= enough or self._move(c, span, chunk, c, span, True):
-                    break
-                budget[0] -= min(c.size, budget[0])
-                # The lowest free chunk is to be the first of the list, not this one.
-                memcpy(&header, base + chunk * c.size, HEADER_SIZE)
-                z.free = <uint16_t>(header >> 1)
+        chunk = self._last_used(c, span, z.fresh)
+        while chunk != NIL and chunk >= enough and budget[0]:
+            if z.free >= enough or self._move(c, span, chunk, c, span, True):
+                break
+            budget[0] -= min(c.size, budget[0])
+            # The lowest free chunk is to be the first of the list, not this one.
+            memcpy(&header, self.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size, HEADER_SIZE)
+            z.free = <uint16_t>(header >> 1)
+            chunk = self._last_used(c, span, chunk)
         self._list_chunks(c, span)
-        freed = self.arena.decommit(span, ~<uint32_t>0 << self._pages_wanted(c, z.fresh))
-        owned_sub(&c.committed, freed)
-        return freed
+
+    cdef void _pack_mapped(self, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil:
+        """Move the objects of a zspage to its first pages, some of which may have to be resident again first."""
+        cdef zspage *z = &self.zspages[span]
+        cdef uint64_t room
+        cdef uint32_t chunk = self._last_used(c, span, c.objs)
+        cdef uint32_t missing = ((1 << pages_below(c, z.inuse)) - 1) & ~<uint32_t>self.arena.committed[span]
+        cdef int n
+        if missing and load_relaxed(&self.arena.reserve) == 0:
+            # Each of them is written below: the first chunks are all in use then.
+            n = self.arena.commit(span, missing)
+            owned_add(&c.committed, max(n, 0))
+        while chunk != NIL and budget[0]:
+            room = self._mapped_room(c, span)
+            if room == 0 or lowest_bit_64(room) > chunk or self._move(c, span, chunk, c, span, True):
+                break
+            budget[0] -= min(c.size, budget[0])
+            chunk = self._last_used(c, span, chunk)
 
     cdef uint64_t _borrow(self, uint32_t index) noexcept nogil:
         """Empty the last pages of a class's part-filled zspage into chunks of somewhat larger classes; the pages freed.
@@ -942,8 +1060,7 @@ cdef class Zsmalloc:
         """Find chunks of larger classes for the last `wanted` objects of a zspage, and move them there if told; how many."""
         cdef size_class *c = &self.classes[index]
         cdef size_class *d
-        cdef char *base = self.arena.base + (<uint64_t>span << SPAN_SHIFT)
-        cdef uint32_t found = 0, i, dst, group, room, header, chunk = self.zspages[span].fresh
+        cdef uint32_t found = 0, i, dst, group, room, chunk = self.zspages[span].fresh
         for i in range(index + 1, self.huge):
             d = &self.classes[i]
             if found == wanted or d.size - c.size > c.size >> BORROW_SHIFT:
@@ -955,15 +1072,15 @@ cdef class Zsmalloc:
                     dst = d.heads[group]
                     break
             if dst != NIL:
-                room = (bits_set(self.arena.committed[dst]) << PAGE_SHIFT) // d.size
-                room = min(room, d.objs) - min(<uint32_t>self.zspages[dst].inuse, room)
+                if is_mapped(d):
+                    room = bits_set_64(self._mapped_room(d, dst))
+                else:
+                    room = (bits_set(self.arena.committed[dst]) << PAGE_SHIFT) // d.size
+                    room = min(room, d.objs) - min(<uint32_t>self.zspages[dst].inuse, room)
                 while room and found < wanted:
                     if move:
-                        header = 0
-                        while chunk and not header & 1:
-                            chunk -= 1
-                            memcpy(&header, base + chunk * c.size, HEADER_SIZE)
-                        if not header & 1 or self._move(c, span, chunk, d, dst, True):
+                        chunk = self._last_used(c, span, chunk)
+                        if chunk == NIL or self._move(c, span, chunk, d, dst, True):
                             wanted = found      # the page stays: do not move more
                             break
                     room -= 1
@@ -1040,7 +1157,7 @@ cdef class Zsmalloc:
             self.spares -= 1
             span = self.spare[self.spares]
             # Entries of the same span come to 0 the second time.
-            gone = self.arena.decommit(span, ~<uint32_t>self.zspages[span].free)
+            gone = self.arena.decommit(span, ~<uint32_t>self.zspages[span].used)
             owned_sub(&c.committed, gone)
             n += gone
         pthread_mutex_unlock(&c.lock)
@@ -1191,7 +1308,7 @@ cdef class Zsmalloc:
                 inuse += z.inuse
                 committed += bits_set(self.arena.committed[span])
                 if index == self.huge:
-                    unused = bits_set(self.arena.committed[span] & ~<uint32_t>z.free)
+                    unused = bits_set(self.arena.committed[span] & ~<uint32_t>z.used)
                     for i in range(self.spares):
                         unused -= self.spare[i] == span
                     if unused:
@@ -1211,38 +1328,53 @@ cdef class Zsmalloc:
     cdef const char *_find_zspage_fault(self, uint32_t index, uint32_t span) noexcept nogil:
         cdef size_class *c = &self.classes[index]
         cdef zspage *z = &self.zspages[span]
-        cdef uint64_t obj = <uint64_t>span << SPAN_SHIFT, cell
+        cdef uint64_t obj = <uint64_t>span << SPAN_SHIFT
         cdef uint32_t chunk, header, live = 0, unused = 0
-        if index == self.huge:
-            if bits_set(z.free) != z.inuse or z.free & ~<uint32_t>self.arena.committed[span]:
-                return "the bitmap of a huge zspage is wrong"
-            return NULL
-        if z.fresh > c.objs or z.inuse > z.fresh:
+        cdef const char *wrong
+        if z.fresh > c.objs or z.inuse > z.fresh or (is_mapped(c) and (z.fresh != c.objs or z.used & ~all_chunks(c))):
             return "a zspage has more chunks than fit"
-        for chunk in range(z.fresh):
+        chunk = self._next_used(c, span, 0)
+        while chunk < z.fresh:
+            live += 1
             if pages_of_chunk(c, chunk) & ~<uint32_t>self.arena.committed[span]:
                 return "a chunk in use is on a page that is not resident"
-            memcpy(&header, self.arena.base + obj + chunk * c.size, HEADER_SIZE)
-            if header & 1:
-                live += 1
-                if header >> 1 == 0 or header >> 1 >= self.cells_top:
-                    return "a header names no cell"
-                cell = self.cells[header >> 1]
-                if cell_obj(cell) != obj + chunk * c.size or not cell & CELL_LIVE:
-                    return "a header's cell does not point back"
+            if index != self.huge:
+                wrong = self._find_chunk_fault(c, obj + chunk * c.size)
+                if wrong != NULL:
+                    return wrong
+            chunk = self._next_used(c, span, chunk + 1)
         if live != z.inuse:
             return "the count of a zspage differs from its headers"
+        if is_mapped(c):
+            if z.free != NO_CHUNK:
+                return "a zspage with a bitmap has a free list"
+            return NULL
         chunk = z.free
         while chunk != NO_CHUNK:
             unused += 1
             if chunk >= z.fresh or unused > z.fresh:
                 return "the free list of a zspage is broken"
+            if pages_of_chunk(c, chunk) & ~<uint32_t>self.arena.committed[span]:
+                return "a chunk on the free list is on a page that is not resident"
             memcpy(&header, self.arena.base + obj + chunk * c.size, HEADER_SIZE)
             if header & 1:
                 return "an allocated chunk is on the free list"
             chunk = header >> 1
         if unused + z.inuse != z.fresh:
             return "a free chunk is not on the free list"
+        return NULL
+
+    cdef const char *_find_chunk_fault(self, size_class *c, uint64_t obj) noexcept nogil:
+        cdef uint32_t header
+        cdef uint64_t cell
+        memcpy(&header, self.arena.base + obj, HEADER_SIZE)
+        if not header & 1:
+            return "a chunk in use has the header of a free one"
+        if header >> 1 == 0 or header >> 1 >= self.cells_top:
+            return "a header names no cell"
+        cell = self.cells[header >> 1]
+        if cell_obj(cell) != obj or not cell & CELL_LIVE:
+            return "a header's cell does not point back"
         return NULL
 
     # --------------------------------------------------------------------------------------------------------
