@@ -96,7 +96,7 @@ class Target(Protocol):
 
 
 class LeftAlone:
-    """A device that nobody asks to compact: background compaction does what it does by its default settings."""
+    """A device that nobody asks to compact: background compaction works by its default settings."""
 
     def __init__(self, blocks: int) -> None:
         self.device = Device(blocks * BLOCK)

@@ -527,7 +527,8 @@ cdef class Device:
 
         same: word, handle (0: the word is 0 and needs none). lz4 and raw: handle, payload_bytes, obj (bytes into the
         arena), zspage, chunk (of the zspage), class_index, class_size (bytes of a chunk), zspage_inuse and zspage_objs
-        (chunks used and in all), zspage_pages (resident ones). An object may move at any time. Raises ValueError beyond the device's end; CorruptionError.
+        (chunks used and in all), zspage_pages (resident ones). An object may move at any time.
+        Raises ValueError beyond the device's end; CorruptionError.
         """
         cdef uint64_t slot, handle, obj = 0, word = 0
         cdef char *payload

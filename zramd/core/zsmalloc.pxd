@@ -64,6 +64,7 @@ cdef class Zsmalloc:
     cdef uint32_t spare[32]             # spans with a resident page no huge object uses, one entry a page; huge's lock
     cdef uint32_t spares
 
+    cdef uint64_t pins_met              # atomic: objects that could not be moved because somebody held them
     cdef pthread_mutex_t compact_lock   # one compactor at a time
     cdef pool_counters *n
 

@@ -137,8 +137,7 @@ cdef enum:
     RESIDENT_TRIES = 8      # zspages of a fullness group that are looked at for resident room
     TAIL_PAGES = 2          # unused pages that the last zspage of a class keeps where there is a reserve
     BORROW_SHIFT = 4        # a borrowed chunk is at most 1/16 larger than the object's own
-    SLACK_SHIFT = 3         # a page is given back by itself once 1/8 of its class is freeable: steady overwriting
-                            # would else give back and take again (docs/density.md)
+    SLACK_SHIFT = 3         # a page goes back by itself once 1/8 of its class is freeable, or overwriting would thrash
 
 cdef uint64_t PIN_PATIENCE_NS = 10 * 1000 * 1000 * 1000
 
@@ -798,6 +797,7 @@ cdef class Zsmalloc:
 
         At best all zspages are full but one, which has its objects on its first pages. Where mem_limit leaves no room
         to move between zspages, each part-filled one can still be tightened, which costs each a part of a page.
+        (There it is the most that can be: the pages that stay may not be those on which most objects fit.)
         With a reserve that one keeps TAIL_PAGES: they are ready for what comes. (All of its pages would be 5 MiB.)
         May be read without the lock, then it can be off by what is happening meanwhile.
         """
@@ -867,9 +867,9 @@ cdef class Zsmalloc:
     cdef uint64_t _compact_class(self, uint32_t index, uint64_t *budget, uint64_t enough, bint whole) noexcept nogil:
         """Move objects from the emptiest zspage into the fullest while that frees pages; the pages freed.
 
-        With whole, only while it frees whole zspages. Else what stays part-filled is tightened. Both are off their lists meanwhile, so that the lock can be dropped
-        whenever someone waits for it: nobody allocates from them, and who frees an object in them leaves them alone
-        otherwise.
+        With whole, only while it frees whole zspages. Else what stays part-filled is tightened. Both are off their lists
+        meanwhile, so that the lock can be dropped whenever someone waits for it: nobody allocates from them, and who
+        frees an object in them leaves them alone otherwise.
         """
         cdef size_class *c = &self.classes[index]
         cdef uint32_t src = NIL, dst = NIL, chunk = 0, group, retries = 2
@@ -1126,8 +1126,10 @@ cdef class Zsmalloc:
         if handle >= load_relaxed(&self.cells_top):
             return -EBUSY
         cell = load_relaxed(&self.cells[handle])
-        if (cell_obj(cell) != obj or cell & (CELL_LIVE | CELL_PIN) != CELL_LIVE or (d != c and cell & CELL_LENT)
-                or not compare_swap(&self.cells[handle], cell, cell | CELL_PIN)):
+        if cell_obj(cell) != obj or not cell & CELL_LIVE or (d != c and cell & CELL_LENT):
+            return -EBUSY
+        if cell & CELL_PIN or not compare_swap(&self.cells[handle], cell, cell | CELL_PIN):
+            counter_add(&self.pins_met, 1)
             return -EBUSY
         zr_crash_point("move-pinned")
         room = self._chunk_take(d, dst, handle, resident)
@@ -1176,10 +1178,11 @@ cdef class Zsmalloc:
 
         The caller holds no pin and no lock of the pool.
         """
-        cdef uint64_t limit
+        cdef uint64_t limit, pins_met
         if self.give_back():
             return True
         for _ in range(1000):
+            pins_met = load_relaxed(&self.pins_met)
             if self.compact_run(<uint64_t>-1, 1):
                 return True
             # Somebody else made room while this thread waited for compact_lock. A chunk touches 2 pages at most.
@@ -1187,9 +1190,9 @@ cdef class Zsmalloc:
             # (Unless it is the state's file system that has none.)
             if (limit == 0 or load_relaxed(&self.arena.pages) + 2 <= limit) and not self.arena.spans.is_scarce():
                 return True
-            if self.freeable_pages() == 0:
+            if load_relaxed(&self.pins_met) == pins_met:
                 return False
-            sched_yield()   # a reader holds a pin where there is something to free
+            sched_yield()   # a reader held a pin where there was something to free
         return False
 
     # --------------------------------------------------------------------------------------------------------
