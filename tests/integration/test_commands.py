@@ -51,7 +51,7 @@ def fill(served: Served, blocks: int) -> None:
     assert client.ask(client.WRITE, blocks * BLOCK, BLOCK, b"\xa5" * BLOCK) == 0
     assert client.ask(client.WRITE, (blocks + 1) * BLOCK, BLOCK, dice.randbytes(BLOCK)) == 0
     client.close()
-    wait_until(lambda: json.loads(served.request("GET", "/health")[1])["clients"] == 0)
+    wait_until(lambda: served.clients() == 0)
 
 
 @pytest.fixture
@@ -347,7 +347,7 @@ class TestShow:
         )
         assert served.stats()["pages_stored"] == 22
         client.close()
-        wait_until(lambda: json.loads(served.request("GET", "/health")[1])["clients"] == 0)
+        wait_until(lambda: served.clients() == 0)
         assert said("reset", *at(served)) == ""
         assert served.stats()["pages_stored"] == 0
 

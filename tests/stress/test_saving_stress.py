@@ -10,15 +10,13 @@ import threading
 from contextlib import suppress
 
 import pytest
-from conftest import block_content
+from conftest import SCALE, SEED, block_content
 
 from zramd import Device, PoolFullError
 from zramd.core import saving
 from zramd.errors import SaveError
 
 BLOCK = 4096
-SCALE = float(os.environ.get("ZRAMD_STRESS", "1"))
-SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))
 WRITERS = 3
 BLOCKS = 1024  # of each writer
 VERSIONS = 4  # of each block; the first is a hole
@@ -80,7 +78,6 @@ def contents(device: Device) -> list[bytes]:
 
 @pytest.mark.parametrize("verify", [False, True])
 def test_live_saves(verify: bool) -> None:
-    print(f"ZRAMD_SEED={SEED}")
     device = Device(SIZE, verify=verify)
     with Writers(device):
         for _ in range(SAVES):

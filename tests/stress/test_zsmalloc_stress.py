@@ -1,14 +1,12 @@
 """Threads on one pool, handing handles to each other, while compaction runs."""
 
-import os
 import queue
 import random
 import threading
 
-from zramd import HandleError, Zsmalloc
+from conftest import SCALE, SEED
 
-SCALE = float(os.environ.get("ZRAMD_STRESS", "1"))
-SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))
+from zramd import HandleError, Zsmalloc
 
 
 def tagged(handle: int, size: int) -> bytes:
@@ -16,7 +14,6 @@ def tagged(handle: int, size: int) -> bytes:
 
 
 def test_handles_change_hands() -> None:
-    print(f"ZRAMD_SEED={SEED}")
     pool = Zsmalloc(100_000)
     shared: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
     done = threading.Event()
