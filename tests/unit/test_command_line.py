@@ -12,7 +12,7 @@ import pytest
 from conftest import PACKAGE_PARENT
 from test_stats import FakeDevice
 
-from zramd import client, config, kernel, kernelswap, prometheus, stats
+from zramd import attached, client, config, kernelswap, prometheus, stats
 from zramd.commands import MODULES, Parser, completion, doctor, listing, main, parser
 from zramd.errors import UsageError
 
@@ -237,20 +237,20 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             (folder / "backend").write_text(f"{backend}\n")
     (tmp_path / "swaps").write_text("Filename\tType\tSize\tUsed\tPriority\n/dev/nbd1 partition 2044 0 100\n")
     (tmp_path / "mounts").write_text("/dev/nbd0 /mnt/a\\040b ext4 rw 0 0\nproc /proc proc rw 0 0\n")
-    monkeypatch.setattr(kernel, "SYS_BLOCK", str(tmp_path))
+    monkeypatch.setattr(attached, "SYS_BLOCK", str(tmp_path))
     monkeypatch.setattr(kernelswap, "SWAPS", str(tmp_path / "swaps"))
     monkeypatch.setattr(kernelswap, "MOUNTS", str(tmp_path / "mounts"))
     return tmp_path
 
 
 def test_attached(machine: Path) -> None:
-    assert kernel.attached("a", 1 << 20) == ["/dev/nbd0"]
-    assert kernel.attached("b", 2 << 20) == ["/dev/nbd1"]
-    assert kernel.attached("b", 0) == ["/dev/nbd1"]
-    assert kernel.attached("c", 2 << 20) == []  # it is known to be another's
-    assert kernel.uses("/dev/nbd1") == ["[SWAP]"]
-    assert kernel.uses("/dev/nbd0") == ["/mnt/a b"]
-    assert kernel.uses("/dev/nbd2") == []
+    assert attached.devices("a", 1 << 20) == ["/dev/nbd0"]
+    assert attached.devices("b", 2 << 20) == ["/dev/nbd1"]
+    assert attached.devices("b", 0) == ["/dev/nbd1"]
+    assert attached.devices("c", 2 << 20) == []  # it is known to be another's
+    assert kernelswap.uses("/dev/nbd1") == ["[SWAP]"]
+    assert kernelswap.uses("/dev/nbd0") == ["/mnt/a b"]
+    assert kernelswap.uses("/dev/nbd2") == []
 
 
 def test_stop_is_refused_while_in_use(
