@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,35 @@ def block_content(block: int, version: int) -> bytes:
     head = b"%08d %08d " % (block, version)
     size = 4000 if kind == 1 else rnd.randrange(50, 3600)
     return (head + rnd.randbytes(size) + bytes(4096))[: 4096 - 18] + head
+
+
+def compressible(seed: int, size: int = 700) -> bytes:
+    """A block that is stored as a little more than `size` bytes."""
+    return random.Random(seed).randbytes(size) + bytes(4096 - size)
+
+
+def noise(seed: int) -> bytes:
+    """A block that is stored raw."""
+    return random.Random(seed).randbytes(4096)
+
+
+def run_threads(works: Iterable[Callable[[], None]]) -> None:
+    """Run each in a thread of its own, all to their end; raise the first exception of one."""
+    errors: list[BaseException] = []
+
+    def guard(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guard, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def wait_until(predicate: Callable[[], object], timeout: float = 10.0) -> None:

@@ -40,7 +40,7 @@ class Histogram(NamedTuple):
         return Histogram(self.bounds, tuple(a + b for a, b in zip(self.counts, other.counts, strict=True)))
 
     def quantile(self, share: float) -> float | None:
-        """Return the seconds within which a share (0 to 1) of the requests was done, None without requests."""
+        """Return the seconds within which a share (0 to 1) of the requests was done, None of no requests."""
         return quantile(self.bounds[:-1], self.counts, share)
 
 

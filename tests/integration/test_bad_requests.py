@@ -3,11 +3,11 @@
 import errno
 import os
 import random
-import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
-from conftest import SEED, NbdSocket, Served, bystander
+from conftest import SEED, NbdSocket, Served, bystander, run_threads
 
 Serve = Callable[..., Served]
 MIB = 1 << 20
@@ -198,37 +198,28 @@ class TestFullPool:
     def test_many_at_the_limit(self, serve: Serve) -> None:
         """Four clients overwrite near the limit while it compacts: each block is what its owner knows."""
         served = serve(mem_limit="2M", compaction_interval="0.02")
-        failures: list[BaseException] = []
         counts = {0: 0, errno.ENOSPC: 0}
 
         def work(number: int) -> None:
-            try:
-                client, dice = NbdSocket(served), random.Random(SEED + number)
-                kept: dict[int, bytes] = {}
-                start = number * 16 * MIB
-                for _ in range(3000):
-                    offset = start + dice.randrange(500) * BLOCK
-                    if dice.random() < 0.1:
-                        assert client.ask(TRIM, offset, BLOCK) == 0
-                        kept[offset] = bytes(BLOCK)
-                        continue
-                    block = dice.randbytes(dice.choice((0, 50, 1500, 3000, BLOCK))).ljust(BLOCK, b"\1")
-                    error = client.ask(WRITE, offset, BLOCK, block)
-                    counts[error] += 1
-                    if not error:
-                        kept[offset] = block
-                    assert client.read(offset, BLOCK) == kept.get(offset, bytes(BLOCK))
-                for offset, block in kept.items():
-                    assert client.read(offset, BLOCK) == block
-            except BaseException as error:
-                failures.append(error)
+            client, dice = NbdSocket(served), random.Random(SEED + number)
+            kept: dict[int, bytes] = {}
+            start = number * 16 * MIB
+            for _ in range(3000):
+                offset = start + dice.randrange(500) * BLOCK
+                if dice.random() < 0.1:
+                    assert client.ask(TRIM, offset, BLOCK) == 0
+                    kept[offset] = bytes(BLOCK)
+                    continue
+                block = dice.randbytes(dice.choice((0, 50, 1500, 3000, BLOCK))).ljust(BLOCK, b"\1")
+                error = client.ask(WRITE, offset, BLOCK, block)
+                counts[error] += 1
+                if not error:
+                    kept[offset] = block
+                assert client.read(offset, BLOCK) == kept.get(offset, bytes(BLOCK))
+            for offset, block in kept.items():
+                assert client.read(offset, BLOCK) == block
 
-        workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(120)
-        assert failures == []
+        run_threads(partial(work, number) for number in range(4))
         print(counts)
         assert min(counts.values()) > 100
         assert served.stats()["mem_used_max"] <= 2 * MIB

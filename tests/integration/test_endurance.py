@@ -2,13 +2,13 @@
 
 import os
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import SEED, NbdSocket, Served, wait_until
+from conftest import SEED, NbdSocket, Served, run_threads, wait_until
 
 Serve = Callable[..., Served]
 MIB = 1 << 20
@@ -40,24 +40,15 @@ def compare(what: str, early: int, late: int) -> None:
 class TestConnections:
     def serve_clients(self, served: Served, count: int) -> None:
         """Connect, read one block and leave, `count` times from four threads; then nobody is there."""
-        failures: list[BaseException] = []
 
         def visit(number: int) -> None:
-            try:
-                for turn in range(number, count, 4):
-                    client = NbdSocket(served)
-                    block = turn % 256
-                    assert client.read(block * BLOCK, BLOCK) == bytes([block]) * BLOCK
-                    client.close()
-            except BaseException as error:
-                failures.append(error)
+            for turn in range(number, count, 4):
+                client = NbdSocket(served)
+                block = turn % 256
+                assert client.read(block * BLOCK, BLOCK) == bytes([block]) * BLOCK
+                client.close()
 
-        threads = [threading.Thread(target=visit, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert failures == []
+        run_threads(partial(visit, number) for number in range(4))
         wait_until(lambda: served.clients() == 0)
 
     @pytest.mark.parametrize(

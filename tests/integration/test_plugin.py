@@ -233,15 +233,19 @@ class TestEndpointAndFiles:
         handle = served.connect()
         assert handle.pread(MIB, 0) == bytes(MIB)
 
-    def test_compact(self, serve: Serve) -> None:
-        served = serve(compaction="off")
-        handle = served.connect()
+    def fragment(self, handle: Any) -> None:
+        """Write blocks of all sizes, and trim most of them, one here and one there."""
         dice = random.Random(3)
         for offset in range(0, 8 * MIB, 4096):
             handle.pwrite(dice.randbytes(dice.randrange(100, 2000)).ljust(4096, b"\0"), offset)
         for offset in range(0, 8 * MIB, 4096):
             if dice.random() < 0.65:
                 handle.trim(4096, offset)
+
+    def test_compact(self, serve: Serve) -> None:
+        served = serve(compaction="off")
+        handle = served.connect()
+        self.fragment(handle)
         before = served.stats()
         assert before["freeable_pages"] > 50
         status, body = served.request("POST", "/compact")
@@ -256,12 +260,7 @@ class TestEndpointAndFiles:
     def test_background_compaction(self, serve: Serve) -> None:
         served = serve(compaction_interval="0.05")
         handle = served.connect()
-        dice = random.Random(3)
-        for offset in range(0, 8 * MIB, 4096):
-            handle.pwrite(dice.randbytes(dice.randrange(100, 2000)).ljust(4096, b"\0"), offset)
-        for offset in range(0, 8 * MIB, 4096):
-            if dice.random() < 0.65:
-                handle.trim(4096, offset)
+        self.fragment(handle)
         wait_until(lambda: served.stats()["pages_compacted"] > 50)
 
 

@@ -9,30 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from conftest import SCALE, SEED, block_content
+from conftest import SCALE, SEED, block_content, run_threads
 
 from zramd import Device, PoolFullError
 
 BLOCK = 4096
-
-
-def run(threads: list[Callable[[], None]]) -> None:
-    """Run all to their end; the first exception of one is raised."""
-    errors: list[BaseException] = []
-
-    def guard(work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    started = [threading.Thread(target=guard, args=(work,)) for work in threads]
-    for thread in started:
-        thread.start()
-    for thread in started:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 @contextmanager
@@ -112,7 +93,7 @@ def test_owned_blocks_with_compaction(limit: int, ready: int) -> None:
     background.start()
     try:
         with reserve(device, ready):
-            run([worker(me) for me in range(workers)])
+            run_threads([worker(me) for me in range(workers)])
     finally:
         done.set()
         background.join()
@@ -166,7 +147,7 @@ def test_shared_blocks_are_never_torn() -> None:
         for _ in range(rounds):
             device.compact(2000)
 
-    run([writer(1), writer(2), reader(3), reader(4), compactor])
+    run_threads([writer(1), writer(2), reader(3), reader(4), compactor])
     device.check()
 
 
@@ -187,7 +168,7 @@ def test_partial_writes_lose_nobodys_bytes() -> None:
 
         return work
 
-    run([worker(me) for me in range(workers)])
+    run_threads([worker(me) for me in range(workers)])
     device.check()
     now = bytearray(size)
     device.read(now, 0)
@@ -231,5 +212,5 @@ def test_reset_and_limits_under_load(ready: int) -> None:
             device.pressure()
 
     with reserve(device, ready):
-        run([writer, writer, disturb, watch])
+        run_threads([writer, writer, disturb, watch])
     device.check()
