@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["debug"], "zramd debug: the following arguments are required: PART: see 'zramd debug --help'"),
         (
             ["completion", "csh"],
-            "zramd completion: argument SHELL: invalid choice: 'csh' (choose from 'bash')",
+            "zramd completion: argument SHELL: invalid choice: 'csh' (choose from 'bash', 'zsh', 'fish')",
         ),
         (["list", "-o", ""], "zramd: unknown column '': use some of NAME"),
         (["stats", ""], "zramd: '' is not a device's name"),
@@ -426,10 +427,11 @@ def test_man_page_is_well_formed() -> None:
 # Completion.
 
 
-def test_completion_knows_every_verb_and_setting() -> None:
-    script = completion.bash()
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_completion_knows_every_verb_and_setting(shell: str) -> None:
+    script = completion.script(shell)
     for path, found in every_parser().items():
-        assert f'"{path}") words="' in script
+        assert (f'case "{path}"; set' if shell == "fish" else f'"{path}") offers="') in script
         for action in found._actions:
             for option in action.option_strings:
                 assert option in script
@@ -439,6 +441,10 @@ def test_completion_knows_every_verb_and_setting() -> None:
     assert [word[:-1] for word in set_words if word.endswith("=")] == live
 
 
-def test_completion_is_good_bash() -> None:
-    done = subprocess.run(["bash", "-n"], input=completion.bash(), capture_output=True, text=True, timeout=20)
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_completion_is_a_good_script(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed: apt-get install {shell}")
+    script = completion.script(shell)
+    done = subprocess.run([shell, "-n"], input=script, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr) == (0, "")
