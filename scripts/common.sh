@@ -51,6 +51,8 @@ test_packages=(
     e2fsprogs      # a real file system to put on a device
     curl           # reads the control socket as a user would
     tmux           # a terminal for zramd top
+    zsh            # and fish: shells to complete commands in
+    fish
 )
 vm_packages=(
     qemu-system-x86 # runs the virtual machine

@@ -9,8 +9,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import zramd
 
 PACKAGE_PARENT = Path(zramd.__file__).parent.parent
 PLUGIN = PACKAGE_PARENT / "nbdkit_plugin.py"
+SCALE = float(os.environ.get("ZRAMD_STRESS", "1"))  # how much longer tests with threads and kills are to last
+SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))  # of random choices
 
 
 def pytest_report_header() -> str:
@@ -31,7 +35,8 @@ def pytest_report_header() -> str:
         libnbd = "no"
     tools = {name: "yes" if shutil.which(name) else "no" for name in ("nbdkit", "fio", "qemu-io", "nbdcopy")}
     tools |= {"libnbd": libnbd, "root": "yes" if os.geteuid() == 0 else "no"}
-    return f"zramd: {PACKAGE_PARENT}; " + ", ".join(f"{name} {there}" for name, there in tools.items())
+    found = ", ".join(f"{name} {there}" for name, there in tools.items())
+    return f"zramd: {PACKAGE_PARENT}; {found}; ZRAMD_SEED={SEED}"
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +45,13 @@ def clean_env(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("ZRAMD_", "LISTEN_")):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> None:
+    """A test that makes random choices tells the seed when it fails."""
+    if hasattr(request.module, "SEED"):
+        print(f"ZRAMD_SEED={SEED}")
 
 
 def zramd_command(*words: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -65,6 +77,35 @@ def block_content(block: int, version: int) -> bytes:
     head = b"%08d %08d " % (block, version)
     size = 4000 if kind == 1 else rnd.randrange(50, 3600)
     return (head + rnd.randbytes(size) + bytes(4096))[: 4096 - 18] + head
+
+
+def compressible(seed: int, size: int = 700) -> bytes:
+    """A block that is stored as a little more than `size` bytes."""
+    return random.Random(seed).randbytes(size) + bytes(4096 - size)
+
+
+def noise(seed: int) -> bytes:
+    """A block that is stored raw."""
+    return random.Random(seed).randbytes(4096)
+
+
+def run_threads(works: Iterable[Callable[[], None]]) -> None:
+    """Run each in a thread of its own, all to their end; raise the first exception of one."""
+    errors: list[BaseException] = []
+
+    def guard(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guard, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def wait_until(predicate: Callable[[], object], timeout: float = 10.0) -> None:
@@ -129,6 +170,25 @@ class Served:
         assert status == 200, body
         values: dict[str, Any] = json.loads(body)
         return values
+
+    def clients(self) -> int:
+        """How many clients are connected."""
+        count: int = json.loads(self.request("GET", "/health")[1])["clients"]
+        return count
+
+    def threads(self) -> int:
+        """How many threads the process has."""
+        return len(os.listdir(f"/proc/{self.process.pid}/task"))
+
+    def descriptors(self) -> int:
+        """How many files the process has open."""
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def settled(self) -> tuple[int, int]:
+        """Threads and files while nobody comes or goes."""
+        # nbdkit starts a client's threads one by one: the first may answer before the last is there.
+        time.sleep(0.2)
+        return self.threads(), self.descriptors()
 
     def connect(self) -> Any:
         """A libnbd handle; skips the test where libnbd's Python module is missing."""
@@ -218,6 +278,44 @@ class NbdSocket:
         """Leave as a client should."""
         self.send(self.DISCONNECT, 0, 0)
         self.sock.close()
+
+
+@contextmanager
+def bystander(served: Served, length: int = 8 << 20) -> Iterator[None]:
+    """Another client, which works on the first bytes of the device meanwhile and finds all as it left it."""
+    stopping = threading.Event()
+    failures: list[BaseException] = []
+    turns = 0
+
+    def work() -> None:
+        nonlocal turns
+        try:
+            client = NbdSocket(served)
+            dice = random.Random(SEED)
+            model = bytearray(client.read(0, length))
+            while not stopping.is_set():
+                size = dice.randrange(1, 16384)
+                offset = dice.randrange(length - size)
+                data = (dice.randbytes(1 + size // 3) * 3)[:size]
+                assert client.ask(client.WRITE, offset, size, data) == 0
+                model[offset : offset + size] = data
+                offset = dice.randrange(length - size)
+                assert client.read(offset, size) == model[offset : offset + size]
+                turns += 1
+            assert client.read(0, length) == model
+            client.close()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        wait_until(lambda: turns or failures)
+        yield
+    finally:
+        stopping.set()
+        thread.join(60)
+    assert not failures, f"{failures[0]!r} after {turns} turns; log: {served.log.read_text()[-500:]}"
 
 
 @pytest.fixture

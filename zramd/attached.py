@@ -15,6 +15,7 @@ from zramd import rundir
 from zramd.errors import AttachError
 
 FOLDER = "/run/zramd"  # attaching is root's business, so this is root's folder
+SYS_BLOCK = "/sys/block"
 LOCK_TIMEOUT = 1.0  # seconds; who only looks holds the lock for microseconds
 _NBD_CLEAR_SOCK = 0xAB04  # linux/nbd.h
 
@@ -55,9 +56,29 @@ def find(name: str) -> Attached | None:
     return Attached(name, device, int(keeper), data.strip())
 
 
+def devices(name: str, disksize: int) -> list[str]:
+    """Return the kernel's devices, such as /dev/nbd0, that are connected to `name`, of `disksize` bytes.
+
+    `zramd attach` tells the kernel whose they are. Of what other programs attach nothing but the size is
+    known: a device of that size may belong to another server.
+    """
+    try:
+        blocks = sorted(os.listdir(SYS_BLOCK))
+    except OSError:
+        return []
+    found = []
+    for device in (f"/dev/{block}" for block in blocks if block.startswith("nbd")):
+        if is_connected(device):
+            owner, size = read_sys(device, "backend"), read_sys(device, "size")
+            same_size = size.isdigit() and int(size) * 512 == disksize
+            if owner == backend(name) or (not owner and same_size):
+                found.append(device)
+    return found
+
+
 def is_connected(device: str) -> bool:
     """Say whether the kernel has a connection for /dev/nbdN, dead or alive."""
-    return os.path.exists(f"/sys/block/{os.path.basename(device)}/pid")
+    return os.path.exists(f"{SYS_BLOCK}/{os.path.basename(device)}/pid")
 
 
 @contextmanager
@@ -92,7 +113,7 @@ def unobserved(device: str) -> Iterator[Callable[[], None]]:
 def read_sys(device: str, name: str) -> str:
     """Return what sysfs says of a device, '' if it does not."""
     try:
-        with open(f"/sys/block/{os.path.basename(device)}/{name}") as file:
+        with open(f"{SYS_BLOCK}/{os.path.basename(device)}/{name}") as file:
             return file.read().strip()
     except OSError:
         return ""

@@ -1,4 +1,4 @@
-"""What the kernel swaps to: /proc/swaps, and mkswap, swapon and swapoff with what can be said of them."""
+"""What the kernel uses a device for (/proc/swaps, /proc/mounts), and mkswap, swapon and swapoff."""
 
 import os
 import re
@@ -14,6 +14,7 @@ MIN_FREE_KBYTES = "/proc/sys/vm/min_free_kbytes"
 MIN_FREE = 0.03  # of memory: docs/swapping.md says what for
 PROGRESS_INTERVAL = 0.2  # seconds between two looks at how far swapoff is
 PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"  # ordinary users lack the first ones
+SWAP = "[SWAP]"  # what zramctl shows where the device is not mounted but swapped to
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -58,6 +59,11 @@ def mounts(device: str) -> list[str]:
             if re.fullmatch(f"{re.escape(device)}(p[0-9]+)?", source):
                 found.append(_unquote(place))
     return found
+
+
+def uses(device: str) -> list[str]:
+    """Return what `device` is used for: [SWAP], and the folders where it is mounted."""
+    return [*([SWAP] if find(device) else []), *mounts(device)]
 
 
 def available() -> int:

@@ -8,8 +8,8 @@ PUT   /NAME for each setting that can be changed while the device is served
 """
 
 import json
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -88,6 +88,7 @@ class Routes:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._streams: list[str] = []  # those under way: save, load
         self._routes: dict[str, dict[str, Handler]] = {
             "/": {"GET": self._index},
             "/stats": {"GET": self._stats},
@@ -130,17 +131,26 @@ class Routes:
 
     def save(self, fd: int, path: str) -> None:
         """Answer one of STREAMS_OUT, after the header."""
-        with suppress(ZramdError):  # the stream itself says so
+        with self._under_way("save"), suppress(ZramdError):  # the stream itself says so
             self._service.save(fd, live=path.endswith("live"))
 
     def load(self, fd: int, begun: bytes, length: int) -> Reply:
         """Return the answer to one of STREAMS_IN, whose body comes from a descriptor."""
         try:
-            return _json(self._service.load(fd, begun, length))
+            with self._under_way("load"):
+                return _json(self._service.load(fd, begun, length))
         except DeviceError as error:
             return Reply(409, TEXT, f"{error}\n")
         except (ZramdError, MemoryError) as error:
             return Reply(422, TEXT, f"{error}\n")
+
+    @contextmanager
+    def _under_way(self, what: str) -> Iterator[None]:
+        self._streams.append(what)
+        try:
+            yield
+        finally:
+            self._streams.remove(what)
 
     def _paths(self) -> str:
         streams = "".join(f"{method} {path}\n" for method, path in (*STREAMS_OUT, *STREAMS_IN))
@@ -171,7 +181,7 @@ class Routes:
         return Reply(200, _PROMETHEUS, shown)
 
     def _health(self, text: str) -> Reply:
-        return _json(self._service.health())
+        return _json({**self._service.health(), "streams": self._streams})
 
     def _settings(self, text: str) -> Reply:
         return _json(self._service.settings())

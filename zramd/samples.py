@@ -10,7 +10,8 @@ from collections import deque
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from zramd import client, kernel
+from zramd import attached, client, kernelswap
+from zramd.buckets import quantile
 
 TIMEOUT = 10.0  # seconds to wait for each answer
 HISTORY = 1000  # samples: more than a screen is wide
@@ -39,19 +40,8 @@ class Histogram(NamedTuple):
         return Histogram(self.bounds, tuple(a + b for a, b in zip(self.counts, other.counts, strict=True)))
 
     def quantile(self, share: float) -> float | None:
-        """Return the seconds within which a share (0 to 1) of the requests was done, None if there were none.
-
-        Within a bucket they are taken as spread evenly; beyond the last finite bound it is that bound.
-        """
-        rank = share * self.counts[-1] if self.counts else 0
-        if not rank:
-            return None
-        low, below = 0.0, 0
-        for high, count in zip(self.bounds, self.counts, strict=True):
-            if count >= rank:
-                return low if high == float("inf") else low + (high - low) * (rank - below) / (count - below)
-            low, below = high, count
-        return low
+        """Return the seconds within which a share (0 to 1) of the requests was done, None of no requests."""
+        return quantile(self.bounds[:-1], self.counts, share)
 
 
 class Sample(NamedTuple):
@@ -94,8 +84,8 @@ def take(served: client.Served, timeout: float = TIMEOUT) -> Sample:
     clients = served.ask_json("GET", "/health", timeout=timeout)["clients"]
     # stats.json has quantiles since the start; what happens now can only be told from the buckets.
     latencies = histograms(served.request("GET", "/metrics", timeout=timeout)) if "latency" in stats else {}
-    devices = kernel.attached(stats["name"], stats["disksize"])
-    return Sample(stats, classes, clients, {device: kernel.uses(device) for device in devices}, latencies)
+    devices = attached.devices(stats["name"], stats["disksize"])
+    return Sample(stats, classes, clients, {device: kernelswap.uses(device) for device in devices}, latencies)
 
 
 def histograms(metrics: str) -> dict[str, Histogram]:

@@ -9,7 +9,10 @@ import json
 import os
 import time
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
+
+from zramd.buckets import quantile
 
 _PAGE_SIZE = os.sysconf("SC_PAGE_SIZE")
 _GROUPS = ("10%", "20%", "30%", "40%", "50%", "60%", "70%", "80%", "90%", "99%", "100%")
@@ -175,20 +178,8 @@ class Latency:
         return sum(self.counts)
 
     def quantile(self, share: float) -> float:
-        """Return the seconds within which a share (0 to 1) of the requests was done, 0 when there were none.
-
-        Within a bucket requests count as spread evenly, as Prometheus' histogram_quantile takes them. What
-        took longer than the last bound is told as that bound.
-        """
-        rank = share * self.count
-        below = 0
-        low = 0.0
-        for high, count in zip(self.bounds, self.counts, strict=False):
-            if count and below + count >= rank:
-                return low + (high - low) * (rank - below) / count
-            below += count
-            low = high
-        return low if below < self.count else 0.0
+        """Return the seconds within which a share (0 to 1) of the requests was done, 0 without requests."""
+        return quantile(self.bounds, tuple(accumulate(self.counts)), share) or 0.0
 
 
 @dataclass(frozen=True)

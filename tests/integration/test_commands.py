@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import random
 import shutil
 import signal
@@ -51,7 +52,7 @@ def fill(served: Served, blocks: int) -> None:
     assert client.ask(client.WRITE, blocks * BLOCK, BLOCK, b"\xa5" * BLOCK) == 0
     assert client.ask(client.WRITE, (blocks + 1) * BLOCK, BLOCK, dice.randbytes(BLOCK)) == 0
     client.close()
-    wait_until(lambda: json.loads(served.request("GET", "/health")[1])["clients"] == 0)
+    wait_until(lambda: served.clients() == 0)
 
 
 @pytest.fixture
@@ -347,7 +348,7 @@ class TestShow:
         )
         assert served.stats()["pages_stored"] == 22
         client.close()
-        wait_until(lambda: json.loads(served.request("GET", "/health")[1])["clients"] == 0)
+        wait_until(lambda: served.clients() == 0)
         assert said("reset", *at(served)) == ""
         assert served.stats()["pages_stored"] == 0
 
@@ -419,46 +420,97 @@ def test_reader_that_has_seen_enough(serve: Serve) -> None:
     assert done.stderr == b""
 
 
-def complete(line: str, folder: Path) -> list[str]:
-    """What a real bash offers at the end of `line`."""
+def in_bash(line: str, folder: Path) -> str:
+    """What is offered at the end of `line`; so are the next two."""
     script = """
         set -u
-        eval "$(cat "$1")"
+        eval "$(cat completion)"
         compopt() { :; }
-        read -ra COMP_WORDS <<<"$2"
-        [[ $2 != *' ' ]] || COMP_WORDS+=("")
+        read -ra COMP_WORDS <<<"$1"
+        [[ $1 != *' ' ]] || COMP_WORDS+=("")
         COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
         COMPREPLY=()
         _zramd
         ((${#COMPREPLY[@]} == 0)) || printf '%s\\n' "${COMPREPLY[@]}"
     """
-    done = subprocess.run(
-        ["bash", "--norc", "-c", script, "-", str(folder / "completion"), line],
-        capture_output=True,
-        text=True,
-        timeout=20,
-        cwd=folder,
-    )
+    return run_shell(["bash", "--norc", "-c", script, "-", line], folder)
+
+
+def in_fish(line: str, folder: Path) -> str:
+    return run_shell(["fish", "--no-config", "-c", "source completion; complete -C $argv[1]", line], folder)
+
+
+def run_shell(command: list[str], folder: Path) -> str:
+    env = {**os.environ, "HOME": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=folder, env=env)
     assert done.stderr == ""
-    return done.stdout.split()
+    return done.stdout
 
 
-def test_completion(place: Path, name: str, tmp_path: Path) -> None:
-    (tmp_path / "completion").write_text(said("completion", "bash"))
+def in_zsh(line: str, folder: Path) -> str:
+    """Only at a terminal does it complete: this presses the tab key, and writes down what is added."""
+    (folder / "setup").write_text("""
+        autoload -Uz compinit && compinit -u -D && source completion
+        compadd() {
+            if [[ ${@[1,(i)(-|--)]} != *-(O|A|D)\\ * ]]; then
+                local -a hits
+                builtin compadd -O hits "$@"
+                print -rl -- $hits >>offered
+            fi
+            builtin compadd "$@"
+        }
+        finish() { mv offered done }
+        comppostfuncs=(finish)
+        touch offered
+    """)
+    (folder / "done").unlink(missing_ok=True)
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "HOME": str(folder), "TERM": "dumb"}
+    shell = subprocess.Popen(
+        ["zsh", "-fi", "+m"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=folder,
+        env=env,
+        start_new_session=True,
+    )
+    try:
+        os.write(ours, f"source setup\n{line}\t".encode())
+        wait_until(lambda: (folder / "done").exists(), 20)
+        return (folder / "done").read_text()
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(theirs)
+        os.close(ours)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(place: Path, name: str, tmp_path: Path, shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed: apt-get install {shell}")
+    offer = {"bash": in_bash, "zsh": in_zsh, "fish": in_fish}[shell]
+
+    def complete(line: str) -> list[str]:
+        return sorted(word.rstrip("/") for word in offer(line, tmp_path).split())
+
+    (tmp_path / "completion").write_text(said("completion", shell))
     (tmp_path / "here").mkdir()
     said("start", name, "--size", "1M")
-    assert complete("zramd st", tmp_path) == ["start", "stop", "stats"]
-    assert "list" in complete("zramd ", tmp_path)
-    assert complete(f"zramd stats {name[:-1]}", tmp_path) == [name]
-    assert complete(f"zramd debug block {name[:-1]}", tmp_path) == [name]
-    assert complete("zramd debug ", tmp_path) == ["block", "-h", "--help"]
-    assert complete("zramd stats --js", tmp_path) == ["--json"]
-    assert complete("zramd start mem_", tmp_path) == ["mem_limit="]
-    assert complete(f"zramd set {name} dis", tmp_path) == []
-    assert complete(f"zramd set {name} mem", tmp_path) == ["mem_limit="]
-    assert complete("zramd list -o PE", tmp_path) == ["PEAK"]
-    assert complete("zramd list --rundir h", tmp_path) == ["here"]
-    assert complete("zramd completion ", tmp_path)[-1] == "bash"
-    assert complete("zramd start --size ", tmp_path) == []
+    assert complete("zramd st") == ["start", "stats", "stop"]
+    assert "list" in complete("zramd ")
+    assert complete(f"zramd stats {name[:-1]}") == [name]
+    assert complete(f"zramd debug block {name[:-1]}") == [name]
+    assert "block" in complete("zramd debug ")
+    assert complete("zramd stats --js") == ["--json"]
+    assert complete("zramd start mem_") == ["mem_limit="]
+    assert complete(f"zramd set {name} dis") == []
+    assert complete(f"zramd set {name} mem") == ["mem_limit="]
+    assert complete("zramd list -o PE") == ["PEAK"]
+    assert complete("zramd list --output PE") == ["PEAK"]
+    assert complete("zramd list --rundir h") == ["here"]
+    assert shell in complete("zramd completion ")
+    assert complete("zramd start --size ") == []
     said("stop", name)
-    assert complete(f"zramd stats {name[:-1]}", tmp_path) == []
+    assert complete(f"zramd stats {name[:-1]}") == []

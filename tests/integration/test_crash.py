@@ -12,13 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import NbdSocket, Served, block_content
+from conftest import SCALE, SEED, NbdSocket, Served, block_content
 
 from zramd import Device, state
 
 BLOCK = 4096
-SCALE = float(os.environ.get("ZRAMD_STRESS", "1"))
-SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))
 KILLS = max(1, int(30 * SCALE))
 WORKERS = 4
 BLOCKS = 2048  # of each worker
@@ -98,7 +96,6 @@ def take_over(path: Path, verify: bool) -> Device:
 def test_a_killed_server_loses_nothing(
     serve: Callable[..., Served], memory_folder: Path, tmp_path: Path
 ) -> None:
-    print(f"ZRAMD_SEED={SEED}")
     rnd = random.Random(SEED)
     path = memory_folder / "state"
     ledgers = [Ledger(me) for me in range(WORKERS)]

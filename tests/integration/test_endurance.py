@@ -1,15 +1,14 @@
 """What a server has to stand for long: it ends with the memory that it had early on."""
 
-import json
 import os
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import NbdSocket, Served, wait_until
+from conftest import SEED, NbdSocket, Served, run_threads, wait_until
 
 Serve = Callable[..., Served]
 MIB = 1 << 20
@@ -17,13 +16,6 @@ BLOCK = 4096
 REQUEST = 128 << 10
 DEPTH = 16
 TOLERANCE = 0.02
-SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))
-
-
-def clients(served: Served) -> int:
-    """How many clients are connected."""
-    count: int = json.loads(served.request("GET", "/health")[1])["clients"]
-    return count
 
 
 def minor_faults(served: Served) -> int:
@@ -48,31 +40,16 @@ def compare(what: str, early: int, late: int) -> None:
 class TestConnections:
     def serve_clients(self, served: Served, count: int) -> None:
         """Connect, read one block and leave, `count` times from four threads; then nobody is there."""
-        failures: list[BaseException] = []
 
         def visit(number: int) -> None:
-            try:
-                for turn in range(number, count, 4):
-                    client = NbdSocket(served)
-                    block = turn % 256
-                    assert client.read(block * BLOCK, BLOCK) == bytes([block]) * BLOCK
-                    client.close()
-            except BaseException as error:
-                failures.append(error)
+            for turn in range(number, count, 4):
+                client = NbdSocket(served)
+                block = turn % 256
+                assert client.read(block * BLOCK, BLOCK) == bytes([block]) * BLOCK
+                client.close()
 
-        threads = [threading.Thread(target=visit, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert failures == []
-        wait_until(lambda: clients(served) == 0)
-
-    def threads(self, served: Served) -> int:
-        return len(os.listdir(f"/proc/{served.process.pid}/task"))
-
-    def descriptors(self, served: Served) -> int:
-        return len(os.listdir(f"/proc/{served.process.pid}/fd"))
+        run_threads(partial(visit, number) for number in range(4))
+        wait_until(lambda: served.clients() == 0)
 
     @pytest.mark.parametrize(
         ("model", "first", "count"),
@@ -88,14 +65,14 @@ class TestConnections:
         blocks = b"".join(bytes([block]) * BLOCK for block in range(256))
         assert client.ask(client.WRITE, 0, len(blocks), blocks) == 0
         client.close()
-        wait_until(lambda: clients(served) == 0)
+        wait_until(lambda: served.clients() == 0)
         time.sleep(0.2)  # the connection that just told the number of clients is closed a little later
-        open_before, threads_before = self.descriptors(served), self.threads(served)
+        open_before, threads_before = served.descriptors(), served.threads()
         self.serve_clients(served, first)
         early = served.resident()
         self.serve_clients(served, count - first)
-        wait_until(lambda: self.descriptors(served) <= open_before)
-        wait_until(lambda: self.threads(served) <= threads_before)
+        wait_until(lambda: served.descriptors() <= open_before)
+        wait_until(lambda: served.threads() <= threads_before)
         compare(f"after {first} and {count} connections", early, served.resident())
         assert served.log.read_text() == ""
 
@@ -158,7 +135,6 @@ class TestRewriting:
     @pytest.mark.parametrize("rounds", [20, pytest.param(100, marks=pytest.mark.slow)])
     def test_whole_device(self, serve: Serve, rounds: int) -> None:
         """Rewriting leaves nothing behind, left alone or told to compact."""
-        print(f"ZRAMD_SEED={SEED}")
         served = serve(disksize=64 * MIB)
         rewriter = Rewriter(served)
         rewriter.round()

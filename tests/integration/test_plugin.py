@@ -119,12 +119,12 @@ class TestData:
         handles = [served.connect() for _ in range(200)]
         for index, handle in enumerate(handles):
             handle.pwrite(bytes([index]) * 4096, index * 4096)
-        assert json.loads(served.request("GET", "/health")[1])["clients"] == 200
+        assert served.clients() == 200
         expected = b"".join(bytes([index]) * 4096 for index in range(200))
         assert handles[0].pread(200 * 4096, 0) == expected
         for handle in handles:
             handle.shutdown()
-        wait_until(lambda: json.loads(served.request("GET", "/health")[1])["clients"] == 0)
+        wait_until(lambda: served.clients() == 0)
 
     @pytest.mark.parametrize("request_size", [4096, MIB])
     @pytest.mark.parametrize("what", ["read", "write"])
@@ -144,7 +144,7 @@ class TestData:
             command = [sys.executable, "-c", script, served.uri, what, str(request_size)]
             subprocess.run(command, timeout=30, check=False)
             assert steady.pread(65536, 32 * MIB) == b"x" * 65536
-        wait_until(lambda: json.loads(served.request("GET", "/health")[1])["clients"] == 1)
+        wait_until(lambda: served.clients() == 1)
 
     def test_random_bytes(self, serve: Serve) -> None:
         served = serve()
@@ -233,15 +233,19 @@ class TestEndpointAndFiles:
         handle = served.connect()
         assert handle.pread(MIB, 0) == bytes(MIB)
 
-    def test_compact(self, serve: Serve) -> None:
-        served = serve(compaction="off")
-        handle = served.connect()
+    def fragment(self, handle: Any) -> None:
+        """Write blocks of all sizes, and trim most of them, one here and one there."""
         dice = random.Random(3)
         for offset in range(0, 8 * MIB, 4096):
             handle.pwrite(dice.randbytes(dice.randrange(100, 2000)).ljust(4096, b"\0"), offset)
         for offset in range(0, 8 * MIB, 4096):
             if dice.random() < 0.65:
                 handle.trim(4096, offset)
+
+    def test_compact(self, serve: Serve) -> None:
+        served = serve(compaction="off")
+        handle = served.connect()
+        self.fragment(handle)
         before = served.stats()
         assert before["freeable_pages"] > 50
         status, body = served.request("POST", "/compact")
@@ -256,12 +260,7 @@ class TestEndpointAndFiles:
     def test_background_compaction(self, serve: Serve) -> None:
         served = serve(compaction_interval="0.05")
         handle = served.connect()
-        dice = random.Random(3)
-        for offset in range(0, 8 * MIB, 4096):
-            handle.pwrite(dice.randbytes(dice.randrange(100, 2000)).ljust(4096, b"\0"), offset)
-        for offset in range(0, 8 * MIB, 4096):
-            if dice.random() < 0.65:
-                handle.trim(4096, offset)
+        self.fragment(handle)
         wait_until(lambda: served.stats()["pages_compacted"] > 50)
 
 

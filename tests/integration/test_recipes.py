@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Served, wait_until
+from conftest import SEED, Served, wait_until
 
 from zramd.config import MAX_DISKSIZE
 
@@ -25,7 +25,6 @@ BLOCK = 4096
 PRIVATE = 8 * MIB  # at the end of the device: the churn's own
 SIZE = 64 * MIB  # before it: the recipe's
 DATA, ZERO, HOLE = 0, nbd.STATE_ZERO, nbd.STATE_HOLE | nbd.STATE_ZERO
-SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))
 
 
 class Churn:
@@ -97,7 +96,6 @@ class Churn:
 @pytest.fixture
 def served(serve: Serve) -> Iterator[Served]:
     """A server whose compactor has work to do all the time; afterwards it must be whole."""
-    print(f"ZRAMD_SEED={SEED}")
     server = serve(disksize=SIZE + PRIVATE, compaction_interval="0.05")
     with Churn(server):
         yield server
@@ -561,7 +559,6 @@ def test_races(serve: Serve, region: int) -> None:
 
     The dense regions share the blocks at their borders, so two connections change parts of one block at once.
     """
-    print(f"ZRAMD_SEED={SEED}")
     # Several threads for each client, also with an nbdkit where that is not the default.
     served = serve(disksize=SIZE + PRIVATE, compaction_interval="0.05", thread_model="parallel")
     with Churn(served):

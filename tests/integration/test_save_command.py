@@ -72,12 +72,7 @@ def fill(served: Served, size: int = SIZE) -> None:
 
 def leave(served: Served, client: NbdSocket) -> None:
     client.close()
-    wait_until(lambda: clients(served) == 0)
-
-
-def clients(served: Served) -> int:
-    number: int = json.loads(served.request("GET", "/health")[1])["clients"]
-    return number
+    wait_until(lambda: served.clients() == 0)
 
 
 def content(served: Served, size: int = SIZE) -> bytes:

@@ -3,55 +3,17 @@
 Scaled by ZRAMD_STRESS (1 by default); the seed is printed and can be given as ZRAMD_SEED.
 """
 
-import os
 import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+from conftest import SCALE, SEED, block_content, run_threads
 
 from zramd import Device, PoolFullError
 
 BLOCK = 4096
-SCALE = float(os.environ.get("ZRAMD_STRESS", "1"))
-SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))
-
-
-def content(block: int, version: int) -> bytes:
-    """A block that only this block and version have; sizes of all kinds: repeated word, small, large, raw."""
-    rnd = random.Random(block << 32 | version)
-    kind = rnd.randrange(10)
-    if kind == 0:
-        return (block << 32 | version).to_bytes(8, "little") * 512
-    head = b"%08d %08d " % (block, version)
-    size = 4000 if kind == 1 else rnd.randrange(50, 3600)
-    return (head + rnd.randbytes(size) + bytes(BLOCK))[: BLOCK - 18] + head
-
-
-def run(threads: list[Callable[[], None]]) -> None:
-    """Run all to their end; the first exception of one is raised."""
-    errors: list[BaseException] = []
-
-    def guard(work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    started = [threading.Thread(target=guard, args=(work,)) for work in threads]
-    for thread in started:
-        thread.start()
-    for thread in started:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
-@pytest.fixture(autouse=True)
-def seed(record_property: Callable[[str, object], None]) -> None:
-    print(f"ZRAMD_SEED={SEED}")
-    record_property("seed", SEED)
 
 
 @contextmanager
@@ -83,11 +45,11 @@ def test_owned_blocks_with_compaction(limit: int, ready: int) -> None:
         def work() -> None:
             rnd = random.Random(SEED + me)
             mine: dict[int, bytes] = {}
-            for version in range(rounds):
+            for version in range(1, rounds + 1):
                 block = rnd.randrange(blocks // workers) * workers + me
                 action = rnd.random()
                 if action < 0.5:
-                    data = content(block, version)
+                    data = block_content(block, version)
                     try:
                         device.write(data, block * BLOCK)
                         mine[block] = data
@@ -131,7 +93,7 @@ def test_owned_blocks_with_compaction(limit: int, ready: int) -> None:
     background.start()
     try:
         with reserve(device, ready):
-            run([worker(me) for me in range(workers)])
+            run_threads([worker(me) for me in range(workers)])
     finally:
         done.set()
         background.join()
@@ -149,7 +111,7 @@ def test_shared_blocks_are_never_torn() -> None:
     blocks = 16
     rounds = int(5000 * SCALE)
     for block in range(blocks):
-        device.write(content(block, 0), block * BLOCK)
+        device.write(block_content(block, 1), block * BLOCK)
 
     def writer(me: int) -> Callable[[], None]:
         def work() -> None:
@@ -159,7 +121,7 @@ def test_shared_blocks_are_never_torn() -> None:
                 if rnd.random() < 0.1:
                     device.trim(block * BLOCK, BLOCK)
                 else:
-                    device.write(content(block, me << 20 | version), block * BLOCK)
+                    device.write(block_content(block, me << 20 | version), block * BLOCK)
 
         return work
 
@@ -177,7 +139,7 @@ def test_shared_blocks_are_never_torn() -> None:
                 else:
                     assert buf[:18] == buf[-18:], "head and tail are of different versions"
                     version = int(buf[9:17])
-                assert buf == content(block, version)
+                assert buf == block_content(block, version)
 
         return work
 
@@ -185,7 +147,7 @@ def test_shared_blocks_are_never_torn() -> None:
         for _ in range(rounds):
             device.compact(2000)
 
-    run([writer(1), writer(2), reader(3), reader(4), compactor])
+    run_threads([writer(1), writer(2), reader(3), reader(4), compactor])
     device.check()
 
 
@@ -206,7 +168,7 @@ def test_partial_writes_lose_nobodys_bytes() -> None:
 
         return work
 
-    run([worker(me) for me in range(workers)])
+    run_threads([worker(me) for me in range(workers)])
     device.check()
     now = bytearray(size)
     device.read(now, 0)
@@ -226,7 +188,7 @@ def test_reset_and_limits_under_load(ready: int) -> None:
         while not done.is_set():
             block = rnd.randrange(4000)
             try:
-                device.write(content(block, 1), block * BLOCK + rnd.choice([0, 0, 17]))
+                device.write(block_content(block, 1), block * BLOCK + rnd.choice([0, 0, 17]))
                 device.read(buf, block * BLOCK)
             except PoolFullError:
                 pass
@@ -250,5 +212,5 @@ def test_reset_and_limits_under_load(ready: int) -> None:
             device.pressure()
 
     with reserve(device, ready):
-        run([writer, writer, disturb, watch])
+        run_threads([writer, writer, disturb, watch])
     device.check()

@@ -1,14 +1,13 @@
 """Threads on one pool, handing handles to each other, while compaction runs."""
 
-import os
 import queue
 import random
 import threading
+from functools import partial
+
+from conftest import SCALE, SEED, run_threads
 
 from zramd import HandleError, Zsmalloc
-
-SCALE = float(os.environ.get("ZRAMD_STRESS", "1"))
-SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))
 
 
 def tagged(handle: int, size: int) -> bytes:
@@ -16,33 +15,28 @@ def tagged(handle: int, size: int) -> bytes:
 
 
 def test_handles_change_hands() -> None:
-    print(f"ZRAMD_SEED={SEED}")
     pool = Zsmalloc(100_000)
     shared: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
     done = threading.Event()
-    errors: list[BaseException] = []
 
     def worker(me: int) -> None:
         rnd = random.Random(SEED + me)
-        try:
-            for _ in range(int(15_000 * SCALE)):
-                if rnd.random() < 0.55 and shared.qsize() < 5000:
-                    size = rnd.choice([rnd.randint(1, 4096), rnd.randint(1, 200), 4096])
-                    handle = pool.malloc(size)
-                    pool.write(handle, tagged(handle, size))
-                    shared.put((handle, size))
-                    continue
-                try:
-                    handle, size = shared.get_nowait()
-                except queue.Empty:
-                    continue
-                assert pool.read(handle, size) == tagged(handle, size)
-                if rnd.random() < 0.3:
-                    shared.put((handle, size))
-                else:
-                    pool.free(handle)
-        except BaseException as error:
-            errors.append(error)
+        for _ in range(int(15_000 * SCALE)):
+            if rnd.random() < 0.55 and shared.qsize() < 5000:
+                size = rnd.choice([rnd.randint(1, 4096), rnd.randint(1, 200), 4096])
+                handle = pool.malloc(size)
+                pool.write(handle, tagged(handle, size))
+                shared.put((handle, size))
+                continue
+            try:
+                handle, size = shared.get_nowait()
+            except queue.Empty:
+                continue
+            assert pool.read(handle, size) == tagged(handle, size)
+            if rnd.random() < 0.3:
+                shared.put((handle, size))
+            else:
+                pool.free(handle)
 
     def compactor() -> None:
         while not done.is_set():
@@ -50,15 +44,11 @@ def test_handles_change_hands() -> None:
 
     background = threading.Thread(target=compactor)
     background.start()
-    threads = [threading.Thread(target=worker, args=(me,)) for me in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    done.set()
-    background.join()
-    if errors:
-        raise errors[0]
+    try:
+        run_threads(partial(worker, me) for me in range(4))
+    finally:
+        done.set()
+        background.join()
     pool.check()
     assert pool.stats()["objects_migrated"] > 0
     while not shared.empty():
@@ -88,10 +78,6 @@ def test_one_of_many_frees_wins() -> None:
             except HandleError:
                 freed.append(False)
 
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_threads([work] * 4)
         assert sorted(freed) == [False, False, False, True]
         pool.check()

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from conftest import PACKAGE_PARENT
 from test_stats import FakeDevice
 
-from zramd import client, config, kernel, kernelswap, prometheus, stats
+from zramd import attached, client, config, kernelswap, prometheus, stats
 from zramd.commands import MODULES, Parser, completion, doctor, listing, main, parser
 from zramd.errors import UsageError
 
@@ -123,7 +124,7 @@ def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["debug"], "zramd debug: the following arguments are required: PART: see 'zramd debug --help'"),
         (
             ["completion", "csh"],
-            "zramd completion: argument SHELL: invalid choice: 'csh' (choose from 'bash')",
+            "zramd completion: argument SHELL: invalid choice: 'csh' (choose from 'bash', 'zsh', 'fish')",
         ),
         (["list", "-o", ""], "zramd: unknown column '': use some of NAME"),
         (["stats", ""], "zramd: '' is not a device's name"),
@@ -237,20 +238,20 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             (folder / "backend").write_text(f"{backend}\n")
     (tmp_path / "swaps").write_text("Filename\tType\tSize\tUsed\tPriority\n/dev/nbd1 partition 2044 0 100\n")
     (tmp_path / "mounts").write_text("/dev/nbd0 /mnt/a\\040b ext4 rw 0 0\nproc /proc proc rw 0 0\n")
-    monkeypatch.setattr(kernel, "SYS_BLOCK", str(tmp_path))
+    monkeypatch.setattr(attached, "SYS_BLOCK", str(tmp_path))
     monkeypatch.setattr(kernelswap, "SWAPS", str(tmp_path / "swaps"))
     monkeypatch.setattr(kernelswap, "MOUNTS", str(tmp_path / "mounts"))
     return tmp_path
 
 
 def test_attached(machine: Path) -> None:
-    assert kernel.attached("a", 1 << 20) == ["/dev/nbd0"]
-    assert kernel.attached("b", 2 << 20) == ["/dev/nbd1"]
-    assert kernel.attached("b", 0) == ["/dev/nbd1"]
-    assert kernel.attached("c", 2 << 20) == []  # it is known to be another's
-    assert kernel.uses("/dev/nbd1") == ["[SWAP]"]
-    assert kernel.uses("/dev/nbd0") == ["/mnt/a b"]
-    assert kernel.uses("/dev/nbd2") == []
+    assert attached.devices("a", 1 << 20) == ["/dev/nbd0"]
+    assert attached.devices("b", 2 << 20) == ["/dev/nbd1"]
+    assert attached.devices("b", 0) == ["/dev/nbd1"]
+    assert attached.devices("c", 2 << 20) == []  # it is known to be another's
+    assert kernelswap.uses("/dev/nbd1") == ["[SWAP]"]
+    assert kernelswap.uses("/dev/nbd0") == ["/mnt/a b"]
+    assert kernelswap.uses("/dev/nbd2") == []
 
 
 def test_stop_is_refused_while_in_use(
@@ -426,10 +427,11 @@ def test_man_page_is_well_formed() -> None:
 # Completion.
 
 
-def test_completion_knows_every_verb_and_setting() -> None:
-    script = completion.bash()
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_completion_knows_every_verb_and_setting(shell: str) -> None:
+    script = completion.script(shell)
     for path, found in every_parser().items():
-        assert f'"{path}") words="' in script
+        assert (f'case "{path}"; set' if shell == "fish" else f'"{path}") offers="') in script
         for action in found._actions:
             for option in action.option_strings:
                 assert option in script
@@ -439,6 +441,10 @@ def test_completion_knows_every_verb_and_setting() -> None:
     assert [word[:-1] for word in set_words if word.endswith("=")] == live
 
 
-def test_completion_is_good_bash() -> None:
-    done = subprocess.run(["bash", "-n"], input=completion.bash(), capture_output=True, text=True, timeout=20)
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_completion_is_a_good_script(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed: apt-get install {shell}")
+    script = completion.script(shell)
+    done = subprocess.run([shell, "-n"], input=script, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr) == (0, "")

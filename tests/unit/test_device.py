@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+from conftest import compressible, noise
 
 from zramd import Device, PoolFullError
 from zramd.core.device import MAX_DISKSIZE
@@ -17,14 +18,6 @@ def read(device: Device, offset: int, length: int) -> bytes:
     buf = bytearray(length)
     device.read(buf, offset)
     return bytes(buf)
-
-
-def compressible(seed: int, size: int = 700) -> bytes:
-    return random.Random(seed).randbytes(size) + bytes(BLOCK - size)
-
-
-def noise(seed: int) -> bytes:
-    return random.Random(seed).randbytes(BLOCK)
 
 
 def test_reads_zeros_until_written() -> None:

@@ -146,7 +146,11 @@ def test_get(running: Running) -> None:
     assert code == 200
     assert text.startswith("# HELP zramd_")
     assert json.loads(running.ask("GET", "/stats?pretty=1")[1])["orig_data_size"] == 40960
-    assert json.loads(running.ask("GET", "/health")[1]) == {"status": "ok", "compactor": "idle"}
+    assert json.loads(running.ask("GET", "/health")[1]) == {
+        "status": "ok",
+        "compactor": "idle",
+        "streams": [],
+    }
 
 
 def test_paths_are_listed(running: Running) -> None:

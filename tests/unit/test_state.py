@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
+from conftest import compressible, noise
 from hypothesis import HealthCheck, given, settings
 
 from zramd import Device, PoolFullError, state
@@ -33,14 +34,6 @@ def read(device: Device, offset: int = 0, length: int = SIZE) -> bytes:
     buf = bytearray(length)
     device.read(buf, offset)
     return bytes(buf)
-
-
-def compressible(seed: int, size: int = 700) -> bytes:
-    return random.Random(seed).randbytes(size) + bytes(BLOCK - size)
-
-
-def noise(seed: int) -> bytes:
-    return random.Random(seed).randbytes(BLOCK)
 
 
 def fill(device: Device, seed: int = 1) -> bytes:

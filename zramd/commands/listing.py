@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from zramd import client, kernel
+from zramd import attached, client, kernelswap
 from zramd.errors import DeviceError, UsageError
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -113,9 +113,9 @@ def numbers(served: client.Served, *, clients: bool) -> "dict[str, Any]":
     stats = served.ask_json("GET", "/stats", timeout=TIMEOUT)
     if clients:
         stats["clients"] = served.ask_json("GET", "/health", timeout=TIMEOUT)["clients"]
-    devices = kernel.attached(stats["name"], stats["disksize"])
+    devices = attached.devices(stats["name"], stats["disksize"])
     stats["attached"] = ",".join(devices)
-    stats["mountpoint"] = ",".join(use for device in devices for use in kernel.uses(device))
+    stats["mountpoint"] = ",".join(use for device in devices for use in kernelswap.uses(device))
     return stats
 
 

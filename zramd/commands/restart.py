@@ -56,6 +56,7 @@ def restart(arguments: argparse.Namespace) -> int:
         ) from None
     since = time.monotonic()
     try:
+        _refuse_streams(served)
         _end(served)
         new.go(served)
     except DeviceError as error:
@@ -190,6 +191,13 @@ def _refuse_others(served: client.Served) -> None:
         f"{served.name} runs in the foreground, not by 'zramd start': end it by 'kill -USR1 {served.pid}', "
         "which keeps its clients waiting, and start it again with the same settings"
     )
+
+
+def _refuse_streams(served: client.Served) -> None:
+    """Raise DeviceError while the device is saved or loaded: that would be cut off."""
+    streams = served.ask_json("GET", "/health").get("streams")  # a server of an older zramd has none
+    if streams:
+        raise DeviceError(f"a {' and a '.join(streams)} is under way: restart it when that is done")
 
 
 def _words(path: str) -> list[str]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
-from zramd import __version__, client, kernel, rundir
+from zramd import __version__, attached, client, kernelswap, rundir
 from zramd.commands import add_device
 from zramd.errors import DeviceError, UsageError, ZramdError
 
@@ -431,9 +431,9 @@ def refuse_in_use(served: client.Served, what: str, more: str = "") -> None:
         name, size = stats["name"], stats["disksize"]
     except DeviceError:  # it does not answer: then only what `zramd attach` has made is known
         name, size = served.name, 0
-    for device in kernel.attached(name, size):
-        for use in kernel.uses(device):
-            command, what_for = ("swapoff", "swap") if use == kernel.SWAP else ("umount", f"'{use}'")
+    for device in attached.devices(name, size):
+        for use in kernelswap.uses(device):
+            command, what_for = ("swapoff", "swap") if use == kernelswap.SWAP else ("umount", f"'{use}'")
             raise DeviceError(
                 f"cannot {what} {name}: {device} is in use as {what_for}: "
                 f"run '{command} {device}' first{more}"

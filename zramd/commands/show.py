@@ -129,7 +129,7 @@ def dump(arguments: argparse.Namespace) -> int:
     import sys
 
     import zramd
-    from zramd import kernel
+    from zramd import attached, kernelswap
     from zramd.commands.doctor import nbdkit_version
 
     served = client.find(arguments.name, arguments.rundir)
@@ -152,8 +152,8 @@ def dump(arguments: argparse.Namespace) -> int:
         except DeviceError as error:
             state[part] = {"error": str(error)}
     known = state["stats"]
-    devices = kernel.attached(known.get("name", served.name), known.get("disksize", 0))
-    state["attached"] = {device: kernel.uses(device) for device in devices}
+    devices = attached.devices(known.get("name", served.name), known.get("disksize", 0))
+    state["attached"] = {device: kernelswap.uses(device) for device in devices}
     print(json.dumps(state, indent=2))
     return 0 if "error" not in known else 1
 
