@@ -23,6 +23,7 @@ class ZsmallocModel(RuleBasedStateMachine):
             handle = self.pool.malloc(size)
         except PoolFullError:
             assert self.limit, "refused without a limit"
+            assert self.pool.stats()["freeable_pages"] == 0, "refused while compaction could make room"
             assert self.pool.compact(1 << 30) == 0, "refused while compaction could make room"
             return None
         assert handle not in self.model

@@ -16,6 +16,7 @@ cdef struct size_class:
     uint64_t zspages                # isolated ones included
     uint64_t inuse                  # objects
     uint64_t committed              # resident pages; of huge: those in use and the spare ones
+    uint64_t stuck                  # atomic: compaction tried, freed nothing, and nothing was freed since
 
 cdef inline bint is_mapped(size_class *c) noexcept nogil:
     """Whether zspages of the class have a bitmap of the chunks in use, not a list of the free ones."""

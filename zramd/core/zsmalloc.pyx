@@ -639,6 +639,7 @@ cdef class Zsmalloc:
         cdef uint32_t header = <uint32_t>z.free << 1
         z.inuse -= 1
         owned_sub(&c.inuse, 1)
+        store_relaxed(&c.stuck, 0)
         zr_fill(start, FILL_FREED, c.size)
         if is_mapped(c):
             z.used &= ~(<uint64_t>1 << chunk)
@@ -797,17 +798,20 @@ cdef class Zsmalloc:
 
         At best all zspages are full but one, which has its objects on its first pages. Where mem_limit leaves no room
         to move between zspages, each part-filled one can still be tightened, which costs each a part of a page.
-        (There it is the most that can be: the pages that stay may not be those on which most objects fit.)
+        Where only resident chunks can be moved into (there, and with a reserve) that may be more than can be had: what
+        has been tried in vain counts as nothing, until an object of the class is freed.
         With a reserve that one keeps TAIL_PAGES: they are ready for what comes. (All of its pages would be 5 MiB.)
         May be read without the lock, then it can be off by what is happening meanwhile.
         """
         cdef uint64_t inuse = load_relaxed(&c.inuse), limit = load_relaxed(&self.arena.limit), best, part
-        if c.size == PAGE_SIZE or inuse == 0:
+        cdef bint full = limit and load_relaxed(&self.arena.pages) + 2 > limit
+        if c.size == PAGE_SIZE or inuse == 0 or (
+                load_relaxed(&c.stuck) and (full or load_relaxed(&self.arena.reserve))):
             return 0
         best = inuse // c.objs * c.pages
         if inuse % c.objs:
             best += self._pages_wanted(c, inuse % c.objs)
-        if limit and load_relaxed(&self.arena.pages) + 2 > limit:
+        if full:
             part = load_relaxed(&c.zspages) - load_relaxed(&c.group_count[GROUP_FULL])
             best += part - 1 if part else 0
         return load_relaxed(&c.committed) - best if load_relaxed(&c.committed) > best else 0
@@ -873,7 +877,7 @@ cdef class Zsmalloc:
         """
         cdef size_class *c = &self.classes[index]
         cdef uint32_t src = NIL, dst = NIL, chunk = 0, group, retries = 2
-        cdef uint64_t freed = 0, grown = 0, before
+        cdef uint64_t freed = 0, grown = 0, before, pins_met = load_relaxed(&self.pins_met)
         # Only chunks whose pages are there can be moved into: with a reserve, and once the limit is reached.
         cdef bint resident = load_relaxed(&self.arena.reserve) != 0
         cdef int rc
@@ -928,8 +932,12 @@ cdef class Zsmalloc:
                     not load_relaxed_32(&c.waiters) and self.freeable(c)):
                 freed += self._tighten(c, src, budget)
                 src = self.zspages[src].next
+        freed -= min(freed, grown)
+        if freed == 0 and not whole and budget[0] and (
+                not load_relaxed_32(&c.waiters) and load_relaxed(&self.pins_met) == pins_met):
+            store_relaxed(&c.stuck, 1)
         pthread_mutex_unlock(&c.lock)
-        return freed - min(freed, grown)
+        return freed
 
     cdef uint32_t _isolate_fullest(self, size_class *c, bint resident) noexcept nogil:
         """Unlist the fullest zspage that has room, with resident room without another page; NIL when there is none."""
@@ -1218,6 +1226,7 @@ cdef class Zsmalloc:
             store_relaxed(&c.zspages, 0)
             store_relaxed(&c.inuse, 0)
             store_relaxed(&c.committed, 0)
+            store_relaxed(&c.stuck, 0)
             for g in range(GROUPS):
                 c.heads[g] = NIL
                 store_relaxed(&c.group_count[g], 0)
@@ -1390,6 +1399,9 @@ cdef class Zsmalloc:
 
     @mem_limit.setter
     def mem_limit(self, uint64_t limit):
+        cdef uint32_t i
+        for i in range(self.class_count):
+            store_relaxed(&self.classes[i].stuck, 0)
         store_relaxed(&self.arena.limit, (limit >> PAGE_SHIFT) + (1 if limit & (PAGE_SIZE - 1) else 0))
 
     def malloc(self, uint64_t size):
