@@ -255,7 +255,7 @@ def test_compaction_tightens_the_last_zspage(size: int) -> None:
 
 @pytest.mark.parametrize("size", [1100, 1500, 2000, 3000, 3800])
 def test_an_empty_page_goes_back_without_compaction(size: int) -> None:
-    """Once much of a class is free; what is written then takes such pages again, and nothing else is touched."""
+    """Once much of a class is free. What is written then takes such pages again."""
     rnd = random.Random(size)
     pool = Zsmalloc(10000)
     handles = dict(enumerate(fill(pool, 3000, size)))
