@@ -51,17 +51,18 @@ if os.path.exists(f"{folder}/nbd.sock"):
 os.execv("/usr/sbin/nbdkit", ["nbdkit", "-f", "-U", f"{folder}/nbd.sock", "file", f"/run/{data}"])
 """
 
-# Eight threads write and verify blocks: probe.py DEVICE SECONDS, and one line of JSON at the end.
+# Eight threads write and verify blocks: probe.py DEVICE SECONDS STOP, and one line of JSON at the end.
+# It ends early when there is a file STOP.
 PROBE = """
 import json, mmap, os, random, struct, sys, threading, time
 fd = os.open(sys.argv[1], os.O_RDWR | os.O_DIRECT)
 seconds, count = float(sys.argv[2]), 8
 blocks = os.lseek(fd, 0, os.SEEK_END) // 4096
 end = time.monotonic() + seconds
-longest, done, bad = [0.0], [0] * count, []
+longest, slow, done, bad = [0.0], [], [0] * count, []
 def work(n):
     page, rnd, known = mmap.mmap(-1, 4096), random.Random(n), {}
-    while time.monotonic() < end:
+    while time.monotonic() < end and not os.path.exists(sys.argv[3]):
         block, started = rnd.randrange(n, blocks, count), time.monotonic()
         try:
             if rnd.random() < 0.6 or block not in known:
@@ -76,11 +77,14 @@ def work(n):
             bad.append(str(error))
             time.sleep(0.05)
         longest.append(time.monotonic() - started)
+        if longest[-1] > 0.05:
+            slow.append((started, longest[-1]))
         done[n] += 1
 threads = [threading.Thread(target=work, args=(n,)) for n in range(count)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
-print(json.dumps({"done": sum(done), "bad": bad[:9], "longest": sorted(longest)[-9:]}))
+slow = sorted(slow, key=lambda one: one[1])[-300:]
+print(json.dumps({"done": sum(done), "bad": bad[:9], "longest": sorted(longest)[-9:], "slow": slow}))
 """
 
 
@@ -145,14 +149,14 @@ def said(guest: Guest, sentence: str, count: int = 1) -> None:
 
 def probe(guest: Guest, name: str, device: str, seconds: float) -> None:
     """Start writing and verifying blocks."""
-    guest.run(f"/usr/bin/python3 /tmp/probe.py {device} {seconds} >/tmp/{name}.json 2>&1 &")
+    guest.run(f"/usr/bin/python3 /tmp/probe.py {device} {seconds} /tmp/{name}.stop >/tmp/{name}.json 2>&1 &")
 
 
 def probed(guest: Guest, name: str) -> dict[str, Any]:
     """What that found."""
     guest.run(f"while ! grep -q done /tmp/{name}.json; do sleep 0.1; done", 90)
     found: dict[str, Any] = json.loads(guest.run(f"cat /tmp/{name}.json"))
-    print(found)
+    print({key: found[key] for key in ("done", "bad", "longest")})
     return found
 
 
@@ -246,21 +250,45 @@ def test_server_dies_under_io(loaded: Guest, connections: int) -> None:
 
 
 def test_restart_under_io(loaded: Guest) -> None:
-    """`zramd restart` of a real server, again and again: requests wait, none fails, all data is right."""
-    guest, restarts = loaded, 8
+    """`zramd restart` of a real server, again and again: no request fails, none waits for the timeout.
+
+    That is far longer here than any restart, however busy the machine is.
+    """
+    guest, restarts, timeout = loaded, 12, 10
     guest.run("mkdir /run/states && mount -t tmpfs none /run/states")
     guest.run(f"PATH=/usr/sbin:$PATH {ZRAMD} start next --size 32M state=/run/states/next")
-    device = guest.run(f"{ZRAMD} attach next --timeout 1").strip()
-    probe(guest, "next", device, 40)
+    device = guest.run(f"{ZRAMD} attach next --timeout {timeout}").strip()
+    queue = f"cat /sys/block/{device.removeprefix('/dev/')}/queue/nr_requests"
+    length = guest.run(queue)
+    probe(guest, "next", device, 300)
+    time.sleep(1)
+    away = []
     for number in range(restarts):
-        print(guest.run(f"PATH=/usr/sbin:$PATH {ZRAMD} restart next", 60).splitlines()[-1])
+        away.append(guest.run(f"PATH=/usr/sbin:$PATH {ZRAMD} restart next", 60).split()[-2])
         said(guest, "connected to next again", number + 1)
-    print([line for line in guest.kernel_log() if "connected to next again" in line])
+        time.sleep(0.3)
+    guest.run("touch /tmp/next.stop")
     found = probed(guest, "next")
+    pauses = restart_pauses(guest, found["slow"])
+    print(f"away for {', '.join(away)} ms; connected again after {[after for after, _ in pauses]} s")
+    slowest = sorted(took for _, took in pauses)
+    print(f"slowest request of each restart: {slowest}, median {slowest[restarts // 2]} s")
     assert found["bad"] == []
     assert found["done"] > 200
-    assert found["longest"][-1] < 15  # seconds, on a machine that is busy
+    assert found["longest"][-1] < timeout - 1
+    assert guest.run(queue) == length
     guest.run(f"{ZRAMD} detach next && {ZRAMD} stop next && umount /run/states && rmdir /run/states")
+
+
+def restart_pauses(guest: Guest, slow: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """For each time that the kernel was connected to `next` again: how late, and the slowest request."""
+    pauses = []
+    for line in guest.kernel_log():
+        if found := re.search(r"\[ *([0-9.]+)\].* connected to next again after ([0-9.]+) s", line):
+            end, after = float(found[1]), float(found[2])
+            waited = [took for start, took in slow if start < end and start + took > end - after]
+            pauses.append((after, round(max(waited, default=0.0), 3)))
+    return pauses
 
 
 def faults(guest: Guest, name: str) -> list[str]:
