@@ -5,7 +5,6 @@ folder as zramd's server has it.
 """
 
 import base64
-import json
 import re
 import sys
 import tempfile
@@ -13,7 +12,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,7 +19,7 @@ import zramd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from vm_tools import image, kernel
+from vm_tools import image, kernel, probe
 from vm_tools.guest import Guest, Machine, choose_accel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,42 +49,6 @@ if os.path.exists(f"{folder}/nbd.sock"):
 os.execv("/usr/sbin/nbdkit", ["nbdkit", "-f", "-U", f"{folder}/nbd.sock", "file", f"/run/{data}"])
 """
 
-# Eight threads write and verify blocks: probe.py DEVICE SECONDS STOP, and one line of JSON at the end.
-# It ends early when there is a file STOP.
-PROBE = """
-import json, mmap, os, random, struct, sys, threading, time
-fd = os.open(sys.argv[1], os.O_RDWR | os.O_DIRECT)
-seconds, count = float(sys.argv[2]), 8
-blocks = os.lseek(fd, 0, os.SEEK_END) // 4096
-end = time.monotonic() + seconds
-longest, slow, done, bad = [0.0], [], [0] * count, []
-def work(n):
-    page, rnd, known = mmap.mmap(-1, 4096), random.Random(n), {}
-    while time.monotonic() < end and not os.path.exists(sys.argv[3]):
-        block, started = rnd.randrange(n, blocks, count), time.monotonic()
-        try:
-            if rnd.random() < 0.6 or block not in known:
-                known[block] = struct.pack("QQ", block, rnd.getrandbits(63)) * 256
-                page[:] = known[block]
-                os.pwritev(fd, [page], block * 4096)
-            else:
-                os.preadv(fd, [page], block * 4096)
-                if page[:] != known[block]:
-                    bad.append(f"block {block}")
-        except OSError as error:
-            bad.append(str(error))
-            time.sleep(0.05)
-        longest.append(time.monotonic() - started)
-        if longest[-1] > 0.05:
-            slow.append((started, longest[-1]))
-        done[n] += 1
-threads = [threading.Thread(target=work, args=(n,)) for n in range(count)]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
-slow = sorted(slow, key=lambda one: one[1])[-300:]
-print(json.dumps({"done": sum(done), "bad": bad[:9], "longest": sorted(longest)[-9:], "slow": slow}))
-"""
-
 
 @pytest.fixture(scope="module")
 def guest() -> Iterator[Guest]:
@@ -99,9 +61,8 @@ def guest() -> Iterator[Guest]:
         machine = Machine(cloud, images, machine.memory, machine.cpus, choose_accel(machine, Path(name)))
         with Guest(machine, Path(name)) as guest:
             guest.wait_for_boot()
-            for program, text in (("serve", SERVE), ("probe", PROBE)):
-                words = base64.b64encode(text.encode()).decode()
-                guest.run(f"echo {words} | base64 -d >/tmp/{program}.py")
+            words = base64.b64encode(SERVE.encode()).decode()
+            guest.run(f"echo {words} | base64 -d >/tmp/serve.py")
             yield guest
             assert guest.alarms() == []
 
@@ -145,19 +106,6 @@ def said(guest: Guest, sentence: str, count: int = 1) -> None:
     while sum(sentence in line for line in guest.kernel_log()) < count:
         assert time.monotonic() < end, f"nobody says '{sentence}'"
         time.sleep(0.05)
-
-
-def probe(guest: Guest, name: str, device: str, seconds: float) -> None:
-    """Start writing and verifying blocks."""
-    guest.run(f"/usr/bin/python3 /tmp/probe.py {device} {seconds} /tmp/{name}.stop >/tmp/{name}.json 2>&1 &")
-
-
-def probed(guest: Guest, name: str) -> dict[str, Any]:
-    """What that found."""
-    guest.run(f"while ! grep -q done /tmp/{name}.json; do sleep 0.1; done", 90)
-    found: dict[str, Any] = json.loads(guest.run(f"cat /tmp/{name}.json"))
-    print({key: found[key] for key in ("done", "bad", "longest")})
-    return found
 
 
 def test_before_the_module_is_loaded(guest: Guest) -> None:
@@ -232,7 +180,7 @@ def test_server_dies_under_io(loaded: Guest, connections: int) -> None:
     device = guest.run(f"{ZRAMD} attach {name} --connections {connections} --timeout 1").strip()
     log = f"{device.removeprefix('/dev/')}: connected to {name} again"
     before = faults(guest, name)
-    probe(guest, name, device, 20)
+    probe.start(guest, name, device, 20)
     for _ in range(3):
         time.sleep(2)
         dead = sum("connected to" in line for line in guest.kernel_log())
@@ -240,7 +188,7 @@ def test_server_dies_under_io(loaded: Guest, connections: int) -> None:
         start(guest, name, name)
         said(guest, "connected to", dead + 1)
         print([line for line in guest.kernel_log() if log in line][-1])
-    found = probed(guest, name)
+    found = probe.wait(guest, name)
     assert found["bad"] == []
     assert found["done"] > 200
     assert found["longest"][-1] < 15  # seconds, on a machine that is busy
@@ -260,16 +208,15 @@ def test_restart_under_io(loaded: Guest) -> None:
     device = guest.run(f"{ZRAMD} attach next --timeout {timeout}").strip()
     queue = f"cat /sys/block/{device.removeprefix('/dev/')}/queue/nr_requests"
     length = guest.run(queue)
-    probe(guest, "next", device, 300)
+    probe.start(guest, "next", device)
     time.sleep(1)
     away = []
     for number in range(restarts):
         away.append(guest.run(f"PATH=/usr/sbin:$PATH {ZRAMD} restart next", 60).split()[-2])
         said(guest, "connected to next again", number + 1)
         time.sleep(0.3)
-    guest.run("touch /tmp/next.stop")
-    found = probed(guest, "next")
-    pauses = restart_pauses(guest, found["slow"])
+    found = probe.stop(guest, "next")
+    pauses = probe.pauses(guest.kernel_log(), "next", found)
     print(f"away for {', '.join(away)} ms; connected again after {[after for after, _ in pauses]} s")
     slowest = sorted(took for _, took in pauses)
     print(f"slowest request of each restart: {slowest}, median {slowest[restarts // 2]} s")
@@ -278,17 +225,6 @@ def test_restart_under_io(loaded: Guest) -> None:
     assert found["longest"][-1] < timeout - 1
     assert guest.run(queue) == length
     guest.run(f"{ZRAMD} detach next && {ZRAMD} stop next && umount /run/states && rmdir /run/states")
-
-
-def restart_pauses(guest: Guest, slow: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """For each time that the kernel was connected to `next` again: how late, and the slowest request."""
-    pauses = []
-    for line in guest.kernel_log():
-        if found := re.search(r"\[ *([0-9.]+)\].* connected to next again after ([0-9.]+) s", line):
-            end, after = float(found[1]), float(found[2])
-            waited = [took for start, took in slow if start < end and start + took > end - after]
-            pauses.append((after, round(max(waited, default=0.0), 3)))
-    return pauses
 
 
 def faults(guest: Guest, name: str) -> list[str]:
@@ -301,7 +237,7 @@ def test_other_data_is_not_connected(loaded: Guest) -> None:
     guest = loaded
     start(guest, "data", "first")
     device = guest.run(f"{ZRAMD} attach data").strip()
-    probe(guest, "data", device, 6)
+    probe.start(guest, "data", device, 6)
     time.sleep(1)
     kill(guest, "data")
     start(guest, "data", "second")
@@ -312,7 +248,7 @@ def test_other_data_is_not_connected(loaded: Guest) -> None:
     kill(guest, "data")
     guest.run("truncate -s 32M /run/first")
     start(guest, "data", "first")
-    found = probed(guest, "data")
+    found = probe.wait(guest, "data")
     assert found["bad"] == []
     assert guest.run("tr -d '\\0' </run/second | wc -c").strip() == "0"
     guest.run(f"{ZRAMD} detach data")
@@ -358,11 +294,11 @@ def test_keeper_dies(loaded: Guest) -> None:
     guest.run(f"kill -9 {keeper}")
     assert guest.run(f"{ZRAMD} attach kept 2>/dev/null").strip() == device
     assert guest.run("cut -d' ' -f1 /run/zramd/kept.attached").strip() != keeper
-    probe(guest, "kept", device, 5)
+    probe.start(guest, "kept", device, 5)
     time.sleep(1)
     kill(guest, "kept")
     start(guest, "kept", "kept")
-    assert probed(guest, "kept")["bad"] == []
+    assert probe.wait(guest, "kept")["bad"] == []
     guest.run(f"{ZRAMD} detach kept")
     end(guest, "kept")
 
