@@ -308,20 +308,11 @@ def test_server_dies_under_swap(loaded: Guest) -> None:
     guest, size, log = loaded, 64 << 20, len(loaded.kernel_log())
     # What is in a ramfs is not swapped itself; and only the workload is short of memory, which nbdkit's file
     # plugin would not survive.
-    guest.run(
-        "mkdir -p /run/ram /run/cgroup && mount -t ramfs ram /run/ram && mount -t cgroup2 none /run/cgroup"
-    )
+    guest.run("mkdir -p /run/ram && mount -t ramfs ram /run/ram")
     guest.run(f"dd if=/dev/zero of=/run/ram/pages bs=1M count={size >> 20}")
-    guest.run("echo +memory >/run/cgroup/cgroup.subtree_control && mkdir /run/cgroup/load")
-    guest.run("echo 24M >/run/cgroup/load/memory.max")
     start(guest, "swap", "ram/pages", size, "swap")
     device = guest.run(f"{ZRAMD} attach swap --swap").strip()
-    guest.start_workload(48, 1)
-    is_load = "grep -q pattern /proc/$pid/cmdline"
-    guest.run(
-        f"for pid in $(pidof guest_tool); do ! {is_load} || echo $pid >/run/cgroup/load/cgroup.procs; done"
-    )
-    guest.phase("fill", 240)
+    start_load(guest)
     with ThreadPoolExecutor(1) as pool:
         churn = pool.submit(guest.phase, "churn seconds 12", 240)
         for _ in range(3):
@@ -343,8 +334,48 @@ def test_server_dies_under_swap(loaded: Guest) -> None:
     assert guest.phase("verify", 240)["bad"] == 0
     guest.end_workload()
     end(guest, "swap")
-    guest.run("umount /run/ram /run/cgroup")
+    guest.run("umount /run/ram")
     assert device not in guest.run("cat /proc/swaps")
+
+
+def start_load(guest: Guest) -> None:
+    """A workload of 48 MiB that may have 24: nothing else is short of memory."""
+    load = "/run/cgroup/load"
+    guest.run("mkdir -p /run/cgroup; [ -e /run/cgroup/cgroup.procs ] || mount -t cgroup2 none /run/cgroup")
+    guest.run("echo +memory >/run/cgroup/cgroup.subtree_control")
+    guest.run(f"mkdir -p {load} && echo 24M >{load}/memory.max")
+    guest.start_workload(48, 1)
+    is_load = "grep -q pattern /proc/$pid/cmdline"
+    guest.run(f"for pid in $(pidof guest_tool); do ! {is_load} || echo $pid >{load}/cgroup.procs; done")
+    guest.phase("fill", 240)
+
+
+def test_restart_under_swap(loaded: Guest) -> None:
+    """`zramd restart` while a workload's memory is out: every page comes back, and none takes long."""
+    guest, log, restarts, timeout = loaded, len(loaded.kernel_log()), 5, 10
+    guest.run("mkdir /run/states && mount -t tmpfs none /run/states")
+    settings = "swap=local reserve=4M state=/run/states/back"
+    guest.run(f"PATH=/usr/sbin:$PATH {ZRAMD} start back --size 64M {settings}")
+    device = guest.run(f"{ZRAMD} attach back --swap --timeout {timeout}").strip()
+    start_load(guest)
+    with ThreadPoolExecutor(1) as pool:
+        churn = pool.submit(guest.phase, "churn seconds 25", 240)
+        for number in range(restarts):
+            time.sleep(1)
+            guest.run(f"PATH=/usr/sbin:$PATH {ZRAMD} restart back", 60)
+            said(guest, "connected to back again", number + 1)
+        found = [churn.result(), guest.phase("verify", 240)]
+    print(found)
+    assert [each["bad"] for each in found] == [0, 0]
+    assert found[0]["slowest"] < timeout - 1
+    assert device in guest.run("cat /proc/swaps")
+    errors = [line for line in guest.kernel_log()[log:] if "I/O error" in line or "Read-error" in line]
+    assert errors == []
+    guest.run("echo max >/run/cgroup/load/memory.max")
+    guest.run(f"{ZRAMD} detach back --swapoff", 120)
+    assert guest.phase("verify", 240)["bad"] == 0
+    guest.end_workload()
+    guest.run(f"{ZRAMD} stop back && umount /run/states && rmdir /run/states")
 
 
 def interrupted(guest: Guest) -> None:
