@@ -38,6 +38,7 @@ STOP_WAITING = 0.9  # nbdkit is stuck: leave without it
 # Seconds in a hand-over.
 HANDSHAKES = 1.0  # those who are connecting get done at most, while all others are served
 LOOKS = 20  # a millisecond apart: nobody is connecting if all of them say so
+QUIET = 0.2  # a moment in which no client waits for an answer is looked for
 HANDING_OVER = 0.2  # a client that does not take its answers is cut off; it asks again
 SWAPOFF_INTERVAL = 0.5  # seconds between two looks whether swap is off, while a stop waits for it
 STATUS_INTERVAL = 10.0  # seconds between two words on how we are to the service manager, at least
@@ -460,6 +461,7 @@ class Server:
             self._endpoint.close()  # a save that is under way would be waited for like a client
         sockets.stop_accepting(self._listening, sockets.HAND_OVER)
         self._await_handshakes()
+        self._await_quiet()
         end = time.monotonic() + HANDING_OVER
         while sockets.shut_clients(self._inherited, socket.SHUT_RD):
             if time.monotonic() > end:
@@ -484,6 +486,27 @@ class Server:
         while looks < LOOKS and time.monotonic() < end:
             looks = looks + 1 if sockets.count_clients(self._inherited) == self._clients else 0
             time.sleep(0.001)
+
+    def _await_quiet(self) -> None:
+        """Wait for a moment in which no client waits for an answer, if there is one soon.
+
+        Linux' own client shuts a connection on which it cannot send. What it has sent already and has no
+        answer to it sends again only when that times out: after a second or two. All else it sends at once.
+        """
+        end = time.monotonic() + QUIET
+        with sockets.clients(self._inherited) as clients:
+            done = -1
+            while time.monotonic() < end:
+                before = done
+                done, at_work = self.device.pressure()[3:]
+                if at_work or any(sockets.unread(client) for client in clients):
+                    done = -1
+                elif done == before:  # nor is nbdkit just about to begin or to answer one
+                    break
+                time.sleep(0.0002)
+            for client in clients:
+                with suppress(OSError):
+                    client.shutdown(socket.SHUT_RD)
 
     def _leave(self) -> None:
         """End nbdkit within a second, in its normal way if it can: then it calls `stop`."""

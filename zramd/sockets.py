@@ -1,12 +1,15 @@
 """The sockets of this process that are nbdkit's: it does not tell, so they are looked for among all files."""
 
+import fcntl
 import os
 import signal
 import socket
 import stat
+import sys
+import termios
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 # Leave at once, also while swapped to: the state stays. Without a state as SIGTERM.
 HAND_OVER = signal.SIGUSR1
@@ -49,6 +52,25 @@ def shut_clients(others: frozenset[int], how: int) -> int:
 def count_clients(others: frozenset[int]) -> int:
     """Return how many connections of clients there are; `others` are `inherited`."""
     return sum(1 for _ in _clients(others))
+
+
+@contextmanager
+def clients(others: frozenset[int]) -> Iterator[list[socket.socket]]:
+    """Yield the connections of all clients; until the `with` ends, none of them is closed."""
+    found = [sock.dup() for sock in _clients(others)]
+    try:
+        yield found
+    finally:
+        for sock in found:
+            sock.close()
+
+
+def unread(sock: socket.socket) -> int:
+    """Return how many bytes have come that nobody has read yet, 0 if this kind of socket does not tell."""
+    try:
+        return int.from_bytes(fcntl.ioctl(sock, termios.FIONREAD, bytes(4)), sys.byteorder)
+    except OSError:
+        return 0
 
 
 def stop_accepting(descriptors: list[int], number: int) -> None:

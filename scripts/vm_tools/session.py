@@ -26,7 +26,9 @@ SYSCTLS = (
     ("vm.min_free_kbytes", "{reserve}", "what sends a page out needs memory itself"),
     ("vm.overcommit_memory", "1", "the workload maps more than there is"),
 )
-# Only with --pageout, which leaves memory free: a guest at its limit needs what its CPUs keep for themselves.
+# Only with --pageout, which leaves memory free. A guest at its limit may need what its CPUs keep for
+# themselves: of the first full-length runs of `local` the one with this was out of memory, and two without it
+# were not. That is a hint, no more.
 COUNTED = (
     "vm.percpu_pagelist_high_fraction",
     "1000000",

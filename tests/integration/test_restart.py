@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 
 import pytest
-from conftest import NbdSocket, Served, talk, wait_until
+from conftest import PACKAGE_PARENT, PLUGIN, NbdSocket, Served, talk, wait_until
 from conftest import zramd_command as zramd
 
 from zramd import rundir
@@ -81,7 +82,7 @@ def started(tmp_path: Path, memory_folder: Path) -> Iterator[Callable[..., Start
 class Client(threading.Thread):
     """Writes and reads, one request at a time; connects again at once when the server leaves."""
 
-    def __init__(self, served: Started, first: int) -> None:
+    def __init__(self, served: "Started | Qemu", first: int) -> None:
         super().__init__(daemon=True)
         self.served = served
         self.first = first
@@ -153,6 +154,103 @@ def test_clients_that_write_meanwhile(started: Callable[..., Started]) -> None:
             assert nbd.read(block * BLOCK, BLOCK) == content(block, version)
     nbd.close()
     print(f"the slowest of all requests took {max(client.slowest for client in clients) * 1000:.0f} ms")
+
+
+class Qemu:
+    """qemu-nbd: connects again by itself, and serves what it has; it looks like conftest.Served."""
+
+    def __init__(self, folder: Path, name: str, server: Path) -> None:
+        self.name = name
+        self.socket = folder / "qemu.sock"
+        options = f"driver=nbd,export={name},reconnect-delay=60,server.type=unix,server.path={server}"
+        words = ["-t", "-e", "20", "-k", self.socket, "-x", name, "--image-opts", options]
+        self.process = subprocess.Popen(["qemu-nbd", *words])
+        wait_until(self.socket.exists)
+
+    def __enter__(self) -> "Qemu":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Kept:
+    """A server on a state whose listening socket somebody keeps, as systemd does for a .socket unit."""
+
+    def __init__(self, folder: Path, state: Path) -> None:
+        self.name = "kept"
+        self.rundir = folder / "run"
+        self.socket = folder / "kept.sock"
+        self.listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.listening.bind(str(self.socket))
+        self.listening.listen(16)
+        self.settings = [f"name={self.name}", "disksize=64M", f"rundir={self.rundir}", f"state={state}"]
+        self.start()
+
+    def start(self) -> None:
+        script = 'exec 3<&$0; export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@"'
+        fd = self.listening.fileno()
+        self.process = subprocess.Popen(
+            ["sh", "-c", script, str(fd), "nbdkit", "-f", "python", str(PLUGIN), *self.settings],
+            env={**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)},
+            pass_fds=[fd],
+        )
+
+    def kill(self) -> None:
+        """Kill it and start another one, which is there when this returns."""
+        self.process.kill()
+        self.process.wait()
+        self.start()
+        wait_until(lambda: rundir.holder(str(self.rundir)) == self.process.pid)
+
+    def __enter__(self) -> "Kept":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.listening.close()
+
+
+def measure(qemu: Qemu, what: str, end: Callable[[], object]) -> None:
+    """End a server 20 times while eight clients use it through qemu; print how long the slowest waited."""
+    clients = [Client(qemu, number * BLOCKS) for number in range(8)]
+    for client in clients:
+        client.start()
+    pauses = []
+    for _ in range(RESTARTS):
+        time.sleep(0.2)
+        for client in clients:
+            client.slowest = 0.0
+        end()
+        time.sleep(0.2)
+        pauses.append(max(client.slowest for client in clients))
+    for client in clients:
+        client.stopping = True
+        client.join()
+        assert client.failure is None, client.failure
+        assert client.connections == 1
+        assert len(client.known) > 50
+    nbd = NbdSocket(qemu)  # type: ignore[arg-type]
+    for client in clients:
+        for block, version in client.known.items():
+            assert nbd.read(block * BLOCK, BLOCK) == content(block, version)
+    nbd.close()
+    times = f"{median(pauses) * 1000:.0f} ms in the median, {max(pauses) * 1000:.0f} ms at most"
+    print(f"{what}: the slowest request took {times} ({RESTARTS} times, 8 requests under way)")
+    assert max(pauses) < 5
+
+
+def test_pause_of_a_restart(started: Callable[..., Started], tmp_path: Path) -> None:
+    served = started()
+    with Qemu(tmp_path, served.name, served.socket) as qemu:
+        measure(qemu, "zramd restart, qemu", lambda: served.restart().check_returncode())
+
+
+def test_pause_of_a_kill(tmp_path: Path, memory_folder: Path) -> None:
+    with Kept(tmp_path, memory_folder / "state") as served, Qemu(tmp_path, "kept", served.socket) as qemu:
+        measure(qemu, "kill -9 and a new start, the socket kept, qemu", served.kill)
 
 
 class Caller(Client):

@@ -1,10 +1,15 @@
 """When a server may stop: never silently with its kernel's pages in its memory."""
 
 import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
-from zramd import config, swap
+from zramd import config, sockets, swap
+from zramd import server as module
 from zramd.core.device import Device
 from zramd.errors import ConfigError
 from zramd.server import Server
@@ -61,3 +66,49 @@ def test_change() -> None:
     with pytest.raises(ConfigError, match="disksize cannot be changed while the device is served: clients"):
         changed.change("disksize", "2M")
     assert changed.config.disksize == 1 << 20
+
+
+class Parting:
+    """A server that leaves a client: a thread looks for a moment in which it may."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+        self.client, self.connection = socket.socketpair()
+        self.server = server()
+        self.server.device = Device(1 << 20)
+        monkeypatch.setattr(module, "QUIET", seconds)
+        monkeypatch.setattr(sockets, "clients", self.clients)
+        self.thread = threading.Thread(target=self.server._await_quiet, daemon=True)
+
+    @contextmanager
+    def clients(self, others: frozenset[int]) -> Iterator[list[socket.socket]]:
+        yield [self.connection]
+
+    def is_cut_off(self) -> bool:
+        try:
+            self.client.send(b".")
+        except BrokenPipeError:
+            return True
+        return False
+
+
+def test_leaves_when_nothing_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    parting = Parting(monkeypatch, 60)
+    parting.client.send(b"request")
+    parting.thread.start()
+    parting.thread.join(0.1)
+    assert parting.thread.is_alive()
+    assert not parting.is_cut_off()
+    parting.connection.recv(64)
+    parting.thread.join(30)
+    assert not parting.thread.is_alive()
+    assert parting.is_cut_off()
+
+
+def test_leaves_when_requests_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    parting = Parting(monkeypatch, 0.05)
+    parting.client.send(b"request")
+    parting.thread.start()
+    parting.thread.join(30)
+    assert not parting.thread.is_alive()
+    assert parting.is_cut_off()
+    assert parting.connection.recv(64) == b"request"  # what has come can still be read, and answered

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from vm_tools import buddy, image, kernel, plan, report, requests
+from vm_tools import buddy, image, kernel, plan, probe, report, requests
 from vm_tools.errors import VmError
 
 MIB = 1 << 20
@@ -146,3 +146,14 @@ def test_live_line() -> None:
     line = report.live_line(beat, stats, last)
     assert "out 4/s" in line
     assert "compacting: 2 objects moved, 0 pages freed" in line
+
+
+def test_pauses() -> None:
+    """Only what waited while the connection was away counts, for the device that is asked for."""
+    lines = [
+        "[   10.500000] zramd: nbd0: connected to zram0 again after 0.200 s",
+        "[   15.000000] zramd: nbd1: connected to zram1 again after 0.200 s",
+        "[   20.000000] zramd: nbd0: connected to zram0 again after 0.100 s",
+    ]
+    slow = [[9.0, 1.2], [10.2, 0.4], [10.4, 0.3], [14.9, 3.0], [18.0, 1.5]]
+    assert probe.pauses(lines, "zram0", {"slow": slow}) == [(0.2, 0.4), (0.1, 0.0)]

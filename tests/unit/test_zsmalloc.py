@@ -215,7 +215,7 @@ def test_compaction_moves_no_more_than_it_must() -> None:
 
 
 def test_compaction_frees_whole_zspages_first() -> None:
-    """One object moved frees a zspage of small ones; the last pages of a larger class cost more, and come after."""
+    """One object moved frees a zspage of small ones; the last pages of a larger class come after."""
     pool = Zsmalloc(10000)
     rows = pool.table()
     small, large = (next(row for row in rows if row[1] >= size) for size in (512, 3000))

@@ -17,7 +17,7 @@ import zramd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from vm_tools import debian, debian_image, image, kernel
+from vm_tools import debian, debian_image, image, kernel, probe
 from vm_tools.guest import Guest, Machine, choose_accel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +44,7 @@ TROUBLE = re.compile(
     r"\[FAILED\]|timed out|ordering cycle|dependency failed|failed with result|sigkill\.$", re.IGNORECASE
 )
 OURS = re.compile(r"zramd|nbd|swap", re.IGNORECASE)
+AGAIN = "connected to zram0 again"
 NO_SWAP = "Filename				Type		Size		Used		Priority"
 
 
@@ -313,15 +314,12 @@ def test_kept(computer: Debian) -> None:
         device = guest.run("zramd attach zram0", SLOW).strip()
         guest.run("head -c 16M /dev/urandom >/run/data")
         guest.run(f"dd if=/run/data of={device} bs=64k oflag=direct status=none", SLOW)
-        server = "systemctl show -P MainPID zramd@zram0"
         for how in ("systemctl restart zramd@zram0", "kill -9 $(cat /run/zramd/zram0/pid)") * 2:
-            before = guest.run(server).strip()
-            guest.run(how, SLOW)
-            running = f'test "$({server})" != {before} && systemctl is-active zramd@zram0'
-            wait_for(guest, running, "active", 60)
+            restarted(guest, how)
             guest.run(f"dd if={device} bs=64k count=256 iflag=direct status=none | cmp - /run/data", SLOW)
             stats = guest.run("zramd stats zram0 --json", SLOW)
             assert int(re.findall(r'"recovered_blocks": ([0-9]+)', stats)[0]) == 4096, how
+        under_io(guest, device)
         guest.run("zramd detach zram0", SLOW)
         guest.run("rm /run/data; sed -i '/^state\\|^attach/d' /etc/zramd.conf")
         guest.run("systemctl restart zramd@zram0", SLOW)
@@ -332,6 +330,38 @@ def test_kept(computer: Debian) -> None:
         assert [line for line in computer.log() if TROUBLE.search(line) and killed not in line] == []
         guest.run("systemctl poweroff")
         print(f"poweroff took {guest.wait_for_end(SHUTDOWN_TIMEOUT):.1f} s")
+
+
+def restarted(guest: Guest, how: str) -> None:
+    """End the server, and return when the next one is active."""
+    server = "systemctl show -P MainPID zramd@zram0"
+    before = guest.run(server).strip()
+    guest.run(how, SLOW)
+    wait_for(guest, f'test "$({server})" != {before} && systemctl is-active zramd@zram0', "active", 60)
+
+
+def under_io(guest: Guest, device: str) -> None:
+    """Restarted and killed while eight threads write and read: nothing fails, nothing is lost."""
+    for how in ("systemctl restart zramd@zram0", "kill -9 $(cat /run/zramd/zram0/pid)"):
+        known = len(again(guest))
+        probe.start(guest, "zram0", device)
+        time.sleep(1)
+        for number in range(5):
+            restarted(guest, how)
+            wait_for(guest, f"dmesg | grep -c '{AGAIN}'", str(known + number + 1), 60)
+            time.sleep(2)
+        found = probe.stop(guest, "zram0")
+        assert found["bad"] == []
+        assert found["done"] > 200
+        pauses = probe.pauses(again(guest)[known:], "zram0", found)
+        assert len(pauses) == 5
+        print(f"{how}: connected again after {[after for after, _ in pauses]} s")
+        print(f"{how}: the slowest request took {[took for _, took in pauses]} s", flush=True)
+
+
+def again(guest: Guest) -> list[str]:
+    """What the keeper said when it had connected the kernel to a new server."""
+    return guest.try_run(f"dmesg | grep '{AGAIN}'")[1].splitlines()
 
 
 def test_removed(computer: Debian) -> None:

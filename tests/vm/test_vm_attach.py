@@ -5,7 +5,6 @@ folder as zramd's server has it.
 """
 
 import base64
-import json
 import re
 import sys
 import tempfile
@@ -13,7 +12,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,7 +19,7 @@ import zramd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from vm_tools import image, kernel
+from vm_tools import image, kernel, probe
 from vm_tools.guest import Guest, Machine, choose_accel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,38 +49,6 @@ if os.path.exists(f"{folder}/nbd.sock"):
 os.execv("/usr/sbin/nbdkit", ["nbdkit", "-f", "-U", f"{folder}/nbd.sock", "file", f"/run/{data}"])
 """
 
-# Eight threads write and verify blocks: probe.py DEVICE SECONDS, and one line of JSON at the end.
-PROBE = """
-import json, mmap, os, random, struct, sys, threading, time
-fd = os.open(sys.argv[1], os.O_RDWR | os.O_DIRECT)
-seconds, count = float(sys.argv[2]), 8
-blocks = os.lseek(fd, 0, os.SEEK_END) // 4096
-end = time.monotonic() + seconds
-longest, done, bad = [0.0], [0] * count, []
-def work(n):
-    page, rnd, known = mmap.mmap(-1, 4096), random.Random(n), {}
-    while time.monotonic() < end:
-        block, started = rnd.randrange(n, blocks, count), time.monotonic()
-        try:
-            if rnd.random() < 0.6 or block not in known:
-                known[block] = struct.pack("QQ", block, rnd.getrandbits(63)) * 256
-                page[:] = known[block]
-                os.pwritev(fd, [page], block * 4096)
-            else:
-                os.preadv(fd, [page], block * 4096)
-                if page[:] != known[block]:
-                    bad.append(f"block {block}")
-        except OSError as error:
-            bad.append(str(error))
-            time.sleep(0.05)
-        longest.append(time.monotonic() - started)
-        done[n] += 1
-threads = [threading.Thread(target=work, args=(n,)) for n in range(count)]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
-print(json.dumps({"done": sum(done), "bad": bad[:9], "longest": sorted(longest)[-9:]}))
-"""
-
 
 @pytest.fixture(scope="module")
 def guest() -> Iterator[Guest]:
@@ -95,9 +61,8 @@ def guest() -> Iterator[Guest]:
         machine = Machine(cloud, images, machine.memory, machine.cpus, choose_accel(machine, Path(name)))
         with Guest(machine, Path(name)) as guest:
             guest.wait_for_boot()
-            for program, text in (("serve", SERVE), ("probe", PROBE)):
-                words = base64.b64encode(text.encode()).decode()
-                guest.run(f"echo {words} | base64 -d >/tmp/{program}.py")
+            words = base64.b64encode(SERVE.encode()).decode()
+            guest.run(f"echo {words} | base64 -d >/tmp/serve.py")
             yield guest
             assert guest.alarms() == []
 
@@ -141,19 +106,6 @@ def said(guest: Guest, sentence: str, count: int = 1) -> None:
     while sum(sentence in line for line in guest.kernel_log()) < count:
         assert time.monotonic() < end, f"nobody says '{sentence}'"
         time.sleep(0.05)
-
-
-def probe(guest: Guest, name: str, device: str, seconds: float) -> None:
-    """Start writing and verifying blocks."""
-    guest.run(f"/usr/bin/python3 /tmp/probe.py {device} {seconds} >/tmp/{name}.json 2>&1 &")
-
-
-def probed(guest: Guest, name: str) -> dict[str, Any]:
-    """What that found."""
-    guest.run(f"while ! grep -q done /tmp/{name}.json; do sleep 0.1; done", 90)
-    found: dict[str, Any] = json.loads(guest.run(f"cat /tmp/{name}.json"))
-    print(found)
-    return found
 
 
 def test_before_the_module_is_loaded(guest: Guest) -> None:
@@ -228,7 +180,7 @@ def test_server_dies_under_io(loaded: Guest, connections: int) -> None:
     device = guest.run(f"{ZRAMD} attach {name} --connections {connections} --timeout 1").strip()
     log = f"{device.removeprefix('/dev/')}: connected to {name} again"
     before = faults(guest, name)
-    probe(guest, name, device, 20)
+    probe.start(guest, name, device, 20)
     for _ in range(3):
         time.sleep(2)
         dead = sum("connected to" in line for line in guest.kernel_log())
@@ -236,7 +188,7 @@ def test_server_dies_under_io(loaded: Guest, connections: int) -> None:
         start(guest, name, name)
         said(guest, "connected to", dead + 1)
         print([line for line in guest.kernel_log() if log in line][-1])
-    found = probed(guest, name)
+    found = probe.wait(guest, name)
     assert found["bad"] == []
     assert found["done"] > 200
     assert found["longest"][-1] < 15  # seconds, on a machine that is busy
@@ -246,20 +198,32 @@ def test_server_dies_under_io(loaded: Guest, connections: int) -> None:
 
 
 def test_restart_under_io(loaded: Guest) -> None:
-    """`zramd restart` of a real server, again and again: requests wait, none fails, all data is right."""
-    guest, restarts = loaded, 8
+    """`zramd restart` of a real server, again and again: no request fails, none waits for the timeout.
+
+    That is far longer here than any restart, however busy the machine is.
+    """
+    guest, restarts, timeout = loaded, 12, 10
     guest.run("mkdir /run/states && mount -t tmpfs none /run/states")
     guest.run(f"PATH=/usr/sbin:$PATH {ZRAMD} start next --size 32M state=/run/states/next")
-    device = guest.run(f"{ZRAMD} attach next --timeout 1").strip()
-    probe(guest, "next", device, 40)
+    device = guest.run(f"{ZRAMD} attach next --timeout {timeout}").strip()
+    queue = f"cat /sys/block/{device.removeprefix('/dev/')}/queue/nr_requests"
+    length = guest.run(queue)
+    probe.start(guest, "next", device)
+    time.sleep(1)
+    away = []
     for number in range(restarts):
-        print(guest.run(f"PATH=/usr/sbin:$PATH {ZRAMD} restart next", 60).splitlines()[-1])
+        away.append(guest.run(f"PATH=/usr/sbin:$PATH {ZRAMD} restart next", 60).split()[-2])
         said(guest, "connected to next again", number + 1)
-    print([line for line in guest.kernel_log() if "connected to next again" in line])
-    found = probed(guest, "next")
+        time.sleep(0.3)
+    found = probe.stop(guest, "next")
+    pauses = probe.pauses(guest.kernel_log(), "next", found)
+    print(f"away for {', '.join(away)} ms; connected again after {[after for after, _ in pauses]} s")
+    slowest = sorted(took for _, took in pauses)
+    print(f"slowest request of each restart: {slowest}, median {slowest[restarts // 2]} s")
     assert found["bad"] == []
     assert found["done"] > 200
-    assert found["longest"][-1] < 15  # seconds, on a machine that is busy
+    assert found["longest"][-1] < timeout - 1
+    assert guest.run(queue) == length
     guest.run(f"{ZRAMD} detach next && {ZRAMD} stop next && umount /run/states && rmdir /run/states")
 
 
@@ -273,7 +237,7 @@ def test_other_data_is_not_connected(loaded: Guest) -> None:
     guest = loaded
     start(guest, "data", "first")
     device = guest.run(f"{ZRAMD} attach data").strip()
-    probe(guest, "data", device, 6)
+    probe.start(guest, "data", device, 6)
     time.sleep(1)
     kill(guest, "data")
     start(guest, "data", "second")
@@ -284,7 +248,7 @@ def test_other_data_is_not_connected(loaded: Guest) -> None:
     kill(guest, "data")
     guest.run("truncate -s 32M /run/first")
     start(guest, "data", "first")
-    found = probed(guest, "data")
+    found = probe.wait(guest, "data")
     assert found["bad"] == []
     assert guest.run("tr -d '\\0' </run/second | wc -c").strip() == "0"
     guest.run(f"{ZRAMD} detach data")
@@ -330,11 +294,11 @@ def test_keeper_dies(loaded: Guest) -> None:
     guest.run(f"kill -9 {keeper}")
     assert guest.run(f"{ZRAMD} attach kept 2>/dev/null").strip() == device
     assert guest.run("cut -d' ' -f1 /run/zramd/kept.attached").strip() != keeper
-    probe(guest, "kept", device, 5)
+    probe.start(guest, "kept", device, 5)
     time.sleep(1)
     kill(guest, "kept")
     start(guest, "kept", "kept")
-    assert probed(guest, "kept")["bad"] == []
+    assert probe.wait(guest, "kept")["bad"] == []
     guest.run(f"{ZRAMD} detach kept")
     end(guest, "kept")
 
@@ -344,20 +308,11 @@ def test_server_dies_under_swap(loaded: Guest) -> None:
     guest, size, log = loaded, 64 << 20, len(loaded.kernel_log())
     # What is in a ramfs is not swapped itself; and only the workload is short of memory, which nbdkit's file
     # plugin would not survive.
-    guest.run(
-        "mkdir -p /run/ram /run/cgroup && mount -t ramfs ram /run/ram && mount -t cgroup2 none /run/cgroup"
-    )
+    guest.run("mkdir -p /run/ram && mount -t ramfs ram /run/ram")
     guest.run(f"dd if=/dev/zero of=/run/ram/pages bs=1M count={size >> 20}")
-    guest.run("echo +memory >/run/cgroup/cgroup.subtree_control && mkdir /run/cgroup/load")
-    guest.run("echo 24M >/run/cgroup/load/memory.max")
     start(guest, "swap", "ram/pages", size, "swap")
     device = guest.run(f"{ZRAMD} attach swap --swap").strip()
-    guest.start_workload(48, 1)
-    is_load = "grep -q pattern /proc/$pid/cmdline"
-    guest.run(
-        f"for pid in $(pidof guest_tool); do ! {is_load} || echo $pid >/run/cgroup/load/cgroup.procs; done"
-    )
-    guest.phase("fill", 240)
+    start_load(guest)
     with ThreadPoolExecutor(1) as pool:
         churn = pool.submit(guest.phase, "churn seconds 12", 240)
         for _ in range(3):
@@ -379,8 +334,48 @@ def test_server_dies_under_swap(loaded: Guest) -> None:
     assert guest.phase("verify", 240)["bad"] == 0
     guest.end_workload()
     end(guest, "swap")
-    guest.run("umount /run/ram /run/cgroup")
+    guest.run("umount /run/ram")
     assert device not in guest.run("cat /proc/swaps")
+
+
+def start_load(guest: Guest) -> None:
+    """A workload of 48 MiB that may have 24: nothing else is short of memory."""
+    load = "/run/cgroup/load"
+    guest.run("mkdir -p /run/cgroup; [ -e /run/cgroup/cgroup.procs ] || mount -t cgroup2 none /run/cgroup")
+    guest.run("echo +memory >/run/cgroup/cgroup.subtree_control")
+    guest.run(f"mkdir -p {load} && echo 24M >{load}/memory.max")
+    guest.start_workload(48, 1)
+    is_load = "grep -q pattern /proc/$pid/cmdline"
+    guest.run(f"for pid in $(pidof guest_tool); do ! {is_load} || echo $pid >{load}/cgroup.procs; done")
+    guest.phase("fill", 240)
+
+
+def test_restart_under_swap(loaded: Guest) -> None:
+    """`zramd restart` while a workload's memory is out: every page comes back, and none takes long."""
+    guest, log, restarts, timeout = loaded, len(loaded.kernel_log()), 5, 10
+    guest.run("mkdir /run/states && mount -t tmpfs none /run/states")
+    settings = "swap=local reserve=4M state=/run/states/back"
+    guest.run(f"PATH=/usr/sbin:$PATH {ZRAMD} start back --size 64M {settings}")
+    device = guest.run(f"{ZRAMD} attach back --swap --timeout {timeout}").strip()
+    start_load(guest)
+    with ThreadPoolExecutor(1) as pool:
+        churn = pool.submit(guest.phase, "churn seconds 25", 240)
+        for number in range(restarts):
+            time.sleep(1)
+            guest.run(f"PATH=/usr/sbin:$PATH {ZRAMD} restart back", 60)
+            said(guest, "connected to back again", number + 1)
+        found = [churn.result(), guest.phase("verify", 240)]
+    print(found)
+    assert [each["bad"] for each in found] == [0, 0]
+    assert found[0]["slowest"] < timeout - 1
+    assert device in guest.run("cat /proc/swaps")
+    errors = [line for line in guest.kernel_log()[log:] if "I/O error" in line or "Read-error" in line]
+    assert errors == []
+    guest.run("echo max >/run/cgroup/load/memory.max")
+    guest.run(f"{ZRAMD} detach back --swapoff", 120)
+    assert guest.phase("verify", 240)["bad"] == 0
+    guest.end_workload()
+    guest.run(f"{ZRAMD} stop back && umount /run/states && rmdir /run/states")
 
 
 def interrupted(guest: Guest) -> None:

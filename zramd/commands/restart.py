@@ -261,6 +261,7 @@ def _end(served: client.Served) -> None:
     pid = served.pid or 0
     try:
         process = os.pidfd_open(pid)
+        _drain(served.name, process)
         if rundir.holder(served.path) == pid:  # it has not ended and left its number to another process
             signal.pidfd_send_signal(process, sockets.HAND_OVER)
     except ProcessLookupError:
@@ -271,6 +272,36 @@ def _end(served: client.Served) -> None:
     os.close(process)
     if not done:
         raise DeviceError(f"it has not left within {LEAVE_TIMEOUT:g} seconds: look at its process, {pid}")
+
+
+def _drain(name: str, process: int) -> None:
+    """Have the kernel's device, if there is one, hold requests back until the server has left.
+
+    A queue that is given another length first waits until all that was sent is answered, and what comes
+    meanwhile waits for it. In such a moment the server can leave without taking a request along: see
+    Server._await_quiet. A process of its own does it: one that comes too late is stuck until the new server
+    answers, and that one waits for us.
+    """
+    from zramd import attached
+
+    try:
+        found = attached.find(name)
+    except OSError:  # whose device it is nobody but root may know
+        return
+    if found is None or os.fork():
+        return
+    try:
+        length = int(attached.read_sys(found.device, "queue/nr_requests"))
+        end = time.monotonic() + LEAVE_TIMEOUT
+        ended = select.poll()
+        ended.register(process, select.POLLIN)
+        os.closerange(0, process)  # nobody is to wait for us, or for sockets that we do not need
+        queue = os.open(f"/sys/block/{os.path.basename(found.device)}/queue/nr_requests", os.O_WRONLY)
+        while not ended.poll(0) and time.monotonic() < end:
+            for value in (length - 1, length):
+                os.write(queue, b"%d" % value)
+    finally:
+        os._exit(0)
 
 
 def _high(fd: int) -> int:
