@@ -140,7 +140,7 @@ def test_same_zspages_as_the_device() -> None:
 
 
 def test_pages_that_are_not_there_are_not_freed() -> None:
-    """A zspage of zramd has only the pages that its objects touched: the kernel's rules free no more than those."""
+    """A zspage of zramd has only the pages that were touched: the kernel's rules free no more than those."""
     table = [(0, 512, *[0] * 14, 1, 0), (1, 2048, *[0] * 14, 3, 0)]
     blocks = [
         {**block_at(7, 0, 1), "zspage_objs": 6, "zspage_pages": 1},
