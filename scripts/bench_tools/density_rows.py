@@ -245,7 +245,7 @@ def _rows(trace: Trace, zramd: History, kernel: History | None, background: Hist
         return row(f"{what} at the worst step", "MiB", step, take, ratio_at_most(1), f"; after {step}")
 
     def left_alone(what: str, take: Callable[[Usage], float]) -> Row:
-        """A second after freeing, which is one look of background compaction; the kernel's compacts on demand."""
+        """A second after freeing: one look of background compaction; the kernel's compacts on demand."""
         return Row(
             f"{what} a second after freeing 65 %, {trace.name}",
             "MiB",
