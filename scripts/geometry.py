@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_tools.density_rows import SMALL
+from bench_tools.density_rows import FREED, SMALL
 
 from zramd import Zsmalloc
 from zramd.core.codec import compress
@@ -88,6 +88,30 @@ class Design:
             free[index] = min(needed * PAGE // chunk, objs) - rest
         return total
 
+    def left(self, sizes: Sequence[int], least: float) -> float:
+        """Return the pages that are left, on average, when FREED of the objects were freed at random.
+
+        A page goes back when no object touches it any more, where chunks are of `least` bytes or more; else
+        its zspage has to be empty.
+        """
+        classes = self.classes()
+        chunks = [size for size, _, _ in classes]
+        total = 0.0
+        for size in sizes:
+            index = bisect.bisect_left(chunks, size + self.header)
+            if index == len(classes):
+                total += 1 - FREED
+                continue
+            chunk, pages, objs = classes[index]
+            touching = [
+                min(((page + 1) * PAGE - 1) // chunk, objs - 1) - page * PAGE // chunk + 1
+                if chunk >= least
+                else objs
+                for page in range(pages)
+            ]
+            total += sum(1 - FREED**count for count in touching) / objs
+        return total
+
     def _lend(
         self, classes: Sequence[tuple[int, int, int]], free: list[int], index: int, wanted: int
     ) -> bool:
@@ -106,6 +130,8 @@ class Design:
 
 
 KERNEL = Design(16, 8, header=8, last="whole")
+NEVER = float("inf")
+MAPPED = 1024  # bytes: chunks of which a zspage has at most 64
 OURS = Design(8, 16, until=768, coarse=16, borrow=1.0625)
 DESIGNS = (
     KERNEL,
@@ -187,6 +213,17 @@ def main(corpora: Sequence[str]) -> None:
         print(row if design is not OURS else row.replace("| ", "| **").replace(" |", "** |"))
     measured = {name: measure(sizes) for name, sizes in columns.items()}
     print(f"| zramd's pool, measured | | | | | {cells(measured)} |")
+    print(f"\nKiB on average when {FREED:.0%} of the objects were freed, before any compaction:\n")
+    print("| pages go back by themselves |", " | ".join(columns), "|")
+    print("|---" * (1 + len(columns)) + "|")
+    for name, design, least in (
+        ("the kernel's zspages", KERNEL, NEVER),
+        ("never", OURS, NEVER),
+        *((f"where chunks have {least} bytes or more", OURS, least) for least in (3072, 2048, MAPPED, 512)),
+    ):
+        left = " | ".join(f"{design.left(sizes, least) * 4:.0f}" for sizes in columns.values())
+        row = f"| {name} | {left} |"
+        print(row if least != MAPPED else row.replace("| ", "| **").replace(" |", "** |"))
 
 
 main(sys.argv[1:])
