@@ -63,14 +63,14 @@ def test_the_stats_say_what_the_kernel_says(serve: Serve, memory_folder: Path, k
     assert agrees(server, kind)
 
     free(nbd)
-    assert server.stats()["mem_used_total"] < full["mem_used_total"]
+    assert server.stats()["mem_used_total"] < 0.8 * full["mem_used_total"]
     assert agrees(server, kind)
 
     before, resident = server.stats()["mem_used_total"], server.resident()
     assert server.request("POST", "/compact")[0] == 200
     wait_until(lambda: agrees(server, kind), GIVEN_BACK)
     given_back = before - server.stats()["mem_used_total"]
-    assert given_back > before // 2
+    assert given_back > before // 4
     # The process as a whole has lost it, but for what Python takes to compact: it is not elsewhere now.
     assert resident - server.resident() > given_back - (1 << 20)
 

@@ -189,10 +189,11 @@ class Kept:
         self.start()
 
     def start(self) -> None:
+        # (Debian's sh knows no descriptor beyond 9.)
         script = 'exec 3<&$0; export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@"'
         fd = self.listening.fileno()
         self.process = subprocess.Popen(
-            ["sh", "-c", script, str(fd), "nbdkit", "-f", "python", str(PLUGIN), *self.settings],
+            ["bash", "-c", script, str(fd), "nbdkit", "-f", "python", str(PLUGIN), *self.settings],
             env={**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)},
             pass_fds=[fd],
         )

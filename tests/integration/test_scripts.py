@@ -61,11 +61,18 @@ def test_geometry_computes_what_the_pool_does(tmp_path):
     corpus.write_bytes(b"".join(pages))
     result = run(SCRIPTS / "geometry", corpus)
     assert result.returncode == 0
-    rows = [row.replace("*", "").split(" | ")[-4:] for row in result.stdout.splitlines()]
-    ours = next(n for n, row in enumerate(result.stdout.splitlines()) if "**" in row)
+    designs, _, left = result.stdout.split("\n\n")
+    rows = [row.replace("*", "").split(" | ")[-4:] for row in designs.splitlines()]
+    ours = next(n for n, row in enumerate(designs.splitlines()) if "**" in row)
     assert len(rows) > 20
     assert rows[ours] == rows[-1]
     assert rows[ours] not in rows[:ours]
+    kernel, never, *some = [
+        [float(cell) for cell in row.replace("*", "").split("|")[2:-1]] for row in left.splitlines()[2:]
+    ]
+    # Of the trace of memory pages: less the more pages go back by themselves.
+    assert [row[1] for row in (never, *some)] == sorted((row[1] for row in (never, *some)), reverse=True)
+    assert some[2][1] < kernel[1] < never[1]
 
 
 def test_profiles_are_those_of_the_backend():

@@ -27,7 +27,7 @@ GROUPS = {
     "nbd": 10,
     "lz4": 3,
     "threads": 2 if len(os.sched_getaffinity(0)) > 1 else 0,
-    "density": 16,
+    "density": 20,
     "steady": 14,
     "compaction": 3,
     "idle": 4,
