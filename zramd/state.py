@@ -13,7 +13,8 @@ import struct
 import zlib
 
 from zramd.core.device import state_layout
-from zramd.core.region import filesystem
+from zramd.core.region import filesystem, page_size
+from zramd.core.zsmalloc import layout_sum
 from zramd.errors import StateError
 from zramd.handover import KEPT_FD, SYSTEMD
 
@@ -162,6 +163,12 @@ def _accept(fd: int, path: str, layout: dict[str, int]) -> None:
     if found["verify"] != layout["verify"]:
         word = "on" if found["verify"] else "off"
         raise StateError(f"state '{path}' was made with verify={word}: use verify={word}, {_REMOVE}")
+    for unit in (1, 2, 4, 8, 16):
+        if found["size_classes"] == layout_sum(unit) != layout["size_classes"]:
+            raise StateError(
+                f"state '{path}' was made on a kernel with pages of {unit * 4096} bytes, this one has "
+                f"{page_size()}: use such a kernel, {_REMOVE}"
+            )
     for name in _FIELDS:
         if found[name] != layout[name]:
             raise StateError(

@@ -53,7 +53,13 @@ NUMBERS = (
     Number(
         "frag_ratio", "percent", "Share of the pool that payload fills, more is better.", "frag_ratio", 0.01
     ),
-    Number("occupancy", "percent", "Share of the pool's objects in use.", "pool_occupancy_ratio", 0.01),
+    Number(
+        "occupancy",
+        "percent",
+        "Share of the places for objects on resident pages that are in use.",
+        "pool_occupancy_ratio",
+        0.01,
+    ),
     Number("compression_ratio", "", "Bytes stored for each byte of pool.", "compression_ratio"),
     Number("pages_stored", "blocks", "Blocks that hold data."),
     Number(
@@ -61,10 +67,16 @@ NUMBERS = (
     ),
     Number("huge_pages", "blocks", "Blocks stored raw.", "huge_pages"),
     Number("huge_pages_since", "blocks", "Blocks stored raw since the start, also those freed since."),
-    Number("objs_allocated", "objects", "Places for objects in the pool."),
+    Number("objs_allocated", "objects", "Places for objects on the pool's resident pages."),
     Number("objs_used", "objects", "Objects in the pool."),
     Number("zspages", "zspages", "Runs of pages that hold the objects."),
-    Number("freeable_pages", "pages", "Pool memory that compaction would free now.", "freeable_bytes", 4096),
+    Number(
+        "freeable_pages",
+        "pages",
+        "Pool memory that a whole compaction would free now, also pages kept for the next writes.",
+        "freeable_bytes",
+        4096,
+    ),
     Number("num_compactions", "runs", "Compactions that freed something.", "compaction_runs_total"),
     Number(
         "limit_compactions",
@@ -116,7 +128,8 @@ class Counters:
     """What the device counts; sizes in bytes, `compact_ns` in nanoseconds, all else in pieces.
 
     orig_data_size: 4096 for each block that holds data. compr_data_size: the payloads in the pool.
-    mem_used_total: pages of the pool in use. metadata_bytes: slots, handle cells, all else beside the pool.
+    mem_used_total: pages of the pool in use; freeable_pages: by how many a whole compaction would make it fall
+    (what it lends to larger classes is guessed, to about a page in a hundred). metadata_bytes: slots, handle cells, all else beside the pool.
     reserve_bytes: pages kept ready for the pool (swap=local); reserve_misses: pages not ready when needed.
     recovery_ms, recovered_blocks, leaked_objects: what the start with a state took, found and took back; such
     objects were just written, or about to be freed, when the last server died. lost_blocks: those whose place
@@ -206,7 +219,7 @@ class Snapshot(Counters):
 
     @property
     def occupancy(self) -> float:
-        """Percent of the pool's objects that are in use; 100 when the pool is empty."""
+        """Percent of the places on resident pages that hold an object; 100 when the pool is empty."""
         return 100 * self.objs_used / self.objs_allocated if self.objs_allocated else 100.0
 
     @property

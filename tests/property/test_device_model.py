@@ -100,11 +100,14 @@ class DeviceModel(RuleBasedStateMachine):
         try:
             self.device.write(content, offset)
         except PoolFullError:
-            assert self.device.mem_limit
-            assert self.device.counters()["freeable_pages"] == 0, "refused while compaction could make room"
+            self.refused()
             self.accept_either(offset, content)
         else:
             self.model[offset : offset + length] = content
+
+    def refused(self) -> None:
+        assert self.device.mem_limit
+        assert self.device.pressure()[0] == 0, "refused while compaction could make room"
 
     def accept_either(self, offset: int, content: bytes) -> None:
         """After a failed write each block has its old content or its new one."""

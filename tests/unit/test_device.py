@@ -354,10 +354,10 @@ def test_pressure() -> None:
         device.trim(block * BLOCK, BLOCK)
     freeable, used, limit, done, inflight = device.pressure()
     counters = device.counters()
-    assert freeable == counters["freeable_pages"] > 50
+    assert counters["freeable_pages"] >= freeable > 50
     assert used * BLOCK == counters["mem_used_total"]
     assert (limit, done, inflight) == (2048, 3000, 0)
-    assert device.compact() >= freeable
+    assert device.compact() == pytest.approx(counters["freeable_pages"], rel=0.01)
     device.check()
 
 
@@ -466,5 +466,5 @@ def fill_and_compact(device: Device, rnd: random.Random) -> None:
         for _ in range(3):
             device.compact(1 << 30)
         before = device.counters()
-        assert device.compact(1 << 30) == before["freeable_pages"] == 0
+        assert device.compact(1 << 30) == device.pressure()[0] == 0
         assert device.counters()["objects_migrated"] == before["objects_migrated"]

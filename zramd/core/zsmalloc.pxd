@@ -17,7 +17,11 @@ cdef struct size_class:
     uint64_t zspages                # isolated ones included
     uint64_t inuse                  # objects
     uint64_t committed              # resident pages; of huge: those in use and the spare ones
-    uint64_t stuck                  # atomic: compaction tried, freed nothing, and nothing was freed since
+    uint64_t stuck                  # atomic: what was tried without avail since an object of the class was freed
+
+cdef enum:
+    STUCK = 1                       # to compact it
+    LENT_OUT = 2                    # to move more of its last objects to larger classes
 
 cdef inline bint is_mapped(size_class *c) noexcept nogil:
     """Whether zspages of the class have a bitmap of the chunks in use, not a list of the free ones."""
@@ -91,6 +95,10 @@ cdef class Zsmalloc:
     cdef uint64_t freeable(self, size_class *c) noexcept nogil
     cdef uint32_t _pages_wanted(self, size_class *c, uint32_t chunks) noexcept nogil
     cdef uint64_t freeable_pages(self) noexcept nogil
+    cdef uint64_t whole_freeable_pages(self) noexcept nogil
+    cdef uint64_t _borrowable(self) noexcept nogil
+    cdef bint _fill_larger(self, uint32_t index, uint32_t wanted, uint32_t *last) noexcept nogil
+    cdef uint32_t _last_page_chunks(self, size_class *c, uint32_t chunks) noexcept nogil
     cdef bint make_room(self, int rc) noexcept nogil
     cdef uint64_t compact_run(self, uint64_t budget, uint64_t enough) noexcept nogil
     cdef uint64_t compact_whole(self) noexcept nogil
@@ -132,7 +140,8 @@ cdef class Zsmalloc:
     cdef uint32_t _putback(self, size_class *c, uint32_t span) noexcept nogil
     cdef bint _is_worth_moving(self, size_class *c, bint whole) noexcept nogil
     cdef uint64_t _compact_class(self, uint32_t index, uint64_t *budget, uint64_t enough, bint whole) noexcept nogil
-    cdef uint64_t _tighten(self, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil
+    cdef uint64_t _tighten(self, size_class *c, uint32_t span, uint64_t *budget, bint always) noexcept nogil
+    cdef void _pack(self, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil
     cdef void _pack_list(self, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil
     cdef void _pack_mapped(self, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil
     cdef void _list_chunks(self, size_class *c, uint32_t span) noexcept nogil

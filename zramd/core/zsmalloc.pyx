@@ -211,7 +211,7 @@ def size_classes(uint32_t unit):
     return merged
 
 
-CLASSES = size_classes(page_unit())
+CLASSES = size_classes(min(page_unit(), SPAN_PAGES))     # (With larger pages there is no pool.)
 
 
 def layout_sum(uint32_t unit):
@@ -226,10 +226,21 @@ def pool_layout(uint64_t max_objects):
         "cells": spans + 1,
         "spans": spans,
         "span_size": SPAN_SIZE,
-        "size_classes": layout_sum(page_unit()),
+        "size_classes": layout_sum(min(page_unit(), SPAN_PAGES)),
         "bytes": (HEAD_SIZE + whole_pages(max_objects * sizeof(uint64_t)) + whole_pages(spans)
                   + whole_pages((spans + 1) * sizeof(uint64_t)) + (spans << SPAN_SHIFT)),
     }
+
+
+cdef uint64_t natural(value, str what) except? 0:
+    if not 0 <= value < 1 << 64:
+        raise ValueError(f"{what} {value} is out of range")
+    return value
+
+
+cdef uint64_t handle_number(handle) except? 0:
+    """A handle as the pool has it: one that cannot be is 0, which is never live."""
+    return handle if 0 <= handle < 1 << 32 else 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -240,11 +251,11 @@ cdef class Zsmalloc:
     """A pool of objects of 1 to 4096 bytes.
 
     max_objects: most objects it may ever hold (costs address space, no memory); mem_limit: most bytes of pages it may
-    use, rounded up to pages, 0 for no limit. Raises ValueError for a max_objects out of range, MemoryError when the
-    address space cannot be had.
+    use, rounded up to pages, 0 for no limit. Raises ValueError for either out of range, MemoryError when the address space
+    cannot be had.
     """
 
-    def __cinit__(self, uint64_t max_objects=1 << 24, *, uint64_t mem_limit=0, Memory memory=None):
+    def __cinit__(self, max_objects=1 << 24, *, mem_limit=0, Memory memory=None):
         cdef uint32_t i
         for i in range(MAX_CLASSES):
             pthread_mutex_init(&self.classes[i].lock, NULL)
@@ -259,11 +270,11 @@ cdef class Zsmalloc:
         self.memory = memory
         self.n = <pool_counters *>memory.kept(KEPT_POOL)
         # Each zspage holds one object at least, so there are never more zspages than objects.
-        self.span_classes = memory.region(max_objects + CELLS_SLACK, True)
+        self.span_classes = memory.region(self.max_objects + CELLS_SLACK, True)
         self.span_class = <uint8_t *>self.span_classes.base
-        self.cell_table = memory.region((max_objects + CELLS_SLACK + 1) * sizeof(uint64_t), True)
+        self.cell_table = memory.region((self.max_objects + CELLS_SLACK + 1) * sizeof(uint64_t), True)
         self.cells = <uint64_t *>self.cell_table.base
-        self.arena = Arena(<uint32_t>(max_objects + CELLS_SLACK), memory)
+        self.arena = Arena(<uint32_t>(self.max_objects + CELLS_SLACK), memory)
         self.records = Region(self.arena.span_count * sizeof(zspage))
         self.zspages = <zspage *>self.records.base
         self.arena.records = <char *>self.zspages
@@ -619,6 +630,7 @@ cdef class Zsmalloc:
             return n
         owned_add(&c.committed, n)
         if n:
+            store_relaxed(&c.stuck, c.stuck & ~<uint64_t>LENT_OUT)
             # The object may end before the page that its chunk ends on, which is counted as resident.
             zr_unpoison(last, 1)
             last[0] = 0
@@ -841,7 +853,7 @@ cdef class Zsmalloc:
         cdef uint64_t inuse = load_relaxed(&c.inuse), limit = load_relaxed(&self.arena.limit), best, part
         cdef bint full = limit and load_relaxed(&self.arena.pages) + 2 * c.unit > limit
         if c.size == PAGE_SIZE or inuse == 0 or (
-                load_relaxed(&c.stuck) and (full or load_relaxed(&self.arena.reserve))):
+                load_relaxed(&c.stuck) & STUCK and (full or load_relaxed(&self.arena.reserve))):
             return 0
         best = inuse // c.objs * c.pages
         if inuse % c.objs:
@@ -856,12 +868,58 @@ cdef class Zsmalloc:
         return min(c.pages, pages_below(c, chunks) + (max(c.unit, TAIL_PAGES) if load_relaxed(&self.arena.reserve) else 0))
 
     cdef uint64_t freeable_pages(self) noexcept nogil:
-        """Pages that a whole compaction would free."""
+        """Pages that moving objects within their classes would free: what is worth starting for, and going on."""
         cdef uint64_t n = 0
         cdef uint32_t i
         for i in range(self.huge):
             n += self.freeable(&self.classes[i])
         return n
+
+    cdef uint64_t whole_freeable_pages(self) noexcept nogil:
+        """Pages that compact_whole would free now: those, what can be lent then, and what is kept for the next write."""
+        return (self.freeable_pages() + self._borrowable() + load_relaxed(&self.arena.stock)
+                + load_relaxed_32(&self.spares))
+
+    cdef uint64_t _borrowable(self) noexcept nogil:
+        """Pages that _borrow would free after compact_run: its steps, with the numbers of objects alone."""
+        cdef uint32_t last[MAX_CLASSES]     # objects in each class's part-filled zspage
+        cdef uint32_t i, index, wanted
+        cdef uint64_t n = 0
+        cdef size_class *c
+        if load_relaxed(&self.arena.reserve):
+            return 0
+        for i in range(self.huge):
+            last[i] = <uint32_t>(load_relaxed(&self.classes[i].inuse) % self.classes[i].objs)
+        for i in range(self.huge):
+            index = self.huge - 1 - i
+            c = &self.classes[index]
+            while last[index] and not load_relaxed(&c.stuck) & LENT_OUT:
+                wanted = self._last_page_chunks(c, last[index])
+                if not self._fill_larger(index, wanted, last):
+                    break
+                n += pages_below(c, last[index]) - pages_below(c, last[index] - wanted)
+                last[index] -= wanted
+        return n
+
+    cdef bint _fill_larger(self, uint32_t index, uint32_t wanted, uint32_t *last) noexcept nogil:
+        """Count `wanted` objects of a class into what the larger ones have to spare; False, and nothing is done: too little."""
+        cdef size_class *c = &self.classes[index]
+        cdef size_class *d
+        cdef uint32_t room[MAX_CLASSES]
+        cdef uint32_t i = index
+        while wanted:
+            i += 1
+            d = &self.classes[i]
+            if i == self.huge or d.size - c.size > c.size >> BORROW_SHIFT:
+                return False
+            room[i] = 0
+            if last[i]:
+                room[i] = min(min((pages_below(d, last[i]) << PAGE_SHIFT) // d.size, d.objs) - last[i], wanted)
+            wanted -= room[i]
+        while i > index:
+            last[i] = (last[i] + room[i]) % self.classes[i].objs
+            i -= 1
+        return True
 
     cdef uint64_t compact_run(self, uint64_t budget, uint64_t enough) noexcept nogil:
         """Compact until about budget bytes were moved, enough pages freed, or nothing is freeable; the pages freed.
@@ -886,15 +944,18 @@ cdef class Zsmalloc:
         return freed
 
     cdef uint64_t compact_whole(self) noexcept nogil:
-        """Compact until nothing is freeable, borrow, and give back what is kept for the next write; the pages freed."""
+        """Compact until nothing is freeable, borrow, and give back what is kept for the next write.
+
+        The pages freed by all of it: by as many mem_used_total falls, and as many were whole_freeable_pages before.
+        """
         cdef uint64_t freed = self.compact_run(<uint64_t>-1, <uint64_t>-1), borrowed = 0
         cdef uint32_t i
         pthread_mutex_lock(&self.compact_lock)
         if load_relaxed(&self.arena.reserve) == 0:
             for i in range(self.huge, 0, -1):
                 borrowed += self._borrow(i - 1)
+        borrowed += self.give_back()
         counter_add(&self.n.pages_compacted, borrowed)
-        self.give_back()
         pthread_mutex_unlock(&self.compact_lock)
         return freed + borrowed
 
@@ -965,12 +1026,12 @@ cdef class Zsmalloc:
             src = c.heads[group]
             while src != NIL and freed - min(freed, grown) < enough and budget[0] and (
                     not load_relaxed_32(&c.waiters) and self.freeable(c)):
-                freed += self._tighten(c, src, budget)
+                freed += self._tighten(c, src, budget, False)
                 src = self.zspages[src].next
         freed -= min(freed, grown)
         if freed == 0 and not whole and budget[0] and (
                 not load_relaxed_32(&c.waiters) and load_relaxed(&self.pins_met) == pins_met):
-            store_relaxed(&c.stuck, 1)
+            store_relaxed(&c.stuck, c.stuck | STUCK)
         pthread_mutex_unlock(&c.lock)
         return freed
 
@@ -1019,26 +1080,32 @@ cdef class Zsmalloc:
                 self.arena.give(span, False)
         return freed
 
-    cdef uint64_t _tighten(self, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil:
+    cdef uint64_t _tighten(self, size_class *c, uint32_t span, uint64_t *budget, bint always) noexcept nogil:
         """Give back the last pages of a zspage, after moving what is on them to its first; the pages freed.
 
-        At most half a zspage is copied, with the class lock held.
+        always: also where that frees none. At most half a zspage is copied, with the class lock held.
         """
         cdef uint64_t before = c.committed
         cdef uint32_t wanted = self._pages_wanted(c, self.zspages[span].inuse), unused
         # (A span of the reserve has resident pages beyond those that were used.)
-        if bits_set(self.arena.committed[span]) <= wanted:
+        if bits_set(self.arena.committed[span]) <= wanted and not always:
             return 0
+        self._pack(c, span, budget)
         if is_mapped(c):
-            self._pack_mapped(c, span, budget)
             unused = self._unused_pages(c, span, ~<uint32_t>0)
             if load_relaxed(&self.arena.reserve):
                 unused &= ~<uint32_t>0 << wanted
         else:
-            self._pack_list(c, span, budget)
             unused = ~<uint32_t>0 << self._pages_wanted(c, self.zspages[span].fresh)
         owned_sub(&c.committed, self.arena.decommit(span, unused))
         return before - min(before, c.committed)
+
+    cdef void _pack(self, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil:
+        """Move the objects of a zspage to its first pages."""
+        if is_mapped(c):
+            self._pack_mapped(c, span, budget)
+        else:
+            self._pack_list(c, span, budget)
 
     cdef void _pack_list(self, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil:
         """Move the objects of a zspage to its first pages."""
@@ -1087,17 +1154,23 @@ cdef class Zsmalloc:
         cdef uint64_t freed = 0, budget = <uint64_t>-1
         lock_class(c)
         span = self._isolate_emptiest(c)
+        if span != NIL and self.zspages[span].inuse:
+            freed = self._tighten(c, span, &budget, True)
         while span != NIL and self.zspages[span].inuse:
-            wanted = self.zspages[span].inuse - (
-                ((pages_below(c, self.zspages[span].inuse) - c.unit) << PAGE_SHIFT) // c.size)
+            wanted = self._last_page_chunks(c, self.zspages[span].inuse)
             # Nothing is moved unless it frees the page.
             if self._lend(index, span, wanted, False) < wanted or self._lend(index, span, wanted, True) < wanted:
                 break
             if self.zspages[span].inuse:
-                freed += self._tighten(c, span, &budget)
+                freed += self._tighten(c, span, &budget, False)
         freed += self._putback(c, span)
+        store_relaxed(&c.stuck, c.stuck | LENT_OUT)
         pthread_mutex_unlock(&c.lock)
         return freed
+
+    cdef uint32_t _last_page_chunks(self, size_class *c, uint32_t chunks) noexcept nogil:
+        """Of the first so many chunks of a zspage those that are not whole on the pages before their last."""
+        return chunks - ((pages_below(c, chunks) - c.unit) << PAGE_SHIFT) // c.size
 
     cdef uint32_t _lend(self, uint32_t index, uint32_t span, uint32_t wanted, bint move) noexcept nogil:
         """Find chunks of larger classes for the last `wanted` objects of a zspage, and move them there if told; how many."""
@@ -1434,13 +1507,14 @@ cdef class Zsmalloc:
         return load_relaxed(&self.arena.limit) << PAGE_SHIFT
 
     @mem_limit.setter
-    def mem_limit(self, uint64_t limit):
+    def mem_limit(self, value):
+        cdef uint64_t limit = natural(value, "mem_limit")
         cdef uint32_t i
         for i in range(self.class_count):
             store_relaxed(&self.classes[i].stuck, 0)
         store_relaxed(&self.arena.limit, (limit >> PAGE_SHIFT) + (1 if limit & (PAGE_SIZE - 1) else 0))
 
-    def malloc(self, uint64_t size):
+    def malloc(self, size):
         """A handle to a new object of size bytes, 1 to 4096, all zero.
 
         Raises ValueError for another size, PoolFullError when mem_limit leaves no room even after compaction,
@@ -1448,85 +1522,95 @@ cdef class Zsmalloc:
         """
         cdef uint64_t handle = 0
         cdef char *payload = NULL
-        cdef int rc = -EINVAL
-        if size <= PAGE_SIZE:
-            with nogil:
-                if load_relaxed(&self.cells_used) >= self.max_objects:
-                    rc = -ENOMEM
-                else:
-                    rc = self.obj_alloc(<uint32_t>size, &handle, &payload)
-                    while rc == -ENOSPC and self.make_room(rc):
-                        rc = self.obj_alloc(<uint32_t>size, &handle, &payload)
-                if rc == 0:
-                    memset(payload, 0, self.obj_capacity(handle))
-                    self.obj_end(handle)
+        cdef uint32_t n
+        cdef int rc
+        if not 1 <= size <= PAGE_SIZE:
+            raise error_from(-EINVAL, f"malloc of {size} bytes")
+        if load_relaxed(&self.cells_used) >= self.max_objects:
+            raise MemoryError(f"malloc of {size} bytes: the pool holds {self.max_objects} objects, as many as it may")
+        n = size
+        with nogil:
+            rc = self.obj_alloc(n, &handle, &payload)
+            while rc == -ENOSPC and self.make_room(rc):
+                rc = self.obj_alloc(n, &handle, &payload)
+            if rc == 0:
+                memset(payload, 0, self.obj_capacity(handle))
+                self.obj_publish(handle, n)     # its size is what is kept for it
         if rc:
             raise error_from(rc, f"malloc of {size} bytes")
         return handle
 
-    def free(self, uint64_t handle):
+    def free(self, handle):
         """Free an object. Raises HandleError when the handle is not live."""
+        cdef uint64_t number = handle_number(handle)
         cdef int rc
         with nogil:
-            rc = self.obj_free(handle)
+            rc = self.obj_free(number)
         if rc:
             raise error_from(rc, f"free of handle {handle}")
 
-    def read(self, uint64_t handle, uint64_t size=0):
-        """The first size bytes of an object, 0: as many as it has room for. Raises HandleError, ValueError."""
+    def read(self, handle, size=0):
+        """The first size bytes of an object, 0: all of it. Raises HandleError, ValueError."""
+        cdef uint64_t number = handle_number(handle)
         cdef char *payload
-        cdef uint32_t capacity
+        cdef uint64_t all
         cdef int rc
         with nogil:
-            rc = self.obj_begin(handle, &payload)
+            rc = self.obj_begin(number, &payload)
         if rc:
             raise error_from(rc, f"read of handle {handle}")
         try:
-            capacity = self.obj_capacity(handle)
-            if size > capacity:
-                raise ValueError(f"read of {size} bytes from handle {handle}, which has room for {capacity}")
-            return PyBytes_FromStringAndSize(payload, size or capacity)
+            all = self.obj_check(number)
+            if not 0 <= size <= all:
+                raise ValueError(f"read of {size} bytes from handle {handle}, which has {all}")
+            return PyBytes_FromStringAndSize(payload, size or all)
         finally:
-            self.obj_end(handle)
+            self.obj_end(number)
 
-    def write(self, uint64_t handle, data):
+    def write(self, handle, data):
         """Put data (a buffer) at the start of an object. Raises HandleError, ValueError when it does not fit."""
+        cdef uint64_t number = handle_number(handle)
         cdef char *payload
-        cdef uint32_t capacity
+        cdef uint64_t all
         cdef int rc
         cdef Py_buffer view
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
             with nogil:
-                rc = self.obj_begin(handle, &payload)
+                rc = self.obj_begin(number, &payload)
             if rc:
                 raise error_from(rc, f"write to handle {handle}")
-            capacity = self.obj_capacity(handle)
-            if <uint64_t>view.len <= capacity:
+            all = self.obj_check(number)
+            if <uint64_t>view.len <= all:
                 memcpy(payload, view.buf, view.len)
-            self.obj_end(handle)
-            if <uint64_t>view.len > capacity:
-                raise ValueError(f"write of {view.len} bytes to handle {handle}, which has room for {capacity}")
+            self.obj_end(number)
+            if <uint64_t>view.len > all:
+                raise ValueError(f"write of {view.len} bytes to handle {handle}, which has {all}")
         finally:
             PyBuffer_Release(&view)
 
-    def compact(self, uint64_t budget=0):
+    def compact(self, budget=0):
         """Move about budget bytes of objects, 0: all that frees a page; returns the number of pages freed.
 
-        A budget may end between taking a page for what is moved and freeing those that it came from.
+        0 also gives back the pages that are kept for the next write: it frees the freeable_pages of stats(). A budget may end between taking a page for what is moved and freeing those that it came from.
         """
-        cdef uint64_t freed
+        cdef uint64_t freed, bytes = natural(budget, "budget")
         with nogil:
-            freed = self.compact_run(budget, <uint64_t>-1) if budget else self.compact_whole()
+            freed = self.compact_run(bytes, <uint64_t>-1) if bytes else self.compact_whole()
         return freed
 
     def stats(self):
-        """The pool's numbers by the names of the statistics, as a dict of ints."""
+        """The pool's numbers by the names of the statistics, as a dict of ints.
+
+        stock_pages: pages of free spans that stay resident for the next writes, part of mem_used_total and of freeable_pages.
+        """
         cdef uint64_t allocated = 0, used = 0, zspages = 0
         cdef uint32_t i
         for i in range(self.class_count):
             zspages += load_relaxed(&self.classes[i].zspages)
-            allocated += load_relaxed(&self.classes[i].zspages) * self.classes[i].objs
+            # Places on pages that are resident: others cost nothing, and nothing is gained by filling them.
+            allocated += max(load_relaxed(&self.classes[i].inuse),
+                             load_relaxed(&self.classes[i].committed) * self.classes[i].objs // self.classes[i].pages)
             used += load_relaxed(&self.classes[i].inuse)
         return {
             "mem_used_total": load_relaxed(&self.arena.pages) << PAGE_SHIFT,
@@ -1543,7 +1627,7 @@ cdef class Zsmalloc:
             "zspages": zspages,
             "objs_allocated": allocated,
             "objs_used": used,
-            "freeable_pages": self.freeable_pages(),
+            "freeable_pages": self.whole_freeable_pages(),
         }
 
     def table(self):
