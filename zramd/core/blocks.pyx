@@ -28,6 +28,7 @@ from zramd.core.locks cimport (
     counter_sub,
     load_acquire,
     load_relaxed,
+    mutex_inherit,
     owned_add,
     pthread_mutex_destroy,
     pthread_mutex_init,
@@ -92,6 +93,14 @@ cdef class Blocks:
         for i in range(STRIPES):
             pthread_mutex_destroy(&self.stripes[i])
 
+    cdef int inherit_priority(self) noexcept nogil:
+        """Make every lock hand on priority; 0 or an errno. Nobody else may be here yet."""
+        cdef uint32_t i
+        cdef int rc = mutex_inherit(&self.scratch_lock) or self.pool.inherit_priority()
+        for i in range(STRIPES):
+            rc = rc or mutex_inherit(&self.stripes[i])
+        return rc
+
     # --------------------------------------------------------------------------------------------------------
     # scratch: as many as there ever were requests at work at once; the last one used is still in the cache
 
@@ -117,16 +126,20 @@ cdef class Blocks:
     # --------------------------------------------------------------------------------------------------------
     # one block
 
-    cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot) noexcept nogil:
-        """Store a block's content; the slot that stands for it. -ENOSPC: mem_limit, even after compaction."""
+    cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot, bint waits) noexcept nogil:
+        """Store a block's content; the slot that stands for it. -ENOSPC: mem_limit, with `waits` even after compaction."""
         cdef uint64_t word
         cdef uint32_t size
         if same_filled(content, &word):
             return self.store_word(block, word, slot)
         size = encode(content, s.out, self.pool.max_payload, s.state, self.acceleration)
         if size == 0:
-            return self.store_payload(block, content, BLOCK_SIZE, slot)
-        return self.store_payload(block, s.out, size, slot)
+            size = BLOCK_SIZE
+        else:
+            content = s.out
+        if waits:
+            return self.store_payload(block, content, size, slot)
+        return self._store_payload(block, content, size, slot)
 
     cdef int store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil:
         """Store a block that is one word repeated; the slot that stands for it."""
@@ -140,15 +153,23 @@ cdef class Blocks:
         return 0
 
     cdef int store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
-        """Store what a block is compressed to, or all of it; the slot that stands for it. Errors as _store."""
+        """Store what a block is compressed to, or all of it; the slot that stands for it. -ENOSPC as _store that waits.
+
+        The caller holds no lock.
+        """
+        cdef int rc = self._store_payload(block, payload, size, slot)
+        if rc == -ENOSPC:
+            counter_add(&self.n.limit_compactions, 1)
+            while rc == -ENOSPC and self.pool.make_room():
+                rc = self._store_payload(block, payload, size, slot)
+        return rc
+
+    cdef int _store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
+        """store_payload, if there is room now; else -ENOSPC."""
         cdef uint64_t handle = 0
         cdef uint32_t check = 0
         cdef char *place
         cdef int rc = self.pool.obj_alloc(size, &handle, &place)
-        if rc == -ENOSPC:
-            counter_add(&self.n.limit_compactions, 1)
-            while rc == -ENOSPC and self.pool.make_room():
-                rc = self.pool.obj_alloc(size, &handle, &place)
         if rc:
             return rc
         if self.verify:
@@ -264,7 +285,7 @@ cdef class Blocks:
         cdef uint64_t slot, old
         cdef int rc = self.slot_is_ready(block)
         if rc == 0:
-            rc = self._store(block, src, s, &slot)
+            rc = self._store(block, src, s, &slot, True)
         if rc == 0:
             pthread_mutex_lock(&self.stripes[block % STRIPES])
             old = self.set(block, slot)
@@ -274,10 +295,21 @@ cdef class Blocks:
 
     cdef int merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil:
         """Write n bytes (zeros when src is NULL) at a place in a block: its other bytes stay."""
-        cdef uint64_t slot, old = 0
         cdef int rc = self.slot_is_ready(block)
         if rc:
             return rc
+        rc = self._merge(block, at, src, n, s)
+        if rc == -ENOSPC:
+            counter_add(&self.n.limit_compactions, 1)
+            # Room is made without the stripe, on which readers of other blocks may wait: then the block may be another.
+            while rc == -ENOSPC and self.pool.make_room():
+                rc = self._merge(block, at, src, n, s)
+        return rc
+
+    cdef int _merge(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil:
+        """merge_block, if there is room now; else -ENOSPC."""
+        cdef uint64_t slot, old = 0
+        cdef int rc
         pthread_mutex_lock(&self.stripes[block % STRIPES])
         rc = self._load(block, self.get(block), s.page)
         if rc == 0:
@@ -285,7 +317,7 @@ cdef class Blocks:
                 memcpy(s.page + at, src, n)
             else:
                 memset(s.page + at, 0, n)
-            rc = self._store(block, s.page, s, &slot)
+            rc = self._store(block, s.page, s, &slot, False)
             if rc == 0:
                 old = self.set(block, slot)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
