@@ -28,6 +28,7 @@ from zramd.core.locks cimport (
     counter_sub,
     load_relaxed,
     load_relaxed_32,
+    nap,
     owned_add_32,
     owned_sub_32,
     pthread_cond_destroy,
@@ -38,7 +39,6 @@ from zramd.core.locks cimport (
     pthread_mutex_init,
     pthread_mutex_lock,
     pthread_mutex_unlock,
-    sched_yield,
     store_relaxed,
 )
 from zramd.core.region cimport KEPT_ARENA, Memory, Region, page_unit, region_populate, whole_pages
@@ -452,7 +452,7 @@ cdef class Arena:
         pthread_mutex_lock(&self.lock)
         while self.keeper_works:
             pthread_mutex_unlock(&self.lock)
-            sched_yield()
+            nap()
             pthread_mutex_lock(&self.lock)
         for n in range(SPAN_LENGTHS):
             self.ready[n] = NIL

@@ -43,7 +43,7 @@ cdef struct counters:
     uint64_t read_bytes
     uint64_t written_bytes
     uint64_t limit_compactions
-    uint64_t inflight
+    uint64_t unused
     uint64_t checksum_errors
     uint64_t corrupt_block      # the last one, + 1
     latency latencies[OPS]
@@ -65,10 +65,14 @@ cdef class Blocks:
     cdef uint32_t scratch_size
     cdef counters *n
 
+    cdef int inherit_priority(self) noexcept nogil
     cdef scratch *scratch_take(self) noexcept nogil
     cdef void scratch_give(self, scratch *s) noexcept nogil
-    cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot) noexcept nogil
+    cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot, bint waits) noexcept nogil
+    cdef int _store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil
     cdef int store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil
+    cdef bint _room_is_made(self, int rc) noexcept nogil
+    cdef int _store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil
     cdef int store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil
     cdef uint64_t _same_slot(self, uint64_t block, uint64_t word) noexcept nogil
     cdef int _load(self, uint64_t block, uint64_t slot, char *content) noexcept nogil
@@ -81,6 +85,7 @@ cdef class Blocks:
     cdef void prefetch(self, uint64_t block) noexcept nogil
     cdef int write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil
     cdef int merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
+    cdef int _merge(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil
     cdef int zero_block(self, uint64_t block, uint64_t slot) noexcept nogil
     cdef int populate(self) noexcept nogil

@@ -26,6 +26,7 @@ from zramd.core.locks cimport (
     counter_add,
     load_acquire,
     load_relaxed,
+    mutex_inherit,
     owned_add,
     pthread_mutex_destroy,
     pthread_mutex_init,
@@ -90,6 +91,14 @@ cdef class Blocks:
         for i in range(STRIPES):
             pthread_mutex_destroy(&self.stripes[i])
 
+    cdef int inherit_priority(self) noexcept nogil:
+        """Make every lock hand on priority; 0 or an errno. Nobody else may be here yet."""
+        cdef uint32_t i
+        cdef int rc = mutex_inherit(&self.scratch_lock) or self.pool.inherit_priority()
+        for i in range(STRIPES):
+            rc = rc or mutex_inherit(&self.stripes[i])
+        return rc
+
     # --------------------------------------------------------------------------------------------------------
     # scratch: as many as there ever were requests at work at once; the last one used is still in the cache
 
@@ -115,40 +124,60 @@ cdef class Blocks:
     # --------------------------------------------------------------------------------------------------------
     # one block
 
-    cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot) noexcept nogil:
-        """Store a block's content; the slot that stands for it. There may be no room even after compaction: -ENOSPC below
-        mem_limit, -EDQUOT in the state's file system. -ENOMEM: the system refuses memory."""
+    cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot, bint waits) noexcept nogil:
+        """Store a block's content; the slot that stands for it. -ENOSPC: mem_limit leaves no room, -EDQUOT: the state's
+        file system does not; with `waits`, not even after compaction. -ENOMEM: the system refuses memory."""
         cdef uint64_t word
         cdef uint32_t size
         if same_filled(content, &word):
-            return self.store_word(block, word, slot)
+            return self.store_word(block, word, slot) if waits else self._store_word(block, word, slot)
         size = encode(content, s.out, self.pool.max_payload, s.state, self.acceleration)
         if size == 0:
-            return self.store_payload(block, content, BLOCK_SIZE, slot)
-        return self.store_payload(block, s.out, size, slot)
+            size = BLOCK_SIZE
+        else:
+            content = s.out
+        if waits:
+            return self.store_payload(block, content, size, slot)
+        return self._store_payload(block, content, size, slot)
+
+    cdef bint _room_is_made(self, int rc) noexcept nogil:
+        """Whether to try again what failed with rc. The caller holds no lock."""
+        return (rc == -ENOSPC or rc == -EDQUOT) and self.pool.make_room(rc)
 
     cdef int store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil:
-        """Store a block that is one word repeated; the slot that stands for it."""
+        """Store a block that is one word repeated; the slot that stands for it. Errors as _store that waits."""
+        cdef int rc = self._store_word(block, word, slot)
+        while self._room_is_made(rc):
+            rc = self._store_word(block, word, slot)
+        return rc
+
+    cdef int _store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil:
+        """store_word, if there is room now."""
         cdef uint64_t handle = 0
         cdef int rc = 0
         if word:
             rc = self.pool.word_alloc(word, &handle)
-            while rc == -EDQUOT and self.pool.make_room(rc):
-                rc = self.pool.word_alloc(word, &handle)
         slot[0] = self._same_slot(block, word) | handle << SLOT_HANDLE_SHIFT
         return rc
 
     cdef int store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
-        """Store what a block is compressed to, or all of it; the slot that stands for it. Errors as _store."""
+        """Store what a block is compressed to, or all of it; the slot that stands for it. Errors as _store that waits.
+
+        The caller holds no lock.
+        """
+        cdef int rc = self._store_payload(block, payload, size, slot)
+        if rc == -ENOSPC:
+            counter_add(&self.n.limit_compactions, 1)
+        while self._room_is_made(rc):
+            rc = self._store_payload(block, payload, size, slot)
+        return rc
+
+    cdef int _store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
+        """store_payload, if there is room now."""
         cdef uint64_t handle = 0
         cdef uint32_t check = 0
         cdef char *place
         cdef int rc = self.pool.obj_alloc(size, &handle, &place)
-        if rc == -ENOSPC or rc == -EDQUOT:
-            if rc == -ENOSPC:
-                counter_add(&self.n.limit_compactions, 1)
-            while (rc == -ENOSPC or rc == -EDQUOT) and self.pool.make_room(rc):
-                rc = self.pool.obj_alloc(size, &handle, &place)
         if rc:
             return rc
         if self.verify:
@@ -271,11 +300,21 @@ cdef class Blocks:
 
     cdef int write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil:
         cdef uint64_t slot
-        cdef int rc = self._store(block, src, s, &slot)
+        cdef int rc = self._store(block, src, s, &slot, True)
         return self.put(block, slot, False) if rc == 0 else rc
 
     cdef int merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil:
         """Write n bytes (zeros when src is NULL) at a place in a block: its other bytes stay."""
+        cdef int rc = self._merge(block, at, src, n, s)
+        if rc == -ENOSPC:
+            counter_add(&self.n.limit_compactions, 1)
+        # Room is made without the stripe, on which readers of other blocks may wait: then the block may be another.
+        while self._room_is_made(rc):
+            rc = self._merge(block, at, src, n, s)
+        return rc
+
+    cdef int _merge(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil:
+        """merge_block, if there is room now."""
         cdef uint64_t slot
         cdef int rc
         pthread_mutex_lock(&self.stripes[block % STRIPES])
@@ -285,7 +324,7 @@ cdef class Blocks:
                 memcpy(s.page + at, src, n)
             else:
                 memset(s.page + at, 0, n)
-            rc = self._store(block, s.page, s, &slot)
+            rc = self._store(block, s.page, s, &slot, False)
             if rc == 0:
                 return self.put(block, slot, True)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])

@@ -1,7 +1,7 @@
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from zramd.core.blocks cimport Blocks, counters, op
-from zramd.core.locks cimport pthread_rwlock_t
+from zramd.core.gate cimport gate
 from zramd.core.region cimport Memory
 from zramd.core.zsmalloc cimport Zsmalloc
 
@@ -19,7 +19,9 @@ cdef class Device:
     cdef Zsmalloc pool                      # the table's
     cdef counters *n                        # the table's
     cdef Memory memory
-    cdef pthread_rwlock_t gate              # requests share it; check and reset have it alone
+    cdef gate gate
+    cdef uint64_t unfinished                # atomic: requests that left the gate in the middle of changing the device
+    cdef bint urgent                        # real-time threads make requests
     cdef state_words *kept
     cdef uint64_t recovery_ms
     cdef uint64_t recovered_blocks
@@ -37,6 +39,7 @@ cdef class Device:
     cdef bint _fits(self, uint64_t offset, uint64_t length) noexcept nogil
     cdef void _enter_gate(self) noexcept nogil
     cdef void _leave_gate(self) noexcept nogil
+    cdef void _make_way(self, uint32_t *steps, bint changes) noexcept nogil
     cdef uint64_t _begin(self) noexcept nogil
     cdef void _end(self, op kind, uint64_t began) noexcept nogil
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil

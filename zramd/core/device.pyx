@@ -2,8 +2,9 @@
 
     read, write, trim, zero:  gate -> each block of the range, one after the other -> counters
 
-Requests share the gate; check and reset have it alone. A request that fails leaves each block with its old content or
-its new. What a block is made of is known to blocks.pyx, where an object is to zsmalloc.pyx.
+Requests pass the gate side by side; check and reset have the device alone. A long request makes way between two blocks:
+it leaves the gate and enters it again when somebody wants it closed. A request that fails leaves each block with its old
+content or its new. What a block is made of is known to blocks.pyx, where an object is to zsmalloc.pyx.
 
 Lock order: gate, then those of blocks.pyx.
 """
@@ -16,20 +17,28 @@ from libc.string cimport memcpy
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 
 from zramd.core.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, Blocks, is_touched, op, scratch
+from zramd.core.gate cimport (
+    gate_close,
+    gate_enter,
+    gate_hold,
+    gate_is_closed,
+    gate_leave,
+    gate_open,
+    gate_release,
+)
 from zramd.core.latency cimport BUCKETS, FIRST_BOUND, clock_now, latency_add, latency_count, use_ticks
 from zramd.core.locks cimport (
     counter_add,
     counter_sub,
     load_relaxed,
+    mutex_inherit,
     owned_add,
+    pthread_mutex_destroy,
+    pthread_mutex_init,
     pthread_mutex_lock,
     pthread_mutex_unlock,
-    pthread_rwlock_destroy,
-    pthread_rwlock_rdlock,
-    pthread_rwlock_unlock,
-    pthread_rwlock_wrlock,
-    rwlock_init_fair,
 )
+from zramd.core.process cimport be_calm, be_urgent
 from zramd.core.recovery cimport Recovery
 from zramd.core.region cimport KEPT_STATE, Memory
 from zramd.core.types cimport (
@@ -55,7 +64,11 @@ from zramd.errors import CorruptionError, error_from
 
 MAX_DISKSIZE = 4 << 40      # bytes: 2**30 blocks; handles have 31 bits
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
 cdef enum:
+    TURN_STEPS = 256        # blocks of a long request, then other real-time threads have the processor: 0.1 to 1 ms
     EXTENTS_MAX = 4096      # in one answer: the client asks again for the rest
     # NBD's block status flags
     STATE_HOLE = 1
@@ -101,7 +114,7 @@ cdef class Device:
     def __cinit__(self, uint64_t disksize, *, uint64_t mem_limit=0, int acceleration=1, int state=-1,
                   bint verify=False, progress=None):
         cdef Memory memory
-        rwlock_init_fair(&self.gate)
+        pthread_mutex_init(&self.gate.lock, NULL)
         if not 0 < disksize <= <uint64_t>MAX_DISKSIZE:
             raise ValueError(f"disksize {disksize} is out of range: 1 to {MAX_DISKSIZE} bytes")
         self.blocks = (disksize + BLOCK_SIZE - 1) >> BLOCK_SHIFT
@@ -144,7 +157,6 @@ cdef class Device:
         cdef Recovery recovery = Recovery(
             self.pool, self.table.slot_table, self.table.touches, self.blocks, self.table.verify)
         recovery.run(progress)
-        self.n.inflight = 0
         self.n.pages_stored = recovery.stored
         self.n.compr_data_size = recovery.compr
         self.n.same_pages = recovery.same
@@ -156,7 +168,7 @@ cdef class Device:
         self.lost_blocks = recovery.lost
 
     def __dealloc__(self):
-        pthread_rwlock_destroy(&self.gate)
+        pthread_mutex_destroy(&self.gate.lock)
 
     @property
     def verify(self):
@@ -173,12 +185,23 @@ cdef class Device:
 
     cdef void _enter_gate(self) noexcept nogil:
         """At work until _leave_gate: check and reset wait for it, the compactor makes way."""
-        pthread_rwlock_rdlock(&self.gate)
-        counter_add(&self.n.inflight, 1)
+        gate_enter(&self.gate)
 
     cdef void _leave_gate(self) noexcept nogil:
-        counter_sub(&self.n.inflight, 1)
-        pthread_rwlock_unlock(&self.gate)
+        gate_leave(&self.gate)
+
+    cdef void _make_way(self, uint32_t *steps, bint changes) noexcept nogil:
+        """Between two blocks of a request: let others have the gate, and now and then the processor."""
+        if gate_is_closed(&self.gate):
+            if changes:
+                counter_add(&self.unfinished, 1)
+            self._leave_gate()
+            self._enter_gate()
+            if changes:
+                counter_sub(&self.unfinished, 1)
+        steps[0] += 1
+        if steps[0] % TURN_STEPS == 0 and self.urgent:
+            sched_yield()   # to real-time threads: this one would have it for 100 ms before one that is as urgent
 
     cdef uint64_t _begin(self) noexcept nogil:
         """Enter the gate for a request; when it came. Waiting at the gate is part of what the client waits for."""
@@ -193,7 +216,7 @@ cdef class Device:
 
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil:
         cdef uint64_t done = 0
-        cdef uint32_t at, n
+        cdef uint32_t at, n, steps = 0
         cdef int rc = 0
         cdef scratch *s = self.table.scratch_take()
         if s == NULL:
@@ -206,6 +229,8 @@ cdef class Device:
             else:
                 rc = self.table.merge_block((offset + done) >> BLOCK_SHIFT, at, src + done, n, s)
             done += n
+            if done < length:
+                self._make_way(&steps, True)
         if s != NULL:
             self.table.scratch_give(s)
         if rc:
@@ -216,7 +241,7 @@ cdef class Device:
 
     cdef int _read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil:
         cdef uint64_t done = 0
-        cdef uint32_t at, n
+        cdef uint32_t at, n, steps = 0
         cdef int rc = 0
         cdef scratch *s = NULL
         if (offset | length) & (BLOCK_SIZE - 1):
@@ -232,6 +257,8 @@ cdef class Device:
                 self.table.prefetch(((offset + done) >> BLOCK_SHIFT) + 1)
             rc = self.table.read_block((offset + done) >> BLOCK_SHIFT, at, dst + done, n, s)
             done += n
+            if done < length:
+                self._make_way(&steps, False)
         if s != NULL:
             self.table.scratch_give(s)
         if rc:
@@ -243,7 +270,7 @@ cdef class Device:
     cdef int _zero(self, uint64_t offset, uint64_t length, uint64_t slot, bint exact) noexcept nogil:
         """Zero a range with slot 0 or SLOT_SAME. Parts of blocks at its ends: zeroed if exact, else left as they are."""
         cdef uint64_t done = 0, block, skip
-        cdef uint32_t at, n
+        cdef uint32_t at, n, steps = 0
         cdef int rc = 0
         cdef scratch *s = NULL
         if exact and (offset | length) & (BLOCK_SIZE - 1):
@@ -251,6 +278,8 @@ cdef class Device:
             if s == NULL:
                 return -ENOMEM
         while done < length and rc == 0:
+            if done:
+                self._make_way(&steps, True)
             block = (offset + done) >> BLOCK_SHIFT
             at = (offset + done) & (BLOCK_SIZE - 1)
             n = min(<uint64_t>(BLOCK_SIZE - at), length - done)
@@ -271,7 +300,11 @@ cdef class Device:
         return rc
 
     cdef uint64_t _extent(self, uint64_t offset, uint64_t end, int *kind) noexcept nogil:
-        """Where the run of blocks of one kind that offset is in ends, at most end; kind: NBD's hole and zero flags."""
+        """Where the run of blocks of one kind that offset is in ends, at most end; kind: NBD's hole and zero flags.
+
+        Called inside of the gate.
+        """
+        cdef uint32_t steps = 0
         cdef uint64_t block = offset >> BLOCK_SHIFT, last = (end + BLOCK_SIZE - 1) >> BLOCK_SHIFT, slot
         cdef int this
         kind[0] = -1
@@ -282,6 +315,8 @@ cdef class Device:
                 kind[0] = this
             if this != kind[0]:
                 break
+            if block % SLOTS_PER_PAGE == 0:
+                self._make_way(&steps, False)
             if not is_touched(&self.table.touched[block // SLOTS_PER_PAGE]):
                 block = (block // SLOTS_PER_PAGE + 1) * SLOTS_PER_PAGE
             else:
@@ -415,15 +450,35 @@ cdef class Device:
         return extents
 
     def compact(self, uint64_t budget=0):
-        """Move about budget bytes of objects, 0: until nothing is freeable; returns the number of pages freed."""
-        return self.pool.compact(budget)
+        """Move about budget bytes of objects, 0: until nothing is freeable; returns the number of pages freed.
+
+        A real-time thread is an ordinary one meanwhile, here and in trim_stock and check.
+        """
+        cdef uint64_t freed
+        cdef int priority
+        with nogil:
+            priority = be_calm()
+            freed = self.pool.compact_run(budget, <uint64_t>-1) if budget else self.pool.compact_whole()
+            be_urgent(priority)
+        return freed
 
     def trim_stock(self):
         """Give the empty pages that are kept for the next write back to the operating system; returns how many."""
         cdef uint64_t n
+        cdef int priority
         with nogil:
+            priority = be_calm()
             n = self.pool.trim()
+            be_urgent(priority)
         return n
+
+    def inherit_priority(self):
+        """From now on each lock hands the priority of who waits on to who holds it, and a long request of a real-time thread
+        makes way for others. Nobody else may use the device yet. Raises OSError."""
+        cdef int rc = mutex_inherit(&self.gate.lock) or self.table.inherit_priority()
+        if rc:
+            raise OSError(rc, os.strerror(rc))
+        self.urgent = True
 
     def reserve_start(self, uint64_t size):
         """Make every table resident and keep size bytes of pages ready, so that requests need no memory any more.
@@ -433,9 +488,9 @@ cdef class Device:
         """
         cdef int rc
         with nogil:
-            pthread_rwlock_wrlock(&self.gate)   # check looks at what is made resident here
+            gate_close(&self.gate)      # check looks at what is made resident here
             rc = self.table.populate()
-            pthread_rwlock_unlock(&self.gate)
+            gate_open(&self.gate)
             if rc == 0:
                 rc = self.pool.arena.reserve_start((size >> PAGE_SHIFT) + (size & (PAGE_SIZE - 1) != 0))
         if rc == -EDQUOT:
@@ -460,7 +515,7 @@ cdef class Device:
             load_relaxed(&self.pool.arena.pages),
             load_relaxed(&self.pool.arena.limit),
             self._requests(OP_READ) + self._requests(OP_WRITE) + self._requests(OP_TRIM) + self._requests(OP_ZERO),
-            load_relaxed(&self.n.inflight),
+            load_relaxed(&self.gate.inside),
         )
 
     @property
@@ -500,7 +555,7 @@ cdef class Device:
             "leaked_objects": self.leaked_objects,
             "lost_blocks": self.lost_blocks,
             "checksum_errors": load_relaxed(&self.n.checksum_errors),
-            "requests_inflight": load_relaxed(&self.n.inflight),
+            "requests_inflight": load_relaxed(&self.gate.inside),
             "metadata_bytes": self.table.metadata_bytes(),
         }
         return stats
@@ -542,7 +597,7 @@ cdef class Device:
         if number >= self.blocks:
             raise ValueError(f"block {number} is not on the device, which has blocks 0 to {self.blocks - 1}")
         with nogil:
-            self._enter_gate()
+            gate_hold(&self.gate)
             pthread_mutex_lock(&self.table.stripes[number % STRIPES])
             slot = self.table.get(number)
             handle = slot_handle(slot)
@@ -560,7 +615,7 @@ cdef class Device:
                     pthread_mutex_unlock(&c.lock)
                     self.pool.obj_end(handle)
             pthread_mutex_unlock(&self.table.stripes[number % STRIPES])
-            self._leave_gate()
+            gate_release(&self.gate)
         if rc:
             raise CorruptionError(f"a slot's handle is not live (at {number})")
         if slot == 0:
@@ -589,7 +644,7 @@ cdef class Device:
         self.pool.arena.reset_peak()
 
     def reset(self):
-        """Drop all data and set all counters to 0; mem_limit stays. Waits for the requests at work.
+        """Drop all data and set all counters to 0; mem_limit stays. Waits for the requests at work; a long one goes on after.
 
         Where there is a reserve it raises MemoryError or PoolFullError when the tables cannot be made resident again: then
         all is dropped, but requests may have to wait for memory.
@@ -597,14 +652,14 @@ cdef class Device:
         cdef int rc = 0
         self._name_data()  # first: what is left after a crash is not what was there before
         with nogil:
-            pthread_rwlock_wrlock(&self.gate)
-            pthread_mutex_lock(&self.pool.compact_lock)
+            gate_close(&self.gate)
+            self.pool.compact_begin()
             owned_add(&self.epoch, 1)
             self.table.clear()
             if load_relaxed(&self.pool.arena.reserve):
                 rc = self.table.populate()
-            pthread_mutex_unlock(&self.pool.compact_lock)
-            pthread_rwlock_unlock(&self.gate)
+            self.pool.compact_end()
+            gate_open(&self.gate)
         if rc:
             raise error_from(rc, "the data is dropped, but the tables of an empty device are not resident")
 
@@ -612,11 +667,14 @@ cdef class Device:
         """Walk every structure, while requests wait. Raises CorruptionError when one contradicts another."""
         cdef uint64_t where = 0
         cdef const char *wrong
+        cdef int priority
         with nogil:
-            pthread_rwlock_wrlock(&self.gate)
-            pthread_mutex_lock(&self.pool.compact_lock)
+            priority = be_calm()
+            gate_close(&self.gate)
+            self.pool.compact_begin()
             wrong = self.table.find_fault(&where)
-            pthread_mutex_unlock(&self.pool.compact_lock)
-            pthread_rwlock_unlock(&self.gate)
+            self.pool.compact_end()
+            gate_open(&self.gate)
+            be_urgent(priority)
         if wrong != NULL:
             raise CorruptionError(f"{wrong.decode()} (at {where})")

@@ -1,4 +1,4 @@
-"""What a process that its own kernel swaps to asks of the system: locked memory, a warm heap, warm stacks.
+"""What a process that its own kernel swaps to asks of the system: locked memory, a warm heap, warm stacks, priority.
 
 Each function does one thing and raises OSError when the system refuses; zramd.swap says in which order and why.
 """
@@ -15,10 +15,14 @@ cdef enum:
 cdef extern from *:
     """
     #include <alloca.h>
+    #include <linux/futex.h>
     #include <malloc.h>
+    #include <sched.h>
     #include <stdlib.h>
     #include <sys/mman.h>
     #include <sys/prctl.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
     #ifndef PR_SET_IO_FLUSHER
     #define PR_SET_IO_FLUSHER 57    /* Linux 5.6 */
     #define PR_GET_IO_FLUSHER 58
@@ -34,6 +38,30 @@ cdef extern from *:
         size_t i;
         for (i = 0; i < size; i += 4096)
             bytes[i] = 0;
+    }
+
+    /* The kernel has a record for a thread that waits for a lock which hands on priority, and makes it the first time. */
+    static void use_lock(void)
+    {
+        unsigned int word = 0;
+        if (!syscall(SYS_futex, &word, FUTEX_LOCK_PI_PRIVATE, 0, NULL, NULL, 0))
+            syscall(SYS_futex, &word, FUTEX_UNLOCK_PI_PRIVATE, 0, NULL, NULL, 0);
+    }
+
+    static int zr_be_calm(void)
+    {
+        struct sched_param param;
+        if (sched_getscheduler(0) != SCHED_RR || sched_getparam(0, &param))
+            return 0;
+        struct sched_param ordinary = {0};
+        return sched_setscheduler(0, SCHED_OTHER, &ordinary) ? 0 : param.sched_priority;
+    }
+
+    static void zr_be_urgent(int priority)
+    {
+        struct sched_param param = {priority};
+        if (priority)
+            sched_setscheduler(0, SCHED_RR, &param);
     }
 
     static int use_heap(size_t size)
@@ -57,6 +85,9 @@ cdef extern from *:
     int munmap(void *start, size_t size) nogil
     int mallopt(int option, int value) nogil
     void use_stack(size_t size) nogil
+    void use_lock() nogil
+    int zr_be_calm() noexcept nogil
+    void zr_be_urgent(int priority) noexcept nogil
     int use_heap(size_t size) nogil
     int PR_SET_IO_FLUSHER, PR_GET_IO_FLUSHER, PR_SET_NAME
     int MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT
@@ -121,6 +152,23 @@ def warm_heap(size_t size):
 def warm_stack():
     """Make as much of the calling thread's stack resident as any thread of the server uses."""
     use_stack(STACK_SIZE)
+
+
+def warm_lock():
+    """Let the kernel take the memory now by which the calling thread waits for a lock that hands on priority."""
+    use_lock()
+
+
+cdef int be_calm() noexcept nogil:
+    """Be an ordinary thread until be_urgent, which takes what is returned: 0 if this is one.
+
+    A real-time thread does so for work that is neither short nor urgent: once it has given the GIL away, until it wants it.
+    """
+    return zr_be_calm()
+
+
+cdef void be_urgent(int priority) noexcept nogil:
+    zr_be_urgent(priority)
 
 
 def name_thread(name):

@@ -5,7 +5,8 @@
     check   descriptor -> chunk, checked [-> another one]
 
 One buffer of a chunk is all the memory it takes. A block is copied under its stripe, as a read does it; nothing is held
-while bytes are read or written. The work is done without the GIL; EINTR brings it back to Python for signals.
+while bytes are read or written. The work is done without the GIL, and in a real-time thread as an ordinary one; EINTR
+brings it back to Python for signals.
 """
 
 from libc.errno cimport EAGAIN, EDQUOT, EINTR, ENOMEM, ENOSPC, ETIMEDOUT, errno
@@ -18,15 +19,15 @@ from zramd.core.checksum cimport crc_of
 from zramd.core.codec cimport decode
 from zramd.core.blocks cimport OP_TRIM, OP_WRITE, OP_ZERO, STRIPES
 from zramd.core.device cimport Device
+from zramd.core.gate cimport gate_close, gate_hold, gate_open, gate_release
 from zramd.core.locks cimport (
     load_relaxed,
     owned_add,
     pthread_mutex_lock,
     pthread_mutex_unlock,
-    pthread_rwlock_unlock,
-    pthread_rwlock_wrlock,
     store_release,
 )
+from zramd.core.process cimport be_calm, be_urgent
 from zramd.core.region cimport secret_alloc, secret_free
 from zramd.core.types cimport (
     BLOCK_SHIFT,
@@ -191,7 +192,7 @@ cdef class _Writer(_Stream):
     cdef void _gather(self) noexcept nogil:
         """Make a frame of the blocks that come next."""
         cdef uint32_t used = 0, records = 0, n, visits = 0
-        self.device._enter_gate()
+        gate_hold(&self.device.gate)
         if load_relaxed(&self.device.epoch) != self.epoch:
             self.gave_up = "the device was reset or loaded while it was saved"
         elif load_relaxed(&self.device.kept.loading):
@@ -207,7 +208,7 @@ cdef class _Writer(_Stream):
             used += n
             records += n != 0
             self.next += 1
-        self.device._leave_gate()
+        gate_release(&self.device.gate)
         if self.gave_up != NULL:
             self._give_up(self.gave_up)
         elif records:
@@ -255,10 +256,10 @@ cdef class _Writer(_Stream):
         """Make the last frame, once all requests that may have changed what was written are counted."""
         cdef char *at = self.buffer + FRAME_BYTES
         cdef uint64_t epoch
-        pthread_rwlock_wrlock(&self.device.gate)
-        self.changes = self._changes() - self.changes_before
+        gate_close(&self.device.gate)
+        self.changes = self._changes() + load_relaxed(&self.device.unfinished) - self.changes_before
         epoch = self.device.epoch
-        pthread_rwlock_unlock(&self.device.gate)
+        gate_open(&self.device.gate)
         self.ended = True
         if epoch != self.epoch:
             self._give_up("the device was reset or loaded while it was saved")
@@ -276,11 +277,13 @@ cdef class _Writer(_Stream):
         self._seal(KIND_GIVEN_UP, 0, <uint32_t>strlen(why))
 
     def run(self):
-        cdef int rc = 0
+        cdef int rc = 0, priority
         cdef dict numbers
         while not (self.ended and self.moved == self.size):
             with nogil:
+                priority = be_calm()
                 rc = self._step()
+                be_urgent(priority)
             if rc == -EINTR:
                 PyErr_CheckSignals()
             elif rc:
@@ -415,7 +418,7 @@ cdef class _Reader(_Stream):
         cdef const char *body = self.buffer + FRAME_BYTES
         cdef int rc = 0
         if self.device is not None:
-            self.device._enter_gate()
+            gate_hold(&self.device.gate)
         while count and rc == 0:
             count -= 1
             if bytes - at < 8:
@@ -437,7 +440,7 @@ cdef class _Reader(_Stream):
                 self.next = block + (rc == 0)
                 at += size
         if self.device is not None:
-            self.device._leave_gate()
+            gate_release(&self.device.gate)
         if rc == 0 and at != bytes:
             rc = self._fail("a chunk contradicts itself")
         return rc
@@ -475,11 +478,13 @@ cdef class _Reader(_Stream):
 
     def run(self, progress):
         """Do it all; the numbers."""
-        cdef int rc = 0
+        cdef int rc = 0, priority
         cdef dict numbers
         while not self.ended or self.ready:
             with nogil:
+                priority = be_calm()
                 rc = self._step(STEPS)
+                be_urgent(priority)
             if rc == -EINTR:
                 PyErr_CheckSignals()
             elif rc:
@@ -539,10 +544,10 @@ def load(Device device, int fd, *, bytes begun=b"", length=-1, patience=-1):
         raise SaveError("the device is not empty")
     device._name_data()
     with nogil:
-        pthread_rwlock_wrlock(&device.gate)
+        gate_close(&device.gate)
         owned_add(&device.epoch, 1)
         store_release(&device.kept.loading, 1)
-        pthread_rwlock_unlock(&device.gate)
+        gate_open(&device.gate)
     try:
         return reader.run(None)
     except BaseException:

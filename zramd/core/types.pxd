@@ -80,6 +80,7 @@ cdef struct zspage:
     uint16_t free               # head of the free list, NO_CHUNK at its end
     uint16_t class_index
     uint8_t group
+    uint8_t dry                 # listed, and no free chunk is on resident pages: behind those of which that is not known
 
 cdef inline uint64_t cell_obj(uint64_t cell) noexcept nogil:
     return cell << (64 - CELL_CHECK_SHIFT) >> (64 - CELL_CHECK_SHIFT) & ~<uint64_t>CELL_TAGS

@@ -13,6 +13,7 @@ cdef struct size_class:
     uint32_t objs                   # chunks per zspage
     uint32_t unit                   # pages that the kernel gives and takes back together
     uint32_t heads[GROUPS]          # first zspage of each fullness group, NIL: none; last in first out
+    uint32_t tails[GROUPS]          # last of each: those without room on resident pages, as far as is known
     uint64_t group_count[GROUPS]    # zspages listed in each
     uint64_t zspages                # isolated ones included
     uint64_t inuse                  # objects
@@ -71,8 +72,10 @@ cdef class Zsmalloc:
     cdef uint32_t spare[32]             # spans with a resident page no huge object uses, one entry a page; huge's lock
     cdef uint32_t spares
 
-    cdef uint64_t pins_met              # atomic: objects that could not be moved because somebody held them
+    cdef uint64_t undone                # atomic: what compaction left because of others: they held a pin, or waited
     cdef pthread_mutex_t compact_lock   # one compactor at a time
+    cdef uint32_t compact_waiters       # atomic: threads that want it
+    cdef bint gives_way                 # whether who compacts now lets them in; compact_lock's
     cdef pool_counters *n
 
     # objects: each returns 0 or -errno. alloc and begin pin the object until end.
@@ -100,6 +103,10 @@ cdef class Zsmalloc:
     cdef bint _fill_larger(self, uint32_t index, uint32_t wanted, uint32_t *last) noexcept nogil
     cdef uint32_t _last_page_chunks(self, size_class *c, uint32_t chunks) noexcept nogil
     cdef bint make_room(self, int rc) noexcept nogil
+    cdef int inherit_priority(self) noexcept nogil
+    cdef void compact_begin(self) noexcept nogil
+    cdef void compact_end(self) noexcept nogil
+    cdef bint _is_wanted(self) noexcept nogil
     cdef uint64_t compact_run(self, uint64_t budget, uint64_t enough) noexcept nogil
     cdef uint64_t compact_whole(self) noexcept nogil
     cdef uint64_t _borrow(self, uint32_t index) noexcept nogil
@@ -114,6 +121,9 @@ cdef class Zsmalloc:
     cdef int _cell_take(self, uint64_t *handle) noexcept nogil
     cdef void _cell_give(self, uint64_t handle) noexcept nogil
     cdef int _pin(self, uint64_t handle, uint64_t *obj) noexcept nogil
+    cdef void _await_mover(self, uint64_t cell) noexcept nogil
+    cdef int _part_filled_take(self, size_class *c, uint64_t handle, int64_t *span) noexcept nogil
+    cdef int _resident_take(self, size_class *c, uint64_t handle, int64_t *span) noexcept nogil
     cdef int _obj_alloc(self, uint32_t index, uint64_t handle, char **payload) noexcept nogil
     cdef int _chunk_take(self, size_class *c, uint32_t span, uint64_t handle, bint resident) noexcept nogil
     cdef void _chunk_give(self, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil
@@ -135,6 +145,8 @@ cdef class Zsmalloc:
     cdef int _class_is_ready(self, uint32_t span) noexcept nogil
     cdef uint32_t _zspage_gone(self, size_class *c, uint32_t span) noexcept nogil
     cdef uint32_t _isolate_fullest(self, size_class *c, bint resident) noexcept nogil
+    cdef uint32_t _find_room(self, size_class *c, uint32_t group, uint32_t *tries) noexcept nogil
+    cdef void _link_dry(self, size_class *c, uint32_t span) noexcept nogil
     cdef bint _has_resident_room(self, size_class *c, uint32_t span) noexcept nogil
     cdef uint32_t _isolate_emptiest(self, size_class *c) noexcept nogil
     cdef uint32_t _putback(self, size_class *c, uint32_t span) noexcept nogil

@@ -15,9 +15,13 @@ Objects above max_payload are huge: a page each, without a header, so there is n
 
 Lock order: compact_lock, then a class lock, then cells_lock or arena.lock. Pins are outside of that order: whoever holds
 a class lock may only try for a pin, whoever holds a pin may wait for a class lock.
+Who holds a lock for longer than one object takes looks whether others wait for it, and gives way. No walk over zspages
+is longer than SIFT_TRIES between two such looks.
 
 A pin (CELL_PIN) is the exclusive right to an object: to its bytes, to move it and to free it. A reader holds it for one
 decompression, a mover for one copy. A mover that cannot have it goes on and comes back later.
+A mover also holds the lock of the object's class. So who waits for a pin waits for that lock first: a mover that does not
+get the processor is waited for as long as it takes, and gets the waiter's priority where locks hand it on.
 
 Crash rule: what a scan of the slots, cells and payloads finds is whole at any instant, because each is written after
 what it points to: alloc: class of the span, header, payload, cell, (slot); move: copy, cell, header of the source; free:
@@ -52,21 +56,23 @@ from zramd.core.checks cimport (
 from zramd.core.locks cimport (
     compare_swap,
     counter_add,
-    counter_add_32,
-    counter_sub_32,
     cpu_relax,
+    give_way,
     load_acquire,
     load_relaxed,
+    load_relaxed_16,
     load_relaxed_32,
+    lock_counted,
+    mutex_inherit,
+    nap,
     owned_add,
     owned_sub,
     pthread_mutex_destroy,
     pthread_mutex_init,
     pthread_mutex_lock,
-    pthread_mutex_trylock,
     pthread_mutex_unlock,
-    sched_yield,
     store_relaxed,
+    store_relaxed_16,
     store_release,
 )
 from zramd.core.region cimport HEAD_SIZE, KEPT_PAGES, KEPT_POOL, Memory, Region, page_unit, whole_pages
@@ -132,13 +138,14 @@ cdef enum:
     SPARES = 32             # pages of huge objects kept for the next one: overwriting raw blocks would else fault each time
     CELLS_SLACK = 1 << 17   # handles beyond max_objects: objects that are written but not yet published by their owner
     PIN_SPINS = 200         # about a decompression; then let the holder of the pin run
+    PIN_TURNS = 100000      # naps of one who waits for a pin that no mover holds: about 10 s of its own
+    ROOM_TURNS = 10000      # the same of one who waits for room that others are in the way of
     EMPTIEST_TRIES = 32     # zspages of a fullness group that are compared
-    RESIDENT_TRIES = 8      # zspages of a fullness group that are looked at for resident room
+    ROOM_TRIES = 8          # zspages of a fullness group that are looked at for room where others may do as well
+    SIFT_TRIES = 64         # zspages that are looked at for room on resident pages before others get the class lock: 10 us
     TAIL_PAGES = 2          # unused pages that the last zspage of a class keeps where there is a reserve
     BORROW_SHIFT = 4        # a borrowed chunk is at most 1/16 larger than the object's own
     SLACK_SHIFT = 3         # a page goes back by itself once 1/8 of its class is freeable, or overwriting would thrash
-
-cdef uint64_t PIN_PATIENCE_NS = 10 * 1000 * 1000 * 1000
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -146,10 +153,7 @@ cdef uint64_t PIN_PATIENCE_NS = 10 * 1000 * 1000 * 1000
 
 
 cdef inline void lock_class(size_class *c) noexcept nogil:
-    if pthread_mutex_trylock(&c.lock):
-        counter_add_32(&c.waiters, 1)
-        pthread_mutex_lock(&c.lock)
-        counter_sub_32(&c.waiters, 1)
+    lock_counted(&c.lock, &c.waiters)
 
 
 cdef inline uint32_t fullness(size_class *c, zspage *z) noexcept nogil:
@@ -289,6 +293,14 @@ cdef class Zsmalloc:
         for i in range(MAX_CLASSES):
             pthread_mutex_destroy(&self.classes[i].lock)
 
+    cdef int inherit_priority(self) noexcept nogil:
+        """Make every lock hand on priority; 0 or an errno. Nobody else may use the pool yet."""
+        cdef uint32_t i
+        cdef int rc = mutex_inherit(&self.cells_lock) or mutex_inherit(&self.compact_lock) or mutex_inherit(&self.arena.lock)
+        for i in range(self.class_count):
+            rc = rc or mutex_inherit(&self.classes[i].lock)
+        return rc
+
     def _make_classes(self):
         """Fill classes and class_of."""
         cdef uint32_t size, i, g
@@ -299,7 +311,7 @@ cdef class Zsmalloc:
             self.classes[i].size, self.classes[i].pages, self.classes[i].objs = CLASSES[i]
             self.classes[i].unit = page_unit()
             for g in range(GROUPS):
-                self.classes[i].heads[g] = NIL
+                self.classes[i].heads[g] = self.classes[i].tails[g] = NIL
         i = 0
         for size in range(0, PAGE_SIZE + 1, CLASS_DELTA):
             while self.classes[i].size < size:
@@ -345,8 +357,8 @@ cdef class Zsmalloc:
 
     cdef int _pin(self, uint64_t handle, uint64_t *obj) noexcept nogil:
         """Wait for the pin of an object; its location, or -ENOENT when the handle is not live."""
-        cdef uint64_t cell, start = 0
-        cdef uint32_t spins = 0
+        cdef uint64_t cell
+        cdef uint32_t spins = 0, turns = 0
         if handle == 0 or handle >= load_relaxed(&self.cells_ready):
             return -ENOENT
         while True:
@@ -360,14 +372,27 @@ cdef class Zsmalloc:
                 store_release(&self.cells[handle], cell)
                 return -ENOENT
             spins += 1
-            if spins % PIN_SPINS:
+            if spins < PIN_SPINS:
                 cpu_relax()
                 continue
-            if start == 0:
-                start = monotonic_ns()
-            elif monotonic_ns() - start > PIN_PATIENCE_NS:
+            self._await_mover(cell)
+            if load_acquire(&self.cells[handle]) != cell:
+                continue
+            # Nobody moves it. Only our own turns count: a thread may stand still for longer than any time.
+            turns += 1
+            if turns > PIN_TURNS:
                 return -ENOENT      # nobody holds it: the bit was set by an error of the memory
-            sched_yield()
+            nap()
+
+    cdef void _await_mover(self, uint64_t cell) noexcept nogil:
+        """Wait until an object is not being moved, if that is why it is pinned. What the cell says may be wrong by now."""
+        cdef uint64_t span = cell_obj(cell) >> SPAN_SHIFT
+        cdef uint32_t index
+        if span < load_relaxed_32(&self.arena.top):
+            index = load_relaxed_16(&self.zspages[span].class_index)
+            if index < self.class_count:
+                lock_class(&self.classes[index])
+                pthread_mutex_unlock(&self.classes[index].lock)
 
     # --------------------------------------------------------------------------------------------------------
     # objects
@@ -398,29 +423,13 @@ cdef class Zsmalloc:
         cdef size_class *c = &self.classes[index]
         cdef int64_t span = -ENOSPC
         cdef int chunk = -ENOSPC
-        cdef uint32_t group, candidate, tries
-        # With a reserve, a new zspage from there is better than the pages that a part-filled one has not.
-        cdef bint resident = load_relaxed(&self.arena.reserve) != 0
         cdef char *start
         lock_class(c)
         if index == self.huge and self.spares:
             span = self.spare[self.spares - 1]
             chunk = self._chunk_take(c, <uint32_t>span, handle, False)
-        # The fullest zspage first, so that the emptiest get empty by themselves.
-        for group in range(GROUP_FULL - 1, GROUP_EMPTY, -1):
-            if resident and index == self.huge:
-                break       # what is resident there are the spare pages
-            candidate = c.heads[group]
-            tries = RESIDENT_TRIES if resident else <uint32_t>NIL
-            # The limit may refuse the pages of its unused chunks; the next zspage may have a chunk that was freed.
-            while candidate != NIL and chunk < 0 and tries:
-                span = candidate
-                chunk = self._chunk_take(c, candidate, handle, resident)
-                tries -= 1
-                # All pages of huge zspages are alike: refused once, refused each time.
-                candidate = NIL if index == self.huge else self.zspages[candidate].next
-            if chunk >= 0:
-                break
+        if chunk < 0:
+            chunk = self._part_filled_take(c, handle, &span)
         if chunk < 0:
             span = self._zspage_new(c, index)
             if span < 0:
@@ -440,6 +449,49 @@ cdef class Zsmalloc:
             zr_crash_point("cell-stored")
         pthread_mutex_unlock(&c.lock)
         return 0 if chunk >= 0 else chunk
+
+    cdef int _part_filled_take(self, size_class *c, uint64_t handle, int64_t *span) noexcept nogil:
+        """A chunk of a part-filled zspage, the fullest first, so that the emptiest get empty by themselves; or -ENOSPC."""
+        cdef uint32_t group, candidate, tries
+        cdef int chunk = -ENOSPC
+        cdef bint refused = False
+        # With a reserve, a new zspage from there is better than the pages that a part-filled one has not.
+        if load_relaxed(&self.arena.reserve):
+            return self._resident_take(c, handle, span) if c.size != PAGE_SIZE else chunk
+        for group in range(GROUP_FULL - 1, GROUP_EMPTY, -1):
+            candidate = c.heads[group]
+            tries = ROOM_TRIES
+            while candidate != NIL and tries:
+                span[0] = candidate
+                chunk = self._chunk_take(c, candidate, handle, False)
+                if chunk >= 0:
+                    return chunk
+                # The limit refuses the pages of its unused chunks. The next one may want fewer.
+                refused = True
+                tries -= 1
+                candidate = self.zspages[candidate].next
+        # All pages of huge zspages are alike, and those that are resident are in use.
+        return self._resident_take(c, handle, span) if refused and c.size != PAGE_SIZE else chunk
+
+    cdef int _resident_take(self, size_class *c, uint64_t handle, int64_t *span) noexcept nogil:
+        """A chunk on resident pages of the fullest zspage that has one; or -ENOSPC. The lock may be dropped meanwhile."""
+        cdef uint32_t group = GROUP_FULL - 1, candidate, tries
+        cdef bint reserve = load_relaxed(&self.arena.reserve) != 0
+        cdef int chunk = -ENOSPC
+        tries = ROOM_TRIES if reserve else SIFT_TRIES
+        while chunk < 0 and group > GROUP_EMPTY:
+            candidate = self._find_room(c, group, &tries)
+            if candidate != NIL:
+                span[0] = candidate
+                chunk = self._chunk_take(c, candidate, handle, True)
+            elif tries or reserve:
+                group -= 1
+                tries = ROOM_TRIES if reserve else SIFT_TRIES
+            else:
+                give_way(&c.lock, &c.waiters)
+                group = GROUP_FULL - 1
+                tries = SIFT_TRIES
+        return chunk
 
     cdef int obj_begin(self, uint64_t handle, char **payload) noexcept nogil:
         """Pin an object: until obj_end it is the caller's alone and stays where payload points. -ENOENT: not live."""
@@ -754,11 +806,29 @@ cdef class Zsmalloc:
         cdef zspage *z = &self.zspages[span]
         cdef uint32_t group = fullness(c, z)
         z.group = <uint8_t>group
+        z.dry = False
         z.prev = NIL
         z.next = c.heads[group]
         if z.next != NIL:
             self.zspages[z.next].prev = span
+        else:
+            c.tails[group] = span
         c.heads[group] = span
+        owned_add(&c.group_count[group], 1)
+
+    cdef void _link_dry(self, size_class *c, uint32_t span) noexcept nogil:
+        """List a zspage behind those of its fullness group that may have room on resident pages: it has none."""
+        cdef zspage *z = &self.zspages[span]
+        cdef uint32_t group = fullness(c, z)
+        z.group = <uint8_t>group
+        z.dry = True
+        z.next = NIL
+        z.prev = c.tails[group]
+        if z.prev != NIL:
+            self.zspages[z.prev].next = span
+        else:
+            c.heads[group] = span
+        c.tails[group] = span
         owned_add(&c.group_count[group], 1)
 
     cdef void _unlink(self, size_class *c, uint32_t span) noexcept nogil:
@@ -769,11 +839,15 @@ cdef class Zsmalloc:
             c.heads[z.group] = z.next
         if z.next != NIL:
             self.zspages[z.next].prev = z.prev
+        else:
+            c.tails[z.group] = z.prev
         owned_sub(&c.group_count[z.group], 1)
         z.group = ISOLATED
+        z.dry = False
 
     cdef void _regroup(self, size_class *c, uint32_t span) noexcept nogil:
-        if fullness(c, &self.zspages[span]) != self.zspages[span].group:
+        """List a zspage anew after a chunk or a page of it came or went."""
+        if fullness(c, &self.zspages[span]) != self.zspages[span].group or self.zspages[span].dry:
             self._unlink(c, span)
             self._link(c, span)
 
@@ -794,7 +868,7 @@ cdef class Zsmalloc:
         z.used = 0
         z.fresh = <uint16_t>c.objs if is_mapped(c) else 0
         z.free = NO_CHUNK
-        z.class_index = <uint16_t>index
+        store_relaxed_16(&z.class_index, <uint16_t>index)    # _await_mover looks at it without a lock
         self.span_class[span] = <uint8_t>(index + 1)
         zr_crash_point("class-stored")
         if index == self.huge and c.unit > 1:
@@ -930,18 +1004,36 @@ cdef class Zsmalloc:
         cdef uint64_t freed = 0, start
         cdef uint32_t i
         cdef bint whole
-        pthread_mutex_lock(&self.compact_lock)
+        self.compact_begin()
+        # Who needs a page now is let in at once, but lets nobody in itself until it has it.
+        self.gives_way = enough == <uint64_t>-1
         start = monotonic_ns()
         for whole in range(1, -1, -1):
-            for i in range(self.huge, 0, -1):
-                if budget and freed < enough:
-                    freed += self._compact_class(i - 1, &budget, enough - freed, whole)
+            i = self.huge
+            while i and budget and freed < enough:
+                freed += self._compact_class(i - 1, &budget, enough - freed, whole)
+                if self._is_wanted():
+                    give_way(&self.compact_lock, &self.compact_waiters)
+                    self.gives_way = enough == <uint64_t>-1
+                else:
+                    i -= 1
         counter_add(&self.n.compact_ns, monotonic_ns() - start)
         if freed:
             counter_add(&self.n.pages_compacted, freed)
             counter_add(&self.n.num_compactions, 1)
-        pthread_mutex_unlock(&self.compact_lock)
+        self.compact_end()
         return freed
+
+    cdef void compact_begin(self) noexcept nogil:
+        """Be the only one who compacts, or who may look at zspages that are off their lists, until compact_end."""
+        lock_counted(&self.compact_lock, &self.compact_waiters)
+
+    cdef void compact_end(self) noexcept nogil:
+        pthread_mutex_unlock(&self.compact_lock)
+
+    cdef bint _is_wanted(self) noexcept nogil:
+        """Whether who compacts is to let others in who want to."""
+        return self.gives_way and load_relaxed_32(&self.compact_waiters)
 
     cdef uint64_t compact_whole(self) noexcept nogil:
         """Compact until nothing is freeable, borrow, and give back what is kept for the next write.
@@ -950,13 +1042,15 @@ cdef class Zsmalloc:
         """
         cdef uint64_t freed = self.compact_run(<uint64_t>-1, <uint64_t>-1), borrowed = 0
         cdef uint32_t i
-        pthread_mutex_lock(&self.compact_lock)
+        self.compact_begin()
         if load_relaxed(&self.arena.reserve) == 0:
             for i in range(self.huge, 0, -1):
                 borrowed += self._borrow(i - 1)
+                if load_relaxed_32(&self.compact_waiters):
+                    give_way(&self.compact_lock, &self.compact_waiters)
         borrowed += self.give_back()
         counter_add(&self.n.pages_compacted, borrowed)
-        pthread_mutex_unlock(&self.compact_lock)
+        self.compact_end()
         return freed + borrowed
 
     cdef bint _is_worth_moving(self, size_class *c, bint whole) noexcept nogil:
@@ -972,15 +1066,15 @@ cdef class Zsmalloc:
         frees an object in them leaves them alone otherwise.
         """
         cdef size_class *c = &self.classes[index]
-        cdef uint32_t src = NIL, dst = NIL, chunk = 0, group, retries = 2
-        cdef uint64_t freed = 0, grown = 0, before, pins_met = load_relaxed(&self.pins_met)
+        cdef uint32_t src = NIL, dst = NIL, chunk = 0, group, next, retries = 2
+        cdef uint64_t freed = 0, grown = 0, before, undone = load_relaxed(&self.undone)
         # Only chunks whose pages are there can be moved into: with a reserve, and once the limit is reached.
         cdef bint resident = load_relaxed(&self.arena.reserve) != 0
         cdef int rc
         if not self._is_worth_moving(c, whole):
             return 0
         lock_class(c)
-        while freed < enough and budget[0]:
+        while freed < enough and budget[0] and not self._is_wanted():
             if dst == NIL and self._is_worth_moving(c, whole):
                 dst = self._isolate_fullest(c, resident)
                 if dst == NIL and src != NIL and resident and retries:
@@ -1007,7 +1101,7 @@ cdef class Zsmalloc:
                 if rc == 0:
                     budget[0] -= min(c.size, budget[0])
                 chunk = self._next_used(c, src, chunk + 1)
-                if budget[0] == 0 or load_relaxed_32(&c.waiters):
+                if budget[0] == 0 or load_relaxed_32(&c.waiters) or self._is_wanted():
                     break
             if self.zspages[src].inuse == 0:
                 freed += self._zspage_gone(c, src)
@@ -1018,33 +1112,56 @@ cdef class Zsmalloc:
             elif chunk == self.zspages[src].fresh:
                 break       # somebody holds a pin in there: come back later
             elif load_relaxed_32(&c.waiters):
-                pthread_mutex_unlock(&c.lock)
-                sched_yield()
-                lock_class(c)
+                give_way(&c.lock, &c.waiters)
         freed += self._putback(c, src) + self._putback(c, dst)
         for group in range(GROUP_FULL if whole else GROUP_EMPTY + 1, GROUP_FULL):
             src = c.heads[group]
-            while src != NIL and freed - min(freed, grown) < enough and budget[0] and (
-                    not load_relaxed_32(&c.waiters) and self.freeable(c)):
+            while src != NIL and freed - min(freed, grown) < enough and budget[0] and self.freeable(c):
+                if load_relaxed_32(&c.waiters) or self._is_wanted():
+                    counter_add(&self.undone, 1)
+                    src = NIL
+                    break
+                next = self.zspages[src].next
                 freed += self._tighten(c, src, budget, False)
-                src = self.zspages[src].next
+                src = next
         freed -= min(freed, grown)
-        if freed == 0 and not whole and budget[0] and (
-                not load_relaxed_32(&c.waiters) and load_relaxed(&self.pins_met) == pins_met):
+        if freed == 0 and not whole and budget[0] and load_relaxed(&self.undone) == undone and not self._is_wanted():
             store_relaxed(&c.stuck, c.stuck | STUCK)
         pthread_mutex_unlock(&c.lock)
         return freed
 
     cdef uint32_t _isolate_fullest(self, size_class *c, bint resident) noexcept nogil:
-        """Unlist the fullest zspage that has room, with resident room without another page; NIL when there is none."""
-        cdef uint32_t group, span
-        for group in range(GROUP_FULL - 1, GROUP_EMPTY, -1):
+        """Unlist the fullest zspage that has room, with resident room without another page; NIL when there is none.
+
+        With resident the lock may be dropped meanwhile.
+        """
+        cdef uint32_t group = GROUP_FULL - 1, span, tries = SIFT_TRIES
+        while group > GROUP_EMPTY:
+            span = self._find_room(c, group, &tries) if resident else c.heads[group]
+            if span != NIL:
+                self._unlink(c, span)
+                return span
+            if tries:
+                group -= 1
+            else:
+                give_way(&c.lock, &c.waiters)
+                group = GROUP_FULL - 1
+                tries = SIFT_TRIES
+        return NIL
+
+    cdef uint32_t _find_room(self, size_class *c, uint32_t group, uint32_t *tries) noexcept nogil:
+        """The first zspage of a fullness group with room on resident pages; NIL: none, or tries[0] are used up.
+
+        Those without go behind all others, so that nobody looks at them again before a chunk or a page of theirs comes.
+        """
+        cdef uint32_t span = c.heads[group]
+        while span != NIL and not self.zspages[span].dry and tries[0]:
+            if self._has_resident_room(c, span):
+                return span
+            tries[0] -= 1
+            self._unlink(c, span)
+            self._link_dry(c, span)
             span = c.heads[group]
-            while span != NIL:
-                if not resident or self._has_resident_room(c, span):
-                    self._unlink(c, span)
-                    return span
-                span = self.zspages[span].next
         return NIL
 
     cdef bint _has_resident_room(self, size_class *c, uint32_t span) noexcept nogil:
@@ -1090,6 +1207,8 @@ cdef class Zsmalloc:
         # (A span of the reserve has resident pages beyond those that were used.)
         if bits_set(self.arena.committed[span]) <= wanted and not always:
             return 0
+        if self.zspages[span].dry:
+            self._regroup(c, span)      # it may get room
         self._pack(c, span, budget)
         if is_mapped(c):
             unused = self._unused_pages(c, span, ~<uint32_t>0)
@@ -1245,7 +1364,7 @@ cdef class Zsmalloc:
         if cell_obj(cell) != obj or not cell & CELL_LIVE or (d != c and cell & CELL_LENT):
             return -EBUSY
         if cell & CELL_PIN or not compare_swap(&self.cells[handle], cell, cell | CELL_PIN):
-            counter_add(&self.pins_met, 1)
+            counter_add(&self.undone, 1)
             return -EBUSY
         zr_crash_point("move-pinned")
         room = self._chunk_take(d, dst, handle, resident)
@@ -1284,9 +1403,9 @@ cdef class Zsmalloc:
     cdef uint64_t trim(self) noexcept nogil:
         """give_back, while nobody compacts or checks."""
         cdef uint64_t n
-        pthread_mutex_lock(&self.compact_lock)
+        self.compact_begin()
         n = self.give_back()
-        pthread_mutex_unlock(&self.compact_lock)
+        self.compact_end()
         return n
 
     cdef bint make_room(self, int rc) noexcept nogil:
@@ -1294,11 +1413,11 @@ cdef class Zsmalloc:
 
         The caller holds no pin and no lock of the pool.
         """
-        cdef uint64_t limit, pins_met
+        cdef uint64_t limit, undone
         if self.give_back():
             return True
-        for _ in range(1000):
-            pins_met = load_relaxed(&self.pins_met)
+        for _ in range(ROOM_TURNS):
+            undone = load_relaxed(&self.undone)
             if self.compact_run(<uint64_t>-1, 1):
                 return True
             # Somebody else made room while this thread waited for compact_lock. A chunk touches 2 pages at most.
@@ -1306,9 +1425,9 @@ cdef class Zsmalloc:
             limit = load_relaxed(&self.arena.limit)
             if rc == -ENOSPC and (limit == 0 or load_relaxed(&self.arena.pages) + 2 * self.arena.unit <= limit):
                 return True
-            if load_relaxed(&self.pins_met) == pins_met:
+            if load_relaxed(&self.undone) == undone:
                 return False
-            sched_yield()   # a reader held a pin where there was something to free
+            nap()       # somebody was in the way where there was something to free
         return False
 
     # --------------------------------------------------------------------------------------------------------
@@ -1338,7 +1457,7 @@ cdef class Zsmalloc:
             store_relaxed(&c.committed, 0)
             store_relaxed(&c.stuck, 0)
             for g in range(GROUPS):
-                c.heads[g] = NIL
+                c.heads[g] = c.tails[g] = NIL
                 store_relaxed(&c.group_count[g], 0)
             if i == self.huge:
                 self.spares = 0
@@ -1423,6 +1542,10 @@ cdef class Zsmalloc:
                 z = &self.zspages[span]
                 if z.prev != prev or z.group != group or z.class_index != index or fullness(c, z) != group:
                     return "a zspage is on the wrong list"
+                if z.dry and self._has_resident_room(c, span):
+                    return "a zspage that has room is marked as one that has none"
+                if not z.dry and prev != NIL and self.zspages[prev].dry:
+                    return "a zspage that may have room is behind one that has none"
                 wrong = self._find_zspage_fault(index, span)
                 if wrong != NULL:
                     return wrong
@@ -1436,6 +1559,8 @@ cdef class Zsmalloc:
                         return "the spare pages of a huge zspage are not those listed"
                 prev = span
                 span = z.next
+            if c.tails[group] != prev:
+                return "the end of a fullness group's list is not its last zspage"
             if count != c.group_count[group]:
                 return "the count of a fullness group differs from its list"
             zspages += count
@@ -1655,8 +1780,8 @@ cdef class Zsmalloc:
         cdef uint64_t where = 0
         cdef const char *wrong
         with nogil:
-            pthread_mutex_lock(&self.compact_lock)
+            self.compact_begin()
             wrong = self.find_fault(&where, 0)
-            pthread_mutex_unlock(&self.compact_lock)
+            self.compact_end()
         if wrong != NULL:
             raise CorruptionError(f"{wrong.decode()} (at {where})")

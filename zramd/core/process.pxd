@@ -1,0 +1,2 @@
+cdef int be_calm() noexcept nogil
+cdef void be_urgent(int priority) noexcept nogil
