@@ -84,6 +84,7 @@ class Descriptors:
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4 * clients + 4 * MARGIN)), hard))
         self._file = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._spare: list[int] = []
+        self.are_out = False  # when looked at last
         self.keep()
 
     def keep(self) -> bool:
@@ -108,8 +109,10 @@ class Descriptors:
         try:
             lowest = os.dup(self._file)  # the lowest number that is free: all below it are in use
             os.close(lowest)
+            self.are_out = False
         except OSError:
             lowest = most
+            self.are_out = True
         if lowest < most - min(MARGIN, most // 4):
             return ""
         return f"{lowest} of {most} descriptors are in use: raise ulimit -n, or LimitNOFILE= of the service"
@@ -123,22 +126,25 @@ class Door:
         self.sockets = [os.dup(fd) for fd in descriptors]
         self._silent, self._never_written = os.pipe2(os.O_CLOEXEC)
         self.is_shut = False
+        self._lock = threading.Lock()
 
     def shut(self) -> None:
         """Accept nobody from now on. Needs no descriptor."""
-        if not self.is_shut:
-            self.is_shut = True
-            for place in self._places:
-                os.dup2(self._silent, place, inheritable=False)
-            self._look_again()
+        with self._lock:
+            if not self.is_shut:
+                self.is_shut = True
+                for place in self._places:
+                    os.dup2(self._silent, place, inheritable=False)
+                self._look_again()
 
     def open(self) -> None:
         """Accept again, those first who have come meanwhile."""
-        if self.is_shut:
-            self.is_shut = False
-            for place, sock in zip(self._places, self.sockets, strict=True):
-                os.dup2(sock, place, inheritable=False)
-            self._look_again()
+        with self._lock:
+            if self.is_shut:
+                self.is_shut = False
+                for place, sock in zip(self._places, self.sockets, strict=True):
+                    os.dup2(sock, place, inheritable=False)
+                self._look_again()
 
     def _look_again(self) -> None:
         main = threading.main_thread().ident

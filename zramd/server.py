@@ -211,6 +211,8 @@ class Server:
         with self._clients_lock:
             if reason := self._no_room():
                 self._turned_away = reason
+                if self._door is not None and self._descriptors is not None and self._descriptors.are_out:
+                    self._door.shut()  # at once: nbdkit tries for the next in a loop
                 raise DeviceError(f"a client was turned away: {reason}")
             self._arrivals.begin()
 
@@ -416,7 +418,7 @@ class Server:
     def _make_housekeeper(self) -> Housekeeper:
         """Return who answers the endpoint's callers, writes the stats files, and stops nbdkit on a signal."""
         chores = [
-            Chore("descriptors cannot be counted", self._watch_descriptors, lambda: WATCH),
+            Chore("descriptors cannot be counted", self._watch_descriptors, self._watch_interval),
             Chore("clients cannot be counted", self._watch_clients, lambda: WATCH),
             Chore("what was left undone still fails", self._do_undone, lambda: WATCH if self._undone else 0),
             Chore("stats files are not written", self._refresh_stats, lambda: self.config.stats_interval),
@@ -460,6 +462,9 @@ class Server:
             self._remove_files()
             self._log.stop()
             os._exit(0)
+
+    def _watch_interval(self) -> float:
+        return WATCH / 10 if self._door is not None and self._door.is_shut else WATCH
 
     def _watch_descriptors(self) -> None:
         """Keep a few descriptors, and let nobody in while there are no others."""
