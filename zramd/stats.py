@@ -223,9 +223,9 @@ class Snapshot(Counters):
         return 100 * self.objs_used / self.objs_allocated if self.objs_allocated else 100.0
 
     @property
-    def compression_ratio(self) -> float:
-        """Bytes stored for each byte of pool; 0 when the pool is empty."""
-        return self.orig_data_size / self.mem_used_total if self.mem_used_total else 0.0
+    def compression_ratio(self) -> float | None:
+        """Bytes stored for each byte of pool; None when the pool has no page."""
+        return self.orig_data_size / self.mem_used_total if self.mem_used_total else None
 
 
 class ClassRow(NamedTuple):
@@ -241,6 +241,7 @@ class ClassRow(NamedTuple):
     freeable: int
 
 
+_RATIOS = ("frag_ratio", "occupancy", "compression_ratio")
 _COUNTERS = tuple(field.name for field in fields(Counters))
 
 
@@ -338,7 +339,7 @@ def _class_line(
 def to_dict(snapshot: Snapshot) -> dict[str, Any]:
     """Return every number of the snapshot, derived ones included, by name."""
     values = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
-    for name in ("total_bytes", "frag_ratio", "occupancy", "compression_ratio"):
+    for name in ("total_bytes", *_RATIOS):
         values[name] = getattr(snapshot, name)
     return values
 
@@ -351,8 +352,9 @@ def to_json(snapshot: Snapshot) -> str:
     values = to_dict(snapshot)
     values["latency"] = {op: _latency_values(latency) for op, latency in snapshot.latency.items()}
     values["uptime"] = round(snapshot.uptime, 3)
-    for name in ("frag_ratio", "occupancy", "compression_ratio"):
-        values[name] = round(values[name], 4)
+    for name in _RATIOS:
+        if values[name] is not None:
+            values[name] = round(values[name], 4)
     return json.dumps(values, indent=2) + "\n"
 
 
