@@ -76,7 +76,9 @@ def test_files_of_the_users_own_stay(folder: Path, names: dict[str, str]) -> Non
     folder.mkdir(mode=0o700, parents=True)
     for name, text in names.items():
         (folder / name).write_text(text)
-    with pytest.raises(RundirError, match=r"has a file '[a-z_.]+' that zramd would replace, and no server has"):
+    with pytest.raises(
+        RundirError, match=r"has a file '[a-z_.]+' that zramd would replace, and no server has"
+    ):
         rundir.Rundir(str(folder))
     assert {path.name: path.read_text() for path in folder.iterdir()} == names
 
@@ -96,7 +98,9 @@ def test_a_folder_that_another_user_owns(folder: Path) -> None:
     (folder.parent / "his").mkdir(mode=0o700)
     os.chown(folder.parent / "his", 65534, 65534)
     for path in (folder.parent / "his", folder.parent / "his/run"):
-        with pytest.raises(RundirError, match=f"rundir '{path}' is not used: '{folder.parent}/his' belongs to user"):
+        with pytest.raises(
+            RundirError, match=f"rundir '{path}' is not used: '{folder.parent}/his' belongs to user"
+        ):
             rundir.Rundir(str(path))
     folder.symlink_to(folder.parent)
     os.chown(folder, 65534, 65534, follow_symlinks=False)

@@ -67,9 +67,7 @@ def planted_dangling_link(path: Path) -> str:
 
 
 @needs_root
-@pytest.mark.parametrize(
-    "plant", [planted_file, planted_fifo, planted_link, planted_dangling_link]
-)
+@pytest.mark.parametrize("plant", [planted_file, planted_fifo, planted_link, planted_dangling_link])
 def test_what_another_user_has_planted(shared: Path, plant: Callable[[Path], str]) -> None:
     (shared / "target").write_text("keep")
     with nobody():
@@ -101,8 +99,9 @@ def test_a_folder_of_another_user_for_what_is_no_secret(shared: Path) -> None:
     with trusted.place(str(shared / "his/x"), foreign=True) as place:
         os.close(place.create())
     assert (shared / "his/x").stat().st_uid == 0
-    with pytest.raises(UntrustedError, match="is a link that"), trusted.place(
-        str(shared / "his/link/x"), foreign=True
+    with (
+        pytest.raises(UntrustedError, match="is a link that"),
+        trusted.place(str(shared / "his/link/x"), foreign=True),
     ):
         pass
 

@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 
-from zramd import client
+from zramd import client, inherited
 from zramd.commands import add_device
 from zramd.errors import DeviceError, SaveError, UsageError
 
@@ -29,6 +29,8 @@ def save(arguments: argparse.Namespace) -> int:
 
     file = _file(arguments)
     served = client.find(arguments.name, arguments.rundir)
+    if file == "-" and 1 in inherited.missing:
+        raise UsageError("standard output is closed: a device cannot be saved to it")
     if file == "-" and os.isatty(1):
         raise UsageError("a saved device is not for a terminal: use a file, or a pipe")
     if file != "-":
