@@ -17,6 +17,7 @@ FIRST = 3  # of the descriptors that a service manager passes: sd_listen_fds(3)
 _MANAGERS = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES")
 _USERS = {"ZRAMD_ROOT", "ZRAMD_STEPS"}  # all other ZRAMD_… a server is told by the command that starts it
 _OF_PYTHON = {"PYTHONPATH", "PYTHONMALLOC", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"}
+_OF_PYTHON |= {"PYTHONNOUSERSITE", "PYTHONSAFEPATH"}
 _NAMES_ONE = re.compile(
     r"/(?:dev|proc/self)/fd/(\d+)|=-(\d+)$"
 )  # in a word: as <(…) has it, and nbdkit's =-FD

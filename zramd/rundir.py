@@ -118,9 +118,12 @@ def replace_file(path: str, text: str, mode: int, folder: int | None = None) -> 
 
 
 def holder(path: str) -> int | None:
-    """Return the process number of the live server that holds the folder, None if there is none."""
+    """Return the process number of the live server that holds the folder, None if there is none.
+
+    It is what stands there, to be shown. Whom to send a signal, zramd.peer knows.
+    """
     try:
-        fd = os.open(f"{path}/{PID}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(f"{path}/{PID}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     try:
@@ -189,14 +192,14 @@ def _files(folder: int) -> tuple[list[str], bool]:
     """
     names = [name for name in os.listdir(folder) if name in _OURS or name == PID]
     names = [name for name in names if stat.S_ISREG(os.lstat(name, dir_fd=folder).st_mode)]
-    number = _head(PID, folder) if PID in names else ""
+    number = head(PID, folder) if PID in names else ""
     if number == "":  # one that was killed before it wrote it
         return [name for name in names if name != PID], False
     left = names == [PID] or not _NOBODY_ELSES.isdisjoint(names)
     return names, left and re.fullmatch(r"[0-9]+\n", number) is not None
 
 
-def _head(name: str, folder: int) -> str:
+def head(name: str, folder: int) -> str:
     """Return what a small file begins with, '' if there is none."""
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
@@ -238,7 +241,7 @@ def _locked(fd: int) -> bool:
 
 
 def _read_pid(fd: int) -> int:
-    text = os.pread(fd, 32, 0).strip()
+    text = os.pread(fd, 32, 0).strip() if stat.S_ISREG(os.fstat(fd).st_mode) else b""
     return int(text) if text.isdigit() else 0
 
 

@@ -425,17 +425,13 @@ def stop(arguments: argparse.Namespace) -> int:
     import signal
 
     served = client.find(arguments.name, arguments.rundir)
-    pid = served.pid or 0
     refuse_in_use(served, "stop")
-    process = os.pidfd_open(pid)
-    if rundir.holder(served.path) == pid:  # it has not ended and left its number to another process
-        signal.pidfd_send_signal(process, signal.SIGTERM)
-    ended = select.poll()
-    ended.register(process, select.POLLIN)
-    if not ended.poll(STOP_TIMEOUT * 1000):
+    process = served.process()
+    process.signal(signal.SIGTERM)
+    if not process.ended(STOP_TIMEOUT):
         raise DeviceError(
             f"{served.name} has not stopped within {STOP_TIMEOUT:g} seconds: "
-            f"'kill -QUIT {pid}' ends it whatever it waits for"
+            f"'kill -QUIT {process.pid}' ends it whatever it waits for"
         )
     return 0
 
