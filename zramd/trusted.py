@@ -33,17 +33,17 @@ class Place:
     def __init__(self, folder: int, name: str, shown: str, magic: bool) -> None:
         self.folder = folder
         self.name = name
-        self._shown = shown
-        self._follow = magic  # one of /proc/PID/fd: the kernel knows better than the text of the link
+        self.shown = shown
+        self.magic = magic  # one of /proc/PID/fd: the kernel knows better than the text of the link
 
     def open(self, flags: int = os.O_RDONLY, *, private: bool = False) -> int:
         """Return a descriptor of what is there. Raises UntrustedError as `check_file`, OSError."""
-        fd = os.open(self.name, (flags | _SAFE) & ~(os.O_NOFOLLOW * self._follow), dir_fd=self.folder)
+        fd = os.open(self.name, (flags | _SAFE) & ~(os.O_NOFOLLOW * self.magic), dir_fd=self.folder)
         try:
             status = os.fstat(fd)
             # A pipe that the shell gave us, or a memory file: without a name, nobody else comes to it.
-            if not self._follow or (stat.S_ISREG(status.st_mode) and status.st_nlink):
-                check_file(status, self._shown, private=private)
+            if not self.magic or (stat.S_ISREG(status.st_mode) and status.st_nlink):
+                check_file(status, self.shown, private=private)
         except BaseException:
             os.close(fd)
             raise
@@ -80,13 +80,30 @@ def place(path: str, *, make: bool = False, foreign: bool = False, root: str = "
         walk.close()
 
 
-def open_folder(path: str, *, make: bool = False, foreign: bool = False) -> int:
+def open_folder(path: str, *, make: bool = False, foreign: bool = False, root: str = "/") -> int:
     """Return the descriptor of a folder, good for `dir_fd`; the rest as with `place`."""
-    walk = _Walk("/", make, foreign)
+    walk = _Walk(root, make, foreign)
     try:
         return os.dup(walk.to(path, folder=True).folder)
     finally:
         walk.close()
+
+
+def resolve(path: str) -> str:
+    """Return the path without links, once nobody else can have made or replace what is there, or comes there.
+
+    What is there may be of any kind, and may be missing. Raises UntrustedError, OSError.
+    """
+    with place(path) as found:
+        shown = found.shown
+        if found.magic:
+            return os.path.realpath(shown) if os.path.isfile(shown) else shown
+        with suppress(FileNotFoundError):
+            status = os.stat(found.name, dir_fd=found.folder, follow_symlinks=False)
+            _check_owner(status, shown)
+            if stat.S_ISREG(status.st_mode):
+                check_file(status, shown)
+        return shown
 
 
 def check_file(status: os.stat_result, shown: str, *, private: bool = False) -> None:
