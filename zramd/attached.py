@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from zramd import rundir
-from zramd.errors import AttachError
+from zramd import rundir, trusted
+from zramd.errors import AttachError, UntrustedError
 
 FOLDER = "/run/zramd"  # attaching is root's business, so this is root's folder
 SYS_BLOCK = "/sys/block"
@@ -37,9 +37,12 @@ def backend(name: str) -> str:
 def find(name: str) -> Attached | None:
     """Return how zramd `name` is attached, None if it is not. Raises OSError."""
     try:
-        fd = os.open(_path(name), os.O_RDONLY | os.O_CLOEXEC)
+        with trusted.place(_path(name)) as place:
+            fd = place.open()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except UntrustedError as error:
+        raise AttachError(f"what is attached is not known: {error}") from None
     try:
         keeper, device, data = os.pread(fd, 256, 0).decode().split(" ")
         try:
@@ -125,10 +128,13 @@ def data_of(folder: str) -> str:
     Two servers with the same answer hold the same data, one after the other.
     """
     try:
-        with open(f"{folder}/{rundir.DATA_ID}") as file:
-            return file.read().strip()
+        fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return ""
+    try:
+        return rundir.head(rundir.DATA_ID, fd).strip()
+    finally:
+        os.close(fd)
 
 
 class Record:
@@ -137,7 +143,10 @@ class Record:
     def __init__(self, name: str) -> None:
         """Take the lock. Raises AttachError when a keeper has it, OSError."""
         self._name = name
-        os.makedirs(FOLDER, mode=0o755, exist_ok=True)
+        try:
+            os.close(trusted.open_folder(FOLDER, make=True))
+        except UntrustedError as error:
+            raise AttachError(f"{name} cannot be attached: {error}") from None
         end = time.monotonic() + LOCK_TIMEOUT
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         while True:
@@ -170,4 +179,7 @@ def remove(name: str) -> None:
 
 
 def _path(name: str) -> str:
+    """Return the file's path. Raises AttachError for what would lead out of the folder."""
+    if "/" in name or "\0" in name:
+        raise AttachError(f"'{name}' is not a device's name: 'zramd list' shows those that there are")
     return f"{FOLDER}/{name}.attached"

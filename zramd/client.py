@@ -9,8 +9,8 @@ Nothing here needs the compiled core.
 import os
 import socket
 
-from zramd import rundir
-from zramd.errors import DeviceError, UsageError
+from zramd import peer, rundir, trusted
+from zramd.errors import DeviceError, UntrustedError, UsageError
 
 TIMEOUT = 10.0  # seconds to wait for an answer
 _CONTROL_SOCKET = rundir.CONTROL_SOCKET
@@ -66,7 +66,7 @@ class Served:
         control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             control.settimeout(TIMEOUT)
-            control.connect(self.file(_CONTROL_SOCKET))
+            _connect(control, self.path)
             control.sendall(f"{method} {path} HTTP/1.1\r\nHost: zramd\r\n{size}\r\n".encode())
             if method == "GET":
                 head = b""
@@ -110,6 +110,10 @@ class Served:
         """Return every number there is, as stats.json has them."""
         return self.ask_json("GET", "/stats")
 
+    def process(self) -> peer.Process:
+        """Return the process that serves; it is to be closed. Raises DeviceError."""
+        return peer.find(self.name, self.path)
+
     def died(self) -> DeviceError:
         """Return the error that says that the server has died and what to do."""
         return DeviceError(
@@ -132,9 +136,16 @@ def ask(path: str, method: str, url: str, body: str = "", timeout: float = TIMEO
     head = f"{method} {url} HTTP/1.1\r\nHost: zramd\r\nContent-Length: {len(data)}\r\n\r\n"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
         control.settimeout(timeout)
-        control.connect(f"{path}/{_CONTROL_SOCKET}")
+        _connect(control, path)
         control.sendall(head.encode() + data)
         return _parse(b"".join(iter(lambda: control.recv(65536), b"")))
+
+
+def _connect(control: socket.socket, path: str) -> None:
+    """Connect to the server of run folder `path`. Raises OSError; also if a folder's owner has put another there."""
+    control.connect(f"{path}/{_CONTROL_SOCKET}")
+    if peer.credentials(control)[1] != os.stat(path).st_uid:
+        raise PermissionError(1, "it belongs to another user than its folder")
 
 
 def _parse(data: bytes) -> tuple[int, str]:
@@ -151,7 +162,15 @@ def base() -> str:
     if os.geteuid() == 0:
         return "/run/zramd"
     folder = os.environ.get("XDG_RUNTIME_DIR")
-    return f"{folder}/zramd" if folder else ""
+    return f"{folder}/zramd" if folder and _is_ours(folder) else ""
+
+
+def _is_ours(folder: str) -> bool:
+    """Say whether a user's folder is not another one's: su and sudo may leave that in the environment."""
+    try:
+        return trusted.is_trusted(os.stat(folder).st_uid)
+    except OSError:
+        return True  # what is wrong with it is told by who looks in there
 
 
 def every() -> list[Served]:
@@ -192,7 +211,15 @@ def look(name: str | None, path: str | None = None) -> Served:
             f"use one of {there}" if there else f"'zramd start {name} --size 1G' starts it"
         )
     try:
-        os.close(os.open(f"{path}/{rundir.PID}", os.O_RDONLY | os.O_CLOEXEC))
+        # root follows nobody's links: they may lead to another device than that which was meant.
+        folder = trusted.open_folder(path, foreign=True)
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            os.close(os.open(rundir.PID, flags, dir_fd=folder))
+        finally:
+            os.close(folder)
+    except UntrustedError as error:
+        raise DeviceError(f"'{path}' is not used: {error}") from None
     except PermissionError:
         raise DeviceError(f"'{path}' cannot be read: permission denied: run this as its owner") from None
     except OSError:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from zramd.errors import ConfigError, ZramdError
+from zramd.errors import ConfigError, UntrustedError, ZramdError
 
 # The first has the highest precedence.
 FOLDERS = ("run", "etc", "usr/local/lib", "usr/lib")
@@ -67,6 +67,18 @@ def find(root: Path, name: str) -> list[Path]:
 
 def _masks(path: Path) -> bool:
     return os.path.realpath(path) == os.devnull
+
+
+def refuse_untrusted(path: Path) -> None:
+    """Raise ZramdError if another user has made a file or may change it: root does what stands there."""
+    from zramd import trusted
+
+    try:
+        trusted.resolve(str(path))
+    except UntrustedError as error:
+        raise ZramdError(f"{path} is not used: {error}: have it owned by root, with mode 644") from None
+    except OSError as error:
+        raise ZramdError(f"{path}: {error.strerror}") from None
 
 
 def read(path: Path) -> tuple[list[Entry], list[Problem]]:

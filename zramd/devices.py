@@ -124,6 +124,8 @@ def load(root: str | None = None, file: str | None = None) -> Configuration:
     sections: Sections = {}
     problems: list[Problem] = []
     for path in paths:
+        if not file:
+            conffiles.refuse_untrusted(path)
         entries, wrong = conffiles.read(path)
         problems += wrong + _add(sections, entries)
     result = build(sections, total_ram(folder), problems)

@@ -13,6 +13,7 @@
         ├── AttachError             a kernel device cannot be attached, detached, swapped to
         ├── UnitsError              systemd's units cannot be installed or removed
         ├── RundirError             the run folder cannot be used
+        ├── UntrustedError          another user has made, owns, or may replace what is to be used
         ├── DeviceError             a device is not there, or its server does not do what is asked
         └── UsageError              a command cannot be used as it was written
 
@@ -79,6 +80,10 @@ class UnitsError(ZramdError):
 
 class RundirError(ZramdError):
     """The run folder cannot be created or written, or a live server holds it."""
+
+
+class UntrustedError(ZramdError):
+    """Another user has made, owns, or may replace what is to be used; the message says what, and who."""
 
 
 class DeviceError(ZramdError):

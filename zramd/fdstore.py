@@ -7,12 +7,12 @@ launcher takes ours out before it becomes nbdkit, and tells the server by the en
 
 import fcntl
 import os
+from contextlib import suppress
 
-from zramd import notify
+from zramd import inherited, notify
 from zramd.errors import StateError, ZramdError
 from zramd.handover import KEPT_FD, SYSTEMD
 
-_FIRST = 3  # sd_listen_fds(3)
 _HIGH = 100  # above all that nbdkit takes for sockets
 _NAME = "zramd-state"
 
@@ -40,12 +40,9 @@ def prepare(kept: int) -> None:
 def take_out() -> int:
     """Take the memory file out of the descriptors that were passed to us; return it, -1 if it is not there.
 
-    The sockets among them stay, one after the other from 3 on.
+    The sockets among them stay, one after the other from 3 on. Raises UsageError.
     """
-    if os.environ.get("LISTEN_PID") not in (None, str(os.getpid())):
-        return -1  # they were meant for another process
-    count = os.environ.get("LISTEN_FDS", "0")
-    numbers = range(_FIRST, _FIRST + (int(count) if count.isdigit() else 0))
+    numbers = inherited.passed()
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     kept, rest = -1, []
     for fd, name in zip(numbers, [*names, *[""] * len(numbers)], strict=False):
@@ -53,11 +50,12 @@ def take_out() -> int:
             rest.append(fd)
         elif kept < 0:
             kept = _above(fd)
-    for place, fd in enumerate(rest, _FIRST):
+    for place, fd in enumerate(rest, inherited.FIRST):
         if place != fd:
             os.dup2(fd, place)
     for fd in numbers[len(rest) :]:
-        os.close(fd)
+        with suppress(OSError):  # it was not passed: what was is told by who looks at it
+            os.close(fd)
     if rest:
         os.environ["LISTEN_FDS"] = str(len(rest))
     else:

@@ -1,13 +1,15 @@
 """The metrics beside the run folder, where another user may read them: node_exporter's textfile collector.
 
-The run folder is closed to others, and node_exporter runs as somebody else.
+The run folder is closed to others, and node_exporter runs as somebody else. Its folder may belong to him: the
+numbers are no secret, and he cannot lead us to another place.
 """
 
 import errno
 import os
 from contextlib import suppress
 
-from zramd.errors import RundirError
+from zramd import trusted
+from zramd.errors import RundirError, UntrustedError
 from zramd.rundir import reason, replace_file
 
 _OURS = "# HELP zramd_"
@@ -31,24 +33,29 @@ class MetricsFile:
     def publish(self, text: str) -> None:
         """Replace the file by `text`. Raises RundirError when it cannot be written."""
         try:
-            replace_file(self.path, text, 0o644)
+            with trusted.place(self.path, foreign=True) as place:
+                replace_file(place.name, text, 0o644, place.folder)
         except OSError as error:
             raise self._failed(error) from error
+        except UntrustedError as error:
+            raise self._refused(f"{error}: give a path without it") from None
 
     def remove(self) -> None:
         """Remove the file. Never raises."""
-        with suppress(OSError):
-            os.unlink(self.path)
+        with suppress(OSError, UntrustedError), trusted.place(self.path, foreign=True) as place:
+            os.unlink(place.name, dir_fd=place.folder)
 
     def _check(self, device: str) -> None:
         """What is there is replaced, so it must be what a server of this device left when it was killed."""
         try:
-            with open(self.path, encoding="utf-8", errors="replace") as file:
-                head = file.read(4096)
+            with trusted.place(self.path, foreign=True) as place:
+                head = _head(place)
         except FileNotFoundError:
             head = ""
         except OSError as error:
             raise self._failed(error) from None
+        except UntrustedError as error:
+            raise self._refused(f"{error}: give a path without it") from None
         if head and not head.startswith(_OURS):
             raise self._refused("it holds something else: give a file of its own")
         if head and f'{{device="{device}"' not in head:
@@ -76,3 +83,12 @@ def _look(folder: str) -> None:
             raise
         if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+
+
+def _head(place: trusted.Place) -> str:
+    """Return what the file begins with. Raises OSError."""
+    fd = os.open(place.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place.folder)
+    try:
+        return os.read(fd, 4096).decode(errors="replace")
+    finally:
+        os.close(fd)

@@ -6,13 +6,14 @@ starting, and no stale process number can be mistaken for a live server.
 
 import fcntl
 import os
+import re
 import socket
 import stat
 import time
 from contextlib import suppress
 
-from zramd import handover
-from zramd.errors import RundirError
+from zramd import handover, trusted
+from zramd.errors import RundirError, UntrustedError
 
 PID = "pid"
 NBD_SOCKET = "nbd.sock"
@@ -23,7 +24,9 @@ LOG = "log"  # what a server in the background has to say once it serves
 BACKGROUND = "ZRAMD_BACKGROUND"  # in the environment of such a server
 LOCK_TIMEOUT = 0.1  # seconds
 _FILES = (DATA_ID, *STATS_FILES)
+_NOBODY_ELSES = frozenset((DATA_ID, "mm_stat", "io_stat", "frag_ratio"))
 _TEMPORARY = ".new"
+_ANOTHER = "give a folder of its own, one that is not there yet"
 _OURS = frozenset((NBD_SOCKET, CONTROL_SOCKET, LOG, *_FILES, *(name + _TEMPORARY for name in _FILES)))
 
 
@@ -104,29 +107,34 @@ class Rundir:
             _unlink(self.file(name))
 
 
-def replace_file(path: str, text: str, mode: int) -> None:
+def replace_file(path: str, text: str, mode: int, folder: int | None = None) -> None:
     """Replace the file by `text`, with these permissions whatever the umask. Raises OSError.
 
     A reader sees the old text or the new. The new one is made under a name that no reader of *.prom looks at,
-    and afresh: in a folder open to others that name could be a link.
+    and afresh: in a folder open to others that name could be a link. folder: what `path` is relative to, a
+    descriptor.
     """
     temporary = path + _TEMPORARY
-    _unlink(temporary)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    _unlink(temporary, folder)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(temporary, flags, 0o600, dir_fd=folder)
     try:
         with open(fd, "w", encoding="utf-8") as file:
             os.fchmod(fd, mode)
             file.write(text)
-        os.replace(temporary, path)
+        os.replace(temporary, path, src_dir_fd=folder, dst_dir_fd=folder)
     except OSError:
-        _unlink(temporary)
+        _unlink(temporary, folder)
         raise
 
 
 def holder(path: str) -> int | None:
-    """Return the process number of the live server that holds the folder, None if there is none."""
+    """Return the process number of the live server that holds the folder, None if there is none.
+
+    It is what stands there, to be shown. Whom to send a signal, zramd.peer knows.
+    """
     try:
-        fd = os.open(f"{path}/{PID}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(f"{path}/{PID}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     try:
@@ -146,22 +154,72 @@ def in_use(path: str, pid: int) -> RundirError:
 
 
 def _make(path: str) -> bool:
-    """Make the folder, closed to others, and return whether it is new."""
-    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+    """Make the folder, closed to others, and return whether it is new.
+
+    One that is there is used as it is, or refused: nothing that the user may have put there is removed later.
+    """
     try:
-        os.mkdir(path, 0o700)
-        return True
-    except FileExistsError:
-        pass
-    mode = os.stat(path).st_mode
-    if not stat.S_ISDIR(mode):
-        raise RundirError(f"rundir '{path}' is not a folder")
-    if mode & 0o077:
-        # The sticky bit marks a folder that users share, such as /tmp: never close that, even if it is empty.
-        if mode & stat.S_ISVTX or not set(os.listdir(path)) <= _OURS | {PID}:
-            raise RundirError(f"rundir '{path}' is open to other users: give a folder of its own")
-        os.chmod(path, 0o700)
+        with trusted.place(path, make=True) as place:
+            try:
+                os.mkdir(place.name, 0o700, dir_fd=place.folder)
+                return True
+            except FileExistsError:
+                pass
+            fd = os.open(place.name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=place.folder)
+    except NotADirectoryError:
+        if not os.path.exists(path):
+            raise
+        raise RundirError(f"rundir '{path}' is not a folder") from None
+    except UntrustedError as error:
+        raise RundirError(f"rundir '{path}' is not used: {error}: {_ANOTHER}") from None
+    try:
+        status = os.fstat(fd)
+        try:
+            trusted.check_folder(status, path)
+        except UntrustedError as error:
+            raise RundirError(f"rundir '{path}' is not used: {error}: {_ANOTHER}") from None
+        names, left = _files(fd)
+        if names and not left:
+            raise RundirError(
+                f"rundir '{path}' has a file '{names[0]}' that zramd would replace, and no server has left it: "
+                f"{_ANOTHER}"
+            )
+        if status.st_mode & 0o077:
+            if not left or not set(os.listdir(fd)) <= _OURS | {PID}:
+                raise RundirError(
+                    f"rundir '{path}' is open to other users: 'chmod 700' it if it is for zramd alone, "
+                    f"or {_ANOTHER}"
+                )
+            os.fchmod(fd, 0o700)
+    finally:
+        os.close(fd)
     return False
+
+
+def _files(folder: int) -> tuple[list[str], bool]:
+    """Return the files with one of our names, and whether a server has left them, or they are the user's own.
+
+    A server leaves its number, and files that nobody else has. What is no file is nobody's work.
+    """
+    names = [name for name in os.listdir(folder) if name in _OURS or name == PID]
+    names = [name for name in names if stat.S_ISREG(os.lstat(name, dir_fd=folder).st_mode)]
+    number = head(PID, folder) if PID in names else ""
+    if number == "":  # one that was killed before it wrote it
+        return [name for name in names if name != PID], False
+    left = names == [PID] or not _NOBODY_ELSES.isdisjoint(names)
+    return names, left and re.fullmatch(r"[0-9]+\n", number) is not None
+
+
+def head(name: str, folder: int) -> str:
+    """Return what a small file begins with, '' if there is none."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    except OSError:
+        return ""
+    try:
+        return os.read(fd, 256).decode(errors="replace") if stat.S_ISREG(os.fstat(fd).st_mode) else ""
+    finally:
+        os.close(fd)
 
 
 def _take_lock(path: str) -> int:
@@ -194,7 +252,7 @@ def _locked(fd: int) -> bool:
 
 
 def _read_pid(fd: int) -> int:
-    text = os.pread(fd, 32, 0).strip()
+    text = os.pread(fd, 32, 0).strip() if stat.S_ISREG(os.fstat(fd).st_mode) else b""
     return int(text) if text.isdigit() else 0
 
 
@@ -212,9 +270,9 @@ def _holds_socket(path: str) -> bool:
     return False
 
 
-def _unlink(path: str) -> None:
+def _unlink(path: str, folder: int | None = None) -> None:
     with suppress(FileNotFoundError):
-        os.unlink(path)
+        os.unlink(path, dir_fd=folder)
 
 
 def reason(error: OSError) -> str:

@@ -12,10 +12,11 @@ import os
 import struct
 import zlib
 
+from zramd import trusted
 from zramd.core.device import state_layout
 from zramd.core.region import filesystem, page_size
 from zramd.core.zsmalloc import layout_sum
-from zramd.errors import StateError
+from zramd.errors import StateError, UntrustedError
 from zramd.handover import KEPT_FD, SYSTEMD
 
 MAGIC = b"zramd state\n\0\x1a\xff\x00"
@@ -32,11 +33,7 @@ _REMOVE = "or remove the file to start empty"
 
 def look(path: str, disksize: int, verify: bool) -> None:
     """Raise StateError if the state, which a server may be using now, is not one for this device."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise StateError(f"state '{path}' cannot be opened: {reason}: {_remedy(error.errno)}") from None
+    fd = _open(path, os.O_RDONLY)
     try:
         _accept(fd, path, _layout(disksize, verify))
     finally:
@@ -52,7 +49,7 @@ def open_state(path: str, disksize: int, verify: bool) -> int:
 
     Raises StateError, one sentence, for a file that cannot be had or trusted; it is then as it was.
     """
-    fd = _open(path)
+    fd = _open(path, os.O_RDWR | os.O_CREAT)
     try:
         _lock(fd, path)
         if filesystem(fd) != _TMPFS:
@@ -61,32 +58,46 @@ def open_state(path: str, disksize: int, verify: bool) -> int:
                 "for a disk would be written to all the time, and waited for"
             )
         layout = _layout(disksize, verify)
-        if _is_empty(fd):
-            _create(fd, path, layout)
-        else:
+        is_new = _is_empty(fd)
+        if not is_new:
             _accept(fd, path, layout)
+        try:
+            trusted.close_to_others(fd, path)
+        except UntrustedError as error:
+            raise _refused(path, error) from None
+        if is_new:
+            _create(fd, path, layout)
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-def _path(path: str) -> str:
-    """Return where the file is."""
-    if path != SYSTEMD:
-        return path
-    if KEPT_FD not in os.environ:
-        raise StateError(f"state={SYSTEMD} is for 'zramd serve' as a service: use it there, or use a file")
-    return f"/proc/self/fd/{os.environ[KEPT_FD]}"
-
-
-def _open(path: str) -> int:
-    path, flags = _path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+def _open(path: str, flags: int) -> int:
+    """Return the descriptor of the file, which nobody else can read or change; a new one for O_CREAT."""
     try:
-        return os.open(path, flags, 0o600)
+        if path == SYSTEMD:
+            return _kept()
+        with trusted.place(path) as place:
+            if flags & os.O_CREAT:
+                return place.open_or_create(flags & ~os.O_CREAT)
+            return place.open(flags, private=True)
+    except UntrustedError as error:
+        raise _refused(path, error) from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise StateError(f"state '{path}' cannot be opened: {reason}: {_remedy(error.errno)}") from None
+
+
+def _refused(path: str, error: UntrustedError) -> StateError:
+    return StateError(f"state '{path}' is not used: {error}: use another path, in a folder such as /dev/shm")
+
+
+def _kept() -> int:
+    """Return the file that the service manager keeps, opened once more, for its lock is ours alone."""
+    if KEPT_FD not in os.environ:
+        raise StateError(f"state={SYSTEMD} is for 'zramd serve' as a service: use it there, or use a file")
+    return os.open(f"/proc/self/fd/{os.environ[KEPT_FD]}", os.O_RDWR | os.O_CLOEXEC)
 
 
 def _remedy(number: int | None) -> str:
@@ -94,6 +105,8 @@ def _remedy(number: int | None) -> str:
         return "make its folder, or use another path"
     if number in (errno.EACCES, errno.EPERM):
         return "run zramd as the user who owns it, or use another path"
+    if number == errno.EROFS:
+        return "use /dev/shm/NAME, which services may write to, or let this one: docs/systemd.md, 'Paths'"
     return "use another path"
 
 

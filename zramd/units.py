@@ -1,12 +1,19 @@
-"""The systemd units of this installation: written, and removed again."""
+"""The systemd units of this installation: written, and removed again.
+
+What is not / is another system's: its links are followed as they will be in there, and nothing outside is read
+or written. What root starts at each boot may belong to nobody else.
+"""
 
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import zramd
-from zramd.errors import UnitsError, UsageError
+from zramd import trusted
+from zramd.errors import UnitsError, UntrustedError, UsageError
 
 UNITS = ("zramd@.service", "zramd-attach@.service", "zramd.slice")
 MARK = (
@@ -23,14 +30,14 @@ def install(arguments: argparse.Namespace) -> int:
     changed = False
     for name in UNITS:
         target = folder / name
-        old = _read(target)
+        old = _read(root, target)
         if old is not None and not old.startswith(MARK):
             raise UnitsError(f"{target} is not from 'zramd install-units': remove it or use another --prefix")
         text = MARK + (shipped("systemd") / name).read_text().replace(COMMAND, command)
         if old == text:
             print(f"unchanged  {target}")
             continue
-        _write(target, text)
+        _write(root, target, text)
         changed = True
         print(f"{'installed' if old is None else 'updated  '}  {target}")
     _install_example(root)
@@ -43,18 +50,18 @@ def install(arguments: argparse.Namespace) -> int:
 def remove(arguments: argparse.Namespace) -> int:
     """Remove what `install` has written. What the user has changed stays."""
     root, folder = _places(arguments)
-    found = [target for name in UNITS if (_read(target := folder / name) or "").startswith(MARK)]
+    found = [target for name in UNITS if (_read(root, target := folder / name) or "").startswith(MARK)]
     if found:
         _refuse_in_use(root)
     for target in found:
-        target.unlink()
+        _unlink(root, target)
         print(f"removed  {target}")
     if not found:
         print(f"there are no units of zramd in {folder}")
     example = root / "etc/zramd.conf"
-    text = _read(example)
+    text = _read(root, example)
     if text is not None and text == (shipped("docs") / "zramd.conf").read_text():
-        example.unlink()
+        _unlink(root, example)
         print(f"removed  {example}")
     elif text is not None:
         print(f"kept     {example}: it is yours")
@@ -102,11 +109,28 @@ def _command(root: Path) -> str:
             raise UnitsError(
                 f"'{path}' is closed to services: install zramd and its Python elsewhere, say /opt/zramd"
             )
+    _refuse_anothers(needed)
     if not re.fullmatch(r"[\w./+@:=-]+", inside := _inside(command, root)):
         raise UnitsError(
             f"'{inside}' has characters that a unit cannot have in a path: install zramd elsewhere"
         )
     return inside
+
+
+def _refuse_anothers(needed: tuple[str, ...]) -> None:
+    """Raise UnitsError if another user owns, or may change, what the services would run as root."""
+    package = Path(zramd.__file__).resolve().parent
+    beside = package.with_name("nbdkit_plugin.py")
+    files = [Path(path) for path in needed] + [beside] + [path for path in package.rglob("*") if path.is_file()]
+    try:
+        for file in files:
+            trusted.resolve(str(file))
+    except UntrustedError as error:
+        raise UnitsError(
+            f"{error}, and services would run it as root: install zramd as root, say in /opt/zramd"
+        ) from None
+    except OSError as error:
+        raise UnitsError(f"'{error.filename}' cannot be read: {(error.strerror or '').lower()}") from None
 
 
 def _inside(path: str, root: Path) -> str:
@@ -137,36 +161,72 @@ def _readable(path: str) -> bool:
 
 
 def _install_example(root: Path) -> None:
-    from zramd import conffiles, devices
+    from zramd import devices
 
-    found = conffiles.find(root, devices.CONF)
+    found = _configuration(root)
     if found:
-        print(f"kept       {found[0]}")
+        print(f"kept       {found}")
         return
     target = root / "etc" / devices.CONF
-    _write(target, (shipped("docs") / devices.CONF).read_text())
+    _write(root, target, (shipped("docs") / devices.CONF).read_text())
     print(f"installed  {target}, an example")
 
 
-def _read(path: Path) -> str | None:
+def _configuration(root: Path) -> Path | None:
+    """Return a file of the configuration that `root` has, if there is one."""
+    from zramd import conffiles, devices
+
+    for folder in conffiles.FOLDERS:
+        main, drop_ins = root / folder / devices.CONF, root / folder / f"{devices.CONF}.d"
+        with suppress(FileNotFoundError, NotADirectoryError), _place(root, main) as place:
+            os.stat(place.name, dir_fd=place.folder, follow_symlinks=False)
+            return main
+        names = [name for name in _names(root, drop_ins) if name.endswith(".conf")]
+        if names:
+            return drop_ins / names[0]
+    return None
+
+
+@contextmanager
+def _place(root: Path, path: Path, make: bool = False) -> Iterator[trusted.Place]:
+    """Yield the place of a path below `root`. Raises UnitsError, OSError."""
     try:
-        return path.read_text(errors="replace")
+        with trusted.place(str(path.relative_to(root)), make=make, root=str(root)) as place:
+            yield place
+    except UntrustedError as error:
+        raise UnitsError(f"{path} is not used: {error}") from None
+
+
+def _read(root: Path, path: Path) -> str | None:
+    try:
+        with _place(root, path) as place:
+            fd = os.open(place.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=place.folder)
+            with open(fd, errors="replace") as file:
+                return file.read()
     except FileNotFoundError:
         return None
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text)
-    new.chmod(0o644)
-    new.replace(path)
+def _write(root: Path, path: Path, text: str) -> None:
+    """Replace a file, which everybody may read whatever the umask; as the folders that are made for it."""
+    from zramd.rundir import replace_file
+
+    umask = os.umask(0o022)
+    try:
+        with _place(root, path, make=True) as place:
+            replace_file(place.name, text, 0o644, place.folder)
+    finally:
+        os.umask(umask)
+
+
+def _unlink(root: Path, path: Path) -> None:
+    with _place(root, path) as place:
+        os.unlink(place.name, dir_fd=place.folder)
 
 
 def _refuse_in_use(root: Path) -> None:
     """Raise UnitsError when a service is enabled or active."""
-    links = (root / "etc/systemd/system").glob("*.wants/zramd@*.service")
-    used = {link.name for link in links}
+    used = _enabled(root)
     if _live(root):
         shown = _systemctl(
             "list-units", "--plain", "--no-legend", "zramd@*.service", "zramd-attach@*.service"
@@ -177,6 +237,35 @@ def _refuse_in_use(root: Path) -> None:
     if used:
         names = " ".join(sorted(used))
         raise UnitsError(f"{names} is enabled or active: 'systemctl disable --now {names}' first")
+
+
+def _enabled(root: Path) -> set[str]:
+    """Return the services of ours that another unit wants."""
+    from fnmatch import fnmatch
+
+    found = set()
+    for name in _names(root, root / "etc/systemd/system"):
+        if name.endswith(".wants"):
+            found |= set(_names(root, root / "etc/systemd/system" / name))
+    return {name for name in found if fnmatch(name, "zramd@*.service")}
+
+
+def _names(root: Path, folder: Path) -> list[str]:
+    """Return what is in a folder below `root`, nothing if it is not there."""
+    try:
+        at = trusted.open_folder(str(folder.relative_to(root)), root=str(root))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except UntrustedError as error:
+        raise UnitsError(f"{folder} is not used: {error}") from None
+    try:
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=at)
+        try:
+            return sorted(os.listdir(fd))
+        finally:
+            os.close(fd)
+    finally:
+        os.close(at)
 
 
 def _reload(root: Path, changed: bool) -> None:

@@ -215,6 +215,54 @@ def test_interrupted(serve: Serve, tmp_path: Path, memory_folder: Path, end: str
     assert not fifo.exists()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.parametrize("what", ["file", "link", "link to nothing", "folder", "open folder", "second name"])
+def test_what_another_user_has_planted(serve: Serve, tmp_path: Path, what: str) -> None:
+    """It would be his to read, or root would write, or load, where he wants."""
+    served = serve()
+    fill(served)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    file, secret = shared / "a.save", tmp_path / "secret"
+    done("save", *at(served), secret)
+    before = secret.read_bytes()
+    if what == "file":
+        file.write_bytes(before)
+        os.chown(file, 65534, 65534)
+    elif what.startswith("link"):
+        file.symlink_to(secret if what == "link" else tmp_path / "planted")
+        os.chown(file, 65534, 65534, follow_symlinks=False)
+    elif what == "second name":
+        os.link(secret, file)
+        os.chown(secret, 65534, 65534)
+    else:
+        (shared / "his").mkdir()
+        if what == "folder":
+            os.chown(shared / "his", 65534, 65534)
+        else:
+            (shared / "his").chmod(0o777)
+        file = shared / "his/a.save"
+    text = refused("save", *at(served), file)
+    assert text.startswith(f"'{file}' is not used: '") or text.startswith(f"'{file}' is not used: other users")
+    assert text.endswith(": save to a folder of your own, or to - and a pipe")
+    text = refused("load", "--force", *at(served), file)
+    assert f"to load it all the same: zramd load … - < {file}" in text
+    assert secret.read_bytes() == before
+    assert not (tmp_path / "planted").exists()
+
+
+def test_our_own_links(serve: Serve, tmp_path: Path) -> None:
+    served = serve()
+    fill(served)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "saves").symlink_to("disk")
+    (tmp_path / "disk/latest").symlink_to("first")
+    done("save", *at(served), tmp_path / "saves/latest")
+    assert (tmp_path / "disk/first").stat().st_size
+    done("load", "--force", *at(served), tmp_path / "saves/latest")
+
+
 def test_full_disk(serve: Serve, tmp_path: Path) -> None:
     served = serve()
     fill(served)

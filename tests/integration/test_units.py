@@ -183,6 +183,66 @@ def test_refusals(command: Path, tmp_path: Path) -> None:
     assert f"'{moved}' does not run by itself: install zramd" in done.stderr
 
 
+@pytest.mark.parametrize("umask", [0o077, 0o000, 0o022])
+def test_modes_whatever_the_umask(command: Path, tmp_path: Path, umask: int) -> None:
+    """In an image, /etc and /usr that only root can enter are a machine on which nobody else can do anything."""
+    root = tmp_path / "root"
+    root.mkdir()
+    done = subprocess.run([command, "install-units", "--root", root], umask=umask, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    modes = {str(path.relative_to(root)): path.stat().st_mode & 0o777 for path in root.rglob("*")}
+    assert {mode for path, mode in modes.items() if (root / path).is_dir()} == {0o755}
+    assert {mode for path, mode in modes.items() if (root / path).is_file()} == {0o644}
+
+
+@pytest.mark.parametrize("target", ["/real", "/../../real", "../../../../real", "{outside}"])
+def test_links_of_an_image(command: Path, tmp_path: Path, target: str) -> None:
+    """They lead where they will lead when the image is /, for what is written as for what is looked for."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    (root / "usr/local").mkdir(parents=True)
+    outside.mkdir()
+    (outside / "zramd.conf").write_text("[zram0]\n")
+    (root / "usr/local/lib").symlink_to(target.format(outside=outside))
+    (root / "etc").symlink_to(target.format(outside=outside))
+    status, said, complaint = run(command, "install-units", "--root", root)
+    assert (status, complaint) == (0, "")
+    assert f"installed  {root}/etc/zramd.conf, an example\n" in said
+    assert os.listdir(outside) == ["zramd.conf"]
+    assert sorted(os.listdir(tmp_path)) == ["outside", "root"]
+    where = Path(f"{root}/{outside}" if "{" in target else f"{root}/real")
+    assert (where / "systemd/system/zramd@.service").is_file()
+    assert run(command, "remove-units", "--root", root)[0] == 0
+    assert not (where / "systemd/system/zramd@.service").exists()
+    assert (outside / "zramd.conf").read_text() == "[zram0]\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
+@pytest.mark.parametrize("which", ["bin/zramd", "bin", "zramd/units.py", "zramd", "nbdkit_plugin.py", "mode"])
+def test_an_installation_of_another_user(command: Path, tmp_path: Path, which: str) -> None:
+    """root would run at each boot what he has written there since."""
+    venv = command.parents[1]
+    (packages,) = venv.glob("lib/python3*/site-packages")
+    path = venv / which if which.startswith("bin") else packages / which
+    if which == "mode":
+        path = packages
+        path.chmod(0o777)
+        sentence = f"other users may write to folder '{path}'"
+    else:
+        os.chown(path, 65534, 65534)
+        sentence = f"'{path}' belongs to user "
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    words = [command, "install-units", "--root", tmp_path]
+    try:
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    finally:
+        os.chown(path, 0, 0)
+        path.chmod(0o755 if path.is_dir() or path == command else 0o644)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"zramd: {sentence}")
+    assert "services would run it as root: install zramd as root, say in /opt/zramd" in done.stderr
+    assert tree(tmp_path) == {}
+
+
 # ---- What a server tells its manager ---------------------------------------------------------------------
 
 

@@ -1,12 +1,13 @@
 """Configuration files: which count, in which order, and how their lines are read."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from zramd import conffiles
+from zramd import conffiles, devices
 from zramd.conffiles import Entry
-from zramd.errors import ConfigError
+from zramd.errors import ConfigError, ZramdError
 
 
 def put(root: Path, *names: str) -> None:
@@ -116,3 +117,26 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "binary").write_bytes(b"[zram0]\n\xff\n")
     with pytest.raises(ConfigError, match="byte 8 is not UTF-8 text"):
         conffiles.read(tmp_path / "binary")
+
+
+@pytest.mark.parametrize("wrong", ["mode", "owner", "link", "folder"])
+def test_a_file_that_another_user_may_change(tmp_path: Path, wrong: str) -> None:
+    """root starts what stands there, with the paths that stand there."""
+    path = tmp_path / "etc/zramd.conf"
+    path.parent.mkdir()
+    path.write_text("[zram0]\n")
+    conffiles.refuse_untrusted(path)
+    if wrong != "mode" and os.geteuid() != 0:
+        pytest.skip("gives files to another user")
+    if wrong == "mode":
+        path.chmod(0o666)
+    elif wrong == "owner":
+        os.chown(path, 65534, -1)
+    elif wrong == "folder":
+        os.chown(path.parent, 65534, -1)
+    else:
+        path.rename(tmp_path / "real")
+        path.symlink_to(tmp_path / "real")
+        os.chown(path, 65534, -1, follow_symlinks=False)
+    with pytest.raises(ZramdError, match="zramd.conf is not used: .*: have it owned by root, with mode 644"):
+        devices.load(str(tmp_path))

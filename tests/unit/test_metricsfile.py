@@ -87,6 +87,32 @@ def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "target").read_text() == "keep"
 
 
+def test_what_is_in_its_place_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "zram0.prom")
+    MetricsFile(str(tmp_path / "zram0.prom"), "zram0").publish("x\n")
+    assert (tmp_path / "zram0.prom").read_text() == "x\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_folder_of_the_collectors(tmp_path: Path) -> None:
+    """It may belong to whom node_exporter runs as; but he leads us nowhere else."""
+    folder = tmp_path / "node-exporter"
+    folder.mkdir()
+    os.chown(folder, 65534, 65534)
+    file = MetricsFile(str(folder / "zram0.prom"), "zram0")
+    file.publish("x\n")
+    assert (folder / "zram0.prom").stat().st_uid == 0
+    folder.rename(tmp_path / "moved")
+    folder.symlink_to(tmp_path / "secret")
+    os.chown(folder, 65534, 65534, follow_symlinks=False)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret/zram0.prom").write_text("keep")
+    with pytest.raises(RundirError, match="is a link that user .* has made: give a path without it"):
+        file.publish("y\n")
+    file.remove()
+    assert (tmp_path / "secret/zram0.prom").read_text() == "keep"
+
+
 @pytest.mark.parametrize(
     ("place", "why"),
     [

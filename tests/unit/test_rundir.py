@@ -40,11 +40,83 @@ def test_foreign_files_stay(folder: Path) -> None:
 
 
 def test_existing_folder_stays(folder: Path) -> None:
-    folder.mkdir(mode=0o755, parents=True)
+    folder.mkdir(mode=0o700, parents=True)
     held = rundir.Rundir(str(folder))
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    held.publish("log", "x")
     held.remove()
     assert os.listdir(folder) == []
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o750, 0o711, 0o777])
+def test_an_open_folder_stays_open(folder: Path, mode: int) -> None:
+    """It may be one of the system's, such as /mnt or /srv, and happens to be empty."""
+    folder.mkdir(parents=True)
+    folder.chmod(mode)
+    with pytest.raises(RundirError, match=f"'{folder}' is (open to|not used: other users may)"):
+        rundir.Rundir(str(folder))
+    assert stat.S_IMODE(folder.stat().st_mode) == mode
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"log": "my diary"},
+        {"classes": "my school", "log": ""},
+        {"stats.json": "{}"},
+        {"metrics.prom.new": "x"},
+        {"data_id": "mine"},
+        {"pid": "not a number"},
+        {"pid": "1\n", "log": "of another daemon"},
+        {"pid": "1\n", "stats.json": "{}", "classes": ""},
+        {"pid": "none", "mm_stat": ""},
+    ],
+)
+def test_files_of_the_users_own_stay(folder: Path, names: dict[str, str]) -> None:
+    folder.mkdir(mode=0o700, parents=True)
+    for name, text in names.items():
+        (folder / name).write_text(text)
+    with pytest.raises(
+        RundirError, match=r"has a file '[a-z_.]+' that zramd would replace, and no server has"
+    ):
+        rundir.Rundir(str(folder))
+    assert {path.name: path.read_text() for path in folder.iterdir()} == names
+
+
+def test_a_server_that_was_killed_at_once(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True)
+    for text in ("", "12\n"):
+        (folder / "pid").write_text(text)
+        rundir.Rundir(str(folder)).remove()
+        assert os.listdir(folder) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_folder_that_another_user_owns(folder: Path) -> None:
+    """He could put his sockets in place of ours."""
+    folder.parent.mkdir()
+    (folder.parent / "his").mkdir(mode=0o700)
+    os.chown(folder.parent / "his", 65534, 65534)
+    for path in (folder.parent / "his", folder.parent / "his/run"):
+        with pytest.raises(
+            RundirError, match=f"rundir '{path}' is not used: '{folder.parent}/his' belongs to user"
+        ):
+            rundir.Rundir(str(path))
+    folder.symlink_to(folder.parent)
+    os.chown(folder, 65534, 65534, follow_symlinks=False)
+    with pytest.raises(RundirError, match=f"'{folder}' is a link that user .* has made"):
+        rundir.Rundir(str(folder / "x"))
+    assert os.listdir(folder.parent / "his") == []
+
+
+def test_a_folder_that_others_may_replace(folder: Path) -> None:
+    folder.parent.mkdir()
+    folder.parent.chmod(0o777)
+    with pytest.raises(RundirError, match=f"other users may write to folder '{folder.parent}'"):
+        rundir.Rundir(str(folder))
+    folder.parent.chmod(0o1777)
+    rundir.Rundir(str(folder)).remove()
 
 
 def test_in_use(folder: Path) -> None:

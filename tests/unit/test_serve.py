@@ -72,9 +72,24 @@ def test_uri(settings: config.Config, words: str, uri: str) -> None:
     assert serve.uri(settings, serve.read_options(words.split())) == uri
 
 
-def test_passed_sockets(settings: config.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LISTEN_FDS", "1")
-    assert run_line(settings, "") == "nbdkit -f python PLUGIN size=1G"
+def test_passed_sockets(settings: config.Config) -> None:
+    options = serve.read_options([])
+    options.sockets = [3]
+    pairs = [("size", "1G")]
+    assert serve.command(settings, pairs, options) == [
+        "nbdkit",
+        "-f",
+        "python",
+        serve.plugin_path(),
+        "size=1G",
+    ]
+
+
+def test_paths_hold_wherever_the_server_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pairs = [("size", "1G"), ("rundir", "r"), ("state", "s"), ("metrics_file", "m.prom")]
+    words = serve.command(config.parse(pairs), pairs, serve.read_options([]))
+    assert words[-3:] == [f"rundir={tmp_path}/r", f"state={tmp_path}/s", f"metrics_file={tmp_path}/m.prom"]
 
 
 def test_greeting_names_a_command_that_is_there(

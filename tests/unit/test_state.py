@@ -445,6 +445,46 @@ def test_refuses_what_is_not_on_a_tmpfs() -> None:
         open_device(Path("/proc/self/oom_score_adj"))
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o666])
+def test_refuses_what_another_user_has_made(memory_folder: Path, mode: int) -> None:
+    """He would read all data, or cut the file off below us."""
+    path = memory_folder / "state"
+    path.touch()
+    path.chmod(mode)
+    os.chown(path, 65534, 65534)
+    before = path.stat()
+    for call in (state.open_state, state.look):
+        with pytest.raises(StateError, match=f"'{path}' belongs to user .*: use another path"):
+            call(str(path), SIZE, False)
+    assert path.stat() == before
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_refuses_what_other_users_may_write_to(old: Path, mode: int) -> None:
+    os.chown(old, -1, 65534) if os.geteuid() == 0 else None
+    old.chmod(mode)
+    refused(old, f"other users may write to '{old}'")
+    old.chmod(0o644)  # a copy that was put back
+    open_device(old)
+    assert old.stat().st_mode & 0o777 == 0o600
+    os.link(old, old.with_name("second"))
+    refused(old, "another name elsewhere, a hard link")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.parametrize("there", [True, False])
+def test_refuses_a_planted_link(memory_folder: Path, there: bool) -> None:
+    path, target = memory_folder / "state", memory_folder / "target"
+    path.symlink_to(target)
+    os.chown(path, 65534, 65534, follow_symlinks=False)
+    if there:
+        fill(open_device(target))
+    with pytest.raises(StateError, match=f"'{path}' is a link that user .* has made"):
+        open_device(path)
+    assert target.exists() is there
+
+
 def test_refuses_what_cannot_be_opened(memory_folder: Path) -> None:
     with pytest.raises(StateError, match="no such file or directory: make its folder"):
         open_device(memory_folder / "a" / "b")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from zramd import __version__
+from zramd import __version__, inherited
 from zramd.errors import UsageError, ZramdError
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -128,6 +128,8 @@ def verbs(of: argparse.ArgumentParser) -> dict[str, Parser]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return 2 for what the user wrote wrong and 1 for what else went wrong."""
+    inherited.complete_standard()
+    inherited.forget_others()
     words = sys.argv[1:] if argv is None else argv
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "-V", "--version")):
         words = ["list", *words]
@@ -139,16 +141,34 @@ def main(argv: list[str] | None = None) -> int:
         if extras:
             known[words[0]].error(f"unrecognized arguments: {' '.join(extras)}")
         status: int = arguments.run(arguments)
-        sys.stdout.flush()
-        return status
+        return _flush(status)
     except BrokenPipeError:  # who read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except (ZramdError, OSError) as error:
         print(f"zramd: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, ZramdError) else 1
     except KeyboardInterrupt:
         return 130
+
+
+def _flush(status: int) -> int:
+    """Have all that was printed written; return the exit status. What was done is done, whatever comes of it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        _drop_output()
+        print(f"zramd: it is done, but cannot be printed to standard output: {reason}", file=sys.stderr)
+        return status or 1
+    return status
+
+
+def _drop_output() -> None:
+    """Let what is still to be printed go nowhere: Python would complain of it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _check_verb(word: str, known: dict[str, Parser]) -> None:

@@ -37,6 +37,8 @@ def attach(arguments: argparse.Namespace) -> int:
     # What was begun is finished: half an attachment would be nobody's. (Children would inherit SIG_IGN.)
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     served = client.find(arguments.name, arguments.rundir)
+    if arguments.swap:
+        _refuse_others(served)
     address = served.file(rundir.NBD_SOCKET)
     there = attached.find(served.name)
     if there and arguments.config and there.data and there.data != attached.data_of(served.path):
@@ -72,6 +74,19 @@ def attach(arguments: argparse.Namespace) -> int:
             raise
     print(device)
     return 0
+
+
+def _refuse_others(served: client.Served) -> None:
+    """Raise AttachError for swap on a server that is not root's: its owner reads what is swapped out."""
+    from zramd import trusted
+
+    process = served.process()
+    process.close()
+    if process.uid:
+        raise AttachError(
+            f"the server of {served.name} belongs to {trusted.user(process.uid)}, who could read and change what "
+            "is swapped out: serve it as root, or attach it without --swap"
+        )
 
 
 def _drop(there: "Attached") -> None:

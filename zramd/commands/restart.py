@@ -10,7 +10,7 @@ import socket
 import time
 from contextlib import suppress
 
-from zramd import client, handover, rundir
+from zramd import client, handover, peer, rundir
 from zramd.commands import add_device, serve
 from zramd.errors import DeviceError, UsageError
 
@@ -35,6 +35,9 @@ def restart(arguments: argparse.Namespace) -> int:
     """
     served = client.find(arguments.name, arguments.rundir)
     _keep_others_off(served)
+    process = served.process()
+    peer.must_be_ours(process, served.name)  # what nbdkit was told is told to the next one
+    served.pid = process.pid
     settings = served.ask_json("GET", "/settings")
     served.name = settings["name"]
     pairs = _pairs(settings)
@@ -57,7 +60,7 @@ def restart(arguments: argparse.Namespace) -> int:
     since = time.monotonic()
     try:
         _refuse_streams(served)
-        _end(served)
+        _end(served.name, process)
         new.go(served)
     except DeviceError as error:
         new.kill()
@@ -252,26 +255,16 @@ def _take_sockets(served: client.Served) -> tuple[list[int], bool]:
     return found, text == b"made"
 
 
-def _end(served: client.Served) -> None:
+def _end(name: str, process: peer.Process) -> None:
     """Let the old server hand over, and wait for its end. Raises DeviceError."""
-    import signal
-
     from zramd import sockets
 
-    pid = served.pid or 0
-    try:
-        process = os.pidfd_open(pid)
-        _drain(served.name, process)
-        if rundir.holder(served.path) == pid:  # it has not ended and left its number to another process
-            signal.pidfd_send_signal(process, sockets.HAND_OVER)
-    except ProcessLookupError:
-        return
-    ended = select.poll()
-    ended.register(process, select.POLLIN)
-    done = ended.poll(LEAVE_TIMEOUT * 1000)
-    os.close(process)
-    if not done:
-        raise DeviceError(f"it has not left within {LEAVE_TIMEOUT:g} seconds: look at its process, {pid}")
+    _drain(name, process.fd)
+    process.signal(sockets.HAND_OVER)
+    if not process.ended(LEAVE_TIMEOUT):
+        raise DeviceError(
+            f"it has not left within {LEAVE_TIMEOUT:g} seconds: look at its process, {process.pid}"
+        )
 
 
 def _drain(name: str, process: int) -> None:

@@ -2,15 +2,16 @@
 
 import argparse
 import os
+import shlex
 import socket
 import stat
 import sys
 import time
 from contextlib import contextmanager, suppress
 
-from zramd import client
+from zramd import client, inherited
 from zramd.commands import add_device
-from zramd.errors import DeviceError, SaveError, UsageError
+from zramd.errors import DeviceError, SaveError, UntrustedError, UsageError
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -29,10 +30,12 @@ def save(arguments: argparse.Namespace) -> int:
 
     file = _file(arguments)
     served = client.find(arguments.name, arguments.rundir)
+    if file == "-" and 1 in inherited.missing:
+        raise UsageError("standard output is closed: a device cannot be saved to it")
     if file == "-" and os.isatty(1):
         raise UsageError("a saved device is not for a terminal: use a file, or a pipe")
     if file != "-":
-        file = os.path.realpath(file)
+        file = _trusted(file, "save to a folder of your own, or to - and a pipe")
         _check_target(file, arguments.force)
     if not arguments.live:
         refuse_in_use(served, "save", ", or save it with --live, blocks of different moments")
@@ -47,6 +50,18 @@ def save(arguments: argparse.Namespace) -> int:
     print(f"{_summary(found)}, {_speed(found['bytes'], started)}", file=sys.stderr)
     _warn(found)
     return 0
+
+
+def _trusted(file: str, remedy: str) -> str:
+    """Return where a file is. Raises DeviceError if another user has made it, or may replace it."""
+    from zramd import trusted
+
+    try:
+        return trusted.resolve(file)
+    except UntrustedError as error:
+        raise DeviceError(f"'{file}' is not used: {error}: {remedy}") from None
+    except OSError as error:
+        raise _cannot("be used", file, error) from None
 
 
 def _check_target(file: str, force: bool) -> None:
@@ -149,6 +164,8 @@ def load(arguments: argparse.Namespace) -> int:
     if arguments.check:
         return _check(file)
     served = client.find(arguments.name, arguments.rundir)
+    if file != "-":  # what comes by a pipe, the user vouches for
+        file = _trusted(file, f"to load it all the same: zramd load … - < {shlex.quote(file)}")
     started = time.monotonic()
     with _open(file) as source:
         regular = stat.S_ISREG(os.fstat(source.fileno()).st_mode)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
-from zramd import __version__, attached, client, kernelswap, rundir
+from zramd import __version__, attached, client, inherited, kernelswap, rundir
 from zramd.commands import add_device
 from zramd.errors import DeviceError, UsageError, ZramdError
 
@@ -80,11 +80,12 @@ class Options:
         self.before: list[str] = []  # options, to stand before the plugin's name
         self.after: list[str] = []  # filters' parameters, to stand after it
         self.values: dict[str, str] = {}  # option → its value, '' if it has none
+        self.sockets: list[int] = []  # that a service manager has passed, to be served instead of one of ours
 
     @property
     def other_transport(self) -> bool:
         """Whether something else than the socket in the run folder is served."""
-        return not TRANSPORTS.isdisjoint(self.values) or "LISTEN_FDS" in os.environ
+        return not TRANSPORTS.isdisjoint(self.values) or bool(self.sockets)
 
 
 def read_options(words: list[str], leave_out: Collection[str] = ()) -> Options:
@@ -113,8 +114,19 @@ def read_options(words: list[str], leave_out: Collection[str] = ()) -> Options:
 def command(settings: "Config", pairs: list[tuple[str, str]], options: Options) -> list[str]:
     """Return nbdkit's command line."""
     socket_option = [] if options.other_transport else ["-U", f"{settings.rundir}/{rundir.NBD_SOCKET}"]
-    plugin = ["python", plugin_path(), *(f"{key}={value}" for key, value in pairs)]
+    plugin = ["python", plugin_path(), *_words(settings, pairs)]
     return ["nbdkit", "-f", *socket_option, *options.before, *plugin, *options.after]
+
+
+def _words(settings: "Config", pairs: list[tuple[str, str]]) -> list[str]:
+    """Return the settings as nbdkit takes them; paths hold wherever the server stands."""
+    from zramd import config
+
+    paths = ("rundir", "state", "metrics_file")
+    return [
+        f"{key}={getattr(settings, name) if (name := config.find(key).name) in paths else value}"
+        for key, value in pairs
+    ]
 
 
 def plugin_path() -> str:
@@ -226,7 +238,7 @@ def plan(
 ) -> "tuple[Config, Options, list[str]]":
     """Return what to serve, nbdkit's own options, and its command line; `words` are key=value settings.
 
-    Raises ConfigError, RundirError, and ZramdError when nbdkit is missing.
+    Raises ConfigError, RundirError, UsageError, and ZramdError when nbdkit is missing.
     """
     import shutil
 
@@ -248,18 +260,19 @@ def plan(
     if shutil.which("nbdkit") is None:
         raise ZramdError("nbdkit is not installed: run 'apt-get install nbdkit nbdkit-plugin-python' as root")
     options = read_options(nbdkit_words)
+    options.sockets = inherited.passed_sockets()
     return settings, options, command(settings, pairs, options)
 
 
 def set_environment(settings: "Config") -> None:
     """Set this process's environment as the server needs it."""
+    inherited.for_server()
     # One arena for all threads: with an arena each, memory goes on growing for thousands of connections.
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     if settings.swap == "local":
         # Python's own allocator asks the kernel for a megabyte whenever it is out of one.
         os.environ["PYTHONMALLOC"] = "malloc"
         os.environ["LD_BIND_NOW"] = "1"
-    os.environ.pop("PYTHONHOME", None)  # nbdkit's Python is not the one that this was meant for
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -280,6 +293,7 @@ def serve(arguments: argparse.Namespace) -> int:
     settings, options, argv = plan(arguments.name, size, words, arguments.nbdkit_options)
     if settings.state == handover.SYSTEMD:
         fdstore.prepare(kept)
+    inherited.close_others((*options.sockets, int(os.environ.get(handover.KEPT_FD, 0))), argv)
     # With -s, standard output is the client's; and a service manager has its own way to learn that we serve.
     if _STANDARD_INPUT.isdisjoint(options.values) and "NOTIFY_SOCKET" not in os.environ:
         _start_watcher(settings, greeting(settings, options, os.getpid()))
@@ -305,6 +319,7 @@ def start(arguments: argparse.Namespace) -> int:
     """
     import signal
 
+    inherited.leave_manager()
     name, words = arguments.new_name, arguments.settings
     if name is not None and arguments.size is None:
         from zramd import devices
@@ -322,7 +337,8 @@ def start(arguments: argparse.Namespace) -> int:
     set_environment(settings)
     os.environ[rundir.BACKGROUND] = "1"
     end = time.monotonic() + READY_TIMEOUT
-    pid, errors = spawn(argv)
+    # What nbdkit's options name may be relative to where we are. Else no file system is to be kept busy.
+    pid, errors = spawn(argv, folder="." if arguments.nbdkit_options else "/")
     try:
         said = read_until(errors, end)
         while not is_ready(settings):
@@ -343,11 +359,11 @@ def start(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def spawn(argv: list[str], prepare: Callable[[], None] = lambda: None) -> tuple[int, int]:
+def spawn(argv: list[str], prepare: Callable[[], None] = lambda: None, folder: str = ".") -> tuple[int, int]:
     """Run a program as nobody's child, in a session of its own; return its number and its standard error.
 
-    Nobody's child because nbdkit may ask the kernel to be ended together with its parent. `prepare` is called
-    in the new process before it becomes the program.
+    Nobody's child because nbdkit may ask the kernel to be ended together with its parent. It stands in `folder`
+    and has no descriptors of ours; then `prepare` is called in the new process, which may give it some.
     """
     errors, to_errors = os.pipe()
     numbers, to_numbers = os.pipe()
@@ -365,6 +381,9 @@ def spawn(argv: list[str], prepare: Callable[[], None] = lambda: None) -> tuple[
                 null = os.open(os.devnull, os.O_RDWR)
                 for source, target in ((null, 0), (null, 1), (to_errors, 2)):
                     os.dup2(source, target)
+                os.chdir(folder)
+                inherited.leave_manager()
+                inherited.close_others(words=argv)
                 prepare()
                 os.execvp(argv[0], argv)
         except OSError as error:
@@ -406,17 +425,13 @@ def stop(arguments: argparse.Namespace) -> int:
     import signal
 
     served = client.find(arguments.name, arguments.rundir)
-    pid = served.pid or 0
     refuse_in_use(served, "stop")
-    process = os.pidfd_open(pid)
-    if rundir.holder(served.path) == pid:  # it has not ended and left its number to another process
-        signal.pidfd_send_signal(process, signal.SIGTERM)
-    ended = select.poll()
-    ended.register(process, select.POLLIN)
-    if not ended.poll(STOP_TIMEOUT * 1000):
+    process = served.process()
+    process.signal(signal.SIGTERM)
+    if not process.ended(STOP_TIMEOUT):
         raise DeviceError(
             f"{served.name} has not stopped within {STOP_TIMEOUT:g} seconds: "
-            f"'kill -QUIT {pid}' ends it whatever it waits for"
+            f"'kill -QUIT {process.pid}' ends it whatever it waits for"
         )
     return 0
 

@@ -1,0 +1,254 @@
+"""Opens what may be trusted: nothing that another user has made, owns, or may replace.
+
+    with trusted.place("/dev/shm/swap0.state") as place:     its folder, by descriptor, and its name in there
+        fd = place.open(os.O_RDWR, private=True)             what is opened is what was looked at
+        fd = place.create()                                  made by us, whatever was planted
+
+A path is walked from / on, one name after the other, and each name is looked at by the descriptor that is
+then used: so it matters neither what others change meanwhile, nor how fs.protected_symlinks and its like are
+set. Who may be trusted: root, ourselves, and who owns /, for he can replace all that is below (in a user
+namespace that is somebody whom we have no name for).
+
+Every refusal is an UntrustedError: what, and whose it is. What to do, the caller adds.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from zramd.errors import UntrustedError
+
+_LINKS = 40  # as the kernel has it
+_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+# A FIFO is not waited for, a terminal does not become ours.
+_SAFE = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+class Place:
+    """A name in a folder, which may or may not be there. The folder's descriptor is good for `dir_fd`."""
+
+    def __init__(self, folder: int, name: str, shown: str, magic: bool) -> None:
+        self.folder = folder
+        self.name = name
+        self.shown = shown
+        self.magic = magic  # one of /proc/PID/fd: the kernel knows better than the text of the link
+
+    def open(self, flags: int = os.O_RDONLY, *, private: bool = False) -> int:
+        """Return a descriptor of what is there. Raises UntrustedError as `check_file`, OSError."""
+        fd = os.open(self.name, (flags | _SAFE) & ~(os.O_NOFOLLOW * self.magic), dir_fd=self.folder)
+        try:
+            status = os.fstat(fd)
+            # A pipe that the shell gave us, or a memory file: without a name, nobody else comes to it.
+            if not self.magic or (stat.S_ISREG(status.st_mode) and status.st_nlink):
+                check_file(status, self.shown, private=private)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def create(self, flags: int = os.O_RDWR, mode: int = 0o600) -> int:
+        """Return the descriptor of a new file. Raises FileExistsError if anything is there, OSError."""
+        return os.open(self.name, flags | os.O_CREAT | os.O_EXCL | _SAFE, mode, dir_fd=self.folder)
+
+    def open_or_create(self, flags: int = os.O_RDWR) -> int:
+        """Return the descriptor of a private file, a new one if there is none. Raises as `open`."""
+        while True:
+            with suppress(FileNotFoundError):
+                return self.open(flags, private=True)
+            with suppress(FileExistsError):
+                return self.create(flags)
+
+
+@contextmanager
+def place(path: str, *, make: bool = False, foreign: bool = False, root: str = "/") -> Iterator[Place]:
+    """Yield the Place of `path`; links on the way, and at its end, count if we or root made them.
+
+    make: folders that are missing are made, for others to look into.
+    foreign: folders on the way may belong to other users, for what is no secret and does no harm.
+    root: a folder that stands for /. Whoever owns what is in there, and whatever its links say, nothing
+    outside is reached.
+
+    Raises UntrustedError, OSError.
+    """
+    walk = _Walk(root, make, foreign)
+    try:
+        yield walk.to(path)
+    finally:
+        walk.close()
+
+
+def open_folder(path: str, *, make: bool = False, foreign: bool = False, root: str = "/") -> int:
+    """Return the descriptor of a folder, good for `dir_fd`; the rest as with `place`."""
+    walk = _Walk(root, make, foreign)
+    try:
+        return os.dup(walk.to(path, folder=True).folder)
+    finally:
+        walk.close()
+
+
+def resolve(path: str) -> str:
+    """Return the path without links, once nobody else can have made or replace what is there, or comes there.
+
+    What is there may be of any kind, and may be missing. Raises UntrustedError, OSError.
+    """
+    with place(path) as found:
+        shown = found.shown
+        if found.magic:
+            return os.path.realpath(shown) if os.path.isfile(shown) else shown
+        with suppress(FileNotFoundError):
+            status = os.stat(found.name, dir_fd=found.folder, follow_symlinks=False)
+            _check_owner(status, shown)
+            if stat.S_ISREG(status.st_mode):
+                check_file(status, shown)
+        return shown
+
+
+def check_file(status: os.stat_result, shown: str, *, private: bool = False) -> None:
+    """Raise UntrustedError unless this is a regular file that nobody else may change.
+
+    private: nor has it a second name somewhere else. (See `close_to_others` for who may read it.)
+    """
+    if not stat.S_ISREG(status.st_mode):
+        raise UntrustedError(f"'{shown}' is not a regular file")
+    _check_owner(status, shown)
+    if _others_write(status):
+        raise UntrustedError(f"other users may write to '{shown}'")
+    if private and status.st_nlink > 1:
+        raise UntrustedError(f"'{shown}' has another name elsewhere, a hard link")
+
+
+def close_to_others(fd: int, shown: str) -> None:
+    """Let nobody else read a file of ours. Raises UntrustedError if somebody may have it open already."""
+    mode = stat.S_IMODE(os.fstat(fd).st_mode)
+    if not mode & 0o077 or not os.fstat(fd).st_nlink:  # what has no name cannot be opened
+        return
+    os.fchmod(fd, 0o600)
+    try:
+        # The kernel grants this lease only where no other descriptor of the file is open.
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError:
+        os.fchmod(fd, mode)
+        raise UntrustedError(f"other users may read '{shown}', and somebody has it open") from None
+
+
+def check_folder(status: os.stat_result, shown: str) -> None:
+    """Raise UntrustedError unless nobody else may replace what we have in this folder."""
+    _check_owner(status, shown)
+    if _others_write(status) and not status.st_mode & stat.S_ISVTX:
+        raise UntrustedError(f"other users may write to folder '{shown}'")
+
+
+def is_trusted(uid: int) -> bool:
+    """Say whether a user is root, ourselves, or the owner of /."""
+    return uid in (0, os.geteuid()) or uid == os.stat("/").st_uid
+
+
+def user(uid: int) -> str:
+    """Return how a user is called."""
+    import pwd
+
+    try:
+        return f"user '{pwd.getpwuid(uid).pw_name}'"
+    except KeyError:
+        return f"user {uid}"
+
+
+def _check_owner(status: os.stat_result, shown: str) -> None:
+    if not is_trusted(status.st_uid):
+        raise UntrustedError(f"'{shown}' belongs to {user(status.st_uid)}")
+
+
+def _others_write(status: os.stat_result) -> bool:
+    """Say whether others may write; a group that has our own number is ours alone, by convention."""
+    ours = status.st_gid == os.getegid() == os.geteuid()
+    return bool(status.st_mode & (0o002 if ours else 0o022))
+
+
+class _Walk:
+    """The folders from / to where we are, as descriptors: so '..' cannot lead anywhere else."""
+
+    def __init__(self, root: str, make: bool, foreign: bool) -> None:
+        self._inside = root != "/"
+        self._make, self._foreign = make, foreign or self._inside
+        self._root = root.rstrip("/")
+        self._folders = [os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
+        self._names: list[str] = []  # of those after the first
+        self._ahead: list[str] = []  # names that are still to be walked, the next one last
+
+    def to(self, path: str, folder: bool = False) -> Place:
+        """Return the place of `path`, or that of what is in the folder `path`."""
+        self._ahead = _parts(path if self._inside else os.path.abspath(path))
+        links = 0
+        while self._ahead:
+            name = self._ahead.pop()
+            last = not self._ahead and not folder
+            if name == "..":
+                self._leave()
+                continue
+            try:
+                fd = os.open(name, _LOOK, dir_fd=self._folders[-1])
+            except FileNotFoundError:
+                if last:
+                    break
+                if not self._make:
+                    raise
+                with suppress(FileExistsError):
+                    os.mkdir(name, 0o755, dir_fd=self._folders[-1])
+                self._ahead.append(name)
+                continue
+            status, shown = os.fstat(fd), self._shown(name)
+            if stat.S_ISDIR(status.st_mode) and not last:
+                self._names.append(name)
+                self._folders.append(fd)
+                if not self._foreign:
+                    check_folder(status, shown)
+                continue
+            try:
+                if not stat.S_ISLNK(status.st_mode):
+                    if last:
+                        break
+                    raise _error(errno.ENOTDIR)
+                if not self._inside and not is_trusted(status.st_uid):
+                    raise UntrustedError(f"'{shown}' is a link that {user(status.st_uid)} has made")
+                if last and not self._inside and self._names[:1] == ["proc"] and self._names[-1] == "fd":
+                    return Place(self._folders[-1], name, shown, True)
+                links += 1
+                if links > _LINKS:
+                    raise _error(errno.ELOOP)
+                self._follow(os.readlink("", dir_fd=fd))
+            finally:
+                os.close(fd)
+        else:
+            name = "."
+        return Place(self._folders[-1], name, self._shown(name), False)
+
+    def _follow(self, target: str) -> None:
+        while target.startswith("/") and self._names:
+            self._leave()
+        self._ahead += _parts(target)
+
+    def _leave(self) -> None:
+        if self._names:
+            self._names.pop()
+            os.close(self._folders.pop())
+
+    def _shown(self, name: str) -> str:
+        return "/".join([self._root, *self._names, name])
+
+    def close(self) -> None:
+        """Close all descriptors."""
+        for folder in self._folders:
+            os.close(folder)
+
+
+def _parts(path: str) -> list[str]:
+    """Return the names in a path, the first one last."""
+    return [part for part in path.split("/") if part not in ("", ".")][::-1]
+
+
+def _error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
