@@ -14,8 +14,10 @@ from zramd.errors import ConfigError, ZramdError
 
 # The first has the highest precedence.
 FOLDERS = ("run", "etc", "usr/local/lib", "usr/lib")
+MAX_BYTES = 1 << 20  # of a file: a configuration has a few thousand
 
 _SECTION = re.compile(r"\[([^\[\]]*)\]")
+_VALUE = re.compile(r"([^=:]*)[=:](.*)", re.DOTALL)  # zram-generator takes both; what comes first counts
 
 
 class Entry(NamedTuple):
@@ -74,15 +76,29 @@ def read(path: Path) -> tuple[list[Entry], list[Problem]]:
 
     Raises ConfigError if the file is not there or is not text, ZramdError if it cannot be read.
     """
+    return parse(text(path).split("\n"), str(path))
+
+
+def text(path: Path) -> str:
+    """Return what is in a file, without the mark (BOM) that some editors begin it with. Raises as `read`."""
     try:
-        text = path.read_bytes().decode()
-    except FileNotFoundError:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path}: there is no such file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text: write it anew") from None
+    except ValueError:  # a NUL in its name
+        raise ConfigError(f"{path}: this is not a file's name") from None
     except OSError as error:
         raise ZramdError(f"{path}: {error.strerror}") from None
-    return parse(text.split("\n"), str(path))
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{path}: it has more than {MAX_BYTES} bytes: this is no configuration")
+    try:
+        found, place = data.decode(), data.find(b"\0")
+    except UnicodeDecodeError as error:
+        found, place = "", error.start
+    if place >= 0:
+        raise ConfigError(f"{path}: byte {place} is not UTF-8 text: write it anew")
+    return found.removeprefix("\ufeff")
 
 
 def parse(lines: Iterable[str], name: str) -> tuple[list[Entry], list[Problem]]:
@@ -107,13 +123,23 @@ def parse(lines: Iterable[str], name: str) -> tuple[list[Entry], list[Problem]]:
             continue
         if section is None:
             continue
-        key, equals, value = (part.strip() for part in line.partition("="))
-        if not equals or not key:
+        match = _VALUE.fullmatch(line)
+        key, value = (match[1].strip(), match[2].strip()) if match else ("", "")
+        if not key:
             problems.append(
                 Problem(where, section, f"'{line}' is neither KEY = VALUE, nor [NAME], nor # comment")
             )
             continue
-        if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        if _is_quoted(value):
             value = value[1:-1]
         entries.append(Entry(where, section, key, value))
     return entries, problems
+
+
+def line(key: str, value: str) -> str:
+    """Return the line that `parse` reads as this entry."""
+    return f'{key} = "{value}"' if _is_quoted(value) or value != value.strip() else f"{key} = {value}"
+
+
+def _is_quoted(value: str) -> bool:
+    return len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"

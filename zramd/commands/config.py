@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from zramd.errors import ConfigError
+from zramd.errors import ConfigError, printable
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _as_json(device: "Device") -> "dict[str, Any]":
 
 def _complain(configuration: "Configuration") -> None:
     for problem in configuration.problems:
-        print(f"zramd: {problem}", file=sys.stderr)
+        print(f"zramd: {printable(str(problem))}", file=sys.stderr)
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -139,7 +139,11 @@ def show(arguments: argparse.Namespace) -> int:
         if not (chosen or skipped or configuration.problems):
             parts = ["no device is configured: write /etc/zramd.conf, as docs/zramd.conf shows"]
         parts += ["\n".join(f"{name}: {why}" for name, why in skipped.items())] if skipped else []
-        parts += ["\n".join(f"note: {note}" for note in configuration.notes)] if configuration.notes else []
+        parts += (
+            ["\n".join(f"note: {printable(note)}" for note in configuration.notes)]
+            if configuration.notes
+            else []
+        )
         if parts:
             print("\n\n".join(parts))
     return ConfigError.exit_code if configuration.problems else 0
@@ -150,7 +154,7 @@ def check(arguments: argparse.Namespace) -> int:
     configuration = _load(arguments.file, arguments.generator)
     _complain(configuration)
     for note in configuration.notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     for name, why in configuration.skipped.items():
         print(f"{name}: {why}")
     if configuration.problems:
@@ -165,9 +169,9 @@ def import_(arguments: argparse.Namespace) -> int:
     from zramd import conffiles, devices, foreign
 
     translation = _translation(arguments.file)
-    sys.stdout.write(foreign.text(translation))
     ram = devices.total_ram(conffiles.root_folder())
     configuration = devices.build(translation.sections, ram, translation.problems)
+    sys.stdout.write(foreign.text(translation, configuration.problems))
     _complain(configuration)
     return 1 if configuration.problems else 0
 
