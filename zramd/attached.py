@@ -56,6 +56,22 @@ def find(name: str) -> Attached | None:
     return Attached(name, device, int(keeper), data.strip())
 
 
+def name_of(device: str) -> str:
+    """Return the zramd that is attached as `device`, such as /dev/nbd0; '' if none is."""
+    try:
+        files = os.listdir(FOLDER)
+    except OSError:
+        return ""
+    for file in files:
+        name = file.removesuffix(".attached")
+        if name != file:
+            with suppress(OSError):
+                there = find(name)
+                if there and there.device == device:
+                    return name
+    return ""
+
+
 def devices(name: str, disksize: int) -> list[str]:
     """Return the kernel's devices, such as /dev/nbd0, that are connected to `name`, of `disksize` bytes.
 
@@ -113,7 +129,7 @@ def unobserved(device: str) -> Iterator[Callable[[], None]]:
 def read_sys(device: str, name: str) -> str:
     """Return what sysfs says of a device, '' if it does not."""
     try:
-        with open(f"{SYS_BLOCK}/{os.path.basename(device)}/{name}") as file:
+        with open(f"{SYS_BLOCK}/{os.path.basename(device)}/{name}", errors="surrogateescape") as file:
             return file.read().strip()
     except OSError:
         return ""
@@ -125,7 +141,7 @@ def data_of(folder: str) -> str:
     Two servers with the same answer hold the same data, one after the other.
     """
     try:
-        with open(f"{folder}/{rundir.DATA_ID}") as file:
+        with open(f"{folder}/{rundir.DATA_ID}", errors="surrogateescape") as file:
             return file.read().strip()
     except OSError:
         return ""

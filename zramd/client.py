@@ -10,9 +10,10 @@ import os
 import socket
 
 from zramd import rundir
-from zramd.errors import DeviceError, UsageError
+from zramd.errors import DeviceError, UsageError, ZramdError
 
 TIMEOUT = 10.0  # seconds to wait for an answer
+ROOTS = "/run/zramd"  # where root's run folders lie
 _CONTROL_SOCKET = rundir.CONTROL_SOCKET
 
 
@@ -102,7 +103,9 @@ class Served:
         answer = self.request(method, path, body, timeout)
         try:
             values: dict[str, Any] = json.loads(answer)
-        except ValueError:
+            if not isinstance(values, dict):
+                raise ValueError
+        except (ValueError, RecursionError):
             raise DeviceError(f"{self.name} does not answer {path} in whole: is it stopping?") from None
         return values
 
@@ -128,12 +131,12 @@ def ask(path: str, method: str, url: str, body: str = "", timeout: float = TIMEO
 
     Raises OSError when there is no answer (TimeoutError when it takes too long).
     """
-    data = body.encode()
+    data = os.fsencode(body)
     head = f"{method} {url} HTTP/1.1\r\nHost: zramd\r\nContent-Length: {len(data)}\r\n\r\n"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
         control.settimeout(timeout)
         control.connect(f"{path}/{_CONTROL_SOCKET}")
-        control.sendall(head.encode() + data)
+        control.sendall(os.fsencode(head) + data)
         return _parse(b"".join(iter(lambda: control.recv(65536), b"")))
 
 
@@ -149,26 +152,56 @@ def _parse(data: bytes) -> tuple[int, str]:
 def base() -> str:
     """Return the folder in which run folders lie: root's own, or the user's. '' for a user who has none."""
     if os.geteuid() == 0:
-        return "/run/zramd"
+        return ROOTS
     folder = os.environ.get("XDG_RUNTIME_DIR")
     return f"{folder}/zramd" if folder else ""
 
 
 def every() -> list[Served]:
-    """Return all devices in the usual place, by name, also those whose server has died."""
+    """Return all devices in the usual place, or where zramd.conf has them; also if their server has died."""
     folder = base()
     try:
-        names = sorted(os.listdir(folder)) if folder else []
+        names = os.listdir(folder) if folder else []
     except FileNotFoundError:
-        return []
+        names = []
     except OSError as error:
         raise DeviceError(f"'{folder}' cannot be read: {(error.strerror or '').lower()}") from None
-    paths = [(name, f"{folder}/{name}") for name in names]
-    return [
-        Served(name, path, rundir.holder(path))
-        for name, path in paths
-        if os.path.exists(f"{path}/{rundir.PID}")
-    ]
+    found = {os.path.realpath(path): (name, path) for name in names if _was_used(path := f"{folder}/{name}")}
+    for name, path in _configured().items():
+        if path and _was_used(path):
+            found[os.path.realpath(path)] = name, path
+    return [Served(name, path, rundir.holder(path)) for name, path in sorted(found.values())]
+
+
+def _was_used(path: str) -> bool:
+    return os.path.exists(f"{path}/{rundir.PID}")
+
+
+def _configured() -> dict[str, str]:
+    """Return the devices that zramd.conf has, and their run folders where it names them, else ''."""
+    from zramd import conffiles
+
+    if not conffiles.are_there("zramd.conf"):
+        return {}
+    from zramd import devices
+
+    try:
+        return devices.load().rundirs
+    except ZramdError:  # it is not what was asked for: a device that is served is found all the same
+        return {}
+
+
+def name_of(text: str) -> str:
+    """Return the device's name that a word on the command line means: it may be written as /dev/NAME.
+
+    /dev/nbdN means the one that is attached there.
+    """
+    name = text.removeprefix("/dev/")
+    if name != text and name.startswith("nbd"):
+        from zramd import attached
+
+        return attached.name_of(text) or name
+    return name
 
 
 def look(name: str | None, path: str | None = None) -> Served:
@@ -176,28 +209,46 @@ def look(name: str | None, path: str | None = None) -> Served:
 
     Raises UsageError when neither is given, DeviceError when there is no such device.
     """
+    name = None if name is None else name_of(name)
     if path:
         path = os.path.abspath(path)
         missing = f"no server has used '{path}': give the folder that it has as rundir="
     elif name is None:
         raise UsageError("which device? Give its name, as 'zramd list' shows it, or --rundir FOLDER")
-    elif not name or name[0] in ".-" or "/" in name:
+    elif not name or name[0] in ".-" or "/" in name or "\0" in name:
         raise UsageError(f"'{name}' is not a device's name: 'zramd list' shows those that there are")
-    elif not base():
-        raise UsageError("no place to look for devices: set XDG_RUNTIME_DIR or give --rundir FOLDER")
     else:
-        path = f"{base()}/{name}"
-        there = ", ".join(served.name for served in every())
-        missing = f"there is no device '{name}': " + (
-            f"use one of {there}" if there else f"'zramd start {name} --size 1G' starts it"
-        )
+        path, missing = _place(name)
     try:
         os.close(os.open(f"{path}/{rundir.PID}", os.O_RDONLY | os.O_CLOEXEC))
     except PermissionError:
         raise DeviceError(f"'{path}' cannot be read: permission denied: run this as its owner") from None
-    except OSError:
+    except (OSError, ValueError):
         raise DeviceError(missing) from None
     return Served(name or os.path.basename(path), path, rundir.holder(path))
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Return the run folder of device `name`, and the sentence that says that nothing is there.
+
+    One that zramd.conf names comes before the usual one, a living server before one that has died.
+    """
+    configured = _configured()
+    usual = f"{base()}/{name}" if base() else ""
+    paths = [path for path in (configured.get(name, ""), usual) if path]
+    if not paths:
+        raise UsageError("no place to look for devices: set XDG_RUNTIME_DIR or give --rundir FOLDER")
+    there = ", ".join(served.name for served in every())
+    if name in configured:
+        hint = f"'zramd start {name}' starts it"
+    elif os.geteuid() and os.path.lexists(f"{ROOTS}/{name}"):
+        hint = "root has one: use sudo"
+    else:
+        hint = f"use one of {there}" if there else f"'zramd start {name} --size 1G' starts it"
+    missing = f"there is no device '{name}': {hint}"
+    living = [path for path in paths if rundir.holder(path) is not None]
+    used = [path for path in paths if _was_used(path)]
+    return (living or used or paths)[0], missing
 
 
 def find(name: str | None, path: str | None = None) -> Served:

@@ -7,10 +7,13 @@
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 from zramd.errors import ConfigError, ZramdError
+
+TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # The first has the highest precedence.
 FOLDERS = ("run", "etc", "usr/local/lib", "usr/lib")
@@ -40,12 +43,21 @@ class Problem(NamedTuple):
         return f"{self.where}: {self.text}"
 
 
-def root_folder(root: str | None = None) -> Path:
+def root_folder(root: str | None = None) -> "Path":
     """Return the folder that stands for /: `root`, else what ZRAMD_ROOT says, else / itself."""
+    from pathlib import Path
+
     return Path(root or os.environ.get("ZRAMD_ROOT") or "/")
 
 
-def find(root: Path, name: str) -> list[Path]:
+def are_there(name: str) -> bool:
+    """Say whether `find` is worth the time that it takes to import what it needs."""
+    root = os.environ.get("ZRAMD_ROOT") or "/"
+    files = [f"{root}/{folder}/{name}" for folder in FOLDERS]
+    return any(os.path.lexists(file) or os.path.isdir(f"{file}.d") for file in files)
+
+
+def find(root: "Path", name: str) -> "list[Path]":
     """Return the main file `name` and the drop-ins NAME.d/*.conf that count, the weakest first.
 
     Of main files, the one in the highest folder counts alone. Drop-ins come in the order of their file names,
@@ -67,11 +79,11 @@ def find(root: Path, name: str) -> list[Path]:
     return [path for path in [*main, *(drop_ins[file] for file in sorted(drop_ins))] if not _masks(path)]
 
 
-def _masks(path: Path) -> bool:
+def _masks(path: "Path") -> bool:
     return os.path.realpath(path) == os.devnull
 
 
-def read(path: Path) -> tuple[list[Entry], list[Problem]]:
+def read(path: "Path") -> tuple[list[Entry], list[Problem]]:
     """Return the lines of a file, and those that are none.
 
     Raises ConfigError if the file is not there or is not text, ZramdError if it cannot be read.
@@ -79,7 +91,7 @@ def read(path: Path) -> tuple[list[Entry], list[Problem]]:
     return parse(text(path).split("\n"), str(path))
 
 
-def text(path: Path) -> str:
+def text(path: "Path") -> str:
     """Return what is in a file, without the mark (BOM) that some editors begin it with. Raises as `read`."""
     try:
         with path.open("rb") as file:

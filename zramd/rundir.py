@@ -25,6 +25,7 @@ LOCK_TIMEOUT = 0.1  # seconds
 _FILES = (DATA_ID, *STATS_FILES)
 _TEMPORARY = ".new"
 _OURS = frozenset((NBD_SOCKET, CONTROL_SOCKET, LOG, *_FILES, *(name + _TEMPORARY for name in _FILES)))
+NAMES = (PID, *sorted(_OURS))  # all that may be in the folder
 
 
 class Rundir:

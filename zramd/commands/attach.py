@@ -202,7 +202,12 @@ def _has_netlink() -> bool:
     modprobe = shutil.which("modprobe", path=kernelswap.PATH)
     if modprobe and not os.path.exists("/sys/module/nbd"):
         done = subprocess.run(
-            [modprobe, "nbd"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            [modprobe, "nbd"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
         )
         reason = " ".join(done.stderr.split()).removeprefix("modprobe: ")
     if not os.path.exists("/sys/module/nbd"):
