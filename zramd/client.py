@@ -160,24 +160,29 @@ def base() -> str:
 def every() -> list[Served]:
     """Return all devices in the usual place, or where zramd.conf has them; also if their server has died."""
     folder = base()
-    try:
-        names = os.listdir(folder) if folder else []
-    except FileNotFoundError:
-        names = []
-    except OSError as error:
-        raise DeviceError(f"'{folder}' cannot be read: {(error.strerror or '').lower()}") from None
+    names = names_in(folder) if folder else []
     found = {os.path.realpath(path): (name, path) for name in names if _was_used(path := f"{folder}/{name}")}
-    for name, path in _configured().items():
+    for name, path in configured().items():
         if path and _was_used(path):
             found[os.path.realpath(path)] = name, path
     return [Served(name, path, rundir.holder(path)) for name, path in sorted(found.values())]
+
+
+def names_in(folder: str) -> list[str]:
+    """Return what is in a folder, nothing if it is not there. Raises DeviceError."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DeviceError(f"'{folder}' cannot be read: {(error.strerror or '').lower()}") from None
 
 
 def _was_used(path: str) -> bool:
     return os.path.exists(f"{path}/{rundir.PID}")
 
 
-def _configured() -> dict[str, str]:
+def configured() -> dict[str, str]:
     """Return the devices that zramd.conf has, and their run folders where it names them, else ''."""
     from zramd import conffiles
 
@@ -233,13 +238,13 @@ def _place(name: str) -> tuple[str, str]:
 
     One that zramd.conf names comes before the usual one, a living server before one that has died.
     """
-    configured = _configured()
+    known = configured()
     usual = f"{base()}/{name}" if base() else ""
-    paths = [path for path in (configured.get(name, ""), usual) if path]
+    paths = [path for path in (known.get(name, ""), usual) if path]
     if not paths:
         raise UsageError("no place to look for devices: set XDG_RUNTIME_DIR or give --rundir FOLDER")
     there = ", ".join(served.name for served in every())
-    if name in configured:
+    if name in known:
         hint = f"'zramd start {name}' starts it"
     elif os.geteuid() and os.path.lexists(f"{ROOTS}/{name}"):
         hint = "root has one: use sudo"

@@ -411,6 +411,7 @@ class Server:
             return False
         snapshot, classes = self.snapshot(), self.classes()
         publish = self._rundir.publish
+        publish("disksize", f"{self.config.disksize}\n")
         publish("mm_stat", stats.mm_stat(snapshot))
         publish("io_stat", stats.io_stat(snapshot))
         publish("frag_ratio", stats.frag_ratio(snapshot))

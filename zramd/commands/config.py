@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from zramd.devices import Configuration, Device
     from zramd.foreign import Translation
 
+_WRITE_ONE = "write /etc/zramd.conf, as docs/zramd.conf shows"
 _ABOUT_GENERATOR = "read zram-generator's configuration, else zramswap's, instead of zramd's"
 
 
@@ -137,7 +138,7 @@ def show(arguments: argparse.Namespace) -> int:
     else:
         parts = [_table(device) for device in chosen]
         if not (chosen or skipped or configuration.problems):
-            parts = ["no device is configured: write /etc/zramd.conf, as docs/zramd.conf shows"]
+            parts = [f"no device is configured: {_WRITE_ONE}"]
         parts += ["\n".join(f"{name}: {why}" for name, why in skipped.items())] if skipped else []
         parts += (
             ["\n".join(f"note: {printable(note)}" for note in configuration.notes)]
@@ -159,8 +160,11 @@ def check(arguments: argparse.Namespace) -> int:
         print(f"{name}: {why}")
     if configuration.problems:
         return 1
+    if not configuration.files:
+        print(f"nothing is configured: {_WRITE_ONE}")
+        return 0
     names = ", ".join(device.name for device in configuration.devices) or "no device"
-    print(f"no errors in {', '.join(configuration.files) or 'no file'}: {names}")
+    print(f"no errors in {', '.join(configuration.files)}: {names}")
     return 0
 
 

@@ -154,9 +154,10 @@ def local_swap(root: str = "") -> "Iterator[Finding]":
             effective = int(line.split()[1], 16)
     missing = [name for bit, name in CAPABILITIES.items() if not effective >> bit & 1]
     if missing:
-        yield Finding(
-            NOTE, "rights", f"{', '.join(missing)} missing for swap=local", "run it as root, or as a service"
-        )
+        remedy = "run it as root, or as a service"
+        if os.geteuid() == 0:  # a container, most likely
+            remedy = f"root has not all here: give the container or unit {' '.join(missing)}"
+        yield Finding(NOTE, "rights", f"{', '.join(missing)} missing for swap=local", remedy)
     else:
         yield Finding(OK, "rights", "enough for swap=local")
     limit = "unlimited"
