@@ -103,8 +103,6 @@ class Served:
         answer = self.request(method, path, body, timeout)
         try:
             values: dict[str, Any] = json.loads(answer)
-            if not isinstance(values, dict):
-                raise ValueError
         except (ValueError, RecursionError):
             raise DeviceError(f"{self.name} does not answer {path} in whole: is it stopping?") from None
         return values

@@ -138,13 +138,13 @@ def _receive(connection: socket.socket, deadline: float) -> tuple[str, str, byte
         rest += _some(connection, deadline, len(line) + len(rest))
     header, _, body = seen.partition(b"\r\n\r\n")
     method, path = match[1].decode(), match[2].decode().partition("?")[0]
-    if not body and _waits(line, header):
+    stream = (method, path) in STREAMS_IN
+    length = _content_length(header, 1 << 62, -1) if stream else _content_length(header, MAX_BODY, 0)
+    if length and not body and _waits(line, header):
         connection.settimeout(max(deadline - time.monotonic(), 0.001))
         connection.sendall(_CONTINUE)
-    if (method, path) in STREAMS_IN:
-        length = _content_length(header, 1 << 62, -1)
+    if stream:
         return method, path, body, length
-    length = _content_length(header, MAX_BODY, 0)
     while len(body) < length:
         body += _some(connection, deadline, 0)
     return method, path, body[:length], length

@@ -198,11 +198,21 @@ def _is_on(arguments: argparse.Namespace, option: str) -> bool:
 
 
 def _own_name(served: client.Served) -> str:
-    """Return what a server calls its device: its run folder may have any name."""
+    """Return what a server calls its device: its run folder may have any name. Raises ConfigError."""
+    import json
+
+    from zramd import config
+
     try:
-        return str(served.stats()["name"])
-    except DeviceError:  # it has no endpoint
-        return served.name
+        name = str(served.stats()["name"])
+    except (DeviceError, KeyError):  # it has no endpoint, or has ended
+        try:
+            with open(served.file("stats.json"), "rb") as file:
+                name = str(json.load(file)["name"])
+        except (OSError, ValueError, KeyError, TypeError):
+            name = served.name
+    config.find("name").parse(name)  # root is to make a file of this name
+    return name
 
 
 def _must_be_free(device: str) -> None:
