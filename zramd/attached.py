@@ -42,6 +42,8 @@ def find(name: str) -> Attached | None:
         return None
     try:
         keeper, device, data = os.pread(fd, 256, 0).decode().split(" ")
+        if not device.removeprefix("/dev/nbd").isdecimal():
+            raise ValueError
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             keeper = "0"

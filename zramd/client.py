@@ -102,7 +102,7 @@ class Served:
 
         answer = self.request(method, path, body, timeout)
         try:
-            values: dict[str, Any] = json.loads(answer)
+            values: dict[str, Any] = json.loads(answer, object_hook=_Answer)
         except (ValueError, RecursionError):
             raise DeviceError(f"{self.name} does not answer {path} in whole: is it stopping?") from None
         return values
@@ -116,6 +116,15 @@ class Served:
         return DeviceError(
             f"the server of {self.name} has died, and its data with it: start it again, "
             f"or remove what it left behind by 'rm -r {self.path}'"
+        )
+
+
+class _Answer(dict):  # type: ignore[type-arg]
+    """What a server tells: one of another version may not tell all that is asked for."""
+
+    def __missing__(self, key: str) -> object:
+        raise DeviceError(
+            f"its server runs another version of zramd, which does not tell '{key}': restart it"
         )
 
 

@@ -29,7 +29,8 @@ def stats(arguments: argparse.Namespace) -> int:
     from zramd.stats import NUMBERS
 
     values = json.loads(text)
-    rows = [(number.name, _shown(values[number.name]), number.unit, number.meaning) for number in NUMBERS]
+    told = [number for number in NUMBERS if number.name in values]  # another version may have fewer
+    rows = [(number.name, _shown(values[number.name]), number.unit, number.meaning) for number in told]
     widths = [max(len(row[place]) for row in rows) for place in range(3)]
     print(f"{values['name']}: zramd {values['version']}, {values['comp_algorithm']}, process {values['pid']}")
     for name, value, unit, meaning in rows:
