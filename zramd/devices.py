@@ -99,6 +99,7 @@ class Configuration:
 
     def find(self, name: str) -> Device:
         """Return the device `name`. Raises SkippedError, and ConfigError if it is wrong or not there."""
+        name = name.removeprefix("/dev/")
         config.find("name").parse(name)
         for problem in self.problems:
             if problem.section in ("", name):
@@ -144,7 +145,7 @@ def total_ram(root: Path) -> int:
     """Return the machine's memory in whole megabytes, as root/proc/meminfo has it, else /proc/meminfo."""
     path = root / "proc/meminfo"
     try:
-        text = (path if path.exists() else Path("/proc/meminfo")).read_text()
+        text = (path if path.exists() else Path("/proc/meminfo")).read_text(errors="replace")
     except OSError as error:
         raise ZramdError(f"{path}: {error.strerror}") from None
     match = re.search(r"^MemTotal:\s*([0-9]+) kB$", text, re.MULTILINE)

@@ -333,7 +333,7 @@ def size(text: str, ram: int) -> int:
     value = evaluate(text, {"ram": float(ram)})
     if value < 0:
         raise ExpressionError(f"'{text}' is {value:g} megabytes: use max(0, …) or a size above 0")
-    return int(value * MEGABYTE)
+    return int(value) * MEGABYTE + int(value % 1 * MEGABYTE)
 
 
 def units(text: str) -> list[str]:

@@ -41,6 +41,10 @@ def test_sizes(text, ram, megabytes):
     assert size(text, ram) == int(megabytes * MIB)
 
 
+def test_a_size_whose_bytes_no_float_can_count():
+    assert size("1e308", 1) == int(1e308) * MIB
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [

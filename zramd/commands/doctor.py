@@ -156,7 +156,8 @@ def local_swap(root: str = "") -> "Iterator[Finding]":
     if missing:
         remedy = "run it as root, or as a service"
         if os.geteuid() == 0:  # a container, most likely
-            remedy = f"root has not all here: give the container or unit {' '.join(missing)}"
+            options = " ".join(f"--cap-add={name.removeprefix('CAP_')}" for name in missing)
+            remedy = f"root lacks them here: start the container with {options}, or see the unit's limits"
         yield Finding(NOTE, "rights", f"{', '.join(missing)} missing for swap=local", remedy)
     else:
         yield Finding(OK, "rights", "enough for swap=local")

@@ -56,7 +56,7 @@ def _in_use(served: client.Served) -> str:
     """Return the warning that a save of a device in use is worth, '' for one that is not."""
     from zramd import attached, kernelswap
 
-    clients, stats = served.ask_json("GET", "/health").get("clients"), served.stats()
+    clients, stats = served.ask_json("GET", "/health").get("clients", 0), served.stats()
     devices = attached.devices(stats["name"], stats["disksize"])
     uses = [use for device in devices for use in kernelswap.uses(device)]
     if not uses and not clients:
