@@ -20,9 +20,32 @@ import pytest
 from conftest import SCALE
 from hypothesis import HealthCheck, given, settings
 
-from zramd import attached, client, config, devices, endpoint, expression, foreign, kernelswap, keys, netlink
+from zramd import (
+    Device,
+    attached,
+    client,
+    config,
+    devices,
+    endpoint,
+    expression,
+    foreign,
+    kernelswap,
+    keys,
+    netlink,
+    state,
+)
 from zramd.commands import main, parser, serve
-from zramd.errors import AttachError, ConfigError, DeviceError, UsageError, ZramdError, printable
+from zramd.core import saving
+from zramd.errors import (
+    AttachError,
+    ConfigError,
+    DeviceError,
+    SaveError,
+    StateError,
+    UsageError,
+    ZramdError,
+    printable,
+)
 
 DOCS = Path(__file__).parents[2] / "docs"
 RAM = 8192
@@ -156,8 +179,9 @@ def test_configuration(machine: Path, data: bytes) -> None:
     if not wrong:
         command("config", "show")
         assert client.configured().keys() == devices.load().rundirs.keys()
-    command("stats", "zram0")
-    command("list", "zram0")
+    for name in ("zram0", "a"):
+        with contextlib.suppress(DeviceError):
+            client.look(name)
 
 
 @often(250)
@@ -194,7 +218,7 @@ EXPRESSIONS = (
 )
 
 
-@often(1500)
+@often(1000)
 @given(text=foreign_text(*EXPRESSIONS))
 def test_expressions(text: str) -> None:
     try:
@@ -223,7 +247,7 @@ VALUES = (
 )
 
 
-@often(1500)
+@often(1000)
 @given(text=foreign_text(*VALUES), setting=st.sampled_from([*config.SETTINGS, *keys.table(RAM)]))
 def test_values(text: str, setting: config.Setting) -> None:
     try:
@@ -248,7 +272,10 @@ WORDS = (
 )
 
 
-@often(600)
+PARSER = parser()
+
+
+@often(300)
 @given(text=foreign_text(*WORDS))
 def test_words(text: str) -> None:
     """Any words are understood or refused; nothing is run here."""
@@ -259,14 +286,14 @@ def test_words(text: str) -> None:
         contextlib.redirect_stdout(quiet),
         contextlib.suppress(SystemExit),
     ):
-        parser().parse_args(words)
+        PARSER.parse_args(words)
     options = serve.read_options(words)
     found = config.parse([("size", "1G"), ("name", "zram0"), ("rundir", "/run/z")])
     assert serve.command(found, [], options)[0] == "nbdkit"
     serve.uri(found, options)
 
 
-@often(150)
+@often(50)
 @given(
     text=foreign_text(
         *(words for words in WORDS if words.split()[0] in ("list", "debug", "set", "config", "stop"))
@@ -480,6 +507,81 @@ def test_netlink(data: bytes) -> None:
     links = netlink.DeadLinks.__new__(netlink.DeadLinks)
     links._family = 27
     assert all(index >= 0 for index in links.parse(data))
+
+
+# ---- Saved devices and states ----------------------------------------------------------------------------
+
+BLOCK = 4096
+
+
+def saved(*blocks: bytes, size: int = 16 * BLOCK) -> bytes:
+    device = Device(size)
+    for number, content in enumerate(blocks):
+        if content:
+            device.write(content.ljust(BLOCK, b"\1"), number * BLOCK)
+    fd = os.memfd_create("saved")
+    try:
+        saving.save(device, fd)
+        return os.pread(fd, 1 << 20, 0)
+    finally:
+        os.close(fd)
+
+
+STREAMS = (saved(), saved(b"abc", b"", b"\1", b"hello" * 100), saved(*[b"\xa5" * BLOCK] * 16))
+
+
+@often(300)
+@given(data=foreign_bytes(*STREAMS))
+def test_save_streams(data: bytes) -> None:
+    """A file is refused, and nothing of it stays; or it is one that was saved."""
+    fd = os.memfd_create("stream")
+    device = Device(16 * BLOCK)
+    try:
+        os.pwrite(fd, data, 0)
+        try:
+            told = saving.check(fd)
+        except SaveError as error:
+            one_sentence(error)
+            told = None
+        os.lseek(fd, 0, os.SEEK_SET)
+        try:
+            assert saving.load(device, fd) == told
+        except SaveError as error:
+            one_sentence(error)
+            assert device.counters()["pages_stored"] == 0
+        else:
+            assert data in STREAMS
+    finally:
+        os.close(fd)
+    device.check()
+
+
+@pytest.fixture(scope="module")
+def header() -> tuple[int, bytes]:
+    """A state in memory, and how it begins."""
+    fd = os.memfd_create("state")
+    made = state.open_state(f"/proc/self/fd/{fd}", 16 * BLOCK, False)
+    Device(16 * BLOCK, state=made).write(b"x", 0)
+    os.close(made)
+    return fd, os.pread(fd, 256, 0)
+
+
+@often(300)
+@given(data=st.data())
+def test_state_headers(header: tuple[int, bytes], data: st.DataObject) -> None:
+    fd, good = header
+    bad = data.draw(foreign_bytes(good, bytes(256), b"ZRAMD"))[:256].ljust(256, b"\0")
+    os.pwrite(fd, bad, 0)
+    try:
+        made = state.open_state(f"/proc/self/fd/{fd}", 16 * BLOCK, False)
+    except StateError as error:
+        one_sentence(error)
+    else:
+        device = Device(16 * BLOCK, state=made)
+        os.close(made)
+        device.check()
+        assert device.counters()["pages_stored"] == 1
+        del device
 
 
 # ---- What the kernel and others leave in files -----------------------------------------------------------

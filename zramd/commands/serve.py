@@ -202,8 +202,8 @@ def _port(text: str) -> str:
     import socket
 
     try:
-        number = int(text) if text.isdecimal() else socket.getservbyname(text, "tcp")
-    except OSError:
+        number = int(text) if re.fullmatch("[0-9]{1,9}", text) else socket.getservbyname(text, "tcp")
+    except (OSError, ValueError):  # ValueError: no text at all
         return ""
     return str(number) if number else ""
 
