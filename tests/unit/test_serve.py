@@ -100,14 +100,21 @@ def test_greeting_of_a_folder_that_was_moved(
     settings: config.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The script beside Python begins with the path that Python had when it was installed."""
-    (tmp_path / "zramd").write_text(f"#!{tmp_path}/gone/python\n")
-    (tmp_path / "zramd").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    for path in ("/nowhere", str(tmp_path)):
-        monkeypatch.setenv("PATH", path)
-        assert f"attach        {tmp_path}/python -P -m zramd attach" in serve.greeting(
-            settings, serve.read_options([]), 4711
-        )
+    (tmp_path / "there is one").touch()
+    for head, runs in (
+        (f"#!{tmp_path}/gone/python", False),
+        (f"#!/bin/sh\n'''exec' {tmp_path}/gone/python \"$0\"", False),
+        (f"#!/bin/sh\n'''exec' \"{tmp_path}/none is\" \"$0\"", False),
+        (f"#!/bin/sh\n'''exec' \"{tmp_path}/there is one\" \"$0\"", True),
+        ("#!/bin/sh -e", True),
+    ):
+        (tmp_path / "zramd").write_text(f"{head}\n")
+        (tmp_path / "zramd").chmod(0o755)
+        for path in ("/nowhere", str(tmp_path)):
+            monkeypatch.setenv("PATH", path)
+            text = serve.greeting(settings, serve.read_options([]), 4711)
+            assert (f"attach        {tmp_path}/python -P -m zramd attach" in text) == (not runs), head
 
 
 def test_greeting(settings: config.Config) -> None:

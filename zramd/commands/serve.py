@@ -103,6 +103,7 @@ _LONG_WITHOUT = {
     "--version",
     "--vsock",
 }
+_SHELL_FIRST = rb"""#!/bin/sh\n'''exec' "?((?<=")[^"\n]+|\S+)"""
 _FILTER_PARAMETER = r"(?s)[A-Za-z][A-Za-z0-9._-]*=.*"
 
 
@@ -254,11 +255,12 @@ def _runs(script: str) -> bool:
     """Say whether a script is there and so is its interpreter: a folder with both may have been moved."""
     try:
         with open(script, "rb") as file:
-            head = file.readline(4096)
+            head = file.read(4096)
     except OSError:
         return False
-    words = head[2:].split() if head.startswith(b"#!") else []
-    return not words or os.path.exists(words[0])
+    # pip writes the first where the path is long or has spaces.
+    match = re.match(_SHELL_FIRST, head) or re.match(rb"#! *(\S+)", head)
+    return match is None or os.path.exists(match[1])
 
 
 def greeting(settings: "Config", options: Options, pid: int) -> str:
