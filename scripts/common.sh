@@ -50,6 +50,7 @@ test_packages=(
     qemu-utils     # qemu-io and qemu-img: a second, independent client
     e2fsprogs      # a real file system to put on a device
     curl           # reads the control socket as a user would
+    gnutls-bin     # makes certificates for TLS
     tmux           # a terminal for zramd top
     zsh            # and fish: shells to complete commands in
     fish

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -24,6 +25,13 @@ PACKAGE_PARENT = Path(zramd.__file__).parent.parent
 PLUGIN = PACKAGE_PARENT / "nbdkit_plugin.py"
 SCALE = float(os.environ.get("ZRAMD_STRESS", "1"))  # how much longer tests with threads and kills are to last
 SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))  # of random choices
+
+
+# What the tests start is to be interrupted, also where nohup or a script's & has signals ignored: children
+# inherit that.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_report_header() -> str:

@@ -40,7 +40,31 @@ def __getattr__(name: str) -> object:
     try:
         return getattr(import_module(_IN_CORE[name]), name)
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"zramd's compiled core cannot be imported ({error}): "
-            "'scripts/serve' or 'pip install .' builds it"
-        ) from error
+        missing = error
+    # Python begins its search where it stands: in a checkout that is the source, which hides what was built.
+    try:
+        if _use_installed():
+            return getattr(import_module(_IN_CORE[name]), name)
+    except ModuleNotFoundError as error:
+        missing = error
+    raise ImportError(
+        f"zramd's compiled core cannot be imported ({missing}): "
+        "'scripts/serve' or 'pip install .' builds it, the first for .venv/bin/python"
+    ) from missing
+
+
+def _use_installed() -> bool:
+    """Have what is imported from now on come from an installation, if there is another than this folder."""
+    import os
+    import sys
+    from importlib.machinery import PathFinder
+
+    here = os.path.realpath(__path__[0])
+    places = [place for place in sys.path if os.path.realpath(os.path.join(place or ".", "zramd")) != here]
+    found = PathFinder.find_spec("zramd", places)
+    if found is None or not found.submodule_search_locations:
+        return False
+    __path__[:] = found.submodule_search_locations
+    for name in [name for name in sys.modules if name.startswith("zramd.core")]:
+        del sys.modules[name]
+    return True

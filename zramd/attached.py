@@ -45,6 +45,8 @@ def find(name: str) -> Attached | None:
         raise AttachError(f"what is attached is not known: {error}") from None
     try:
         keeper, device, data = os.pread(fd, 256, 0).decode().split(" ")
+        if not device.removeprefix("/dev/nbd").isdecimal():
+            raise ValueError
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             keeper = "0"
@@ -57,6 +59,22 @@ def find(name: str) -> Attached | None:
     if not is_connected(device) or read_sys(device, "backend") not in ("", backend(name)):
         return None
     return Attached(name, device, int(keeper), data.strip())
+
+
+def name_of(device: str) -> str:
+    """Return the zramd that is attached as `device`, such as /dev/nbd0; '' if none is."""
+    try:
+        files = os.listdir(FOLDER)
+    except OSError:
+        return ""
+    for file in files:
+        name = file.removesuffix(".attached")
+        if name != file:
+            with suppress(OSError):
+                there = find(name)
+                if there and there.device == device:
+                    return name
+    return ""
 
 
 def devices(name: str, disksize: int) -> list[str]:
@@ -116,7 +134,7 @@ def unobserved(device: str) -> Iterator[Callable[[], None]]:
 def read_sys(device: str, name: str) -> str:
     """Return what sysfs says of a device, '' if it does not."""
     try:
-        with open(f"{SYS_BLOCK}/{os.path.basename(device)}/{name}") as file:
+        with open(f"{SYS_BLOCK}/{os.path.basename(device)}/{name}", errors="surrogateescape") as file:
             return file.read().strip()
     except OSError:
         return ""

@@ -10,9 +10,10 @@ import os
 import socket
 
 from zramd import peer, rundir, trusted
-from zramd.errors import DeviceError, UntrustedError, UsageError
+from zramd.errors import DeviceError, UntrustedError, UsageError, ZramdError
 
 TIMEOUT = 10.0  # seconds to wait for an answer
+ROOTS = "/run/zramd"  # where root's run folders lie
 _CONTROL_SOCKET = rundir.CONTROL_SOCKET
 
 
@@ -101,8 +102,8 @@ class Served:
 
         answer = self.request(method, path, body, timeout)
         try:
-            values: dict[str, Any] = json.loads(answer)
-        except ValueError:
+            values: dict[str, Any] = json.loads(answer, object_hook=_Answer)
+        except (ValueError, RecursionError):
             raise DeviceError(f"{self.name} does not answer {path} in whole: is it stopping?") from None
         return values
 
@@ -122,6 +123,15 @@ class Served:
         )
 
 
+class _Answer(dict):  # type: ignore[type-arg]
+    """What a server tells: one of another version may not tell all that is asked for."""
+
+    def __missing__(self, key: str) -> object:
+        raise DeviceError(
+            f"its server runs another version of zramd, which does not tell '{key}': restart it"
+        )
+
+
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
     from typing import Any
@@ -132,12 +142,12 @@ def ask(path: str, method: str, url: str, body: str = "", timeout: float = TIMEO
 
     Raises OSError when there is no answer (TimeoutError when it takes too long).
     """
-    data = body.encode()
+    data = os.fsencode(body)
     head = f"{method} {url} HTTP/1.1\r\nHost: zramd\r\nContent-Length: {len(data)}\r\n\r\n"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
         control.settimeout(timeout)
         _connect(control, path)
-        control.sendall(head.encode() + data)
+        control.sendall(os.fsencode(head) + data)
         return _parse(b"".join(iter(lambda: control.recv(65536), b"")))
 
 
@@ -160,7 +170,7 @@ def _parse(data: bytes) -> tuple[int, str]:
 def base() -> str:
     """Return the folder in which run folders lie: root's own, or the user's. '' for a user who has none."""
     if os.geteuid() == 0:
-        return "/run/zramd"
+        return ROOTS
     folder = os.environ.get("XDG_RUNTIME_DIR")
     return f"{folder}/zramd" if folder and _is_ours(folder) else ""
 
@@ -174,20 +184,55 @@ def _is_ours(folder: str) -> bool:
 
 
 def every() -> list[Served]:
-    """Return all devices in the usual place, by name, also those whose server has died."""
+    """Return all devices in the usual place, or where zramd.conf has them; also if their server has died."""
     folder = base()
+    names = names_in(folder) if folder else []
+    found = {os.path.realpath(path): (name, path) for name in names if _was_used(path := f"{folder}/{name}")}
+    for name, path in configured().items():
+        if path and _was_used(path):
+            found[os.path.realpath(path)] = name, path
+    return [Served(name, path, rundir.holder(path)) for name, path in sorted(found.values())]
+
+
+def names_in(folder: str) -> list[str]:
+    """Return what is in a folder, nothing if it is not there. Raises DeviceError."""
     try:
-        names = sorted(os.listdir(folder)) if folder else []
+        return os.listdir(folder)
     except FileNotFoundError:
         return []
     except OSError as error:
         raise DeviceError(f"'{folder}' cannot be read: {(error.strerror or '').lower()}") from None
-    paths = [(name, f"{folder}/{name}") for name in names]
-    return [
-        Served(name, path, rundir.holder(path))
-        for name, path in paths
-        if os.path.exists(f"{path}/{rundir.PID}")
-    ]
+
+
+def _was_used(path: str) -> bool:
+    return os.path.exists(f"{path}/{rundir.PID}")
+
+
+def configured() -> dict[str, str]:
+    """Return the devices that zramd.conf has, and their run folders where it names them, else ''."""
+    from zramd import conffiles
+
+    if not conffiles.are_there("zramd.conf"):
+        return {}
+    from zramd import devices
+
+    try:
+        return devices.load().rundirs
+    except ZramdError:  # it is not what was asked for: a device that is served is found all the same
+        return {}
+
+
+def name_of(text: str) -> str:
+    """Return the device's name that a word on the command line means: it may be written as /dev/NAME.
+
+    /dev/nbdN means the one that is attached there.
+    """
+    name = text.removeprefix("/dev/")
+    if name != text and name.startswith("nbd"):
+        from zramd import attached
+
+        return attached.name_of(text) or name
+    return name
 
 
 def look(name: str | None, path: str | None = None) -> Served:
@@ -195,21 +240,16 @@ def look(name: str | None, path: str | None = None) -> Served:
 
     Raises UsageError when neither is given, DeviceError when there is no such device.
     """
+    name = None if name is None else name_of(name)
     if path:
         path = os.path.abspath(path)
         missing = f"no server has used '{path}': give the folder that it has as rundir="
     elif name is None:
         raise UsageError("which device? Give its name, as 'zramd list' shows it, or --rundir FOLDER")
-    elif not name or name[0] in ".-" or "/" in name:
+    elif not name or name[0] in ".-" or "/" in name or "\0" in name:
         raise UsageError(f"'{name}' is not a device's name: 'zramd list' shows those that there are")
-    elif not base():
-        raise UsageError("no place to look for devices: set XDG_RUNTIME_DIR or give --rundir FOLDER")
     else:
-        path = f"{base()}/{name}"
-        there = ", ".join(served.name for served in every())
-        missing = f"there is no device '{name}': " + (
-            f"use one of {there}" if there else f"'zramd start {name} --size 1G' starts it"
-        )
+        path, missing = _place(name)
     try:
         # root follows nobody's links: they may lead to another device than that which was meant.
         folder = trusted.open_folder(path, foreign=True)
@@ -222,9 +262,32 @@ def look(name: str | None, path: str | None = None) -> Served:
         raise DeviceError(f"'{path}' is not used: {error}") from None
     except PermissionError:
         raise DeviceError(f"'{path}' cannot be read: permission denied: run this as its owner") from None
-    except OSError:
+    except (OSError, ValueError):
         raise DeviceError(missing) from None
     return Served(name or os.path.basename(path), path, rundir.holder(path))
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Return the run folder of device `name`, and the sentence that says that nothing is there.
+
+    One that zramd.conf names comes before the usual one, a living server before one that has died.
+    """
+    known = configured()
+    usual = f"{base()}/{name}" if base() else ""
+    paths = [path for path in (known.get(name, ""), usual) if path]
+    if not paths:
+        raise UsageError("no place to look for devices: set XDG_RUNTIME_DIR or give --rundir FOLDER")
+    there = ", ".join(served.name for served in every())
+    if name in known:
+        hint = f"'zramd start {name}' starts it"
+    elif os.geteuid() and os.path.lexists(f"{ROOTS}/{name}"):
+        hint = "root has one: use sudo"
+    else:
+        hint = f"use one of {there}" if there else f"'zramd start {name} --size 1G' starts it"
+    missing = f"there is no device '{name}': {hint}"
+    living = [path for path in paths if rundir.holder(path) is not None]
+    used = [path for path in paths if _was_used(path)]
+    return (living or used or paths)[0], missing
 
 
 def find(name: str | None, path: str | None = None) -> Served:

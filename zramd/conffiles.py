@@ -7,15 +7,20 @@
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 from zramd.errors import ConfigError, UntrustedError, ZramdError
 
+TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
+if TYPE_CHECKING:
+    from pathlib import Path
+
 # The first has the highest precedence.
 FOLDERS = ("run", "etc", "usr/local/lib", "usr/lib")
+MAX_BYTES = 1 << 20  # of a file: a configuration has a few thousand
 
 _SECTION = re.compile(r"\[([^\[\]]*)\]")
+_VALUE = re.compile(r"([^=:]*)[=:](.*)", re.DOTALL)  # zram-generator takes both; what comes first counts
 
 
 class Entry(NamedTuple):
@@ -38,12 +43,21 @@ class Problem(NamedTuple):
         return f"{self.where}: {self.text}"
 
 
-def root_folder(root: str | None = None) -> Path:
+def root_folder(root: str | None = None) -> "Path":
     """Return the folder that stands for /: `root`, else what ZRAMD_ROOT says, else / itself."""
+    from pathlib import Path
+
     return Path(root or os.environ.get("ZRAMD_ROOT") or "/")
 
 
-def find(root: Path, name: str) -> list[Path]:
+def are_there(name: str) -> bool:
+    """Say whether `find` is worth the time that it takes to import what it needs."""
+    root = os.environ.get("ZRAMD_ROOT") or "/"
+    files = [f"{root}/{folder}/{name}" for folder in FOLDERS]
+    return any(os.path.lexists(file) or os.path.isdir(f"{file}.d") for file in files)
+
+
+def find(root: "Path", name: str) -> "list[Path]":
     """Return the main file `name` and the drop-ins NAME.d/*.conf that count, the weakest first.
 
     Of main files, the one in the highest folder counts alone. Drop-ins come in the order of their file names,
@@ -65,11 +79,11 @@ def find(root: Path, name: str) -> list[Path]:
     return [path for path in [*main, *(drop_ins[file] for file in sorted(drop_ins))] if not _masks(path)]
 
 
-def _masks(path: Path) -> bool:
+def _masks(path: "Path") -> bool:
     return os.path.realpath(path) == os.devnull
 
 
-def refuse_untrusted(path: Path) -> None:
+def refuse_untrusted(path: "Path") -> None:
     """Raise ZramdError if another user has made a file or may change it: root does what stands there."""
     from zramd import trusted
 
@@ -81,20 +95,34 @@ def refuse_untrusted(path: Path) -> None:
         raise ZramdError(f"{path}: {error.strerror}") from None
 
 
-def read(path: Path) -> tuple[list[Entry], list[Problem]]:
+def read(path: "Path") -> tuple[list[Entry], list[Problem]]:
     """Return the lines of a file, and those that are none.
 
     Raises ConfigError if the file is not there or is not text, ZramdError if it cannot be read.
     """
+    return parse(text(path).split("\n"), str(path))
+
+
+def text(path: "Path") -> str:
+    """Return what is in a file, without the mark (BOM) that some editors begin it with. Raises as `read`."""
     try:
-        text = path.read_bytes().decode()
-    except FileNotFoundError:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path}: there is no such file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text: write it anew") from None
+    except ValueError:  # a NUL in its name
+        raise ConfigError(f"{path}: this is not a file's name") from None
     except OSError as error:
         raise ZramdError(f"{path}: {error.strerror}") from None
-    return parse(text.split("\n"), str(path))
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{path}: it has more than {MAX_BYTES} bytes: this is no configuration")
+    try:
+        found, place = data.decode(), data.find(b"\0")
+    except UnicodeDecodeError as error:
+        found, place = "", error.start
+    if place >= 0:
+        raise ConfigError(f"{path}: byte {place} is not UTF-8 text: write it anew")
+    return found.removeprefix("\ufeff")
 
 
 def parse(lines: Iterable[str], name: str) -> tuple[list[Entry], list[Problem]]:
@@ -119,13 +147,23 @@ def parse(lines: Iterable[str], name: str) -> tuple[list[Entry], list[Problem]]:
             continue
         if section is None:
             continue
-        key, equals, value = (part.strip() for part in line.partition("="))
-        if not equals or not key:
+        match = _VALUE.fullmatch(line)
+        key, value = (match[1].strip(), match[2].strip()) if match else ("", "")
+        if not key:
             problems.append(
                 Problem(where, section, f"'{line}' is neither KEY = VALUE, nor [NAME], nor # comment")
             )
             continue
-        if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        if _is_quoted(value):
             value = value[1:-1]
         entries.append(Entry(where, section, key, value))
     return entries, problems
+
+
+def line(key: str, value: str) -> str:
+    """Return the line that `parse` reads as this entry."""
+    return f'{key} = "{value}"' if _is_quoted(value) or value != value.strip() else f"{key} = {value}"
+
+
+def _is_quoted(value: str) -> bool:
+    return len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"

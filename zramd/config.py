@@ -35,9 +35,7 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text)
     if match is None or len(text) > 64:
-        raise ConfigError(
-            f"'{text}' is not a size: use a number with an optional K, M, G, T, P or E, such as 512M"
-        )
+        raise ConfigError(f"'{text}' is not a size: {_size_hint(text)}")
     digits, suffix = match.groups()
     if digits[:2].lower() == "0x":
         number = int(digits, 16)
@@ -47,6 +45,24 @@ def parse_size(text: str) -> int:
     if size >= 1 << 64:
         raise ConfigError(f"'{text}' does not fit in 64 bits")
     return size
+
+
+def _size_hint(text: str) -> str:
+    """Return what somebody may have meant who wrote something that is no size."""
+    if len(text) <= 64:
+        close = "".join(text.split())
+        if close != text and _SIZE.fullmatch(close):
+            return f"write {close}"
+        match = re.fullmatch(r"([0-9]*[.,][0-9]+)([KMGTPE])(?:i?B)?", close, re.IGNORECASE | re.ASCII)
+        if match:
+            power = _SUFFIXES.index(match[2].upper())
+            whole = round(float(match[1].replace(",", ".")) * 1024)
+            return f"write {whole}{('B' + _SUFFIXES)[power]}"
+        if re.fullmatch(r"[0-9.]+%", close, re.ASCII):
+            return (
+                f"in zramd.conf write zram-size = ram * {close[:-1]} / 100, elsewhere a number such as 512M"
+            )
+    return "use a number with an optional K, M, G, T, P or E, such as 512M"
 
 
 def _disksize(text: str) -> int:

@@ -9,13 +9,14 @@ the kernel is told when it attaches the device; `zramd.keys` has those that are 
 teaches all.
 """
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from zramd import conffiles, config, expression, keys
+from zramd import conffiles, config, expression, handover, keys, rundir
 from zramd.conffiles import Entry, Problem
 from zramd.config import Config
 from zramd.errors import ConfigError, ZramdError
@@ -86,14 +87,19 @@ class Configuration:
     notes: tuple[str, ...]  # one sentence each, with what to do
     problems: tuple[Problem, ...]
     files: tuple[str, ...]  # that count, the weakest first
+    rundirs: dict[str, str]  # of all sections, right or wrong: rundir, '' where it is not given
 
     def has(self, name: str) -> bool:
         """Whether there is a section of this name, be it right or wrong."""
-        sections = {device.name for device in self.devices} | {problem.section for problem in self.problems}
-        return name in sections or name in self.skipped
+        return name in self.rundirs or any(problem.section == name for problem in self.problems)
+
+    def is_empty(self) -> bool:
+        """Whether nothing is there that could be meant: no section, and no error outside of one."""
+        return not self.rundirs and not self.problems
 
     def find(self, name: str) -> Device:
         """Return the device `name`. Raises SkippedError, and ConfigError if it is wrong or not there."""
+        name = name.removeprefix("/dev/")
         config.find("name").parse(name)
         for problem in self.problems:
             if problem.section in ("", name):
@@ -104,6 +110,9 @@ class Configuration:
         if name in self.skipped:
             raise SkippedError(f"{name}: {self.skipped[name]}")
         known = ", ".join(device.name for device in self.devices) or "none"
+        wrong = sorted({problem.section for problem in self.problems})
+        known += f"; with errors: {', '.join(wrong)}" if wrong else ""
+        known += f"; not on this machine: {', '.join(self.skipped)}" if self.skipped else ""
         where = ", ".join(self.files) or f"/etc/{CONF}"
         raise ConfigError(f"there is no device '{name}' in {where}: add a section [{name}] (there: {known})")
 
@@ -138,7 +147,7 @@ def total_ram(root: Path) -> int:
     """Return the machine's memory in whole megabytes, as root/proc/meminfo has it, else /proc/meminfo."""
     path = root / "proc/meminfo"
     try:
-        text = (path if path.exists() else Path("/proc/meminfo")).read_text()
+        text = (path if path.exists() else Path("/proc/meminfo")).read_text(errors="replace")
     except OSError as error:
         raise ZramdError(f"{path}: {error.strerror}") from None
     match = re.search(r"^MemTotal:\s*([0-9]+) kB$", text, re.MULTILINE)
@@ -195,31 +204,47 @@ def build(sections: Sections, ram: int, known: Iterable[Problem] = ()) -> Config
     """
     found: list[Device] = []
     skipped: dict[str, str] = {}
+    rundirs: dict[str, str] = {}
     notes: list[str] = []
     problems = list(known)
     for name, values in sections.items():
         section = _Section(name, values, ram)
         section.read()
         problems += section.problems
+        rundirs[name] = section.parsed.get("rundir") or ""
         if section.skipped:
             skipped[name] = section.skipped
         elif not section.problems:
             found.append(section.device())
             notes += section.notes
-    _check_folders(found, problems)
+    _check_paths(found, problems)
     wrong = {problem.section for problem in problems}
     devices = tuple(device for device in found if wrong.isdisjoint(("", device.name)))
-    return Configuration(devices, skipped, tuple(notes), tuple(problems), ())
+    return Configuration(devices, skipped, tuple(notes), tuple(problems), (), rundirs)
 
 
-def _check_folders(found: list[Device], problems: list[Problem]) -> None:
-    folders: dict[str, str] = {}
+def _check_paths(found: list[Device], problems: list[Problem]) -> None:
+    """Two devices cannot have one folder or file, by whatever path they are told of it."""
+    owners: dict[str, tuple[str, str]] = {}  # real path → section and key that have it
     for device in found:
-        if other := folders.get(device.rundir):
-            text = f"rundir = {device.rundir} is also that of [{other}]: use another"
-            where = device.where.get("rundir") or device.where[""]
-            problems.append(Problem(where, device.name, text))
-        folders[device.rundir] = device.name
+        settings = device.settings()
+        paths = [(key, getattr(settings, key)) for key in ("rundir", "state", "metrics_file")]
+        paths += [("rundir", f"{settings.rundir}/{name}") for name in rundir.NAMES]
+        for key, path in paths:
+            if not path or path == handover.SYSTEMD:
+                continue
+            owner, its_key = owners.setdefault(os.path.realpath(path), (device.name, key))
+            if (owner, its_key) != (device.name, key):
+                value = getattr(settings, key)
+                text = f"{key} = {value} is also {its_key} of [{owner}]: use another"
+                if owner != device.name and key == its_key:
+                    text = f"{key} = {value} is also that of [{owner}]: use another"
+                problems.append(Problem(device.where.get(key) or device.where[""], device.name, text))
+                break
+
+
+def _amount(size: int) -> str:
+    return f"{size} bytes" if size < 1 << 64 else f"{size / expression.MEGABYTE:g} megabytes"
 
 
 class _Section:
@@ -273,7 +298,7 @@ class _Section:
         try:
             self.parsed["disksize"] = size = config.find("disksize").parse(str(size))
         except ConfigError:
-            self.wrong(key, f"'{self.values[key].value}' is {size} bytes: use at most 4T")
+            self.wrong(key, f"'{self.values[key].value}' is {_amount(size)}: use at most 4T")
             return
         limit = parsed["zram-resident-limit"]
         try:
@@ -281,17 +306,36 @@ class _Section:
         except ConfigError:
             self.wrong(
                 "zram-resident-limit",
-                f"'{self.values['zram-resident-limit'].value}' is {limit} bytes: use less",
+                f"'{self.values['zram-resident-limit'].value}' is {_amount(limit)}: use less",
             )
-        if size < expression.MEGABYTE:
-            self.note(
-                key, f"{self.quote(key)} is {size} bytes: if megabytes were meant, use zram-size or a unit"
-            )
+        self.check_small(key, size)
+        self.check_small("zram-resident-limit", limit)
+        self.check_small("mem_limit", parsed["mem_limit"])
         if size > 32 * ram_bytes:
             self.note(
                 key, f"{self.quote(key)} is {size // ram_bytes} times the memory: no compression reaches that"
             )
+        elif self.parsed["attach"] == "swap" and 2 * size > ram_bytes:
+            self.note(
+                key,
+                f"{self.quote(key)} is more than half of this machine's {self.ram} MB: at its limit the OOM "
+                "killer may end more programs than it must, see docs/swapping.md: use at most ram / 2",
+            )
         self.check_attach()
+
+    def check_small(self, key: str, size: int) -> None:
+        """Look whether a size of less than a megabyte was meant in another unit."""
+        if key not in self.values or not 0 < size < expression.MEGABYTE:
+            return
+        text = self.values[key].value
+        if key not in ("zram-size", "zram-resident-limit"):
+            self.note(
+                key, f"{self.quote(key)} is {size} bytes: if megabytes were meant, use zram-size or a unit"
+            )
+        elif expression.is_number(text):
+            self.note(key, f"{self.quote(key)} is {size} bytes: for a share of the memory write ram * {text}")
+        else:
+            self.note(key, f"{self.quote(key)} is {size} bytes: a number without a unit is megabytes")
 
     def check_attach(self) -> None:
         attach = self.parsed["attach"]

@@ -27,6 +27,7 @@ ALONE = 0.5  # the same, where no thread can be had and the housekeeping thread 
 DEADLINE = 5.0  # seconds for a client to send its request and take the answer
 LINGER = 0.5  # seconds to wait for the client's end, so that what it still sends does not destroy the answer
 
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nConnection: close\r\n\r\n"
 
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,8}) (/[!-~]*) HTTP/1\.[01]\r")
@@ -189,13 +190,23 @@ def _receive(connection: socket.socket, deadline: float) -> tuple[str, str, byte
         rest += _some(connection, deadline, len(line) + len(rest))
     header, _, body = seen.partition(b"\r\n\r\n")
     method, path = match[1].decode(), match[2].decode().partition("?")[0]
-    if (method, path) in STREAMS_IN:
-        length = _content_length(header, 1 << 62, -1)
+    stream = (method, path) in STREAMS_IN
+    length = _content_length(header, 1 << 62, -1) if stream else _content_length(header, MAX_BODY, 0)
+    if length and not body and _waits(line, header):
+        connection.settimeout(max(deadline - time.monotonic(), 0.001))
+        connection.sendall(_CONTINUE)
+    if stream:
         return method, path, body, length
-    length = _content_length(header, MAX_BODY, 0)
     while len(body) < length:
         body += _some(connection, deadline, 0)
     return method, path, body[:length], length
+
+
+def _waits(line: bytes, header: bytes) -> bool:
+    """Say whether the client wants to hear that it may send its body, as curl does of a large one."""
+    fields = [field.partition(b":") for field in header.lower().split(b"\r\n")]
+    expects = any(name == b"expect" and value.strip() == b"100-continue" for name, _, value in fields)
+    return expects and line.endswith(b"HTTP/1.1\r")
 
 
 def _content_length(header: bytes, most: int, default: int) -> int:

@@ -181,3 +181,14 @@ def _resource_limit(name: str) -> int | None:
                 most = line[len(name) :].split()[0]
                 return int(most) if most.isdigit() else None
     return None
+
+
+def printable(text: str) -> str:
+    """Return a sentence as a terminal may show it: what is quoted in it may be of anybody's making."""
+    return "".join(letter if letter.isprintable() else _escaped(ord(letter)) for letter in text)
+
+
+def _escaped(code: int) -> str:
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no text, as Python keeps it
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"

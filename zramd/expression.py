@@ -197,7 +197,10 @@ class _Parser:
                 self.fail(
                     self.token.position, f"'{text}' separates arguments: write it within a function's ()"
                 )
-            self.fail(self.token.position, f"an operator is missing before '{text}'")
+            before = self.tokens[self.next - 1]
+            is_unit = before.kind == "number" and not before.unit and _UNIT.fullmatch(text)
+            hint = f": write {before.text}{text}" if is_unit else ""
+            self.fail(self.token.position, f"an operator is missing before '{text}'{hint}")
         return value
 
     def expression(self, level: int = 0) -> float:
@@ -330,9 +333,14 @@ def size(text: str, ram: int) -> int:
     value = evaluate(text, {"ram": float(ram)})
     if value < 0:
         raise ExpressionError(f"'{text}' is {value:g} megabytes: use max(0, …) or a size above 0")
-    return int(value * MEGABYTE)
+    return int(value) * MEGABYTE + int(value % 1 * MEGABYTE)
 
 
 def units(text: str) -> list[str]:
     """Return the numbers with a unit, which zram-generator reads otherwise; raises ExpressionError."""
     return [token.text for token in _Parser(text, {}).tokens if token.unit]
+
+
+def is_number(text: str) -> bool:
+    """Say whether an expression is nothing but a number without a unit."""
+    return re.fullmatch(r"[0-9]+\.?[0-9]*|\.[0-9]+", text.strip(), re.ASCII) is not None

@@ -14,13 +14,35 @@ from typing import NamedTuple
 from zramd import conffiles, devices, expression, keys
 from zramd.conffiles import Entry, Problem
 from zramd.devices import Sections
-from zramd.errors import ConfigError
+from zramd.errors import ConfigError, printable
 
 _DEVICE = re.compile(r"zram[0-9]+", re.ASCII)
 _ALGORITHM = re.compile(r"([^()\s]*)(?:\(([^()]*)\))?")
 _ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z_0-9]*)=(.*)", re.ASCII)
+_COMMENTED = re.compile(r"#\s*(?:ALGO|PERCENT|PERCENTAGE|PRIORITY)=.*")
 _TAKEN_OVER = ("zram-size", "zram-resident-limit", "host-memory-limit", "swap-priority", "options")
+_OBSOLETE = ("memory-limit", "zram-fraction", "max-zram-size")
 _KNOWN = (*_TAKEN_OVER, "compression-algorithm", "fs-type", "mount-point", "writeback-device")
+# Of zram-tools: what counts, and what older versions had. What values may be is what its arithmetic takes.
+_ZRAMSWAP = {
+    "ALGO": (r"[A-Za-z0-9_-]+", "an algorithm"),
+    "PERCENT": (r"[0-9]{1,6}", "a whole number"),
+    "SIZE": (r"[0-9]{1,9}", "a number of megabytes without a unit"),
+    "PRIORITY": (r"-1|[0-9]{1,5}", "a whole number"),
+}
+_ZRAMSWAP_OLD = {"PERCENTAGE": "PERCENT", "ALLOCATION": "SIZE"}
+_ZRAMSWAP_ALL = {*_ZRAMSWAP, *_ZRAMSWAP_OLD, "CORES"}
+# Other programs whose files are easily taken for one of those two, and keys that tell them.
+_OTHERS = {
+    "zram-init": r"(?:type|flag|size|mlim|back|icmp|idle|wlim|notr|maxs|algo|labl|uuid|args)[0-9]+"
+    r"|num_devices|(?:un)?load_on_(?:start|stop)",
+    "systemd-swap": r"(?:zswap|zram|swapfc|swapfu|swapd)_\w+",
+    "log2ram": r"PATH_DISK|LOG_DISK_SIZE|ZL2R|COMP_ALG|USE_RSYNC|JOURNALD_AWARE|NOTIFICATION_COMMAND",
+    "armbian-zram-config": r"(?:ZRAM|MEM_LIMIT)_PERCENTAGE|ZRAM_MAX_DEVICES|(?:SWAP|RAMLOG|TMP)_ALGORITHM",
+    "zram-swap": r"_zram_\w+|_comp_factor",
+    "zramen": r"ZRAM_(?:SIZE|MAX_SIZE|COMP_ALGORITHM|PRIORITY|STREAMS)",
+    "dphys-swapfile": r"CONF_\w+",
+}
 
 
 class Translation(NamedTuple):
@@ -40,27 +62,92 @@ def find(root: Path) -> list[Path]:
 
 
 def read(paths: list[Path]) -> Translation:
-    """Return what the files mean: zramswap's if it is one file of shell assignments, else zram-generator's.
+    """Return what the files mean: zramswap's if it is one file of its words, else zram-generator's.
 
-    Raises ConfigError and ZramdError for files that are not there or cannot be read.
+    Raises ConfigError for files that are not there or neither program's, ZramdError for those that cannot
+    be read.
     """
     entries: list[Entry] = []
     problems: list[Problem] = []
+    lines: list[str] = []
     for path in paths:
-        found, wrong = conffiles.read(path)
+        lines = conffiles.text(path).split("\n")  # read once: it may be a pipe
+        found, wrong = conffiles.parse(lines, str(path))
         entries += found
         problems += wrong
     files = [str(path) for path in paths]
-    if len(paths) == 1 and _is_zramswap(paths[0], entries):
-        return Translation(*_from_zramswap(paths[0]), [], files)
+    sections = any(entry.section or not entry.key for entry in entries)
+    if len(paths) == 1 and not sections and _is_zramswap(paths[0], lines):
+        return Translation(*_from_zramswap(str(paths[0]), lines), files)
+    _must_be_generators(entries, problems, files)
     return Translation(*_from_generator(entries), problems, files)
 
 
-def _is_zramswap(path: Path, entries: list[Entry]) -> bool:
-    """Whether a file is of shell assignments; zramswap's own is nothing but comments at first."""
-    if not entries:
-        return path.suffix != ".conf"
-    return all(_ASSIGNMENT.fullmatch(f"{entry.key}={entry.value}") and not entry.section for entry in entries)
+def _is_zramswap(path: Path, lines: list[str]) -> bool:
+    """Whether a file without sections is zramswap's: by its name, or since it has zram-tools' words alone.
+
+    As it is shipped it is nothing but comments. Raises ConfigError for a file of its words and others.
+    """
+    assignments = [match for line in lines if (match := _ASSIGNMENT.fullmatch(line.strip()))]
+    known = [match for match in assignments if match[1] in _ZRAMSWAP_ALL]
+    if path.name == Path(devices.ZRAMSWAP_CONF).name:
+        return len(known) == len(assignments) or any(match[1] != "SIZE" for match in known)
+    if not assignments:
+        return any(_COMMENTED.match(line) for line in lines)
+    if len(known) < len(assignments):
+        return False
+    # Many programs call something SIZE: zram-tools' has no unit.
+    return any(match[1] != "SIZE" or re.fullmatch(_ZRAMSWAP["SIZE"][0], _words(match[2])) for match in known)
+
+
+def _must_be_generators(entries: list[Entry], problems: list[Problem], files: list[str]) -> None:
+    """Raise ConfigError for what is not zram-generator's configuration."""
+    names = ", ".join(files)
+    others = {
+        program
+        for program, words in _OTHERS.items()
+        if any(re.fullmatch(f"(?:export +)?(?:{words})", entry.key) for entry in entries)
+    }
+    own = [entry for entry in entries if _DEVICE.fullmatch(entry.section)]
+    if own:
+        foreign = next((entry for entry in own if _is_zramds(entry.key)), None)
+        if foreign is not None:
+            raise ConfigError(
+                f"{foreign.where}: {foreign.key} is zramd's own: use the file as it is, as /etc/zramd.conf"
+            )
+        return
+    if any(entry.key.startswith("set!") for entry in entries) and not others:
+        return
+    if all(_is_generators_place(Path(file)) for file in files) and not (entries or problems):
+        return  # nothing but comments
+    what = f"this is {' or '.join(sorted(others))}'s file" if others else "nothing in it is theirs"
+    raise ConfigError(
+        f"{names}: not a configuration of zram-generator or zram-tools, {what}: "
+        "write a [zram0] by hand, as docs/zramd.conf shows"
+    )
+
+
+def _is_zramds(key: str) -> bool:
+    if not key or key in _KNOWN or key in _OBSOLETE:
+        return False
+    try:
+        return bool(keys.canonical(key))
+    except ConfigError:
+        return False
+
+
+def _is_generators_place(path: Path) -> bool:
+    name = Path(devices.GENERATOR_CONF).name
+    return name in (path.name, path.parent.name.removesuffix(".d"))
+
+
+def _words(text: str) -> str:
+    """Return what a shell would make of the right side of an assignment, '\\0' if that takes a shell."""
+    try:
+        words = shlex.split(text, comments=True)
+    except ValueError:
+        return "\0"
+    return "\0" if len(words) > 1 or re.search(r"[$`;&|<>()]", text) else "".join(words)
 
 
 def _from_generator(entries: Iterable[Entry]) -> tuple[Sections, list[str]]:
@@ -177,60 +264,89 @@ def _algorithm(text: str) -> tuple[str, list[str]]:
     return value, texts
 
 
-def _from_zramswap(path: Path) -> tuple[Sections, list[str]]:
-    """Read ALGO, PERCENT, SIZE (megabytes) and PRIORITY, as shell assignments."""
-    section = {"": Entry(str(path), "zram0", "", "")}
+def _from_zramswap(name: str, lines: list[str]) -> tuple[Sections, list[str], list[Problem]]:
+    """Read ALGO, PERCENT, SIZE (megabytes) and PRIORITY, as shell assignments.
+
+    What cannot be read is a problem where it may change what those are, else a note.
+    """
+    section = {"": Entry(name, "zram0", "", "")}
     notes: list[str] = []
+    problems: list[Problem] = []
     values: dict[str, Entry] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        where = f"{path}:{number}"
-        match = _ASSIGNMENT.fullmatch(line.strip())
-        try:
-            words = shlex.split(match[2], comments=True) if match else []
-        except ValueError:
-            match, words = None, []
-        if match and len(words) < 2 and not re.search(r"[$`]", line):
-            values[match[1]] = Entry(where, "zram0", match[1], words[0] if words else "")
-        elif line.strip() and not line.lstrip().startswith("#"):
-            notes.append(f"{where}: '{line.strip()}' is not a plain KEY=VALUE: it is left out")
+    for number, line in enumerate(lines, 1):
+        where, shown = f"{name}:{number}", line.strip()
+        match = _ASSIGNMENT.fullmatch(shown)
+        value = _words(match[2]) if match else "\0"
+        if not shown or shown.startswith("#"):
+            continue
+        if match and match[1] not in (*_ZRAMSWAP, *_ZRAMSWAP_OLD):
+            plain = value != "\0"
+            what = (
+                f"{shown}: zramd has nothing of this kind" if plain else f"'{shown}' is not a plain KEY=VALUE"
+            )
+            notes.append(f"{where}: {what}: it is left out")
+        elif match and value != "\0":
+            values[match[1]] = Entry(where, "zram0", match[1], value)
+        else:
+            problems.append(Problem(where, "zram0", f"'{shown}' is not a plain KEY=VALUE: write its result"))
+    for old, new in _ZRAMSWAP_OLD.items():
+        if (entry := values.pop(old, None)) and entry.value:
+            taken = not (values.get(new) and values[new].value)
+            what = "it is taken as that" if taken else f"{new} is given, which counts"
+            notes.append(f"{entry.where}: {old}={entry.value}: it is called {new} now: {what}")
+            if taken:
+                values[new] = entry
 
-    def take(name: str, key: str, value: str) -> None:
-        section[key] = Entry(values[name].where, "zram0", key, value)
+    def take(entry: Entry, key: str, value: str) -> None:
+        section[key] = Entry(entry.where, "zram0", key, value)
 
-    for name, entry in values.items():
+    for word, entry in values.items():
+        shape, what = _ZRAMSWAP[word]
         if not entry.value:
             continue
-        if name == "ALGO":
+        if re.fullmatch(shape, entry.value) is None:
+            text = f"{entry.key}={entry.value}: zram-tools takes {what}"
+            problems.append(Problem(entry.where, "zram0", text))
+        elif word == "ALGO":
             value, texts = _algorithm(entry.value)
-            notes += [f"{entry.where}: {name}={entry.value}: {text}" for text in texts]
+            notes += [f"{entry.where}: {word}={entry.value}: {text}" for text in texts]
             if value:
-                take(name, "compression-algorithm", value)
-        elif name == "PRIORITY":
-            take(name, "swap-priority", entry.value)
-        elif name == "SIZE" and not (values.get("PERCENT") and values["PERCENT"].value):
-            take(name, "zram-size", entry.value)
-        elif name == "PERCENT":
-            take(name, "zram-size", f"ram * {entry.value} / 100")
+                take(entry, "compression-algorithm", value)
+        elif word == "PRIORITY":
+            take(entry, "swap-priority", entry.value)
+        elif word == "PERCENT":
+            take(entry, "zram-size", f"ram * {entry.value} / 100")
+        elif values.get("PERCENT") and values["PERCENT"].value:
+            text = "PERCENT is given, which overrides it: it is left out"
+            notes.append(f"{entry.where}: {entry.key}={entry.value}: {text}")
         else:
-            why = (
-                "PERCENT is given, which overrides it" if name == "SIZE" else "zramd has nothing of this kind"
-            )
-            notes.append(f"{entry.where}: {name}={entry.value}: {why}: it is left out")
+            take(entry, "zram-size", entry.value)
     if "zram-size" not in section:
-        section["zram-size"] = Entry(str(path), "zram0", "zram-size", "256")  # zramswap's default
-    return {"zram0": section}, notes
+        section["zram-size"] = Entry(name, "zram0", "zram-size", "256")  # zramswap's default
+    return {"zram0": section}, notes, problems
 
 
-def text(translation: Translation) -> str:
-    """Return a zramd.conf that means the same, its notes as comments."""
+def text(translation: Translation, problems: Iterable[Problem] | None = None) -> str:
+    """Return a zramd.conf that means the same, its notes as comments.
+
+    `problems` are those that `devices.build` found (None: the translation's own). A section that has one is
+    no more than a comment, so that it means nothing before somebody has mended it.
+    """
+    problems = list(translation.problems if problems is None else problems)
     lines = [
         f"# Made by 'zramd config import' from {', '.join(translation.files)}.",
         "# Both must not run: docs/configuration.md says how to turn the other off.",
     ]
-    if translation.notes:
-        lines += ["#", "# Not taken over, or read otherwise:"]
-        lines += [f"#   {note}" for note in translation.notes]
+    for head, sentences in (
+        ("Not taken over, or read otherwise:", translation.notes),
+        ("Not understood. Mend these, then take the # away below:", problems),
+    ):
+        if sentences:
+            lines += ["#", f"# {head}"]
+            lines += [f"#   {printable(str(sentence))}" for sentence in sentences]
+    wrong = {problem.section for problem in problems}
     for name, values in translation.sections.items():
-        lines += ["", f"[{name}]"]
-        lines += [f"{key} = {entry.value}" for key, entry in values.items() if key]
+        mark = "" if wrong.isdisjoint(("", name)) else "#"
+        lines += ["", f"{mark}[{name}]"]
+        lines += [mark + conffiles.line(key, entry.value) for key, entry in values.items() if key]
     return "\n".join(lines) + "\n"

@@ -15,7 +15,8 @@ MIN_FREE = 0.03  # of memory: docs/swapping.md says what for
 PROGRESS_INTERVAL = 0.2  # seconds between two looks at how far swapoff is
 PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"  # ordinary users lack the first ones
 SWAP = "[SWAP]"  # what zramctl shows where the device is not mounted but swapped to
-_OCTAL = re.compile(r"\\([0-7]{3})")
+_OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
+_SWAP = re.compile(rb"([^ \t]+)[ \t]+[^ \t]+[ \t]+([0-9]{1,15})[ \t]+([0-9]{1,15})[ \t]+(-?[0-9]{1,6})")
 
 
 class Swap(NamedTuple):
@@ -28,21 +29,29 @@ class Swap(NamedTuple):
 
 
 def swaps() -> list[Swap]:
-    """Return all that the kernel swaps to now, as /proc/swaps tells. Raises OSError."""
+    """Return all that the kernel swaps to now, as /proc/swaps tells. Raises OSError, AttachError."""
     try:
-        with open(SWAPS) as file:
-            lines = file.readlines()[1:]
+        with open(SWAPS, "rb") as file:
+            return parse_swaps(file.read())
     except FileNotFoundError:  # a kernel without swap
         return []
+
+
+def parse_swaps(data: bytes) -> list[Swap]:
+    """Return what stands in /proc/swaps. Raises AttachError: a swap that is overlooked would be lost."""
     found = []
-    for line in lines:
-        path, _, size, used, priority = line.split()
-        found.append(Swap(_unquote(path), int(size) << 10, int(used) << 10, int(priority)))
+    for line in data.split(b"\n")[1:]:
+        match = _SWAP.fullmatch(line)
+        if match:
+            found.append(Swap(_path(match[1]), int(match[2]) << 10, int(match[3]) << 10, int(match[4])))
+        elif line.strip():
+            raise AttachError(f"{SWAPS}: '{os.fsdecode(line)}' is not understood: which kernel is this?")
     return found
 
 
-def _unquote(path: str) -> str:
-    return _OCTAL.sub(lambda octal: chr(int(octal[1], 8)), path)
+def _path(escaped: bytes) -> str:
+    """Return a path in which the kernel has written spaces and the like as \\040; any byte may be in it."""
+    return os.fsdecode(_OCTAL.sub(lambda octal: bytes([int(octal[1], 8)]), escaped))
 
 
 def find(device: str) -> Swap | None:
@@ -52,12 +61,18 @@ def find(device: str) -> Swap | None:
 
 def mounts(device: str) -> list[str]:
     """Return where `device` or one of its partitions is mounted."""
+    with open(MOUNTS, "rb") as file:
+        return parse_mounts(file.read(), device)
+
+
+def parse_mounts(data: bytes, device: str) -> list[str]:
+    """Return where `device` or one of its partitions is mounted, of what stands in /proc/mounts."""
     found = []
-    with open(MOUNTS) as file:
-        for line in file:
-            source, place, *_ = line.split()
-            if re.fullmatch(f"{re.escape(device)}(p[0-9]+)?", source):
-                found.append(_unquote(place))
+    for line in data.split(b"\n"):
+        source, _, rest = line.partition(b" ")
+        place = rest.partition(b" ")[0]
+        if place and re.fullmatch(f"{re.escape(device)}(p[0-9]+)?", _path(source)):
+            found.append(_path(place))
     return found
 
 

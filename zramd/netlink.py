@@ -37,6 +37,7 @@ _GO = 7
 _ACK, _INFO, _ERROR = 1, 3, 1 << 31
 _INFO_EXPORT, _INFO_BLOCK_SIZE = 0, 3
 _MOST = 64 << 10  # bytes in one reply; what a server says in words is far shorter
+_MOST_REPLIES = 64  # to one option; a server that has more to say is none
 _REASONS = {
     1: "it does not know the option GO",
     2: "its policy forbids it",
@@ -91,7 +92,7 @@ def handshake(sock: socket.socket, name: str) -> Export:
     client_flags = struct.pack(">I", flags & (_FIXED_NEWSTYLE | _NO_ZEROES))
     sock.sendall(client_flags + _OPTION.pack(b"IHAVEOPT", _GO, len(data)) + data)
     size, export_flags, minimum = -1, 0, 1
-    while True:
+    for _ in range(_MOST_REPLIES):
         magic, option, kind, length = _REPLY.unpack(_receive(sock, _REPLY.size))
         if magic != _REPLY_MAGIC or option != _GO or length > _MOST:
             raise AttachError("the server's answer is not NBD")
@@ -106,6 +107,8 @@ def handshake(sock: socket.socket, name: str) -> Export:
                 size, export_flags = struct.unpack(">QH", answer[2:])
             elif info == _INFO_BLOCK_SIZE and length == 14:
                 minimum = int.from_bytes(answer[2:6], "big")
+    else:
+        raise AttachError("the server's answer has no end")
     if size < 0:
         raise AttachError(f"the server does not tell the size of export '{name}'")
     if size < BLOCK_SIZE or minimum > BLOCK_SIZE:
@@ -142,6 +145,7 @@ _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _NESTED = 1 << 15
 _REQUEST, _WANT_ACK = 1, 4
 _MESSAGE_ERROR = 2
+_MOST_ERRORS = 4096  # MAX_ERRNO
 _GENERIC_NETLINK = 16
 _CONTROL = 16  # the family that knows the families
 _GET_FAMILY = 3
@@ -284,12 +288,13 @@ class Kernel:
             for kind, listed in attributes(body):
                 for _, item in attributes(listed) if kind == _DEVICE_LIST else ():
                     values = dict(attributes(item))
-                    found[_number(values[_ITEM_INDEX])] = bool(_number(values[_ITEM_CONNECTED]))
+                    if index := values.get(_ITEM_INDEX):
+                        found[_number(index)] = bool(_number(values.get(_ITEM_CONNECTED, b"")))
         return found
 
     def dead_links(self) -> "DeadLinks":
         """Return what tells of connections that die from now on. Raises OSError."""
-        return DeadLinks(self._family, self._groups["nbd_mc_group"])
+        return DeadLinks(self._family, self._groups.get("nbd_mc_group", 0))
 
     def _ask(self, family: int, command: int, *content: bytes) -> list[bytes]:
         """Send a request and return the bodies of its answers, without their generic headers."""
@@ -303,8 +308,9 @@ class Kernel:
                 if kind != _MESSAGE_ERROR:
                     answers.append(body[_GENERIC.size :])
                     continue
-                code = -struct.unpack_from("=i", body)[0]
+                code = -struct.unpack_from("=i", body)[0] if len(body) >= 4 else -1
                 if code:
+                    code = code if 0 < code < _MOST_ERRORS else errno.EPROTO
                     raise OSError(code, os.strerror(code))
                 return answers
 
@@ -321,7 +327,10 @@ class Kernel:
             elif kind == _FAMILY_GROUPS:
                 for _, group in attributes(value):
                     values = dict(attributes(group))
-                    groups[values[_GROUP_NAME].rstrip(b"\0").decode()] = _number(values[_GROUP_ID])
+                    title = values.get(_GROUP_NAME, b"").rstrip(b"\0").decode(errors="replace")
+                    groups[title] = _number(values.get(_GROUP_ID, b""))
+        if not family:
+            raise OSError(errno.EPROTO, f"the kernel does not tell the number of '{name}'")
         return family, groups
 
 

@@ -27,6 +27,7 @@ class StatsFiles:
     ) -> None:
         """Write the files. Raises RundirError when one of them cannot be written."""
         publish = self._rundir.publish
+        publish("disksize", f"{snapshot.disksize}\n")
         publish("mm_stat", stats.mm_stat(snapshot))
         publish("io_stat", stats.io_stat(snapshot))
         publish("frag_ratio", stats.frag_ratio(snapshot))

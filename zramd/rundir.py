@@ -19,7 +19,7 @@ PID = "pid"
 NBD_SOCKET = "nbd.sock"
 CONTROL_SOCKET = "control.sock"
 DATA_ID = "data_id"  # names the data that the server holds: the same name, the same data
-STATS_FILES = ("mm_stat", "io_stat", "frag_ratio", "stats.json", "classes", "metrics.prom")
+STATS_FILES = ("disksize", "mm_stat", "io_stat", "frag_ratio", "stats.json", "classes", "metrics.prom")
 LOG = "log"  # what a server in the background has to say once it serves
 BACKGROUND = "ZRAMD_BACKGROUND"  # in the environment of such a server
 LOCK_TIMEOUT = 0.1  # seconds
@@ -28,6 +28,7 @@ _NOBODY_ELSES = frozenset((DATA_ID, "mm_stat", "io_stat", "frag_ratio"))
 _TEMPORARY = ".new"
 _ANOTHER = "give a folder of its own, one that is not there yet"
 _OURS = frozenset((NBD_SOCKET, CONTROL_SOCKET, LOG, *_FILES, *(name + _TEMPORARY for name in _FILES)))
+NAMES = (PID, *sorted(_OURS))  # all that may be in the folder
 
 
 class Rundir:

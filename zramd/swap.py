@@ -209,7 +209,7 @@ def minor_faults() -> int:
 def _status() -> dict[str, int]:
     """Return the sizes in /proc/self/status, in kB."""
     sizes = {}
-    with open("/proc/self/status") as status:
+    with open("/proc/self/status", errors="surrogateescape", newline="\n") as status:
         for line in status:
             name, _, value = line.partition(":")
             if value.endswith(" kB\n"):
@@ -222,7 +222,7 @@ def _mappings() -> Iterator[tuple[int, int]]:
 
     What is large is the device's own (that is what the reserve is for) or nbdkit's 192 MiB that nobody uses.
     """
-    with open("/proc/self/maps") as maps:
+    with open("/proc/self/maps", errors="surrogateescape", newline="\n") as maps:
         lines = maps.readlines()
     for line in lines:
         words = line.split(maxsplit=5)
@@ -236,7 +236,7 @@ def _mappings() -> Iterator[tuple[int, int]]:
 def _missing_code() -> int:
     """Return how many kB of the mapped files are not resident."""
     missing = 0
-    with open("/proc/self/smaps") as smaps:
+    with open("/proc/self/smaps", errors="surrogateescape", newline="\n") as smaps:
         counts = False
         for line in smaps:
             words = line.split(maxsplit=5)

@@ -143,7 +143,7 @@ def _runs(command: str) -> bool:
     environment = {"PATH": os.defpath}
     try:
         done = subprocess.run(
-            [command, "--version"], env=environment, cwd="/", capture_output=True, text=True
+            [command, "--version"], env=environment, cwd="/", capture_output=True, text=True, errors="replace"
         )
     except OSError:
         return False
@@ -281,7 +281,9 @@ def _live(root: Path) -> bool:
 def _systemctl(*words: str) -> str:
     import subprocess
 
-    done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["systemctl", *words], capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode:
         raise UnitsError(f"'systemctl {' '.join(words)}' failed: {' '.join(done.stderr.split())}")
     return done.stdout

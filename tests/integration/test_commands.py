@@ -90,8 +90,9 @@ class TestList:
             "DATA",
             "COMPR",
             "TOTAL",
-            "FRAG",
+            "STREAMS",
             "MOUNTPOINT",
+            "FRAG",
         ]
         name, algorithm, disksize, data, *_, frag = line.split()
         assert (name, algorithm, disksize, data) == ("zram0", "lz4", "100M", "408K")
@@ -118,7 +119,8 @@ class TestList:
             "devices": [
                 {
                     **{"name": "zram0", "algorithm": "lz4", "disksize": "100M", "data": "0B"},
-                    **{"compr": "0B", "total": "0B", "frag": 100.0, "mountpoint": None},
+                    **{"compr": "0B", "total": "0B", "streams": os.cpu_count(), "mountpoint": None},
+                    "frag": 100.0,
                     "pid": served.process.pid,
                 }
             ]

@@ -23,7 +23,7 @@ import zramd
 Serve = Callable[..., Served]
 MIB = 1 << 20
 STOP_SECONDS = 1.0
-STATS_FILES = ["classes", "frag_ratio", "io_stat", "metrics.prom", "mm_stat", "stats.json"]
+STATS_FILES = ["classes", "disksize", "frag_ratio", "io_stat", "metrics.prom", "mm_stat", "stats.json"]
 
 
 def extents(handle: Any, count: int, offset: int, flags: int = 0) -> list[tuple[int, int]]:
@@ -202,6 +202,7 @@ class TestEndpointAndFiles:
         handle.pwrite(b"some text that compresses " * 40000, 0)
         written = 26 * 40000
         wait_until(lambda: json.loads((served.rundir / "stats.json").read_text())["written_bytes"] == written)
+        assert (served.rundir / "disksize").read_text() == f"{served.stats()['disksize']}\n"
         columns = [int(word) for word in (served.rundir / "mm_stat").read_text().split()]
         stats = served.stats()
         names = "orig_data_size compr_data_size mem_used_total mem_limit mem_used_max same_pages"

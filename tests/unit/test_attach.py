@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 import zramd
-from zramd import attached, devices, keeper, kernelswap, rundir
+from zramd import attached, client, devices, keeper, kernelswap, rundir
 from zramd.commands import attach as command
 from zramd.commands import main
-from zramd.errors import AttachError
+from zramd.errors import AttachError, ConfigError
 
 
 def test_job_survives_the_command_line() -> None:
@@ -44,12 +44,11 @@ def test_only_root_may(verb: str) -> None:
         (["--connections", "17"], "argument --connections: '17' is not a number of connections from 1 to 16"),
         (["--timeout", "1e3"], "argument --timeout: '1e3' is not a number of seconds, such as 0.5 or 30"),
         (["--dead-conn-timeout", "1.5"], "'1.5' is not a number of seconds from 0 to 1000000"),
-        ([], "the following arguments are required: NAME"),
     ],
 )
 def test_bad_words(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["attach", *(["zram0"] if words else []), *words])
+        main(["attach", "zram0", *words])
     assert ended.value.code == 2
     text = capsys.readouterr().err
     assert sentence in text
@@ -127,3 +126,34 @@ def test_the_service_leaves_what_others_attached(
     monkeypatch.setattr(command, "_forget", lambda name, device: None)
     assert main(["detach", "--config", "--swapoff", "zram0"]) == 0
     assert done == ["swapoff"] * swapped + ["detach"] * detached + ["emptied"] * swapped
+
+
+@pytest.mark.parametrize("verb", ["attach", "detach"])
+def test_neither_name_nor_folder(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb]) == 2
+    assert capsys.readouterr().err == (
+        "zramd: which device? Give its name, as 'zramd list' shows it, or --rundir FOLDER\n"
+    )
+
+
+def test_the_name_that_a_server_has(tmp_path: Path) -> None:
+    """A run folder may have any name; what root is told to make a file of may not."""
+    served = client.Served("folder", str(tmp_path), 1)
+    assert command._own_name(served) == "folder"
+    (tmp_path / "stats.json").write_text('{"name": "zram7"}')
+    assert command._own_name(served) == "zram7"
+    (tmp_path / "stats.json").write_text('{"name": "../../etc/x"}')
+    with pytest.raises(ConfigError, match="is not a name"):
+        command._own_name(served)
+
+
+def test_a_kernel_device_stands_for_what_is_attached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = attached.Record("a")
+    record.write("/dev/nbd7", "x", keeper=1)
+    monkeypatch.setattr(attached, "is_connected", lambda device: device == "/dev/nbd7")
+    monkeypatch.setattr(attached, "read_sys", lambda device, name: "")
+    (folder / "other").write_text("")
+    assert [client.name_of(word) for word in ("/dev/nbd7", "/dev/nbd1", "/dev/zram0", "b")] == [
+        *("a", "nbd1", "zram0", "b")
+    ]
+    record.close()

@@ -1,6 +1,7 @@
 """The `zramd` command without a server: what it prints, how it refuses, what it imports, its man page."""
 
 import argparse
+import io
 import json
 import os
 import re
@@ -154,11 +155,10 @@ def test_without_a_place(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     assert main([]) == 0
-    assert capsys.readouterr() == ("", "")
+    sentence = "zramd: no place to look for devices: set XDG_RUNTIME_DIR or give --rundir FOLDER\n"
+    assert capsys.readouterr() == ("", sentence)
     assert main(["stats", "a"]) == 2
-    assert capsys.readouterr().err == (
-        "zramd: no place to look for devices: set XDG_RUNTIME_DIR or give --rundir FOLDER\n"
-    )
+    assert capsys.readouterr().err == sentence
 
 
 # The table.
@@ -347,6 +347,37 @@ def test_doctor_notes(tmp_path: Path, files: dict[str, str], name: str, text: st
     assert finding.level == "note"
     assert text in finding.text
     assert remedy in finding.remedy
+
+
+def test_doctor_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To root it does not say to be root."""
+    write(tmp_path, {**GOOD, "proc/self/status": "CapEff:\t1000000\n"})
+    for user, remedy in (
+        (0, "start the container with --cap-add=IPC_LOCK --cap-add=SYS_NICE,"),
+        (1000, "run it as root, or as a service"),
+    ):
+        monkeypatch.setattr("os.geteuid", lambda user=user: user)
+        assert remedy in findings(tmp_path)["rights"].remedy
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "iso-8859-1", "ascii"])
+def test_a_mount_point_of_any_bytes_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """Any user may have mounted something on such a folder. Its bytes are shown as they are."""
+    place = b"/\xff\xfe" + "\N{SNOWMAN}".encode()
+    (tmp_path / "mounts").write_bytes(b"/dev/nbd0 " + place + b" ext4 rw 0 0\n")
+    monkeypatch.setattr(kernelswap, "MOUNTS", str(tmp_path / "mounts"))
+    monkeypatch.setattr(kernelswap, "SWAPS", str(tmp_path / "none"))
+    monkeypatch.setattr(attached, "devices", lambda name, size: ["/dev/nbd0"])
+    served = client.Served("a", str(tmp_path), 1)
+    monkeypatch.setattr(client, "every", lambda: [served])
+    monkeypatch.setattr(client.Served, "ask_json", lambda *_, **__: {"name": "a", "disksize": 4096})
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["list", "-n", "-o", "MOUNTPOINT"]) == 0
+    shown = out.buffer.getvalue()
+    assert shown == (place if encoding == "utf-8" else b"/\xff\xfe?") + b"\n"
 
 
 @pytest.mark.parametrize(

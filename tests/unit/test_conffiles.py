@@ -140,3 +140,31 @@ def test_a_file_that_another_user_may_change(tmp_path: Path, wrong: str) -> None
         os.chown(path, 65534, -1, follow_symlinks=False)
     with pytest.raises(ZramdError, match="zramd.conf is not used: .*: have it owned by root, with mode 644"):
         devices.load(str(tmp_path))
+
+
+def test_a_mark_at_the_beginning_and_colons(tmp_path):
+    (tmp_path / "f").write_bytes(b"\xef\xbb\xbf[zram0]\nzram-size : ram == 1\noptions = a:b\nx:\n")
+    entries, problems = conffiles.read(tmp_path / "f")
+    assert problems == []
+    assert [(entry.section, entry.key, entry.value) for entry in entries[1:]] == [
+        ("zram0", "zram-size", "ram == 1"),
+        ("zram0", "options", "a:b"),
+        ("zram0", "x", ""),
+    ]
+
+
+def test_what_is_no_configuration(tmp_path):
+    (tmp_path / "nul").write_bytes(b"[zram0]\n\0")
+    with pytest.raises(ConfigError, match="byte 8 is not UTF-8 text"):
+        conffiles.read(tmp_path / "nul")
+    with pytest.raises(ConfigError, match="this is no configuration"):
+        conffiles.read(Path("/dev/zero"))
+    with pytest.raises(ConfigError, match="there is no such file"):
+        conffiles.read(tmp_path / "nul" / "x")
+
+
+@pytest.mark.parametrize("value", ["", "a", "'a'", '"', '""', ' a"'])
+def test_a_line_that_is_written_reads_the_same(value):
+    (entry,), problems = conffiles.parse([conffiles.line("key", value)], "f")
+    assert problems == []
+    assert (entry.key, entry.value) == ("key", value)

@@ -171,7 +171,13 @@ def test_memory_within_the_limit(root, text):
         ("zram-size = ram / 0", "zram-size: 'ram / 0', character 5: division by zero"),
         ("zram-size = 1 - ram", "zram-size: '1 - ram' is -8191 megabytes"),
         ("zram-size = 5T", "zram-size: '5T' is 5497558138880 bytes: use at most 4T"),
-        ("zram-resident-limit = 1e30", "zram-resident-limit: '1e30' is 1048576"),
+        ("zram-resident-limit = 1e30", "zram-resident-limit: '1e30' is 1e+30 megabytes: use less"),
+        ("zram-size = 9e99", "zram-size: '9e99' is 9e+99 megabytes: use at most 4T"),
+        ("zram-size = 8 GB", "zram-size: '8 GB', character 3: an operator is missing before 'GB': write 8GB"),
+        ("size = 8 GB", "size: '8 GB' is not a size: write 8GB"),
+        ("size = 1.5G", "size: '1.5G' is not a size: write 1536M"),
+        ("mem_limit = 50%", "mem_limit: '50%' is not a size: in zramd.conf write zram-size = ram * 50 / 100"),
+        ("\u200bsize = 1G", "unknown key '\u200bsize': did you mean 'size'?"),
         ("zram-size =", "zram-size: '', character 1: it is empty"),
         ("disksize = 0", "disksize: '0' is out of range: use more than 0 and at most 4T"),
         ("disksize = ram / 2", "disksize: 'ram / 2' is not a size"),
@@ -269,6 +275,15 @@ def test_a_device_that_is_not_there(root):
     ("text", "note"),
     [
         ("size = 4096", "size = 4096 is 4096 bytes: if megabytes were meant, use zram-size or a unit"),
+        ("zram-size = 0.3", "zram-size = 0.3 is 315392 bytes: for a share of the memory write ram * 0.3"),
+        ("zram-size = ram / 99999", "bytes: a number without a unit is megabytes"),
+        ("zram-resident-limit = .5", "is 524288 bytes: for a share of the memory write ram * .5"),
+        ("mem_limit = 512", "mem_limit = 512 is 512 bytes: if megabytes were meant, use zram-size or a unit"),
+        (
+            "zram-size = ram * 2",
+            "zram-size = ram * 2 is more than half of this machine's 8192 MB: at its",
+        ),
+        ("disksize = 5G", "disksize = 5G is more than half of this machine's 8192 MB: at its"),
         ("zram-size = 40 * ram", "zram-size = 40 * ram is 40 times the memory: no compression reaches that"),
         ("options =", "options = : without discard, memory of freed swap never comes back"),
         ("attach = no\nswap-priority = 5", "swap-priority = 5 has no effect with attach = no"),
@@ -284,7 +299,7 @@ def test_notes(root, text, note):
 
 
 def test_no_notes_for_what_is_usual(root):
-    assert root.load("[zram0]\nzram-size = ram\n[b]\nattach = no\nsize = 1G").notes == ()
+    assert root.load("[zram0]\nzram-size = ram / 2\n[b]\nattach = no\nsize = 1G").notes == ()
 
 
 def test_zram_generator_is_never_served_unasked(root):
@@ -361,3 +376,34 @@ def test_the_example_has_every_key(root):
     written = {key for device in full.devices for key in device.where if key}
     known = {setting.name for setting in (*keys.table(8192), *config.SETTINGS)} - {"name"}
     assert written == known
+
+
+def test_one_file_of_two_devices(root):
+    (root.path / "link").symlink_to(root.path)
+    here, there = f"{root.path}/x", f"{root.path}/link/x"
+    for key, first, second in (
+        ("state", here, there),
+        ("metrics_file", f"{here}.prom", f"{there}.prom"),
+        ("rundir", here, there),
+    ):
+        problems = root.problems(f"[a]\nattach = no\n{key} = {first}\n[b]\nattach = no\n{key} = {second}\n")
+        assert problems == [f"etc/zramd.conf:6: {key} = {second} is also that of [a]: use another"]
+    assert root.problems("[a]\nattach = no\nstate = /run/zramd/b/nbd.sock\n[b]\n") == [
+        "etc/zramd.conf:4: rundir = /run/zramd/b is also state of [a]: use another"
+    ]
+    assert root.problems("[a]\nstate = /x.prom\nmetrics_file = /x.prom\n") == [
+        "etc/zramd.conf:3: metrics_file = /x.prom is also state of [a]: use another"
+    ]
+    assert root.problems("[a]\nstate = systemd\n[b]\nstate = systemd\n") == []
+
+
+def test_a_device_that_is_not_there_where_others_have_errors(root):
+    with pytest.raises(ConfigError) as caught:
+        root.load("[a]\n[b]\nsiez = 1\n[c]\nzram-size = 0\n").find("d")
+    assert str(caught.value).endswith("(there: a; with errors: b; not on this machine: c)")
+
+
+def test_where_each_section_has_its_run_folder(root):
+    """Also one that has an error since it was started, or is not for this machine."""
+    configuration = root.load("[a]\n[b]\nrundir = /x\nsiez = 1\n[c]\nzram-size = 0\nrundir = /y\n")
+    assert configuration.rundirs == {"a": "", "b": "/x", "c": "/y"}

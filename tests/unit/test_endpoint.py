@@ -466,3 +466,19 @@ def test_curl(running: Running) -> None:
     assert json.loads(run("http://zramd/stats"))["writes"] == 41
     assert json.loads(run("-X", "POST", "http://zramd/compact"))["pages_freed"] == 42
     assert json.loads(run("-X", "PUT", "-d", "2M", "http://zramd/mem_limit"))["mem_limit"] == 2 << 20
+
+
+def test_a_client_that_waits_before_it_sends_its_body(running: Running) -> None:
+    """curl does with a large one, for a second."""
+    head = b"PUT /mem_limit HTTP/1.1\r\nContent-Length: 2\r\nExpect: 100-Continue\r\n\r\n"
+    with running.connect() as sock:
+        sock.sendall(head)
+        assert sock.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(b"2M")
+        assert status(b"".join(iter(lambda: sock.recv(65536), b""))) == 200
+    assert running.service.limit == 2 << 20
+    # Who sends it at once, sends none, too much, or speaks HTTP/1.0, is told nothing in between.
+    assert status(running.raw(head + b"3M")) == 200
+    assert status(running.raw(head.replace(b"Content-Length: 2", b"Content-Length: 0"))) == 400
+    assert status(running.raw(head.replace(b"Content-Length: 2", b"Content-Length: 20000"))) == 413
+    assert status(running.raw(head.replace(b"HTTP/1.1", b"HTTP/1.0") + b"2M")) == 200

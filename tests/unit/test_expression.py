@@ -41,6 +41,10 @@ def test_sizes(text, ram, megabytes):
     assert size(text, ram) == int(megabytes * MIB)
 
 
+def test_a_size_whose_bytes_no_float_can_count():
+    assert size("1e308", 1) == int(1e308) * MIB
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -123,7 +127,8 @@ def test_values(text, value):
         ("-5", "'-5' is -5 megabytes: use max(0, …) or a size above 0"),
         ("4X", "'4X', character 1: 'X' is not a unit: use K, M, G or T, or none for megabytes"),
         ("0x10", "'0x10', character 1: 'x10' is not a unit: use K, M, G or T, or none for megabytes"),
-        ("4 G", "'4 G', character 3: an operator is missing before 'G'"),
+        ("4 G", "'4 G', character 3: an operator is missing before 'G': write 4G"),
+        ("4 Gibi", "'4 Gibi', character 3: an operator is missing before 'Gibi'"),
         ("ram 2", "'ram 2', character 5: an operator is missing before '2'"),
         ("50%", "'50%', character 3: '%' is the remainder, not percent: write half of ram as ram * 0.5"),
         ("ram = 2", "'ram = 2', character 5: '=' has no meaning here: use == to compare"),

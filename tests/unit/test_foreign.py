@@ -1,11 +1,13 @@
 """zram-generator's and zramswap's configurations: what is taken over, what is named, what comes out."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from zramd import devices, foreign
 from zramd.devices import Configuration
+from zramd.errors import ConfigError
 
 RAM = 8192
 GIB = 1 << 30
@@ -18,7 +20,7 @@ def read(tmp_path: Path, text: str, name: str = "zram-generator.conf") -> foreig
 
 
 def build(translation: foreign.Translation) -> Configuration:
-    return devices.build(translation.sections, RAM)
+    return devices.build(translation.sections, RAM, translation.problems)
 
 
 def notes(translation: foreign.Translation) -> list[str]:
@@ -203,3 +205,97 @@ def test_what_is_printed_means_the_same(tmp_path, name, text):
     assert len(loaded.devices) > 0
     for note in translation.notes:
         assert f"#   {note}\n" in again.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "nothing in it is theirs"),
+        ("ENABLED=true\n", "nothing in it is theirs"),
+        ("root:x:0:0:root:/root:/bin/bash\n", "nothing in it is theirs"),
+        (
+            "UUID=1 / ext4 errors=remount-ro 0 1\n# swap\ntmpfs /tmp tmpfs size=1G 0 0\n",
+            "nothing in it is theirs",
+        ),
+        ("num_devices=2\ntype0=swap\nsize0=512\n", "this is zram-init's file"),
+        ("zswap_enabled=1\nzram_size=$((RAM_SIZE/4))\n", "this is systemd-swap's file"),
+        ("SIZE=40M\nPATH_DISK=/var/log\nZL2R=false\n", "this is log2ram's file"),
+        ("SWAP=true\nZRAM_PERCENTAGE=50\nSIZE=512\n", "this is armbian-zram-config's file"),
+        ('export _zram_fraction="1/2"\n', "this is zram-swap's file"),
+        ("SIZE=40M\n", "nothing in it is theirs"),
+        ("SIZE=512\nUSER=root\n", "nothing in it is theirs"),
+        ("[Unit]\nDescription=x\n", "nothing in it is theirs"),
+        ("[swap]\nzram-size = ram\n", "nothing in it is theirs"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x", "x.conf"])
+def test_what_is_neither_programs_is_refused(tmp_path, name, text, what):
+    with pytest.raises(ConfigError, match=re.escape(what)):
+        read(tmp_path, text, name)
+
+
+def test_a_file_by_another_name_is_known_by_its_words(tmp_path):
+    for text in ("SIZE=512", "PERCENT=50 # half\nSIZE=", "# ALGO=lz4\n#PERCENT=50\n", "[zram0]", "set!a = b"):
+        assert read(tmp_path, text, "x") is not None
+
+
+def test_zramds_own_file_is_not_taken_for_zram_generators(tmp_path):
+    with pytest.raises(ConfigError, match=":2: attach is zramd's own: use the file as it is"):
+        read(tmp_path, "[zram0]\nattach = no\n")
+
+
+@pytest.mark.parametrize(
+    "text", ["\ufeff[zram0]\nhost-memory-limit: 1\n", "[zram0]\nhost-memory-limit : 1 = 1"]
+)
+def test_what_zram_generator_reads_is_read(tmp_path, text):
+    configuration = build(read(tmp_path, text))
+    assert configuration.devices == ()
+    assert len(configuration.skipped) + len(configuration.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "left"),
+    [
+        ("zram-generator.conf", "[zram0]\nzram-size = 1024\nhost-memory-limit\n[zram1]\n", ["zram1"]),
+        ("zram-generator.conf", "[zram0]\nzram-size = 1024 + two\n[zram1]\n", ["zram1"]),
+        ("zram-generator.conf", "[zram0]\n[zram1\nzram-size = 1\n", []),
+        ("zram-generator.conf", "word\n[zram0]\n", []),
+        ("zramswap", "PERCENT=$((100 / 2))\n", []),
+        ("zramswap", "PERCENT=50%\n", []),
+        ("zramswap", "SIZE=40M\nPRIORITY=5\n", []),
+        ("zramswap", "SIZE=512 # MB\n. /etc/more\n", []),
+        ("zramswap", "PRIORITY='\n", []),
+        ("zramswap", "PRIORITY=70000\n", []),
+    ],
+)
+def test_what_cannot_be_read_never_means_something_else(tmp_path, name, text, left):
+    """It stands at the head of what is printed, and its section is a comment."""
+    translation = read(tmp_path, text, name)
+    configuration = build(translation)
+    assert [device.name for device in configuration.devices] == left
+    (problem,) = configuration.problems
+    printed = foreign.text(translation, configuration.problems)
+    assert f"#   {problem}\n" in printed
+    (tmp_path / "zramd.conf").write_text(printed)
+    loaded = devices.load(str(tmp_path), str(tmp_path / "zramd.conf"))
+    assert loaded.problems == ()
+    assert [device.name for device in loaded.devices] == left
+
+
+@pytest.mark.parametrize(
+    ("text", "note", "size"),
+    [
+        ("PERCENTAGE=25", "1: PERCENTAGE=25: it is called PERCENT now: it is taken as that", 2 * GIB),
+        ("ALLOCATION=1024", "1: ALLOCATION=1024: it is called SIZE now: it is taken as that", GIB),
+        (
+            "PERCENTAGE=9\nPERCENT=50",
+            "1: PERCENTAGE=9: it is called PERCENT now: PERCENT is given, which counts",
+            4 * GIB,
+        ),
+    ],
+)
+def test_words_of_older_zram_tools(tmp_path, text, note, size):
+    translation = read(tmp_path, text, "zramswap")
+    assert notes(translation) == [note]
+    (device,) = build(translation).devices
+    assert device.disksize == size

@@ -1,5 +1,6 @@
 """/proc/swaps and its kin, and the programs that change them, as far as no swap device is needed."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -146,3 +147,19 @@ def test_memory_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     setting.unlink()
     with pytest.raises(AttachError, match=r"min_free_kbytes' cannot be set to 30000: No such file"):
         kernelswap.set_memory_aside()
+
+
+def test_paths_may_have_any_byte(system: Path) -> None:
+    """Any user may mount something by FUSE, on a folder of any name; the kernel escapes four characters."""
+    odd = b"/\xff\xfe \xc2\xa0\r\x0b\\"
+    escaped = odd.replace(b"\\", b"\\134").replace(b" ", b"\\040")
+    (system / "MOUNTS").write_bytes(b"none " + odd[:3] + b" x\n/dev/nbd0 " + escaped + b" ext4 rw 0 0\n")
+    assert [os.fsencode(place) for place in kernelswap.mounts("/dev/nbd0")] == [odd]
+    (system / "SWAPS").write_bytes(SWAPS.encode() + escaped + b"  file\t8\t4\t-2\n")
+    assert os.fsencode(kernelswap.swaps()[-1].path) == odd
+
+
+def test_a_swap_is_not_overlooked(system: Path) -> None:
+    (system / "SWAPS").write_text(SWAPS + "/dev/nbd1 partition\n")
+    with pytest.raises(AttachError, match="'/dev/nbd1 partition' is not understood"):
+        kernelswap.find("/dev/nbd1")

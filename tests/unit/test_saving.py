@@ -15,6 +15,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import lz4.block
 import pytest
+from conftest import SCALE
 from hypothesis import given, settings
 
 from zramd import Device, PoolFullError, state
@@ -435,7 +436,7 @@ fill(SMALL, 7, 0.4)
 SAVED_SMALL = save(SMALL)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=int(300 * max(SCALE, 1)), deadline=None)
 @given(st.data())
 def test_fuzz(data: st.DataObject) -> None:
     """Whatever happens to a file: it is refused, or it is what it was."""

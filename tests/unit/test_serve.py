@@ -66,6 +66,13 @@ def test_plugin_is_there() -> None:
         ("-p1234 --tls=require", "nbds://localhost:1234/zram0"),
         ("--ipaddr=::1", "nbd://[::1]:10809/zram0"),
         ("--vsock --port 5", "nbd+vsock://1:5/zram0"),
+        ("--vsock", "nbd+vsock://1:10809/zram0"),
+        ("--tls require -p 0010809", "nbds://localhost:10809/zram0"),
+        ("-6 -p 1", "nbd://[::1]:1/zram0"),
+        ("--ipv6 --po 1", "nbd://[::1]:1/zram0"),
+        ("-p nonesuch", ""),
+        ("-p 0", ""),
+        ("--tls=require --tls-psk /x/y", "nbds+unix:///zram0?socket=/run/z/nbd.sock&tls-psk-file=/x/y"),
     ],
 )
 def test_uri(settings: config.Config, words: str, uri: str) -> None:
@@ -104,6 +111,27 @@ def test_greeting_names_a_command_that_is_there(
     assert f"{tmp_path}/zramd" not in serve.greeting(settings, serve.read_options([]), 4711)
 
 
+def test_greeting_of_a_folder_that_was_moved(
+    settings: config.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script beside Python begins with the path that Python had when it was installed."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "there is one").touch()
+    for head, runs in (
+        (f"#!{tmp_path}/gone/python", False),
+        (f"#!/bin/sh\n'''exec' {tmp_path}/gone/python \"$0\"", False),
+        (f"#!/bin/sh\n'''exec' \"{tmp_path}/none is\" \"$0\"", False),
+        (f"#!/bin/sh\n'''exec' \"{tmp_path}/there is one\" \"$0\"", True),
+        ("#!/bin/sh -e", True),
+    ):
+        (tmp_path / "zramd").write_text(f"{head}\n")
+        (tmp_path / "zramd").chmod(0o755)
+        for path in ("/nowhere", str(tmp_path)):
+            monkeypatch.setenv("PATH", path)
+            text = serve.greeting(settings, serve.read_options([]), 4711)
+            assert (f"attach        {tmp_path}/python -P -m zramd attach" in text) == (not runs), head
+
+
 def test_greeting(settings: config.Config) -> None:
     text = serve.greeting(settings, serve.read_options([]), 4711)
     assert "nbd+unix:///zram0?socket=/run/z/nbd.sock" in text
@@ -113,6 +141,8 @@ def test_greeting(settings: config.Config) -> None:
     assert "kill 4711" in text
     usual = config.parse([("size", "1G"), ("name", "zram0"), ("rundir", "/run/zramd/zram0")])
     assert "zramd attach zram0\n" in serve.greeting(usual, serve.read_options(["-t", "4"]), 4711)
+    tls = serve.greeting(settings, serve.read_options(["--tls=require"]), 4711)  # the kernel has none
+    assert "attach        nbdinfo 'nbds+unix:///zram0?socket=/run/z/nbd.sock'\n" in tls
     assert "attach        nbdinfo nbd://localhost:1/zram0\n" in serve.greeting(
         settings, serve.read_options(["-p", "1"]), 4711
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from conftest import compressible, noise
+from conftest import SCALE, compressible, noise
 from hypothesis import HealthCheck, given, settings
 
 from zramd import Device, PoolFullError, state
@@ -522,7 +522,11 @@ def test_an_empty_file_is_a_new_state(memory_folder: Path) -> None:
     assert read(open_device(path), 0, 1) == b"x"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=int(100 * max(SCALE, 1)),
+    deadline=None,
+)
 @given(data=st.data())
 def test_no_header_but_the_right_one_is_accepted(old: Path, data: st.DataObject) -> None:
     good = bytes(_head(old))

@@ -7,13 +7,15 @@ parsed arguments and returns the exit status. It raises ZramdError for what goes
 """
 
 import argparse
+import codecs
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from zramd import __version__, inherited
-from zramd.errors import UsageError, ZramdError
+from zramd.errors import UsageError, ZramdError, printable
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -85,9 +87,26 @@ class Parser(argparse.ArgumentParser):
             split = words.index("--") if "--" in words else len(words)
             words, namespace.nbdkit_options = words[:split], words[split + 1 :]
         if self.takes_settings:
-            namespace.settings = [word for word in words if "=" in word and word[0] not in "-/."]
-            words = [word for word in words if word not in namespace.settings]
+            values = self._values(words)
+            settings = [
+                place
+                for place, word in enumerate(words)
+                if "=" in word and word[0] not in "-/." and place not in values
+            ]
+            namespace.settings = [words[place] for place in settings]
+            words = [word for place, word in enumerate(words) if place not in settings]
         return super().parse_known_args(words, namespace)
+
+    def _values(self, words: list[str]) -> set[int]:
+        """Return the places of words that are the value of the option before them."""
+        options = {name for name, action in self._option_string_actions.items() if action.nargs != 0}
+        values: set[int] = set()
+        for place, word in enumerate(words[:-1]):
+            long = word.startswith("--") and len(word) > 2  # it may be shortened, as argparse has it
+            known = any(name.startswith(word) for name in options) if long else word in options
+            if known and place not in values:
+                values.add(place + 1)
+        return values
 
     def format_help(self) -> str:
         """Return the help, with what `more` returns at its end."""
@@ -131,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     inherited.complete_standard()
     inherited.forget_others()
     words = sys.argv[1:] if argv is None else argv
+    _print_any_path()
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "-V", "--version")):
         words = ["list", *words]
     try:
@@ -146,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         _drop_output()
         return 1
     except (ZramdError, OSError) as error:
-        print(f"zramd: {error}", file=sys.stderr)
+        print(f"zramd: {printable(str(error))}", file=sys.stderr)
         return error.exit_code if isinstance(error, ZramdError) else 1
     except KeyboardInterrupt:
         return 130
@@ -169,6 +189,21 @@ def _flush(status: int) -> int:
 def _drop_output() -> None:
     """Let what is still to be printed go nowhere: Python would complain of it at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _print_any_path() -> None:
+    """Have standard output take a path whose bytes are no text as they are, and never an exception."""
+    codecs.register_error("zramd", _as_it_came)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="zramd")
+
+
+def _as_it_came(error: UnicodeError) -> tuple[bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    codes = [ord(letter) for letter in error.object[error.start : error.end]]
+    raw = [bytes([code - 0xDC00]) if 0xDC80 <= code <= 0xDCFF else b"?" for code in codes]
+    return b"".join(raw), error.end
 
 
 def _check_verb(word: str, known: dict[str, Parser]) -> None:

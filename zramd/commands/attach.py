@@ -7,7 +7,8 @@ import sys
 from contextlib import suppress
 
 from zramd import client, rundir
-from zramd.errors import AttachError
+from zramd.commands import add_device
+from zramd.errors import AttachError, DeviceError, UsageError
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -31,12 +32,20 @@ def attach(arguments: argparse.Namespace) -> int:
 
     from zramd import attached, kernelswap, swapunit
 
+    if arguments.name is not None:
+        arguments.name = client.name_of(arguments.name)
+    elif not arguments.rundir:
+        raise UsageError("which device? Give its name, as 'zramd list' shows it, or --rundir FOLDER")
+    elif arguments.config:
+        raise UsageError("--config takes what zramd.conf has under a NAME: give that")
     if arguments.config and not _configure(arguments):
         return 0
-    _must_be_root("attach", arguments.name)
+    _must_be_root("attach", arguments)
     # What was begun is finished: half an attachment would be nobody's. (Children would inherit SIG_IGN.)
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     served = client.find(arguments.name, arguments.rundir)
+    if arguments.name is None:
+        served.name = _own_name(served)
     if arguments.swap:
         _refuse_others(served)
     address = served.file(rundir.NBD_SOCKET)
@@ -144,7 +153,11 @@ def detach(arguments: argparse.Namespace) -> int:
 
     from zramd import attached, kernelswap
 
-    _must_be_root("detach", arguments.name)
+    if arguments.name is not None:
+        arguments.name = client.name_of(arguments.name)
+    else:
+        arguments.name = _own_name(client.look(None, arguments.rundir))
+    _must_be_root("detach", arguments)
     there = attached.find(arguments.name)
     if there is None:
         if arguments.if_attached:
@@ -176,9 +189,45 @@ def detach(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _must_be_root(verb: str, name: str) -> None:
-    if os.geteuid():
-        raise AttachError(f"only root may {verb} kernel devices: run 'sudo zramd {verb} {name}'")
+def _must_be_root(verb: str, arguments: argparse.Namespace) -> None:
+    """Raise AttachError, which tells another user what root has to run: root looks in another place."""
+    import shlex
+
+    from zramd.commands.serve import sudo
+
+    if os.geteuid() == 0:
+        return
+    words = [verb, *([arguments.name] if arguments.name else [])]
+    folder = os.path.abspath(arguments.rundir) if getattr(arguments, "rundir", None) else ""
+    own = f"{client.base()}/{arguments.name}"
+    if verb == "attach" and not folder and not arguments.config and os.path.exists(f"{own}/{rundir.PID}"):
+        folder = own
+    if folder:
+        words += ["--rundir", shlex.quote(folder)]
+    words += [option for option in ("--swap", "--swapoff", "--config") if _is_on(arguments, option)]
+    raise AttachError(f"only root may {verb} kernel devices: run '{sudo(' '.join(words))}'")
+
+
+def _is_on(arguments: argparse.Namespace, option: str) -> bool:
+    return getattr(arguments, option.removeprefix("--"), False) is True
+
+
+def _own_name(served: client.Served) -> str:
+    """Return what a server calls its device: its run folder may have any name. Raises ConfigError."""
+    import json
+
+    from zramd import config
+
+    try:
+        name = str(served.stats()["name"])
+    except (DeviceError, KeyError):  # it has no endpoint, or has ended
+        try:
+            with open(served.file("stats.json"), "rb") as file:
+                name = str(json.load(file)["name"])
+        except (OSError, ValueError, KeyError, TypeError):
+            name = served.name
+    config.find("name").parse(name)  # root is to make a file of this name
+    return name
 
 
 def _must_be_free(device: str) -> None:
@@ -217,7 +266,12 @@ def _has_netlink() -> bool:
     modprobe = shutil.which("modprobe", path=kernelswap.PATH)
     if modprobe and not os.path.exists("/sys/module/nbd"):
         done = subprocess.run(
-            [modprobe, "nbd"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            [modprobe, "nbd"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
         )
         reason = " ".join(done.stderr.split()).removeprefix("modprobe: ")
     if not os.path.exists("/sys/module/nbd"):
@@ -418,14 +472,13 @@ def add(commands: "Commands") -> None:
             "whose memory was swapped out get SIGBUS. A server with other data is not used.\n"
         ),
     )
-    parser.add_argument("name", metavar="NAME", help="the device, as 'zramd list' shows it")
+    add_device(parser)
     parser.add_argument(
         "--config",
         action="store_true",
         help="attach it as /etc/zramd.conf says, and swap to it or not: the other options have no effect; "
         "what is attached already stays so",
     )
-    parser.add_argument("--rundir", metavar="FOLDER", help="the server's run folder, if not the usual one")
     parser.add_argument(
         "--device", type=_device, default=-1, metavar="/dev/nbdN", help="which one [a free one]"
     )
@@ -478,7 +531,7 @@ def add(commands: "Commands") -> None:
         help="take the kernel block device away again",
         description="Detach a device from this machine's kernel. Refused while it is mounted or swapped to.",
     )
-    parser.add_argument("name", metavar="NAME", help="the device, as 'zramd list' shows it")
+    add_device(parser)
     parser.add_argument("--swapoff", action="store_true", help="swap off first; Ctrl-C stops that")
     parser.add_argument(
         "--force", action="store_true", help="swap off even if there is less memory than must come back"

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from zramd.errors import ConfigError
+from zramd.errors import ConfigError, printable
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from zramd.devices import Configuration, Device
     from zramd.foreign import Translation
 
+_WRITE_ONE = "write /etc/zramd.conf, as docs/zramd.conf shows"
 _ABOUT_GENERATOR = "read zram-generator's configuration, else zramswap's, instead of zramd's"
 
 
@@ -111,7 +112,7 @@ def _as_json(device: "Device") -> "dict[str, Any]":
 
 def _complain(configuration: "Configuration") -> None:
     for problem in configuration.problems:
-        print(f"zramd: {problem}", file=sys.stderr)
+        print(f"zramd: {printable(str(problem))}", file=sys.stderr)
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -137,9 +138,13 @@ def show(arguments: argparse.Namespace) -> int:
     else:
         parts = [_table(device) for device in chosen]
         if not (chosen or skipped or configuration.problems):
-            parts = ["no device is configured: write /etc/zramd.conf, as docs/zramd.conf shows"]
+            parts = [f"no device is configured: {_WRITE_ONE}"]
         parts += ["\n".join(f"{name}: {why}" for name, why in skipped.items())] if skipped else []
-        parts += ["\n".join(f"note: {note}" for note in configuration.notes)] if configuration.notes else []
+        parts += (
+            ["\n".join(f"note: {printable(note)}" for note in configuration.notes)]
+            if configuration.notes
+            else []
+        )
         if parts:
             print("\n\n".join(parts))
     return ConfigError.exit_code if configuration.problems else 0
@@ -150,13 +155,16 @@ def check(arguments: argparse.Namespace) -> int:
     configuration = _load(arguments.file, arguments.generator)
     _complain(configuration)
     for note in configuration.notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     for name, why in configuration.skipped.items():
         print(f"{name}: {why}")
     if configuration.problems:
         return 1
+    if not configuration.files:
+        print(f"nothing is configured: {_WRITE_ONE}")
+        return 0
     names = ", ".join(device.name for device in configuration.devices) or "no device"
-    print(f"no errors in {', '.join(configuration.files) or 'no file'}: {names}")
+    print(f"no errors in {', '.join(configuration.files)}: {names}")
     return 0
 
 
@@ -165,9 +173,9 @@ def import_(arguments: argparse.Namespace) -> int:
     from zramd import conffiles, devices, foreign
 
     translation = _translation(arguments.file)
-    sys.stdout.write(foreign.text(translation))
     ram = devices.total_ram(conffiles.root_folder())
     configuration = devices.build(translation.sections, ram, translation.problems)
+    sys.stdout.write(foreign.text(translation, configuration.problems))
     _complain(configuration)
     return 1 if configuration.problems else 0
 

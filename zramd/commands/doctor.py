@@ -9,7 +9,7 @@ import os
 import re
 
 from zramd import client
-from zramd.kernelswap import MIN_FREE
+from zramd.kernelswap import MIN_FREE, parse_swaps
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ def _run(*words: str) -> tuple[int, str, str]:
     import subprocess
 
     try:
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=30
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return 1, "", str(error)
     return done.returncode, done.stdout, done.stderr
@@ -152,9 +154,11 @@ def local_swap(root: str = "") -> "Iterator[Finding]":
             effective = int(line.split()[1], 16)
     missing = [name for bit, name in CAPABILITIES.items() if not effective >> bit & 1]
     if missing:
-        yield Finding(
-            NOTE, "rights", f"{', '.join(missing)} missing for swap=local", "run it as root, or as a service"
-        )
+        remedy = "run it as root, or as a service"
+        if os.geteuid() == 0:  # a container, most likely
+            options = " ".join(f"--cap-add={name.removeprefix('CAP_')}" for name in missing)
+            remedy = f"root lacks them here: start the container with {options}, or see the unit's limits"
+        yield Finding(NOTE, "rights", f"{', '.join(missing)} missing for swap=local", remedy)
     else:
         yield Finding(OK, "rights", "enough for swap=local")
     limit = "unlimited"
@@ -220,8 +224,8 @@ def swap_settings(root: str = "") -> "Iterator[Finding]":
         )
     else:
         yield Finding(OK, "zswap", "is off")
-    others = [line.split() for line in _read(f"{root}/proc/swaps").splitlines()[1:]]
-    zram = [words[0] for words in others if os.path.basename(words[0]).startswith("zram")]
+    others = parse_swaps(os.fsencode(_read(f"{root}/proc/swaps")))
+    zram = [swap.path for swap in others if os.path.basename(swap.path).startswith("zram")]
     if zram:
         yield Finding(
             NOTE,
@@ -262,7 +266,7 @@ def run_folder() -> "Iterator[Finding]":
 
 def _read(path: str) -> str:
     try:
-        with open(path) as file:
+        with open(path, errors="surrogateescape") as file:
             return file.read().strip()
     except OSError:
         return ""

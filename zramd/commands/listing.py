@@ -89,7 +89,8 @@ COLUMNS = (
     Column("PID", "number", "process that serves it", _number("pid")),
     Column("ATTACHED", "text", "device of this machine's kernel that is its client", _number("attached")),
 )
-DEFAULT = ("NAME", "ALGORITHM", "DISKSIZE", "DATA", "COMPR", "TOTAL", "FRAG", "MOUNTPOINT")
+# zramctl's, in its order, for scripts that count columns; then what only zramd has.
+DEFAULT = ("NAME", "ALGORITHM", "DISKSIZE", "DATA", "COMPR", "TOTAL", "STREAMS", "MOUNTPOINT", "FRAG")
 _BY_NAME = {column.name: column for column in COLUMNS}
 
 
@@ -185,7 +186,20 @@ def run(arguments: argparse.Namespace) -> int:
     if rows:  # as zramctl: nothing at all when there is no device
         write = raw if arguments.raw else table
         sys.stdout.write(write(shown, lines, headings=not arguments.noheadings))
+    elif not (status or arguments.raw or arguments.noheadings):
+        print(f"zramd: {_what_next()}", file=sys.stderr)
     return status
+
+
+def _what_next() -> str:
+    """Return what somebody may do who has no device: on standard error, for scripts read the table."""
+    if not client.base():
+        return "no place to look for devices: set XDG_RUNTIME_DIR or give --rundir FOLDER"
+    configured = sorted(client.configured())
+    start = f"zramd start {configured[0]}" if configured else "zramd start zram0 --size 1G"
+    roots = os.geteuid() != 0 and bool(client.names_in(client.ROOTS))
+    more = "; root has some: 'sudo zramd' shows them" if roots else ""
+    return f"no device is served: '{start}' starts one, 'zramd doctor' looks whether all is ready{more}"
 
 
 def _help() -> str:

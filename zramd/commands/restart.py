@@ -186,7 +186,7 @@ def _refuse_others(served: client.Served) -> None:
     environment = _words(f"/proc/{served.pid}/environ")
     if any(word.startswith(f"{rundir.BACKGROUND}=") for word in environment):
         return
-    with open(f"/proc/{served.pid}/cgroup") as file:
+    with open(f"/proc/{served.pid}/cgroup", errors="surrogateescape") as file:
         unit = file.read().strip().rpartition("/")[2]
     if unit.endswith(".service") and any(word.startswith("NOTIFY_SOCKET=") for word in environment):
         raise DeviceError(f"{served.name} is a service: run 'systemctl restart {unit}'")

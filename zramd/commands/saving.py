@@ -39,6 +39,7 @@ def save(arguments: argparse.Namespace) -> int:
         _check_target(file, arguments.force)
     if not arguments.live:
         refuse_in_use(served, "save", ", or save it with --live, blocks of different moments")
+    in_use = _in_use(served)
     numbers = served.stats()
     total = numbers["compr_data_size"] + numbers["pages_stored"] * RECORD
     started = time.monotonic()
@@ -49,6 +50,8 @@ def save(arguments: argparse.Namespace) -> int:
             found = _write(served, control, file, total)
     print(f"{_summary(found)}, {_speed(found['bytes'], started)}", file=sys.stderr)
     _warn(found)
+    if in_use:
+        print(in_use, file=sys.stderr)
     return 0
 
 
@@ -62,6 +65,22 @@ def _trusted(file: str, remedy: str) -> str:
         raise DeviceError(f"'{file}' is not used: {error}: {remedy}") from None
     except OSError as error:
         raise _cannot("be used", file, error) from None
+
+
+def _in_use(served: client.Served) -> str:
+    """Return the warning that a save of a device in use is worth, '' for one that is not."""
+    from zramd import attached, kernelswap
+
+    clients, stats = served.ask_json("GET", "/health").get("clients", 0), served.stats()
+    devices = attached.devices(stats["name"], stats["disksize"])
+    uses = [use for device in devices for use in kernelswap.uses(device)]
+    if not uses and not clients:
+        return ""
+    what = f"is in use as {', '.join(uses)}" if uses else f"has {clients} client{'s' * (clients > 1)}"
+    return (
+        f"zramd: {served.name} {what}: what was not written to it yet is not in the file: "
+        "unmount file systems first, and do not count on swap"
+    )
 
 
 def _check_target(file: str, force: bool) -> None:

@@ -24,6 +24,7 @@ TYPE_CHECKING = False  # what typing says too, without the time that it takes to
 if TYPE_CHECKING:
     from zramd.commands import Commands
     from zramd.config import Config
+    from zramd.devices import Device
 
 DEFAULT_SIZE = "1G"
 READY_TIMEOUT = 30.0  # seconds after which the watcher gives up: nbdkit says itself what is wrong
@@ -65,11 +66,44 @@ _LONG_WITH_VALUE = {
     "--run",
     "--selinux-label",
     "--threads",
+    "--timeout",
+    "--tls",
     "--tls-certificates",
     "--tls-psk",
     "--unix",
     "--user",
 }
+_LONG_WITHOUT = {
+    "--dump-config",
+    "--dump-plugin",
+    "--exit-with-parent",
+    "--fg",
+    "--foreground",
+    "--help",
+    "--ipv4-only",
+    "--ipv6-only",
+    "--long-options",
+    "--newstyle",
+    "--new-style",
+    "--no-fork",
+    "--no-mc",
+    "--no-mode-conversion",
+    "--no-sr",
+    "--old-style",
+    "--oldstyle",
+    "--print-uri",
+    "--read-only",
+    "--readonly",
+    "--short-options",
+    "--single",
+    "--stdin",
+    "--swap",
+    "--tls-verify-peer",
+    "--verbose",
+    "--version",
+    "--vsock",
+}
+_SHELL_FIRST = rb"""#!/bin/sh\n'''exec' "?((?<=")[^"\n]+|\S+)"""
 _FILTER_PARAMETER = r"(?s)[A-Za-z][A-Za-z0-9._-]*=.*"
 
 
@@ -101,6 +135,7 @@ def read_options(words: list[str], leave_out: Collection[str] = ()) -> Options:
             name, value = word[:2], word[2:]
             wants_value = name[1:] in _SHORT_WITH_VALUE and not value
         else:
+            name = _full(name)
             wants_value = name in _LONG_WITH_VALUE and not equals
         given = [word]
         if wants_value and (value := next(rest, "")):
@@ -109,6 +144,13 @@ def read_options(words: list[str], leave_out: Collection[str] = ()) -> Options:
             options.before += given
             options.values[name] = value
     return options
+
+
+def _full(name: str) -> str:
+    """Return the long option that is meant: nbdkit takes the beginning of one as well."""
+    known = _LONG_WITH_VALUE | _LONG_WITHOUT
+    meant = [option for option in known if option.startswith(name)]
+    return meant[0] if name not in known and len(meant) == 1 else name
 
 
 def command(settings: "Config", pairs: list[tuple[str, str]], options: Options) -> list[str]:
@@ -135,32 +177,102 @@ def plugin_path() -> str:
 
 
 def uri(settings: "Config", options: Options) -> str:
-    """Return the NBD URI that clients use, '' if nbdkit's options leave it open."""
+    """Return the NBD URI that clients on this machine use, '' if nbdkit's options leave it open."""
     from urllib.parse import quote
 
     given = options.values
-    scheme = "nbds" if given.get("--tls") == "require" else "nbd"
+    tls = given.get("--tls") == "require"
+    scheme = "nbds" if tls else "nbd"
+    user, parameters = _tls(given) if tls else ("", {})
     path = given.get("-U", given.get("--unix", ""))
     if not options.other_transport:
         path = f"{settings.rundir}/{rundir.NBD_SOCKET}"
     if path and path != "-":
-        return f"{scheme}+unix:///{settings.name}?socket={quote(os.path.abspath(path))}"
-    port = given.get("-p", given.get("--port", "10809"))
-    if "--vsock" in given:
-        return f"{scheme}+vsock://1:{port}/{settings.name}"
-    if {"-p", "--port", "-i", "--ipaddr", "--ip-addr"}.isdisjoint(given):
+        parameters = {"socket": os.path.abspath(path), **parameters}
+        scheme, host = f"{scheme}+unix", ""
+    else:
+        port = _port(given.get("-p", given.get("--port", "10809")))
+        words = {"-p", "--port", "-i", "--ipaddr", "--ip-addr"}
+        if not port or ("--vsock" not in given and words.isdisjoint(given)):
+            return ""
+        host = f"{_host(given)}:{port}"
+        if "--vsock" in given:
+            scheme, host = f"{scheme}+vsock", f"1:{port}"
+    query = "&".join(f"{key}={quote(value)}" for key, value in parameters.items())
+    user = f"{quote(user)}@" if user else ""
+    return f"{scheme}://{user}{host}/{settings.name}" + (f"?{query}" if query else "")
+
+
+def _host(given: dict[str, str]) -> str:
+    # localhost need not have an address of IPv6.
+    default = "::1" if "-6" in given or "--ipv6-only" in given else "localhost"
+    host = given.get("-i", given.get("--ipaddr", given.get("--ip-addr", default)))
+    return f"[{host}]" if ":" in host else host
+
+
+def _port(text: str) -> str:
+    """Return a port's number, '' for one that is chosen later or unknown; /etc/services may have its name."""
+    import socket
+
+    try:
+        number = int(text) if re.fullmatch("[0-9]{1,9}", text) else socket.getservbyname(text, "tcp")
+    except (OSError, ValueError):  # ValueError: no text at all
         return ""
-    host = given.get("-i", given.get("--ipaddr", given.get("--ip-addr", "localhost")))
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/{settings.name}"
+    return str(number) if number else ""
 
 
-def _command() -> str:
-    """Return how to call zramd from where the user stands: in a checkout it is in .venv, off his PATH."""
+def _tls(given: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """Return the user and the URI's parameters with which a client on this machine is let in."""
+    if "--tls-psk" in given:
+        file = os.path.abspath(given["--tls-psk"])
+        user = ""
+        with suppress(OSError), open(file, errors="surrogateescape") as keys:
+            lines = [line for line in keys if not line.startswith("#")]  # USER:KEY
+            user = next((line.partition(":")[0] for line in lines if ":" in line), "")
+        return user, {"tls-psk-file": file}
+    home = os.environ.get("HOME", "")
+    if "--tls-certificates" in given:
+        folders = [given["--tls-certificates"]]
+    else:  # nbdkit looks there by itself, but clients do not
+        own = [f"{home}/.pki/nbdkit", f"{home}/.config/pki/nbdkit"] if os.geteuid() else []
+        folders = [*own, "/etc/pki/nbdkit"]
+    there = [folder for folder in folders if os.path.exists(f"{folder}/ca-cert.pem")]
+    return "", {"tls-certificates": os.path.abspath(there[0])} if there else {}
+
+
+def sudo(words: str) -> str:
+    """Return a command of zramd that root must run, as this user has to write it."""
+    if os.geteuid() == 0:
+        return f"{_command()} {words}"
+    called = os.path.exists(sys.argv[0])  # else by another program
+    return f"sudo {_command(kernelswap.PATH) if called else 'zramd'} {words}"
+
+
+def _command(path: str | None = None) -> str:
+    """Return how to call zramd: in a checkout it is in .venv, off the PATH (of root: `path`)."""
     import shlex
     import shutil
 
+    found = shutil.which("zramd") if path is None else shutil.which("zramd", path=path)
+    if found and _runs(found):
+        return "zramd"
     beside = os.path.join(os.path.dirname(sys.executable), "zramd")
-    return "zramd" if shutil.which("zramd") or not os.path.exists(beside) else shlex.quote(beside)
+    for place in (beside, shutil.which("zramd")):
+        if place and _runs(place):
+            return shlex.quote(place)
+    return f"{shlex.quote(sys.executable)} -P -m zramd"
+
+
+def _runs(script: str) -> bool:
+    """Say whether a script is there and so is its interpreter: a folder with both may have been moved."""
+    try:
+        with open(script, "rb") as file:
+            head = file.read(4096)
+    except OSError:
+        return False
+    # pip writes the first where the path is long or has spaces.
+    match = re.match(_SHELL_FIRST, head) or re.match(rb"#! *(\S+)", head)
+    return match is None or os.path.exists(match[1])
 
 
 def greeting(settings: "Config", options: Options, pid: int) -> str:
@@ -169,11 +281,10 @@ def greeting(settings: "Config", options: Options, pid: int) -> str:
 
     where = uri(settings, options)
     folder = shlex.quote(settings.rundir)
-    sudo = "" if os.geteuid() == 0 else "sudo "
-    if not options.other_transport:
+    if not options.other_transport and options.values.get("--tls") != "require":  # the kernel has no TLS
         # Attaching is root's business, and root looks for a device by its name elsewhere than other users.
-        usual = settings.rundir == f"/run/zramd/{settings.name}"
-        attach = f"{sudo}{_command()} attach {settings.name if usual else f'--rundir {folder}'}"
+        usual = settings.rundir == f"{client.ROOTS}/{settings.name}"
+        attach = sudo(f"attach {settings.name if usual else f'--rundir {folder}'}")
     elif where:
         attach = f"nbdinfo {shlex.quote(where)}"
     else:
@@ -319,14 +430,17 @@ def start(arguments: argparse.Namespace) -> int:
     """
     import signal
 
+    from zramd import config
+
     inherited.leave_manager()
     name, words = arguments.new_name, arguments.settings
-    if name is not None and arguments.size is None:
-        from zramd import devices
-
-        configuration = devices.load()
-        if configuration.has(name):
-            words, name = configuration.find(name).words(words), None
+    name = None if name is None else client.name_of(name)
+    given = {config.find(word.partition("=")[0]).name for word in words}
+    configured = None
+    if arguments.size is None and "name" not in given:
+        configured = _configured(name or str(config.find("name").default), sized="disksize" in given)
+    if configured:
+        words, name = configured.words(words), None
     settings, options, argv = plan(name, arguments.size, words, arguments.nbdkit_options)
     if settings.state == "systemd":
         raise UsageError(
@@ -357,6 +471,25 @@ def start(arguments: argparse.Namespace) -> int:
     lines.append(("NBD URI", uri(settings, options) or "as nbdkit was told"))
     print("".join(f"{what:<13} {value}\n" for what, value in lines), end="")
     return 0
+
+
+def _configured(name: str, *, sized: bool) -> "Device | None":
+    """Return what zramd.conf has of a device, None if it has nothing and none is needed: a size was given.
+
+    Raises ConfigError: where other devices are configured, one of another name is a mistake.
+    """
+    from zramd import devices
+    from zramd.errors import ConfigError
+
+    configuration = devices.load()
+    if configuration.has(name):
+        return configuration.find(name)
+    if configuration.is_empty() or sized:
+        return None
+    try:
+        return configuration.find(name)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; --size starts one that is not configured") from None
 
 
 def spawn(argv: list[str], prepare: Callable[[], None] = lambda: None, folder: str = ".") -> tuple[int, int]:

@@ -29,7 +29,8 @@ def stats(arguments: argparse.Namespace) -> int:
     from zramd.stats import NUMBERS
 
     values = json.loads(text)
-    rows = [(number.name, _shown(values[number.name]), number.unit, number.meaning) for number in NUMBERS]
+    told = [number for number in NUMBERS if number.name in values]  # another version may have fewer
+    rows = [(number.name, _shown(values[number.name]), number.unit, number.meaning) for number in told]
     widths = [max(len(row[place]) for row in rows) for place in range(3)]
     print(f"{values['name']}: zramd {values['version']}, {values['comp_algorithm']}, process {values['pid']}")
     for name, value, unit, meaning in rows:
@@ -92,7 +93,20 @@ def change(arguments: argparse.Namespace) -> int:
     for name, text in pairs:
         answer = served.ask_json("PUT", f"/{name}", text)
         print(f"{name}={_as_setting(answer[name])}")
+        if name == "mem_limit":
+            _say_if_full(served)
     return 0
+
+
+def _say_if_full(served: client.Served) -> None:
+    stats = served.stats()
+    limit, used = stats["mem_limit"], stats["mem_used_total"]
+    if 0 < limit < used:
+        print(
+            f"zramd: {used} bytes are in use already: nothing is lost, but writes that need memory fail "
+            "until clients have freed some",
+            file=sys.stderr,
+        )
 
 
 def _as_setting(value: "Any") -> str:
@@ -160,6 +174,8 @@ def dump(arguments: argparse.Namespace) -> int:
 
 def block(arguments: argparse.Namespace) -> int:
     """Print what stands for one block."""
+    if not (arguments.number.isascii() and arguments.number.isdigit()):
+        raise UsageError(f"'{arguments.number}' is not a block's number: use 0 or more")
     served = client.find(arguments.name, arguments.rundir)
     text = served.request("GET", f"/block/{arguments.number}")
     if arguments.json:

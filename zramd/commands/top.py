@@ -318,7 +318,7 @@ def once(served: client.Served, seconds: float | None) -> int:
     except OSError:
         width, height = 0, 0
     columns = os.environ.get("COLUMNS", "")
-    width = int(columns) if columns.isdigit() else width
+    width = min(int(columns), 1000) if columns.isdecimal() else width
     width, height = max(width or 80, view.MIN_WIDTH), 24 if height < 24 else height
     state = view.State(sample.stats["name"], watch, seconds or 0, keys=False)
     for line in view.body(state, width, height - 1, glyphs(0)):
