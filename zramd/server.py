@@ -22,11 +22,11 @@ from zramd.compactor import Compactor
 from zramd.config import Config, find
 from zramd.config import value as parse_value
 from zramd.core.device import Device
-from zramd.core.process import name_thread
+from zramd.core.process import dump_little, name_thread
 from zramd.core.saving import load as load_stream
 from zramd.core.saving import save as save_stream
 from zramd.endpoint import Endpoint
-from zramd.errors import ConfigError, CorruptionError, DeviceError, RundirError, StateError
+from zramd.errors import ConfigError, CorruptionError, DeviceError, PoolFullError, RundirError, StateError
 from zramd.metricsfile import MetricsFile
 from zramd.rundir import BACKGROUND, CONTROL_SOCKET, DATA_ID, LOG, Rundir
 
@@ -127,6 +127,8 @@ class Server:
                 state=fd,
                 progress=lambda done, total: _say(f"taking over state '{path}': {100 * done // total} %"),
             )
+        except PoolFullError as error:
+            raise StateError(f"state '{path}' cannot be used: {error.strerror}: make room there") from None
         except CorruptionError as error:
             raise StateError(
                 f"state '{path}' contradicts itself ({error}): "
@@ -156,6 +158,8 @@ class Server:
         SwapError.
         """
         assert self._rundir is not None
+        with suppress(OSError):  # it only makes dumps smaller
+            dump_little()
         try:
             if self.config.swap == "local":
                 swap.protect(self.device, self.config.reserve)
