@@ -1,7 +1,7 @@
-"""The model of test_device_model, with a state on a small tmpfs that gets full at any moment, in a process of its own.
+"""The model of test_device_model with a state on a small tmpfs that gets full at any moment.
 
-A page that is touched though there is no room for it ends that process by SIGBUS: then Hypothesis shows the shortest way
-there.
+The device is in a process of its own: a page that is touched though there is no room for it ends that by
+SIGBUS. Then Hypothesis shows the shortest way there.
 """
 
 import ctypes
@@ -79,7 +79,7 @@ class Server:
             self.keeper = None
 
     def save_and_load(self, left: int) -> bool:
-        """Whether the device is again what was saved; else it is empty, for want of more than `left` pages."""
+        """Whether the device is again what was saved; else it is empty: `left` pages were not enough."""
         with tempfile.TemporaryFile(dir="/dev/shm") as stream:
             saving.save(self.device, stream.fileno())
             stream.seek(0)
@@ -188,7 +188,7 @@ class FullTmpfsModel(DeviceModel):
         self.device.call("server", "reserve_stop")
 
     def refused(self) -> None:
-        """By the limit or by the tmpfs: what could have been compacted then there may have been no room to compact in."""
+        """By the limit or by the tmpfs, where there may have been no room to compact in either."""
 
     @rule(left=st.integers(0, 5))
     def fill(self, left: int) -> None:

@@ -365,7 +365,7 @@ cdef class Device:
             raise error_from(rc, f"read of {view.len} bytes at {offset}{self.culprit(rc, offset, view.len)}")
 
     def write(self, buf, uint64_t offset):
-        """Write a buffer to offset. Raises PoolFullError when mem_limit, or the file system of the state, leaves no room even
+        """Write a buffer to offset. Raises PoolFullError when mem_limit, or the state's file system, leaves no room even
         after compaction (then each block has its old content or its new); ValueError beyond the device's end."""
         cdef Py_buffer view
         cdef int rc
