@@ -5,7 +5,7 @@ import os
 from zramd import state
 from zramd.config import Config
 from zramd.core.device import Device
-from zramd.errors import CorruptionError, StateError
+from zramd.errors import CorruptionError, PoolFullError, StateError
 from zramd.log import say
 
 
@@ -53,6 +53,8 @@ def make_device(config: Config) -> Device:
             state=fd,
             progress=lambda done, total: say(f"taking over state '{path}': {100 * done // total} %"),
         )
+    except PoolFullError as error:
+        raise StateError(f"state '{path}' cannot be used: {error.strerror}: make room there") from None
     except CorruptionError as error:
         raise StateError(
             f"state '{path}' contradicts itself ({error}): restore a copy, or remove the file to start empty"

@@ -22,7 +22,7 @@ from zramd.compactor import Compactor
 from zramd.config import Config, find
 from zramd.config import value as parse_value
 from zramd.core.device import Device
-from zramd.core.process import name_thread
+from zramd.core.process import dump_little, name_thread
 from zramd.core.saving import load as load_stream
 from zramd.core.saving import save as save_stream
 from zramd.endpoint import Endpoint
@@ -137,6 +137,8 @@ class Server:
         SwapError.
         """
         assert self._rundir is not None
+        with suppress(OSError):  # it only makes dumps smaller
+            dump_little()
         try:
             threading.excepthook = self._thread_failed
             if self.config.swap == "local":

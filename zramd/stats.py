@@ -128,8 +128,9 @@ class Counters:
     """What the device counts; sizes in bytes, `compact_ns` in nanoseconds, all else in pieces.
 
     orig_data_size: 4096 for each block that holds data. compr_data_size: the payloads in the pool.
-    mem_used_total: pages of the pool in use; freeable_pages: by how many a whole compaction would make it fall
-    (what it lends to larger classes is guessed, to about a page in a hundred). metadata_bytes: slots, handle cells, all else beside the pool.
+    mem_used_total: pages of the pool in use. freeable_pages: by how many a whole compaction would make it
+    fall (what it lends to larger classes is guessed, to about a page in a hundred). metadata_bytes: slots,
+    handle cells, all else beside the pool.
     reserve_bytes: pages kept ready for the pool (swap=local); reserve_misses: pages not ready when needed.
     recovery_ms, recovered_blocks, leaked_objects: what the start with a state took, found and took back; such
     objects were just written, or about to be freed, when the last server died. lost_blocks: those whose place

@@ -1,4 +1,4 @@
-"""Kernels whose page is larger than 4096 bytes, as a preload plays them: data, and what is counted as memory."""
+"""Kernels whose page is larger than 4096 bytes, as a preload plays them: data, and what counts as memory."""
 
 import os
 import subprocess
@@ -144,8 +144,13 @@ def test_data_is_right_and_memory_counted(shims: dict[int, Path], size: int, whe
 
 def test_larger_pages_are_refused_in_one_sentence(shims: dict[int, Path]) -> None:
     for make in ("Device(1 << 20)", "Zsmalloc(10)"):
-        done = run(shims[131072], f"from zramd import Device, Zsmalloc\ntry: {make}\nexcept MemoryError as error: print(error)")
-        assert done.stdout == "this kernel has pages of 131072 bytes: zramd needs one with 4096 to 65536\n", done.stderr
+        done = run(
+            shims[131072],
+            f"from zramd import Device, Zsmalloc\ntry: {make}\nexcept MemoryError as error: print(error)",
+        )
+        assert done.stdout == "this kernel has pages of 131072 bytes: zramd needs one with 4096 to 65536\n", (
+            done.stderr
+        )
 
 
 def test_zspages_are_whole_pages() -> None:

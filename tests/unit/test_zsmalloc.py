@@ -110,7 +110,7 @@ def test_numbers_out_of_range_are_refused() -> None:
 
 
 def test_occupancy_is_of_what_takes_memory() -> None:
-    """Places on pages that went back are no holes: after compaction hardly any place on the others is free."""
+    """Places on pages that went back are no holes: after compaction hardly any other is free."""
     rnd = random.Random(6)
     pool = Zsmalloc(20000)
     handles = [pool.malloc(rnd.randint(400, 3800)) for _ in range(12000)]

@@ -265,7 +265,7 @@ cdef class Arena:
     # the reserve
 
     cdef int reserve_start(self, uint64_t pages) noexcept nogil:
-        """Keep pages ready from now on: fill the reserve; 0, or -ENOMEM. Then one thread must be in reserve_keep."""
+        """Keep pages ready from now on: fill the reserve; 0, -ENOMEM or -EDQUOT. Then one thread must be in reserve_keep."""
         cdef uint32_t n
         cdef int rc = 1
         pthread_mutex_lock(&self.lock)
@@ -275,15 +275,14 @@ cdef class Arena:
             self.demand_sum += self.demand[n]
         # All of it at once: to make more writable later takes a lock of the whole process, in the middle of a request.
         if self.grow(self.span_count):
-            rc = -1
+            rc = -ENOMEM
         else:
             store_relaxed(&self.reserve, pages)
-            if self._populate_used():
-                rc = -1
+            rc = self._populate_used()
             while rc > 0:
                 rc = self._keep_one()
         pthread_mutex_unlock(&self.lock)
-        return -ENOMEM if rc else 0
+        return rc
 
     cdef void reserve_keep(self) noexcept nogil:
         """The keeper: keep the reserve full and no fuller until reserve_stop."""
@@ -329,7 +328,7 @@ cdef class Arena:
                 self.demand_sum += self.demand[n]
 
     cdef int _keep_one(self) noexcept nogil:
-        """Make one span ready, or give one back; 1, 0: there is nothing to do, -1: the system refuses memory.
+        """Make one span ready, or give one back; 1, or 0: there is nothing to do, -ENOMEM, -EDQUOT: it cannot be had.
 
         The lock is held, and dropped for the part that may wait.
         """
@@ -374,18 +373,22 @@ cdef class Arena:
         return 0
 
     cdef int _populate_used(self) noexcept nogil:
-        """Map the pages in use, so that a lock on all memory holds them: those of a state are somewhere else yet."""
+        """Map the pages in use, so that a lock on all memory holds them: those of a state are somewhere else yet.
+
+        1, -ENOMEM or -EDQUOT.
+        """
         cdef uint32_t span, page
         for span in range(self.top):
             for page in range(SPAN_PAGES):
                 if self.committed[span] >> page & 1 and region_populate(
                         self.base + (<uint64_t>span << SPAN_SHIFT) + (page << PAGE_SHIFT), PAGE_SIZE):
-                    return -1
-        return 0
+                    return self.spans.refusal()
+        return 1
 
     cdef int _populate(self, uint32_t span, uint32_t npages) noexcept nogil:
-        """Make a span's first pages and its records resident; 1, or -1."""
+        """Make a span's first pages and its records resident; 1, -ENOMEM or -EDQUOT."""
         cdef uint32_t first, count
+        cdef int rc
         if span >= self.records_ready:
             first = span // RECORD_SPANS * RECORD_SPANS
             count = min(<uint32_t>RECORD_SPANS, self.span_count - first)
@@ -393,11 +396,12 @@ cdef class Arena:
                     or region_populate(self.links + first, count * sizeof(uint32_t))
                     or region_populate(self.records + <uint64_t>first * self.record_size,
                                        <uint64_t>count * self.record_size)):
-                return -1
+                return -ENOMEM
             owned_add_32(&self.records_ready, first + count - self.records_ready)
         if region_populate(self.base + (<uint64_t>span << SPAN_SHIFT), npages << PAGE_SHIFT):
+            rc = self.spans.refusal()
             self._release(span, (1 << npages) - 1)
-            return -1
+            return rc
         return 1
 
     cdef int64_t _ready_take(self, uint32_t npages) noexcept nogil:

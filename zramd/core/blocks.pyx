@@ -15,7 +15,7 @@ Lock order: one stripe, then the pool's. No lock but the stripe of a part-writte
 """
 
 cimport cython
-from libc.errno cimport EDQUOT, EIO, ENOMEM, ENOSPC
+from libc.errno cimport EDQUOT, EIO, ENOSPC
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -35,7 +35,7 @@ from zramd.core.locks cimport (
     store_relaxed,
     store_release,
 )
-from zramd.core.region cimport KEPT_DEVICE, Memory, Region, region_populate, secret_alloc, secret_free, whole_pages
+from zramd.core.region cimport KEPT_DEVICE, Memory, Region, secret_alloc, secret_free, whole_pages
 from zramd.core.types cimport (
     BLOCK_SIZE,
     PAGE_SHIFT,

@@ -400,7 +400,7 @@ cdef class Device:
             raise error_from(rc, f"read of {view.len} bytes at {offset}{self.culprit(rc, offset, view.len)}")
 
     def write(self, buf, uint64_t offset):
-        """Write a buffer to offset. Raises PoolFullError when mem_limit, or the file system of the state, leaves no room even
+        """Write a buffer to offset. Raises PoolFullError when mem_limit, or the state's file system, leaves no room even
         after compaction (then each block has its old content or its new); ValueError beyond the device's end."""
         cdef Py_buffer view
         cdef int rc
@@ -483,8 +483,8 @@ cdef class Device:
     def reserve_start(self, uint64_t size):
         """Make every table resident and keep size bytes of pages ready, so that requests need no memory any more.
 
-        Then a thread must be in reserve_keep. Raises MemoryError when the system does not give as much, PoolFullError when
-        the state's file system has no room for the tables.
+        Then a thread must be in reserve_keep. Raises MemoryError when the system, or the state's file system, does not give
+        as much.
         """
         cdef int rc
         with nogil:
@@ -493,10 +493,9 @@ cdef class Device:
             gate_open(&self.gate)
             if rc == 0:
                 rc = self.pool.arena.reserve_start((size >> PAGE_SHIFT) + (size & (PAGE_SIZE - 1) != 0))
-        if rc == -EDQUOT:
-            raise error_from(rc, f"the tables of a device of {self.disksize} bytes")
         if rc:
-            raise MemoryError(f"the system refuses memory for the tables or for a reserve of {size} bytes")
+            who = "file system of the state is too full" if rc == -EDQUOT else "system refuses memory"
+            raise MemoryError(f"the {who} for the tables or for a reserve of {size} bytes")
 
     def reserve_keep(self):
         """Keep the reserve full, and no fuller, until reserve_stop: the work of one thread, which needs no GIL for it."""

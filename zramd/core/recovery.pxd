@@ -22,8 +22,8 @@ cdef class Recovery:
     cdef uint64_t blocks
     cdef bint verify
     cdef Region used                # bitmap: the handles that slots hold
-    # The chunks that slots lead to. Of zspages with a bitmap it is theirs; of each other span SPAN_CHUNKS bits are here, from
-    # where the `next` of its record says.
+    # The chunks that slots lead to. Of zspages with a bitmap it is theirs; of each other span SPAN_CHUNKS bits are here,
+    # from where the `next` of its record says.
     cdef Region live
     cdef uint32_t top               # spans below this one had a class
     cdef uint32_t lists             # of them those of classes without a bitmap

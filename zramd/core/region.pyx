@@ -195,13 +195,17 @@ cdef class Region:
                 rc = take_room(self.fd, self.offset + <uint64_t>(<char *>start - self.base), size)
             if rc == 0:
                 return 0
-        return -EDQUOT if errno == EFAULT or errno == ENOSPC else -ENOMEM
+        return self.refusal()
+
+    cdef int refusal(self) noexcept nogil:
+        """After pages could not be had: -EDQUOT, the file's file system has no room for them, or -ENOMEM."""
+        return -EDQUOT if self.fd >= 0 and (errno == EFAULT or errno == ENOSPC) else -ENOMEM
 
     cdef int populate(self, uint64_t size) noexcept nogil:
         """Make its first size bytes resident; 0, -EDQUOT or -ENOMEM."""
         if region_populate(self.base, size) == 0:
             return 0
-        return -EDQUOT if self.fd >= 0 and errno == EFAULT else -ENOMEM
+        return self.refusal()
 
     cdef int release(self, void *start, uint64_t size) noexcept nogil:
         """Give whole pages back to the operating system; they read as zeros afterwards."""

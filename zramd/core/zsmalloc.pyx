@@ -35,7 +35,7 @@ bit has made wrong is refused, or leads to an object whose checksum differs.
 """
 
 cimport cython
-from libc.errno cimport EBUSY, EDQUOT, EINVAL, ENOENT, ENOMEM, ENOSPC
+from libc.errno cimport EBUSY, EINVAL, ENOENT, ENOMEM, ENOSPC
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -196,7 +196,8 @@ cdef void geometry(uint32_t size, uint32_t unit, uint32_t *pages, uint32_t *objs
 def size_classes(uint32_t unit):
     """The size classes, smallest first, the huge class last: tuples (bytes of a chunk, pages and chunks of a zspage).
 
-    unit: how many pages of 4096 bytes the kernel gives and takes back together; it does with part of a zspage, too. As in zsmalloc, sizes whose zspages have as many pages and hold as many objects are merged into the largest.
+    unit: how many pages of 4096 bytes the kernel gives and takes back together: each zspage is of whole ones. As in
+    zsmalloc, sizes whose zspages have as many pages and hold as many objects are merged into the largest.
     """
     cdef uint32_t size, pages, objs
     merged = [(PAGE_SIZE, SPAN_PAGES, SPAN_PAGES)]
@@ -338,7 +339,8 @@ cdef class Zsmalloc:
             elif self.cells_top >= self.cells_ready:
                 rc = self.cell_table.ready(&self.cells[self.cells_top], sizeof(uint64_t))
                 if rc == 0:
-                    store_relaxed(&self.cells_ready, whole_pages((self.cells_top + 1) * sizeof(uint64_t)) // sizeof(uint64_t))
+                    next = whole_pages((self.cells_top + 1) * sizeof(uint64_t)) // sizeof(uint64_t)
+                    store_relaxed(&self.cells_ready, next)
             if rc == 0:
                 handle = self.cells_top
                 owned_add(&self.cells_top, 1)
@@ -526,7 +528,8 @@ cdef class Zsmalloc:
         """Whether the pages of size bytes that obj_fits are resident: those of an object are, and touching others may end
         the process."""
         cdef uint64_t start = payload - self.arena.base, last = start + size - 1
-        cdef uint32_t first_page = (start & (SPAN_SIZE - 1)) >> PAGE_SHIFT, last_page = (last & (SPAN_SIZE - 1)) >> PAGE_SHIFT
+        cdef uint32_t first_page = (start & (SPAN_SIZE - 1)) >> PAGE_SHIFT
+        cdef uint32_t last_page = (last & (SPAN_SIZE - 1)) >> PAGE_SHIFT
         return size and start >> SPAN_SHIFT == last >> SPAN_SHIFT and not (
             (<uint32_t>2 << last_page) - (<uint32_t>1 << first_page)
             & ~<uint32_t>pages_load(&self.arena.committed[start >> SPAN_SHIFT]))
@@ -976,7 +979,7 @@ cdef class Zsmalloc:
         return n
 
     cdef bint _fill_larger(self, uint32_t index, uint32_t wanted, uint32_t *last) noexcept nogil:
-        """Count `wanted` objects of a class into what the larger ones have to spare; False, and nothing is done: too little."""
+        """Count `wanted` objects of a class into what larger ones have to spare; False, and nothing is done: too little."""
         cdef size_class *c = &self.classes[index]
         cdef size_class *d
         cdef uint32_t room[MAX_CLASSES]
@@ -1717,7 +1720,8 @@ cdef class Zsmalloc:
     def compact(self, budget=0):
         """Move about budget bytes of objects, 0: all that frees a page; returns the number of pages freed.
 
-        0 also gives back the pages that are kept for the next write: it frees the freeable_pages of stats(). A budget may end between taking a page for what is moved and freeing those that it came from.
+        0 also gives back the pages that are kept for the next writes: it frees the freeable_pages of stats(). A budget
+        may end between taking a page for what is moved and freeing those that it came from.
         """
         cdef uint64_t freed, bytes = natural(budget, "budget")
         with nogil:
@@ -1727,7 +1731,7 @@ cdef class Zsmalloc:
     def stats(self):
         """The pool's numbers by the names of the statistics, as a dict of ints.
 
-        stock_pages: pages of free spans that stay resident for the next writes, part of mem_used_total and of freeable_pages.
+        stock_pages: pages of free spans that stay resident for the next writes: part of mem_used_total, and freeable.
         """
         cdef uint64_t allocated = 0, used = 0, zspages = 0
         cdef uint32_t i
