@@ -159,6 +159,7 @@ class Server:
         try:
             if self.config.swap == "local":
                 swap.protect(self.device, self.config.reserve)
+                swap.take_priority(swap.BESIDE)  # the threads below inherit it
                 self._keeper = threading.Thread(target=self._keep_reserve, name="zramd-keeper", daemon=True)
                 self._keeper.start()
                 self._log.start()
@@ -186,8 +187,8 @@ class Server:
             for number in (*STOP_SIGNALS, sockets.HAND_OVER):
                 signal.signal(number, _ignore)
             if self.config.swap == "local":
-                # Last: the threads above stay ordinary, those that nbdkit starts for clients inherit it.
-                swap.take_priority()
+                # Last: the threads above are less urgent, those that nbdkit starts for clients inherit it.
+                swap.take_priority(swap.SERVE)
             if BACKGROUND in os.environ:
                 self._log.start()
                 self._log.write_to(self._rundir.file(LOG))
@@ -340,9 +341,8 @@ class Server:
     def _keep_reserve(self) -> None:
         name_thread("zramd-keeper")
         # It needs the processor when requests do, but not what is set aside for them: see swap.take_priority.
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), KEEPER_NICE)
         swap.warm_stack()
+        swap.be_ordinary(KEEPER_NICE)
         self.device.reserve_keep()
 
     def _housekeep(self) -> None:

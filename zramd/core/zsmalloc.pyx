@@ -58,6 +58,7 @@ from zramd.core.locks cimport (
     counter_add,
     cpu_relax,
     give_way,
+    let_in,
     load_acquire,
     load_relaxed,
     load_relaxed_16,
@@ -425,7 +426,10 @@ cdef class Zsmalloc:
             payload[0] = start if index == self.huge else start + HEADER_SIZE
             zr_crash_point("cell-stored")
         pthread_mutex_unlock(&c.lock)
-        return 0 if chunk >= 0 else chunk
+        if chunk >= 0:
+            return 0
+        let_in(&c.waiters)      # who is refused tries again at once
+        return chunk
 
     cdef int _part_filled_take(self, size_class *c, uint64_t handle, int64_t *span) noexcept nogil:
         """A chunk of a part-filled zspage, the fullest first, so that the emptiest get empty by themselves; or -ENOSPC."""
@@ -1032,6 +1036,7 @@ cdef class Zsmalloc:
         if freed == 0 and not whole and budget[0] and load_relaxed(&self.undone) == undone and not self._is_wanted():
             store_relaxed(&c.stuck, 1)
         pthread_mutex_unlock(&c.lock)
+        let_in(&c.waiters)
         return freed
 
     cdef uint32_t _isolate_fullest(self, size_class *c, bint resident) noexcept nogil:
