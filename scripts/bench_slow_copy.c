@@ -1,5 +1,6 @@
-/* Loaded first (LD_PRELOAD) it stretches one copy of ZRAMD_COPY bytes, once `slow_copy` is set: the copy takes ZRAMD_COPY_MS
-   milliseconds of its thread's own processor time, as if that had been much slower. */
+/* Loaded first (LD_PRELOAD) it stretches one copy of ZRAMD_COPY bytes, once `slow_copy` is set to 1: the copy takes
+   ZRAMD_COPY_MS milliseconds of its thread's own processor time, as if that had been much slower; or, with 0 of them, it
+   stands still until `slow_copy` is set to 3. For scripts/bench --only waiting, and tests/unit/test_waiting.py. */
 #define _GNU_SOURCE
 #include <stddef.h>
 #include <stdlib.h>
@@ -9,7 +10,9 @@ int slow_copy;      /* 1: the next copy of that size is slow; 2: it is under way
 
 static void work_for(long ms)
 {
-    struct timespec start, now;
+    struct timespec start, now, moment = {0, 1000000};
+    while (ms == 0 && __atomic_load_n(&slow_copy, __ATOMIC_SEQ_CST) == 2)
+        nanosleep(&moment, NULL);
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &start);
     do
         clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
