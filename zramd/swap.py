@@ -106,10 +106,13 @@ def take_priority(priority: int = SERVE) -> None:
 
 
 def be_ordinary(nice: int) -> None:
-    """Give the calling thread's real-time priority up: for one that neither serves nor keeps others waiting."""
+    """Give the calling thread's real-time priority up: for one that neither serves nor keeps others waiting.
+
+    It has the GIL when this returns: it should not have it for long.
+    """
     with suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def devices_in_use(disksize: int) -> list[str]:

@@ -289,3 +289,59 @@ def test_compaction_beside_writes_at_the_limit() -> None:
     assert not failures  # 600 + 1200 objects want 1692 pages of those that there are
     assert device.counters()["mem_used_total"] <= device.mem_limit
     device.check()
+
+
+@needs_real_time
+@pytest.mark.skipif(SANITIZED, reason="a sanitizer has memory that cannot be locked")
+def test_every_thread_has_the_priority_of_its_work(tmp_path: Path) -> None:
+    """With swap=local no ordinary thread runs Python; who serves comes first; who refills the reserve has no such right."""
+    code = """
+        import os, sys, threading, time
+        from zramd import config, swap
+        from zramd.server import Server
+
+        swap.prepare = lambda: None     # the rights for it are another matter
+        settings = config.parse([("size", "16M"), ("swap", "local"), ("reserve", "1M"), ("rundir", sys.argv[1])])
+        server = Server(settings, lambda: None)
+        server.prepare()
+        server.start()
+        def name(task):
+            return open(f"/proc/self/task/{task}/comm").read().strip()
+
+        while not {"zramd", "zramd-compactor", "zramd-log"} <= {name(task) for task in os.listdir("/proc/self/task")}:
+            time.sleep(0.01)
+        while os.sched_getscheduler(server._keeper.native_id) != os.SCHED_OTHER:
+            time.sleep(0.01)
+        before = set(os.listdir("/proc/self/task"))
+        client = threading.Thread(target=time.sleep, args=(60,), daemon=True)
+        client.start()
+        names = {}
+        for task in os.listdir("/proc/self/task"):
+            names[name(task) if task in before else "client"] = int(task)
+        main = threading.main_thread().native_id
+        names = {role: task for role, task in names.items() if task != main} | {"main": main}
+        for role, task in sorted(names.items()):
+            policy = {os.SCHED_OTHER: "ordinary", os.SCHED_RR: "real-time"}[os.sched_getscheduler(task)]
+            print(role, policy, os.sched_getparam(task).sched_priority)
+        print("nice", os.getpriority(os.PRIO_PROCESS, names["zramd-keeper"]))
+        server.stop()
+    """
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", textwrap.dedent(code), tmp_path / "run"],
+        env={**os.environ, "PYTHONMALLOC": "malloc"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert found.stdout.splitlines() == [
+        "client real-time 2",
+        "main real-time 2",
+        "zramd real-time 1",
+        "zramd-compactor real-time 1",
+        "zramd-keeper ordinary 0",
+        "zramd-log real-time 1",
+        "nice -20",
+    ]
