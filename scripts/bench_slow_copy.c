@@ -1,6 +1,7 @@
-/* Loaded first (LD_PRELOAD) it stretches one copy of ZRAMD_COPY bytes, once `slow_copy` is set to 1: the copy takes
-   ZRAMD_COPY_MS milliseconds of its thread's own processor time, as if that had been much slower; or, with 0 of them, it
-   stands still until `slow_copy` is set to 3. For scripts/bench --only waiting, and tests/unit/test_waiting.py. */
+/* Loaded first (LD_PRELOAD) it stretches one copy of ZRAMD_COPY bytes, once `slow_copy` is set to 1: the copy
+   takes ZRAMD_COPY_MS milliseconds of its thread's own processor time, as if that had been much slower; or, with 0
+   of them, it stands still until `slow_copy` is set to 3.
+   For scripts/bench --only waiting, and tests/unit/test_waiting.py. */
 #define _GNU_SOURCE
 #include <stddef.h>
 #include <stdlib.h>

@@ -30,10 +30,11 @@ OOM_SCORE_ADJ = -1000
 HEAP_BYTES = 4 << 20  # the server's own use beyond its start is under 1 MiB
 _REQUEST_BYTES = 128 << 10  # the most in one request of the kernel's
 
-# Real-time priorities. A thread that runs Python beside those that serve may have the GIL, or a lock of Python's or of
-# the C library's, when they want it. So it must get the processor before any ordinary program does, but after them.
+# Real-time priorities. A thread that runs Python beside those that serve may have the GIL, or a lock of
+# Python's or of the C library's, when they want it. So it must get the processor before any ordinary program
+# does, but after them.
 SERVE, BESIDE = 2, 1
-SWITCH_INTERVAL = 0.0005  # seconds until a thread that wants the GIL asks for it: those beside have it for long
+SWITCH_INTERVAL = 0.0005  # seconds after which who has the GIL is asked for it
 
 _SMALL = 2 << 20  # bytes
 _FRAMES = 200  # of Python: they fill the 16 KiB that each thread has for them
@@ -223,7 +224,7 @@ def _reserve(device: "Device", size: int) -> None:
 
 
 def _inherited_priority(device: "Device") -> None:
-    """Who has a lock that a thread which serves wants must not wait for the processor behind ordinary programs."""
+    """Who has a lock that a thread which serves wants must not wait behind ordinary programs."""
     try:
         device.inherit_priority()
     except OSError as error:

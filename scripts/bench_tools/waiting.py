@@ -1,7 +1,7 @@
-"""A process of its own that makes requests wait: python -m bench_tools.waiting SCENE SECONDS SIZE prints milliseconds as JSON.
+"""A process of its own in which requests wait: python -m bench_tools.waiting SCENE SECONDS SIZE.
 
-See waiting_rows for the scenes. What a request waits in the core is told by the core itself: the upper end of the
-slowest one's bucket.
+It prints milliseconds as JSON; waiting_rows shows them. What a request waits in the core is told by the core
+itself: the upper end of the slowest one's bucket.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def in_a_thread(work: Callable[[], None]) -> None:
 
 
 def one_processor(seconds: float, size: int) -> dict[str, float]:
-    """A real-time client beside hogs, compaction, and a thread that writes statistics all the time; as swap=local."""
+    """As swap=local: a real-time client beside hogs, compaction, and a thread that makes statistics."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     dice = random.Random(5)
     contents = [content(dice, 300) for _ in range(256)]
@@ -187,7 +187,7 @@ def slow_copy(seconds: float, size: int) -> dict[str, float]:
 
 
 def at_the_limit(seconds: float, size: int) -> dict[str, float]:
-    """A client that trims, while another writes to a pool that is full: each zspage has an object and hardly any room."""
+    """A client that trims, while another writes to a full pool: each zspage has an object and no room."""
     dice = random.Random(2)
     per_zspage = 17  # of objects of 3.8 KB
     zspages = size // BLOCK // per_zspage
@@ -201,7 +201,7 @@ def at_the_limit(seconds: float, size: int) -> dict[str, float]:
         device.trim(block * BLOCK, BLOCK)
     device.trim_stock()
     device.mem_limit = device.counters()["mem_used_total"]
-    # Real-time, so that no other program is waited for; with pauses, or the kernel makes one of 50 ms each second.
+    # Real-time, so that no other program is waited for; with pauses, or the kernel makes one of 50 ms.
     device.inherit_priority()
     swap.take_priority(swap.SERVE)
     slowest = Slowest(device, "trim")
@@ -229,7 +229,7 @@ def at_the_limit(seconds: float, size: int) -> dict[str, float]:
 
 
 def long_request(seconds: float, size: int) -> dict[str, float]:
-    """A client that reads a block over and over, while another trims all others, and a save wants the gate closed."""
+    """A client reads a block over and over, while another trims all others and a save closes the gate."""
     dice = random.Random(3)
     blocks = size // BLOCK
     contents = [content(dice, 600) for _ in range(256)]

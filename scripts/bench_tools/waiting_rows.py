@@ -31,7 +31,9 @@ def _scene(setup: Setup, name: str, size: int, **environment: str) -> dict[str, 
             text=True,
         )
         if done.returncode:
-            raise NotMeasuredError(f"{name}: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}")
+            raise NotMeasuredError(
+                f"{name}: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}"
+            )
         numbers: dict[str, float] = json.loads(done.stdout)
         worst = {what: max(number, worst.get(what, 0.0)) for what, number in numbers.items()}
     return worst
@@ -69,8 +71,9 @@ def measure(setup: Setup) -> list[Row]:
     long = _scene(setup, "long_request", long_size)
     slowest = "slowest of all rounds; in the core: the upper end of its bucket, a power of two"
     local = (
-        f"{slowest}. A real-time client writes and trims as under swap=local, on one processor with four programs that "
-        f"never rest, compaction ({alone['moved']:,.0f} objects moved), and a thread that makes statistics all the time"
+        f"{slowest}. A real-time client writes and trims as under swap=local, on one processor with four "
+        f"programs that never rest, compaction ({alone['moved']:,.0f} objects moved), and a thread "
+        "that makes statistics all the time"
     )
 
     def row(what: str, value: float, most: int, note: str) -> Row:
@@ -83,7 +86,7 @@ def measure(setup: Setup) -> list[Row]:
             f"real-time read past a copy of {COPY_MS} ms",
             copy["read"],
             CORE_MS,
-            f"{slowest}. The compactor, an ordinary thread of the same processor, is in the middle of moving the object",
+            f"{slowest}. The compactor, an ordinary thread of the same processor, is moving the object",
         ),
         row(
             "trim beside writes at the limit",

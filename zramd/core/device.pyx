@@ -640,7 +640,10 @@ cdef class Device:
         self.pool.arena.reset_peak()
 
     def reset(self):
-        """Drop all data and set all counters to 0; mem_limit stays. Waits for the requests at work; a long one goes on after."""
+        """Drop all data and set all counters to 0; mem_limit stays.
+
+        Waits for the requests at work; a long one goes on afterwards.
+        """
         self._name_data()  # first: what is left after a crash is not what was there before
         with nogil:
             gate_close(&self.gate)
