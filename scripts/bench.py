@@ -26,6 +26,7 @@ from bench_tools import (
     page,
     state_rows,
     steady_rows,
+    waiting_rows,
 )
 from bench_tools.results import NotMeasuredError, Report
 from bench_tools.setup import GIB, Measure, Setup
@@ -44,6 +45,7 @@ GROUPS: dict[str, Measure] = {
     "steady": steady_rows.measure,
     "compaction": compaction_rows.measure,
     "idle": idle_rows.measure,
+    "waiting": waiting_rows.measure,
     "state": state_rows.measure,
     "scale": large_rows.measure,
     "large": large_rows.measure_large,

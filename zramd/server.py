@@ -143,6 +143,7 @@ class Server:
             threading.excepthook = self._thread_failed
             if self.config.swap == "local":
                 swap.protect(self.device, self.config.reserve)
+                swap.take_priority(swap.BESIDE)  # the threads below inherit it
                 self._keeper = start_thread("zramd-keeper", self._keep_reserve)
             self._log.start()
             self._descriptors = Descriptors(self.config.client_limit)
@@ -173,8 +174,8 @@ class Server:
             for number in (*STOP_SIGNALS, sockets.HAND_OVER, LOOK_AGAIN):
                 signal.signal(number, _ignore)
             if self.config.swap == "local":
-                # Last: the threads above stay ordinary, those that nbdkit starts for clients inherit it.
-                swap.take_priority()
+                # Last: the threads above are less urgent, those that nbdkit starts for clients inherit it.
+                swap.take_priority(swap.SERVE)
             if BACKGROUND in os.environ:
                 log = self._rundir.file(LOG)
                 self._try("the log is not written", lambda: self._log.write_to(log))
@@ -416,9 +417,8 @@ class Server:
     def _keep_reserve(self) -> None:
         name_thread("zramd-keeper")
         # It needs the processor when requests do, but not what is set aside for them: see swap.take_priority.
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), KEEPER_NICE)
         swap.warm_stack()
+        swap.be_ordinary(KEEPER_NICE)
         self.device.reserve_keep()
 
     def _make_housekeeper(self) -> Housekeeper:

@@ -6,7 +6,7 @@ read back, and the server does not start without it. docs/swapping.md lists the 
 
 before nbdkit forks   mark as I/O flusher, keep the OOM killer away
 after                 lock memory, read the code in, warm the heap, fill the reserve, never block on the log,
-                      real-time priority for the threads that serve
+                      real-time priority for the threads that serve, and for those that may keep them waiting
 """
 
 import gc
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 OOM_SCORE_ADJ = -1000
 HEAP_BYTES = 4 << 20  # the server's own use beyond its start is under 1 MiB
 _REQUEST_BYTES = 128 << 10  # the most in one request of the kernel's
+
+# Real-time priorities. A thread that runs Python beside those that serve may have the GIL, or a lock of
+# Python's or of the C library's, when they want it. So it must get the processor before any ordinary program
+# does, but after them.
+SERVE, BESIDE = 2, 1
+SWITCH_INTERVAL = 0.0005  # seconds after which who has the GIL is asked for it
 
 _SMALL = 2 << 20  # bytes
 _FRAMES = 200  # of Python: they fill the 16 KiB that each thread has for them
@@ -45,6 +51,8 @@ def protect(device: "Device", reserve: int) -> None:
     """
     protect_process()
     _reserve(device, reserve)
+    _inherited_priority(device)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     threadstate.on_keep(warm_stack)
     _settle()
 
@@ -69,6 +77,7 @@ def _settle() -> None:
 def warm_stack() -> None:
     """Make the calling thread's stacks resident, C's and Python's: a page fault in there holds the GIL."""
     process.warm_stack()
+    process.warm_lock()
     _deep(_FRAMES)
 
 
@@ -76,7 +85,7 @@ def _deep(frames: int) -> int:
     return frames and _deep(frames - 1)
 
 
-def take_priority() -> None:
+def take_priority(priority: int = SERVE) -> None:
     """Make the calling thread, and the threads that it starts from now on, real-time. Raises SwapError.
 
     Each answer to the kernel takes a page of memory for the socket. When nothing is free but what
@@ -86,11 +95,21 @@ def take_priority() -> None:
     """
     remedy = "run it as root, or give it CAP_SYS_NICE"
     try:
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(priority))
     except OSError as error:
         raise _refuse("cannot become real-time", error.strerror, remedy) from None
-    if os.sched_getscheduler(0) != os.SCHED_RR:
+    if os.sched_getscheduler(0) != os.SCHED_RR or os.sched_getparam(0).sched_priority != priority:
         raise _refuse("cannot become real-time", "the kernel does not say so", remedy)
+
+
+def be_ordinary(nice: int) -> None:
+    """Give the calling thread's real-time priority up: for one that neither serves nor keeps others waiting.
+
+    It has the GIL when this returns: it should not have it for long.
+    """
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def devices_in_use(disksize: int) -> list[str]:
@@ -198,6 +217,14 @@ def _reserve(device: "Device", size: int) -> None:
     found = device.counters()["reserve_bytes"]
     if found < size:
         raise _refuse("cannot fill the reserve", f"it has {found} of {size} bytes", "use a smaller reserve=")
+
+
+def _inherited_priority(device: "Device") -> None:
+    """Who has a lock that a thread which serves wants must not wait behind ordinary programs."""
+    try:
+        device.inherit_priority()
+    except OSError as error:
+        raise _refuse("locks cannot hand on priority", error.strerror, "use a C library that can") from None
 
 
 def minor_faults() -> int:

@@ -31,6 +31,7 @@ GROUPS = {
     "steady": 14,
     "compaction": 3,
     "idle": 4,
+    "waiting": 5 if os.geteuid() == 0 else 0,
     "state": 7,
     "scale": 6,
     "large": 6,

@@ -59,9 +59,9 @@ cdef class Blocks:
     cdef uint8_t *touched                   # per page of slots: whether one was ever written; others are not even read
     cdef uint64_t touched_pages             # atomic
     cdef pthread_mutex_t stripes[STRIPES]   # stripe b % STRIPES guards block b
-    cdef pthread_mutex_t scratch_lock       # guards the two below
+    cdef pthread_mutex_t scratch_lock       # guards the one below
     cdef scratch *scratches                 # those not in use, last in first out
-    cdef uint64_t scratch_count
+    cdef uint64_t scratch_count             # atomic: all
     cdef uint32_t scratch_size
     cdef counters *n
 

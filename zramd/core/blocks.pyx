@@ -27,7 +27,6 @@ from zramd.core.locks cimport (
     load_acquire,
     load_relaxed,
     mutex_inherit,
-    owned_add,
     pthread_mutex_destroy,
     pthread_mutex_init,
     pthread_mutex_lock,
@@ -108,11 +107,11 @@ cdef class Blocks:
         s = self.scratches
         if s != NULL:
             self.scratches = s.next
-        else:
-            s = <scratch *>secret_alloc(self.scratch_size)
-            if s != NULL:
-                owned_add(&self.scratch_count, 1)
         pthread_mutex_unlock(&self.scratch_lock)
+        if s == NULL:
+            s = <scratch *>secret_alloc(self.scratch_size)  # without the lock: it may take long
+            if s != NULL:
+                counter_add(&self.scratch_count, 1)
         return s
 
     cdef void scratch_give(self, scratch *s) noexcept nogil:

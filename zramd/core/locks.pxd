@@ -108,13 +108,17 @@ cdef inline void lock_counted(pthread_mutex_t *lock, uint32_t *waiters) noexcept
         pthread_mutex_lock(lock)
         counter_sub_32(waiters, 1)
 
-cdef inline void give_way(pthread_mutex_t *lock, uint32_t *waiters) noexcept nogil:
-    """Let those who wait for a lock have it, then take it again. Who is only woken up would find it locked once more."""
+cdef inline void let_in(uint32_t *waiters) noexcept nogil:
+    """Let those who wait have the lock that was unlocked just now. Who is only woken up would find it locked once more."""
     cdef uint32_t spins = 0
-    pthread_mutex_unlock(lock)
     while spins < LET_IN_SPINS and load_relaxed_32(waiters):
         spins += 1
         cpu_relax()
     if load_relaxed_32(waiters):
         nap()
+
+cdef inline void give_way(pthread_mutex_t *lock, uint32_t *waiters) noexcept nogil:
+    """Let those who wait for a lock have it, then take it again."""
+    pthread_mutex_unlock(lock)
+    let_in(waiters)
     lock_counted(lock, waiters)

@@ -58,6 +58,7 @@ from zramd.core.locks cimport (
     counter_add,
     cpu_relax,
     give_way,
+    let_in,
     load_acquire,
     load_relaxed,
     load_relaxed_16,
@@ -141,7 +142,7 @@ cdef enum:
     PIN_TURNS = 100000      # naps of one who waits for a pin that no mover holds: about 10 s of its own
     ROOM_TURNS = 10000      # the same of one who waits for room that others are in the way of
     EMPTIEST_TRIES = 32     # zspages of a fullness group that are compared
-    ROOM_TRIES = 8          # zspages of a fullness group that are looked at for room where others may do as well
+    ROOM_TRIES = 8          # zspages that are looked at for room where another one, or a new one, may do as well
     SIFT_TRIES = 64         # zspages that are looked at for room on resident pages before others get the class lock: 10 us
     TAIL_PAGES = 2          # unused pages that the last zspage of a class keeps where there is a reserve
     BORROW_SHIFT = 4        # a borrowed chunk is at most 1/16 larger than the object's own
@@ -450,30 +451,30 @@ cdef class Zsmalloc:
             payload[0] = start if index == self.huge else start + HEADER_SIZE
             zr_crash_point("cell-stored")
         pthread_mutex_unlock(&c.lock)
-        return 0 if chunk >= 0 else chunk
+        if chunk >= 0:
+            return 0
+        let_in(&c.waiters)      # who is refused tries again at once
+        return chunk
 
     cdef int _part_filled_take(self, size_class *c, uint64_t handle, int64_t *span) noexcept nogil:
         """A chunk of a part-filled zspage, the fullest first, so that the emptiest get empty by themselves; or -ENOSPC."""
-        cdef uint32_t group, candidate, tries
+        cdef uint32_t group, candidate, tries = ROOM_TRIES
         cdef int chunk = -ENOSPC
-        cdef bint refused = False
         # With a reserve, a new zspage from there is better than the pages that a part-filled one has not.
         if load_relaxed(&self.arena.reserve):
             return self._resident_take(c, handle, span) if c.size != PAGE_SIZE else chunk
         for group in range(GROUP_FULL - 1, GROUP_EMPTY, -1):
             candidate = c.heads[group]
-            tries = ROOM_TRIES
             while candidate != NIL and tries:
                 span[0] = candidate
                 chunk = self._chunk_take(c, candidate, handle, False)
                 if chunk >= 0:
                     return chunk
                 # The limit refuses the pages of its unused chunks. The next one may want fewer.
-                refused = True
                 tries -= 1
                 candidate = self.zspages[candidate].next
         # All pages of huge zspages are alike, and those that are resident are in use.
-        return self._resident_take(c, handle, span) if refused and c.size != PAGE_SIZE else chunk
+        return self._resident_take(c, handle, span) if tries < ROOM_TRIES and c.size != PAGE_SIZE else chunk
 
     cdef int _resident_take(self, size_class *c, uint64_t handle, int64_t *span) noexcept nogil:
         """A chunk on resident pages of the fullest zspage that has one; or -ENOSPC. The lock may be dropped meanwhile."""
@@ -1131,6 +1132,7 @@ cdef class Zsmalloc:
         if freed == 0 and not whole and budget[0] and load_relaxed(&self.undone) == undone and not self._is_wanted():
             store_relaxed(&c.stuck, c.stuck | STUCK)
         pthread_mutex_unlock(&c.lock)
+        let_in(&c.waiters)
         return freed
 
     cdef uint32_t _isolate_fullest(self, size_class *c, bint resident) noexcept nogil:
