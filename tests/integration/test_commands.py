@@ -118,7 +118,7 @@ class TestList:
             "devices": [
                 {
                     **{"name": "zram0", "algorithm": "lz4", "disksize": "100M", "data": "0B"},
-                    **{"compr": "0B", "total": "0B", "frag": 100.0, "mountpoint": None},
+                    **{"compr": "0B", "total": "0B", "frag": None, "mountpoint": None},
                     "pid": served.process.pid,
                 }
             ]
