@@ -9,7 +9,6 @@ open and the rest for each client, cleanup.
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import site
 import sys
@@ -32,7 +31,8 @@ def _find_package() -> None:
     """
     here = os.path.dirname(os.path.abspath(__file__))
     venv = f"{here}/.venv/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
-    if glob.glob(f"{here}/zramd/core/device.*so"):
+    core = f"{here}/zramd/core"
+    if os.path.isdir(core) and any(name.endswith(".so") for name in os.listdir(core)):  # it is built
         sys.path.insert(0, here)
     elif os.path.isdir(venv):
         sys.path.insert(0, venv)

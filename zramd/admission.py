@@ -12,7 +12,11 @@ import socket
 import stat
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+
+from zramd.errors import DeviceError
+from zramd.trouble import Troubles
 
 PATIENCE = 30.0  # seconds in which a client is to say what it wants
 SPARE = 12  # descriptors of one's own for when there are no others: a hand-over needs that many
@@ -90,9 +94,10 @@ class Descriptors:
     def keep(self) -> bool:
         """Keep what is missing of our own; if there are no more, give all back for use, and return False."""
         try:
+            # Opened, not duplicated: there may be too many files in the whole system, too.
             while len(self._spare) < SPARE:
-                self._spare.append(os.dup(self._file))
-            os.close(os.dup(self._file))
+                self._spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+            os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
         except OSError:
             self.give_back()
             return False
@@ -150,3 +155,82 @@ class Door:
         main = threading.main_thread().ident
         assert main is not None
         signal.pthread_kill(main, LOOK_AGAIN)
+
+
+class Admission:
+    """Lets clients in, or turns them away, and says so."""
+
+    WATCH = 1.0  # seconds between two looks
+
+    def __init__(self, troubles: Troubles, limit: Callable[[], int], clients: Callable[[], int]) -> None:
+        """`limit` tells how many connections there may be, `clients` how many of them are clients by now."""
+        self._troubles = troubles
+        self._limit = limit
+        self._clients = clients
+        self._arrivals = Arrivals()
+        self._turned_away = ""
+        self._descriptors: Descriptors | None = None
+        self._door: Door | None = None
+
+    def begin(self, listening: list[int]) -> None:
+        """Look after the sockets on which nbdkit accepts. Raises OSError."""
+        self._descriptors = Descriptors(self._limit())
+        self._door = Door(listening)
+
+    @property
+    def sockets(self) -> list[int]:
+        """Those on which clients are accepted, also while nbdkit does not have them."""
+        return self._door.sockets if self._door is not None else []
+
+    def connects(self) -> None:
+        """Let one in; called by the thread that serves him, one at a time. Raises DeviceError."""
+        if reason := self._no_room():
+            self._turned_away = reason
+            if self._door is not None and self._descriptors is not None and self._descriptors.are_out:
+                self._door.shut()  # at once: nbdkit tries for the next in a loop
+            raise DeviceError(f"a client was turned away: {reason}")
+        self._arrivals.begin()
+
+    def becomes_client(self) -> None:
+        """The one whom the calling thread serves has said what he wants."""
+        self._arrivals.end()
+
+    def use_spare(self) -> None:
+        """Let the descriptors that are kept for ourselves be used."""
+        if self._descriptors is not None:
+            self._descriptors.give_back()
+
+    def interval(self) -> float:
+        """Return the seconds between two calls of watch_descriptors."""
+        return self.WATCH / 10 if self._door is not None and self._door.is_shut else self.WATCH
+
+    def watch_descriptors(self) -> None:
+        """Keep a few descriptors, and let nobody in while there are no others."""
+        if self._descriptors is None or self._door is None:
+            return
+        what = "no client is let in, for want of descriptors"
+        if self._descriptors.keep():
+            self._door.open()
+            self._troubles.over(what)
+        else:
+            self._door.shut()
+            self._troubles.begin(what, "raise ulimit -n, or LimitNOFILE= of the service")
+
+    def watch_clients(self) -> None:
+        """Cut off those who never become clients, and tell of those who were turned away while that lasts."""
+        if len(self._arrivals):
+            self._arrivals.cut_off()
+        if self._turned_away:
+            self._troubles.begin("clients are turned away", self._turned_away)
+            self._turned_away = self._no_room()
+        else:
+            self._troubles.over("clients are turned away")
+
+    def _no_room(self) -> str:
+        """Return why no other client can be let in, "" if one can."""
+        most = self._limit()
+        if self._clients() + len(self._arrivals) >= most:
+            self._arrivals.forget_gone()
+        if self._clients() + len(self._arrivals) >= most:
+            return f"there are {most} connections already, the most that client_limit allows"
+        return "" if self._descriptors is None else self._descriptors.shortage()

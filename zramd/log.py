@@ -15,6 +15,7 @@ from contextlib import suppress
 from zramd.core import process
 from zramd.threads import start_thread
 
+_READ = 16 << 10  # bytes
 _CHUNK = select.PIPE_BUF  # a pipe that can be written to takes as much at once
 # What is always passed on: zramd's own sentences, each said once, and what who gave nbdkit -v asked for.
 _WANTED = re.compile(rb"zramd: |nbdkit: (?:[^ ]+: )?debug: ")
@@ -53,6 +54,7 @@ class Log:
         self._limited = False
         self.held_back = 0
         self.lost = 0
+        self._buffer = bytearray(_READ)
         self._rest = b""
         self._waiting = b""
         self._target = self._pipe = self._end = -1
@@ -94,12 +96,6 @@ class Log:
 
     def filter(self, data: bytes) -> bytes:
         """Return what of `data` is to be passed on now, in whole lines."""
-        wanted = b"zramd: " in data or b"debug: " in data
-        if self._passed >= self.BURST and self._clock() - self._since < self.PERIOD and not wanted:
-            # A storm: count the lines and be done, the threads that serve want the GIL.
-            self.held_back += data.count(b"\n")
-            self._rest = b""
-            return b""
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > 4096:
             lines.append(self._rest)
@@ -117,6 +113,17 @@ class Log:
             else:
                 self.held_back += 1
         return b"".join(passed)
+
+    def _is_storm(self, size: int) -> bool:
+        """Count the lines in the buffer and be done, if none of them will pass: who serves wants the GIL."""
+        buffer = self._buffer
+        if self._passed < self.BURST or self._clock() - self._since >= self.PERIOD:
+            return False
+        if buffer.find(b"zramd: ", 0, size) >= 0 or buffer.find(b"debug: ", 0, size) >= 0:
+            return False
+        self.held_back += buffer.count(b"\n", 0, size)
+        self._rest = b""
+        return True
 
     def summary(self) -> bytes:
         """Return the line that tells how many were held back, b"" if none, and forget them."""
@@ -147,10 +154,11 @@ class Log:
         if not ready:
             self._keep(self.summary())
         if self._pipe in ready:
-            data = os.read(self._pipe, 65536)
-            if not data:
+            size = os.readv(self._pipe, [self._buffer])
+            if not size:
                 return False
-            self._keep(self.filter(data))
+            if not self._is_storm(size):
+                self._keep(self.filter(bytes(self._buffer[:size])))
         if self._waiting:
             self._write()
         return self._end not in ready
@@ -194,7 +202,7 @@ class Log:
     def _part(self) -> None:
         """Pass on what is left in the pipe, to who takes it soon."""
         with suppress(BlockingIOError):
-            while data := os.read(self._pipe, 65536):
+            while data := os.read(self._pipe, _READ):
                 self._keep(self.filter(data))
         self._keep(self.filter(b"\n" if self._rest else b"") + self.summary())
         end = time.monotonic() + self.PARTING

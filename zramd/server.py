@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from zramd import __version__, handover, notify, sockets, state, stats, swap
-from zramd.admission import LOOK_AGAIN, Arrivals, Descriptors, Door
+from zramd.admission import LOOK_AGAIN, Admission
 from zramd.compactor import Compactor
 from zramd.config import Config, find
 from zramd.config import value as parse_value
@@ -59,7 +59,7 @@ STREAM_PATIENCE = 600.0  # seconds that a save or a load may stand still: ssh ma
 KEEPER_NICE = -20  # the reserve is refilled ahead of what ordinary programs do
 READY_PATIENCE = 1.0  # seconds for the service manager to take our word, at each try
 _DATA_ID_FAILS = "data_id is not written"
-WATCH = 1.0  # seconds between two looks at clients who do not get on, and at what could not be done so far
+AGAIN = 1.0  # seconds between two tries of what could not be done so far
 
 
 class Server:
@@ -88,10 +88,7 @@ class Server:
         self._troubles = Troubles()
         self._files: StatsFiles | None = None
         self._undone: dict[str, Callable[[], None]] = {}
-        self._arrivals = Arrivals()
-        self._descriptors: Descriptors | None = None
-        self._door: Door | None = None
-        self._turned_away = ""
+        self._admission = Admission(self._troubles, lambda: self.config.client_limit, lambda: self._clients)
         self._keeper: threading.Thread | None = None
         self._stop_refused = False
         self._corrupt = 0
@@ -122,9 +119,8 @@ class Server:
         if config.metrics_file:
             try:
                 self._metrics_file = MetricsFile(config.metrics_file, config.name)
-                if (
-                    not handover.takes_over()
-                ):  # else nobody would serve if that failed: the housekeeper makes it
+                # In a hand-over nobody would serve if that failed: then the housekeeper does it.
+                if not handover.takes_over():
                     self._metrics_file.make()
             except RundirError:
                 self._rundir.remove()
@@ -146,7 +142,6 @@ class Server:
                 swap.take_priority(swap.BESIDE)  # the threads below inherit it
                 self._keeper = start_thread("zramd-keeper", self._keep_reserve)
             self._log.start()
-            self._descriptors = Descriptors(self.config.client_limit)
             self._try("the pid file is not written", self._rundir.write_pid)
             self._corrupt = self.device.counters()["checksum_errors"]
             self._files = StatsFiles(self._rundir, self._metrics_file)
@@ -156,7 +151,7 @@ class Server:
             self._inherited = sockets.inherited()
             self._listening = sockets.listening()
             sockets.keep_alive(self._listening)
-            self._door = Door(self._listening)
+            self._admission.begin(self._listening)
             self._compactor = Compactor(self.device, self.config)
             self._compactor.start()
             if self.config.endpoint:
@@ -215,21 +210,7 @@ class Server:
     def client_connects(self) -> None:
         """Let in who has just connected; called by the thread that serves him. Raises DeviceError."""
         with self._clients_lock:
-            if reason := self._no_room():
-                self._turned_away = reason
-                if self._door is not None and self._descriptors is not None and self._descriptors.are_out:
-                    self._door.shut()  # at once: nbdkit tries for the next in a loop
-                raise DeviceError(f"a client was turned away: {reason}")
-            self._arrivals.begin()
-
-    def _no_room(self) -> str:
-        """Return why no other client can be let in, "" if one can."""
-        most = self.config.client_limit
-        if self._clients + len(self._arrivals) >= most:
-            self._arrivals.forget_gone()
-        if self._clients + len(self._arrivals) >= most:
-            return f"there are {most} connections already, the most that client_limit allows"
-        return "" if self._descriptors is None else self._descriptors.shortage()
+            self._admission.connects()
 
     def client_opened(self) -> None:
         """Count a client; waits while the device is being reset, raises DeviceError while it is loaded."""
@@ -237,7 +218,7 @@ class Server:
             if self._loading:
                 raise DeviceError(f"{self.config.name} is being loaded: connect when that is done")
             self._clients += 1
-            self._arrivals.end()
+            self._admission.becomes_client()
 
     def client_closed(self) -> None:
         """Count a client that left."""
@@ -383,12 +364,12 @@ class Server:
     def _try(self, failing: str, work: Callable[[], None], later: Callable[[], None] | None = None) -> None:
         """Do what one can serve without. If it fails for want of something, the housekeeper does it later.
 
-        Raises what is no shortage.
+        Raises what is no shortage, unless nobody would serve then: the server before us has left.
         """
         try:
             work()
         except (OSError, ZramdError, MemoryError) as error:
-            if not is_shortage(error):
+            if not is_shortage(error) and not handover.takes_over():
                 raise
             self._troubles.begin(failing, error)
             self._undone[failing] = later or work
@@ -411,8 +392,7 @@ class Server:
     def send_sockets(self, path: str) -> None:
         """Send the sockets on which clients are accepted to who listens at `path`. Raises OSError."""
         assert self._rundir is not None
-        listening = self._listening if self._door is None else self._door.sockets
-        sockets.send(path, listening, "made" if self._rundir.made else "found")
+        sockets.send(path, self._admission.sockets, "made" if self._rundir.made else "found")
 
     def _keep_reserve(self) -> None:
         name_thread("zramd-keeper")
@@ -423,10 +403,11 @@ class Server:
 
     def _make_housekeeper(self) -> Housekeeper:
         """Return who answers the endpoint's callers, writes the stats files, and stops nbdkit on a signal."""
+        admission = self._admission
         chores = [
-            Chore("descriptors cannot be counted", self._watch_descriptors, self._watch_interval),
-            Chore("clients cannot be counted", self._watch_clients, lambda: WATCH),
-            Chore("what was left undone still fails", self._do_undone, lambda: WATCH if self._undone else 0),
+            Chore("descriptors cannot be counted", admission.watch_descriptors, admission.interval),
+            Chore("clients cannot be counted", admission.watch_clients, lambda: admission.WATCH),
+            Chore("what was left undone still fails", self._do_undone, lambda: AGAIN if self._undone else 0),
             Chore("stats files are not written", self._refresh_stats, lambda: self.config.stats_interval),
             Chore("corruption cannot be told", self._report_corruption, lambda: self.config.stats_interval),
             Chore(
@@ -459,8 +440,7 @@ class Server:
 
     def _surely(self, leave: Callable[[], None]) -> None:
         """End, whatever fails on the way."""
-        if self._descriptors is not None:
-            self._descriptors.give_back()
+        self._admission.use_spare()
         try:
             leave()
         except Exception as error:
@@ -468,31 +448,6 @@ class Server:
             self._remove_files()
             self._log.stop()
             os._exit(0)
-
-    def _watch_interval(self) -> float:
-        return WATCH / 10 if self._door is not None and self._door.is_shut else WATCH
-
-    def _watch_descriptors(self) -> None:
-        """Keep a few descriptors, and let nobody in while there are no others."""
-        assert self._descriptors is not None
-        assert self._door is not None
-        what = "no client is let in, for want of descriptors"
-        if self._descriptors.keep():
-            self._door.open()
-            self._troubles.over(what)
-        else:
-            self._door.shut()
-            self._troubles.begin(what, "raise ulimit -n, or LimitNOFILE= of the service")
-
-    def _watch_clients(self) -> None:
-        """Cut off those who never become clients, and tell of those who were turned away while that lasts."""
-        if len(self._arrivals):
-            self._arrivals.cut_off()
-        if self._turned_away:
-            self._troubles.begin("clients are turned away", self._turned_away)
-            self._turned_away = self._no_room()
-        else:
-            self._troubles.over("clients are turned away")
 
     def _report_corruption(self) -> None:
         """Say so when blocks were found that were changed in memory."""

@@ -185,7 +185,11 @@ class TestFullPool:
                 client.ask(client.WRITE, turn % 8192 * BLOCK, BLOCK, noise) == 28 for turn in range(count)
             )
 
-        fail(2_000)
+        shown = served.rundir / "metrics.prom"
+        for _ in range(3):  # what is shown takes its memory at the first few times
+            before = shown.stat().st_mtime_ns
+            fail(2_000)
+            wait_until(lambda: shown.stat().st_mtime_ns != before)  # noqa: B023
         early = served.resident()
         failed = fail(20_000)
         late = served.resident()

@@ -63,7 +63,7 @@ class Kept:
 
 
 @pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
+def kept(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Kept]:
     monkeypatch.setattr(housekeeping, "PAUSE", 0.01)
     made = Kept()
     yield made
@@ -114,6 +114,7 @@ def test_an_answer_that_fails(kept: Kept, failure: BaseException) -> None:
     done_again(kept)
     os.write(kept.waker, TERM)
     wait_until(lambda: kept.obeyed == [TERM])
+    kept.failing.clear()
     os.read(reader, 1)
     wait_until(lambda: not kept.troubles)
     os.close(reader)

@@ -48,7 +48,8 @@ def test_a_storm_is_counted() -> None:
     assert log.filter(b"line\n" * 1000 + b"half a li") == b""
     assert log.held_back == 1000
     clock.now += log.PERIOD
-    assert log.filter(b"ne\nnext\n") == b"zramd: 1000 lines more like these were held back\nne\nnext\n"
+    held_back = b"zramd: 1000 lines more like these were held back\n"
+    assert log.filter(b"ne\nnext\n") == held_back + b"half a line\nnext\n"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,26 @@ def test_whole_lines_pass() -> None:
     assert log.filter(b"one\ntw") == b"one\n"
     assert log.filter(b"o\n") == b"two\n"
     assert log.filter(b"x" * 5000) == b"x" * 5000 + b"\n"
+
+
+def test_all_lines_are_passed_or_counted() -> None:
+    code = """
+        import os, time
+        from zramd.log import Log
+        log = Log()
+        log.start()
+        for number in range(20000):
+            while True:
+                try:
+                    os.write(2, b"nbdkit: error: pool is full\\n")
+                    break
+                except BlockingIOError:
+                    time.sleep(0.001)
+        log.stop()
+    """
+    *lines, last = in_child(code).splitlines()
+    assert lines == ["nbdkit: error: pool is full"] * Log.BURST
+    assert last == f"zramd: {20000 - Log.BURST} lines more like these were held back"
 
 
 # What standard error may be, as code that makes `reader` and `writer`.

@@ -197,14 +197,14 @@ class TestClientLimit:
         assert str(caught.value) == (
             "a client was turned away: there are 2 connections already, the most that client_limit allows"
         )
-        limited._watch_clients()
-        limited._watch_clients()
+        limited._admission.watch_clients()
+        limited._admission.watch_clients()
         assert limited.health()["causes"] == [
             "clients are turned away: there are 2 connections already, the most that client_limit allows"
         ]
         limited.client_closed()
-        limited._watch_clients()
-        limited._watch_clients()
+        limited._admission.watch_clients()
+        limited._admission.watch_clients()
         assert limited.health()["status"] == "ok"
         come()
         limited.change("client_limit", "3")
