@@ -24,19 +24,25 @@ API_VERSION = 2
 
 
 def _find_package() -> None:
-    """Make `import zramd` work: as Python is set up, else from the .venv or the folder beside this file."""
+    """Make `import zramd` find the package that this file came with: beside it, or in the .venv beside it.
+
+    Another one, installed for the whole system say, may be of another version. It is taken where neither is.
+    """
     here = os.path.dirname(os.path.abspath(__file__))
     venv = f"{here}/.venv/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    if _is_built(here):
+        sys.path.insert(0, here)
+    elif os.path.isdir(venv) and "PYTHONPATH" not in os.environ:
+        sys.path.insert(0, venv)
+        site.addsitedir(venv)  # reads .pth files: an editable install works too
+
+
+def _is_built(folder: str) -> bool:
     try:
-        import zramd.core.device  # noqa: F401
-    except ImportError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "zramd"]:
-            del sys.modules[name]
-        if os.path.isdir(venv):
-            sys.path.insert(0, venv)
-            site.addsitedir(venv)  # reads .pth files: an editable install works too
-        else:
-            sys.path.insert(0, here)
+        names = os.listdir(f"{folder}/zramd/core")
+    except OSError:
+        return False
+    return any(name.startswith("device.") and name.endswith(".so") for name in names)
 
 
 _find_package()

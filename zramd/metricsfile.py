@@ -4,6 +4,7 @@ The run folder is closed to others, and node_exporter runs as somebody else. Its
 numbers are no secret, and he cannot lead us to another place.
 """
 
+import errno
 import os
 from contextlib import suppress
 
@@ -56,7 +57,10 @@ class MetricsFile:
             raise self._refused("it holds another device's metrics: give each device a file of its own")
 
     def _failed(self, error: OSError) -> RundirError:
-        return self._refused(f"{reason(error)}: use a folder that is there and open to this user")
+        remedy = "use a folder that is there and open to this user"
+        if error.errno in (errno.EACCES, errno.EROFS) and "NOTIFY_SOCKET" in os.environ:
+            remedy = "let the service write there, by 'systemctl edit': docs/systemd.md, 'Paths'"
+        return self._refused(f"{reason(error)}: {remedy}")
 
     def _refused(self, why: str) -> RundirError:
         return RundirError(f"metrics_file '{self.path}' cannot be written: {why}")
