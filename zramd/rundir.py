@@ -170,8 +170,8 @@ def _make(path: str) -> bool:
         names, left = _files(fd)
         if names and not left:
             raise RundirError(
-                f"rundir '{path}' has a file '{names[0]}' that zramd would replace, and no server has left it: "
-                f"{_ANOTHER}"
+                f"rundir '{path}' has a file '{names[0]}' that zramd would replace, and no server has left "
+                f"it: {_ANOTHER}"
             )
         if status.st_mode & 0o077:
             if not left or not set(os.listdir(fd)) <= _OURS | {PID}:

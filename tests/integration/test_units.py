@@ -186,10 +186,12 @@ def test_refusals(command: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("umask", [0o077, 0o000, 0o022])
 def test_modes_whatever_the_umask(command: Path, tmp_path: Path, umask: int) -> None:
-    """In an image, /etc and /usr that only root can enter are a machine on which nobody else can do anything."""
+    """An image with an /etc and /usr that only root can enter is a machine for root alone."""
     root = tmp_path / "root"
     root.mkdir()
-    done = subprocess.run([command, "install-units", "--root", root], umask=umask, capture_output=True, text=True)
+    done = subprocess.run(
+        [command, "install-units", "--root", root], umask=umask, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
     modes = {str(path.relative_to(root)): path.stat().st_mode & 0o777 for path in root.rglob("*")}
     assert {mode for path, mode in modes.items() if (root / path).is_dir()} == {0o755}
@@ -262,7 +264,7 @@ def documented_drop_in(name: str) -> str:
 
 
 def as_service(root: Path, drop_in: str, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command as the unit has it, as far as files go: `root` is read-only but for what may be written."""
+    """Run a server as the unit does, as far as files go: `root` is read-only but for what may be written."""
     assert settings_of(SERVICE, "ProtectSystem") == ["strict"]
     writable = [root / "run", *(root / path.lstrip("/") for path in settings_of(drop_in, "ReadWritePaths"))]
     kept = settings_of(SERVICE + drop_in, "CapabilityBoundingSet")
@@ -282,7 +284,7 @@ def as_service(root: Path, drop_in: str, words: list[str]) -> subprocess.Complet
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts, and gives a folder to another user")
 @pytest.mark.parametrize("what", ["metrics_file", "state"])
 def test_paths_that_a_service_may_write(tmp_path: Path, memory_folder: Path, what: str) -> None:
-    """What zramd.conf and the documents propose, under the unit: refused, and done with the documented drop-in."""
+    """What zramd.conf proposes, under the unit: refused, and done with the documented drop-in."""
     root = memory_folder
     (root / "run").mkdir(0o700)
     collector = root / "var/lib/prometheus/node-exporter"
