@@ -46,10 +46,14 @@ def test_what_is_made_only_its_owner_may_read(serve: Serve, memory_folder: Path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
-def test_another_user_reaches_nothing(serve: Serve) -> None:
+@pytest.mark.parametrize("open_folder", [False, True])
+def test_another_user_reaches_nothing(serve: Serve, open_folder: bool) -> None:
     folder = Path(tempfile.mkdtemp(prefix="zramd-open-"))
     try:
         folder.chmod(0o755)  # all but the run folder is open to him
+        if open_folder:
+            (folder / "run").mkdir()
+            (folder / "run").chmod(0o755)
         served = serve(rundir=folder / "run")
         for name in ("nbd.sock", "control.sock"):
             code = f"import socket\ntry: socket.socket(socket.AF_UNIX).connect('{served.rundir}/{name}')\n"
