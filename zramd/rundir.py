@@ -145,8 +145,8 @@ def in_use(path: str, pid: int) -> RundirError:
 def _make(path: str) -> bool:
     """Make the folder, closed to others, and return whether it is new.
 
-    One that is there stays as it is, or is refused: nothing that the user may have put there is removed later,
-    and one that others may look into is not closed to them, for it may be /mnt. What we put there is closed.
+    One that is there stays as it is, or is refused: nothing that the user may have put there is removed
+    later, and one that others may look into is not closed to them, for it may be /mnt. What we put there is.
     """
     try:
         with trusted.place(path, make=True) as place:

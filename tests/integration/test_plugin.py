@@ -313,6 +313,18 @@ class TestBadStart:
         assert "run scripts/serve" in ran.stderr
         assert len(ran.stderr.strip().splitlines()) == 1
 
+    def test_another_package_of_that_name(self, tmp_path: Path) -> None:
+        """One that is installed for the whole system may be of another version: ours is beside the plugin."""
+        (tmp_path / "zramd/core").mkdir(parents=True)
+        (tmp_path / "zramd/__init__.py").write_text("__version__ = 'another'\n")
+        (tmp_path / "zramd/core/__init__.py").write_text("")
+        (tmp_path / "zramd/core/device.py").write_text("")
+        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        command = ["nbdkit", "python", str(PLUGIN), "--dump-plugin"]
+        text = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=True).stdout
+        assert "zramd_version=another" not in text
+        assert "\nzramd_setting_mem_limit=0: " in text
+
     def test_dump_plugin(self) -> None:
         env = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)}
         command = ["nbdkit", "python", str(PLUGIN), "--dump-plugin"]
