@@ -25,18 +25,25 @@ MAX_REQUEST = 64 << 20  # bytes that nbdkit reads or writes at once; one more is
 
 
 def _find_package() -> None:
-    """Make `import zramd` work: from the folder beside this file, else its .venv, else as Python is set up.
+    """Make `import zramd` find the package that this file came with: beside it, or in the .venv beside it.
 
-    What is beside it belongs to it. Another one of the system's may be older, and know another state.
+    Another one, installed for the whole system say, may be of another version. It is taken where neither is.
     """
     here = os.path.dirname(os.path.abspath(__file__))
     venv = f"{here}/.venv/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
-    core = f"{here}/zramd/core"
-    if os.path.isdir(core) and any(name.endswith(".so") for name in os.listdir(core)):  # it is built
+    if _is_built(here):
         sys.path.insert(0, here)
-    elif os.path.isdir(venv):
+    elif os.path.isdir(venv) and "PYTHONPATH" not in os.environ:
         sys.path.insert(0, venv)
         site.addsitedir(venv)  # reads .pth files: an editable install works too
+
+
+def _is_built(folder: str) -> bool:
+    try:
+        names = os.listdir(f"{folder}/zramd/core")
+    except OSError:
+        return False
+    return any(name.startswith("device.") and name.endswith(".so") for name in names)
 
 
 _find_package()

@@ -152,7 +152,7 @@ def ask(path: str, method: str, url: str, body: str = "", timeout: float = TIMEO
 
 
 def _connect(control: socket.socket, path: str) -> None:
-    """Connect to the server of run folder `path`. Raises OSError; also if a folder's owner has put another there."""
+    """Connect to the server of run folder `path`. Raises OSError, also if it is not the folder's owner's."""
     control.connect(f"{path}/{_CONTROL_SOCKET}")
     if peer.credentials(control)[1] != os.stat(path).st_uid:
         raise PermissionError(1, "it belongs to another user than its folder")

@@ -1,7 +1,7 @@
 """What a process was started with and does not want: descriptors, and variables meant for another process.
 
-Whoever starts us may have closed standard descriptors, may hold a lock on one that we would keep, and may have
-been started by something that told it where to listen. Nothing of that is to change what is served.
+Whoever starts us may have closed standard descriptors, may hold a lock on one that we would keep, and may
+have been started by something that told it where to listen. Nothing of that is to change what is served.
 """
 
 import os
@@ -39,7 +39,7 @@ def complete_standard() -> None:
             os.set_inheritable(fd, True)
             closed.append(fd)
         if getattr(sys, name) is None:  # Python has found it closed
-            setattr(sys, name, open(fd, "r" if how == os.O_RDONLY else "w", closefd=False))
+            setattr(sys, name, os.fdopen(fd, "r" if how == os.O_RDONLY else "w", closefd=False))
     missing = frozenset(closed)
 
 
@@ -86,8 +86,8 @@ def passed_sockets() -> list[int]:
     for fd in found:
         if not _listens(fd):
             raise UsageError(
-                f"LISTEN_FDS={len(found)} says that descriptor {fd} is a socket on which to listen, but it is "
-                "not: unset LISTEN_FDS and LISTEN_PID, or pass it"
+                f"LISTEN_FDS={len(found)} says that descriptor {fd} is a socket on which to listen, but it "
+                "is not: unset LISTEN_FDS and LISTEN_PID, or pass it"
             )
     return list(found)
 

@@ -66,7 +66,10 @@ class MetricsFile:
             raise self._failed(error) from None
 
     def _failed(self, error: OSError) -> RundirError:
-        return self._refused(f"{reason(error)}: use a folder that is there and open to this user")
+        remedy = "use a folder that is there and open to this user"
+        if error.errno in (errno.EACCES, errno.EROFS) and "NOTIFY_SOCKET" in os.environ:
+            remedy = "let the service write there, by 'systemctl edit': docs/systemd.md, 'Paths'"
+        return self._refused(f"{reason(error)}: {remedy}")
 
     def _refused(self, why: str) -> RundirError:
         return RundirError(f"metrics_file '{self.path}' cannot be written: {why}")

@@ -117,7 +117,7 @@ def _holder(folder: int) -> Process | None:
 
 
 def _open(pid: int, uid: int, folder: int) -> Process | None:
-    """Return a process by its number, if it has the folder's pid file open once we have a descriptor of it."""
+    """Return a process by its number, if it has the pid file open once we have a descriptor of it."""
     try:
         fd = os.pidfd_open(pid)
     except (OSError, ValueError):
@@ -147,8 +147,8 @@ def _check(process: Process, folder: int, name: str, path: str) -> None:
     owner = os.fstat(folder).st_uid
     if process.uid != owner:
         raise DeviceError(
-            f"'{path}' belongs to {trusted.user(owner)}, but who serves there to {trusted.user(process.uid)}: "
-            "look what it is"
+            f"'{path}' belongs to {trusted.user(owner)}, but who serves there to "
+            f"{trusted.user(process.uid)}: look what it is"
         )
     if process.pid <= 0 or _namespace(process.pid) not in ("", _namespace(os.getpid())):
         raise DeviceError(

@@ -157,7 +157,8 @@ def in_use(path: str, pid: int) -> RundirError:
 def _make(path: str) -> bool:
     """Make the folder, closed to others, and return whether it is new.
 
-    One that is there is used as it is, or refused: nothing that the user may have put there is removed later.
+    One that is there stays as it is, or is refused: nothing that the user may have put there is removed
+    later, and one that others may look into is not closed to them, for it may be /mnt. What we put there is.
     """
     try:
         with trusted.place(path, make=True) as place:
@@ -182,16 +183,13 @@ def _make(path: str) -> bool:
         names, left = _files(fd)
         if names and not left:
             raise RundirError(
-                f"rundir '{path}' has a file '{names[0]}' that zramd would replace, and no server has left it: "
-                f"{_ANOTHER}"
+                f"rundir '{path}' has a file '{names[0]}' that zramd would replace, and no server has left "
+                f"it: {_ANOTHER}"
             )
-        if status.st_mode & 0o077:
-            if not left or not set(os.listdir(fd)) <= _OURS | {PID}:
-                raise RundirError(
-                    f"rundir '{path}' is open to other users: 'chmod 700' it if it is for zramd alone, "
-                    f"or {_ANOTHER}"
-                )
-            os.fchmod(fd, 0o700)
+        # The sticky bit marks a folder that users share, such as /tmp.
+        shared = status.st_mode & stat.S_ISVTX or not set(os.listdir(fd)) <= _OURS | {PID}
+        if status.st_mode & 0o077 and shared:
+            raise RundirError(f"rundir '{path}' is open to other users: {_ANOTHER}")
     finally:
         os.close(fd)
     return False

@@ -1,7 +1,7 @@
 """The systemd units of this installation: written, and removed again.
 
-What is not / is another system's: its links are followed as they will be in there, and nothing outside is read
-or written. What root starts at each boot may belong to nobody else.
+What is not / is another system's: its links are followed as they will be in there, and nothing outside is
+read or written. What root starts at each boot may belong to nobody else.
 """
 
 import argparse
@@ -121,7 +121,9 @@ def _refuse_anothers(needed: tuple[str, ...]) -> None:
     """Raise UnitsError if another user owns, or may change, what the services would run as root."""
     package = Path(zramd.__file__).resolve().parent
     beside = package.with_name("nbdkit_plugin.py")
-    files = [Path(path) for path in needed] + [beside] + [path for path in package.rglob("*") if path.is_file()]
+    files = (
+        [Path(path) for path in needed] + [beside] + [path for path in package.rglob("*") if path.is_file()]
+    )
     try:
         for file in files:
             trusted.resolve(str(file))

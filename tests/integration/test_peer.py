@@ -73,7 +73,9 @@ def refused(*words: str | Path) -> str:
 def test_a_number_that_is_somebody_elses(his: Path, victim: subprocess.Popen[bytes], verb: str) -> None:
     with held(his, victim.pid):
         sentence = refused(verb, "--rundir", his)
-    assert sentence.startswith((f"{his.name}: no process of this PID namespace is found", f"{his.name} does not"))
+    assert sentence.startswith(
+        (f"{his.name}: no process of this PID namespace is found", f"{his.name} does not")
+    )
 
 
 @needs_root

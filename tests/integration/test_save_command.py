@@ -244,7 +244,9 @@ def test_what_another_user_has_planted(serve: Serve, tmp_path: Path, what: str) 
             (shared / "his").chmod(0o777)
         file = shared / "his/a.save"
     text = refused("save", *at(served), file)
-    assert text.startswith(f"'{file}' is not used: '") or text.startswith(f"'{file}' is not used: other users")
+    assert text.startswith(f"'{file}' is not used: '") or text.startswith(
+        f"'{file}' is not used: other users"
+    )
     assert text.endswith(": save to a folder of your own, or to - and a pipe")
     text = refused("load", "--force", *at(served), file)
     assert f"to load it all the same: zramd load … - < {file}" in text

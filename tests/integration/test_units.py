@@ -1,6 +1,7 @@
 """systemd's side: units installed and removed by the real command, and what a server tells its manager."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -185,10 +186,12 @@ def test_refusals(command: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("umask", [0o077, 0o000, 0o022])
 def test_modes_whatever_the_umask(command: Path, tmp_path: Path, umask: int) -> None:
-    """In an image, /etc and /usr that only root can enter are a machine on which nobody else can do anything."""
+    """An image with an /etc and /usr that only root can enter is a machine for root alone."""
     root = tmp_path / "root"
     root.mkdir()
-    done = subprocess.run([command, "install-units", "--root", root], umask=umask, capture_output=True, text=True)
+    done = subprocess.run(
+        [command, "install-units", "--root", root], umask=umask, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
     modes = {str(path.relative_to(root)): path.stat().st_mode & 0o777 for path in root.rglob("*")}
     assert {mode for path, mode in modes.items() if (root / path).is_dir()} == {0o755}
@@ -241,6 +244,83 @@ def test_an_installation_of_another_user(command: Path, tmp_path: Path, which: s
     assert done.stderr.startswith(f"zramd: {sentence}")
     assert "services would run it as root: install zramd as root, say in /opt/zramd" in done.stderr
     assert tree(tmp_path) == {}
+
+
+# ---- What a service may write ----------------------------------------------------------------------------
+
+SOURCE = Path(__file__).parents[2]
+SERVICE = (SOURCE / "systemd/zramd@.service").read_text()
+
+
+def settings_of(text: str, key: str) -> list[str]:
+    """What a unit sets a key to, all its lines together."""
+    return " ".join(re.findall(rf"^ *{key}=(.*)$", text, re.MULTILINE)).split()
+
+
+def documented_drop_in(name: str) -> str:
+    found = re.search(rf"<!-- drop-in: {name} -->\n((?:    .*\n)+)", (SOURCE / "docs/systemd.md").read_text())
+    assert found
+    return found[1]
+
+
+def as_service(root: Path, drop_in: str, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a server as the unit does, as far as files go: `root` is read-only but for what may be written."""
+    assert settings_of(SERVICE, "ProtectSystem") == ["strict"]
+    writable = [root / "run", *(root / path.lstrip("/") for path in settings_of(drop_in, "ReadWritePaths"))]
+    kept = settings_of(SERVICE + drop_in, "CapabilityBoundingSet")
+    capabilities = "".join(f",+{name.removeprefix('CAP_').lower()}" for name in kept)
+    script = f"mount --bind {root} {root} && mount -o remount,bind,ro {root} || exit 99\n"
+    script += "".join(f"mount --bind {p} {p} && mount -o remount,bind,rw {p} || exit 99\n" for p in writable)
+    script += f'exec setpriv --bounding-set=-all{capabilities} --inh-caps=-all timeout -s TERM 3 "$@"'
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT), "NOTIFY_SOCKET": str(root / "nobody")}
+    return subprocess.run(
+        ["unshare", "-m", "bash", "-c", script, "bash", sys.executable, "-P", "-m", "zramd", "serve", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts, and gives a folder to another user")
+@pytest.mark.parametrize("what", ["metrics_file", "state"])
+def test_paths_that_a_service_may_write(tmp_path: Path, memory_folder: Path, what: str) -> None:
+    """What zramd.conf proposes, under the unit: refused, and done with the documented drop-in."""
+    root = memory_folder
+    (root / "run").mkdir(0o700)
+    collector = root / "var/lib/prometheus/node-exporter"
+    collector.mkdir(parents=True)
+    os.chown(collector, 65534, 65534)  # as Debian's prometheus has it
+    path = collector / "x.prom" if what == "metrics_file" else root / "guest.state"
+    words = ["--name", "unit", "--size", "16M", f"rundir={root}/run", f"{what}={path}"]
+    refused = as_service(root, "", words)
+    assert refused.returncode == 1, refused
+    assert "docs/systemd.md, 'Paths'" in refused.stderr
+    drop_in = documented_drop_in(what)
+    if what == "state":  # the folder of this test stands for /run
+        drop_in = drop_in.replace("=/run", "=/")
+    done = as_service(root, drop_in, [*words, "stats_interval=0.1"])
+    assert (done.returncode, done.stderr) == (124, ""), done  # it served until it was ended
+    if what == "state":
+        assert path.stat().st_size
+    nothing = as_service(root, "", words[:-1])
+    assert (nothing.returncode, nothing.stderr) == (124, ""), nothing
+
+
+def test_no_core_dump_of_a_service() -> None:
+    for unit in ("zramd@.service", "zramd-attach@.service"):
+        text = (SOURCE / "systemd" / unit).read_text()
+        assert settings_of(text, "LimitCORE") == ["0"]
+
+
+def test_only_a_swap_of_this_machine_is_kept_from_the_oom_killer(serve: Callable[..., Served]) -> None:
+    """A device that others fill may take all memory: its server must not be the last to go.
+
+    (That of a swap sets it itself: tests/vm/test_debian.py looks.)
+    """
+    assert settings_of(SERVICE, "OOMScoreAdjust") == []
+    before = Path("/proc/self/oom_score_adj").read_text()
+    served = serve(swap="other")
+    assert Path(f"/proc/{served.process.pid}/oom_score_adj").read_text() == before
 
 
 # ---- What a server tells its manager ---------------------------------------------------------------------

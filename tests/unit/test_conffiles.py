@@ -138,7 +138,9 @@ def test_a_file_that_another_user_may_change(tmp_path: Path, wrong: str) -> None
         path.rename(tmp_path / "real")
         path.symlink_to(tmp_path / "real")
         os.chown(path, 65534, -1, follow_symlinks=False)
-    with pytest.raises(ZramdError, match="zramd.conf is not used: .*: have it owned by root, with mode 644"):
+    with pytest.raises(
+        ZramdError, match=r"zramd\.conf is not used: .*: have it owned by root, with mode 644"
+    ):
         devices.load(str(tmp_path))
 
 

@@ -107,7 +107,7 @@ def test_a_folder_of_the_collectors(tmp_path: Path) -> None:
     os.chown(folder, 65534, 65534, follow_symlinks=False)
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret/zram0.prom").write_text("keep")
-    with pytest.raises(RundirError, match="is a link that user .* has made: give a path without it"):
+    with pytest.raises(RundirError, match=r"is a link that user .* has made: give a path without it"):
         file.publish("y\n")
     file.remove()
     assert (tmp_path / "secret/zram0.prom").read_text() == "keep"

@@ -48,14 +48,25 @@ def test_existing_folder_stays(folder: Path) -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize("mode", [0o755, 0o750, 0o711, 0o777])
+@pytest.mark.parametrize("mode", [0o755, 0o750, 0o711])
 def test_an_open_folder_stays_open(folder: Path, mode: int) -> None:
-    """It may be one of the system's, such as /mnt or /srv, and happens to be empty."""
+    """It may be one of the system's, such as /mnt or /srv. What is in there is closed."""
     folder.mkdir(parents=True)
     folder.chmod(mode)
-    with pytest.raises(RundirError, match=f"'{folder}' is (open to|not used: other users may)"):
-        rundir.Rundir(str(folder))
+    held = rundir.Rundir(str(folder))
+    held.publish("mm_stat", "x")
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
     assert stat.S_IMODE(folder.stat().st_mode) == mode
+    held.remove()
+    assert stat.S_IMODE(folder.stat().st_mode) == mode
+    assert os.listdir(folder) == []
+
+
+def test_a_folder_that_others_may_write_to(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    with pytest.raises(RundirError, match=f"not used: other users may write to folder '{folder}'"):
+        rundir.Rundir(str(folder))
     assert os.listdir(folder) == []
 
 

@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _flush(status: int) -> int:
-    """Have all that was printed written; return the exit status. What was done is done, whatever comes of it."""
+    """Have all that was printed written; return the exit status. What was done is done, whatever happens."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -93,8 +93,8 @@ def _refuse_others(served: client.Served) -> None:
     process.close()
     if process.uid:
         raise AttachError(
-            f"the server of {served.name} belongs to {trusted.user(process.uid)}, who could read and change what "
-            "is swapped out: serve it as root, or attach it without --swap"
+            f"the server of {served.name} belongs to {trusted.user(process.uid)}, who could read and change "
+            "what is swapped out: serve it as root, or attach it without --swap"
         )
 
 

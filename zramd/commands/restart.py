@@ -240,7 +240,11 @@ def _take_sockets(served: client.Served) -> tuple[list[int], bool]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as here:
         with suppress(FileNotFoundError):
             os.unlink(path)
-        here.bind(path)
+        umask = os.umask(0o177)  # whoever connects gets the server's sockets
+        try:
+            here.bind(path)
+        finally:
+            os.umask(umask)
         try:
             here.listen(1)
             served.request("POST", "/sockets", path)

@@ -495,8 +495,8 @@ def _configured(name: str, *, sized: bool) -> "Device | None":
 def spawn(argv: list[str], prepare: Callable[[], None] = lambda: None, folder: str = ".") -> tuple[int, int]:
     """Run a program as nobody's child, in a session of its own; return its number and its standard error.
 
-    Nobody's child because nbdkit may ask the kernel to be ended together with its parent. It stands in `folder`
-    and has no descriptors of ours; then `prepare` is called in the new process, which may give it some.
+    Nobody's child because nbdkit may ask the kernel to be ended together with its parent. It stands in
+    `folder` and has no descriptors of ours; then `prepare` is called in it, which may give it some.
     """
     errors, to_errors = os.pipe()
     numbers, to_numbers = os.pipe()
