@@ -1454,7 +1454,10 @@ cdef class Zsmalloc:
             self.obj_end(handle)
 
     def write(self, uint64_t handle, data):
-        """Put data (a buffer) at the start of an object. Raises HandleError, ValueError when it does not fit."""
+        """Put data (a buffer) at the start of an object. Raises HandleError, ValueError when it does not fit.
+
+        An object has the room of its size class: how much of that `malloc` was asked for is kept nowhere.
+        """
         cdef char *payload
         cdef uint32_t capacity
         cdef int rc
