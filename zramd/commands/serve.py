@@ -19,7 +19,7 @@ from contextlib import suppress
 from zramd import __version__, attached, client, kernelswap, rundir
 from zramd.commands import add_device
 from zramd.commands.uris import uri
-from zramd.errors import DeviceError, UsageError, ZramdError
+from zramd.errors import DeviceError, UsageError, ZramdError, printable
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -342,7 +342,7 @@ def _not_here(skipped: Exception) -> int:
     if "NOTIFY_SOCKET" not in os.environ:
         raise skipped
     notify.Manager().tell(f"STATUS={skipped}", "READY=1")
-    print(f"zramd: {skipped}", file=sys.stderr)
+    print(f"zramd: {printable(str(skipped))}", file=sys.stderr)
     return 0
 
 
