@@ -98,6 +98,7 @@ def connects(uri: str, *, tls: bool) -> None:
         "-p PORT --ip-addr=0.0.0.0",
         "-U 'TMP/a b%c.sock'",
         "--unix=TMP/x?y#z",
+        "-U TMP/\udcff",  # a byte that is no text
         "--tls off",
     ],
 )

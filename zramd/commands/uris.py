@@ -34,8 +34,8 @@ def uri(settings: "Config", options: "Options") -> str:
         host = f"{_host(given)}:{port}"
         if "--vsock" in given:
             scheme, host = f"{scheme}+vsock", f"1:{port}"
-    query = "&".join(f"{key}={quote(value)}" for key, value in parameters.items())
-    user = f"{quote(user)}@" if user else ""
+    query = "&".join(f"{key}={quote(os.fsencode(value))}" for key, value in parameters.items())
+    user = f"{quote(os.fsencode(user))}@" if user else ""
     return f"{scheme}://{user}{host}/{settings.name}" + (f"?{query}" if query else "")
 
 
