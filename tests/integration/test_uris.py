@@ -78,7 +78,7 @@ def certificates(folder: Path) -> Path:
 
 
 def connects(uri: str, *, tls: bool) -> None:
-    done = subprocess.run(["nbdinfo", uri], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["nbdinfo", uri], capture_output=True, text=True, errors="replace", timeout=30)
     assert done.returncode == 0, (uri, done.stderr)
     assert "export-size: 16777216" in done.stdout
     assert ("with TLS" in done.stdout) == tls, done.stdout
