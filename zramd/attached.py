@@ -47,9 +47,10 @@ def find(name: str) -> Attached | None:
         keeper, device, data = os.pread(fd, 256, 0).decode().split(" ")
         if not device.removeprefix("/dev/nbd").isdecimal():
             raise ValueError
+        number = int(keeper)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            keeper = "0"
+            number = 0
         except BlockingIOError:
             pass
     except ValueError:  # a keeper that is only starting
@@ -58,7 +59,7 @@ def find(name: str) -> Attached | None:
         os.close(fd)
     if not is_connected(device) or read_sys(device, "backend") not in ("", backend(name)):
         return None
-    return Attached(name, device, int(keeper), data.strip())
+    return Attached(name, device, number, data.strip())
 
 
 def name_of(device: str) -> str:

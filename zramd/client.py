@@ -277,17 +277,19 @@ def _place(name: str) -> tuple[str, str]:
     paths = [path for path in (known.get(name, ""), usual) if path]
     if not paths:
         raise UsageError("no place to look for devices: set XDG_RUNTIME_DIR or give --rundir FOLDER")
-    there = ", ".join(served.name for served in every())
+    used = [path for path in paths if _was_used(path)]
+    living = [path for path in used if rundir.holder(path) is not None]
+    if used:
+        return (living or used)[0], f"there is no device '{name}': it has just ended"
     if name in known:
         hint = f"'zramd start {name}' starts it"
     elif os.geteuid() and os.path.lexists(f"{ROOTS}/{name}"):
         hint = "root has one: use sudo"
+    elif there := ", ".join(served.name for served in every()):
+        hint = f"use one of {there}"
     else:
-        hint = f"use one of {there}" if there else f"'zramd start {name} --size 1G' starts it"
-    missing = f"there is no device '{name}': {hint}"
-    living = [path for path in paths if rundir.holder(path) is not None]
-    used = [path for path in paths if _was_used(path)]
-    return (living or used or paths)[0], missing
+        hint = f"'zramd start {name} --size 1G' starts it"
+    return paths[0], f"there is no device '{name}': {hint}"
 
 
 def find(name: str | None, path: str | None = None) -> Served:

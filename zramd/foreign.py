@@ -84,20 +84,19 @@ def read(paths: list[Path]) -> Translation:
 
 
 def _is_zramswap(path: Path, lines: list[str]) -> bool:
-    """Whether a file without sections is zramswap's: by its name, or since it has zram-tools' words alone.
-
-    As it is shipped it is nothing but comments. Raises ConfigError for a file of its words and others.
-    """
-    assignments = [match for line in lines if (match := _ASSIGNMENT.fullmatch(line.strip()))]
+    """Whether a file without sections is zramswap's: by its name, or since it has zram-tools' words alone."""
+    lines = [stripped for line in lines if (stripped := line.strip())]
+    assignments = [match for line in lines if (match := _ASSIGNMENT.fullmatch(line))]
     known = [match for match in assignments if match[1] in _ZRAMSWAP_ALL]
-    if path.name == Path(devices.ZRAMSWAP_CONF).name:
-        return len(known) == len(assignments) or any(match[1] != "SIZE" for match in known)
-    if not assignments:
-        return any(_COMMENTED.match(line) for line in lines)
-    if len(known) < len(assignments):
-        return False
-    # Many programs call something SIZE: zram-tools' has no unit.
-    return any(match[1] != "SIZE" or re.fullmatch(_ZRAMSWAP["SIZE"][0], _words(match[2])) for match in known)
+    # Many programs call something SIZE: zram-tools' has no unit. CORES says nothing at all.
+    telling = any(
+        re.fullmatch(_ZRAMSWAP["SIZE"][0], _words(match[2])) if match[1] == "SIZE" else match[1] != "CORES"
+        for match in known
+    )
+    named, alone = path.name == Path(devices.ZRAMSWAP_CONF).name, len(known) == len(assignments)
+    if all(line.startswith("#") for line in lines):  # as it is shipped
+        return named or any(_COMMENTED.match(line) for line in lines)
+    return telling and (named or alone)
 
 
 def _must_be_generators(entries: list[Entry], problems: list[Problem], files: list[str]) -> None:

@@ -78,7 +78,7 @@ def certificates(folder: Path) -> Path:
 
 
 def connects(uri: str, *, tls: bool) -> None:
-    done = subprocess.run(["nbdinfo", uri], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["nbdinfo", uri], capture_output=True, text=True, errors="replace", timeout=30)
     assert done.returncode == 0, (uri, done.stderr)
     assert "export-size: 16777216" in done.stdout
     assert ("with TLS" in done.stdout) == tls, done.stdout
@@ -98,6 +98,7 @@ def connects(uri: str, *, tls: bool) -> None:
         "-p PORT --ip-addr=0.0.0.0",
         "-U 'TMP/a b%c.sock'",
         "--unix=TMP/x?y#z",
+        "-U TMP/\udcff",  # a byte that is no text
         "--tls off",
     ],
 )

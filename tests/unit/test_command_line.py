@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -291,6 +292,18 @@ def test_every_number_has_a_meaning() -> None:
     assert len({number.metric for number in metrics}) == len(metrics) > 20
     for number in metrics:
         assert f"# HELP zramd_{number.metric} {number.meaning}\n" in text
+
+
+@pytest.mark.parametrize("words", [["stats", "a\nb/"], ["stats", "a", "\x1b[2Jb\n"], ["a\tb"]])
+def test_what_is_quoted_is_shown_and_not_carried_out(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A terminal would do what these bytes say."""
+    with suppress(SystemExit):
+        assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("\n")
+    assert error[:-1].isprintable()
 
 
 # The machine.

@@ -223,6 +223,8 @@ def test_what_is_printed_means_the_same(tmp_path, name, text):
         ("SWAP=true\nZRAM_PERCENTAGE=50\nSIZE=512\n", "this is armbian-zram-config's file"),
         ('export _zram_fraction="1/2"\n', "this is zram-swap's file"),
         ("SIZE=40M\n", "nothing in it is theirs"),
+        ("CORES=2\n", "nothing in it is theirs"),
+        ("#PRIORITY=5\nname value\n", "nothing in it is theirs"),
         ("SIZE=512\nUSER=root\n", "nothing in it is theirs"),
         ("[Unit]\nDescription=x\n", "nothing in it is theirs"),
         ("[swap]\nzram-size = ram\n", "nothing in it is theirs"),

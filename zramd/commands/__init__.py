@@ -114,7 +114,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> "NoReturn":
         """End with status 2 and one sentence."""
-        self.exit(2, f"{self.prog}: {message}: see '{self.prog} --help'\n")
+        self.exit(2, f"{self.prog}: {printable(message)}: see '{self.prog} --help'\n")
 
 
 def parser() -> Parser:

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from zramd import client, rundir
 from zramd.commands import add_device
-from zramd.errors import AttachError, DeviceError, UsageError
+from zramd.errors import AttachError, DeviceError, UsageError, printable
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -414,7 +414,7 @@ def _wait(done: "Callable[[], bool]", otherwise: str) -> None:
 
 
 def _say(sentence: str) -> None:
-    print(f"zramd: {sentence}", file=sys.stderr, flush=True)
+    print(f"zramd: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def _progress(device: str) -> "Callable[[int, int], None] | None":

@@ -23,6 +23,11 @@ def _human(size: int) -> str:
     return f"{size / 1024**power:.1f}".removesuffix(".0") + f" {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
+def _must_be_a_file(file: str | None) -> None:
+    if file == "":  # most likely a variable of a shell that is not set
+        raise ConfigError("'' is not a file's name: give a FILE, or none for what this machine has")
+
+
 def _translation(file: str | None) -> "Translation":
     """Return another program's configuration: `file`, else its own. Raises ConfigError for none."""
     from pathlib import Path
@@ -30,7 +35,7 @@ def _translation(file: str | None) -> "Translation":
     from zramd import conffiles, foreign
 
     root = conffiles.root_folder()
-    paths = [Path(file)] if file else foreign.find(root)
+    paths = [Path(file)] if file is not None else foreign.find(root)
     if not paths:
         raise ConfigError(f"nothing is configured for zram-generator or zramswap below {root}: give a FILE")
     return foreign.read(paths)
@@ -152,6 +157,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Print everything that is wrong; return 1 if anything is."""
+    _must_be_a_file(arguments.file)
     configuration = _load(arguments.file, arguments.generator)
     _complain(configuration)
     for note in configuration.notes:
@@ -172,6 +178,7 @@ def import_(arguments: argparse.Namespace) -> int:
     """Print a zramd.conf made from another program's configuration; return 1 if it has errors to mend."""
     from zramd import conffiles, devices, foreign
 
+    _must_be_a_file(arguments.file)
     translation = _translation(arguments.file)
     ram = devices.total_ram(conffiles.root_folder())
     configuration = devices.build(translation.sections, ram, translation.problems)

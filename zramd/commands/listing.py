@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from zramd import attached, client, kernelswap
-from zramd.errors import DeviceError, UsageError
+from zramd.errors import DeviceError, UsageError, printable
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def run(arguments: argparse.Namespace) -> int:
             values = numbers(served, clients=_BY_NAME["CLIENTS"] in shown)
         except DeviceError as error:
             sys.stdout.flush()
-            print(f"zramd: {error}", file=sys.stderr)
+            print(f"zramd: {printable(str(error))}", file=sys.stderr)
             status = 1
             continue
         rows.append({column.name: column.get(values) for column in shown})
