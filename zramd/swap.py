@@ -11,7 +11,10 @@ after                 lock memory, read the code in, warm the heap, fill the res
 
 import gc
 import os
+import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from zramd import kernelswap
