@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import wait_until
@@ -99,10 +100,10 @@ class TestDataId:
         errors: list[int] = []
         replace_file = rundir.replace_file
 
-        def refuse(path: str, text: str, mode: int) -> None:
+        def refuse(*arguments: Any) -> None:
             if errors:
                 raise OSError(errors[0], os.strerror(errors[0]))
-            replace_file(path, text, mode)
+            replace_file(*arguments)
 
         monkeypatch.setattr(rundir, "replace_file", refuse)
         return errors
