@@ -63,8 +63,7 @@ def take(folder: str, name: str, make: bool = False) -> Turn:
     while True:
         try:
             if make:
-                # What a command left that was killed at once is as new. (A folder elsewhere is the user's.)
-                made = rundir.make(folder) or (_is_usual(folder) and not os.listdir(folder)) or made
+                made = rundir.make(folder) or _is_left(folder) or made
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             if make and time.monotonic() < end:
@@ -114,7 +113,8 @@ def _high(fd: int) -> int:
         os.close(fd)
 
 
-def _is_usual(folder: str) -> bool:
+def _is_left(folder: str) -> bool:
+    """Say whether a folder is what somebody left who was killed. (In an unusual place it may be the user's.)"""
     from zramd import client
 
-    return os.path.dirname(folder) == client.base()
+    return os.path.dirname(folder) == client.base() and rundir.is_ours_alone(folder)

@@ -170,6 +170,11 @@ def holder(path: str) -> int | None:
         os.close(fd)
 
 
+def is_ours_alone(path: str) -> bool:
+    """Say whether nothing but what servers make is in a folder."""
+    return set(os.listdir(path)) <= _OURS | {PID}
+
+
 def clear(path: str, pid: int) -> None:
     """Remove what process `pid` has left in the folder when it was killed while it started. Never raises."""
     with suppress(OSError):

@@ -90,6 +90,8 @@ class Server:
 
         Raises RundirError, CorruptionError when the self-test fails, MemoryError, SwapError, StateError.
         """
+        # As nbdkit has it once it serves: who started us may end before we have said all.
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         self_test()
         config = self.config
         if config.swap == "local":
@@ -614,7 +616,8 @@ def self_test() -> None:
 
 
 def _say(text: str) -> None:
-    print(f"zramd: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody reads it any more
+        print(f"zramd: {text}", file=sys.stderr, flush=True)
 
 
 def _ignore(number: int, frame: object) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import NbdSocket, Served, wait_until
+from conftest import NbdSocket, Served, Steps, wait_until
 
 from zramd.rundir import DATA_ID
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from zramd.commands import Commands
 
 LEAVE_TIMEOUT = 10.0  # seconds; a server needs one at most, a busy machine a few
+END_TIMEOUT = 2.0  # seconds; one that does not answer may be stopping
 _FIRST = 3  # the first descriptor that nbdkit takes for a listening socket
 _SOCKETS_MAX = 16  # of the kind on which clients are accepted
 _KEPT = ("name", "rundir", "state")  # what a restart cannot change, beside what the state says itself
@@ -72,9 +73,7 @@ def _replace(served: client.Served, words: list[str], turn: life.Turn) -> tuple[
         step("restart.spawned")
         new.wait_until_ready()
     except DeviceError as error:
-        raise DeviceError(
-            f"{served.name} goes on as before: the new server does not start: {error}"
-        ) from None
+        raise old.goes_on(f"the new server does not start: {error}") from None
     except BaseException:
         new.kill()
         raise
@@ -82,10 +81,13 @@ def _replace(served: client.Served, words: list[str], turn: life.Turn) -> tuple[
     try:
         step("restart.ready")
         _refuse_streams(served)
-    except BaseException as error:
+    except DeviceError as error:
+        if not old.has_ended() or old.was_stopped():
+            new.kill()
+            raise old.goes_on(str(error)) from None
+        # It has died: nobody's stream can be cut off, and the new one has all that it needs.
+    except BaseException:
         new.kill()
-        if isinstance(error, DeviceError):
-            raise DeviceError(f"{served.name} goes on as before: {error}") from None
         raise
     interrupts.finish()
     _drain(served.name, old.process)
@@ -95,10 +97,8 @@ def _replace(served: client.Served, words: list[str], turn: life.Turn) -> tuple[
         raise
     except DeviceError as error:
         new.kill()
-        if not new.tells or not old.wait(LEAVE_TIMEOUT):
-            raise DeviceError(f"{served.name} goes on as before: {error}") from None
-        if not os.path.exists(served.file(rundir.PID)) and old.leaves_pid:
-            raise DeviceError(f"{served.name} was stopped while it was restarted: nobody serves it") from None
+        if not new.tells or not old.wait(LEAVE_TIMEOUT) or old.was_stopped():
+            raise old.goes_on(str(error)) from None
         _come_back(served, as_before, old, turn, error)
     return new.pid, time.monotonic() - since
 
@@ -163,6 +163,30 @@ class _Old:
         if not self.listening:
             raise DeviceError(f"{self.served.name} serves its standard input: it cannot be restarted")
         self.made = text == b"made"
+
+    def was_stopped(self) -> bool:
+        """Say whether somebody has stopped it: once it has ended, and if it is new enough to tell."""
+        return self.leaves_pid and not os.path.exists(self.served.file(rundir.PID))
+
+    def goes_on(self, why: str) -> DeviceError:
+        """Return the error that says why the restart has failed, and what became of this server."""
+        if not self.has_ended():
+            return DeviceError(f"{self.served.name} goes on as before: {why}")
+        if self.was_stopped():
+            return DeviceError(f"{self.served.name} was stopped while it was restarted: nobody serves it")
+        try:
+            self.served.look_again()
+        except DeviceError as error:
+            return error
+        return DeviceError(f"{self.served.name} is served by another process now: {self.served.pid}")
+
+    def has_ended(self) -> bool:
+        """Say whether it has ended; one that does not answer may be about to."""
+        try:
+            self.served.request("GET", "/health", timeout=1)
+        except DeviceError:
+            return self.wait(END_TIMEOUT)
+        return False
 
     def wait(self, seconds: float) -> bool:
         """Wait for its end; say whether that has come."""

@@ -493,7 +493,11 @@ def stop(arguments: argparse.Namespace) -> int:
 
     interrupts.interruptible()
     served = client.look(arguments.name, arguments.rundir)
-    with life.turn(served.path, served.name):
+    outcome = "is not stopped"
+    with (
+        interrupts.told(lambda: f"{served.name} {outcome}"),
+        life.turn(served.path, served.name),
+    ):
         served.look_again()
         pid = served.pid or 0
         step("stop.turn")
@@ -502,16 +506,16 @@ def stop(arguments: argparse.Namespace) -> int:
             _refuse_loss(served)
         process = os.pidfd_open(pid)
         if rundir.holder(served.path) == pid:  # it has not ended and left its number to another process
+            outcome = "has been told to stop"
             signal.pidfd_send_signal(process, signal.SIGTERM)
-        with interrupts.told(lambda: f"{served.name} has been told to stop"):
             step("stop.told")
-            ended = select.poll()
-            ended.register(process, select.POLLIN)
-            if not ended.poll(STOP_TIMEOUT * 1000):
-                raise DeviceError(
-                    f"{served.name} has not stopped within {STOP_TIMEOUT:g} seconds: "
-                    f"'kill -QUIT {pid}' ends it whatever it waits for"
-                )
+        ended = select.poll()
+        ended.register(process, select.POLLIN)
+        if not ended.poll(STOP_TIMEOUT * 1000):
+            raise DeviceError(
+                f"{served.name} has not stopped within {STOP_TIMEOUT:g} seconds: "
+                f"'kill -QUIT {pid}' ends it whatever it waits for"
+            )
     return 0
 
 
