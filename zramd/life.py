@@ -114,7 +114,7 @@ def _high(fd: int) -> int:
 
 
 def _is_left(folder: str) -> bool:
-    """Say whether a folder is what somebody left who was killed. (In an unusual place it may be the user's.)"""
+    """Say whether a folder is what a killed process left. (In an unusual place it may be the user's.)"""
     from zramd import client
 
     return os.path.dirname(folder) == client.base() and rundir.is_ours_alone(folder)
