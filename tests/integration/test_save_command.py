@@ -259,6 +259,42 @@ def test_save_where_a_file_must_have_a_name(serve: Serve, tmp_path: Path) -> Non
     assert [name for name in os.listdir(tmp_path) if name.startswith("saved")] == ["saved"]
 
 
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "KILL"])
+@pytest.mark.parametrize("step", ["load.reset", "load.begun", "load.sent"])
+def test_load_interrupted(serve: Serve, steps: Steps, tmp_path: Path, step: str, name: str) -> None:
+    """What was not sent whole is not loaded, and can be again; what was, is, and is said to be."""
+    first, second = serve(), serve()
+    fill(first)
+    file = tmp_path / "saved"
+    done("save", *at(first), file)
+    done("load", *at(second), file)
+    steps.held.add(step)
+    process = subprocess.Popen(
+        [*COMMAND, "load", "--force", *at(second), str(file)],
+        env={**ENV, **steps.env},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    steps.wait(step)
+    process.send_signal(getattr(signal, f"SIG{name}"))
+    steps.release()
+    out, said = process.communicate(timeout=20)
+    sent = step == "load.sent"
+    if name == "KILL":
+        assert process.returncode == -signal.SIGKILL
+    elif sent:
+        assert (process.returncode, said) == (0, "")
+        assert "blocks" in out
+    else:
+        assert process.returncode == 128 + getattr(signal, f"SIG{name}")
+        assert said == f"zramd: interrupted: {second.rundir.name} is not loaded, but empty\n"
+    wait_until(lambda: '"streams": []' in second.request("GET", "/health")[1])
+    assert (content(second) == content(first)) is sent
+    done("load", "--force", *at(second), file)
+    assert content(second) == content(first)
+
+
 def test_full_disk(serve: Serve, tmp_path: Path) -> None:
     served = serve()
     fill(served)
