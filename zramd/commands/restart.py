@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 
 from zramd import client, handover, life, rundir
-from zramd.commands import add_device, filters, serve
+from zramd.commands import add_device, background, filters, serve
 from zramd.errors import DeviceError, UsageError
 from zramd.steps import step
 
@@ -218,7 +218,7 @@ class _Successor:
                 handover.TAKES_OVER: handover.order(*kept[:2], old.leaves_pid),
                 rundir.BACKGROUND: "1",
             }
-            serve.give(words | ({handover.MADE: "1"} if old.made else {}), *kept)
+            background.give(words | ({handover.MADE: "1"} if old.made else {}), *kept)
 
         with interrupts.blocked():
             self.pid, self._errors = serve.spawn(argv, prepare)

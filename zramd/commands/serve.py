@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from zramd import __version__, attached, client, handover, kernelswap, life, rundir
-from zramd.commands import add_device
+from zramd.commands import add_device, background
 from zramd.errors import DeviceError, UsageError, ZramdError
 from zramd.steps import step
 
@@ -292,9 +292,9 @@ def serve(arguments: argparse.Namespace) -> int:
     set_environment(settings)
     with suppress(OSError):  # without a folder nobody is in the middle of anything
         turn = life.take(settings.rundir, settings.name)
-        _refuse_another(settings)
-        give(turn.words(), turn.fd)
-    clear_socket(options)
+        background.refuse_another(settings)
+        background.give(turn.words(), turn.fd)
+    background.clear_socket(options.values.get("-U", options.values.get("--unix", "")))
     step("serve.exec")
     os.execvp(argv[0], argv)
 
@@ -337,8 +337,8 @@ def start(arguments: argparse.Namespace) -> int:
         interrupts.told(lambda: f"{settings.name} is not started"),
         life.turn(settings.rundir, settings.name, make=True) as turn,
     ):
-        _refuse_another(settings)
-        clear_socket(options)
+        background.refuse_another(settings)
+        background.clear_socket(options.values.get("-U", options.values.get("--unix", "")))
         step("start.turn")
         pid = _begin(settings, argv, turn)
         interrupts.finish()  # it serves, and is said to
@@ -351,13 +351,6 @@ def start(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_another(settings: "Config") -> None:
-    """Raise RundirError if a server has come while we waited for our turn."""
-    pid = rundir.holder(settings.rundir)
-    if pid is not None:
-        raise rundir.in_use(settings.rundir, pid)
-
-
 def _begin(settings: "Config", argv: list[str], turn: life.Turn) -> int:
     """Start a server in the background, and return its process number once it answers; if not, it is gone.
 
@@ -368,13 +361,13 @@ def _begin(settings: "Config", argv: list[str], turn: life.Turn) -> int:
     end = time.monotonic() + READY_TIMEOUT
     environment = {**turn.words(), rundir.BACKGROUND: "1"}
     with interrupts.blocked():
-        pid, errors = spawn(argv, lambda: give(environment, turn.fd))
+        pid, errors = spawn(argv, lambda: background.give(environment, turn.fd))
         process = os.pidfd_open(pid)
     try:
         step("start.spawned")
         said = read_until(errors, end)
         while not is_ready(settings, pid):
-            if has_ended(process):
+            if background.has_ended(process):
                 other = rundir.holder(settings.rundir)
                 if other is not None:
                     raise rundir.in_use(settings.rundir, other)
@@ -390,38 +383,6 @@ def _begin(settings: "Config", argv: list[str], turn: life.Turn) -> int:
     finally:
         os.close(process)
         os.close(errors)
-
-
-def has_ended(process: int) -> bool:
-    """Say whether the process of a pidfd has ended."""
-    poll = select.poll()
-    poll.register(process, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-def give(words: dict[str, str], *kept: int) -> None:
-    """Give the program that this process becomes words in its environment, and descriptors."""
-    os.environ.update(words)
-    for fd in kept:
-        os.set_inheritable(fd, True)
-
-
-def clear_socket(options: Options) -> None:
-    """Remove the socket that nbdkit is to make (-U PATH), if a server left it that was killed.
-
-    Nobody listens on such a one, and nbdkit would only say that the address is in use.
-    """
-    import socket
-    import stat
-
-    path = options.values.get("-U", options.values.get("--unix", ""))
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        status = os.lstat(path)
-        if stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid():
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
 
 
 def spawn(argv: list[str], prepare: Callable[[], None] = lambda: None) -> tuple[int, int]:
