@@ -11,8 +11,10 @@ import socket
 
 from zramd import peer, rundir, trusted
 from zramd.errors import DeviceError, UntrustedError, UsageError, ZramdError
+from zramd.handover import SYSTEMD
 
 TIMEOUT = 10.0  # seconds to wait for an answer
+BETWEEN = 2.0  # seconds to wait for a server that is being started: most need a tenth
 ROOTS = "/run/zramd"  # where root's run folders lie
 _CONTROL_SOCKET = rundir.CONTROL_SOCKET
 
@@ -115,12 +117,50 @@ class Served:
         """Return the process that serves; it is to be closed. Raises DeviceError."""
         return peer.find(self.name, self.path)
 
+    def look_again(self) -> None:
+        """Look which process serves now; for one who keeps others off meanwhile, see zramd.life.
+
+        Raises DeviceError when it was stopped or has died.
+        """
+        self.pid = rundir.holder(self.path)
+        if self.pid is None:
+            if not os.path.exists(self.file(rundir.PID)):
+                raise DeviceError(f"{self.name} has stopped meanwhile")
+            raise self._dead()
+
     def died(self) -> DeviceError:
-        """Return the error that says that the server has died and what to do."""
+        """Return the error that says that the server has died, what became of its data, and what to do."""
+        from zramd import life
+
+        if life.is_busy(self.path):
+            return DeviceError(f"{self.name} is being started: try again when it serves")
+        return self._dead()
+
+    def _dead(self) -> DeviceError:
+        state = self._state()
+        if state == SYSTEMD:
+            return DeviceError(
+                f"the server of {self.name} has died, its data is with the service manager: "
+                "start its service again"
+            )
+        if state and os.path.exists(state):
+            return DeviceError(
+                f"the server of {self.name} has died, its data is in its state: start it again with "
+                f"state={state}"
+            )
+        lost = f", and its state '{state}' is gone" if state else ", and its data with it"
         return DeviceError(
-            f"the server of {self.name} has died, and its data with it: start it again, "
+            f"the server of {self.name} has died{lost}: start it again, "
             f"or remove what it left behind by 'rm -r {self.path}'"
         )
+
+    def _state(self) -> str:
+        """Return where the server has its state, '' if it has none."""
+        try:
+            with open(self.file(rundir.STATE), errors="surrogateescape") as file:
+                return file.read().strip()
+        except OSError:
+            return ""
 
 
 class _Answer(dict):  # type: ignore[type-arg]
@@ -191,7 +231,7 @@ def every() -> list[Served]:
     for name, path in configured().items():
         if path and _was_used(path):
             found[os.path.realpath(path)] = name, path
-    return [Served(name, path, rundir.holder(path)) for name, path in sorted(found.values())]
+    return [Served(name, path, _server(path)) for name, path in sorted(found.values())]
 
 
 def names_in(folder: str) -> list[str]:
@@ -264,7 +304,7 @@ def look(name: str | None, path: str | None = None) -> Served:
         raise DeviceError(f"'{path}' cannot be read: permission denied: run this as its owner") from None
     except (OSError, ValueError):
         raise DeviceError(missing) from None
-    return Served(name or os.path.basename(path), path, rundir.holder(path))
+    return Served(name or os.path.basename(path), path, _server(path))
 
 
 def _place(name: str) -> tuple[str, str]:
@@ -298,6 +338,18 @@ def find(name: str | None, path: str | None = None) -> Served:
     if served.pid is None:
         raise served.died()
     return served
+
+
+def _server(path: str) -> int | None:
+    """Return the process that serves, None if it has died. Between two, in a restart, wait for the next."""
+    import time
+
+    from zramd import life
+
+    end = time.monotonic() + BETWEEN
+    while (pid := rundir.holder(path)) is None and life.is_busy(path) and time.monotonic() < end:
+        time.sleep(0.01)
+    return pid
 
 
 def _why(path: str, error: OSError) -> str:

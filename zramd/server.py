@@ -39,7 +39,8 @@ from zramd.log import Log, say
 from zramd.making import make_device, self_test
 from zramd.metricsfile import MetricsFile
 from zramd.published import StatsFiles
-from zramd.rundir import BACKGROUND, CONTROL_SOCKET, DATA_ID, LOG, Rundir
+from zramd.rundir import BACKGROUND, CONTROL_SOCKET, DATA_ID, LOG, STATE, Rundir
+from zramd.steps import step
 from zramd.threads import start_thread
 from zramd.trouble import Troubles
 
@@ -83,7 +84,11 @@ class Server:
         self._clients_lock = threading.Lock()
         self._inherited: frozenset[int] = frozenset()
         self._listening: list[int] = []
+        self._bound: list[tuple[str, os.stat_result]] = []
         self._hands_over = False
+        self._failed = False
+        self._cut = socket.SHUT_RD
+        self._signals = b""
         self._log = Log(prepare=swap.warm_stack if config.swap == "local" else lambda: None)
         self._troubles = Troubles()
         self._files: StatsFiles | None = None
@@ -102,6 +107,8 @@ class Server:
 
         Raises RundirError, CorruptionError when the self-test fails, MemoryError, SwapError, StateError.
         """
+        # As nbdkit has it once it serves: who started us may end before we have said all.
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         self_test()
         config = self.config
         if config.swap == "local":
@@ -114,8 +121,13 @@ class Server:
             if config.swap == "local":
                 swap.protect_process()  # nbdkit does not fork here; `start` then finds it done
             handover.wait()
+        if handover.must_be_left():  # or it was stopped: then the state is not for us
+            self._rundir = Rundir(config.rundir)
+        step("server.device")
         self.device = make_device(config)
-        self._rundir = Rundir(config.rundir)
+        step("server.rundir")
+        if self._rundir is None:
+            self._rundir = Rundir(config.rundir)
         if config.metrics_file:
             try:
                 self._metrics_file = MetricsFile(config.metrics_file, config.name)
@@ -123,7 +135,8 @@ class Server:
                 if not handover.takes_over():
                     self._metrics_file.make()
             except RundirError:
-                self._rundir.remove()
+                self._failed = True
+                self._remove_files()
                 raise
 
     def start(self) -> None:
@@ -143,6 +156,9 @@ class Server:
                 self._keeper = start_thread("zramd-keeper", self._keep_reserve)
             self._log.start()
             self._try("the pid file is not written", self._rundir.write_pid)
+            step("server.published")
+            if self.config.state:
+                self._try("the place of the state is not written", self._write_state)
             self._corrupt = self.device.counters()["checksum_errors"]
             self._files = StatsFiles(self._rundir, self._metrics_file)
             self._try(_DATA_ID_FAILS, self._write_data_id, self._write_data_id_later)
@@ -152,6 +168,11 @@ class Server:
             self._listening = sockets.listening()
             sockets.keep_alive(self._listening)
             self._admission.begin(self._listening)
+            self._bound = sockets.bound(self._listening)
+            if sockets.has_filters():
+                # A request that sleeps in a filter wakes up when its client's connection is shut, and is
+                # answered by an error, if it can be answered. It cannot then, and is sent again.
+                self._cut = socket.SHUT_RDWR
             self._compactor = Compactor(self.device, self.config)
             self._compactor.start()
             if self.config.endpoint:
@@ -174,10 +195,13 @@ class Server:
             if BACKGROUND in os.environ:
                 log = self._rundir.file(LOG)
                 self._try("the log is not written", lambda: self._log.write_to(log))
+            handover.serving(self.config.rundir)
+            step("server.serves")
             self._tell_status()
             self._undone["the service manager does not know that zramd serves"] = self._tell_ready
             self._do_undone()
         except BaseException:
+            self._failed = True
             self.stop()
             raise
 
@@ -202,10 +226,23 @@ class Server:
             os._exit(0)  # nbdkit would remove the socket, which the next server has
 
     def _remove_files(self) -> None:
-        if self._metrics_file is not None:
+        """Remove what stands for this server, but for what the next one needs, if one takes over."""
+        if self._rundir is None:
+            return
+        if self._metrics_file is not None and self._rundir.is_ours():
             self._metrics_file.remove()
-        if self._rundir is not None:
-            self._rundir.remove()
+        # A successor that fails leaves the socket and the folder to one that is as the old server was.
+        if (self._hands_over and not self._is_stopped()) or (self._failed and handover.takes_over()):
+            self._rundir.leave()
+            return
+        sockets.unlink(self._bound)
+        self._rundir.remove()
+
+    def _is_stopped(self) -> bool:
+        """Say whether a signal to stop has come during a hand-over: then there is nothing to hand over."""
+        with suppress(BlockingIOError):
+            self._signals += os.read(self._wake[0], 64)
+        return any(number in STOP_SIGNALS for number in self._without_hangup(self._signals))
 
     def client_connects(self) -> None:
         """Let in who has just connected; called by the thread that serves him. Raises DeviceError."""
@@ -251,6 +288,7 @@ class Server:
             "compactor": state,
             "clients": self._clients,
             "pid": os.getpid(),
+            "leaves_pid": 1,  # the file, in a hand-over: see zramd.handover
         }
 
     def compact(self, timeout: float) -> int:
@@ -310,6 +348,7 @@ class Server:
 
     def save(self, fd: int, *, live: bool) -> None:
         """Write the device to a descriptor; raises SaveError, OSError."""
+        step("server.saves")
         save_stream(self.device, fd, live=live, patience=STREAM_PATIENCE)
 
     def load(self, fd: int, begun: bytes, length: int) -> dict[str, int]:
@@ -326,6 +365,7 @@ class Server:
             self._withdraw_data_id()
             self._loading = True
         try:
+            step("server.loads")
             return load_stream(self.device, fd, begun=begun, length=length, patience=STREAM_PATIENCE)
         finally:
             with self._clients_lock:
@@ -386,6 +426,10 @@ class Server:
             else:
                 self._troubles.over(failing)
 
+    def _write_state(self) -> None:
+        assert self._rundir is not None
+        self._rundir.publish(STATE, self.config.state + "\n")
+
     def _tell_ready(self) -> None:
         self._manager.insist("READY=1", patience=READY_PATIENCE)
 
@@ -427,11 +471,11 @@ class Server:
 
     def _obey(self, signals: bytes) -> None:
         """Leave if the signals say so and it may be."""
+        signals = self._signals = self._without_hangup(signals)
         if not any(number in (*STOP_SIGNALS, sockets.HAND_OVER) for number in signals):
             return
-        if self.config.state and sockets.HAND_OVER in signals:
-            self._surely(self._hand_over)
-        elif self._may_leave(signals):
+        self._hands_over = bool(self.config.state) and sockets.HAND_OVER in signals
+        if self._hands_over or self._may_leave(signals):
             self._surely(self._leave)
 
     def _leave_if_free(self) -> None:
@@ -503,28 +547,48 @@ class Server:
         self._stop_refused = bool(devices)
         return not devices
 
-    def _hand_over(self) -> None:
-        """Leave to a server that has our sockets and takes the state.
+    def _without_hangup(self, signals: bytes) -> bytes:
+        """Return the signals; in the background without SIGHUP, which has the log opened again.
+
+        There is no terminal that could hang up then, and programs that rotate logs mean that by it.
+        """
+        if BACKGROUND not in os.environ or signal.SIGHUP not in signals:
+            return signals
+        assert self._rundir is not None
+        try:
+            self._log.write_to(self._rundir.file(LOG))
+        except OSError as error:
+            say(f"the log cannot be opened again: {error}")
+        return bytes(number for number in signals if number != signal.SIGHUP)
+
+    def _leave(self) -> None:
+        """End nbdkit, in a way that does no harm to clients that connect again if the data stays."""
+        if self.config.state:
+            self._let_clients_go()
+        elif self._clients:
+            say(f"stopping while clients are connected ({self._clients}): their data ends with this server")
+        self._end()
+
+    def _let_clients_go(self) -> None:
+        """Cut off all clients, each with all that it has asked answered if that goes fast.
 
         nbdkit answers what it reads after a shutdown by errors. So it is told only when no client is left.
         A client that is cut off connects again at once. But one that is cut off while it connects takes that
         for a server that is not there, and qemu then sleeps for a second: so those who have begun get done.
         """
-        assert self._rundir is not None
-        self._rundir.leave_socket()
-        self._hands_over = True
+        step("server.leaves")
         if self._endpoint is not None:
             self._endpoint.close()  # a save that is under way would be waited for like a client
         sockets.stop_accepting(self._listening, sockets.HAND_OVER)
         self._await_handshakes()
         self._await_quiet()
         end = time.monotonic() + HANDING_OVER
-        while sockets.shut_clients(self._inherited, socket.SHUT_RD):
+        while sockets.shut_clients(self._inherited, self._cut):
             if time.monotonic() > end:
                 sockets.shut_clients(self._inherited, socket.SHUT_RDWR)
                 break
             time.sleep(0.001)
-        self._leave()
+        step("server.left")
 
     def _await_handshakes(self) -> None:
         """Wait until the main thread accepts nobody any more, and all whom it has accepted are our clients.
@@ -536,7 +600,9 @@ class Server:
         poll = select.poll()
         poll.register(self._wake[0], select.POLLIN)
         while poll.poll(max(end - time.monotonic(), 0) * 1000):
-            if sockets.HAND_OVER in os.read(self._wake[0], 64):
+            signals = os.read(self._wake[0], 64)
+            self._signals += signals
+            if sockets.HAND_OVER in signals:
                 break
         looks = 0
         while looks < LOOKS and time.monotonic() < end:
@@ -544,7 +610,7 @@ class Server:
             time.sleep(0.001)
 
     def _await_quiet(self) -> None:
-        """Wait for a moment in which no client waits for an answer, if there is one soon.
+        """Wait for a moment in which no client waits for an answer, if there is one soon, and cut all off.
 
         Linux' own client shuts a connection on which it cannot send. What it has sent already and has no
         answer to it sends again only when that times out: after a second or two. All else it sends at once.
@@ -562,9 +628,9 @@ class Server:
                 time.sleep(0.0002)
             for client in clients:
                 with suppress(OSError):
-                    client.shutdown(socket.SHUT_RD)
+                    client.shutdown(self._cut)
 
-    def _leave(self) -> None:
+    def _end(self) -> None:
         """End nbdkit within a second, in its normal way if it can: then it calls `stop`."""
         self._manager.tell("STOPPING=1")
         self._shutdown()

@@ -1,14 +1,16 @@
 """The run folder: closed, held by one server, replaced after a crash, removed at the end."""
 
 import errno
+import fcntl
 import os
+import shutil
 import socket
 import stat
 from pathlib import Path
 
 import pytest
 
-from zramd import rundir
+from zramd import handover, rundir
 from zramd.errors import RundirError
 
 
@@ -141,6 +143,69 @@ def test_in_use(folder: Path) -> None:
     assert rundir.holder(str(folder)) is None
 
 
+def test_who_looks_takes_no_lock(folder: Path) -> None:
+    """However many look all the time, whether a server lives, a server can start."""
+    held = rundir.Rundir(str(folder))
+    again = os.open(folder / "pid", os.O_RDWR)
+    fcntl.flock(held._lock, fcntl.LOCK_UN)  # what is left is the lock that needs no trial
+    assert rundir.holder(str(folder)) == os.getpid()
+    fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(again)
+    held.remove()
+
+
+def test_server_of_before(folder: Path) -> None:
+    """It holds a lock of another kind alone: who looks sees it, and nobody takes its place."""
+    folder.mkdir(mode=0o700, parents=True)
+    (folder / "pid").write_text("4711\n")
+    with (folder / "pid").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert rundir.holder(str(folder)) == 4711
+        with pytest.raises(RundirError, match=r"in use by a running server \(pid 4711\)"):
+            rundir.Rundir(str(folder))
+    assert rundir.holder(str(folder)) is None
+
+
+def test_folder_that_another_has_taken(folder: Path) -> None:
+    """Nothing is written to it, and nothing removed."""
+    first = rundir.Rundir(str(folder))
+    first.publish("mm_stat", "first\n")
+    shutil.rmtree(folder)
+    with pytest.raises(RundirError, match=f"'{folder}' was removed, or another one is in its place"):
+        first.publish("mm_stat", "first\n")
+    second = rundir.Rundir(str(folder))
+    second.publish("mm_stat", "second\n")
+    with pytest.raises(RundirError, match="was removed, or another one is in its place"):
+        first.publish("mm_stat", "first\n")
+    first.remove()
+    assert (folder / "mm_stat").read_text() == "second\n"
+    assert rundir.holder(str(folder)) == os.getpid()
+    second.remove()
+    assert not folder.exists()
+
+
+def test_left_to_a_successor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on if the server before has left, or has died, but not if that was stopped."""
+    monkeypatch.setenv(handover.TAKES_OVER, handover.order(8, 9, leaves_pid=True))
+    monkeypatch.setenv(handover.MADE, "1")
+    for end in ("leave", "crash", "remove"):
+        monkeypatch.delenv(handover.TAKES_OVER)
+        first = rundir.Rundir(str(folder))
+        monkeypatch.setenv(handover.TAKES_OVER, handover.order(8, 9, leaves_pid=True))
+        first.publish("mm_stat", "1\n")
+        if end != "crash":
+            getattr(first, end)()
+        os.close(first._lock)
+        if end == "remove":
+            with pytest.raises(RundirError, match="it was stopped meanwhile"):
+                rundir.Rundir(str(folder))
+        else:
+            second = rundir.Rundir(str(folder))
+            assert os.listdir(folder) == ["pid"]
+            second.remove()
+        assert not folder.exists()
+
+
 def test_crashed_server_is_replaced(folder: Path) -> None:
     folder.mkdir(parents=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stale:
@@ -236,7 +301,7 @@ def test_withdrawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not name.exists()
     held.publish(rundir.DATA_ID, "x")
 
-    def refuse(path: str, *more: object) -> None:
+    def refuse(path: str, *more: object, dir_fd: int | None = None) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
@@ -244,7 +309,7 @@ def test_withdrawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         held.withdraw(rundir.DATA_ID)
         assert name.read_text() == "", "a name that is empty is none"
         held_text = f"'{name}' cannot be removed: input/output error"
-        patch.setattr(os, "truncate", refuse)
+        patch.setattr(os, "open", refuse)
         with pytest.raises(RundirError) as caught:
             held.withdraw(rundir.DATA_ID)
         assert str(caught.value) == held_text
