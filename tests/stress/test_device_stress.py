@@ -37,6 +37,8 @@ def reserve(device: Device, size: int) -> Iterator[None]:
 def test_owned_blocks_with_compaction(limit: int, ready: int) -> None:
     """Each thread has blocks of its own and knows their content; what one does never shows in another's."""
     device = Device(16 << 20, mem_limit=limit)
+    if ready:
+        device.inherit_priority()  # as swap=local has it
     done = threading.Event()
     workers, blocks = 4, 4096
     rounds = int(4000 * SCALE)
@@ -180,6 +182,8 @@ def test_partial_writes_lose_nobodys_bytes() -> None:
 @pytest.mark.parametrize("ready", [0, 1 << 20])
 def test_reset_and_limits_under_load(ready: int) -> None:
     device = Device(16 << 20)
+    if ready:
+        device.inherit_priority()
     done = threading.Event()
 
     def writer() -> None:
