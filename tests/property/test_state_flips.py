@@ -224,7 +224,7 @@ def test_a_slot_that_leads_nowhere_loses_its_block_only(saved: tuple[Memory, byt
 
 
 def test_a_cell_that_leads_to_a_span_of_a_reserve() -> None:
-    """Such spans have pages, but never had a class: what is in them is nobody's object, whatever is asked of it."""
+    """Such spans have pages, but never had a class: what is in them is nobody's object."""
     uses = (
         lambda device: device.write(b"new" + bytes(BLOCK - 3), 0),
         lambda device: device.trim(0, BLOCK),
