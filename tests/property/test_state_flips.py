@@ -223,6 +223,45 @@ def test_a_slot_that_leads_nowhere_loses_its_block_only(saved: tuple[Memory, byt
     os.close(memory.fd)
 
 
+def test_a_cell_that_leads_to_a_span_of_a_reserve() -> None:
+    """Such spans have pages, but never had a class: what is in them is nobody's object."""
+    uses = (
+        lambda device: device.write(b"new" + bytes(BLOCK - 3), 0),
+        lambda device: device.trim(0, BLOCK),
+        lambda device: device.block(0),
+        lambda device: device.check(),
+        lambda device: device.compact(),
+        lambda device: device.read(bytearray(BLOCK), 0),
+    )
+    cells, _ = table_ends()
+    classes = (1 << 16) + -(-8 * BLOCKS // BLOCK) * BLOCK
+    for use_it in uses:
+        memory = Memory()
+        device = memory.take_over()
+        device.reserve_start(2 << 20)
+        for block in range(64):
+            device.write(random.Random(block).randbytes(3000).ljust(BLOCK, b"\0"), block * BLOCK)
+        del device
+        spans = os.pread(memory.fd, 1 << 12, classes)
+        unused = [span for span in range(max(i for i in range(1 << 12) if spans[i])) if not spans[span]]
+        assert unused
+        for span in (unused[0], unused[-1]):
+            handle = int.from_bytes(os.pread(memory.fd, 4, (1 << 16) + 2), "little")
+            at = cells + 8 * handle
+            cell = int.from_bytes(os.pread(memory.fd, 8, at), "little")
+            device = memory.take_over()
+            wrong = cell & ~(((1 << 32) - 1) << 16) | span << 16
+            os.pwrite(memory.fd, wrong.to_bytes(8, "little"), at)
+            with suppress(CorruptObjectError, CorruptionError):
+                use_it(device)
+            buf = bytearray(BLOCK)
+            device.read(buf, 5 * BLOCK)
+            assert buf == random.Random(5).randbytes(3000).ljust(BLOCK, b"\0")
+            os.pwrite(memory.fd, cell.to_bytes(8, "little"), at)
+            del device
+        os.close(memory.fd)
+
+
 @pytest.mark.slow
 def test_a_pin_that_nobody_holds(saved: tuple[Memory, bytes]) -> None:
     """Who waits for it gives up."""

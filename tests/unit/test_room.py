@@ -246,15 +246,16 @@ def test_memory_that_the_kernel_refuses_is_not_a_full_file_system(tmp_path: Path
 device = start()
 device.write(random.Random(1).randbytes(BLOCK), 0)
 open(os.environ["SHIM_WHILE"], "w").close()
-message = refused(lambda: [device.write(random.Random(i).randbytes(BLOCK), i * BLOCK) for i in range(40)])
+message = refused(lambda: device.write(random.Random(1).randbytes(BLOCK), 1024 * BLOCK))
 assert message.endswith("the system refuses memory"), message
+assert read(device, 0) == random.Random(1).randbytes(BLOCK)
 os.unlink(os.environ["SHIM_WHILE"])
 for block in range(40):
     device.write(random.Random(block).randbytes(BLOCK), block * BLOCK)
 device.check()
 """
     environment = {"LD_PRELOAD": str(shim), "SHIM_ERRNO": str(errno.ENOMEM)}
-    in_tmpfs(tmp_path, code, SHIM_WHILE=str(tmp_path.parent / "refuse"), **environment)
+    in_tmpfs(tmp_path, code, SHIM_WHILE=str(tmp_path.with_suffix(".refuse")), **environment)
 
 
 def test_a_reset_that_gets_no_memory_for_its_tables(tmp_path: Path, shim: Path) -> None:
@@ -274,7 +275,7 @@ device.reset()
 device.check()
 """
     environment = {"LD_PRELOAD": str(shim), "SHIM_ERRNO": str(errno.ENOMEM)}
-    in_tmpfs(tmp_path, code, SHIM_WHILE=str(tmp_path.parent / "refuse"), **environment)
+    in_tmpfs(tmp_path, code, SHIM_WHILE=str(tmp_path.with_suffix(".refuse")), **environment)
 
 
 @pytest.mark.parametrize("verify", [False, True])

@@ -51,7 +51,7 @@ cdef class Arena:
     cdef int64_t take(self, uint32_t npages) noexcept nogil
     cdef void give(self, uint32_t span, bint keep) noexcept nogil
     cdef uint32_t whole(self, uint32_t mask) noexcept nogil
-    cdef int make_ready(self, uint32_t span, uint32_t mask) noexcept nogil
+    cdef int make_ready(self, uint32_t span, uint32_t mask, bint unused) noexcept nogil
     cdef bint _charge(self, uint64_t n) noexcept nogil
     cdef int commit(self, uint32_t span, uint32_t mask) noexcept nogil
     cdef int decommit(self, uint32_t span, uint32_t mask) noexcept nogil

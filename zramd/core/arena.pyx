@@ -173,7 +173,7 @@ cdef class Arena:
         n = zr_popcount(fresh)
         if not self._charge(n):
             return -ENOSPC
-        rc = self.make_ready(span, fresh)
+        rc = self.make_ready(span, fresh, True)
         if rc:
             self._release(span, fresh)
             counter_sub(&self.pages, n)
@@ -194,14 +194,20 @@ cdef class Arena:
             one <<= self.unit
         return found
 
-    cdef int make_ready(self, uint32_t span, uint32_t mask) noexcept nogil:
-        """Before pages are touched for the first time: see Region.ready. There may be gaps between them."""
-        cdef char *base = self.base + (<uint64_t>span << SPAN_SHIFT)
+    cdef int make_ready(self, uint32_t span, uint32_t mask, bint unused) noexcept nogil:
+        """Before pages are touched for the first time: see Region.ready. There may be gaps between them.
+
+        unused: whatever is on them is not needed.
+        """
+        cdef char *start
+        cdef uint64_t size
         cdef uint32_t run
         cdef int rc = 0
         while mask and rc == 0 and self.spans.fd >= 0:
             run = zr_lowest_run(mask)
-            rc = self.spans.ready(base + (zr_lowest(run) << PAGE_SHIFT), <uint64_t>zr_popcount(run) << PAGE_SHIFT)
+            start = self.base + (<uint64_t>span << SPAN_SHIFT) + (zr_lowest(run) << PAGE_SHIFT)
+            size = <uint64_t>zr_popcount(run) << PAGE_SHIFT
+            rc = self.spans.touch(start, size) if unused else self.spans.ready(start, size)
             mask ^= run
         return rc
 

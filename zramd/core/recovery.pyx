@@ -231,7 +231,7 @@ cdef class Recovery:
     cdef bint _has_pages(self, uint32_t span, uint32_t pages) noexcept nogil:
         """Make sure that some pages of a span may be touched."""
         cdef uint32_t missing = pages & ~<uint32_t>self.arena.committed[span]
-        cdef int rc = self.arena.make_ready(span, missing) if missing else 0
+        cdef int rc = self.arena.make_ready(span, missing, False) if missing else 0
         if rc:
             self.failed = rc
         return rc == 0

@@ -21,6 +21,7 @@ cdef class Region:
 
     cdef void _advise(self) noexcept nogil
     cdef int ready(self, void *start, uint64_t size) noexcept nogil
+    cdef int touch(self, char *start, uint64_t size) noexcept nogil
     cdef int refusal(self) noexcept nogil
     cdef int populate(self, uint64_t size) noexcept nogil
     cdef int release(self, void *start, uint64_t size) noexcept nogil

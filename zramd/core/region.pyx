@@ -7,8 +7,8 @@ follow each other behind its head:
     0             4K                        64K
 
 Only what was written may be read, and only what is ready written: touching a hole of a file's mapping allocates the page,
-and ends the process (SIGBUS) where the file system has no room for it. Region.ready asks first. It costs nothing: it takes
-the page fault's place.
+and ends the process (SIGBUS) where the file system has no room for it. Region.ready asks first, or Region.touch, which costs
+next to nothing.
 
 A page is the kernel's: 4096 bytes, on some machines 16 or 64 KiB. What is counted in pages elsewhere are pieces of 4096
 bytes; page_unit says how many of them the kernel gives and takes back together.
@@ -73,6 +73,12 @@ cdef extern from *:
     {
         return (int)syscall(SYS_fallocate, fd, FALLOC_FL_KEEP_SIZE, offset, size);
     }
+    /* A system call that stores a word at p, whatever it is: where a fault of ours would be a signal, the kernel's own is
+       an error. It takes 0.05 us more than the fault, MADV_POPULATE_WRITE 0.8 us. */
+    static int fault_in(void *p)
+    {
+        return (int)syscall(SYS_getcpu, p, NULL, NULL);
+    }
     /* The size of a page as the calls have it that take whole pages. The auxiliary vector, where sysconf has it from, is
        that of another machine under some emulators. */
     static uint64_t find_page_size(void)
@@ -95,6 +101,7 @@ cdef extern from *:
     int MADV_NOHUGEPAGE, MADV_DONTDUMP, MADV_DODUMP, MADV_POPULATE_WRITE, MADV_DONTNEED_LOCKED, SEEK_DATA, SEEK_HOLE
     int posix_memalign(void **start, size_t alignment, size_t size) noexcept nogil
     int take_room(int fd, uint64_t offset, uint64_t size) noexcept nogil
+    int fault_in(void *p) noexcept nogil
     uint64_t find_page_size() noexcept nogil
     int punch_hole(int fd, uint64_t offset, uint64_t size) noexcept nogil
     long filesystem_type(int fd) noexcept nogil
@@ -196,6 +203,16 @@ cdef class Region:
             if rc == 0:
                 return 0
         return self.refusal()
+
+    cdef int touch(self, char *start, uint64_t size) noexcept nogil:
+        """As ready, of whole pages that hold nothing yet: something is written to each."""
+        cdef uint64_t done = 0
+        if self.fd >= 0:
+            while done < size and fault_in(start + done) == 0:
+                done += kernel_page
+            if done < size:
+                return self.ready(start, size)
+        return 0
 
     cdef int refusal(self) noexcept nogil:
         """After pages could not be had: -EDQUOT, the file's file system has no room for them, or -ENOMEM."""
