@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from zramd import rundir
 from zramd.errors import ConfigError
 
 PAGE_SIZE = 4096
@@ -433,7 +434,18 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
         )
     if "rundir" not in values:
         values["rundir"] = default_rundir(values["name"])
+    _refuse_own_names(values)
     return Config(**values)
+
+
+def _refuse_own_names(values: dict[str, Any]) -> None:
+    """Raise ConfigError for a file that the server itself makes, replaces and removes in its run folder."""
+    for key in ("state", "metrics_file"):
+        folder, name = os.path.split(values[key])
+        if folder == values["rundir"] and name in rundir.NAMES:
+            raise ConfigError(
+                f"{key}='{values[key]}' is what the server calls a file of its own: use another name"
+            )
 
 
 def value(setting: Setting, text: str) -> Any:

@@ -240,3 +240,14 @@ def test_readme_has_the_table() -> None:
     assert marker
     assert end
     assert table.strip() == config.markdown_table().strip()
+
+
+@pytest.mark.parametrize("key", ["state", "metrics_file"])
+@pytest.mark.parametrize("name", ["log", "mm_stat", "state_path"])
+def test_the_servers_own_names_in_its_folder(key: str, name: str) -> None:
+    """What it replaces and removes there must not be what the user gave it to keep."""
+    pairs = [("disksize", "1M"), ("rundir", "/run/x")]
+    with pytest.raises(ConfigError, match="is what the server calls a file of its own: use another name"):
+        config.parse([*pairs, (key, f"/run/x/{name}")])
+    config.parse([*pairs, (key, f"/run/x/my-{name}")])
+    config.parse([*pairs, (key, f"/run/y/{name}")])
