@@ -11,8 +11,10 @@ import socket
 
 from zramd import rundir
 from zramd.errors import DeviceError, UsageError
+from zramd.handover import SYSTEMD
 
 TIMEOUT = 10.0  # seconds to wait for an answer
+BETWEEN = 2.0  # seconds to wait for a server that is being started: most need a tenth
 _CONTROL_SOCKET = rundir.CONTROL_SOCKET
 
 
@@ -110,12 +112,50 @@ class Served:
         """Return every number there is, as stats.json has them."""
         return self.ask_json("GET", "/stats")
 
+    def look_again(self) -> None:
+        """Look which process serves now; for one who keeps others off meanwhile, see zramd.life.
+
+        Raises DeviceError when it was stopped or has died.
+        """
+        self.pid = rundir.holder(self.path)
+        if self.pid is None:
+            if not os.path.exists(self.file(rundir.PID)):
+                raise DeviceError(f"{self.name} has stopped meanwhile")
+            raise self._dead()
+
     def died(self) -> DeviceError:
-        """Return the error that says that the server has died and what to do."""
+        """Return the error that says that the server has died, what became of its data, and what to do."""
+        from zramd import life
+
+        if life.is_busy(self.path):
+            return DeviceError(f"{self.name} is being started: try again when it serves")
+        return self._dead()
+
+    def _dead(self) -> DeviceError:
+        state = self._state()
+        if state == SYSTEMD:
+            return DeviceError(
+                f"the server of {self.name} has died, its data is with the service manager: "
+                "start its service again"
+            )
+        if state and os.path.exists(state):
+            return DeviceError(
+                f"the server of {self.name} has died, its data is in its state: start it again with "
+                f"state={state}"
+            )
+        lost = f", and its state '{state}' is gone" if state else ", and its data with it"
         return DeviceError(
-            f"the server of {self.name} has died, and its data with it: start it again, "
+            f"the server of {self.name} has died{lost}: start it again, "
             f"or remove what it left behind by 'rm -r {self.path}'"
         )
+
+    def _state(self) -> str:
+        """Return where the server has its state, '' if it has none."""
+        try:
+            with open(self.file(rundir.STATE), errors="surrogateescape") as file:
+                return file.read().strip()
+        except OSError:
+            return ""
 
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -165,9 +205,7 @@ def every() -> list[Served]:
         raise DeviceError(f"'{folder}' cannot be read: {(error.strerror or '').lower()}") from None
     paths = [(name, f"{folder}/{name}") for name in names]
     return [
-        Served(name, path, rundir.holder(path))
-        for name, path in paths
-        if os.path.exists(f"{path}/{rundir.PID}")
+        Served(name, path, _server(path)) for name, path in paths if os.path.exists(f"{path}/{rundir.PID}")
     ]
 
 
@@ -197,7 +235,7 @@ def look(name: str | None, path: str | None = None) -> Served:
         raise DeviceError(f"'{path}' cannot be read: permission denied: run this as its owner") from None
     except OSError:
         raise DeviceError(missing) from None
-    return Served(name or os.path.basename(path), path, rundir.holder(path))
+    return Served(name or os.path.basename(path), path, _server(path))
 
 
 def find(name: str | None, path: str | None = None) -> Served:
@@ -206,6 +244,18 @@ def find(name: str | None, path: str | None = None) -> Served:
     if served.pid is None:
         raise served.died()
     return served
+
+
+def _server(path: str) -> int | None:
+    """Return the process that serves, None if it has died. Between two, in a restart, wait for the next."""
+    import time
+
+    from zramd import life
+
+    end = time.monotonic() + BETWEEN
+    while (pid := rundir.holder(path)) is None and life.is_busy(path) and time.monotonic() < end:
+        time.sleep(0.01)
+    return pid
 
 
 def _why(path: str, error: OSError) -> str:

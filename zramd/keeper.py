@@ -13,10 +13,12 @@ has gone the whole way once, with a connection that the kernel had no use for.
 import math
 import os
 import select
+import signal
 import socket
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from zramd import attached, netlink, rundir, swap
@@ -66,6 +68,7 @@ class Keeper:
         self._dead = 0  # connections that are to be replaced
         self._size = int(attached.read_sys(self.device, "size") or 0) << 9  # of a device that is adopted
         self._data = ""
+        self._connected = False  # the device, by us
         self._said = ""
         self._poll = select.poll()
         self._server = -1  # pidfd
@@ -90,9 +93,10 @@ class Keeper:
         swap.prepare()
         swap.protect_process(HEAP_BYTES)
         swap.take_priority()
-        if not self._job.adopt:
-            self._connect()
         try:
+            if not self._job.adopt:
+                with _uninterrupted():
+                    self._connect()
             self._data = self._job.data if self._job.adopt else attached.data_of(self._job.folder)
             self._record.write(self.device, self._data, keeper=os.getpid())
             self._say("attached")
@@ -101,7 +105,8 @@ class Keeper:
                 raise AttachError(f"{self._job.name} does not take a second connection")
         except BaseException:
             if not self._job.adopt:
-                self._kernel.disconnect(self.index)
+                if self._connected:
+                    self._kernel.disconnect(self.index)
                 attached.remove(self._job.name)
             raise
 
@@ -139,6 +144,7 @@ class Keeper:
                 dead_conn_timeout=job.dead_conn_timeout,
                 backend=self._backend,
             )
+            self._connected = True
         except OSError as error:
             what = self.device if job.device >= 0 else "an NBD device"
             raise AttachError(
@@ -224,7 +230,11 @@ class Keeper:
         with suppress(OSError):
             if pid:
                 self._server = os.pidfd_open(pid)
-                self._poll.register(self._server, select.POLLIN)
+                if rundir.holder(self._job.folder) != pid:  # it has left its number to another process
+                    os.close(self._server)
+                    self._server = -1
+                else:
+                    self._poll.register(self._server, select.POLLIN)
 
     def _forget_server(self, dead: int | None = None) -> None:
         self._dead = self._job.connections if dead is None else dead
@@ -239,8 +249,19 @@ class Keeper:
             os.write(self._log, f"zramd: nbd{self.index}: {sentence}\n".encode())
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Have a SIGTERM wait: what the kernel was told just now, it is also told to undo."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def main(words: list[str]) -> int:
     """Attach, print "ok" and the device's index, or one sentence that says why not, and stay."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # who attaches has given up
     try:
         keeper = Keeper(job(words))
         keeper.attach()
@@ -248,6 +269,7 @@ def main(words: list[str]) -> int:
         sentence = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
         print(sentence.removeprefix("swap=local: "))
         return 1
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.stdout.write(f"ok {keeper.index}\n")
     sys.stdout.flush()
     null = os.open(os.devnull, os.O_RDWR)

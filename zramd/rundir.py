@@ -1,13 +1,18 @@
 """The run folder: who holds it, what is published in it, and what is removed from it.
 
 A live server holds a lock on the `pid` file, so a crashed one leaves nothing that keeps the next from
-starting, and no stale process number can be mistaken for a live server.
+starting, and no stale process number can be mistaken for a live server. A server that was stopped removes
+the file; one that crashed, or left to a successor, does not: by that the successor knows whether to go on.
+
+The folder is held open and worked in by its descriptor. If it is removed and another one takes its name,
+nothing is written there and nothing removed: it is another server's.
 """
 
 import fcntl
 import os
 import socket
 import stat
+import struct
 import time
 from contextlib import suppress
 
@@ -19,12 +24,17 @@ NBD_SOCKET = "nbd.sock"
 CONTROL_SOCKET = "control.sock"
 DATA_ID = "data_id"  # names the data that the server holds: the same name, the same data
 STATS_FILES = ("mm_stat", "io_stat", "frag_ratio", "stats.json", "classes", "metrics.prom")
+STATE = "state"  # where the server's state is: what died with it, and what did not
 LOG = "log"  # what a server in the background has to say once it serves
+OLD_LOG = "log.1"  # and what the one before it said, if that did not stop in its normal way
+SOCKETS = "sockets.sock"  # of a restart, for a moment
 BACKGROUND = "ZRAMD_BACKGROUND"  # in the environment of such a server
-LOCK_TIMEOUT = 0.1  # seconds
-_FILES = (DATA_ID, *STATS_FILES)
+LOCK_TIMEOUT = 1.0  # seconds; who only looks holds the lock for microseconds
+_FILES = (DATA_ID, STATE, *STATS_FILES)
 _TEMPORARY = ".new"
-_OURS = frozenset((NBD_SOCKET, CONTROL_SOCKET, LOG, *_FILES, *(name + _TEMPORARY for name in _FILES)))
+_SHOWN = frozenset((CONTROL_SOCKET, SOCKETS, *_FILES, *(name + _TEMPORARY for name in _FILES)))
+_OURS = _SHOWN | {NBD_SOCKET, LOG, OLD_LOG}
+_LOCK = struct.Struct("hhqqi4x")  # struct flock
 
 
 class Rundir:
@@ -33,11 +43,18 @@ class Rundir:
     def __init__(self, path: str) -> None:
         """Create the folder if needed, take its lock, and clear what a crashed server left.
 
-        Raises RundirError when it cannot be written, is open to other users, or a live server holds it.
+        Raises RundirError when it cannot be written, is open to other users, or a live server holds it, and
+        when this process is to take over from a server that was stopped.
         """
         self.path = path
         try:
-            self.made = _make(path)
+            if handover.must_be_left():
+                self.made = False
+                if not os.path.exists(f"{path}/{PID}"):
+                    raise RundirError(handover.STOPPED)
+            else:
+                self.made = _make(path)
+            self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             self._lock = _take_lock(path)
         except OSError as error:
             raise RundirError(f"rundir '{path}' cannot be used: {reason(error)}") from None
@@ -45,11 +62,12 @@ class Rundir:
         # passed on is not ours to remove in the end, what another server has handed over is.
         self._names = _OURS - {NBD_SOCKET} if _holds_socket(self.file(NBD_SOCKET)) else _OURS
         try:
-            self._remove_files()
+            self.write_pid()
+            self._keep_log()
+            self._remove_files(self._names - {LOG, OLD_LOG})
             if handover.takes_over():
                 self._names = _OURS
-                self.made = self.made or handover.MADE in os.environ
-            self.write_pid()
+            self.made = self.made or handover.MADE in os.environ
         except OSError as error:
             raise RundirError(f"rundir '{path}' cannot be written: {reason(error)}") from None
 
@@ -66,16 +84,32 @@ class Rundir:
     def publish(self, name: str, text: str) -> None:
         """Replace the file `name` by `text`, so that a reader sees the old or the new text, never a part.
 
-        Raises RundirError when the folder cannot be written.
+        Raises RundirError when the folder cannot be written, or is no longer the one at its path.
         """
+        if not self.is_ours():
+            raise RundirError(
+                f"rundir '{self.path}' was removed, or another one is in its place: nothing finds this "
+                f"server there any more: its clients are served until 'kill {os.getpid()}'"
+            )
         try:
-            replace_file(self.file(name), text, 0o600)
+            replace_file(name, text, 0o600, self._folder)
         except OSError as error:
             raise RundirError(f"rundir '{self.path}' cannot be written: {reason(error)}") from None
 
-    def leave_socket(self) -> None:
-        """Leave the NBD socket in the folder: another server has it."""
-        self._names -= {NBD_SOCKET}
+    def is_ours(self) -> bool:
+        """Say whether the folder at the path is still this one."""
+        try:
+            return os.path.samestat(os.fstat(self._folder), os.stat(self.path))
+        except OSError:
+            return False
+
+    def leave(self) -> None:
+        """Leave the folder to the server that takes over: it finds the process number that this one had.
+
+        Never raises, as `remove`.
+        """
+        with suppress(OSError):
+            self._remove_files(_SHOWN - {STATE, DATA_ID})
 
     def remove(self) -> None:
         """Remove what zramd made in the folder, and the folder if zramd made it and nothing else is in it.
@@ -83,32 +117,44 @@ class Rundir:
         Never raises: it is what a server does last.
         """
         with suppress(OSError):
-            self._remove_files()
-            _unlink(self.file(PID))
-            if self.made:
+            self._remove_files(self._names)
+            self._unlink(PID)
+            if self.made and self.is_ours():
                 os.rmdir(self.path)
 
-    def _remove_files(self) -> None:
-        for name in self._names:
-            _unlink(self.file(name))
+    def _keep_log(self) -> None:
+        """Keep what a server has said that crashed, or that this one takes over from."""
+        with suppress(FileNotFoundError):
+            if os.stat(LOG, dir_fd=self._folder, follow_symlinks=False).st_size:
+                os.replace(LOG, OLD_LOG, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+
+    def _remove_files(self, names: frozenset[str]) -> None:
+        for name in names:
+            self._unlink(name)
+
+    def _unlink(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._folder)
 
 
-def replace_file(path: str, text: str, mode: int) -> None:
+def replace_file(path: str, text: str, mode: int, folder: int | None = None) -> None:
     """Replace the file by `text`, with these permissions whatever the umask. Raises OSError.
 
     A reader sees the old text or the new. The new one is made under a name that no reader of *.prom looks at,
-    and afresh: in a folder open to others that name could be a link.
+    and afresh: in a folder open to others that name could be a link. `path` is relative to `folder`, a
+    descriptor, if that is given.
     """
     temporary = path + _TEMPORARY
-    _unlink(temporary)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    _unlink(temporary, folder)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(temporary, flags, 0o600, dir_fd=folder)
     try:
         with open(fd, "w", encoding="utf-8") as file:
             os.fchmod(fd, mode)
             file.write(text)
-        os.replace(temporary, path)
+        os.replace(temporary, path, src_dir_fd=folder, dst_dir_fd=folder)
     except OSError:
-        _unlink(temporary)
+        _unlink(temporary, folder)
         raise
 
 
@@ -119,12 +165,25 @@ def holder(path: str) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _read_pid(fd)
+        return _read_pid(fd) if _is_locked(fd) else None
     finally:
         os.close(fd)
-    return None
+
+
+def is_ours_alone(path: str) -> bool:
+    """Say whether nothing but what servers make is in a folder."""
+    return set(os.listdir(path)) <= _OURS | {PID}
+
+
+def clear(path: str, pid: int) -> None:
+    """Remove what process `pid` has left in the folder when it was killed while it started. Never raises."""
+    with suppress(OSError):
+        with open(f"{path}/{PID}") as file:
+            if file.read() != f"{pid}\n" or holder(path) is not None:
+                return
+        for name in (*_OURS, PID):
+            with suppress(FileNotFoundError):
+                os.unlink(f"{path}/{name}")
 
 
 def in_use(path: str, pid: int) -> RundirError:
@@ -132,6 +191,14 @@ def in_use(path: str, pid: int) -> RundirError:
     return RundirError(
         f"rundir '{path}' is in use by a running server (pid {pid}): stop it or choose another name"
     )
+
+
+def make(path: str) -> bool:
+    """Make the folder, closed to others, if it is not there; say whether it is new. Raises RundirError."""
+    try:
+        return _make(path)
+    except OSError as error:
+        raise RundirError(f"rundir '{path}' cannot be used: {reason(error)}") from None
 
 
 def _make(path: str) -> bool:
@@ -170,7 +237,16 @@ def _take_lock(path: str) -> int:
 
 
 def _locked(fd: int) -> bool:
-    """Take the lock and say whether that succeeded. Who only looks, `holder`, has it for microseconds."""
+    """Take the lock and say whether that succeeded.
+
+    There are two, of the whole file. The first can be asked for without being taken, so that those who only
+    look keep nobody from starting. The second is that of servers before: they know no other, and who looks
+    for one of theirs has to take it, for microseconds.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    except (BlockingIOError, PermissionError):
+        return False
     end = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
@@ -179,7 +255,18 @@ def _locked(fd: int) -> bool:
         except BlockingIOError:
             if time.monotonic() > end:
                 return False
-            time.sleep(0.01)
+            time.sleep(0.001)
+
+
+def _is_locked(fd: int) -> bool:
+    asked = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    if _LOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
 
 
 def _read_pid(fd: int) -> int:
@@ -201,9 +288,9 @@ def _holds_socket(path: str) -> bool:
     return False
 
 
-def _unlink(path: str) -> None:
+def _unlink(path: str, folder: int | None) -> None:
     with suppress(FileNotFoundError):
-        os.unlink(path)
+        os.unlink(path, dir_fd=folder)
 
 
 def reason(error: OSError) -> str:

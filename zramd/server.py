@@ -28,7 +28,8 @@ from zramd.core.saving import save as save_stream
 from zramd.endpoint import Endpoint
 from zramd.errors import ConfigError, CorruptionError, DeviceError, RundirError, StateError
 from zramd.metricsfile import MetricsFile
-from zramd.rundir import BACKGROUND, CONTROL_SOCKET, DATA_ID, LOG, Rundir
+from zramd.rundir import BACKGROUND, CONTROL_SOCKET, DATA_ID, LOG, STATE, Rundir
+from zramd.steps import step
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # those nbdkit stops on
 # Seconds after a stop signal. nbdkit then refuses new requests, but waits for its clients to leave.
@@ -67,7 +68,11 @@ class Server:
         self._clients_lock = threading.Lock()
         self._inherited: frozenset[int] = frozenset()
         self._listening: list[int] = []
+        self._bound: list[tuple[str, os.stat_result]] = []
         self._hands_over = False
+        self._failed = False
+        self._cut = socket.SHUT_RD
+        self._signals = b""
         self._written: dict[str, int] = {}
         self._written_at = 0.0
         self._complained = False
@@ -85,6 +90,8 @@ class Server:
 
         Raises RundirError, CorruptionError when the self-test fails, MemoryError, SwapError, StateError.
         """
+        # As nbdkit has it once it serves: who started us may end before we have said all.
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         self_test()
         config = self.config
         if config.swap == "local":
@@ -97,13 +104,19 @@ class Server:
             if config.swap == "local":
                 swap.protect_process()  # nbdkit does not fork here; `start` then finds it done
             handover.wait()
+        if handover.must_be_left():  # or it was stopped: then the state is not for us
+            self._rundir = Rundir(config.rundir)
+        step("server.device")
         self.device = self._make_device()
-        self._rundir = Rundir(config.rundir)
+        step("server.rundir")
+        if self._rundir is None:
+            self._rundir = Rundir(config.rundir)
         if config.metrics_file:
             try:
                 self._metrics_file = MetricsFile(config.metrics_file, config.name)
             except RundirError:
-                self._rundir.remove()
+                self._failed = True
+                self._remove_files()
                 raise
 
     def _make_device(self) -> Device:
@@ -163,12 +176,20 @@ class Server:
                 self._keeper.start()
                 self._log.start()
             self._rundir.write_pid()
+            step("server.published")
+            if self.config.state:
+                self._rundir.publish(STATE, self.config.state + "\n")
             self._corrupt = self.device.counters()["checksum_errors"]
             self._publish_data_id()
             if self.config.stats_interval:
                 self._write_stats()
             self._inherited = sockets.inherited()
             self._listening = sockets.listening()
+            self._bound = sockets.bound(self._listening)
+            if sockets.has_filters():
+                # A request that sleeps in a filter wakes up when its client's connection is shut, and is
+                # answered by an error, if it can be answered. It cannot then, and is sent again.
+                self._cut = socket.SHUT_RDWR
             self._compactor = Compactor(self.device, self.config)
             self._compactor.start()
             if self.config.endpoint:
@@ -191,9 +212,12 @@ class Server:
             if BACKGROUND in os.environ:
                 self._log.start()
                 self._log.write_to(self._rundir.file(LOG))
+            handover.serving(self.config.rundir)
+            step("server.serves")
             self._tell_status()
             self._manager.tell("READY=1")
         except BaseException:
+            self._failed = True
             self.stop()
             raise
 
@@ -216,10 +240,23 @@ class Server:
             os._exit(0)  # nbdkit would remove the socket, which the next server has
 
     def _remove_files(self) -> None:
-        if self._metrics_file is not None:
+        """Remove what stands for this server, but for what the next one needs, if one takes over."""
+        if self._rundir is None:
+            return
+        if self._metrics_file is not None and self._rundir.is_ours():
             self._metrics_file.remove()
-        if self._rundir is not None:
-            self._rundir.remove()
+        # A successor that fails leaves the socket and the folder to one that is as the old server was.
+        if (self._hands_over and not self._is_stopped()) or (self._failed and handover.takes_over()):
+            self._rundir.leave()
+            return
+        sockets.unlink(self._bound)
+        self._rundir.remove()
+
+    def _is_stopped(self) -> bool:
+        """Say whether a signal to stop has come during a hand-over: then there is nothing to hand over."""
+        with suppress(BlockingIOError):
+            self._signals += os.read(self._wake[0], 64)
+        return any(number in STOP_SIGNALS for number in self._without_hangup(self._signals))
 
     def client_opened(self) -> None:
         """Count a client; waits while the device is being reset, raises DeviceError while it is loaded."""
@@ -251,7 +288,13 @@ class Server:
         """Return status (ok or degraded), the compactor's state, the number of clients and the process."""
         state = self._compactor.state if self._compactor else "stopped"
         status = "degraded" if state.startswith("failed") else "ok"
-        return {"status": status, "compactor": state, "clients": self._clients, "pid": os.getpid()}
+        return {
+            "status": status,
+            "compactor": state,
+            "clients": self._clients,
+            "pid": os.getpid(),
+            "leaves_pid": 1,  # the file, in a hand-over: see zramd.handover
+        }
 
     def compact(self, timeout: float) -> int:
         """Compact now and return the pages freed; raises RuntimeError when the compactor does not run."""
@@ -301,6 +344,7 @@ class Server:
 
     def save(self, fd: int, *, live: bool) -> None:
         """Write the device to a descriptor; raises SaveError, OSError."""
+        step("server.saves")
         save_stream(self.device, fd, live=live, patience=STREAM_PATIENCE)
 
     def load(self, fd: int, begun: bytes, length: int) -> dict[str, int]:
@@ -314,6 +358,7 @@ class Server:
                 raise DeviceError("the device is not empty: --force drops what it holds")
             self._loading = True
         try:
+            step("server.loads")
             return load_stream(self.device, fd, begun=begun, length=length, patience=STREAM_PATIENCE)
         finally:
             self._publish_data_id()
@@ -366,10 +411,9 @@ class Server:
                     assert self._endpoint is not None
                     self._endpoint.accept()
                 elif any(signals := os.read(fd, 64)):
-                    if self.config.state and sockets.HAND_OVER in signals:
-                        self._hand_over()
-                        return
-                    if self._may_leave(signals):
+                    signals = self._signals = self._without_hangup(signals)
+                    self._hands_over = bool(self.config.state) and sockets.HAND_OVER in signals
+                    if any(signals) and (self._hands_over or self._may_leave(signals)):
                         self._leave()
                         return
             if self._stop_refused and self._may_leave(b""):
@@ -447,28 +491,48 @@ class Server:
         self._stop_refused = bool(devices)
         return not devices
 
-    def _hand_over(self) -> None:
-        """Leave to a server that has our sockets and takes the state.
+    def _without_hangup(self, signals: bytes) -> bytes:
+        """Return the signals; in the background without SIGHUP, which has the log opened again.
+
+        There is no terminal that could hang up then, and programs that rotate logs mean that by it.
+        """
+        if BACKGROUND not in os.environ or signal.SIGHUP not in signals:
+            return signals
+        assert self._rundir is not None
+        try:
+            self._log.write_to(self._rundir.file(LOG))
+        except OSError as error:
+            _say(f"the log cannot be opened again: {error}")
+        return bytes(number for number in signals if number != signal.SIGHUP)
+
+    def _leave(self) -> None:
+        """End nbdkit, in a way that does no harm to clients that connect again if the data stays."""
+        if self.config.state:
+            self._let_clients_go()
+        elif self._clients:
+            _say(f"stopping while clients are connected ({self._clients}): their data ends with this server")
+        self._end()
+
+    def _let_clients_go(self) -> None:
+        """Cut off all clients, each with all that it has asked answered if that goes fast.
 
         nbdkit answers what it reads after a shutdown by errors. So it is told only when no client is left.
         A client that is cut off connects again at once. But one that is cut off while it connects takes that
         for a server that is not there, and qemu then sleeps for a second: so those who have begun get done.
         """
-        assert self._rundir is not None
-        self._rundir.leave_socket()
-        self._hands_over = True
+        step("server.leaves")
         if self._endpoint is not None:
             self._endpoint.close()  # a save that is under way would be waited for like a client
         sockets.stop_accepting(self._listening, sockets.HAND_OVER)
         self._await_handshakes()
         self._await_quiet()
         end = time.monotonic() + HANDING_OVER
-        while sockets.shut_clients(self._inherited, socket.SHUT_RD):
+        while sockets.shut_clients(self._inherited, self._cut):
             if time.monotonic() > end:
                 sockets.shut_clients(self._inherited, socket.SHUT_RDWR)
                 break
             time.sleep(0.001)
-        self._leave()
+        step("server.left")
 
     def _await_handshakes(self) -> None:
         """Wait until the main thread accepts nobody any more, and all whom it has accepted are our clients.
@@ -480,7 +544,9 @@ class Server:
         poll = select.poll()
         poll.register(self._wake[0], select.POLLIN)
         while poll.poll(max(end - time.monotonic(), 0) * 1000):
-            if sockets.HAND_OVER in os.read(self._wake[0], 64):
+            signals = os.read(self._wake[0], 64)
+            self._signals += signals
+            if sockets.HAND_OVER in signals:
                 break
         looks = 0
         while looks < LOOKS and time.monotonic() < end:
@@ -488,7 +554,7 @@ class Server:
             time.sleep(0.001)
 
     def _await_quiet(self) -> None:
-        """Wait for a moment in which no client waits for an answer, if there is one soon.
+        """Wait for a moment in which no client waits for an answer, if there is one soon, and cut all off.
 
         Linux' own client shuts a connection on which it cannot send. What it has sent already and has no
         answer to it sends again only when that times out: after a second or two. All else it sends at once.
@@ -506,9 +572,9 @@ class Server:
                 time.sleep(0.0002)
             for client in clients:
                 with suppress(OSError):
-                    client.shutdown(socket.SHUT_RD)
+                    client.shutdown(self._cut)
 
-    def _leave(self) -> None:
+    def _end(self) -> None:
         """End nbdkit within a second, in its normal way if it can: then it calls `stop`."""
         self._manager.tell("STOPPING=1")
         self._shutdown()
@@ -550,7 +616,8 @@ def self_test() -> None:
 
 
 def _say(text: str) -> None:
-    print(f"zramd: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody reads it any more
+        print(f"zramd: {text}", file=sys.stderr, flush=True)
 
 
 def _ignore(number: int, frame: object) -> None:

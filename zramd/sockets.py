@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from zramd import handover
+
 # Leave at once, also while swapped to: the state stays. Without a state as SIGTERM.
 HAND_OVER = signal.SIGUSR1
 
@@ -23,6 +25,37 @@ def listening() -> list[int]:
             if _listens(sock):
                 found.append(fd)
     return found
+
+
+def bound(descriptors: list[int]) -> list[tuple[str, os.stat_result]]:
+    """Return the files of unix sockets that this process has bound itself, each with what it is known by.
+
+    Those that were passed on to us by a service manager are that one's; by a server before, they are ours.
+    """
+    if "LISTEN_FDS" in os.environ and not handover.takes_over():
+        return []
+    found = []
+    for fd in descriptors:
+        with socket.socket(fileno=os.dup(fd)) as sock, suppress(OSError):
+            name = sock.getsockname() if sock.family == socket.AF_UNIX else ""
+            if isinstance(name, str) and name:
+                path = os.path.abspath(name)
+                found.append((path, os.lstat(path)))
+    return found
+
+
+def unlink(files: list[tuple[str, os.stat_result]]) -> None:
+    """Remove what `bound` found, but for what has another file in its place. Never raises."""
+    for path, status in files:
+        with suppress(OSError):
+            if os.path.samestat(os.lstat(path), status):
+                os.unlink(path)
+
+
+def has_filters() -> bool:
+    """Say whether nbdkit was given filters."""
+    with open("/proc/self/cmdline", "rb") as file:
+        return any(word.startswith(b"--fi") for word in file.read().split(b"\0"))
 
 
 def inherited() -> frozenset[int]:

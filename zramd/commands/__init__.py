@@ -147,8 +147,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ZramdError, OSError) as error:
         print(f"zramd: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, ZramdError) else 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as interrupt:
+        return 128 + getattr(interrupt, "number", 2)  # as a shell has it for what a signal ended
 
 
 def _check_verb(word: str, known: dict[str, Parser]) -> None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from zramd import client, rundir
 from zramd.errors import AttachError
+from zramd.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -27,16 +28,25 @@ _DEVICE = re.compile(r"(?:/dev/)?nbd(\d{1,4})")
 
 def attach(arguments: argparse.Namespace) -> int:
     """Attach a device, swap to it if asked, and print its name."""
-    import signal
-
-    from zramd import attached, kernelswap, swapunit
+    from zramd import interrupts, life
 
     if arguments.config and not _configure(arguments):
         return 0
     _must_be_root("attach", arguments.name)
-    # What was begun is finished: half an attachment would be nobody's. (Children would inherit SIG_IGN.)
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
-    served = client.find(arguments.name, arguments.rundir)
+    interrupts.interruptible()
+    served = client.look(arguments.name, arguments.rundir)
+    # Until it is attached, the server must neither leave nor be replaced: it is known by its data.
+    with life.turn(served.path, served.name):
+        served.look_again()
+        step("attach.turn")
+        print(_attach(arguments, served))
+    return 0
+
+
+def _attach(arguments: argparse.Namespace, served: client.Served) -> str:
+    """Attach a device and swap to it if asked; return its name."""
+    from zramd import attached, kernelswap
+
     address = served.file(rundir.NBD_SOCKET)
     there = attached.find(served.name)
     if there and arguments.config and there.data and there.data != attached.data_of(served.path):
@@ -56,22 +66,33 @@ def attach(arguments: argparse.Namespace) -> int:
         device = _by_nbd_client(arguments, served.name, address)
     else:
         device = f"/dev/nbd{_start_keeper(_job(arguments, served, arguments.device))}"
+    try:
+        step("attach.attached")
+        _use(arguments, served.name, device)
+    except BaseException as error:
+        swapped = kernelswap.find(device) is not None
+        if not there and not swapped:  # half an attachment would be nobody's
+            with suppress(AttachError):  # what went wrong first is what counts
+                _disconnect(device, attached.find(served.name))
+                _forget(served.name, device)
+        elif isinstance(error, KeyboardInterrupt):
+            _say(f"interrupted: {served.name} is attached as {device}{', and swapped to' if swapped else ''}")
+        raise
+    return device
+
+
+def _use(arguments: argparse.Namespace, name: str, device: str) -> None:
+    """Wait for a device that was attached, and swap to it if asked."""
+    from zramd import kernelswap, swapunit
+
     _wait(lambda: os.path.exists(device), f"{device} does not appear: is /dev a devtmpfs, or udev running?")
     if arguments.swap and kernelswap.find(device) is None:
-        try:
-            if arguments.config and (changed := kernelswap.set_memory_aside()):
-                _say(changed)
-            if arguments.config:
-                swapunit.order(device, served.name)
-            kernelswap.on(device, arguments.priority, options=arguments.swapon_options)
-        except BaseException:
-            if not there and kernelswap.find(device) is None:
-                with suppress(AttachError):  # what went wrong first is what counts
-                    _disconnect(device, attached.find(served.name))
-                    _forget(served.name, device)
-            raise
-    print(device)
-    return 0
+        if arguments.config and (changed := kernelswap.set_memory_aside()):
+            _say(changed)
+        if arguments.config:
+            swapunit.order(device, name)
+        kernelswap.on(device, arguments.priority, options=arguments.swapon_options)
+    step("attach.used")
 
 
 def _drop(there: "Attached") -> None:
@@ -127,9 +148,10 @@ def detach(arguments: argparse.Namespace) -> int:
     """Detach a device, swapping off first if told."""
     from contextlib import nullcontext
 
-    from zramd import attached, kernelswap
+    from zramd import attached, interrupts, kernelswap
 
     _must_be_root("detach", arguments.name)
+    interrupts.interruptible()
     there = attached.find(arguments.name)
     if there is None:
         if arguments.if_attached:
@@ -150,11 +172,13 @@ def detach(arguments: argparse.Namespace) -> int:
                 kernelswap.off(device, force=arguments.force, progress=_progress(device))
             except KeyboardInterrupt:
                 left = kernelswap.find(device)
-                if left is None:
-                    raise
-                _say(f"interrupted: {left.used >> 20} MiB are still swapped out to {device}, still in use")
-                return 130
+                if left is not None:
+                    used = left.used >> 20
+                    _say(f"interrupted: {used} MiB are still swapped out to {device}, still in use")
+                raise
         _must_be_free(device)
+        step("detach.free")
+        interrupts.finish()
         _disconnect(device, there)
         disconnected()
     _forget(there.name, device)
@@ -262,7 +286,9 @@ def _start_keeper(job: "Job") -> int:
     try:
         words = " ".join(keeper.stdout.read().decode(errors="replace").split())
     except BaseException:
-        keeper.terminate()
+        keeper.terminate()  # it takes back what it has done
+        with suppress(subprocess.TimeoutExpired):
+            keeper.wait(APPEARS)
         raise
     if not words.startswith("ok "):
         raise AttachError(f"{job.name} cannot be attached: {words or 'its keeper has died'}")
@@ -305,17 +331,25 @@ def _disconnect(device: str, there: "Attached | None") -> None:
     """End a device, and its keeper."""
     import signal
 
-    from zramd import kernelswap, netlink
+    from zramd import attached, kernelswap, netlink
 
+    keeper = -1
+    if there and there.keeper:
+        with suppress(ProcessLookupError):
+            keeper = os.pidfd_open(there.keeper)
+            if attached.find(there.name) != there:  # it has left its number to another process
+                os.close(keeper)
+                keeper = -1
     try:
         kernel = netlink.Kernel()
         kernel.disconnect(_index(device))
         kernel.close()
     except netlink.NoFamilyError:
         kernelswap.run("nbd-client", "-d", device)
-    if there and there.keeper:
+    if keeper >= 0:
         with suppress(ProcessLookupError):
-            os.kill(there.keeper, signal.SIGTERM)
+            signal.pidfd_send_signal(keeper, signal.SIGTERM)
+        os.close(keeper)
 
 
 def _forget(name: str, device: str) -> None:

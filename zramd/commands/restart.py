@@ -10,9 +10,10 @@ import socket
 import time
 from contextlib import suppress
 
-from zramd import client, handover, rundir
-from zramd.commands import add_device, serve
+from zramd import client, handover, life, rundir
+from zramd.commands import add_device, background, filters, serve
 from zramd.errors import DeviceError, UsageError
+from zramd.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from zramd.commands import Commands
 
 LEAVE_TIMEOUT = 10.0  # seconds; a server needs one at most, a busy machine a few
+END_TIMEOUT = 2.0  # seconds; one that does not answer may be stopping
 _FIRST = 3  # the first descriptor that nbdkit takes for a listening socket
-_SOCKETS = "sockets.sock"
 _SOCKETS_MAX = 16  # of the kind on which clients are accepted
 _KEPT = ("name", "rundir", "state")  # what a restart cannot change, beside what the state says itself
 _PROGRAM = {"-f", "--foreground", "--no-fork"}
@@ -33,8 +34,25 @@ def restart(arguments: argparse.Namespace) -> int:
 
     Raises DeviceError (with what became of the old server), UsageError, ConfigError.
     """
-    served = client.find(arguments.name, arguments.rundir)
-    _keep_others_off(served)
+    from zramd import interrupts
+
+    interrupts.interruptible()
+    served = client.look(arguments.name, arguments.rundir)
+    with (
+        interrupts.told(lambda: f"{served.name} goes on as before"),
+        life.turn(served.path, served.name) as turn,
+    ):
+        step("restart.turn")
+        served.look_again()
+        pid, away = _replace(served, arguments.settings, turn)
+    print(f"{'name':<13} {served.name}\n{'pid':<13} {pid}\n{'away for':<13} {away * 1000:.0f} ms")
+    return 0
+
+
+def _replace(served: client.Served, words: list[str], turn: life.Turn) -> tuple[int, float]:
+    """Replace the server; return the new one's process and for how many seconds nobody answered."""
+    from zramd import interrupts
+
     settings = served.ask_json("GET", "/settings")
     served.name = settings["name"]
     pairs = _pairs(settings)
@@ -44,39 +62,55 @@ def restart(arguments: argparse.Namespace) -> int:
             f"state=/dev/shm/{served.name}.state, then it can be restarted"
         )
     _refuse_others(served)
-    argv = _command(served, _override(pairs, arguments.settings))
+    filters.refuse(served.name, _words(f"/proc/{served.pid}/cmdline"))
+    argv = _command(served, _override(pairs, words))
     as_before = _command(served, pairs)
-    listening, made = _take_sockets(served)
-    new = _Successor(argv, listening, made)
+    old = _Old(served)
+    step("restart.sockets")
+    old.take_sockets()
+    new = _Successor(argv, old, turn)
     try:
+        step("restart.spawned")
         new.wait_until_ready()
     except DeviceError as error:
-        raise DeviceError(
-            f"{served.name} goes on as before: the new server does not start: {error}"
-        ) from None
+        raise old.goes_on(f"the new server does not start: {error}") from None
+    except BaseException:
+        new.kill()
+        raise
     since = time.monotonic()
     try:
+        step("restart.ready")
         _refuse_streams(served)
-        _end(served)
-        new.go(served)
+    except DeviceError as error:
+        if not old.has_ended() or old.was_stopped():
+            new.kill()
+            raise old.goes_on(str(error)) from None
+        # It has died: nobody's stream can be cut off, and the new one has all that it needs.
+    except BaseException:
+        new.kill()
+        raise
+    interrupts.finish()
+    _drain(served.name, old.process)
+    try:
+        new.go(old)
+    except _StillThereError:
+        raise
     except DeviceError as error:
         new.kill()
-        if rundir.holder(served.path) == served.pid:
-            raise DeviceError(f"{served.name} goes on as before: {error}") from None
-        _come_back(served, as_before, listening, made, error)
-    away = time.monotonic() - since
-    print(f"{'name':<13} {served.name}\n{'pid':<13} {new.pid}\n{'away for':<13} {away * 1000:.0f} ms")
-    return 0
+        if not new.tells or not old.wait(LEAVE_TIMEOUT) or old.was_stopped():
+            raise old.goes_on(str(error)) from None
+        _come_back(served, as_before, old, turn, error)
+    return new.pid, time.monotonic() - since
 
 
 def _come_back(
-    served: client.Served, argv: list[str], listening: list[int], made: bool, error: DeviceError
+    served: client.Served, argv: list[str], old: "_Old", turn: life.Turn, error: DeviceError
 ) -> None:
     """Start a server as the old one was; the old one has left, and the new one failed. Raises DeviceError."""
     try:
-        again = _Successor(argv, listening, made)
+        again = _Successor(argv, old, turn)
         again.wait_until_ready()
-        again.go(served)
+        again.go(old)
     except DeviceError as worse:
         raise DeviceError(
             f"{served.name} is not served: the new server failed ({error}), "
@@ -85,28 +119,110 @@ def _come_back(
     raise DeviceError(f"{served.name} is served as before, by a new process {again.pid}: {error}")
 
 
-class _Successor:
-    """A server that is ready to take over."""
+class _StillThereError(DeviceError):
+    """The old server has been told to leave, and has not."""
 
-    def __init__(self, argv: list[str], listening: list[int], made: bool) -> None:
+
+class _Old:
+    """The server that is to be replaced, and what of it a new one needs."""
+
+    def __init__(self, served: client.Served) -> None:
+        """Raise DeviceError when it has ended meanwhile."""
+        self.served = served
+        self.pid = served.pid or 0
+        # A server of an older zramd does not tell.
+        self.leaves_pid = bool(served.ask_json("GET", "/health").get("leaves_pid"))
+        self.listening: list[int] = []
+        self.made = False  # the run folder, by zramd
+        try:
+            self.process = os.pidfd_open(self.pid)
+            # What nbdkit was told in relative paths is relative to this.
+            self.folder = os.open(f"/proc/{self.pid}/cwd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            raise served.died() from None
+        if rundir.holder(served.path) != self.pid:  # it has left its number to another process
+            served.look_again()
+
+    def take_sockets(self) -> None:
+        """Get the sockets on which it accepts clients. Raises DeviceError."""
+        path = self.served.file(rundir.SOCKETS)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as here:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            here.bind(path)
+            try:
+                here.listen(1)
+                self.served.request("POST", "/sockets", path)
+                with here.accept()[0] as link:
+                    text, self.listening, _, _ = socket.recv_fds(link, 64, _SOCKETS_MAX)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+        for fd in self.listening:
+            os.set_inheritable(fd, False)  # or the new server would have these beside those that it is given
+        if not self.listening:
+            raise DeviceError(f"{self.served.name} serves its standard input: it cannot be restarted")
+        self.made = text == b"made"
+
+    def was_stopped(self) -> bool:
+        """Say whether somebody has stopped it: once it has ended, and if it is new enough to tell."""
+        return self.leaves_pid and not os.path.exists(self.served.file(rundir.PID))
+
+    def goes_on(self, why: str) -> DeviceError:
+        """Return the error that says why the restart has failed, and what became of this server."""
+        if not self.has_ended():
+            return DeviceError(f"{self.served.name} goes on as before: {why}")
+        if self.was_stopped():
+            return DeviceError(f"{self.served.name} was stopped while it was restarted: nobody serves it")
+        try:
+            self.served.look_again()
+        except DeviceError as error:
+            return error
+        return DeviceError(f"{self.served.name} is served by another process now: {self.served.pid}")
+
+    def has_ended(self) -> bool:
+        """Say whether it has ended; one that does not answer may be about to."""
+        try:
+            self.served.request("GET", "/health", timeout=1)
+        except DeviceError:
+            return self.wait(END_TIMEOUT)
+        return False
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for its end; say whether that has come."""
+        ended = select.poll()
+        ended.register(self.process, select.POLLIN)
+        return bool(ended.poll(seconds * 1000))
+
+
+class _Successor:
+    """A server that is ready to take over: see zramd.handover."""
+
+    def __init__(self, argv: list[str], old: _Old, turn: life.Turn) -> None:
+        from zramd import interrupts
+
         ours, theirs = socket.socketpair()
         self._link = ours
+        self.tells = False  # it has begun to tell the old one
         # Above those that nbdkit takes for sockets of its own.
-        link = _high(theirs.fileno())
-        copies = [_high(fd) for fd in listening]
+        kept = (_high(theirs.fileno()), _high(old.process), turn.fd)
+        copies = [_high(fd) for fd in old.listening]
 
         def prepare() -> None:
             for number, fd in enumerate(copies, _FIRST):
                 os.dup2(fd, number)
-            os.set_inheritable(link, True)
-            os.environ.update(LISTEN_FDS=str(len(copies)), LISTEN_PID=str(os.getpid()))
-            os.environ[handover.WAITS] = str(link)
-            os.environ[rundir.BACKGROUND] = "1"
-            if made:
-                os.environ[handover.MADE] = "1"
+            os.fchdir(old.folder)
+            words = turn.words() | {
+                "LISTEN_FDS": str(len(copies)),
+                "LISTEN_PID": str(os.getpid()),
+                handover.TAKES_OVER: handover.order(*kept[:2], old.leaves_pid),
+                rundir.BACKGROUND: "1",
+            }
+            background.give(words | ({handover.MADE: "1"} if old.made else {}), *kept)
 
-        self.pid, self._errors = serve.spawn(argv, prepare)
-        for fd in (link, *copies):
+        with interrupts.blocked():
+            self.pid, self._errors = serve.spawn(argv, prepare)
+        for fd in (*kept[:2], *copies):
             os.close(fd)
         theirs.close()
 
@@ -114,20 +230,30 @@ class _Successor:
         """Return once it has nothing left to do but to take over. Raises DeviceError with its reason."""
         self._link.settimeout(serve.READY_TIMEOUT)
         try:
-            ready = self._link.recv(16)
+            ready = self._link.recv(1)
         except TimeoutError:
             self.kill()
             raise DeviceError(f"it is not ready within {serve.READY_TIMEOUT:g} seconds") from None
         if not ready:
             raise DeviceError(serve.reason(serve.read_until(self._errors, time.monotonic() + 1)))
 
-    def go(self, served: client.Served) -> None:
-        """Let it take over, and return once it answers. Raises DeviceError with its reason."""
-        end = time.monotonic() + serve.READY_TIMEOUT
+    def go(self, old: _Old) -> None:
+        """Let it tell the old server and take over, and return once it answers. Raises DeviceError.
+
+        An old server that does not leave is waited for by the new one alone, which cannot be told otherwise.
+        """
+        self._link.settimeout(LEAVE_TIMEOUT)
         with suppress(OSError):
-            self._link.send(b"!")
-        said = serve.read_until(self._errors, end)  # until it serves, and turns to its log
-        if rundir.holder(served.path) != self.pid:
+            self._link.send(handover.GO)
+            self.tells = self._link.recv(1) == handover.TELLING
+        if self.tells and not old.wait(LEAVE_TIMEOUT):
+            raise _StillThereError(
+                f"{old.served.name} has not left within {LEAVE_TIMEOUT:g} seconds: look at its process, "
+                f"{old.pid}: the new one, {self.pid}, takes over when it has ended"
+            )
+        # Until it serves, and turns to its log.
+        said = serve.read_until(self._errors, time.monotonic() + serve.READY_TIMEOUT)
+        if rundir.holder(old.served.path) != self.pid:
             raise DeviceError(serve.reason(said))
 
     def kill(self) -> None:
@@ -136,6 +262,9 @@ class _Successor:
 
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
+        self._link.settimeout(1)
+        with suppress(OSError):  # it may have said more than was waited for
+            self.tells = self.tells or handover.TELLING in self._link.recv(16)
 
 
 def _pairs(settings: "dict[str, Any]") -> list[tuple[str, str]]:
@@ -165,17 +294,6 @@ def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str,
                 f"{name}={getattr(before, name)}"
             )
     return after
-
-
-def _keep_others_off(served: client.Served) -> None:
-    """Raise DeviceError if another process restarts this server; until this one ends, no other one can."""
-    import fcntl
-
-    folder = os.open(served.path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DeviceError(f"{served.name} is being restarted already") from None
 
 
 def _refuse_others(served: client.Served) -> None:
@@ -229,49 +347,6 @@ def _command(served: client.Served, pairs: list[tuple[str, str]]) -> list[str]:
     serve.set_environment(config.parse(pairs))
     plugin = ["python", serve.plugin_path(), *(f"{key}={value}" for key, value in pairs)]
     return ["nbdkit", "-f", *options.before, *plugin, *after]
-
-
-def _take_sockets(served: client.Served) -> tuple[list[int], bool]:
-    """Return the sockets on which a server accepts clients, and whether zramd made its run folder."""
-    path = served.file(_SOCKETS)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as here:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        here.bind(path)
-        try:
-            here.listen(1)
-            served.request("POST", "/sockets", path)
-            with here.accept()[0] as link:
-                text, found, _, _ = socket.recv_fds(link, 64, _SOCKETS_MAX)
-        finally:
-            os.unlink(path)
-    for fd in found:
-        os.set_inheritable(fd, False)  # or the new server would have these beside those that it is given
-    if not found:
-        raise DeviceError(f"{served.name} serves its standard input: it cannot be restarted")
-    return found, text == b"made"
-
-
-def _end(served: client.Served) -> None:
-    """Let the old server hand over, and wait for its end. Raises DeviceError."""
-    import signal
-
-    from zramd import sockets
-
-    pid = served.pid or 0
-    try:
-        process = os.pidfd_open(pid)
-        _drain(served.name, process)
-        if rundir.holder(served.path) == pid:  # it has not ended and left its number to another process
-            signal.pidfd_send_signal(process, sockets.HAND_OVER)
-    except ProcessLookupError:
-        return
-    ended = select.poll()
-    ended.register(process, select.POLLIN)
-    done = ended.poll(LEAVE_TIMEOUT * 1000)
-    os.close(process)
-    if not done:
-        raise DeviceError(f"it has not left within {LEAVE_TIMEOUT:g} seconds: look at its process, {pid}")
 
 
 def _drain(name: str, process: int) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from zramd import client
 from zramd.commands import add_device
 from zramd.errors import DeviceError, SaveError, UsageError
+from zramd.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -25,8 +26,10 @@ RECORD = 16  # bytes of a record beside the payload, at most
 
 def save(arguments: argparse.Namespace) -> int:
     """Save a device to a file."""
+    from zramd import interrupts
     from zramd.commands.serve import refuse_in_use
 
+    interrupts.interruptible()
     file = _file(arguments)
     served = client.find(arguments.name, arguments.rundir)
     if file == "-" and os.isatty(1):
@@ -43,7 +46,8 @@ def save(arguments: argparse.Namespace) -> int:
         if file == "-":
             found = _copy(served, control, 1, "standard output", _progress("saved", total))
         else:
-            found = _write(served, control, file, total)
+            with interrupts.told(lambda: f"'{file}' is as it was"):
+                found = _write(served, control, file, total)
     print(f"{_summary(found)}, {_speed(found['bytes'], started)}", file=sys.stderr)
     _warn(found)
     return 0
@@ -67,28 +71,44 @@ def _check_target(file: str, force: bool) -> None:
 
 
 def _write(served: client.Served, control: socket.socket, file: str, total: int) -> "dict[str, int]":
-    """Write the stream beside the file, and put it in its place once it is whole and on the disk."""
-    partial = f"{file}.partial"
-    done = False
+    """Write the stream to a file of its own, and put that in its place once it is whole and on the disk."""
+    from zramd import interrupts
+
+    # One that nobody can guess, nor another save share.
+    partial = f"{file}.{os.urandom(8).hex()}.partial"
     try:
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd, named = _open_partial(partial)
     except OSError as error:
-        raise _cannot("be written", partial, error) from None
+        raise _cannot("be written", file, error) from None
     try:
-        try:
-            found = _copy(served, control, fd, file, _progress("saved", total))
-            os.fsync(fd)
-            os.rename(partial, file)
-            done = True
-            _sync_folder(file)
-        except OSError as error:
-            raise _cannot("be written", file, error) from None
+        step("save.opened")
+        found = _copy(served, control, fd, file, _progress("saved", total))
+        os.fsync(fd)
+        step("save.whole")
+        interrupts.finish()
+        if not named:
+            os.link(f"/proc/self/fd/{fd}", partial, src_dir_fd=fd, follow_symlinks=True)
+        os.rename(partial, file)
+        _sync_folder(file)
+    except OSError as error:
+        raise _cannot("be written", file, error) from None
     finally:
         os.close(fd)
-        if not done:
-            with suppress(OSError):
-                os.unlink(partial)
+        with suppress(OSError):
+            os.unlink(partial)
     return found
+
+
+def _open_partial(partial: str) -> tuple[int, bool]:
+    """Return the descriptor of a new file, and whether it has a name already.
+
+    One that has none leaves nothing, whatever ends us; but not every file system has such. Raises OSError.
+    """
+    flags = os.O_WRONLY | os.O_CLOEXEC
+    try:
+        return os.open(os.path.dirname(partial), flags | os.O_TMPFILE, 0o600), False
+    except OSError:
+        return os.open(partial, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), True
 
 
 def _sync_folder(file: str) -> None:
@@ -145,21 +165,30 @@ def _unblocked(fd: int, how: int) -> "Iterator[int]":
 
 def load(arguments: argparse.Namespace) -> int:
     """Load a saved device into a running one, or only check it."""
+    from zramd import interrupts
+
+    interrupts.interruptible()
     file = _file(arguments)
     if arguments.check:
         return _check(file)
     served = client.find(arguments.name, arguments.rundir)
     started = time.monotonic()
-    with _open(file) as source:
+    emptied = ""
+    with _open(file) as source, interrupts.told(lambda: f"{served.name} is not loaded{emptied}"):
         regular = stat.S_ISREG(os.fstat(source.fileno()).st_mode)
         if arguments.force:
             if regular:  # what is there is not dropped for a file that cannot be loaded
                 _verify(source.fileno(), file)
                 source.seek(0)
             served.request("POST", "/reset")
+            emptied = ", but empty"
+            step("load.reset")
         length = os.fstat(source.fileno()).st_size if regular else -1
         with served.open_stream("PUT", "/load", length) as control:
+            step("load.begun")
             _send(source.fileno(), control, length)
+            interrupts.finish()  # what was sent whole is loaded, and said to be
+            step("load.sent")
             try:
                 answer = served.end_stream(control, "/load")
             except DeviceError as error:

@@ -16,9 +16,10 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
-from zramd import __version__, attached, client, kernelswap, rundir
-from zramd.commands import add_device
+from zramd import __version__, attached, client, handover, kernelswap, life, rundir
+from zramd.commands import add_device, background
 from zramd.errors import DeviceError, UsageError, ZramdError
+from zramd.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 DEFAULT_SIZE = "1G"
 READY_TIMEOUT = 30.0  # seconds after which the watcher gives up: nbdkit says itself what is wrong
 STOP_TIMEOUT = 10.0  # seconds; a server needs one, a busy machine a few
+KILL_TIMEOUT = 2.0  # seconds that a server which did not get so far has to end in its normal way
 LOOK_TIMEOUT = 2.0  # seconds; one that does not answer is stopped all the same
 _BEFORE_REASON = r"nbdkit: (error: )?(.*nbdkit_plugin\.py: \w+: error: )?"
 
@@ -119,7 +121,9 @@ def command(settings: "Config", pairs: list[tuple[str, str]], options: Options) 
 
 def plugin_path() -> str:
     """Return where nbdkit_plugin.py is: beside the package, in a checkout as in site-packages."""
-    return os.path.join(os.path.dirname(os.path.dirname(rundir.__file__)), "nbdkit_plugin.py")
+    return os.path.join(
+        os.path.dirname(os.path.dirname(os.path.abspath(rundir.__file__))), "nbdkit_plugin.py"
+    )
 
 
 def uri(settings: "Config", options: Options) -> str:
@@ -177,15 +181,17 @@ def greeting(settings: "Config", options: Options, pid: int) -> str:
     )
 
 
-def is_ready(settings: "Config") -> bool:
-    """Say whether the server answers."""
+def is_ready(settings: "Config", pid: int) -> bool:
+    """Say whether the server that is process `pid` answers: it, and not another one of the same name."""
+    if rundir.holder(settings.rundir) != pid:
+        return False
     if not settings.endpoint:
         return os.path.exists(f"{settings.rundir}/{rundir.NBD_SOCKET}")
     try:
         status, answer = client.ask(settings.rundir, "GET", "/health", timeout=1)
     except OSError:
         return False
-    return status == 200 and "status" in answer
+    return status == 200 and re.search(rf'"pid": {pid}\b', answer) is not None
 
 
 def watch(pid: int, ready: Callable[[], bool], text: str) -> None:
@@ -216,7 +222,7 @@ def _start_watcher(settings: "Config", text: str) -> None:
         return
     try:
         if os.fork() == 0:
-            watch(pid, lambda: is_ready(settings), text)
+            watch(pid, lambda: is_ready(settings, pid), text)
     finally:
         os._exit(0)
 
@@ -264,7 +270,7 @@ def set_environment(settings: "Config") -> None:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Become nbdkit, serving as told. Returns only by an exception: see `plan`."""
-    from zramd import fdstore, handover
+    from zramd import fdstore
 
     size, words = arguments.size, arguments.settings
     if arguments.config is not None:
@@ -284,6 +290,12 @@ def serve(arguments: argparse.Namespace) -> int:
     if _STANDARD_INPUT.isdisjoint(options.values) and "NOTIFY_SOCKET" not in os.environ:
         _start_watcher(settings, greeting(settings, options, os.getpid()))
     set_environment(settings)
+    with suppress(OSError):  # without a folder nobody is in the middle of anything
+        turn = life.take(settings.rundir, settings.name)
+        background.refuse_another(settings)
+        background.give(turn.words(), turn.fd)
+    background.clear_socket(options.values.get("-U", options.values.get("--unix", "")))
+    step("serve.exec")
     os.execvp(argv[0], argv)
 
 
@@ -303,8 +315,9 @@ def start(arguments: argparse.Namespace) -> int:
 
     Raises as `plan`, and DeviceError with the server's reason when it does not get so far.
     """
-    import signal
+    from zramd import interrupts
 
+    interrupts.interruptible()
     name, words = arguments.new_name, arguments.settings
     if name is not None and arguments.size is None:
         from zramd import devices
@@ -320,21 +333,16 @@ def start(arguments: argparse.Namespace) -> int:
     if not _STANDARD_INPUT.isdisjoint(options.values):
         raise UsageError("a server in the background has no standard input to serve: use 'zramd serve'")
     set_environment(settings)
-    os.environ[rundir.BACKGROUND] = "1"
-    end = time.monotonic() + READY_TIMEOUT
-    pid, errors = spawn(argv)
-    try:
-        said = read_until(errors, end)
-        while not is_ready(settings):
-            if rundir.holder(settings.rundir) is None:
-                raise DeviceError(f"{settings.name} does not start: {reason(said)}")
-            if time.monotonic() >= end:
-                raise DeviceError(f"{settings.name} does not answer within {READY_TIMEOUT:g} seconds")
-            time.sleep(0.01)
-    except BaseException:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        raise
+    with (
+        interrupts.told(lambda: f"{settings.name} is not started"),
+        life.turn(settings.rundir, settings.name, make=True) as turn,
+    ):
+        background.refuse_another(settings)
+        background.clear_socket(options.values.get("-U", options.values.get("--unix", "")))
+        step("start.turn")
+        pid = _begin(settings, argv, turn)
+        interrupts.finish()  # it serves, and is said to
+    step("start.serves")
     lines = [("name", settings.name), ("pid", str(pid)), ("stats folder", settings.rundir)]
     if not options.other_transport:
         lines.append(("socket", f"{settings.rundir}/{rundir.NBD_SOCKET}"))
@@ -343,12 +351,48 @@ def start(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _begin(settings: "Config", argv: list[str], turn: life.Turn) -> int:
+    """Start a server in the background, and return its process number once it answers; if not, it is gone.
+
+    Raises DeviceError with its reason.
+    """
+    from zramd import interrupts
+
+    end = time.monotonic() + READY_TIMEOUT
+    environment = {**turn.words(), rundir.BACKGROUND: "1"}
+    with interrupts.blocked():
+        pid, errors = spawn(argv, lambda: background.give(environment, turn.fd))
+        process = os.pidfd_open(pid)
+    try:
+        step("start.spawned")
+        said = read_until(errors, end)
+        while not is_ready(settings, pid):
+            if background.has_ended(process):
+                other = rundir.holder(settings.rundir)
+                if other is not None:
+                    raise rundir.in_use(settings.rundir, other)
+                raise DeviceError(f"{settings.name} does not start: {reason(said)}")
+            if time.monotonic() >= end:
+                raise DeviceError(f"{settings.name} does not answer within {READY_TIMEOUT:g} seconds")
+            time.sleep(0.01)
+        return pid
+    except BaseException:
+        interrupts.end(process, KILL_TIMEOUT)
+        rundir.clear(settings.rundir, pid)
+        raise
+    finally:
+        os.close(process)
+        os.close(errors)
+
+
 def spawn(argv: list[str], prepare: Callable[[], None] = lambda: None) -> tuple[int, int]:
     """Run a program as nobody's child, in a session of its own; return its number and its standard error.
 
     Nobody's child because nbdkit may ask the kernel to be ended together with its parent. `prepare` is called
     in the new process before it becomes the program.
     """
+    from zramd import interrupts
+
     errors, to_errors = os.pipe()
     numbers, to_numbers = os.pipe()
     child = os.fork()
@@ -366,6 +410,7 @@ def spawn(argv: list[str], prepare: Callable[[], None] = lambda: None) -> tuple[
                 for source, target in ((null, 0), (null, 1), (to_errors, 2)):
                     os.dup2(source, target)
                 prepare()
+                interrupts.unblock()
                 os.execvp(argv[0], argv)
         except OSError as error:
             os.write(to_errors, f"{argv[0]}: {error}\n".encode())
@@ -405,20 +450,48 @@ def stop(arguments: argparse.Namespace) -> int:
     """
     import signal
 
-    served = client.find(arguments.name, arguments.rundir)
-    pid = served.pid or 0
-    refuse_in_use(served, "stop")
-    process = os.pidfd_open(pid)
-    if rundir.holder(served.path) == pid:  # it has not ended and left its number to another process
-        signal.pidfd_send_signal(process, signal.SIGTERM)
-    ended = select.poll()
-    ended.register(process, select.POLLIN)
-    if not ended.poll(STOP_TIMEOUT * 1000):
-        raise DeviceError(
-            f"{served.name} has not stopped within {STOP_TIMEOUT:g} seconds: "
-            f"'kill -QUIT {pid}' ends it whatever it waits for"
-        )
+    from zramd import interrupts
+
+    interrupts.interruptible()
+    served = client.look(arguments.name, arguments.rundir)
+    outcome = "is not stopped"
+    with (
+        interrupts.told(lambda: f"{served.name} {outcome}"),
+        life.turn(served.path, served.name),
+    ):
+        served.look_again()
+        pid = served.pid or 0
+        step("stop.turn")
+        refuse_in_use(served, "stop")
+        if not arguments.force:
+            _refuse_loss(served)
+        process = os.pidfd_open(pid)
+        if rundir.holder(served.path) == pid:  # it has not ended and left its number to another process
+            outcome = "has been told to stop"
+            signal.pidfd_send_signal(process, signal.SIGTERM)
+            step("stop.told")
+        ended = select.poll()
+        ended.register(process, select.POLLIN)
+        if not ended.poll(STOP_TIMEOUT * 1000):
+            raise DeviceError(
+                f"{served.name} has not stopped within {STOP_TIMEOUT:g} seconds: "
+                f"'kill -QUIT {pid}' ends it whatever it waits for"
+            )
     return 0
+
+
+def _refuse_loss(served: client.Served) -> None:
+    """Raise DeviceError if clients are connected who would lose what they have stored: there is no state."""
+    try:
+        clients = served.ask_json("GET", "/health", timeout=LOOK_TIMEOUT)["clients"]
+        state = served.ask_json("GET", "/settings", timeout=LOOK_TIMEOUT).get("state")
+    except DeviceError:  # it does not answer: it cannot be of use to anybody
+        return
+    if clients and not state:
+        raise DeviceError(
+            f"{served.name} has no state, and its data would be lost to those who use it "
+            f"({clients} connected): disconnect them first, or use --force"
+        )
 
 
 def refuse_in_use(served: client.Served, what: str, more: str = "") -> None:
@@ -476,11 +549,15 @@ def add(commands: "Commands") -> None:
 
     parser = commands.add_parser(
         "stop",
-        help="stop a server: its data is lost",
-        description="Stop a server and wait for its end. Its data is lost. "
+        help="stop a server; without a state its data is lost",
+        description="Stop a server and wait for its end. Without a state its data is lost: then it refuses "
+        "while clients are connected. With one it is kept. "
         "Refuses while this machine's kernel swaps to the device or has it mounted.",
     )
     add_device(parser)
+    parser.add_argument(
+        "--force", action="store_true", help="stop it although clients are connected whose data is lost"
+    )
     parser.set_defaults(run=stop)
 
     parser = commands.add_parser(

@@ -1,0 +1,49 @@
+"""What a command does around a server that it begins."""
+
+import os
+import select
+from contextlib import suppress
+
+from zramd import rundir
+
+TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
+if TYPE_CHECKING:
+    from zramd.config import Config
+
+
+def refuse_another(settings: "Config") -> None:
+    """Raise RundirError if a server has come while we waited for our turn."""
+    pid = rundir.holder(settings.rundir)
+    if pid is not None:
+        raise rundir.in_use(settings.rundir, pid)
+
+
+def has_ended(process: int) -> bool:
+    """Say whether the process of a pidfd has ended."""
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def give(words: dict[str, str], *kept: int) -> None:
+    """Give the program that this process becomes words in its environment, and descriptors."""
+    os.environ.update(words)
+    for fd in kept:
+        os.set_inheritable(fd, True)
+
+
+def clear_socket(path: str) -> None:
+    """Remove the socket that nbdkit is to make (-U PATH) at `path`, if a server left it that was killed.
+
+    Nobody listens on such a one, and nbdkit would only say that the address is in use.
+    """
+    import socket
+    import stat
+
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        status = os.lstat(path)
+        if stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid():
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
