@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PACKAGE_PARENT, NbdSocket, talk, wait_until
+from conftest import PACKAGE_PARENT, NbdSocket, Steps, talk, wait_until
 
 BLOCK = 4096
 
@@ -184,3 +184,36 @@ def test_a_file_that_is_no_state(manager: Manager) -> None:
     assert manager.wait() == 1
     assert "'systemd' is not a state of zramd" in manager.log.read_text()
     os.close(file)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("at", ["serve.exec", "server.device", "server.published", "server.serves"])
+def test_a_server_that_is_ended_while_it_starts(
+    manager: Manager, steps: Steps, at: str, number: signal.Signals
+) -> None:
+    """The manager has one file, which is the next server's, and nothing else is left."""
+    data = os.urandom(2000).ljust(BLOCK, b"\0")
+    manager.start()
+    wait_until(manager.serves)
+    manager.take()
+    nbd = NbdSocket(manager)  # type: ignore[arg-type]
+    assert nbd.ask(nbd.WRITE, 0, BLOCK, data) == 0
+    nbd.close()
+    manager.end(signal.SIGUSR1)
+    steps.held.add(at)
+    manager.start(**steps.env)
+    assert steps.wait(at) == manager.pid
+    os.kill(manager.pid, number)
+    steps.release()
+    manager.wait()
+    manager.take()
+    assert [name for name, _ in manager.kept] == ["zramd-state"]
+    manager.start()
+    wait_until(manager.serves)
+    manager.take()
+    assert [name for name, _ in manager.kept] == ["zramd-state"]
+    nbd = NbdSocket(manager)  # type: ignore[arg-type]
+    assert nbd.read(0, BLOCK) == data
+    nbd.close()
+    manager.end(signal.SIGTERM)
+    assert os.listdir(manager.rundir) == []  # the folder itself the first one had left to the next

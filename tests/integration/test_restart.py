@@ -410,17 +410,19 @@ def test_a_new_server_that_fails_after_the_old_one_left(
     nbd = NbdSocket(served)  # type: ignore[arg-type]
     assert nbd.ask(nbd.WRITE, 0, BLOCK, content(0, 7)) == 0
     pid = served.pid
-    # The first one says that it is ready, and ends when it is to take over; the next one is real.
+    # The first one says that it is ready, and ends once the old one was told; the next one is real.
     (tmp_path / "nbdkit").write_text(
         "#!/usr/bin/python3\n"
-        "import os, sys\n"
+        "import os, signal, sys\n"
         f"if os.path.exists('{tmp_path}/tried'):\n"
         "    os.environ['PATH'] = os.environ['PATH'].partition(':')[2]\n"
         "    os.execvp('nbdkit', sys.argv)\n"
         f"open('{tmp_path}/tried', 'w').close()\n"
-        "fd = int(os.environ['ZRAMD_TAKES_OVER'])\n"
-        "os.write(fd, b'ready')\n"
-        "os.read(fd, 1)\n"
+        "link, old, _ = map(int, os.environ['ZRAMD_TAKES_OVER'].split())\n"
+        "os.write(link, b'r')\n"
+        "os.read(link, 1)\n"
+        "os.write(link, b't')\n"
+        "signal.pidfd_send_signal(old, signal.SIGUSR1)\n"
         "sys.exit('nbdkit: error: it fell over')\n"
     )
     (tmp_path / "nbdkit").chmod(0o755)

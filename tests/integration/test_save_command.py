@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import NbdSocket, Served, wait_until
+from conftest import NbdSocket, Served, Steps, wait_until
 
 from zramd.rundir import DATA_ID
 
@@ -101,7 +101,7 @@ def test_save_and_load(serve: Serve, tmp_path: Path) -> None:
     numbers = first.stats()
     assert said.startswith(f"{numbers['pages_stored']} blocks, {file.stat().st_size} bytes, ")
     assert file.stat().st_mode & 0o777 == 0o600
-    assert os.listdir(tmp_path).count("saved.partial") == 0
+    assert [name for name in os.listdir(tmp_path) if name.startswith("saved")] == ["saved"]
     before = (second.rundir / DATA_ID).read_text()
     done("load", *at(second), file)
     assert content(second) == content(first)
@@ -158,7 +158,7 @@ def test_save_under_load(serve: Serve, tmp_path: Path) -> None:
         wait_until(lambda: served.stats()["writes"] > before + 50)
         text = refused("save", *at(served), file)
         assert "a client changed the device while it was saved: stop who writes to it, or use --live" in text
-        assert os.listdir(tmp_path).count("saved") == os.listdir(tmp_path).count("saved.partial") == 0
+        assert not [name for name in os.listdir(tmp_path) if name.startswith("saved")]
         said = done("save", "--live", *at(served), file)
     finally:
         stop.set()
@@ -174,45 +174,125 @@ def test_save_under_load(serve: Serve, tmp_path: Path) -> None:
         assert data[16:21] != b"block" or data == data[:1] * 16 + b"block" + bytes(BLOCK - 21)
 
 
-@pytest.mark.parametrize("end", ["command INT", "command KILL", "server KILL", "server USR1"])
-def test_interrupted(serve: Serve, tmp_path: Path, memory_folder: Path, end: str) -> None:
+@pytest.mark.parametrize(
+    "end", ["command INT", "command TERM", "command HUP", "command KILL", "server KILL", "server USR1"]
+)
+def test_interrupted(serve: Serve, steps: Steps, tmp_path: Path, memory_folder: Path, end: str) -> None:
     """The old file is untouched; no half of a new one is left, or is taken for a whole one."""
     served = serve(state=memory_folder / "state")
     fill(served)
     file = tmp_path / "saved"
     done("save", *at(served), file)
     old = file.read_bytes()
-    fifo = tmp_path / "saved.partial"
-    os.mkfifo(fifo)  # what the command writes to stands still, with nobody reading
-    process = subprocess.Popen([*COMMAND, "save", *at(served), str(file)], env=ENV, stderr=subprocess.PIPE)
-    reader = os.open(fifo, os.O_RDONLY)
-    assert os.read(reader, 8) == b"\x89ZRAMD\r\n"
+    before = sorted(os.listdir(tmp_path))
+    steps.held.add("save.opened")
+    process = subprocess.Popen(
+        [*COMMAND, "save", *at(served), str(file)], env={**ENV, **steps.env}, stderr=subprocess.PIPE
+    )
+    steps.wait("save.opened")
     who, name = end.split()
     if who == "server":
         assert served.stop(getattr(signal, f"SIG{name}")) < 5  # a hand-over does not wait for the save
-        while os.read(reader, 1 << 20):
-            pass
     else:
-        time.sleep(0.5)  # until it waits in a write
         process.send_signal(getattr(signal, f"SIG{name}"))
+    steps.release()
     assert process.stderr is not None
     said = process.stderr.read().decode()
     status = process.wait(20)
-    os.close(reader)
     assert file.read_bytes() == old
-    assert "Traceback" not in said
-    if name == "INT":
-        assert status == 130
+    assert sorted(os.listdir(tmp_path)) == before
     if who == "server":
         assert status == 1
         assert said == "zramd: zram0 was not saved: its server ended, or gave up, meanwhile\n".replace(
             "zram0", served.rundir.name
         )
+    elif name == "KILL":
+        assert (status, said) == (-9, "")
+    else:
+        assert status == 128 + getattr(signal, f"SIG{name}")
+        assert said == f"zramd: interrupted: '{file}' is as it was\n"
     if end == "command KILL":
-        fifo.unlink()
         done("save", *at(served), file)  # the server has not been held up
         assert file.read_bytes() != old[:100]
-    assert not fifo.exists()
+
+
+def test_two_saves_to_one_file(serve: Serve, steps: Steps, tmp_path: Path) -> None:
+    """Each writes a file of its own: what one does to its own is nothing to the other."""
+    served = serve()
+    fill(served)
+    file = tmp_path / "saved"
+    words = [*COMMAND, "save", *at(served), str(file)]
+    steps.held.add("save.opened")
+    first = subprocess.Popen(words, env={**ENV, **steps.env}, stderr=subprocess.PIPE)
+    steps.wait("save.opened")
+    done("save", *at(served), file)  # from its begin to its end while the first one is under way
+    assert "blocks" in done("load", "--check", file)
+    steps.release()
+    _, said = first.communicate(timeout=20)
+    assert first.returncode == 0, said
+    assert "blocks" in done("load", "--check", file)
+    third = subprocess.Popen(words, env={**ENV, **steps.env}, stderr=subprocess.PIPE)
+    fourth = subprocess.Popen(words, env={**ENV, **steps.env}, stderr=subprocess.PIPE)
+    third.communicate(timeout=20)
+    fourth.communicate(timeout=20)
+    assert (third.returncode, fourth.returncode) == (0, 0)
+    assert "blocks" in done("load", "--check", file)
+    assert [name for name in os.listdir(tmp_path) if name.startswith("saved")] == ["saved"]
+
+
+def test_save_where_a_file_must_have_a_name(serve: Serve, tmp_path: Path) -> None:
+    """Not every file system has files without one: what is made then goes when the save is interrupted."""
+    served = serve()
+    fill(served)
+    file = tmp_path / "saved"
+    code = (
+        "import os, sys; from zramd.commands import main; opened = os.open\n"
+        "def refuse(path, flags, *rest, **more):\n"
+        "    if flags & os.O_TMPFILE == os.O_TMPFILE: raise OSError(95, 'not supported')\n"
+        "    return opened(path, flags, *rest, **more)\n"
+        "os.open = refuse; sys.exit(main(sys.argv[1:]))"
+    )
+    words = [sys.executable, "-P", "-c", code, "save", *map(str, at(served)), str(file)]
+    result = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result
+    assert "blocks" in done("load", "--check", file)
+    assert [name for name in os.listdir(tmp_path) if name.startswith("saved")] == ["saved"]
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "KILL"])
+@pytest.mark.parametrize("step", ["load.reset", "load.begun", "load.sent"])
+def test_load_interrupted(serve: Serve, steps: Steps, tmp_path: Path, step: str, name: str) -> None:
+    """What was not sent whole is not loaded, and can be again; what was, is, and is said to be."""
+    first, second = serve(), serve()
+    fill(first)
+    file = tmp_path / "saved"
+    done("save", *at(first), file)
+    done("load", *at(second), file)
+    steps.held.add(step)
+    process = subprocess.Popen(
+        [*COMMAND, "load", "--force", *at(second), str(file)],
+        env={**ENV, **steps.env},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    steps.wait(step)
+    process.send_signal(getattr(signal, f"SIG{name}"))
+    steps.release()
+    out, said = process.communicate(timeout=20)
+    sent = step == "load.sent"
+    if name == "KILL":
+        assert process.returncode == -signal.SIGKILL
+    elif sent:
+        assert (process.returncode, said) == (0, "")
+        assert "blocks" in out
+    else:
+        assert process.returncode == 128 + getattr(signal, f"SIG{name}")
+        assert said == f"zramd: interrupted: {second.rundir.name} is not loaded, but empty\n"
+    wait_until(lambda: '"streams": []' in second.request("GET", "/health")[1])
+    assert (content(second) == content(first)) is sent
+    done("load", "--force", *at(second), file)
+    assert content(second) == content(first)
 
 
 def test_full_disk(serve: Serve, tmp_path: Path) -> None:
@@ -229,7 +309,7 @@ def test_full_disk(serve: Serve, tmp_path: Path) -> None:
     text = refused("save", *at(served), file, preexec_fn=limit)
     assert text == f"'{file}' cannot be written: file too large"
     assert file.read_bytes() == old
-    assert not Path(f"{file}.partial").exists()
+    assert [name for name in os.listdir(tmp_path) if name.startswith("saved")] == ["saved"]
     assert "'/dev/full' is not a regular file" in refused("save", *at(served), "/dev/full", status=2)
     with open("/dev/full", "wb") as full:
         result = subprocess.run(

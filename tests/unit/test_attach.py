@@ -1,6 +1,8 @@
 """`zramd attach` and `detach` as far as no kernel device is needed: what is refused, and what is recorded."""
 
 import os
+import select
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -127,3 +129,29 @@ def test_the_service_leaves_what_others_attached(
     monkeypatch.setattr(command, "_forget", lambda name, device: None)
     assert main(["detach", "--config", "--swapoff", "zram0"]) == 0
     assert done == ["swapoff"] * swapped + ["detach"] * detached + ["emptied"] * swapped
+
+
+@pytest.mark.parametrize("still", [True, False])
+def test_only_the_keeper_is_ended(monkeypatch: pytest.MonkeyPatch, still: bool) -> None:
+    """The number of a keeper that has ended may be another process's by now."""
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+        os._exit(0)
+    there = attached.Attached("a", "/dev/nbd0", child, "data")
+    monkeypatch.setattr(attached, "find", lambda name: there if still else there._replace(keeper=0))
+
+    class Kernel:
+        def disconnect(self, index: int) -> None:
+            assert index == 0
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("zramd.netlink.Kernel", Kernel)
+    command._disconnect("/dev/nbd0", there)
+    ended = select.poll()
+    ended.register(os.pidfd_open(child), select.POLLIN)
+    assert bool(ended.poll(5000 if still else 100)) is still
+    if not still:
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)

@@ -7,13 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from conftest import PACKAGE_PARENT
 from test_stats import FakeDevice
 
-from zramd import attached, client, config, kernelswap, prometheus, stats
+from zramd import attached, client, config, kernelswap, life, prometheus, stats
 from zramd.commands import MODULES, Parser, completion, doctor, listing, main, parser
 from zramd.errors import UsageError
 
@@ -258,7 +259,9 @@ def test_stop_is_refused_while_in_use(
     machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = {"run-a": ("a", 1 << 20), "run-b": ("b", 2 << 20)}  # the folder need not have the device's name
-    monkeypatch.setattr(client, "find", lambda name, rundir: client.Served(f"run-{name}", "/no", os.getpid()))
+    monkeypatch.setattr(client, "look", lambda name, rundir: client.Served(f"run-{name}", "/no", os.getpid()))
+    monkeypatch.setattr(life, "turn", lambda *words: nullcontext())
+    monkeypatch.setattr(client.Served, "look_again", lambda self: None)
     monkeypatch.setattr(
         client.Served,
         "ask_json",

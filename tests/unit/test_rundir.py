@@ -1,13 +1,15 @@
 """The run folder: closed, held by one server, replaced after a crash, removed at the end."""
 
+import fcntl
 import os
+import shutil
 import socket
 import stat
 from pathlib import Path
 
 import pytest
 
-from zramd import rundir
+from zramd import handover, rundir
 from zramd.errors import RundirError
 
 
@@ -55,6 +57,69 @@ def test_in_use(folder: Path) -> None:
     assert (folder / "pid").exists()
     held.remove()
     assert rundir.holder(str(folder)) is None
+
+
+def test_who_looks_takes_no_lock(folder: Path) -> None:
+    """However many look all the time, whether a server lives, a server can start."""
+    held = rundir.Rundir(str(folder))
+    again = os.open(folder / "pid", os.O_RDWR)
+    fcntl.flock(held._lock, fcntl.LOCK_UN)  # what is left is the lock that needs no trial
+    assert rundir.holder(str(folder)) == os.getpid()
+    fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(again)
+    held.remove()
+
+
+def test_server_of_before(folder: Path) -> None:
+    """It holds a lock of another kind alone: who looks sees it, and nobody takes its place."""
+    folder.mkdir(mode=0o700, parents=True)
+    (folder / "pid").write_text("4711\n")
+    with (folder / "pid").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert rundir.holder(str(folder)) == 4711
+        with pytest.raises(RundirError, match=r"in use by a running server \(pid 4711\)"):
+            rundir.Rundir(str(folder))
+    assert rundir.holder(str(folder)) is None
+
+
+def test_folder_that_another_has_taken(folder: Path) -> None:
+    """Nothing is written to it, and nothing removed."""
+    first = rundir.Rundir(str(folder))
+    first.publish("mm_stat", "first\n")
+    shutil.rmtree(folder)
+    with pytest.raises(RundirError, match=f"'{folder}' was removed, or another one is in its place"):
+        first.publish("mm_stat", "first\n")
+    second = rundir.Rundir(str(folder))
+    second.publish("mm_stat", "second\n")
+    with pytest.raises(RundirError, match="was removed, or another one is in its place"):
+        first.publish("mm_stat", "first\n")
+    first.remove()
+    assert (folder / "mm_stat").read_text() == "second\n"
+    assert rundir.holder(str(folder)) == os.getpid()
+    second.remove()
+    assert not folder.exists()
+
+
+def test_left_to_a_successor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on if the server before has left, or has died, but not if that was stopped."""
+    monkeypatch.setenv(handover.TAKES_OVER, handover.order(8, 9, leaves_pid=True))
+    monkeypatch.setenv(handover.MADE, "1")
+    for end in ("leave", "crash", "remove"):
+        monkeypatch.delenv(handover.TAKES_OVER)
+        first = rundir.Rundir(str(folder))
+        monkeypatch.setenv(handover.TAKES_OVER, handover.order(8, 9, leaves_pid=True))
+        first.publish("mm_stat", "1\n")
+        if end != "crash":
+            getattr(first, end)()
+        os.close(first._lock)
+        if end == "remove":
+            with pytest.raises(RundirError, match="it was stopped meanwhile"):
+                rundir.Rundir(str(folder))
+        else:
+            second = rundir.Rundir(str(folder))
+            assert os.listdir(folder) == ["pid"]
+            second.remove()
+        assert not folder.exists()
 
 
 def test_crashed_server_is_replaced(folder: Path) -> None:

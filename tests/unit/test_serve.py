@@ -123,16 +123,21 @@ def test_watch_ends_with_nbdkit(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("answer", "ready"),
     [
-        (b'HTTP/1.1 200 OK\r\n\r\n{"status": "ok"}', True),
+        (b'HTTP/1.1 200 OK\r\n\r\n{"status": "ok", "pid": %d, "clients": 0}' % os.getpid(), True),
+        (b'HTTP/1.1 200 OK\r\n\r\n{"status": "ok", "pid": 1%d}' % os.getpid(), False),
         (b"HTTP/1.1 503 Service Unavailable\r\n\r\nno", False),
         (b"", False),
     ],
 )
 def test_is_ready(tmp_path: Path, answer: bytes, ready: bool) -> None:
-    settings = config.parse([("size", "1G"), ("rundir", str(tmp_path))])
-    assert not serve.is_ready(settings)
+    """Only the server that was started counts, and it is that one which holds the folder."""
+    folder = tmp_path / "run"
+    settings = config.parse([("size", "1G"), ("rundir", str(folder))])
+    assert not serve.is_ready(settings, os.getpid())
+    held = rundir.Rundir(str(folder))
+    assert not serve.is_ready(settings, os.getpid())
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(tmp_path / "control.sock"))
+        listener.bind(str(folder / "control.sock"))
         listener.listen()
 
         def answer_once() -> None:
@@ -143,8 +148,10 @@ def test_is_ready(tmp_path: Path, answer: bytes, ready: bool) -> None:
 
         thread = threading.Thread(target=answer_once)
         thread.start()
-        assert serve.is_ready(settings) is ready
+        assert not serve.is_ready(settings, os.getpid() + 1)
+        assert serve.is_ready(settings, os.getpid()) is ready
         thread.join()
+    held.remove()
 
 
 @pytest.mark.parametrize(
