@@ -3,7 +3,7 @@
     Exception
     └── ZramdError                  anything zramd raises on purpose
         ├── ConfigError             a setting that cannot be used     (also a ValueError)
-        ├── PoolFullError           mem_limit leaves no room          (also an OSError: ENOSPC)
+        ├── PoolFullError           no room: mem_limit, or the state's file system   (also an OSError: ENOSPC)
         ├── CorruptObjectError      an object does not decompress     (also an OSError: EIO)
         ├── HandleError             a handle is not live              (also a LookupError)
         ├── CorruptionError         a structure contradicts itself
@@ -35,9 +35,9 @@ class ConfigError(ZramdError, ValueError):
 
 
 class PoolFullError(ZramdError, OSError):
-    """A write found no room below mem_limit, even after compaction; `errno` is ENOSPC."""
+    """A write found no room, even after compaction; `errno` is ENOSPC, and the message says which room."""
 
-    def __init__(self, message: str = "pool is full: mem_limit leaves no room") -> None:
+    def __init__(self, message: str) -> None:
         super().__init__(errno.ENOSPC, message)
 
 
@@ -91,9 +91,14 @@ class UsageError(ZramdError):
 
 
 def error_from(code: int, what: str) -> Exception:
-    """Return the exception for a negative errno from the core; `what` names the operation."""
+    """Return the exception for a negative errno from the core; `what` names the operation.
+
+    EDQUOT is the core's word for the state's file system, which clients know as ENOSPC too.
+    """
     if code == -errno.ENOSPC:
         return PoolFullError(f"{what}: mem_limit leaves no room")
+    if code == -errno.EDQUOT:
+        return PoolFullError(f"{what}: the file system of the state is full")
     if code == -errno.EIO:
         return CorruptObjectError(f"{what}: an object does not decompress")
     if code == -errno.ENOENT:
@@ -101,5 +106,5 @@ def error_from(code: int, what: str) -> Exception:
     if code == -errno.EINVAL:
         return ValueError(f"{what}: out of range")
     if code == -errno.ENOMEM:
-        return MemoryError(f"{what}: no address space left")
+        return MemoryError(f"{what}: the system refuses memory")
     return OSError(-code, what)

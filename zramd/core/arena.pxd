@@ -4,14 +4,23 @@ from zramd.core.locks cimport pthread_cond_t, pthread_mutex_t
 from zramd.core.region cimport Memory, Region
 from zramd.core.types cimport SPAN_LENGTHS
 
+cdef extern from *:
+    """
+    #define pages_load(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+    #define pages_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
+    """
+    uint16_t pages_load(uint16_t *p) noexcept nogil
+    void pages_store(uint16_t *p, uint16_t value) noexcept nogil
+
 cdef class Arena:
     cdef readonly uint32_t span_count   # spans in the reservation
+    cdef uint32_t unit                  # pages that the kernel gives and takes back together
     cdef Memory memory
     cdef Region spans
     cdef Region bitmaps
     cdef Region neighbours
     cdef char *base                     # of spans
-    cdef uint16_t *committed            # per span: bitmap of its resident pages; its owner's to change
+    cdef uint16_t *committed            # per span, atomic: bitmap of its resident pages; its owner's to change
     cdef uint32_t *links                # per free span: the next free one
     cdef pthread_mutex_t lock           # guards the four below, and links
     cdef uint32_t top                   # spans below this one were handed out at least once
@@ -41,6 +50,8 @@ cdef class Arena:
 
     cdef int64_t take(self, uint32_t npages) noexcept nogil
     cdef void give(self, uint32_t span, bint keep) noexcept nogil
+    cdef uint32_t whole(self, uint32_t mask) noexcept nogil
+    cdef int make_ready(self, uint32_t span, uint32_t mask) noexcept nogil
     cdef bint _charge(self, uint64_t n) noexcept nogil
     cdef int commit(self, uint32_t span, uint32_t mask) noexcept nogil
     cdef int decommit(self, uint32_t span, uint32_t mask) noexcept nogil

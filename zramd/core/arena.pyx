@@ -5,7 +5,8 @@
      resident pages: bitmap committed[0] = 0b111111          (not even writable above `writable`)
 
 A page costs memory only once it is committed, one by one, so a span of a part-filled zspage costs the pages that were
-touched. A free span keeps its pages for a while (the stock): a first touch takes 1.8 us and giving back 16 KiB 2.1 us,
+touched. (Where the kernel's page is larger, `unit` of them are committed and given back together, and all are counted.) A
+free span keeps its pages for a while (the stock): a first touch takes 1.8 us and giving back 16 KiB 2.1 us,
 more than a block's decompression, and steady overwriting empties and starts zspages all the time.
 
 A server that its own kernel swaps to must never need memory while it takes a page in: there may be none until it has. So
@@ -40,16 +41,19 @@ from zramd.core.locks cimport (
     sched_yield,
     store_relaxed,
 )
-from zramd.core.region cimport KEPT_ARENA, Memory, Region, region_populate
+from zramd.core.region cimport KEPT_ARENA, Memory, Region, page_unit, region_populate, whole_pages
 from zramd.core.types cimport NIL, PAGE_SHIFT, PAGE_SIZE, SPAN_LENGTHS, SPAN_PAGES, SPAN_SHIFT
 
 cdef extern from *:
     """
     #include <unistd.h>
     #define zr_popcount(x) __builtin_popcount(x)
+    /* The lowest run of neighbours among the bits of a mask that is not 0. */
+    #define zr_lowest_run(x) ((x) & ~((x) + ((x) & -(x))))
     #define zr_lowest(x) ((uint64_t)__builtin_ctz(x))
     """
     int zr_popcount(unsigned int x) noexcept nogil
+    uint32_t zr_lowest_run(uint32_t x) noexcept nogil
     uint64_t zr_lowest(unsigned int x) noexcept nogil
     int usleep(unsigned int microseconds) noexcept nogil
 
@@ -69,6 +73,7 @@ cdef class Arena:
         pthread_mutex_init(&self.lock, NULL)
         pthread_cond_init(&self.work, NULL)
         self.span_count = span_count
+        self.unit = page_unit()
         self.warm = self.cold = NIL
         for n in range(SPAN_LENGTHS):
             self.ready[n] = NIL
@@ -155,25 +160,50 @@ cdef class Arena:
         pthread_mutex_unlock(&self.lock)
 
     cdef int commit(self, uint32_t span, uint32_t mask) noexcept nogil:
-        """Count the pages of mask as resident. The number of pages that were not before, or -ENOSPC at the limit.
+        """Count the pages of mask, and what the kernel gives with them, as resident.
 
-        Nothing is touched here: the owner's first write makes the page resident. (A file with little room is asked first.)
+        The number of pages that were not before; -ENOSPC at the limit, -EDQUOT or -ENOMEM from the file.
+        Of anonymous memory nothing is touched here: the owner's first write makes the page resident.
         """
-        cdef uint32_t fresh = mask & ~<uint32_t>self.committed[span]
-        cdef int n = zr_popcount(fresh)
-        if n:
-            if not self._charge(n):
-                return -ENOSPC
-            if self.spans.is_scarce() and self.spans.ready(
-                    self.base + (<uint64_t>span << SPAN_SHIFT) + (zr_lowest(fresh) << PAGE_SHIFT),
-                    <uint64_t>n << PAGE_SHIFT):
-                self._release(span, fresh)
-                counter_sub(&self.pages, n)
-                return -ENOSPC
-            if load_relaxed(&self.reserve):
-                counter_add(&self.misses, n)
-            self.committed[span] |= <uint16_t>fresh
+        cdef uint32_t fresh
+        cdef int n, rc
+        if not mask & ~<uint32_t>self.committed[span]:
+            return 0
+        fresh = self.whole(mask) & ~<uint32_t>self.committed[span]
+        n = zr_popcount(fresh)
+        if not self._charge(n):
+            return -ENOSPC
+        rc = self.make_ready(span, fresh)
+        if rc:
+            self._release(span, fresh)
+            counter_sub(&self.pages, n)
+            return rc
+        if load_relaxed(&self.reserve):
+            counter_add(&self.misses, n)
+        pages_store(&self.committed[span], <uint16_t>(self.committed[span] | fresh))
         return n
+
+    cdef uint32_t whole(self, uint32_t mask) noexcept nogil:
+        """The pages of a span that the kernel gives along with those of mask."""
+        cdef uint32_t found = 0, one = (1 << self.unit) - 1
+        if self.unit == 1:
+            return mask
+        while one >> SPAN_PAGES == 0:
+            if mask & one:
+                found |= one
+            one <<= self.unit
+        return found
+
+    cdef int make_ready(self, uint32_t span, uint32_t mask) noexcept nogil:
+        """Before pages are touched for the first time: see Region.ready. There may be gaps between them."""
+        cdef char *base = self.base + (<uint64_t>span << SPAN_SHIFT)
+        cdef uint32_t run
+        cdef int rc = 0
+        while mask and rc == 0 and self.spans.fd >= 0:
+            run = zr_lowest_run(mask)
+            rc = self.spans.ready(base + (zr_lowest(run) << PAGE_SHIFT), <uint64_t>zr_popcount(run) << PAGE_SHIFT)
+            mask ^= run
+        return rc
 
     cdef bint _charge(self, uint64_t n) noexcept nogil:
         """Count n more pages as resident, unless that would pass the limit."""
@@ -191,28 +221,27 @@ cdef class Arena:
                 return True
 
     cdef int decommit(self, uint32_t span, uint32_t mask) noexcept nogil:
-        """Give the resident pages of mask back to the operating system; how many there were."""
+        """Give the resident pages of mask back to the operating system, but for what it takes back only together with
+        others; how many there were."""
         cdef uint32_t gone = mask & self.committed[span]
-        cdef int n = zr_popcount(gone)
+        cdef int n
+        if self.unit > 1:
+            gone &= ~self.whole(self.committed[span] & ~gone)
+        n = zr_popcount(gone)
         self._release(span, gone)
         if gone:
             zr_crash_point("page-given-back")
-        self.committed[span] &= <uint16_t>~gone
+        pages_store(&self.committed[span], <uint16_t>(self.committed[span] & ~gone))
         counter_sub(&self.pages, n)
         return n
 
     cdef void _release(self, uint32_t span, uint32_t mask) noexcept nogil:
         cdef char *base = self.base + (<uint64_t>span << SPAN_SHIFT)
-        cdef uint32_t first = 0, last
-        while mask >> first:
-            if mask >> first & 1:
-                last = first
-                while mask >> last & 1:
-                    last += 1
-                self.spans.release(base + (first << PAGE_SHIFT), (last - first) << PAGE_SHIFT)
-                first = last
-            else:
-                first += 1
+        cdef uint32_t run
+        while mask:
+            run = zr_lowest_run(mask)
+            self.spans.release(base + (zr_lowest(run) << PAGE_SHIFT), <uint64_t>zr_popcount(run) << PAGE_SHIFT)
+            mask ^= run
 
     cdef uint64_t trim_stock(self) noexcept nogil:
         """Give the pages of all free spans back; how many there were."""
@@ -240,9 +269,10 @@ cdef class Arena:
         cdef uint32_t n
         cdef int rc = 1
         pthread_mutex_lock(&self.lock)
+        self.demand_sum = 0
         for n in range(1, SPAN_LENGTHS):
-            self.demand[n] = SPAN_PAGES
-            self.demand_sum += SPAN_PAGES
+            self.demand[n] = SPAN_PAGES if n % self.unit == 0 else 0
+            self.demand_sum += self.demand[n]
         # All of it at once: to make more writable later takes a lock of the whole process, in the middle of a request.
         if self.grow(self.span_count):
             rc = -1
@@ -282,9 +312,10 @@ cdef class Arena:
     cdef uint32_t _ready_wanted(self, uint32_t npages) noexcept nogil:
         """Spans of a length to keep ready: half of the reserve is for all lengths alike, half goes by what is taken."""
         cdef uint64_t half = load_relaxed(&self.reserve) // 2
-        if npages == 0:
+        if npages == 0 or npages % self.unit:
             return 0
-        return <uint32_t>((half // SPAN_PAGES + half * self.demand[npages] // self.demand_sum) // npages) + 1
+        # (What is asked for fades, in a small reserve until nothing is left.)
+        return <uint32_t>((half // SPAN_PAGES + half * self.demand[npages] // max(self.demand_sum, 1)) // npages) + 1
 
     cdef void _note_demand(self, uint32_t npages) noexcept nogil:
         """Count a span that was asked for; what was long ago counts less and less."""
@@ -429,7 +460,8 @@ cdef class Arena:
         store_relaxed(&self.ready_pages, 0)
         store_relaxed(&self.misses, 0)
         owned_sub_32(&self.records_ready, self.records_ready)
-        self.spans.release(self.base, <uint64_t>self.writable << SPAN_SHIFT)
+        if self.writable:
+            self.spans.release(self.base, <uint64_t>self.writable << SPAN_SHIFT)
         zr_poison(self.base, <uint64_t>self.writable << SPAN_SHIFT)
         memset(self.committed, 0, self.top * sizeof(uint16_t))
         owned_sub_32(&self.top, self.top)
@@ -446,8 +478,7 @@ cdef class Arena:
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes of the two tables, counted in whole pages."""
         cdef uint64_t top = max(load_relaxed_32(&self.top), load_relaxed_32(&self.records_ready))
-        return (((top * sizeof(uint16_t) + PAGE_SIZE - 1) >> PAGE_SHIFT)
-                + ((top * sizeof(uint32_t) + PAGE_SIZE - 1) >> PAGE_SHIFT)) << PAGE_SHIFT
+        return whole_pages(top * sizeof(uint16_t)) + whole_pages(top * sizeof(uint32_t))
 
     cdef const char *check(self, uint64_t *where) noexcept nogil:
         """Walk both free lists and count the pages; NULL, or what is wrong, with the span in where[0]."""
@@ -463,8 +494,8 @@ cdef class Arena:
         zr_assert(self.top <= self.writable and self.writable <= self.span_count)
         for span in range(self.top):
             where[0] = span
-            if self.committed[span] >> SPAN_PAGES:
-                return "a span has pages beyond its end"
+            if self.committed[span] != self.whole(self.committed[span]):
+                return "a span has a part of a page"
             pages += zr_popcount(self.committed[span])
         span = self.warm
         while span != NIL:

@@ -74,11 +74,11 @@ cdef class Blocks:
     cdef int _load(self, uint64_t block, uint64_t slot, char *content) noexcept nogil
     cdef bint word_is_sound(self, uint64_t block, uint64_t slot, uint64_t word) noexcept nogil
     cdef bint object_is_sound(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil
-    cdef void drop(self, uint64_t block, uint64_t slot) noexcept nogil
+    cdef void _free(self, uint64_t block, uint64_t slot) noexcept nogil
     cdef uint64_t get(self, uint64_t block) noexcept nogil
-    cdef uint64_t set(self, uint64_t block, uint64_t slot) noexcept nogil
+    cdef int put(self, uint64_t block, uint64_t slot, bint held) noexcept nogil
+    cdef void _count(self, uint64_t slot, uint64_t n) noexcept nogil
     cdef void prefetch(self, uint64_t block) noexcept nogil
-    cdef int slot_is_ready(self, uint64_t block) noexcept nogil
     cdef int write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil
     cdef int merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil

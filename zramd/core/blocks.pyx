@@ -15,9 +15,8 @@ Lock order: one stripe, then the pool's. No lock but the stripe of a part-writte
 """
 
 cimport cython
-from libc.errno cimport EIO, ENOMEM, ENOSPC
+from libc.errno cimport EDQUOT, EIO, ENOMEM, ENOSPC
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from zramd.core.checks cimport zr_crash_point
@@ -25,7 +24,6 @@ from zramd.core.checksum cimport checksum
 from zramd.core.codec cimport decode, encode, fill, same_filled, state_size
 from zramd.core.locks cimport (
     counter_add,
-    counter_sub,
     load_acquire,
     load_relaxed,
     owned_add,
@@ -36,7 +34,7 @@ from zramd.core.locks cimport (
     store_relaxed,
     store_release,
 )
-from zramd.core.region cimport KEPT_DEVICE, Memory, Region, region_populate
+from zramd.core.region cimport KEPT_DEVICE, Memory, Region, region_populate, secret_alloc, secret_free, whole_pages
 from zramd.core.types cimport (
     BLOCK_SIZE,
     PAGE_SHIFT,
@@ -73,11 +71,11 @@ cdef class Blocks:
         self.count = count
         self.acceleration = acceleration
         self.verify = verify
-        self.scratch_size = sizeof(scratch) + state_size()
+        self.scratch_size = <uint32_t>whole_pages(sizeof(scratch) + state_size())
         self.n = <counters *>memory.kept(KEPT_DEVICE)
         self.slot_table = memory.region(count * sizeof(uint64_t), True)
         self.slots = <uint64_t *>self.slot_table.base
-        self.touches = Region(count // SLOTS_PER_PAGE + 1)
+        self.touches = Region(self.slot_table.size // PAGE_SIZE + 1)
         self.touched = <uint8_t *>self.touches.base
         self.pool = Zsmalloc(count, memory=memory)
 
@@ -87,7 +85,7 @@ cdef class Blocks:
         while self.scratches != NULL:
             s = self.scratches
             self.scratches = s.next
-            free(s)
+            secret_free(s, self.scratch_size)
         pthread_mutex_destroy(&self.scratch_lock)
         for i in range(STRIPES):
             pthread_mutex_destroy(&self.stripes[i])
@@ -102,7 +100,7 @@ cdef class Blocks:
         if s != NULL:
             self.scratches = s.next
         else:
-            s = <scratch *>malloc(self.scratch_size)
+            s = <scratch *>secret_alloc(self.scratch_size)
             if s != NULL:
                 owned_add(&self.scratch_count, 1)
         pthread_mutex_unlock(&self.scratch_lock)
@@ -118,7 +116,8 @@ cdef class Blocks:
     # one block
 
     cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot) noexcept nogil:
-        """Store a block's content; the slot that stands for it. -ENOSPC: mem_limit, even after compaction."""
+        """Store a block's content; the slot that stands for it. There may be no room even after compaction: -ENOSPC below
+        mem_limit, -EDQUOT in the state's file system. -ENOMEM: the system refuses memory."""
         cdef uint64_t word
         cdef uint32_t size
         if same_filled(content, &word):
@@ -130,14 +129,14 @@ cdef class Blocks:
 
     cdef int store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil:
         """Store a block that is one word repeated; the slot that stands for it."""
-        cdef uint64_t handle
-        slot[0] = self._same_slot(block, word)
+        cdef uint64_t handle = 0
+        cdef int rc = 0
         if word:
-            handle = self.pool.word_alloc(word)
-            if handle == 0:
-                return -ENOMEM
-            slot[0] |= handle << SLOT_HANDLE_SHIFT
-        return 0
+            rc = self.pool.word_alloc(word, &handle)
+            while rc == -EDQUOT and self.pool.make_room(rc):
+                rc = self.pool.word_alloc(word, &handle)
+        slot[0] = self._same_slot(block, word) | handle << SLOT_HANDLE_SHIFT
+        return rc
 
     cdef int store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
         """Store what a block is compressed to, or all of it; the slot that stands for it. Errors as _store."""
@@ -145,9 +144,10 @@ cdef class Blocks:
         cdef uint32_t check = 0
         cdef char *place
         cdef int rc = self.pool.obj_alloc(size, &handle, &place)
-        if rc == -ENOSPC:
-            counter_add(&self.n.limit_compactions, 1)
-            while rc == -ENOSPC and self.pool.make_room():
+        if rc == -ENOSPC or rc == -EDQUOT:
+            if rc == -ENOSPC:
+                counter_add(&self.n.limit_compactions, 1)
+            while (rc == -ENOSPC or rc == -EDQUOT) and self.pool.make_room(rc):
                 rc = self.pool.obj_alloc(size, &handle, &place)
         if rc:
             return rc
@@ -202,51 +202,66 @@ cdef class Blocks:
             return False
         if not self.verify:
             return True
+        if not self.pool.obj_is_there(payload, size):
+            return False
         check = checksum(payload, size, block)
         return check == (self.pool.obj_check(slot_handle(slot)) << 16 | slot >> SLOT_CHECK_SHIFT)
 
-    cdef void drop(self, uint64_t block, uint64_t slot) noexcept nogil:
+    cdef void _free(self, uint64_t block, uint64_t slot) noexcept nogil:
         """Free what a block's slot stood for, once no block holds the slot."""
-        cdef uint64_t handle = slot_handle(slot), size = slot & SLOT_SIZE_MASK
-        if slot == 0:
-            return
-        counter_sub(&self.n.pages_stored, 1)
-        if slot & SLOT_SAME:
-            counter_sub(&self.n.same_pages, 1)
-            # A wrong slot must not free another block's word.
-            if handle and self.word_is_sound(block, slot, self.pool.word_read(handle)):
-                self.pool.word_free(handle)
-            return
-        counter_sub(&self.n.compr_data_size, size)
-        if size == BLOCK_SIZE:
-            counter_sub(&self.n.huge_pages, 1)
-        self.pool.obj_free(handle)
+        cdef uint64_t handle = slot_handle(slot)
+        if not slot & SLOT_SAME:
+            if slot:
+                self.pool.obj_free(handle)
+        # A wrong slot must not free another block's word.
+        elif handle and self.word_is_sound(block, slot, self.pool.word_read(handle)):
+            self.pool.word_free(handle)
 
     cdef uint64_t get(self, uint64_t block) noexcept nogil:
         if not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
             return 0
         return load_acquire(&self.slots[block])
 
-    cdef uint64_t set(self, uint64_t block, uint64_t slot) noexcept nogil:
-        """Publish a block's new slot; the old one, which is the caller's to drop. The stripe is held."""
-        cdef uint64_t old = self.get(block), size = slot & SLOT_SIZE_MASK
-        if not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
-            if slot == 0:
-                return 0
-            if touch(&self.touched[block // SLOTS_PER_PAGE]):
+    cdef int put(self, uint64_t block, uint64_t slot, bint held) noexcept nogil:
+        """Give a block a new slot, and free what the old one stood for: there is no other way to change a block.
+
+        0, or -EDQUOT, -ENOMEM, there is no room for the slot: then the block is as it was, and what the new slot stands
+        for is freed. held: the caller has the stripe, which is let go before anything is freed.
+        """
+        cdef uint64_t gone
+        cdef int rc = 0
+        if not held:
+            pthread_mutex_lock(&self.stripes[block % STRIPES])
+        gone = self.get(block)
+        if slot and not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
+            rc = self.slot_table.ready(&self.slots[block], sizeof(uint64_t))
+            if rc == 0 and touch(&self.touched[block // SLOTS_PER_PAGE]):
                 counter_add(&self.touched_pages, 1)
-        store_release(&self.slots[block], slot)
-        zr_crash_point("slot-stored")
-        if slot:
-            counter_add(&self.n.pages_stored, 1)
-            if slot & SLOT_SAME:
-                counter_add(&self.n.same_pages, 1)
-            else:
-                counter_add(&self.n.compr_data_size, size)
-                if size == BLOCK_SIZE:
-                    counter_add(&self.n.huge_pages, 1)
-                    counter_add(&self.n.huge_pages_since, 1)
-        return old
+        if rc:
+            gone = slot
+        elif slot or gone:
+            store_release(&self.slots[block], slot)
+            zr_crash_point("slot-stored")
+            self._count(slot, 1)
+            self._count(gone, <uint64_t>-1)
+        pthread_mutex_unlock(&self.stripes[block % STRIPES])
+        self._free(block, gone)
+        return rc
+
+    cdef void _count(self, uint64_t slot, uint64_t n) noexcept nogil:
+        """Count a block's slot as stored (n: 1), or as stored no more (n: -1)."""
+        cdef uint64_t size = slot & SLOT_SIZE_MASK
+        if slot == 0:
+            return
+        counter_add(&self.n.pages_stored, n)
+        if slot & SLOT_SAME:
+            counter_add(&self.n.same_pages, n)
+            return
+        counter_add(&self.n.compr_data_size, n * size)
+        if size == BLOCK_SIZE:
+            counter_add(&self.n.huge_pages, n)
+            if n == 1:
+                counter_add(&self.n.huge_pages_since, 1)
 
     cdef void prefetch(self, uint64_t block) noexcept nogil:
         """Ask the cache for the object of a block."""
@@ -254,30 +269,15 @@ cdef class Blocks:
         if slot and not slot & SLOT_SAME:
             self.pool.obj_prefetch(slot_handle(slot), slot & SLOT_SIZE_MASK)
 
-    cdef int slot_is_ready(self, uint64_t block) noexcept nogil:
-        """Before a slot is written: 0, or -ENOSPC, the state's file system has no room for it."""
-        if is_touched(&self.touched[block // SLOTS_PER_PAGE]) or self.slot_table.ready(&self.slots[block], 8) == 0:
-            return 0
-        return -ENOSPC
-
     cdef int write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil:
-        cdef uint64_t slot, old
-        cdef int rc = self.slot_is_ready(block)
-        if rc == 0:
-            rc = self._store(block, src, s, &slot)
-        if rc == 0:
-            pthread_mutex_lock(&self.stripes[block % STRIPES])
-            old = self.set(block, slot)
-            pthread_mutex_unlock(&self.stripes[block % STRIPES])
-            self.drop(block, old)
-        return rc
+        cdef uint64_t slot
+        cdef int rc = self._store(block, src, s, &slot)
+        return self.put(block, slot, False) if rc == 0 else rc
 
     cdef int merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil:
         """Write n bytes (zeros when src is NULL) at a place in a block: its other bytes stay."""
-        cdef uint64_t slot, old = 0
-        cdef int rc = self.slot_is_ready(block)
-        if rc:
-            return rc
+        cdef uint64_t slot
+        cdef int rc
         pthread_mutex_lock(&self.stripes[block % STRIPES])
         rc = self._load(block, self.get(block), s.page)
         if rc == 0:
@@ -287,9 +287,8 @@ cdef class Blocks:
                 memset(s.page + at, 0, n)
             rc = self._store(block, s.page, s, &slot)
             if rc == 0:
-                old = self.set(block, slot)
+                return self.put(block, slot, True)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
-        self.drop(block, old)
         return rc
 
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil:
@@ -306,28 +305,21 @@ cdef class Blocks:
 
     cdef int zero_block(self, uint64_t block, uint64_t slot) noexcept nogil:
         """Make a block a hole (slot 0) or allocated zeros (SLOT_SAME)."""
-        cdef uint64_t old
-        if slot:
-            if self.slot_is_ready(block):
-                return -ENOSPC
-            slot = self._same_slot(block, 0)
         if slot == 0 and self.get(block) == 0:
             return 0
-        pthread_mutex_lock(&self.stripes[block % STRIPES])
-        old = self.set(block, slot)
-        pthread_mutex_unlock(&self.stripes[block % STRIPES])
-        self.drop(block, old)
-        return 0
+        return self.put(block, self._same_slot(block, 0) if slot else 0, False)
 
     # --------------------------------------------------------------------------------------------------------
     # all of them
 
     cdef int populate(self) noexcept nogil:
-        """Make the slots and the cells resident; 0 or -ENOMEM."""
+        """Make the slots and the cells resident; 0, -EDQUOT or -ENOMEM."""
         cdef uint64_t pages = self.count // SLOTS_PER_PAGE + 1
         cdef int rc = self.pool.populate()
-        if rc or region_populate(self.slots, self.count * sizeof(uint64_t)):
-            return -ENOMEM
+        if rc == 0:
+            rc = self.slot_table.populate(self.count * sizeof(uint64_t))
+        if rc:
+            return rc
         memset(self.touched, 1, pages)
         store_relaxed(&self.touched_pages, pages)
         return 0
@@ -335,9 +327,9 @@ cdef class Blocks:
     cdef void clear(self) noexcept nogil:
         """Forget all content and all counts. Nobody else may be here; the pool's compact_lock is held."""
         cdef size_t i
-        self.slot_table.release_all()
+        self.slot_table.clear()
         zr_crash_point("slots-cleared")
-        self.touches.release_all()
+        self.touches.clear()
         store_relaxed(&self.touched_pages, 0)
         for i in range(sizeof(counters) // sizeof(uint64_t)):
             store_relaxed(<uint64_t *>self.n + i, 0)

@@ -9,7 +9,7 @@ Lock order: gate, then those of blocks.pyx.
 """
 
 cimport cython
-from libc.errno cimport EINVAL, EIO, ENOMEM
+from libc.errno cimport EDQUOT, EINVAL, EIO, ENOMEM
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -93,6 +93,7 @@ cdef class Device:
     taken over, and progress(done, total) called about every second meanwhile. -1: memory of this process.
     verify: store a checksum with each block, and check it on each read; a state is all with or all without.
     Raises ValueError for a size out of range, also of the state; MemoryError when the address space cannot be had;
+    PoolFullError when the state's file system has no room for its first pages;
     CorruptionError when the state contradicts itself (then nothing in it was changed).
     Every method may be called from any number of threads.
     """
@@ -364,8 +365,8 @@ cdef class Device:
             raise error_from(rc, f"read of {view.len} bytes at {offset}{self.culprit(rc, offset, view.len)}")
 
     def write(self, buf, uint64_t offset):
-        """Write a buffer to offset. Raises PoolFullError when mem_limit leaves no room even after compaction (then
-        each block has its old content or its new); ValueError beyond the device's end."""
+        """Write a buffer to offset. Raises PoolFullError when mem_limit, or the file system of the state, leaves no room even
+        after compaction (then each block has its old content or its new); ValueError beyond the device's end."""
         cdef Py_buffer view
         cdef int rc
         PyObject_GetBuffer(buf, &view, PyBUF_SIMPLE)
@@ -386,7 +387,7 @@ cdef class Device:
     def zero(self, uint64_t offset, uint64_t length, bint may_trim=True):
         """Zero a range, to the byte. may_trim: whole blocks become holes, else allocated zeros; neither takes memory.
 
-        Raises PoolFullError when a part of a block has to be merged and mem_limit leaves no room.
+        Raises PoolFullError when there is no room for a part of a block that has to be merged, or for a slot.
         """
         cdef int rc
         with nogil:
@@ -427,7 +428,8 @@ cdef class Device:
     def reserve_start(self, uint64_t size):
         """Make every table resident and keep size bytes of pages ready, so that requests need no memory any more.
 
-        Then a thread must be in reserve_keep. Raises MemoryError when the system does not give as much.
+        Then a thread must be in reserve_keep. Raises MemoryError when the system does not give as much, PoolFullError when
+        the state's file system has no room for the tables.
         """
         cdef int rc
         with nogil:
@@ -435,7 +437,9 @@ cdef class Device:
             rc = self.table.populate()
             pthread_rwlock_unlock(&self.gate)
             if rc == 0:
-                rc = self.pool.arena.reserve_start((size + PAGE_SIZE - 1) >> PAGE_SHIFT)
+                rc = self.pool.arena.reserve_start((size >> PAGE_SHIFT) + (size & (PAGE_SIZE - 1) != 0))
+        if rc == -EDQUOT:
+            raise error_from(rc, f"the tables of a device of {self.disksize} bytes")
         if rc:
             raise MemoryError(f"the system refuses memory for the tables or for a reserve of {size} bytes")
 
@@ -585,7 +589,12 @@ cdef class Device:
         self.pool.arena.reset_peak()
 
     def reset(self):
-        """Drop all data and set all counters to 0; mem_limit stays. Waits for the requests at work."""
+        """Drop all data and set all counters to 0; mem_limit stays. Waits for the requests at work.
+
+        Where there is a reserve it raises MemoryError or PoolFullError when the tables cannot be made resident again: then
+        all is dropped, but requests may have to wait for memory.
+        """
+        cdef int rc = 0
         self._name_data()  # first: what is left after a crash is not what was there before
         with nogil:
             pthread_rwlock_wrlock(&self.gate)
@@ -593,9 +602,11 @@ cdef class Device:
             owned_add(&self.epoch, 1)
             self.table.clear()
             if load_relaxed(&self.pool.arena.reserve):
-                self.table.populate()
+                rc = self.table.populate()
             pthread_mutex_unlock(&self.pool.compact_lock)
             pthread_rwlock_unlock(&self.gate)
+        if rc:
+            raise error_from(rc, "the data is dropped, but the tables of an empty device are not resident")
 
     def check(self):
         """Walk every structure, while requests wait. Raises CorruptionError when one contradicts another."""

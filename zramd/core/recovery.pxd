@@ -2,11 +2,16 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from zramd.core.arena cimport Arena
 from zramd.core.region cimport Region
-from zramd.core.zsmalloc cimport Zsmalloc
+from zramd.core.zsmalloc cimport Zsmalloc, size_class
 
 cdef enum:
     MENDS = 4096
     LOST = 1024
+
+cdef enum step:
+    FIND_PAGES
+    SCAN_SLOTS
+    REBUILD_SPANS
 
 cdef class Recovery:
     cdef Zsmalloc pool
@@ -17,11 +22,16 @@ cdef class Recovery:
     cdef uint64_t blocks
     cdef bint verify
     cdef Region used                # bitmap: the handles that slots hold
-    cdef Region live                # bitmap: the chunks that slots lead to, a bit for MIN_CHUNK bytes of arena
+    # The chunks that slots lead to. Of zspages with a bitmap it is theirs; of each other span SPAN_CHUNKS bits are here, from
+    # where the `next` of its record says.
+    cdef Region live
     cdef uint32_t top               # spans below this one had a class
-    cdef bint spans_now             # which of the two parallel steps
+    cdef uint32_t lists             # of them those of classes without a bitmap
+    cdef uint64_t cells_end         # cells from this one on are not in the file
+    cdef step now                   # which of the parallel steps
     cdef uint64_t cursor            # atomic: the next piece of work
     cdef uint64_t pieces
+    cdef int failed                 # -errno: a page that must be there cannot be had
     cdef const char *wrong          # of the first contradiction; NULL: there is none
     cdef uint64_t wrong_block
     cdef uint64_t mends[MENDS]      # handles whose cell is pinned or whose header is wrong
@@ -39,12 +49,16 @@ cdef class Recovery:
     cdef uint64_t leaked
     cdef uint64_t milliseconds
 
-    cdef uint32_t _find_top(self) noexcept nogil
+    cdef void _find_top(self) noexcept nogil
+    cdef uint64_t _fill_holes(self, Region table, uint64_t end) noexcept nogil
+    cdef void _find_pages(self, uint32_t first, uint32_t last) noexcept nogil
+    cdef bint _has_pages(self, uint32_t span, uint32_t pages) noexcept nogil
+    cdef bint _mark_live(self, uint32_t span, size_class *c, uint32_t chunk) noexcept nogil
+    cdef bint _is_live(self, uint32_t span, size_class *c, uint32_t chunk) noexcept nogil
     cdef void _work(self) noexcept nogil
     cdef void _scan_slots(self, uint64_t first, uint64_t last) noexcept nogil
     cdef bint _scan_page(self, uint64_t block, uint64_t end) noexcept nogil
     cdef const char *_scan_slot(self, uint64_t slot) noexcept nogil
-    cdef void _rebuild_spans(self, uint32_t first, uint32_t last) noexcept nogil
     cdef void _rebuild_span(self, uint32_t span) noexcept nogil
     cdef void _list_zspages(self) noexcept nogil
     cdef void _list_cells(self) noexcept nogil

@@ -1,29 +1,35 @@
 """Recovery: a pool and the counters of a device, rebuilt from slots, cells and the classes of spans.
 
+    0  which pages of the pool there are, in parallel. What the tables' file does not have of them is made ready: a page that
+       was all zeros may be missing in a copy, and touching it must not be the end on a full file system
     1  every slot, in parallel: slot, cell and class must agree. Nothing is written yet: a state that contradicts itself
        is refused as it was found. With verify, where each block answers for itself, the block is lost and the others
        are not; and headers are looked at, too: nothing relies on them but moving and freeing, so they are mended
     2  every span, in parallel: its record, its free chunks, its pages; pages that no object is on are given back
     3  lists: zspages by fullness, free spans, free cells. Objects that no slot holds are gone by this: they are only counted
 
+It takes a bit for each cell, and 256 bytes for each zspage of small objects, of which there are some hundred in one: what
+runs with little address space can be taken over with little more.
+
 Payloads are not read, and holes of the file neither: what there is of it, the file system knows. A kill in the middle
 leaves what there was: nothing that a slot leads to is changed but the pins of who held an object when the server died.
 """
 
 cimport cython
+from libc.errno cimport ENOMEM
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from zramd.core.checks cimport FILL_FREED, zr_crash_point, zr_fill, zr_unpoison
 from zramd.core.locks cimport counter_add, load_relaxed, store_relaxed
-from zramd.core.region cimport Region
+from zramd.core.region cimport Region, whole_pages
 from zramd.core.types cimport (
     BLOCK_SIZE,
     CELL_LIVE,
     CELL_PIN,
     CHUNK_ALIGN,
     HEADER_SIZE,
-    MIN_CHUNK,
+    MAX_CHUNKS,
     NO_CHUNK,
     NO_ZSPAGE,
     PAGE_SHIFT,
@@ -44,8 +50,9 @@ from zramd.core.zsmalloc cimport Zsmalloc, is_mapped, pages_below, pages_of_chun
 import os
 import threading
 import time
+from contextlib import suppress
 
-from zramd.errors import CorruptionError
+from zramd.errors import CorruptionError, error_from
 
 cdef extern from *:
     """
@@ -75,7 +82,7 @@ cdef enum:
     PIECE_PAGES = 64                # pages of slots in a piece of work: 32768 blocks
     PIECE_SPANS = 1024
     BATCH = 64                      # slots whose cells and headers are on their way to the cache at once
-    SPAN_BITS = SPAN_SIZE // MIN_CHUNK
+    SPAN_CHUNKS = MAX_CHUNKS
     THREADS_MAX = 8
     BLOCKS_PER_THREAD = 1 << 16     # a thread is worth it from here on
 
@@ -93,28 +100,36 @@ cdef class Recovery:
         self.touches = touches
         self.blocks = blocks
         self.verify = verify
-        self.used = Region(pool.cell_table.size // sizeof(uint64_t) // 8)
-        self.live = Region(<uint64_t>pool.arena.span_count * SPAN_BITS // 8)
 
     def run(self, progress):
         """Do it. Calls progress(pieces done, pieces) about every second, unless it is None.
 
-        Raises CorruptionError when the state contradicts itself; then nothing was changed in it.
+        Raises CorruptionError when the state contradicts itself, MemoryError or PoolFullError when the system or the file
+        system has no room for what it takes; then nothing was changed in it.
         """
         cdef uint64_t slot_pieces = (self.blocks + PIECE_PAGES * SLOTS_PER_PAGE - 1) // (PIECE_PAGES * SLOTS_PER_PAGE)
         cdef uint64_t span_pieces
         started = time.monotonic()
-        self.top = self._find_top()
-        if self.top > self.arena.writable and self.arena.grow(self.top):
-            raise MemoryError("the system refuses to map the state")
+        with nogil:
+            self._find_top()
+            self.cells_end = self._fill_holes(self.pool.cell_table, self.pool.cell_table.size) // sizeof(uint64_t)
+            self.cells_end = min(self.cells_end, <uint64_t>self.arena.span_count + 1)
+            if self.top > self.arena.writable and self.arena.grow(self.top):
+                self.failed = -ENOMEM
+        self._look_failed()
+        self.used = Region(self.cells_end // 8 + sizeof(uint64_t))
+        self.live = Region(max(<uint64_t>self.lists * SPAN_CHUNKS // 8, sizeof(uint64_t)))
         span_pieces = (self.top + PIECE_SPANS - 1) // PIECE_SPANS
-        self._in_parallel(slot_pieces, progress, 0, slot_pieces + span_pieces)
+        total = slot_pieces + 2 * span_pieces
+        self._in_parallel(FIND_PAGES, span_pieces, progress, 0, total)
+        self._in_parallel(SCAN_SLOTS, slot_pieces, progress, span_pieces, total)
+        self._look_failed()
         if self.wrong == NULL and self.mend_count > MENDS:
             self.wrong = "too many headers are wrong"
         if self.wrong != NULL:
             raise CorruptionError(f"block {self.wrong_block}: {self.wrong.decode()}")
-        self.spans_now = True
-        self._in_parallel(span_pieces, progress, slot_pieces, slot_pieces + span_pieces)
+        self._in_parallel(REBUILD_SPANS, span_pieces, progress, span_pieces + slot_pieces, total)
+        self._look_failed()
         with nogil:
             zr_crash_point("spans-rebuilt")
             self._mend()
@@ -124,16 +139,23 @@ cdef class Recovery:
             zr_crash_point("recovered")
         self.milliseconds = <uint64_t>((time.monotonic() - started) * 1000)
 
-    def _in_parallel(self, uint64_t pieces, progress, uint64_t before, uint64_t total):
+    def _look_failed(self):
+        if self.failed:
+            raise error_from(self.failed, "taking over the state")
+
+    def _in_parallel(self, step now, uint64_t pieces, progress, uint64_t before, uint64_t total):
+        self.now = now
         self.cursor = 0
         self.pieces = pieces
         count = min(os.cpu_count() or 1, THREADS_MAX, self.blocks // BLOCKS_PER_THREAD + 1)
-        threads = [threading.Thread(target=self._thread) for _ in range(count - 1)]
-        if progress is not None:
-            threads.append(threading.Thread(target=self._thread))
-        for thread in threads:
-            thread.start()
-        if progress is None:
+        threads = []
+        # It takes no more threads than the system gives: this one can do it all.
+        with suppress(RuntimeError, MemoryError):
+            while len(threads) < count - (progress is None):
+                thread = threading.Thread(target=self._thread)
+                thread.start()
+                threads.append(thread)
+        if progress is None or not threads:
             self._thread()
         for thread in threads:
             thread.join(1.0)
@@ -147,26 +169,72 @@ cdef class Recovery:
 
     cdef void _work(self) noexcept nogil:
         cdef uint64_t piece
-        while self.wrong == NULL:
+        cdef uint32_t first, last, span
+        while self.wrong == NULL and self.failed == 0:
             piece = fetch_add(&self.cursor, 1)
             if piece >= self.pieces:
                 break
-            if self.spans_now:
-                self._rebuild_spans(<uint32_t>(piece * PIECE_SPANS), <uint32_t>min((piece + 1) * PIECE_SPANS, self.top))
-            else:
+            first = <uint32_t>(piece * PIECE_SPANS)
+            last = <uint32_t>min((piece + 1) * PIECE_SPANS, <uint64_t>self.top)
+            if self.now == FIND_PAGES:
+                self._find_pages(first, last)
+            elif self.now == SCAN_SLOTS:
                 self._scan_slots(piece * PIECE_PAGES, (piece + 1) * PIECE_PAGES)
+            else:
+                for span in range(first, last):
+                    self._rebuild_span(span)
 
-    cdef uint32_t _find_top(self) noexcept nogil:
-        """The end of the spans that ever had a class."""
+    # --------------------------------------------------------------------------------------------------------
+    # 0: pages
+
+    cdef void _find_top(self) noexcept nogil:
+        """Find the end of the spans that ever had a class, and give each that needs it a place in live."""
         cdef uint64_t start = 0, end = self.pool.span_classes.size, span
-        cdef uint32_t top = 0
+        cdef uint32_t index
         while self.pool.span_classes.next_extent(&start, &end):
             for span in range(start, min(end, <uint64_t>self.arena.span_count)):
-                if self.pool.span_class[span]:
-                    top = <uint32_t>span + 1
+                index = self.pool.span_class[span]
+                if index:
+                    self.top = <uint32_t>span + 1
+                if index and index <= self.pool.class_count and not is_mapped(&self.pool.classes[index - 1]):
+                    self.pool.zspages[span].next = self.lists
+                    self.lists += 1
             start = end
             end = self.pool.span_classes.size
-        return top
+        self._fill_holes(self.pool.span_classes, self.top)
+        self.pool.classes_ready = whole_pages(self.top)
+
+    cdef uint64_t _fill_holes(self, Region table, uint64_t end) noexcept nogil:
+        """Make ready what lies between the parts of a table, up to end, that the file has; where the last of them ends."""
+        cdef uint64_t start = 0, stop = end, last = 0
+        cdef int rc = 0
+        while rc == 0 and table.next_extent(&start, &stop):
+            if start > last:
+                rc = table.ready(table.base + last, start - last)
+            last = start = stop
+            stop = end
+        if rc:
+            self.failed = rc
+        return last
+
+    cdef void _find_pages(self, uint32_t first, uint32_t last) noexcept nogil:
+        """Find out which pages of some spans the file has."""
+        cdef uint64_t start = <uint64_t>first << SPAN_SHIFT, end = <uint64_t>last << SPAN_SHIFT, page
+        cdef uint32_t span
+        while start < end and self.arena.spans.next_extent(&start, &end):
+            for page in range(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+                span = <uint32_t>(page // SPAN_PAGES)
+                self.arena.committed[span] = <uint16_t>(self.arena.committed[span] | 1 << page % SPAN_PAGES)
+            start = end
+            end = <uint64_t>last << SPAN_SHIFT
+
+    cdef bint _has_pages(self, uint32_t span, uint32_t pages) noexcept nogil:
+        """Make sure that some pages of a span may be touched."""
+        cdef uint32_t missing = pages & ~<uint32_t>self.arena.committed[span]
+        cdef int rc = self.arena.make_ready(span, missing) if missing else 0
+        if rc:
+            self.failed = rc
+        return rc == 0
 
     # --------------------------------------------------------------------------------------------------------
     # 1: slots
@@ -191,12 +259,12 @@ cdef class Recovery:
             batch_end = min(block + BATCH, end)
             for b in range(block, batch_end):
                 handle = slot_handle(self.slots[b])
-                if handle and handle <= self.arena.span_count:
+                if handle < self.cells_end:
                     prefetch(&self.pool.cells[handle])
             for b in range(block, batch_end if self.verify else block):
                 slot = self.slots[b]
                 handle = slot_handle(slot)
-                if handle and handle <= self.arena.span_count and not slot & SLOT_SAME:
+                if handle < self.cells_end and not slot & SLOT_SAME:
                     obj = cell_obj(self.pool.cells[handle])
                     if obj >> SPAN_SHIFT < self.top:
                         prefetch(self.arena.base + obj)
@@ -235,11 +303,11 @@ cdef class Recovery:
     cdef const char *_scan_slot(self, uint64_t slot) noexcept nogil:
         """Follow a slot to its chunk and mark it as live; NULL, or what is wrong."""
         cdef uint64_t handle = slot_handle(slot), cell, obj, n
-        cdef uint32_t size = slot & SLOT_SIZE_MASK, index, offset
+        cdef uint32_t size = slot & SLOT_SIZE_MASK, index, offset, span
         cdef size_class *c
         if handle == 0 and slot & SLOT_SAME:
             return NULL
-        if handle == 0 or handle > self.arena.span_count:
+        if handle == 0 or handle >= self.cells_end:
             return "its slot holds no handle"
         if slot & SLOT_SAME:
             if bit_set(<uint64_t *>self.used.base, handle):
@@ -249,7 +317,8 @@ cdef class Recovery:
         obj = cell_obj(cell)
         if not cell & CELL_LIVE or obj >> SPAN_SHIFT >= self.top:
             return "its cell leads to no object"
-        index = self.pool.span_class[obj >> SPAN_SHIFT]
+        span = <uint32_t>(obj >> SPAN_SHIFT)
+        index = self.pool.span_class[span]
         if index == 0 or index > self.pool.class_count:
             return "its object is in a span without a size class"
         c = &self.pool.classes[index - 1]
@@ -260,9 +329,11 @@ cdef class Recovery:
             return "its object is larger than its size class"
         if bit_set(<uint64_t *>self.used.base, handle):
             return "its slot holds the handle of another block"
-        if bit_set(<uint64_t *>self.live.base, obj // MIN_CHUNK):
+        if self._mark_live(span, c, offset // c.size):
             bit_clear(<uint64_t *>self.used.base, handle)
             return "its object is that of another block"
+        if not self._has_pages(span, pages_of_chunk(c, offset // c.size)):
+            return NULL
         # Reading the headers takes as long as all else: each page of the pool is mapped for it.
         if not cell & CELL_PIN and (not self.verify or c.size == PAGE_SIZE
                                     or peek(self.arena.base + obj) == (<uint32_t>handle << 1 | 1)):
@@ -272,60 +343,56 @@ cdef class Recovery:
             self.mends[n] = handle
         return NULL
 
+    cdef bint _mark_live(self, uint32_t span, size_class *c, uint32_t chunk) noexcept nogil:
+        """Note that a slot leads to a chunk; whether one did already."""
+        if is_mapped(c):
+            return bit_set(&self.pool.zspages[span].used, chunk)
+        return bit_set(<uint64_t *>self.live.base, <uint64_t>self.pool.zspages[span].next * SPAN_CHUNKS + chunk)
+
+    cdef bint _is_live(self, uint32_t span, size_class *c, uint32_t chunk) noexcept nogil:
+        if is_mapped(c):
+            return bit_is_set(&self.pool.zspages[span].used, chunk)
+        return bit_is_set(<uint64_t *>self.live.base, <uint64_t>self.pool.zspages[span].next * SPAN_CHUNKS + chunk)
+
     # --------------------------------------------------------------------------------------------------------
     # 2: spans
-
-    cdef void _rebuild_spans(self, uint32_t first, uint32_t last) noexcept nogil:
-        cdef uint64_t start = <uint64_t>first << SPAN_SHIFT, end = <uint64_t>last << SPAN_SHIFT, page
-        cdef uint32_t span, mask
-        while start < end and self.arena.spans.next_extent(&start, &end):
-            for page in range(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
-                span = <uint32_t>(page // SPAN_PAGES)
-                mask = self.arena.committed[span] | <uint32_t>1 << page % SPAN_PAGES
-                self.arena.committed[span] = <uint16_t>mask
-            start = end
-            end = <uint64_t>last << SPAN_SHIFT
-        for span in range(first, last):
-            self._rebuild_span(span)
 
     cdef void _rebuild_span(self, uint32_t span) noexcept nogil:
         """Make a span's record, its list of free chunks and its bitmap of pages from the bits of its live chunks."""
         cdef zspage *z = &self.pool.zspages[span]
-        cdef uint64_t *live = <uint64_t *>self.live.base + <uint64_t>span * (SPAN_BITS // 64)
         cdef char *base = self.arena.base + (<uint64_t>span << SPAN_SHIFT)
         cdef char *start
-        cdef size_class *c
-        cdef uint32_t chunk, header, needed = 0, excess
+        cdef size_class *c = NULL
+        cdef uint32_t index = self.pool.span_class[span], chunk, header, needed = 0, excess
         z.group = NO_ZSPAGE
-        if self.arena.committed[span]:
-            z.class_index = <uint16_t>(self.pool.span_class[span] - 1)
-            if z.class_index < self.pool.class_count:
-                c = &self.pool.classes[z.class_index]
-                z.used = 0
-                z.inuse = z.fresh = 0
-                z.free = NO_CHUNK
-                for chunk in range(c.objs):
-                    if bit_is_set(live, chunk * c.size // MIN_CHUNK):
-                        z.inuse += 1
-                        z.fresh = <uint16_t>(chunk + 1)
-                        if is_mapped(c):
-                            z.used |= <uint64_t>1 << chunk
-                            needed |= pages_of_chunk(c, chunk)
-                if z.inuse:
-                    z.group = 0
-                    if is_mapped(c):
-                        z.fresh = <uint16_t>c.objs
-                    else:
-                        needed = (1 << pages_below(c, z.fresh)) - 1
-            excess = self.arena.committed[span] & ~needed
-            if excess:
-                self.arena._release(span, excess)
-            self.arena.committed[span] = <uint16_t>needed
+        # (Spans of a reserve have pages, and no class.)
+        if index and index <= self.pool.class_count:
+            z.class_index = <uint16_t>(index - 1)
+            z.free = NO_CHUNK
+            c = &self.pool.classes[index - 1]
+            for chunk in range(c.objs):
+                if self._is_live(span, c, chunk):
+                    z.inuse += 1
+                    z.fresh = <uint16_t>(chunk + 1)
+                    needed |= pages_of_chunk(c, chunk)
+            if z.inuse:
+                z.group = 0
+                if is_mapped(c):
+                    z.fresh = <uint16_t>c.objs
+                else:
+                    needed = (1 << pages_below(c, z.fresh)) - 1
+            needed = self.arena.whole(needed)
+        if not self._has_pages(span, needed):
+            return
+        excess = self.arena.committed[span] & ~needed
+        if excess:
+            self.arena._release(span, excess)
+        self.arena.committed[span] = <uint16_t>needed
         if z.group == NO_ZSPAGE:
             return
         for chunk in range(c.objs):
             start = base + (c.objs - 1 - chunk) * c.size
-            if bit_is_set(live, <uint64_t>(start - base) // MIN_CHUNK):
+            if self._is_live(span, c, c.objs - 1 - chunk):
                 zr_unpoison(start, c.size)
             elif not is_mapped(c) and c.objs - 1 - chunk < z.fresh:
                 zr_unpoison(start, CHUNK_ALIGN)
@@ -381,7 +448,7 @@ cdef class Recovery:
         """List the cells that no slot holds as free."""
         cdef uint64_t start = 0, end = self.pool.cell_table.size, handle, top = 1, last = 0, used_end
         while self.pool.cell_table.next_extent(&start, &end):
-            for handle in range(start // sizeof(uint64_t), end // sizeof(uint64_t)):
+            for handle in range(start // sizeof(uint64_t), min(end // sizeof(uint64_t), self.cells_end)):
                 if bit_is_set(<uint64_t *>self.used.base, handle):
                     top = handle + 1
                 else:
@@ -396,7 +463,8 @@ cdef class Recovery:
         self.pool.cells_top = top
         self.pool.cells_used = self.handles
         # Cells beyond are as new.
-        used_end = (top * sizeof(uint64_t) + PAGE_SIZE - 1) >> PAGE_SHIFT << PAGE_SHIFT
+        used_end = whole_pages(top * sizeof(uint64_t))
+        self.pool.cells_ready = min(used_end, last) // sizeof(uint64_t)
         for handle in range(top, min(used_end, last) // sizeof(uint64_t)):
             store_relaxed(&self.pool.cells[handle], 0)
         if last > used_end:
@@ -404,10 +472,16 @@ cdef class Recovery:
 
     cdef void _give_back_slots(self) noexcept nogil:
         """Give the pages back on which no slot is in use."""
-        cdef uint64_t start = 0, end = self.slot_table.size, page
+        cdef uint64_t start = 0, end = self.slot_table.size, page, unit = self.arena.unit, i
+        cdef bint touched
         while self.slot_table.next_extent(&start, &end):
-            for page in range(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
-                if not (<uint8_t *>self.touches.base)[page]:
-                    self.slot_table.release(self.slot_table.base + (page << PAGE_SHIFT), PAGE_SIZE)
+            page = start >> PAGE_SHIFT
+            while page < end >> PAGE_SHIFT:
+                touched = False
+                for i in range(unit):
+                    touched = touched or (<uint8_t *>self.touches.base)[page + i]
+                if not touched:
+                    self.slot_table.release(self.slot_table.base + (page << PAGE_SHIFT), unit << PAGE_SHIFT)
+                page += unit
             start = end
             end = self.slot_table.size

@@ -1,4 +1,4 @@
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 cdef enum:
     HEAD_SIZE = 1 << 16         # of a file: the header page, then the words that are kept
@@ -8,21 +8,22 @@ cdef enum:
     KEPT_DEVICE = 1 << 13       # the device's counters
     KEPT_PAGES = 2              # that hold them
 
-cdef inline uint64_t whole_pages(uint64_t size) noexcept nogil:
-    return (size + 4095) & ~<uint64_t>4095
+cdef uint64_t whole_pages(uint64_t size) noexcept nogil
+cdef uint32_t page_unit() noexcept nogil
+cdef void *secret_alloc(uint64_t size) noexcept nogil
+cdef void secret_free(void *start, uint64_t size) noexcept nogil
 
 cdef class Region:
     cdef char *base
     cdef readonly uint64_t size     # bytes, whole pages
     cdef int fd                     # -1: anonymous
     cdef uint64_t offset            # in the file
-    cdef uint64_t looks             # atomic: calls of is_scarce
-    cdef uint64_t scarce            # atomic: what it found the last time
 
-    cdef bint is_scarce(self) noexcept nogil
+    cdef void _advise(self) noexcept nogil
     cdef int ready(self, void *start, uint64_t size) noexcept nogil
+    cdef int populate(self, uint64_t size) noexcept nogil
     cdef int release(self, void *start, uint64_t size) noexcept nogil
-    cdef int release_all(self) noexcept nogil
+    cdef void clear(self) noexcept nogil
     cdef bint next_extent(self, uint64_t *start, uint64_t *end) noexcept nogil
 
 cdef class Memory:

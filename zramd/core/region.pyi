@@ -1,6 +1,7 @@
 from typing import Any, final
 
 def filesystem(fd: int) -> int: ...
+def page_size() -> int: ...
 
 @final
 class Region:

@@ -6,16 +6,24 @@ follow each other behind its head:
     | header page | kept words (counters) … | slots | classes of spans | cells | arena |
     0             4K                        64K
 
-Only what was written may be read: reading a hole of a file's mapping would allocate the page.
+Only what was written may be read, and only what is ready written: touching a hole of a file's mapping allocates the page,
+and ends the process (SIGBUS) where the file system has no room for it. Region.ready asks first. It costs nothing: it takes
+the page fault's place.
+
+A page is the kernel's: 4096 bytes, on some machines 16 or 64 KiB. What is counted in pages elsewhere are pieces of 4096
+bytes; page_unit says how many of them the kernel gives and takes back together.
 """
 
 cimport cython
-from libc.errno cimport EINVAL, errno
-from libc.stdint cimport int64_t, uint64_t
+from libc.errno cimport EDQUOT, EFAULT, EINTR, EINVAL, ENOMEM, ENOSPC, errno
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free
+from libc.string cimport memset
 from posix.mman cimport (
     MADV_DONTNEED,
     MAP_ANONYMOUS,
     MAP_FAILED,
+    MAP_FIXED,
     MAP_NORESERVE,
     MAP_PRIVATE,
     MAP_SHARED,
@@ -27,10 +35,11 @@ from posix.mman cimport (
     munmap,
 )
 
-from zramd.core.locks cimport load_relaxed, store_relaxed
-from zramd.core.types cimport PAGE_SIZE
+from zramd.core.types cimport PAGE_SHIFT, PAGE_SIZE, SPAN_SIZE
 
 import os
+
+from zramd.errors import error_from
 
 cdef extern from *:
     """
@@ -39,6 +48,7 @@ cdef extern from *:
     #endif
     #include <fcntl.h>
     #include <linux/falloc.h>
+    #include <stdlib.h>
     #include <sys/mman.h>
     #include <sys/syscall.h>
     #include <sys/vfs.h>
@@ -58,11 +68,23 @@ cdef extern from *:
     {
         return (int)syscall(SYS_fallocate, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size);
     }
-    /* Bytes that are free in the file system, or as good as all where it has no limit. */
-    static uint64_t room(int fd)
+    /* What the file gets it keeps, even if nobody touches it; the file does not grow. */
+    static int take_room(int fd, uint64_t offset, uint64_t size)
     {
-        struct statfs s;
-        return fstatfs(fd, &s) || s.f_blocks == 0 ? UINT64_MAX : (uint64_t)s.f_bavail * s.f_bsize;
+        return (int)syscall(SYS_fallocate, fd, FALLOC_FL_KEEP_SIZE, offset, size);
+    }
+    /* The size of a page as the calls have it that take whole pages. The auxiliary vector, where sysconf has it from, is
+       that of another machine under some emulators. */
+    static uint64_t find_page_size(void)
+    {
+        uint64_t size = (uint64_t)sysconf(_SC_PAGESIZE), most = 1 << 20;
+        char *start = mmap(NULL, 2 * most, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (start == MAP_FAILED)
+            return size;
+        while (size < most && madvise(start + most + size, size, MADV_NORMAL) && errno == EINVAL)
+            size *= 2;
+        munmap(start, 2 * most);
+        return size;
     }
     static long filesystem_type(int fd)
     {
@@ -70,24 +92,53 @@ cdef extern from *:
         return fstatfs(fd, &s) ? -1 : (long)s.f_type & 0xFFFFFFFF;
     }
     """
-    int MADV_NOHUGEPAGE, MADV_POPULATE_WRITE, MADV_DONTNEED_LOCKED, SEEK_DATA, SEEK_HOLE
+    int MADV_NOHUGEPAGE, MADV_DONTDUMP, MADV_DODUMP, MADV_POPULATE_WRITE, MADV_DONTNEED_LOCKED, SEEK_DATA, SEEK_HOLE
+    int posix_memalign(void **start, size_t alignment, size_t size) noexcept nogil
+    int take_room(int fd, uint64_t offset, uint64_t size) noexcept nogil
+    uint64_t find_page_size() noexcept nogil
     int punch_hole(int fd, uint64_t offset, uint64_t size) noexcept nogil
-    uint64_t room(int fd) noexcept nogil
     long filesystem_type(int fd) noexcept nogil
     int close(int fd) noexcept nogil
     int64_t lseek(int fd, int64_t offset, int whence) noexcept nogil
 
-cdef enum:
-    LOOK = 64
-    SCARCE = 64 << 20       # bytes: what others may take of the file system between two looks
-
+cdef uint64_t kernel_page = find_page_size()
 cdef int give_back_advice = MADV_DONTNEED
+
+
+def page_size():
+    """Bytes of the kernel's page."""
+    return kernel_page
+
+
+cdef uint64_t whole_pages(uint64_t size) noexcept nogil:
+    return (size + kernel_page - 1) & ~(kernel_page - 1)
+
+
+cdef uint32_t page_unit() noexcept nogil:
+    """How many pages of 4096 bytes the kernel gives and takes back together: 1, 2, 4, 8 or 16."""
+    return <uint32_t>(kernel_page >> PAGE_SHIFT)
 
 
 cdef int region_populate(void *start, uint64_t size) noexcept nogil:
     """Make the whole pages that a range touches resident; 0, or -1 with errno."""
-    cdef uint64_t first = <uint64_t>start & ~<uint64_t>(PAGE_SIZE - 1)
+    cdef uint64_t first = <uint64_t>start & ~(kernel_page - 1)
     return madvise(<void *>first, whole_pages(<uint64_t>start + size) - first, MADV_POPULATE_WRITE)
+
+
+cdef void *secret_alloc(uint64_t size) noexcept nogil:
+    """Whole pages of the heap for what clients store, which is not to be in a core dump; NULL: there is no memory."""
+    cdef void *start = NULL
+    if posix_memalign(&start, kernel_page, whole_pages(size)):
+        return NULL
+    madvise(start, whole_pages(size), MADV_DONTDUMP)
+    return start
+
+
+cdef void secret_free(void *start, uint64_t size) noexcept nogil:
+    if start != NULL:
+        memset(start, 0, size)
+        madvise(start, whole_pages(size), MADV_DODUMP)
+        free(start)
 
 
 cdef void regions_are_locked() noexcept nogil:
@@ -118,43 +169,62 @@ cdef class Region:
         if base == MAP_FAILED:
             raise MemoryError(f"no address space for {size} bytes")
         self.base = <char *>base
-        # A huge page would make 2 MiB resident for one touched slot or object.
-        madvise(base, self.size, MADV_NOHUGEPAGE)
+        self._advise()
 
     def __dealloc__(self):
         if self.base != NULL:
             munmap(self.base, self.size)
 
-    cdef bint is_scarce(self) noexcept nogil:
-        """Whether there is so little room left in the file's file system that new pages need ready.
-
-        It looks every LOOK calls: asking for each page would cost 4 % of what it takes to fill a device.
-        """
-        cdef uint64_t looks = load_relaxed(&self.looks)
-        if self.fd < 0:
-            return False
-        store_relaxed(&self.looks, looks + 1)
-        if looks % LOOK == 0:
-            store_relaxed(&self.scarce, room(self.fd) < SCARCE)
-        return load_relaxed(&self.scarce)
+    cdef void _advise(self) noexcept nogil:
+        # A huge page would make 2 MiB resident for one touched slot or object.
+        madvise(self.base, self.size, MADV_NOHUGEPAGE)
+        # What other programs stored is not for a core dump, and gigabytes would be written before a restart.
+        madvise(self.base, self.size, MADV_DONTDUMP)
 
     cdef int ready(self, void *start, uint64_t size) noexcept nogil:
-        """Before pages are touched for the first time: 0, or -1, there is no room for them in the file.
+        """Before pages are touched for the first time: 0; -EDQUOT, the file's file system has no room for them; -ENOMEM.
 
         Touching them would end the process (SIGBUS).
         """
-        if self.fd < 0 or region_populate(start, size) == 0 or errno == EINVAL:     # before Linux 5.14
+        cdef int rc
+        if self.fd < 0 or region_populate(start, size) == 0:
             return 0
-        return -1
+        if errno == EINVAL:     # before Linux 5.14
+            rc = take_room(self.fd, self.offset + <uint64_t>(<char *>start - self.base), size)
+            while rc and errno == EINTR:
+                rc = take_room(self.fd, self.offset + <uint64_t>(<char *>start - self.base), size)
+            if rc == 0:
+                return 0
+        return -EDQUOT if errno == EFAULT or errno == ENOSPC else -ENOMEM
+
+    cdef int populate(self, uint64_t size) noexcept nogil:
+        """Make its first size bytes resident; 0, -EDQUOT or -ENOMEM."""
+        if region_populate(self.base, size) == 0:
+            return 0
+        return -EDQUOT if self.fd >= 0 and errno == EFAULT else -ENOMEM
 
     cdef int release(self, void *start, uint64_t size) noexcept nogil:
         """Give whole pages back to the operating system; they read as zeros afterwards."""
         if self.fd < 0:
             return madvise(start, size, give_back_advice)
-        return punch_hole(self.fd, self.offset + <uint64_t>(<char *>start - self.base), whole_pages(size))
+        return punch_hole(self.fd, self.offset + <uint64_t>(<char *>start - self.base), size)
 
-    cdef int release_all(self) noexcept nogil:
-        return self.release(self.base, self.size)
+    cdef void clear(self) noexcept nogil:
+        """Make all of it zeros, and give its pages back unless the system refuses."""
+        cdef uint64_t start = 0, end = self.size
+        if self.release(self.base, self.size) == 0:
+            return
+        if self.fd < 0:
+            if mmap(self.base, self.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
+                    -1, 0) == MAP_FAILED:
+                memset(self.base, 0, self.size)
+            else:
+                self._advise()
+            return
+        while self.next_extent(&start, &end):
+            memset(self.base + start, 0, end - start)
+            start = end
+            end = self.size
 
     cdef bint next_extent(self, uint64_t *start, uint64_t *end) noexcept nogil:
         """The next run of pages of the file that hold something, from start[0] on and up to end[0]: False, there is none.
@@ -179,12 +249,20 @@ cdef class Memory:
     """
 
     def __cinit__(self, int fd=-1):
+        cdef int rc
         self.fd = -1
+        if kernel_page < PAGE_SIZE or kernel_page > SPAN_SIZE:
+            raise MemoryError(f"this kernel has pages of {kernel_page} bytes: zramd needs one with 4096 to {SPAN_SIZE}")
         if fd >= 0:
             self.fd = os.dup(fd)
         self.head = self.region(HEAD_SIZE, True)
-        if self.head.ready(self.head.base + KEPT_STATE, KEPT_PAGES * PAGE_SIZE):
-            raise MemoryError("the file system of the state is full")
+        if fd < 0:
+            return
+        if os.fstat(fd).st_size < HEAD_SIZE:
+            raise ValueError(f"a file of {os.fstat(fd).st_size} bytes is not a state")
+        rc = self.head.ready(self.head.base + KEPT_STATE, KEPT_PAGES * PAGE_SIZE)
+        if rc:
+            raise error_from(rc, "the state's first pages")
 
     def __dealloc__(self):
         if self.fd >= 0:

@@ -9,7 +9,7 @@ Each of them holds the GIL, takes the arguments apart, and releases the GIL for 
 thread's Python state, see threadstate.pyx.
 """
 
-from libc.errno cimport ENOMEM, ENOSPC
+from libc.errno cimport EDQUOT, ENOMEM, ENOSPC
 from libc.stdint cimport uint64_t
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -18,7 +18,7 @@ from cpython.object cimport PyObject
 from zramd.core.device cimport Device
 from zramd.core.threadstate cimport keep_current
 
-from zramd.errors import PoolFullError, error_from
+from zramd.errors import error_from
 
 cdef extern from *:
     """
@@ -72,8 +72,9 @@ cdef enum:
 
 cdef object tell_errno = None           # nbdkit.set_error
 cdef int full_errno = ENOSPC            # what a client gets when the pool is full
-cdef object pool_full = PoolFullError()
-cdef object no_memory = MemoryError("no memory for a request")
+cdef object pool_full = error_from(-ENOSPC, "pool is full")
+cdef object state_full = error_from(-EDQUOT, "pool is full")
+cdef object no_memory = error_from(-ENOMEM, "a request")
 
 
 cdef int serve(int request, PyObject **arguments) except -1:
@@ -108,11 +109,11 @@ cdef int serve(int request, PyObject **arguments) except -1:
 
 cdef void fail(Device device, int rc, uint64_t offset, uint64_t length) noexcept:
     """Raise the exception for -errno, and tell nbdkit which errno the client gets."""
-    cdef bint full = rc == -ENOSPC or rc == -ENOMEM
+    cdef bint full = rc == -ENOSPC or rc == -EDQUOT or rc == -ENOMEM
     if tell_errno is not None:
         tell_errno(full_errno if full else -rc)
     if full:
-        zr_raise(pool_full if rc == -ENOSPC else no_memory)
+        zr_raise(pool_full if rc == -ENOSPC else state_full if rc == -EDQUOT else no_memory)
     else:
         zr_raise(error_from(rc, f"request for {length} bytes at {offset}{device.culprit(rc, offset, length)}"))
 

@@ -8,9 +8,8 @@ One buffer of a chunk is all the memory it takes. A block is copied under its st
 while bytes are read or written. The work is done without the GIL; EINTR brings it back to Python for signals.
 """
 
-from libc.errno cimport EAGAIN, EINTR, ENOMEM, ENOSPC, ETIMEDOUT, errno
+from libc.errno cimport EAGAIN, EDQUOT, EINTR, ENOMEM, ENOSPC, ETIMEDOUT, errno
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, strlen
 
 from cpython.exc cimport PyErr_CheckSignals
@@ -28,6 +27,7 @@ from zramd.core.locks cimport (
     pthread_rwlock_wrlock,
     store_release,
 )
+from zramd.core.region cimport secret_alloc, secret_free
 from zramd.core.types cimport (
     BLOCK_SHIFT,
     BLOCK_SIZE,
@@ -94,12 +94,12 @@ cdef class _Stream:
 
     def __cinit__(self, *arguments, **names):
         self.patience = -1
-        self.buffer = <char *>malloc(FRAME_BYTES + BODY_MAX)
+        self.buffer = <char *>secret_alloc(FRAME_BYTES + BODY_MAX)
         if self.buffer == NULL:
             raise MemoryError("no memory for a chunk")
 
     def __dealloc__(self):
-        free(self.buffer)
+        secret_free(self.buffer, FRAME_BYTES + BODY_MAX)
 
     cdef int _wait(self, int fd, int events) noexcept nogil:
         cdef int tick = TICK if self.patience < 0 else min(TICK, self.patience - self.waited)
@@ -434,7 +434,7 @@ cdef class _Reader(_Stream):
                 rc = self._fail("a block does not decompress")
             else:
                 rc = self._record(block, what, body + at)
-                self.next = block + 1
+                self.next = block + (rc == 0)
                 at += size
         if self.device is not None:
             self.device._leave_gate()
@@ -444,7 +444,7 @@ cdef class _Reader(_Stream):
 
     cdef int _record(self, uint64_t block, uint32_t what, const char *data) noexcept nogil:
         """Count a block that is right, and store it if there is a device."""
-        cdef uint64_t slot = SLOT_LOST, old
+        cdef uint64_t slot = SLOT_LOST
         cdef int rc = 0
         self.n.blocks += 1
         if what == SLOT_LOST:
@@ -461,10 +461,7 @@ cdef class _Reader(_Stream):
         elif what != SLOT_LOST:
             rc = self.device.table.store_payload(block, data, what, &slot)
         if rc == 0:
-            pthread_mutex_lock(&self.device.table.stripes[block % STRIPES])
-            old = self.device.table.set(block, slot)
-            pthread_mutex_unlock(&self.device.table.stripes[block % STRIPES])
-            self.device.table.drop(block, old)
+            rc = self.device.table.put(block, slot, False)
         return rc
 
     cdef int _end(self) noexcept nogil:
@@ -508,7 +505,7 @@ cdef class _Reader(_Stream):
     def _error(self, int rc):
         if self.copy_failed:
             return OSError(-rc, os.strerror(-rc))
-        if rc == -ENOSPC or rc == -ENOMEM:
+        if rc == -ENOSPC or rc == -EDQUOT or rc == -ENOMEM:
             return error_from(rc, f"block {self.next}")
         if rc < 0:
             return SaveError(f"it cannot be read at byte {self.at + self.moved}: {os.strerror(-rc).lower()}")
@@ -534,7 +531,7 @@ def load(Device device, int fd, *, bytes begun=b"", length=-1, patience=-1):
     """Fill an empty device, that nobody else uses, from a descriptor: the numbers as from check.
 
     begun: what was read of it already; length: bytes of it, -1: to its end. Whatever is raised, the device is empty
-    then. Raises SaveError; PoolFullError when mem_limit leaves no room.
+    then. Raises SaveError; PoolFullError when there is no room, MemoryError when the system refuses memory.
     """
     cdef _Reader reader = _Reader(
         fd, -1, device, begun, <uint64_t>-1 if length < 0 else length, <int>(patience * 1000))

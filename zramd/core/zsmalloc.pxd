@@ -11,6 +11,7 @@ cdef struct size_class:
     uint32_t size                   # bytes of a chunk, header and rounding included
     uint32_t pages                  # per zspage
     uint32_t objs                   # chunks per zspage
+    uint32_t unit                   # pages that the kernel gives and takes back together
     uint32_t heads[GROUPS]          # first zspage of each fullness group, NIL: none; last in first out
     uint64_t group_count[GROUPS]    # zspages listed in each
     uint64_t zspages                # isolated ones included
@@ -23,8 +24,8 @@ cdef inline bint is_mapped(size_class *c) noexcept nogil:
     return c.objs <= MAPPED_CHUNKS
 
 cdef inline uint32_t pages_below(size_class *c, uint32_t chunks) noexcept nogil:
-    """Pages that the first chunks of a zspage touch."""
-    return (chunks * c.size + PAGE_SIZE - 1) >> PAGE_SHIFT
+    """Pages that the first chunks of a zspage need."""
+    return (((chunks * c.size + PAGE_SIZE - 1) >> PAGE_SHIFT) + c.unit - 1) & ~(c.unit - 1)
 
 cdef inline uint32_t pages_of_chunk(size_class *c, uint32_t chunk) noexcept nogil:
     """Bitmap of the pages of its zspage that a chunk touches."""
@@ -44,6 +45,8 @@ cdef class Zsmalloc:
     cdef readonly uint64_t max_objects
     cdef readonly uint32_t class_count
     cdef readonly uint32_t max_payload  # largest object that is not huge
+    cdef uint64_t cells_ready           # atomic: cells below this one are on pages that are there
+    cdef uint64_t classes_ready         # atomic: the classes of spans below this one, too
     cdef Memory memory
     cdef Arena arena
     cdef uint32_t huge                  # number of the huge class: the last
@@ -60,7 +63,6 @@ cdef class Zsmalloc:
     cdef uint64_t cells_top             # cells below this one were used at least once
     cdef uint64_t cells_free            # head of the free list, 0: empty
     cdef uint64_t cells_used
-    cdef uint64_t cells_ready           # atomic: cells below this one were made resident ahead of need
 
     cdef uint32_t spare[32]             # spans with a resident page no huge object uses, one entry a page; huge's lock
     cdef uint32_t spares
@@ -76,19 +78,20 @@ cdef class Zsmalloc:
     cdef void obj_publish(self, uint64_t handle, uint64_t check) noexcept nogil
     cdef uint64_t obj_check(self, uint64_t handle) noexcept nogil
     cdef bint obj_fits(self, const char *payload, uint32_t size) noexcept nogil
+    cdef bint obj_is_there(self, const char *payload, uint32_t size) noexcept nogil
     cdef int obj_free(self, uint64_t handle) noexcept nogil
     cdef void obj_prefetch(self, uint64_t handle, uint32_t size) noexcept nogil
     cdef uint32_t obj_capacity(self, uint64_t handle) noexcept nogil
 
     # handles that stand for a word instead of an object
-    cdef uint64_t word_alloc(self, uint64_t word) noexcept nogil
+    cdef int word_alloc(self, uint64_t word, uint64_t *handle) noexcept nogil
     cdef uint64_t word_read(self, uint64_t handle) noexcept nogil
     cdef void word_free(self, uint64_t handle) noexcept nogil
 
     cdef uint64_t freeable(self, size_class *c) noexcept nogil
     cdef uint32_t _pages_wanted(self, size_class *c, uint32_t chunks) noexcept nogil
     cdef uint64_t freeable_pages(self) noexcept nogil
-    cdef bint make_room(self) noexcept nogil
+    cdef bint make_room(self, int rc) noexcept nogil
     cdef uint64_t compact_run(self, uint64_t budget, uint64_t enough) noexcept nogil
     cdef uint64_t compact_whole(self) noexcept nogil
     cdef uint64_t _borrow(self, uint32_t index) noexcept nogil
@@ -100,7 +103,7 @@ cdef class Zsmalloc:
     cdef uint64_t metadata_bytes(self) noexcept nogil
     cdef const char *find_fault(self, uint64_t *where, uint64_t words) noexcept nogil
 
-    cdef uint64_t _cell_take(self) noexcept nogil
+    cdef int _cell_take(self, uint64_t *handle) noexcept nogil
     cdef void _cell_give(self, uint64_t handle) noexcept nogil
     cdef int _pin(self, uint64_t handle, uint64_t *obj) noexcept nogil
     cdef int _obj_alloc(self, uint32_t index, uint64_t handle, char **payload) noexcept nogil
@@ -121,6 +124,7 @@ cdef class Zsmalloc:
     cdef void _unlink(self, size_class *c, uint32_t span) noexcept nogil
     cdef void _regroup(self, size_class *c, uint32_t span) noexcept nogil
     cdef int64_t _zspage_new(self, size_class *c, uint32_t index) noexcept nogil
+    cdef int _class_is_ready(self, uint32_t span) noexcept nogil
     cdef uint32_t _zspage_gone(self, size_class *c, uint32_t span) noexcept nogil
     cdef uint32_t _isolate_fullest(self, size_class *c, bint resident) noexcept nogil
     cdef bint _has_resident_room(self, size_class *c, uint32_t span) noexcept nogil

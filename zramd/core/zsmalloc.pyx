@@ -31,14 +31,14 @@ bit has made wrong is refused, or leads to an object whose checksum differs.
 """
 
 cimport cython
-from libc.errno cimport EBUSY, EINVAL, ENOENT, ENOMEM, ENOSPC
+from libc.errno cimport EBUSY, EDQUOT, EINVAL, ENOENT, ENOMEM, ENOSPC
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
-from zramd.core.arena cimport Arena
+from zramd.core.arena cimport Arena, pages_load
 from zramd.core.checks cimport (
     FILL_FREED,
     FILL_FRESH,
@@ -69,7 +69,7 @@ from zramd.core.locks cimport (
     store_relaxed,
     store_release,
 )
-from zramd.core.region cimport HEAD_SIZE, KEPT_PAGES, KEPT_POOL, Memory, Region, region_populate, whole_pages
+from zramd.core.region cimport HEAD_SIZE, KEPT_PAGES, KEPT_POOL, Memory, Region, page_unit, whole_pages
 from zramd.core.types cimport (
     CELL_CHECK_SHIFT,
     CELL_LENT,
@@ -129,7 +129,6 @@ cdef extern from *:
     uint32_t bits_set_64(uint64_t x) noexcept nogil
 
 cdef enum:
-    CELLS_PER_PAGE = 512
     SPARES = 32             # pages of huge objects kept for the next one: overwriting raw blocks would else fault each time
     CELLS_SLACK = 1 << 17   # handles beyond max_objects: objects that are written but not yet published by their owner
     PIN_SPINS = 200         # about a decompression; then let the holder of the pin run
@@ -173,15 +172,15 @@ cdef inline uint64_t chunks_of_page(size_class *c, uint32_t page) noexcept nogil
     return ((<uint64_t>2 << min(last, c.objs - 1)) - (<uint64_t>1 << first)) if first < c.objs else 0
 
 
-cdef void geometry(uint32_t size, uint32_t *pages, uint32_t *objs) noexcept nogil:
-    """The zspage of a chunk size: the fewest pages with the least waste a page.
+cdef void geometry(uint32_t size, uint32_t unit, uint32_t *pages, uint32_t *objs) noexcept nogil:
+    """The zspage of a chunk size: the fewest pages with the least waste a page. unit: pages of 4096 bytes in the kernel's.
 
     zsmalloc takes the least waste of a zspage; a page's share of it is what memory is lost.
     """
     cdef uint32_t n, waste, best = 0
     pages[0] = 0
     for n in range(1, SPAN_PAGES + 1):
-        if n * PAGE_SIZE < size:
+        if n % unit or n * PAGE_SIZE < size:
             continue
         waste = n * PAGE_SIZE % size
         if pages[0] == 0 or waste * pages[0] < best * n:
@@ -190,10 +189,10 @@ cdef void geometry(uint32_t size, uint32_t *pages, uint32_t *objs) noexcept nogi
     objs[0] = pages[0] * PAGE_SIZE // size
 
 
-def _size_classes():
+def size_classes(uint32_t unit):
     """The size classes, smallest first, the huge class last: tuples (bytes of a chunk, pages and chunks of a zspage).
 
-    As in zsmalloc, sizes whose zspages have as many pages and hold as many objects are merged into the largest.
+    unit: how many pages of 4096 bytes the kernel gives and takes back together; it does with part of a zspage, too. As in zsmalloc, sizes whose zspages have as many pages and hold as many objects are merged into the largest.
     """
     cdef uint32_t size, pages, objs
     merged = [(PAGE_SIZE, SPAN_PAGES, SPAN_PAGES)]
@@ -202,7 +201,7 @@ def _size_classes():
     # as small.
     size = PAGE_SIZE - CLASS_DELTA
     while size >= MIN_CHUNK:
-        geometry(size, &pages, &objs)
+        geometry(size, unit, &pages, &objs)
         if objs > pages and (pages, objs) != last:
             last = (pages, objs)
             merged.append((size, pages, objs))
@@ -212,7 +211,12 @@ def _size_classes():
     return merged
 
 
-CLASSES = _size_classes()
+CLASSES = size_classes(page_unit())
+
+
+def layout_sum(uint32_t unit):
+    """Names the size classes, and the size of a page with them, in a state."""
+    return zlib.crc32(repr(size_classes(unit)).encode() + (b"" if unit == 1 else b"%d" % unit))
 
 
 def pool_layout(uint64_t max_objects):
@@ -222,7 +226,7 @@ def pool_layout(uint64_t max_objects):
         "cells": spans + 1,
         "spans": spans,
         "span_size": SPAN_SIZE,
-        "size_classes": zlib.crc32(repr(CLASSES).encode()),
+        "size_classes": layout_sum(page_unit()),
         "bytes": (HEAD_SIZE + whole_pages(max_objects * sizeof(uint64_t)) + whole_pages(spans)
                   + whole_pages((spans + 1) * sizeof(uint64_t)) + (spans << SPAN_SHIFT)),
     }
@@ -282,6 +286,7 @@ cdef class Zsmalloc:
         self.max_payload = <uint32_t>CLASSES[self.huge - 1][0] - HEADER_SIZE
         for i in range(self.class_count):
             self.classes[i].size, self.classes[i].pages, self.classes[i].objs = CLASSES[i]
+            self.classes[i].unit = page_unit()
             for g in range(GROUPS):
                 self.classes[i].heads[g] = NIL
         i = 0
@@ -293,9 +298,10 @@ cdef class Zsmalloc:
     # --------------------------------------------------------------------------------------------------------
     # cells
 
-    cdef uint64_t _cell_take(self) noexcept nogil:
-        """A free cell, or 0 when there is none. It stays without CELL_LIVE until its owner stores an obj."""
+    cdef int _cell_take(self, uint64_t *taken) noexcept nogil:
+        """A free cell, which stays without CELL_LIVE until its owner stores an obj. -ENOMEM: there is none; -EDQUOT."""
         cdef uint64_t handle, next
+        cdef int rc = 0
         pthread_mutex_lock(&self.cells_lock)
         handle = self.cells_free
         if handle:
@@ -303,15 +309,21 @@ cdef class Zsmalloc:
             if next & CELL_TAGS:
                 handle = 0      # overwritten in memory: what follows it is lost until the next start
             self.cells_free = next >> 3 if handle and next >> 3 < self.cells_top else 0
-        if handle == 0 and self.cells_top <= self.max_objects + CELLS_SLACK and (
-                self.cells_top % CELLS_PER_PAGE > 1
-                or self.cell_table.ready(&self.cells[self.cells_top], sizeof(uint64_t)) == 0):
-            handle = self.cells_top
-            owned_add(&self.cells_top, 1)
-        if handle:
+        if handle == 0:
+            if self.cells_top > self.max_objects + CELLS_SLACK:
+                rc = -ENOMEM
+            elif self.cells_top >= self.cells_ready:
+                rc = self.cell_table.ready(&self.cells[self.cells_top], sizeof(uint64_t))
+                if rc == 0:
+                    store_relaxed(&self.cells_ready, whole_pages((self.cells_top + 1) * sizeof(uint64_t)) // sizeof(uint64_t))
+            if rc == 0:
+                handle = self.cells_top
+                owned_add(&self.cells_top, 1)
+        if rc == 0:
             owned_add(&self.cells_used, 1)
         pthread_mutex_unlock(&self.cells_lock)
-        return handle
+        taken[0] = handle
+        return rc
 
     cdef void _cell_give(self, uint64_t handle) noexcept nogil:
         pthread_mutex_lock(&self.cells_lock)
@@ -324,7 +336,7 @@ cdef class Zsmalloc:
         """Wait for the pin of an object; its location, or -ENOENT when the handle is not live."""
         cdef uint64_t cell, start = 0
         cdef uint32_t spins = 0
-        if handle == 0 or handle > self.max_objects + CELLS_SLACK:
+        if handle == 0 or handle >= load_relaxed(&self.cells_ready):
             return -ENOENT
         while True:
             cell = load_acquire(&self.cells[handle])
@@ -352,7 +364,7 @@ cdef class Zsmalloc:
     cdef int obj_alloc(self, uint32_t size, uint64_t *handle, char **payload) noexcept nogil:
         """Make an object of size bytes; pinned, until obj_end publishes what was written to payload.
 
-        -EINVAL: size is not 1 to 4096; -ENOSPC: mem_limit; -ENOMEM: max_objects.
+        -EINVAL: size is not 1 to 4096; -ENOSPC: mem_limit; -EDQUOT: the file system of the state; -ENOMEM.
         """
         cdef uint32_t index
         cdef int rc
@@ -362,9 +374,9 @@ cdef class Zsmalloc:
             index = self.huge
         else:
             index = self.class_of[(size + HEADER_SIZE + CLASS_DELTA - 1) // CLASS_DELTA]
-        handle[0] = self._cell_take()
-        if handle[0] == 0:
-            return -ENOMEM
+        rc = self._cell_take(handle)
+        if rc:
+            return rc
         zr_crash_point("cell-taken")
         rc = self._obj_alloc(index, handle[0], payload)
         if rc:
@@ -447,6 +459,15 @@ cdef class Zsmalloc:
         """Whether size bytes are there to be read, wherever payload leads."""
         return <uint64_t>(payload - self.arena.base) + size <= <uint64_t>load_relaxed_32(&self.arena.top) << SPAN_SHIFT
 
+    cdef bint obj_is_there(self, const char *payload, uint32_t size) noexcept nogil:
+        """Whether the pages of size bytes that obj_fits are resident: those of an object are, and touching others may end
+        the process."""
+        cdef uint64_t start = payload - self.arena.base, last = start + size - 1
+        cdef uint32_t first_page = (start & (SPAN_SIZE - 1)) >> PAGE_SHIFT, last_page = (last & (SPAN_SIZE - 1)) >> PAGE_SHIFT
+        return size and start >> SPAN_SHIFT == last >> SPAN_SHIFT and not (
+            (<uint32_t>2 << last_page) - (<uint32_t>1 << first_page)
+            & ~<uint32_t>pages_load(&self.arena.committed[start >> SPAN_SHIFT]))
+
     cdef int obj_free(self, uint64_t handle) noexcept nogil:
         """Free an object, once whoever holds its pin is done. -ENOENT: the handle is not live."""
         cdef uint64_t obj
@@ -495,22 +516,22 @@ cdef class Zsmalloc:
         """Ask the cache for the first size bytes of an object. Only a hint: nothing is pinned or even looked at."""
         cdef uint64_t obj = 0
         cdef uint32_t at
-        if handle <= self.max_objects + CELLS_SLACK:
+        if handle < load_relaxed(&self.cells_ready):
             obj = cell_obj(load_relaxed(&self.cells[handle]))
         if obj >> SPAN_SHIFT < self.arena.span_count:
             for at in range(0, size, 64):
                 prefetch(self.arena.base + obj + at)
 
-    cdef uint64_t word_alloc(self, uint64_t word) noexcept nogil:
-        """A handle whose cell holds a word: same-filled blocks use no pool memory. Never fails within max_objects."""
-        cdef uint64_t handle = self._cell_take()
-        if handle:
-            store_release(&self.cells[handle], word)
+    cdef int word_alloc(self, uint64_t word, uint64_t *handle) noexcept nogil:
+        """A handle whose cell holds a word: same-filled blocks use no pool memory. 0, -ENOMEM or -EDQUOT as obj_alloc."""
+        cdef int rc = self._cell_take(handle)
+        if rc == 0:
+            store_release(&self.cells[handle[0]], word)
             zr_crash_point("word-stored")
-        return handle
+        return rc
 
     cdef uint64_t word_read(self, uint64_t handle) noexcept nogil:
-        return load_acquire(&self.cells[handle]) if handle <= self.max_objects + CELLS_SLACK else 0
+        return load_acquire(&self.cells[handle]) if handle < load_relaxed(&self.cells_ready) else 0
 
     cdef void word_free(self, uint64_t handle) noexcept nogil:
         if handle < load_relaxed(&self.cells_top):
@@ -521,7 +542,7 @@ cdef class Zsmalloc:
     # chunks; the class lock is held
 
     cdef int _chunk_take(self, size_class *c, uint32_t span, uint64_t handle, bint resident) noexcept nogil:
-        """Allocate a chunk of a zspage and write its header; its number, or -ENOSPC.
+        """Allocate a chunk of a zspage and write its header; its number, or -ENOSPC, or what Arena.commit says.
 
         A free chunk whose pages are resident first. With resident, no other one.
         """
@@ -591,7 +612,7 @@ cdef class Zsmalloc:
         return <int>chunk
 
     cdef int _commit(self, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil:
-        """Count the pages of a chunk as resident; 0, or -ENOSPC."""
+        """Count the pages of a chunk as resident; 0, or what Arena.commit says."""
         cdef char *last = self.arena.base + (<uint64_t>span << SPAN_SHIFT) + (chunk + 1) * c.size - 1
         cdef int n = self.arena.commit(span, pages_of_chunk(c, chunk))
         if n < 0:
@@ -654,11 +675,11 @@ cdef class Zsmalloc:
 
     cdef void _spare_page(self, size_class *c, uint32_t span, uint32_t page) noexcept nogil:
         """A huge object was freed: its page is a spare while there are few, else it is given back at once."""
-        if self.spares < SPARES:
+        if self.spares < SPARES and c.unit == 1:
             self.spare[self.spares] = span
             self.spares += 1
         else:
-            owned_sub(&c.committed, self.arena.decommit(span, <uint32_t>1 << page))
+            owned_sub(&c.committed, self.arena.decommit(span, self._unused_pages(c, span, self.arena.whole(1 << page))))
 
     cdef uint32_t _unused_pages(self, size_class *c, uint32_t span, uint32_t pages) noexcept nogil:
         """Those of some pages of a zspage with a bitmap that are resident, and that no object touches."""
@@ -679,7 +700,7 @@ cdef class Zsmalloc:
         cdef uint32_t unused
         if (used << 1 & used >> 1) >> chunk & 1:
             return      # both neighbours are in use, and each page has a part of one of them
-        unused = self._unused_pages(c, span, pages_of_chunk(c, chunk))
+        unused = self._unused_pages(c, span, self.arena.whole(pages_of_chunk(c, chunk)))
         if unused and load_relaxed(&self.arena.reserve) == 0 and (
                 self.freeable(c) << SLACK_SHIFT > load_relaxed(&c.committed)):
             owned_sub(&c.committed, self.arena.decommit(span, unused))
@@ -745,15 +766,17 @@ cdef class Zsmalloc:
             self._link(c, span)
 
     cdef int64_t _zspage_new(self, size_class *c, uint32_t index) noexcept nogil:
-        """An empty zspage, listed; its span, or -ENOMEM, -ENOSPC."""
+        """An empty zspage, listed; its span, or -ENOMEM, -EDQUOT."""
         cdef int64_t span = self.arena.take(c.pages)
         cdef zspage *z
         cdef uint32_t page
+        cdef int rc
         if span < 0:
             return span
-        if self.span_classes.is_scarce() and self.span_classes.ready(&self.span_class[span], 1):
+        rc = self._class_is_ready(<uint32_t>span)
+        if rc:
             self.arena.give(<uint32_t>span, False)
-            return -ENOSPC
+            return rc
         z = &self.zspages[span]
         z.inuse = 0
         z.used = 0
@@ -762,7 +785,9 @@ cdef class Zsmalloc:
         z.class_index = <uint16_t>index
         self.span_class[span] = <uint8_t>(index + 1)
         zr_crash_point("class-stored")
-        if index == self.huge:
+        if index == self.huge and c.unit > 1:
+            self.arena.decommit(<uint32_t>span, ~<uint32_t>0)
+        elif index == self.huge:
             for page in range(SPAN_PAGES):
                 if self.arena.committed[span] >> page & 1:
                     if self.spares < SPARES:
@@ -774,6 +799,16 @@ cdef class Zsmalloc:
         owned_add(&c.committed, bits_set(self.arena.committed[span]))
         self._link(c, <uint32_t>span)
         return span
+
+    cdef int _class_is_ready(self, uint32_t span) noexcept nogil:
+        """Before a span's class is stored: see Region.ready. Spans are handed out lowest first."""
+        cdef uint64_t first = load_relaxed(&self.classes_ready), end = whole_pages(<uint64_t>span + 1)
+        cdef int rc = 0
+        if span >= first:
+            rc = self.span_classes.ready(&self.span_class[first], end - first)
+            if rc == 0:
+                store_relaxed(&self.classes_ready, end)     # several threads: the lower one of theirs is true as well
+        return rc
 
     cdef uint32_t _zspage_gone(self, size_class *c, uint32_t span) noexcept nogil:
         """Take an empty, unlisted zspage out of its class; how many resident pages it had. Then arena.give the span."""
@@ -804,7 +839,7 @@ cdef class Zsmalloc:
         May be read without the lock, then it can be off by what is happening meanwhile.
         """
         cdef uint64_t inuse = load_relaxed(&c.inuse), limit = load_relaxed(&self.arena.limit), best, part
-        cdef bint full = limit and load_relaxed(&self.arena.pages) + 2 > limit
+        cdef bint full = limit and load_relaxed(&self.arena.pages) + 2 * c.unit > limit
         if c.size == PAGE_SIZE or inuse == 0 or (
                 load_relaxed(&c.stuck) and (full or load_relaxed(&self.arena.reserve))):
             return 0
@@ -818,7 +853,7 @@ cdef class Zsmalloc:
 
     cdef uint32_t _pages_wanted(self, size_class *c, uint32_t chunks) noexcept nogil:
         """Pages that a part-filled zspage keeps when it is tightened to so many chunks."""
-        return min(c.pages, pages_below(c, chunks) + (TAIL_PAGES if load_relaxed(&self.arena.reserve) else 0))
+        return min(c.pages, pages_below(c, chunks) + (max(c.unit, TAIL_PAGES) if load_relaxed(&self.arena.reserve) else 0))
 
     cdef uint64_t freeable_pages(self) noexcept nogil:
         """Pages that a whole compaction would free."""
@@ -903,7 +938,7 @@ cdef class Zsmalloc:
                 before = c.committed
                 rc = self._move(c, src, chunk, c, dst, resident)
                 grown += c.committed - before
-                if rc == -ENOSPC:
+                if rc and rc != -EBUSY:
                     resident = resident or self.zspages[dst].inuse < c.objs
                     freed += self._putback(c, dst)
                     dst = NIL
@@ -1054,7 +1089,7 @@ cdef class Zsmalloc:
         span = self._isolate_emptiest(c)
         while span != NIL and self.zspages[span].inuse:
             wanted = self.zspages[span].inuse - (
-                ((pages_below(c, self.zspages[span].inuse) - 1) << PAGE_SHIFT) // c.size)
+                ((pages_below(c, self.zspages[span].inuse) - c.unit) << PAGE_SHIFT) // c.size)
             # Nothing is moved unless it frees the page.
             if self._lend(index, span, wanted, False) < wanted or self._lend(index, span, wanted, True) < wanted:
                 break
@@ -1121,8 +1156,8 @@ cdef class Zsmalloc:
                    bint resident) noexcept nogil:
         """Move an object of class c to a zspage of class d, which is c or a larger one; both are locked.
 
-        -EBUSY: its pin is held, or it was lent to c already, so that no object creeps up class by class; -ENOSPC: no
-        room (see _chunk_take).
+        -EBUSY: its pin is held, or it was lent to c already, so that no object creeps up class by class; or what
+        _chunk_take says.
         """
         cdef uint64_t obj = (<uint64_t>src << SPAN_SHIFT) + chunk * c.size, handle, cell
         cdef char *old = self.arena.base + obj
@@ -1181,8 +1216,8 @@ cdef class Zsmalloc:
         pthread_mutex_unlock(&self.compact_lock)
         return n
 
-    cdef bint make_room(self) noexcept nogil:
-        """After -ENOSPC: free pages by whatever means there are; False when there is nothing to free.
+    cdef bint make_room(self, int rc) noexcept nogil:
+        """After -ENOSPC or -EDQUOT: free pages by whatever means there are; False when there is nothing to free.
 
         The caller holds no pin and no lock of the pool.
         """
@@ -1194,9 +1229,9 @@ cdef class Zsmalloc:
             if self.compact_run(<uint64_t>-1, 1):
                 return True
             # Somebody else made room while this thread waited for compact_lock. A chunk touches 2 pages at most.
+            # (Of the state's file system nobody knows who took it.)
             limit = load_relaxed(&self.arena.limit)
-            # (Unless it is the state's file system that has none.)
-            if (limit == 0 or load_relaxed(&self.arena.pages) + 2 <= limit) and not self.arena.spans.is_scarce():
+            if rc == -ENOSPC and (limit == 0 or load_relaxed(&self.arena.pages) + 2 * self.arena.unit <= limit):
                 return True
             if load_relaxed(&self.pins_met) == pins_met:
                 return False
@@ -1207,14 +1242,16 @@ cdef class Zsmalloc:
     # the pool as a whole
 
     cdef int populate(self) noexcept nogil:
-        """Make the cells of max_objects objects and the classes of spans resident; 0 or -ENOMEM."""
+        """Make the cells of max_objects objects and the classes of spans resident; 0, -EDQUOT or -ENOMEM."""
         # One more for each object that is written while its block still holds the old one.
         cdef uint64_t cells = min(self.max_objects + PAGE_SIZE, self.max_objects + CELLS_SLACK + 1)
-        if (region_populate(self.cells, cells * sizeof(uint64_t))
-                or region_populate(self.span_class, self.arena.span_count)):
-            return -ENOMEM
-        store_relaxed(&self.cells_ready, cells)
-        return 0
+        cdef int rc = self.cell_table.populate(cells * sizeof(uint64_t))
+        if rc == 0:
+            store_relaxed(&self.cells_ready, max(cells, self.cells_ready))
+            rc = self.span_classes.populate(self.arena.span_count)
+        if rc == 0:
+            store_relaxed(&self.classes_ready, self.arena.span_count)
+        return rc
 
     cdef void clear(self) noexcept nogil:
         """Forget every object and give all memory back. Nobody else may have an object; compact_lock is held."""
@@ -1233,12 +1270,13 @@ cdef class Zsmalloc:
             if i == self.huge:
                 self.spares = 0
             pthread_mutex_unlock(&c.lock)
-        self.records.release_all()
+        self.records.clear()
         self.arena.reset()
         zr_crash_point("pool-cleared")
         pthread_mutex_lock(&self.cells_lock)
-        self.span_classes.release_all()
-        self.cell_table.release_all()
+        self.span_classes.clear()
+        store_relaxed(&self.classes_ready, 0)
+        self.cell_table.clear()
         store_relaxed(&self.cells_ready, 0)
         store_relaxed(&self.cells_top, 1)
         store_relaxed(&self.cells_used, 0)
@@ -1252,12 +1290,10 @@ cdef class Zsmalloc:
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes beside the arena's pages: cells, zspages, tables, counters, this object."""
-        cdef uint64_t cells = max(load_relaxed(&self.cells_top), load_relaxed(&self.cells_ready))
         cdef uint64_t zspages = max(load_relaxed_32(&self.arena.top), load_relaxed_32(&self.arena.records_ready))
-        return ((cells * sizeof(uint64_t) + PAGE_SIZE - 1) >> PAGE_SHIFT << PAGE_SHIFT) + (
-            (zspages * sizeof(zspage) + PAGE_SIZE - 1) >> PAGE_SHIFT << PAGE_SHIFT) + (
-            (zspages + PAGE_SIZE - 1) >> PAGE_SHIFT << PAGE_SHIFT) + (KEPT_PAGES << PAGE_SHIFT) + (
-            self.arena.metadata_bytes() + sizeof(self.classes) + sizeof(self.class_of))
+        return (whole_pages(load_relaxed(&self.cells_ready) * sizeof(uint64_t)) + whole_pages(zspages * sizeof(zspage))
+                + whole_pages(zspages) + whole_pages(KEPT_PAGES << PAGE_SHIFT)
+                + self.arena.metadata_bytes() + sizeof(self.classes) + sizeof(self.class_of))
 
     cdef const char *find_fault(self, uint64_t *where, uint64_t words) noexcept nogil:
         """Walk every structure; NULL, or what is wrong, with a handle or span in where[0].
@@ -1320,7 +1356,7 @@ cdef class Zsmalloc:
                 inuse += z.inuse
                 committed += bits_set(self.arena.committed[span])
                 if index == self.huge:
-                    unused = bits_set(self.arena.committed[span] & ~<uint32_t>z.used)
+                    unused = bits_set(self.arena.committed[span] & ~self.arena.whole(<uint32_t>z.used))
                     for i in range(self.spares):
                         unused -= self.spare[i] == span
                     if unused:
@@ -1419,7 +1455,7 @@ cdef class Zsmalloc:
                     rc = -ENOMEM
                 else:
                     rc = self.obj_alloc(<uint32_t>size, &handle, &payload)
-                    while rc == -ENOSPC and self.make_room():
+                    while rc == -ENOSPC and self.make_room(rc):
                         rc = self.obj_alloc(<uint32_t>size, &handle, &payload)
                 if rc == 0:
                     memset(payload, 0, self.obj_capacity(handle))
