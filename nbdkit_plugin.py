@@ -9,6 +9,7 @@ open and the rest for each client, cleanup.
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import site
 import sys
@@ -21,22 +22,21 @@ if TYPE_CHECKING:
     from zramd.core.device import Device
 
 API_VERSION = 2
+MAX_REQUEST = 64 << 20  # bytes that nbdkit reads or writes at once; one more is ENOMEM
 
 
 def _find_package() -> None:
-    """Make `import zramd` work: as Python is set up, else from the .venv or the folder beside this file."""
+    """Make `import zramd` work: from the folder beside this file, else its .venv, else as Python is set up.
+
+    What is beside it belongs to it. Another one of the system's may be older, and know another state.
+    """
     here = os.path.dirname(os.path.abspath(__file__))
     venv = f"{here}/.venv/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
-    try:
-        import zramd.core.device  # noqa: F401
-    except ImportError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "zramd"]:
-            del sys.modules[name]
-        if os.path.isdir(venv):
-            sys.path.insert(0, venv)
-            site.addsitedir(venv)  # reads .pth files: an editable install works too
-        else:
-            sys.path.insert(0, here)
+    if glob.glob(f"{here}/zramd/core/device.*so"):
+        sys.path.insert(0, here)
+    elif os.path.isdir(venv):
+        sys.path.insert(0, venv)
+        site.addsitedir(venv)  # reads .pth files: an editable install works too
 
 
 _find_package()
@@ -44,7 +44,7 @@ try:
     from zramd import __version__
     from zramd import config as settings
     from zramd.core import requests
-    from zramd.errors import ZramdError
+    from zramd.errors import ZramdError, sentence
     from zramd.server import Server
 except ImportError as missing:
     running = sys.version.split()[0]
@@ -61,13 +61,9 @@ _with_traceback = traceback.format_exception
 
 
 def _format_exception(kind: type[BaseException], error: BaseException, trace: Any = None) -> list[str]:
-    if isinstance(error, OSError):
-        return [error.strerror or str(error)]
-    return (
-        [str(error)]
-        if trace is None or isinstance(error, ZramdError)
-        else _with_traceback(kind, error, trace)
-    )
+    if expected := sentence(error):
+        return [expected]
+    return [str(error)] if trace is None else _with_traceback(kind, error, trace)
 
 
 traceback.format_exception = _format_exception  # type: ignore[assignment]
@@ -123,7 +119,11 @@ def dump_plugin() -> None:
         print(f"zramd_setting_{setting.name}={setting.default_text}: {setting.help}")
 
 
-# Exports and clients. The handle of a client is the device itself.
+# Exports and clients. The handle of a client is the device itself. An exception in `preconnect` cuts one off.
+
+
+def preconnect(readonly: bool) -> None:
+    _server.client_connects()
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
@@ -164,7 +164,7 @@ def _description() -> str:
 
 
 def block_size(device: Device) -> tuple[int, int, int]:
-    return (1, 4096, 0xFFFFFFFF)
+    return (1, 4096, MAX_REQUEST)
 
 
 # nbdkit compares with `is True`: nothing else counts.
@@ -187,15 +187,16 @@ def can_fua(device: Device) -> int:
 
 
 def can_cache(device: Device) -> int:
-    none: int = nbdkit.CACHE_NONE
-    return none
+    native: int = nbdkit.CACHE_NATIVE  # all is in memory already: there is nothing to do
+    return native
 
 
 # Requests, from many threads at once, are C: see zramd/core/requests.pyx.
-pread, pwrite, flush, trim, zero, extents = (
+pread, pwrite, flush, cache, trim, zero, extents = (
     requests.pread,
     requests.pwrite,
     requests.flush,
+    requests.cache,
     requests.trim,
     requests.zero,
     requests.extents,

@@ -5,7 +5,6 @@
 """
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +13,9 @@ from typing import NamedTuple, Protocol
 
 from zramd.config import Config
 from zramd.core.process import name_thread
+from zramd.errors import is_shortage, sentence
+from zramd.log import say
+from zramd.threads import start_thread
 
 MIN_FREEABLE = 16  # pages: below this a run is not worth waking the caches for
 MAX_INTERVAL = 60.0  # seconds between looks after runs that gained nothing
@@ -156,8 +158,7 @@ class Compactor:
 
     def start(self) -> None:
         """Start the thread; only after the process has forked for the last time."""
-        self._thread = threading.Thread(target=self._work, name="zramd-compactor", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("zramd-compactor", self._work)
 
     def stop(self) -> None:
         """End the thread; waits for the step it is in."""
@@ -240,13 +241,20 @@ class Compactor:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         try:
             while not self._stopping:
-                delay = self.tick()
+                try:
+                    delay = self.tick()
+                    self.failure = ""
+                except (MemoryError, OSError) as error:
+                    if not is_shortage(error):
+                        raise
+                    self.failure = sentence(error)
+                    delay = self._policy.interval
                 if delay > 0:
                     self._wake.wait(delay)
                     self._wake.clear()
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
-            print(f"zramd: background compaction stopped: {self.failure}", file=sys.stderr, flush=True)
+            say(f"background compaction stopped: {self.failure}")
         finally:
             with self._lock:
                 self._ended = True

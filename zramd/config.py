@@ -13,6 +13,7 @@ from zramd.errors import ConfigError
 
 PAGE_SIZE = 4096
 MAX_DISKSIZE = 4 << 40  # the core has the same: handles have 31 bits
+MAX_CLIENTS = 65536
 MAX_ACCELERATION = 65537  # LZ4_ACCELERATION_MAX: lz4 silently clamps what is above
 # sun_path holds 107 bytes and a NUL; control.sock is the longest socket name in the folder.
 MAX_RUNDIR_BYTES = 107 - len("/control.sock")
@@ -67,6 +68,12 @@ def _reserve(text: str) -> int:
     if not 1 << 20 <= size <= 1 << 30:
         raise ConfigError(f"'{text}' is out of range: use 1M to 1G")
     return size
+
+
+def _client_limit(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 7 and 1 <= int(text) <= MAX_CLIENTS):
+        raise ConfigError(f"'{text}' is out of range: use 1 to {MAX_CLIENTS} connections")
+    return int(text)
 
 
 def _name(text: str) -> str:
@@ -269,6 +276,13 @@ SETTINGS: tuple[Setting, ...] = (
         "auto: parallel if nbdkit is 1.34 or later",
         fixed="nbdkit asks for it once, when it starts",
     ),
+    Setting(
+        "client_limit",
+        _client_limit,
+        "1000",
+        "64",
+        "most connections of clients at once, those that are still being made too; more are cut off",
+    ),
     Setting("compaction", _boolean, "on", "off", "compact in the background"),
     Setting(
         "compaction_threshold",
@@ -293,7 +307,8 @@ SETTINGS: tuple[Setting, ...] = (
         _seconds_or_never,
         "1",
         "10",
-        "seconds between two writes of the stats files; 0: no files",
+        "seconds between two looks whether to write the stats files: they are written when a number has "
+        "changed, and every 30 seconds; 0: no files",
     ),
     Setting(
         "metrics_file",
@@ -332,6 +347,7 @@ class Config:
     swap: str
     reserve: int
     thread_model: str
+    client_limit: int
     compaction: bool
     compaction_threshold: float
     compaction_near_limit: float

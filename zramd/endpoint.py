@@ -3,7 +3,8 @@
     curl --unix-socket RUNDIR/control.sock http://zramd/stats
 
 One request for each connection. The server's housekeeping thread accepts; a short-lived thread answers, with
-what zramd.routes says.
+what zramd.routes says. Who says nothing, or does not take his answer, has to make room for who comes; what
+takes long leaves room for the rest.
 Raw sockets and not http.server: that alone would nearly double the server's memory.
 """
 
@@ -14,11 +15,15 @@ import threading
 import time
 from contextlib import suppress
 
-from zramd.routes import STREAMS_IN, STREAMS_OUT, TEXT, RefusedError, Reply, Routes, Service
+from zramd.errors import ZramdError, is_shortage
+from zramd.routes import LENGTHY, STREAMS_IN, STREAMS_OUT, TEXT, RefusedError, Reply, Routes, Service
+from zramd.threads import start_thread
 
 MAX_CONNECTIONS = 16
+MAX_LENGTHY = 8  # of them, for what takes long
 MAX_HEADER = 8 << 10
 MAX_BODY = 1 << 10
+ALONE = 0.5  # the same, where no thread can be had and the housekeeping thread answers itself
 DEADLINE = 5.0  # seconds for a client to send its request and take the answer
 LINGER = 0.5  # seconds to wait for the client's end, so that what it still sends does not destroy the answer
 
@@ -42,14 +47,28 @@ _REASONS = {
 }
 
 
+class _Connection:
+    """A client of the endpoint, and how far we are with it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.waits = True  # for the client; else it waits for us
+        self.lengthy = False  # what it asked for takes long
+        self.thread: threading.Thread | None = None
+
+    def cut_off(self) -> None:
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+
 class Endpoint:
     """Listens on `path` and answers for `service`."""
 
     def __init__(self, path: str, service: Service) -> None:
         """Bind the socket, open to this user only. Raises OSError."""
         self._routes = Routes(service)
-        self._lock = threading.Lock()  # guards _open
-        self._open: dict[socket.socket, threading.Thread] = {}
+        self._lock = threading.Lock()  # guards _open and what is said of each in it
+        self._open: list[_Connection] = []  # the oldest first
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(path)
         os.chmod(path, 0o600)
@@ -61,60 +80,93 @@ class Endpoint:
         return self._listener.fileno()
 
     def accept(self) -> None:
-        """Take one waiting connection, if there is one, and answer it in a thread of its own."""
+        """Take one waiting connection, if there is one, and answer it in a thread of its own.
+
+        Raises OSError while it cannot be taken for want of something.
+        """
         try:
-            connection, _ = self._listener.accept()
-        except OSError:
+            sock, _ = self._listener.accept()
+        except OSError as error:
+            if is_shortage(error) and not isinstance(error, BlockingIOError):
+                raise
             return  # it went away while it waited
-        with self._lock:
-            full = len(self._open) >= MAX_CONNECTIONS
-            if not full:
-                thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
-                self._open[connection] = thread
-        if full:
-            _turn_away(connection)
+        connection = _Connection(sock)
+        if not self._make_room(connection):
+            _turn_away(sock)
             return
         try:
-            thread.start()
-        except RuntimeError:  # no more threads
-            self._forget(connection)
+            connection.thread = start_thread("zramd-answer", self._serve, connection, DEADLINE, patience=0)
+        except (RuntimeError, MemoryError):
+            self._serve(connection, ALONE)
 
     def close(self) -> None:
         """Stop listening and end the connections that are open."""
         self._listener.close()
         with self._lock:
-            waiting = list(self._open.items())
-            for connection, _ in waiting:
-                with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-        for _, thread in waiting:
-            thread.join(0.1)
+            waiting = list(self._open)
+            for connection in waiting:
+                connection.cut_off()
+        for connection in waiting:
+            if connection.thread is not None:
+                connection.thread.join(0.1)
 
-    def _serve(self, connection: socket.socket) -> None:
-        deadline = time.monotonic() + DEADLINE
+    def _make_room(self, connection: _Connection) -> bool:
+        """Take a connection in, in the place of the one that has let us wait longest if all are taken."""
+        with self._lock:
+            if len(self._open) >= MAX_CONNECTIONS:
+                silent = next((one for one in self._open if one.waits), None)
+                if silent is None:
+                    return False
+                silent.cut_off()
+                self._open.remove(silent)
+            self._open.append(connection)
+            return True
+
+    def _serve(self, connection: _Connection, deadline: float) -> None:
+        sock = connection.sock
         try:
             try:
-                method, path, body, length = _receive(connection, deadline)
+                method, path, body, length = _receive(sock, time.monotonic() + deadline)
+                self._begin(connection, (method, path), deadline)
                 if (method, path) in STREAMS_OUT:
-                    connection.sendall(_STREAM)
-                    self._routes.save(connection.fileno(), path)
+                    sock.sendall(_STREAM)
+                    self._routes.save(sock.fileno(), path)
                     return
                 if (method, path) in STREAMS_IN:
-                    reply = self._routes.load(connection.fileno(), body, length)
+                    reply = self._routes.load(sock.fileno(), body, length)
                 else:
                     reply = self._routes.answer(method, path, body)
             except RefusedError as refused:
                 reply = refused.reply
-            _send(connection, reply)
-        except OSError:
-            pass  # the client is gone: there is nobody to tell
+            with self._lock:
+                connection.waits, connection.lengthy = True, False
+            _send(sock, reply, deadline)
+        except (OSError, ZramdError, MemoryError):
+            pass  # the client is gone, or there is no memory for an answer: there is nobody to tell
         finally:
             self._forget(connection)
 
-    def _forget(self, connection: socket.socket) -> None:
+    def _begin(self, connection: _Connection, what: tuple[str, str], deadline: float) -> None:
+        """Take note that a request has come. Raises RefusedError for one more than may take long at once."""
         with self._lock:
-            del self._open[connection]
-            connection.close()
+            if what in LENGTHY:
+                if deadline == ALONE:
+                    raise RefusedError(
+                        503, "no thread can be started for this: raise ulimit -u, or TasksMax="
+                    )
+                if sum(one.lengthy for one in self._open) >= MAX_LENGTHY:
+                    raise RefusedError(
+                        503,
+                        f"{MAX_LENGTHY} saves, loads, compactions or checks are under way: ask again later",
+                    )
+                connection.lengthy = True
+            connection.waits = False
+
+    def _forget(self, connection: _Connection) -> None:
+        with self._lock:
+            if connection in self._open:
+                self._open.remove(connection)
+            connection.sock.close()
 
 
 def _receive(connection: socket.socket, deadline: float) -> tuple[str, str, bytes, int]:
@@ -185,8 +237,8 @@ def _encode(reply: Reply) -> bytes:
     return header.encode() + body
 
 
-def _send(connection: socket.socket, reply: Reply) -> None:
-    connection.settimeout(DEADLINE)
+def _send(connection: socket.socket, reply: Reply, seconds: float) -> None:
+    connection.settimeout(seconds)
     connection.sendall(_encode(reply))
     connection.shutdown(socket.SHUT_WR)
     end = time.monotonic() + LINGER
@@ -200,7 +252,7 @@ def _turn_away(connection: socket.socket) -> None:
     """Answer 503 without waiting for anything."""
     connection.setblocking(False)
     with suppress(OSError):
-        connection.send(_encode(Reply(503, TEXT, f"{MAX_CONNECTIONS} connections are open already\n")))
+        connection.send(_encode(Reply(503, TEXT, f"{MAX_CONNECTIONS} requests are being answered already\n")))
     with suppress(OSError):
         connection.recv(MAX_HEADER)
     connection.close()

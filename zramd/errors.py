@@ -20,6 +20,7 @@ Each message is one sentence that quotes the value at fault. `exit_code` is what
 """
 
 import errno
+from contextlib import suppress
 
 
 class ZramdError(Exception):
@@ -108,3 +109,70 @@ def error_from(code: int, what: str) -> Exception:
     if code == -errno.ENOMEM:
         return MemoryError(f"{what}: the system refuses memory")
     return OSError(-code, what)
+
+
+# What a call fails with while something is short: it may succeed later, and says nothing about the place.
+_SHORTAGES = frozenset(
+    (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.ENOMEM,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.EAGAIN,
+        errno.EINTR,
+        errno.EIO,
+    )
+)
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Say whether the same call may succeed once there is more of something."""
+    if isinstance(error, RundirError) and error.__cause__ is not None:
+        error = error.__cause__
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORTAGES)
+
+
+def sentence(error: BaseException) -> str:
+    """Return what a user is told of an exception that one has to expect, '' for any other."""
+    if isinstance(error, MemoryError):
+        return f"{error or 'no memory'}: {_more_memory()}"
+    if isinstance(error, RuntimeError) and "new thread" in str(error):
+        return "no more threads can be started: raise ulimit -u, or TasksMax= of the service"
+    if isinstance(error, ZramdError):
+        return (error.strerror or "") if isinstance(error, OSError) else str(error)
+    if isinstance(error, OSError):
+        what = (error.strerror or str(error)).lower()
+        place = f"'{error.filename}': " if error.filename else ""
+        return f"{place}{what}{_REMEDIES.get(error.errno or 0, '')}"
+    return ""
+
+
+_REMEDIES = {
+    errno.EMFILE: ": raise ulimit -n, or LimitNOFILE= of the service",
+    errno.ENFILE: ": raise the sysctl fs.file-max",
+}
+
+
+def _more_memory() -> str:
+    """Return where memory is to come from."""
+    for name, option, limit in (("address space", "-v", "LimitAS"), ("data size", "-d", "LimitDATA")):
+        most = _resource_limit(f"Max {name}")
+        if most is not None:
+            return (
+                f"the {name} is limited to {most} bytes: use 'ulimit {option} unlimited', or {limit}=infinity"
+            )
+    with suppress(OSError), open("/proc/sys/vm/overcommit_memory") as file:
+        if file.read().strip() == "2":
+            return "the sysctl vm.overcommit_memory is 2: set it to 0, or raise vm.overcommit_ratio"
+    return "free some memory"
+
+
+def _resource_limit(name: str) -> int | None:
+    """Return this process's soft limit, None if there is none."""
+    with suppress(OSError), open("/proc/self/limits") as file:
+        for line in file:
+            if line.startswith(name):
+                most = line[len(name) :].split()[0]
+                return int(most) if most.isdigit() else None
+    return None

@@ -9,7 +9,7 @@ import fcntl
 import os
 
 from zramd import notify
-from zramd.errors import StateError
+from zramd.errors import StateError, ZramdError
 from zramd.handover import KEPT_FD, SYSTEMD
 
 _FIRST = 3  # sd_listen_fds(3)
@@ -27,7 +27,12 @@ def prepare(kept: int) -> None:
     if kept < 0:
         kept = _above(os.memfd_create(_NAME, 0))
         # Before there is any data in it. No poll: it is always readable, and must stay.
-        notify.Manager().store(_NAME, kept)
+        try:
+            notify.Manager().store(_NAME, kept)
+        except ZramdError as error:
+            raise StateError(
+                f"state={SYSTEMD}: {error}, so it would not keep the data: start the service again"
+            ) from None
     os.set_inheritable(kept, True)
     os.environ[KEPT_FD] = str(kept)
 

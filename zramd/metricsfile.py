@@ -3,6 +3,7 @@
 The run folder is closed to others, and node_exporter runs as somebody else.
 """
 
+import errno
 import os
 from contextlib import suppress
 
@@ -16,10 +17,15 @@ class MetricsFile:
     """A file that everybody may read, replaced whole, and removed at the end."""
 
     def __init__(self, path: str, device: str) -> None:
-        """Raises RundirError when the file cannot be written there, or is not one that this device made."""
+        """Look whether the file can be written there, and write nothing: it may be a living server's.
+
+        Raises RundirError when it cannot, or is not one that this device made.
+        """
         self.path = path
         self._check(device)
-        # node_exporter skips an empty file without a complaint.
+
+    def make(self) -> None:
+        """Make the file, empty: node_exporter skips such a file without a complaint. Raises RundirError."""
         self.publish("")
 
     def publish(self, text: str) -> None:
@@ -27,7 +33,7 @@ class MetricsFile:
         try:
             replace_file(self.path, text, 0o644)
         except OSError as error:
-            raise self._failed(error) from None
+            raise self._failed(error) from error
 
     def remove(self) -> None:
         """Remove the file. Never raises."""
@@ -40,16 +46,33 @@ class MetricsFile:
             with open(self.path, encoding="utf-8", errors="replace") as file:
                 head = file.read(4096)
         except FileNotFoundError:
-            return
+            head = ""
         except OSError as error:
             raise self._failed(error) from None
         if head and not head.startswith(_OURS):
             raise self._refused("it holds something else: give a file of its own")
         if head and f'{{device="{device}"' not in head:
             raise self._refused("it holds another device's metrics: give each device a file of its own")
+        try:
+            _look(os.path.dirname(self.path))
+        except OSError as error:
+            raise self._failed(error) from None
 
     def _failed(self, error: OSError) -> RundirError:
         return self._refused(f"{reason(error)}: use a folder that is there and open to this user")
 
     def _refused(self, why: str) -> RundirError:
         return RundirError(f"metrics_file '{self.path}' cannot be written: {why}")
+
+
+def _look(folder: str) -> None:
+    """Raise OSError unless a file can be made in the folder: one without a name is."""
+    flags = os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC
+    try:
+        os.close(os.open(folder, flags, 0o600))
+    except OSError as error:
+        # Some file systems (NFS, FUSE, overlays of old kernels) know no files without a name.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+        if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None

@@ -1,11 +1,14 @@
-"""Tells the service manager that started us how we are: sd_notify, by hand.
-
-A message that cannot be sent is not worth waiting for, or failing.
-"""
+"""Tells the service manager that started us how we are: sd_notify, by hand."""
 
 import os
 import socket
+import struct
+from collections.abc import Sequence
 from contextlib import suppress
+
+from zramd.errors import ZramdError
+
+PATIENCE = 30.0  # seconds: the manager's queue is short, and full while it is busy
 
 
 class Manager:
@@ -13,20 +16,39 @@ class Manager:
 
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
-        path = os.environ.get("NOTIFY_SOCKET", "")
-        if path[:1] in ("/", "@"):
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-            with suppress(OSError):
-                self._socket.connect(path.replace("@", "\0", 1) if path[0] == "@" else path)
+        self._path = os.environ.get("NOTIFY_SOCKET", "")
+        if self._path[:1] in ("/", "@"):
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def tell(self, *assignments: str) -> None:
-        """Send assignments, such as READY=1 and STATUS=…."""
-        if self._socket is not None:
-            with suppress(OSError):
-                self._socket.send("\n".join(assignments).encode())
+        """Send assignments, such as STATUS=…: news that are not worth waiting for, or failing."""
+        with suppress(ZramdError):
+            self.insist(*assignments, patience=0)
+
+    def insist(self, *assignments: str, fds: Sequence[int] = (), patience: float = PATIENCE) -> None:
+        """Send what must arrive, such as READY=1, and descriptors with it.
+
+        Raises ZramdError if the manager does not take it within `patience` seconds.
+        """
+        if self._socket is None:
+            return
+        path = self._path.replace("@", "\0", 1) if self._path[0] == "@" else self._path
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
+        try:
+            self._socket.settimeout(patience)
+            self._socket.connect(path)  # without that, waiting for a full queue would spin
+            self._socket.sendmsg(["\n".join(assignments).encode()], ancillary)
+        except OSError as error:
+            reason = (
+                "its queue is full" if isinstance(error, TimeoutError) else (error.strerror or str(error))
+            )
+            raise ZramdError(
+                f"the service manager does not take '{assignments[0]}': {reason.lower()}"
+            ) from None
 
     def store(self, name: str, fd: int) -> None:
-        """Give the manager a descriptor to keep, which it passes to the next process of this service."""
-        if self._socket is not None:
-            with suppress(OSError):
-                socket.send_fds(self._socket, [f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0".encode()], [fd])
+        """Give the manager a descriptor to keep, which it passes to the next process of this service.
+
+        Raises ZramdError if it does not take it in time.
+        """
+        self.insist("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=[fd])

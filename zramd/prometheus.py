@@ -34,9 +34,9 @@ def exposition(snapshot: Snapshot, rows: list[ClassRow]) -> str:
 
     values = to_dict(snapshot)
     for number in NUMBERS:
-        if number.metric:
+        value = values[number.name]
+        if number.metric and value is not None:
             kind = "counter" if number.metric.endswith("_total") else "gauge"
-            value = values[number.name]
             family(
                 number.metric,
                 kind,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from zramd import prometheus, stats
 from zramd.config import SETTINGS
-from zramd.errors import ConfigError, CorruptionError, DeviceError, ZramdError
+from zramd.errors import ConfigError, CorruptionError, DeviceError, ZramdError, sentence
 
 COMPACT_TIMEOUT = 60.0
 TEXT = "text/plain; charset=utf-8"
@@ -25,6 +25,8 @@ _BLOCK = "/block/"
 # Whose answer, or body, is a stream of any length.
 STREAMS_OUT = (("GET", "/save"), ("GET", "/save/live"))
 STREAMS_IN = (("PUT", "/load"),)
+# What takes long, a stream or not.
+LENGTHY = (*STREAMS_OUT, *STREAMS_IN, ("POST", "/compact"), ("POST", "/check"))
 
 
 class Service(Protocol):
@@ -127,7 +129,7 @@ class Routes:
         except RefusedError as refused:
             return refused.reply
         except Exception as error:
-            return Reply(500, TEXT, f"{error or type(error).__name__}\n")
+            return Reply(500, TEXT, f"{sentence(error) or error or type(error).__name__}\n")
 
     def save(self, fd: int, path: str) -> None:
         """Answer one of STREAMS_OUT, after the header."""
@@ -196,7 +198,7 @@ class Routes:
 
     def _compact(self, text: str) -> Reply:
         freed = self._service.compact(COMPACT_TIMEOUT)
-        return _json({"pages_freed": freed, "frag_ratio": round(self._service.snapshot().frag_ratio, 4)})
+        return _json({"pages_freed": freed, "frag_ratio": stats.rounded(self._service.snapshot().frag_ratio)})
 
     def _check(self, text: str) -> Reply:
         try:

@@ -71,7 +71,18 @@ class Rundir:
         try:
             replace_file(self.file(name), text, 0o600)
         except OSError as error:
-            raise RundirError(f"rundir '{self.path}' cannot be written: {reason(error)}") from None
+            raise RundirError(f"rundir '{self.path}' cannot be written: {reason(error)}") from error
+
+    def withdraw(self, name: str) -> None:
+        """Remove the file `name`, or at least what it says. Raises RundirError when neither can be done."""
+        path = self.file(name)
+        try:
+            _unlink(path)
+        except OSError as error:
+            try:
+                os.truncate(path, 0)
+            except OSError:
+                raise RundirError(f"'{path}' cannot be removed: {reason(error)}") from error
 
     def leave_socket(self) -> None:
         """Leave the NBD socket in the folder: another server has it."""

@@ -9,7 +9,6 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +16,8 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
-from zramd import __version__, handover, notify, prometheus, sockets, state, stats, swap
+from zramd import __version__, handover, notify, sockets, state, stats, swap
+from zramd.admission import LOOK_AGAIN, Arrivals, Descriptors, Door
 from zramd.compactor import Compactor
 from zramd.config import Config, find
 from zramd.config import value as parse_value
@@ -26,9 +26,22 @@ from zramd.core.process import name_thread
 from zramd.core.saving import load as load_stream
 from zramd.core.saving import save as save_stream
 from zramd.endpoint import Endpoint
-from zramd.errors import ConfigError, CorruptionError, DeviceError, RundirError, StateError
+from zramd.errors import (
+    ConfigError,
+    DeviceError,
+    RundirError,
+    ZramdError,
+    is_shortage,
+    sentence,
+)
+from zramd.housekeeping import Chore, Housekeeper
+from zramd.log import Log, say
+from zramd.making import make_device, self_test
 from zramd.metricsfile import MetricsFile
+from zramd.published import StatsFiles
 from zramd.rundir import BACKGROUND, CONTROL_SOCKET, DATA_ID, LOG, Rundir
+from zramd.threads import start_thread
+from zramd.trouble import Troubles
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # those nbdkit stops on
 # Seconds after a stop signal. nbdkit then refuses new requests, but waits for its clients to leave.
@@ -44,7 +57,9 @@ SWAPOFF_INTERVAL = 0.5  # seconds between two looks whether swap is off, while a
 STATUS_INTERVAL = 10.0  # seconds between two words on how we are to the service manager, at least
 STREAM_PATIENCE = 600.0  # seconds that a save or a load may stand still: ssh may ask for a password
 KEEPER_NICE = -20  # the reserve is refilled ahead of what ordinary programs do
-REFRESH = 30.0  # seconds after which unchanged stats files are written again: their age shows that we live
+READY_PATIENCE = 1.0  # seconds for the service manager to take our word, at each try
+_DATA_ID_FAILS = "data_id is not written"
+WATCH = 1.0  # seconds between two looks at clients who do not get on, and at what could not be done so far
 
 
 class Server:
@@ -59,7 +74,8 @@ class Server:
         self._metrics_file: MetricsFile | None = None
         self._compactor: Compactor | None = None
         self._endpoint: Endpoint | None = None
-        self._housekeeper: threading.Thread | None = None
+        self._housekeeper: Housekeeper | None = None
+        self._housekeeping: threading.Thread | None = None
         self._stopping = threading.Event()
         self._wake: tuple[int, int] = (-1, -1)
         self._started = time.monotonic()
@@ -68,15 +84,19 @@ class Server:
         self._inherited: frozenset[int] = frozenset()
         self._listening: list[int] = []
         self._hands_over = False
-        self._written: dict[str, int] = {}
-        self._written_at = 0.0
-        self._complained = False
-        self._log = swap.Log()
+        self._log = Log(prepare=swap.warm_stack if config.swap == "local" else lambda: None)
+        self._troubles = Troubles()
+        self._files: StatsFiles | None = None
+        self._undone: dict[str, Callable[[], None]] = {}
+        self._arrivals = Arrivals()
+        self._descriptors: Descriptors | None = None
+        self._door: Door | None = None
+        self._turned_away = ""
         self._keeper: threading.Thread | None = None
         self._stop_refused = False
         self._corrupt = 0
         self._manager = notify.Manager()
-        self._told = self._written
+        self._told: dict[str, int] = {}
         self._told_at = float("inf")  # nothing before we are ready
         self._loading = False
 
@@ -97,57 +117,18 @@ class Server:
             if config.swap == "local":
                 swap.protect_process()  # nbdkit does not fork here; `start` then finds it done
             handover.wait()
-        self.device = self._make_device()
+        self.device = make_device(config)
         self._rundir = Rundir(config.rundir)
         if config.metrics_file:
             try:
                 self._metrics_file = MetricsFile(config.metrics_file, config.name)
+                if (
+                    not handover.takes_over()
+                ):  # else nobody would serve if that failed: the housekeeper makes it
+                    self._metrics_file.make()
             except RundirError:
                 self._rundir.remove()
                 raise
-
-    def _make_device(self) -> Device:
-        """Return the device, with what is in the state if there is one."""
-        config = self.config
-        path = config.state
-        if not path:
-            return Device(
-                config.disksize,
-                mem_limit=config.mem_limit,
-                acceleration=config.acceleration,
-                verify=config.verify,
-            )
-        fd = state.open_state(path, config.disksize, config.verify)
-        try:
-            device = Device(
-                config.disksize,
-                mem_limit=config.mem_limit,
-                acceleration=config.acceleration,
-                verify=config.verify,
-                state=fd,
-                progress=lambda done, total: _say(f"taking over state '{path}': {100 * done // total} %"),
-            )
-        except CorruptionError as error:
-            raise StateError(
-                f"state '{path}' contradicts itself ({error}): "
-                "restore a copy, or remove the file to start empty"
-            ) from None
-        finally:
-            os.close(fd)  # the device has one of its own, and the lock with it
-        if device.dropped:
-            _say(f"a load into state '{path}' was not completed: what it had of it was dropped")
-        counters = device.counters()
-        if counters["lost_blocks"]:
-            _say(
-                f"{counters['lost_blocks']} blocks of state '{path}' are lost: what leads to them was "
-                "changed in memory; reading them is an error until they are written again"
-            )
-        if counters["recovered_blocks"]:
-            _say(
-                f"took over {counters['recovered_blocks']} blocks from state '{path}' in "
-                f"{counters['recovery_ms']} ms; {counters['leaked_objects']} objects without a block freed"
-            )
-        return device
 
     def start(self) -> None:
         """Start the threads; call it in the process that serves, on its main thread.
@@ -157,18 +138,22 @@ class Server:
         """
         assert self._rundir is not None
         try:
+            threading.excepthook = self._thread_failed
             if self.config.swap == "local":
                 swap.protect(self.device, self.config.reserve)
-                self._keeper = threading.Thread(target=self._keep_reserve, name="zramd-keeper", daemon=True)
-                self._keeper.start()
-                self._log.start()
+                self._keeper = start_thread("zramd-keeper", self._keep_reserve)
+            self._log.start()
+            self._descriptors = Descriptors(self.config.client_limit)
             self._rundir.write_pid()
             self._corrupt = self.device.counters()["checksum_errors"]
-            self._publish_data_id()
+            self._files = StatsFiles(self._rundir, self._metrics_file)
+            self._try(_DATA_ID_FAILS, self._write_data_id, self._write_data_id_later)
             if self.config.stats_interval:
-                self._write_stats()
+                self._try("stats files are not written", self._write_stats)
             self._inherited = sockets.inherited()
             self._listening = sockets.listening()
+            sockets.keep_alive(self._listening)
+            self._door = Door(self._listening)
             self._compactor = Compactor(self.device, self.config)
             self._compactor.start()
             if self.config.endpoint:
@@ -178,21 +163,21 @@ class Server:
                 except OSError as error:
                     raise RundirError(f"socket '{path}' cannot be made: {error.strerror}") from None
             self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            self._housekeeper = threading.Thread(target=self._housekeep, name="zramd", daemon=True)
-            self._housekeeper.start()
+            self._housekeeper = self._make_housekeeper()
+            self._housekeeping = start_thread("zramd", self._housekeep)
             # nbdkit's own handlers would only make it wait for its clients. Python's write the number into
             # the pipe at once, even while the main thread sits in nbdkit and runs no Python.
             signal.set_wakeup_fd(self._wake[1], warn_on_full_buffer=False)
-            for number in (*STOP_SIGNALS, sockets.HAND_OVER):
+            for number in (*STOP_SIGNALS, sockets.HAND_OVER, LOOK_AGAIN):
                 signal.signal(number, _ignore)
             if self.config.swap == "local":
                 # Last: the threads above stay ordinary, those that nbdkit starts for clients inherit it.
                 swap.take_priority()
             if BACKGROUND in os.environ:
-                self._log.start()
                 self._log.write_to(self._rundir.file(LOG))
             self._tell_status()
-            self._manager.tell("READY=1")
+            self._undone["the service manager does not know that zramd serves"] = self._tell_ready
+            self._do_undone()
         except BaseException:
             self.stop()
             raise
@@ -200,9 +185,9 @@ class Server:
     def stop(self) -> None:
         """End the threads and remove what was made in the run folder."""
         self._stopping.set()
-        if self._housekeeper is not None:
-            os.write(self._wake[1], b"\0")
-            self._housekeeper.join()
+        if self._housekeeping is not None:
+            self._wake_up()
+            self._housekeeping.join()
         if self._compactor is not None:
             self._compactor.stop()
         if self._keeper is not None:
@@ -221,12 +206,32 @@ class Server:
         if self._rundir is not None:
             self._rundir.remove()
 
+    def client_connects(self) -> None:
+        """Let in who has just connected; called by the thread that serves him. Raises DeviceError."""
+        with self._clients_lock:
+            if reason := self._no_room():
+                self._turned_away = reason
+                if self._door is not None and self._descriptors is not None and self._descriptors.are_out:
+                    self._door.shut()  # at once: nbdkit tries for the next in a loop
+                raise DeviceError(f"a client was turned away: {reason}")
+            self._arrivals.begin()
+
+    def _no_room(self) -> str:
+        """Return why no other client can be let in, "" if one can."""
+        most = self.config.client_limit
+        if self._clients + len(self._arrivals) >= most:
+            self._arrivals.forget_gone()
+        if self._clients + len(self._arrivals) >= most:
+            return f"there are {most} connections already, the most that client_limit allows"
+        return "" if self._descriptors is None else self._descriptors.shortage()
+
     def client_opened(self) -> None:
         """Count a client; waits while the device is being reset, raises DeviceError while it is loaded."""
         with self._clients_lock:
             if self._loading:
                 raise DeviceError(f"{self.config.name} is being loaded: connect when that is done")
             self._clients += 1
+            self._arrivals.end()
 
     def client_closed(self) -> None:
         """Count a client that left."""
@@ -247,11 +252,19 @@ class Server:
         """Return the table of size classes now."""
         return stats.take_classes(self.device)
 
-    def health(self) -> dict[str, str | int]:
-        """Return status (ok or degraded), the compactor's state, the number of clients and the process."""
+    def health(self) -> dict[str, Any]:
+        """Return status (ok or degraded), its causes, the compactor's state, number of clients, process."""
         state = self._compactor.state if self._compactor else "stopped"
-        status = "degraded" if state.startswith("failed") else "ok"
-        return {"status": status, "compactor": state, "clients": self._clients, "pid": os.getpid()}
+        causes = self._troubles.causes()
+        if state.startswith("failed"):
+            causes.append(f"background compaction {state}")
+        return {
+            "status": "degraded" if causes else "ok",
+            "causes": causes,
+            "compactor": state,
+            "clients": self._clients,
+            "pid": os.getpid(),
+        }
 
     def compact(self, timeout: float) -> int:
         """Compact now and return the pages freed; raises RuntimeError when the compactor does not run."""
@@ -278,9 +291,14 @@ class Server:
             self.config = replace(self.config, **{name: value})
         if self._compactor is not None:
             self._compactor.configure(self.config)
-        if self._housekeeper is not None:
-            os.write(self._wake[1], b"\0")  # stats_interval
+        self._wake_up()  # stats_interval
         return value
+
+    def _wake_up(self) -> None:
+        """Have the housekeeper look around."""
+        if self._housekeeping is not None:
+            with suppress(BlockingIOError):  # the pipe is full: it will
+                os.write(self._wake[1], b"\0")
 
     def check(self) -> None:
         """Walk every structure of the device; raises CorruptionError."""
@@ -291,10 +309,14 @@ class Server:
         return self.device.block(number)
 
     def reset(self) -> bool:
-        """Drop all data and return True, or return False if a client is connected."""
+        """Drop all data and return True, or return False if a client is connected.
+
+        Raises RundirError, with nothing dropped, when what names the data cannot be taken back.
+        """
         with self._clients_lock:
             if self._clients or self._loading:
                 return False
+            self._withdraw_data_id()
             self.device.reset()
             self._publish_data_id()
             return True
@@ -304,7 +326,9 @@ class Server:
         save_stream(self.device, fd, live=live, patience=STREAM_PATIENCE)
 
     def load(self, fd: int, begun: bytes, length: int) -> dict[str, int]:
-        """Fill the empty device from a descriptor; raises DeviceError, SaveError, PoolFullError."""
+        """Fill the empty device from a descriptor; raises ZramdError, MemoryError."""
+        if not begun and length:
+            _await_data(fd, STREAM_PATIENCE)  # meanwhile clients may come
         with self._clients_lock:
             if self._loading:
                 raise DeviceError("the device is being loaded already")
@@ -312,30 +336,76 @@ class Server:
                 raise DeviceError("the device is in use: disconnect every client before a load")
             if self.device.counters()["pages_stored"]:
                 raise DeviceError("the device is not empty: --force drops what it holds")
+            self._withdraw_data_id()
             self._loading = True
         try:
             return load_stream(self.device, fd, begun=begun, length=length, patience=STREAM_PATIENCE)
         finally:
-            self._publish_data_id()
             with self._clients_lock:
                 self._loading = False
+                self._publish_data_id()
 
     def reset_mem_used_max(self) -> None:
         """Forget the peak of the pool's size."""
         self.device.reset_mem_used_max()
 
     def _publish_data_id(self) -> None:
-        """Tell which data the device holds, by which a client knows it again.
+        """Tell which data the device holds, by which a client knows it again; soon, if that fails now.
 
-        A kernel that swaps must not be connected to a server that holds other data than the one that died.
+        A kernel that swaps must not be connected to a server that holds other data than the one that died. So
+        before data goes, its name is taken back: without one nobody knows which it is.
         """
+        try:
+            self._write_data_id()
+        except Exception as error:
+            self._troubles.begin(_DATA_ID_FAILS, error)
+            self._undone[_DATA_ID_FAILS] = self._write_data_id_later
+
+    def _write_data_id(self) -> None:
         assert self._rundir is not None
         self._rundir.publish(DATA_ID, self.device.data_id + "\n")
+
+    def _write_data_id_later(self) -> None:
+        with self._clients_lock:  # no reset comes between
+            if not self._loading:  # else the load does it
+                self._write_data_id()
+
+    def _withdraw_data_id(self) -> None:
+        assert self._rundir is not None
+        self._rundir.withdraw(DATA_ID)
+
+    def _try(self, failing: str, work: Callable[[], None], later: Callable[[], None] | None = None) -> None:
+        """Do what one can serve without. If it fails for want of something, the housekeeper does it later.
+
+        Raises what is no shortage.
+        """
+        try:
+            work()
+        except (OSError, ZramdError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            self._troubles.begin(failing, error)
+            self._undone[failing] = later or work
+
+    def _do_undone(self) -> None:
+        """Do what failed before; it stays undone if it fails again."""
+        for failing, work in list(self._undone.items()):
+            try:
+                work()
+            except Exception as error:
+                self._troubles.begin(failing, error)
+            else:
+                self._undone.pop(failing, None)
+                self._troubles.over(failing)
+
+    def _tell_ready(self) -> None:
+        self._manager.insist("READY=1", patience=READY_PATIENCE)
 
     def send_sockets(self, path: str) -> None:
         """Send the sockets on which clients are accepted to who listens at `path`. Raises OSError."""
         assert self._rundir is not None
-        sockets.send(path, self._listening, "made" if self._rundir.made else "found")
+        listening = self._listening if self._door is None else self._door.sockets
+        sockets.send(path, listening, "made" if self._rundir.made else "found")
 
     def _keep_reserve(self) -> None:
         name_thread("zramd-keeper")
@@ -345,88 +415,114 @@ class Server:
         swap.warm_stack()
         self.device.reserve_keep()
 
+    def _make_housekeeper(self) -> Housekeeper:
+        """Return who answers the endpoint's callers, writes the stats files, and stops nbdkit on a signal."""
+        chores = [
+            Chore("descriptors cannot be counted", self._watch_descriptors, self._watch_interval),
+            Chore("clients cannot be counted", self._watch_clients, lambda: WATCH),
+            Chore("what was left undone still fails", self._do_undone, lambda: WATCH if self._undone else 0),
+            Chore("stats files are not written", self._refresh_stats, lambda: self.config.stats_interval),
+            Chore("corruption cannot be told", self._report_corruption, lambda: self.config.stats_interval),
+            Chore(
+                "the way out is barred", self._leave_if_free, lambda: self._stop_refused * SWAPOFF_INTERVAL
+            ),
+        ]
+        keeper = Housekeeper(self._wake[0], self._stopping, self._troubles, self._obey, chores)
+        if self._endpoint is not None:
+            keeper.listen(self._endpoint.fileno(), self._endpoint.accept)
+        return keeper
+
     def _housekeep(self) -> None:
-        """Answer the endpoint's callers, write the stats files, and stop nbdkit when a signal says so."""
-        name_thread("zramd")
+        assert self._housekeeper is not None
         if self.config.swap == "local":
             swap.warm_stack()
-        poll = select.poll()
-        poll.register(self._wake[0], select.POLLIN)
-        if self._endpoint is not None:
-            poll.register(self._endpoint, select.POLLIN)
-        due = time.monotonic()
-        while not self._stopping.is_set():
-            interval = self.config.stats_interval
-            due = min(due, time.monotonic() + interval)
-            timeout = max(due - time.monotonic(), 0) * 1000 if interval else None
-            if self._stop_refused:
-                timeout = SWAPOFF_INTERVAL * 1000
-            for fd, _ in poll.poll(timeout):
-                if fd != self._wake[0]:
-                    assert self._endpoint is not None
-                    self._endpoint.accept()
-                elif any(signals := os.read(fd, 64)):
-                    if self.config.state and sockets.HAND_OVER in signals:
-                        self._hand_over()
-                        return
-                    if self._may_leave(signals):
-                        self._leave()
-                        return
-            if self._stop_refused and self._may_leave(b""):
-                self._leave()
-                return
-            if interval and time.monotonic() >= due:
-                due = time.monotonic() + interval
-                self._refresh_stats()
-                self._report_corruption()
-                told_lately = time.monotonic() - self._told_at < STATUS_INTERVAL
-                if self._written is not self._told and not told_lately and not self._stop_refused:
-                    self._tell_status()
+        self._housekeeper.run()
+
+    def _obey(self, signals: bytes) -> None:
+        """Leave if the signals say so and it may be."""
+        if not any(number in (*STOP_SIGNALS, sockets.HAND_OVER) for number in signals):
+            return
+        if self.config.state and sockets.HAND_OVER in signals:
+            self._surely(self._hand_over)
+        elif self._may_leave(signals):
+            self._surely(self._leave)
+
+    def _leave_if_free(self) -> None:
+        if self._may_leave(b""):
+            self._surely(self._leave)
+
+    def _surely(self, leave: Callable[[], None]) -> None:
+        """End, whatever fails on the way."""
+        if self._descriptors is not None:
+            self._descriptors.give_back()
+        try:
+            leave()
+        except Exception as error:
+            say(f"left without farewell: {sentence(error) or repr(error)}")
+            self._remove_files()
+            self._log.stop()
+            os._exit(0)
+
+    def _watch_interval(self) -> float:
+        return WATCH / 10 if self._door is not None and self._door.is_shut else WATCH
+
+    def _watch_descriptors(self) -> None:
+        """Keep a few descriptors, and let nobody in while there are no others."""
+        assert self._descriptors is not None
+        assert self._door is not None
+        what = "no client is let in, for want of descriptors"
+        if self._descriptors.keep():
+            self._door.open()
+            self._troubles.over(what)
+        else:
+            self._door.shut()
+            self._troubles.begin(what, "raise ulimit -n, or LimitNOFILE= of the service")
+
+    def _watch_clients(self) -> None:
+        """Cut off those who never become clients, and tell of those who were turned away while that lasts."""
+        if len(self._arrivals):
+            self._arrivals.cut_off()
+        if self._turned_away:
+            self._troubles.begin("clients are turned away", self._turned_away)
+            self._turned_away = self._no_room()
+        else:
+            self._troubles.over("clients are turned away")
 
     def _report_corruption(self) -> None:
         """Say so when blocks were found that were changed in memory."""
         errors = self.device.counters()["checksum_errors"]
         if errors > self._corrupt:
-            _say(
+            say(
                 f"{errors - self._corrupt} reads found a block that was changed in memory, the last one "
                 f"block {self.device.corrupt_block}: test this machine's memory, and write the block again"
             )
         self._corrupt = errors
 
     def _refresh_stats(self) -> None:
-        """Write the stats files if there is news; complain once when that fails."""
-        try:
-            if self._write_stats():
-                self._complained = False
-        except RundirError as error:
-            if not self._complained:
-                print(f"zramd: stats files are not written: {error}", file=sys.stderr, flush=True)
-            self._complained = True
+        """Write the stats files if there is news, and tell the service manager now and then."""
+        assert self._files is not None
+        if self._files.are_due(self.device.counters()):
+            self._write_stats()
+        told_lately = time.monotonic() - self._told_at < STATUS_INTERVAL
+        if self._files.written is not self._told and not told_lately and not self._stop_refused:
+            self._tell_status()
 
-    def _write_stats(self) -> bool:
-        """Write the stats files unless nothing changed lately; return whether they were written."""
-        assert self._rundir is not None
-        counters = self.device.counters()
-        if counters == self._written and time.monotonic() - self._written_at < REFRESH:
-            return False
-        snapshot, classes = self.snapshot(), self.classes()
-        publish = self._rundir.publish
-        publish("mm_stat", stats.mm_stat(snapshot))
-        publish("io_stat", stats.io_stat(snapshot))
-        publish("frag_ratio", stats.frag_ratio(snapshot))
-        publish("stats.json", stats.to_json(snapshot))
-        publish("classes", stats.classes_table(classes))
-        metrics = prometheus.exposition(snapshot, classes)
-        publish("metrics.prom", metrics)
-        if self._metrics_file is not None:
-            self._metrics_file.publish(metrics)
-        self._written, self._written_at = counters, time.monotonic()
-        return True
+    def _write_stats(self) -> None:
+        assert self._files is not None
+        self._files.write(self.device.counters(), self.snapshot(), self.classes())
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """Tell that a thread has died, of what nobody expected."""
+        name = failure.thread.name if failure.thread is not None else "a thread"
+        error = failure.exc_value
+        self._troubles.begin(f"{name} has ended", repr(error) if error is None else error)
 
     def _tell_status(self) -> None:
         """Tell the service manager what is stored."""
         self._manager.tell(f"STATUS={stats.sentence(self.snapshot())}")
-        self._told, self._told_at = self._written, time.monotonic()
+        self._told_at = time.monotonic()
+        if self._files is not None:
+            self._told = self._files.written
 
     def _may_leave(self, signals: bytes) -> bool:
         """Say whether to stop now: the kernel must not lose what it has swapped out.
@@ -435,14 +531,13 @@ class Server:
         """
         if self.config.swap != "local" or not self._clients or signal.SIGQUIT in signals:
             return True
+        self._stop_refused = True  # if it cannot be told, ask again
         devices = " ".join(swap.devices_in_use(self.config.disksize))
         if devices and signals:
             self._manager.tell(f"STATUS=stopping once 'swapoff {devices}' was run")
-            print(
-                f"zramd: {devices} is in use as swap: stopping once 'swapoff {devices}' was run "
-                "(SIGQUIT stops at once and loses what is swapped out)",
-                file=sys.stderr,
-                flush=True,
+            say(
+                f"{devices} is in use as swap: stopping once 'swapoff {devices}' was run "
+                "(SIGQUIT stops at once and loses what is swapped out)"
             )
         self._stop_refused = bool(devices)
         return not devices
@@ -522,35 +617,15 @@ class Server:
         if self._stopping.wait(STOP_WAITING - STOP_WRITING):
             return
         self._remove_files()
+        self._log.stop()
         os._exit(0)
 
 
-def self_test() -> None:
-    """Store, read, overwrite, drop and compact a few blocks on a tiny device.
-
-    Raises CorruptionError when what comes back is not what was stored.
-    """
-    size = 16 * 4096
-    device = Device(size)
-    raw = bytes((i * i * 31 + i // 7) & 0xFF for i in range(4096))
-    expected = bytearray(size)
-    patterns = (b"\xa5" * 4096, b"zramd selftest, " * 256, raw, b"0123456789abcdef" * 256 * 4)
-    for block, pattern in enumerate(patterns):
-        start = block * 4096 + 100 * block  # most of them straddle blocks
-        device.write(pattern, start)
-        expected[start : start + len(pattern)] = pattern
-    device.trim(4096, 4096)
-    expected[4096:8192] = bytes(4096)
-    device.compact()
-    found = bytearray(size)
-    device.read(found, 0)
-    if found != expected:
-        raise CorruptionError("self-test failed: the device does not return what was written to it")
-    device.check()
-
-
-def _say(text: str) -> None:
-    print(f"zramd: {text}", file=sys.stderr, flush=True)
+def _await_data(fd: int, seconds: float) -> None:
+    """Wait until something comes from a descriptor, or its end."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    poll.poll(seconds * 1000)
 
 
 def _ignore(number: int, frame: object) -> None:

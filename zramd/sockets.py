@@ -13,6 +13,14 @@ from contextlib import contextmanager, suppress
 
 # Leave at once, also while swapped to: the state stays. Without a state as SIGTERM.
 HAND_OVER = signal.SIGUSR1
+# Who is silent for a minute is asked, and is gone if he does not answer for another; so is who takes nothing.
+_KEEP_ALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 120_000),  # milliseconds
+)
 
 
 def listening() -> list[int]:
@@ -39,6 +47,20 @@ def inherited() -> frozenset[int]:
     return frozenset(inodes) if found else frozenset()
 
 
+def keep_alive(descriptors: list[int]) -> None:
+    """Have the kernel end TCP connections to who is gone without a word, on what is accepted from these.
+
+    One that was switched off would stay for ever, and count as a client.
+    """
+    for fd in descriptors:
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            if sock.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
+            for level, option, value in _KEEP_ALIVE:
+                with suppress(OSError):
+                    sock.setsockopt(level, option, value)
+
+
 def shut_clients(others: frozenset[int], how: int) -> int:
     """Shut every connection of a client, and return how many there still are; `others` are `inherited`."""
     clients = 0
@@ -57,8 +79,11 @@ def count_clients(others: frozenset[int]) -> int:
 @contextmanager
 def clients(others: frozenset[int]) -> Iterator[list[socket.socket]]:
     """Yield the connections of all clients; until the `with` ends, none of them is closed."""
-    found = [sock.dup() for sock in _clients(others)]
+    found = []
     try:
+        for sock in _clients(others):
+            with suppress(OSError):  # no descriptor is left for it
+                found.append(sock.dup())
         yield found
     finally:
         for sock in found:

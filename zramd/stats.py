@@ -200,19 +200,19 @@ class Snapshot(Counters):
         return self.mem_used_total + self.reserve_bytes + self.metadata_bytes
 
     @property
-    def frag_ratio(self) -> float:
-        """Percent of the pool's pages that payload fills, higher is better; 100 when the pool is empty."""
-        return 100 * self.compr_data_size / self.mem_used_total if self.mem_used_total else 100.0
+    def frag_ratio(self) -> float | None:
+        """Percent of the pool's pages that payload fills, higher is better; None without a page."""
+        return 100 * self.compr_data_size / self.mem_used_total if self.mem_used_total else None
 
     @property
-    def occupancy(self) -> float:
-        """Percent of the pool's objects that are in use; 100 when the pool is empty."""
-        return 100 * self.objs_used / self.objs_allocated if self.objs_allocated else 100.0
+    def occupancy(self) -> float | None:
+        """Percent of the pool's objects that are in use; None when the pool has no place for one."""
+        return 100 * self.objs_used / self.objs_allocated if self.objs_allocated else None
 
     @property
-    def compression_ratio(self) -> float:
-        """Bytes stored for each byte of pool; 0 when the pool is empty."""
-        return self.orig_data_size / self.mem_used_total if self.mem_used_total else 0.0
+    def compression_ratio(self) -> float | None:
+        """Bytes stored for each byte of pool; None when the pool has no page."""
+        return self.orig_data_size / self.mem_used_total if self.mem_used_total else None
 
 
 class ClassRow(NamedTuple):
@@ -228,6 +228,7 @@ class ClassRow(NamedTuple):
     freeable: int
 
 
+_RATIOS = ("frag_ratio", "occupancy", "compression_ratio")
 _COUNTERS = tuple(field.name for field in fields(Counters))
 
 
@@ -282,12 +283,12 @@ def sentence(snapshot: Snapshot) -> str:
     """Return what a service manager shows of a server in one line."""
     s = snapshot
     stored = f"{s.orig_data_size >> 20} MiB stored in {s.total_bytes >> 20} MiB of memory"
-    return f"{stored}, frag ratio {s.frag_ratio:.0f} %" if s.mem_used_total else stored
+    return stored if s.frag_ratio is None else f"{stored}, frag ratio {s.frag_ratio:.0f} %"
 
 
 def frag_ratio(snapshot: Snapshot) -> str:
-    """Return the percentage of the pool that payload fills, with two decimals."""
-    return f"{snapshot.frag_ratio:.2f}\n"
+    """Return the percentage of the pool that payload fills, with two decimals, "-" if there is no pool."""
+    return "-\n" if snapshot.frag_ratio is None else f"{snapshot.frag_ratio:.2f}\n"
 
 
 def classes_table(rows: list[ClassRow]) -> str:
@@ -325,7 +326,7 @@ def _class_line(
 def to_dict(snapshot: Snapshot) -> dict[str, Any]:
     """Return every number of the snapshot, derived ones included, by name."""
     values = {field.name: getattr(snapshot, field.name) for field in fields(snapshot)}
-    for name in ("total_bytes", "frag_ratio", "occupancy", "compression_ratio"):
+    for name in ("total_bytes", *_RATIOS):
         values[name] = getattr(snapshot, name)
     return values
 
@@ -338,9 +339,14 @@ def to_json(snapshot: Snapshot) -> str:
     values = to_dict(snapshot)
     values["latency"] = {op: _latency_values(latency) for op, latency in snapshot.latency.items()}
     values["uptime"] = round(snapshot.uptime, 3)
-    for name in ("frag_ratio", "occupancy", "compression_ratio"):
-        values[name] = round(values[name], 4)
+    for name in _RATIOS:
+        values[name] = rounded(values[name])
     return json.dumps(values, indent=2) + "\n"
+
+
+def rounded(ratio: float | None) -> float | None:
+    """Return a ratio as JSON shows it: null where there is none."""
+    return None if ratio is None else round(ratio, 4)
 
 
 def _latency_values(latency: Latency) -> dict[str, int | float]:

@@ -11,17 +11,13 @@ after                 lock memory, read the code in, warm the heap, fill the res
 
 import gc
 import os
-import select
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from zramd import kernelswap
 from zramd.core import process, threadstate
 from zramd.errors import SwapError
+from zramd.log import Log as Log  # its first place: who looks for it here finds it
 
 if TYPE_CHECKING:
     from zramd.core.device import Device
@@ -251,107 +247,3 @@ def _missing_code() -> int:
             elif counts and words[0] == "Rss:":
                 missing -= int(words[1])
     return missing
-
-
-class Log:
-    """Stands between the server and its standard error, so that nobody ever waits for who reads it.
-
-    What the process writes to descriptor 2 goes into a pipe that refuses what does not fit. A thread passes
-    it on, at most BURST lines in PERIOD seconds; of the rest it tells the number. (nbdkit writes a line for
-    each failed request, and to a full pool the kernel sends thousands of them.)
-    """
-
-    BURST = 20
-    PERIOD = 10.0  # seconds
-    LIMIT = 1 << 20  # bytes: a file that has more starts again from nothing
-
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._since = -self.PERIOD
-        self._passed = 0
-        self._limited = False
-        self.held_back = 0
-        self._rest = b""
-        self._target = -1
-        self._pipe = -1
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Take descriptor 2 over, unless that was done already."""
-        if self._thread is not None:
-            return
-        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._target, self._pipe = os.dup(2), reader
-        os.dup2(writer, 2)
-        os.close(writer)
-        self._thread = threading.Thread(target=self._work, name="zramd-log", daemon=True)
-        self._thread.start()
-
-    def write_to(self, path: str) -> None:
-        """Pass on to a new file, of at most LIMIT bytes, from now on: who read so far sees the end."""
-        fd = os.open(
-            path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-        )
-        os.dup2(fd, self._target, inheritable=False)
-        os.close(fd)
-        self._limited = True
-
-    def stop(self) -> None:
-        """Give descriptor 2 back once all that was written is passed on."""
-        if self._thread is None:
-            return
-        sys.stderr.flush()
-        os.dup2(self._target, 2)  # the pipe's last writer goes: the thread sees its end
-        self._thread.join()
-        os.close(self._pipe)
-        os.close(self._target)
-
-    def filter(self, data: bytes) -> bytes:
-        """Return what of `data` is to be passed on now, in whole lines."""
-        if self._passed >= self.BURST and self._clock() - self._since < self.PERIOD:
-            # A storm: count the lines and be done, the threads that serve want the GIL.
-            self.held_back += data.count(b"\n")
-            self._rest = b""
-            return b""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) > 4096:
-            lines.append(self._rest)
-            self._rest = b""
-        passed = []
-        for line in lines:
-            if self._clock() - self._since >= self.PERIOD:
-                passed.append(self.summary())
-                self._since, self._passed = self._clock(), 0
-            if self._passed < self.BURST:
-                self._passed += 1
-                passed.append(line + b"\n")
-            else:
-                self.held_back += 1
-        return b"".join(passed)
-
-    def summary(self) -> bytes:
-        """Return the line that tells how many were held back, b"" if none, and forget them."""
-        count, self.held_back = self.held_back, 0
-        return b"zramd: %d lines more like these were held back\n" % count if count else b""
-
-    def _work(self) -> None:
-        process.name_thread("zramd-log")
-        warm_stack()
-        poll = select.poll()
-        poll.register(self._pipe, select.POLLIN)
-        while True:
-            if not poll.poll(self.PERIOD * 1000 if self.held_back else None):
-                self._pass(self.summary())
-                continue
-            data = os.read(self._pipe, 65536)
-            if not data:
-                self._pass(self.filter(b"\n" if self._rest else b"") + self.summary())
-                return
-            self._pass(self.filter(data))
-
-    def _pass(self, text: bytes) -> None:
-        with suppress(OSError):  # whoever read it is gone
-            if self._limited and os.fstat(self._target).st_size > self.LIMIT:
-                os.ftruncate(self._target, 0)
-            while text:
-                text = text[os.write(self._target, text) :]

@@ -154,7 +154,7 @@ def live_line(beat: dict[str, Any], stats: dict[str, Any] | None, last: dict[str
     moved = stats["objects_migrated"] - before["objects_migrated"]
     freed = stats["pages_compacted"] - before["pages_compacted"]
     text += f" | zramd: {stats['orig_data_size'] // MIB} MiB in {stats['mem_used_total'] / MIB:.1f} MiB, "
-    text += f"frag ratio {stats['frag_ratio']:.1f} %"
+    text += "frag ratio -" if stats["frag_ratio"] is None else f"frag ratio {stats['frag_ratio']:.1f} %"
     if moved or freed:
         text += f", compacting: {moved} objects moved, {freed} pages freed"
     return text

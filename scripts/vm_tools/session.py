@@ -103,7 +103,7 @@ class Session:
         return Moment(
             used=stats["compr_data_size"],
             total=stats["mem_used_total"],
-            frag_ratio=stats["frag_ratio"],
+            frag_ratio=100.0 if stats["frag_ratio"] is None else stats["frag_ratio"],
             stored=stats["orig_data_size"],
             freeable_pages=stats.get("freeable_pages"),
             spent=stats["total_bytes"],

@@ -28,6 +28,8 @@ def text_of(name: str) -> str:
 def test_life(tmp_path: Path) -> None:
     path = tmp_path / "zram0.prom"
     file = MetricsFile(str(path), "zram0")
+    file.make()
+    assert path.read_text() == ""
     text = text_of("zram0")
     file.publish(text)
     with path.open() as old:
@@ -45,8 +47,19 @@ def test_what_a_killed_server_left_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "zram0.prom"
     path.write_text(text_of("zram0"))
     (tmp_path / "zram0.prom.new").write_text("half")
-    MetricsFile(str(path), "zram0")
+    MetricsFile(str(path), "zram0").make()
     assert path.read_text() == ""
+    assert os.listdir(tmp_path) == ["zram0.prom"]
+
+
+def test_looking_writes_nothing(tmp_path: Path) -> None:
+    """A server that may take over looks while the old one still writes."""
+    path = tmp_path / "zram0.prom"
+    MetricsFile(str(path), "zram0")
+    assert os.listdir(tmp_path) == []
+    path.write_text(before := text_of("zram0"))
+    MetricsFile(str(path), "zram0")
+    assert path.read_text() == before
     assert os.listdir(tmp_path) == ["zram0.prom"]
 
 

@@ -30,13 +30,13 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 TERM = bytes([signal.SIGTERM])
 
 
-def test_waits_for_swapoff(used: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_waits_for_swapoff(used: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     local = server(swap="local")
     local.client_opened()
     assert not local._may_leave(TERM)
-    assert "/dev/nbd0 is in use as swap: stopping once 'swapoff /dev/nbd0' was run" in capsys.readouterr().err
+    assert "/dev/nbd0 is in use as swap: stopping once 'swapoff /dev/nbd0' was run" in capfd.readouterr().err
     assert not local._may_leave(b"")
-    assert capsys.readouterr().err == ""
+    assert capfd.readouterr().err == ""
     used.clear()
     assert local._may_leave(b"")
 

@@ -115,9 +115,16 @@ def test_derived(snapshot: stats.Snapshot) -> None:
     assert snapshot.total_bytes == 18432
 
 
-def test_empty_pool(snapshot: stats.Snapshot) -> None:
+def test_empty_pool_has_no_ratios(snapshot: stats.Snapshot) -> None:
     empty = dataclasses.replace(snapshot, mem_used_total=0, objs_allocated=0)
-    assert (empty.frag_ratio, empty.occupancy, empty.compression_ratio) == (100, 100, 0)
+    assert (empty.frag_ratio, empty.occupancy, empty.compression_ratio) == (None, None, None)
+    assert stats.frag_ratio(empty) == "-\n"
+    told = json.loads(stats.to_json(empty))
+    assert (told["frag_ratio"], told["occupancy"], told["compression_ratio"]) == (None, None, None)
+    shown = prometheus.exposition(empty, [])
+    assert "zramd_mem_used_bytes" in shown
+    assert "_ratio" not in shown
+    assert "ratio" not in stats.sentence(empty)
 
 
 def test_json(snapshot: stats.Snapshot) -> None:

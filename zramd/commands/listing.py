@@ -43,7 +43,9 @@ class Column:
         self.get = get
 
     def show(self, cell: "Cell", in_bytes: bool) -> str:
-        """Return a cell as text, '' for nothing."""
+        """Return a cell as text, '' for nothing, '-' for a ratio of nothing."""
+        if cell is None and self.kind == "ratio":
+            return "-"
         if cell is None or cell == "":
             return ""
         if self.kind == "size" and not in_bytes:

@@ -293,7 +293,7 @@ def _not_here(skipped: Exception) -> int:
 
     if "NOTIFY_SOCKET" not in os.environ:
         raise skipped
-    notify.Manager().tell(f"STATUS={skipped}", "READY=1")
+    notify.Manager().insist(f"STATUS={skipped}", "READY=1")
     print(f"zramd: {skipped}", file=sys.stderr)
     return 0
 

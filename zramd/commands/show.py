@@ -69,9 +69,13 @@ def compact(arguments: argparse.Namespace) -> int:
     seconds = time.monotonic() - started
     print(
         f"{pages} pages ({pages * 4096} bytes) freed in {seconds:.2f} s, "
-        f"frag ratio {before['frag_ratio']:.2f} -> {answer['frag_ratio']:.2f} %"
+        f"frag ratio {_percent(before['frag_ratio'])} -> {_percent(answer['frag_ratio'])} %"
     )
     return 0
+
+
+def _percent(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def change(arguments: argparse.Namespace) -> int:

@@ -283,7 +283,9 @@ class Top:
                 self.say(str(answer))
                 return
             pages = answer["pages_freed"]
-            self.say(f"{name}: {pages} pages freed, frag ratio {answer['frag_ratio']:.2f}%")
+            ratio = answer["frag_ratio"]
+            left = "nothing is left" if ratio is None else f"frag ratio {ratio:.2f}%"
+            self.say(f"{name}: {pages} pages freed, {left}")
             self._due = 0.0
 
         timeout = COMPACT_TIMEOUT + client.TIMEOUT

@@ -139,13 +139,10 @@ def frag(watch: Watch, width: int, height: int, glyphs: Glyphs) -> list[Line]:
     rows = graph(shown, low, 100, room, height, glyphs)
     styles = ["" if value is None else _quality(value) for value in shown]
     styles = [""] * (room - len(styles)) + styles
-    pool = stats["mem_used_total"]
+    ratio = watch.frag[-1]
     values = [
-        [
-            ("frag".ljust(_LABEL), "bold"),
-            (_percent(stats["frag_ratio"], pool), _quality(stats["frag_ratio"])),
-        ],
-        [("in use".ljust(_LABEL), "dim"), (_percent(stats["occupancy"], pool), "dim")],
+        [("frag".ljust(_LABEL), "bold"), (_percent(ratio), "" if ratio is None else _quality(ratio))],
+        [("in use".ljust(_LABEL), "dim"), (_percent(None if ratio is None else stats["occupancy"]), "dim")],
     ]
     lines: list[Line] = []
     for place, row in enumerate(rows):
@@ -156,8 +153,8 @@ def frag(watch: Watch, width: int, height: int, glyphs: Glyphs) -> list[Line]:
     return lines
 
 
-def _percent(value: float, pool: int) -> str:
-    return f"{value:6.2f}%" if pool else "      -"
+def _percent(value: float | None) -> str:
+    return "      -" if value is None else f"{value:6.2f}%"
 
 
 def _quality(percent: float) -> str:

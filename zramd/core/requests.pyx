@@ -130,6 +130,11 @@ def flush(device, flags):
     keep_current()
 
 
+def cache(device, count, offset, flags):
+    """Nothing to do: all is in memory already."""
+    keep_current()
+
+
 def extents(device, count, offset, flags):
     """What is stored in a range, as Device.extents; with FLAG_REQ_ONE only the first extent."""
     keep_current()
