@@ -136,7 +136,7 @@ def is_shortage(error: BaseException) -> bool:
 def sentence(error: BaseException) -> str:
     """Return what a user is told of an exception that one has to expect, '' for any other."""
     if isinstance(error, MemoryError):
-        return f"{error or 'no memory'}: {_more_memory()}"
+        return f"{str(error) or 'no memory'}: {_more_memory()}"
     if isinstance(error, RuntimeError) and "new thread" in str(error):
         return "no more threads can be started: raise ulimit -u, or TasksMax= of the service"
     if isinstance(error, ZramdError):

@@ -25,17 +25,17 @@ class Manager:
         with suppress(ZramdError):
             self.insist(*assignments, patience=0)
 
-    def insist(self, *assignments: str, fds: Sequence[int] = (), patience: float = PATIENCE) -> None:
+    def insist(self, *assignments: str, fds: Sequence[int] = (), patience: float | None = None) -> None:
         """Send what must arrive, such as READY=1, and descriptors with it.
 
-        Raises ZramdError if the manager does not take it within `patience` seconds.
+        Raises ZramdError if the manager does not take it within `patience` seconds, or PATIENCE.
         """
         if self._socket is None:
             return
         path = self._path.replace("@", "\0", 1) if self._path[0] == "@" else self._path
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
         try:
-            self._socket.settimeout(patience)
+            self._socket.settimeout(PATIENCE if patience is None else patience)
             self._socket.connect(path)  # without that, waiting for a full queue would spin
             self._socket.sendmsg(["\n".join(assignments).encode()], ancillary)
         except OSError as error:

@@ -144,7 +144,7 @@ class Server:
                 self._keeper = start_thread("zramd-keeper", self._keep_reserve)
             self._log.start()
             self._descriptors = Descriptors(self.config.client_limit)
-            self._rundir.write_pid()
+            self._try("the pid file is not written", self._rundir.write_pid)
             self._corrupt = self.device.counters()["checksum_errors"]
             self._files = StatsFiles(self._rundir, self._metrics_file)
             self._try(_DATA_ID_FAILS, self._write_data_id, self._write_data_id_later)
@@ -174,7 +174,8 @@ class Server:
                 # Last: the threads above stay ordinary, those that nbdkit starts for clients inherit it.
                 swap.take_priority()
             if BACKGROUND in os.environ:
-                self._log.write_to(self._rundir.file(LOG))
+                log = self._rundir.file(LOG)
+                self._try("the log is not written", lambda: self._log.write_to(log))
             self._tell_status()
             self._undone["the service manager does not know that zramd serves"] = self._tell_ready
             self._do_undone()
@@ -183,20 +184,22 @@ class Server:
             raise
 
     def stop(self) -> None:
-        """End the threads and remove what was made in the run folder."""
+        """End the threads and remove what was made in the run folder. Never raises."""
         self._stopping.set()
+        ends: list[Callable[[], None]] = []
         if self._housekeeping is not None:
-            self._wake_up()
-            self._housekeeping.join()
+            ends += [self._wake_up, self._housekeeping.join]
         if self._compactor is not None:
-            self._compactor.stop()
+            ends.append(self._compactor.stop)
         if self._keeper is not None:
-            self.device.reserve_stop()
-            self._keeper.join()
+            ends += [self.device.reserve_stop, self._keeper.join]
         if self._endpoint is not None:
-            self._endpoint.close()
-        self._remove_files()
-        self._log.stop()
+            ends.append(self._endpoint.close)
+        for end in (*ends, self._remove_files, self._log.stop):
+            try:
+                end()
+            except Exception as error:  # what comes after it is to end all the same
+                say(f"not all could be ended: {sentence(error) or repr(error)}")
         if self._hands_over:
             os._exit(0)  # nbdkit would remove the socket, which the next server has
 
@@ -389,13 +392,14 @@ class Server:
 
     def _do_undone(self) -> None:
         """Do what failed before; it stays undone if it fails again."""
-        for failing, work in list(self._undone.items()):
+        for failing in list(self._undone):
+            work = self._undone.pop(failing)
             try:
                 work()
             except Exception as error:
                 self._troubles.begin(failing, error)
+                self._undone.setdefault(failing, work)
             else:
-                self._undone.pop(failing, None)
                 self._troubles.over(failing)
 
     def _tell_ready(self) -> None:

@@ -255,6 +255,22 @@ class TestThread:
         assert len(answers) <= 1
         assert not caller.is_alive()
 
+    @pytest.mark.parametrize("failure", [MemoryError(), OSError(12, "Cannot allocate memory")], ids=repr)
+    def test_shortage_ends_when_it_ends(self, failure: Exception) -> None:
+        device = FakeDevice(freeable=500)
+
+        def fail() -> None:
+            raise failure
+
+        device.during_step = fail
+        compactor = make(device, compaction_interval="0.01")
+        compactor.start()
+        wait_until(lambda: compactor.state.startswith("failed: "))
+        device.during_step = lambda: None
+        wait_until(lambda: compactor.pages_freed)
+        assert compactor.state in ("running", "idle")
+        compactor.stop()
+
     @pytest.mark.filterwarnings("error")
     def test_failure_is_told_once(self, capfd: pytest.CaptureFixture[str]) -> None:
         device = FakeDevice(freeable=500)

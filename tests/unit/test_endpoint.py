@@ -1,6 +1,8 @@
 """The control socket: right requests, wrong requests, and no requests at all."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import select
@@ -27,6 +29,7 @@ class FakeService:
         self.resets = 0
         self.peak = 4096
         self.fault = ""
+        self.more: dict[str, object] = {}
         self.changed: dict[str, object] = {}
         self.hold = threading.Event()
         self.hold.set()
@@ -46,7 +49,8 @@ class FakeService:
         return 42
 
     def settings(self) -> dict[str, object]:
-        return {"mem_limit": self.limit}
+        self.hold.wait(10)
+        return {"mem_limit": self.limit, **self.more}
 
     def change(self, name: str, text: str) -> object:
         value = config.value(config.find(name), text)
@@ -338,20 +342,107 @@ def test_vanishing_clients(running: Running) -> None:
     assert running.ask("GET", "/health")[0] == 200
 
 
-def test_too_many(running: Running) -> None:
+def test_what_takes_long_leaves_room(running: Running) -> None:
+    running.service.hold.clear()
+    waiting = []
+    for _ in range(endpoint.MAX_LENGTHY):
+        sock = running.connect()
+        sock.sendall(b"POST /compact HTTP/1.1\r\n\r\n")
+        waiting.append(sock)
+    wait_until(lambda: sum(one.lengthy for one in running.endpoint._open) == len(waiting))
+    for request in ("POST /compact", "POST /check", "GET /save", "GET /save/live", "PUT /load"):
+        code, text = running.ask(*request.split())
+        assert (code, text) == (503, "8 saves, loads, compactions or checks are under way: ask again later\n")
+    assert running.ask("GET", "/health")[0] == 200
+    running.service.hold.set()
+    for sock in waiting:
+        assert status(sock.recv(4096)) == 200
+        sock.close()
+    assert running.ask("POST", "/compact")[0] == 200
+
+
+def test_too_many_that_are_being_answered(running: Running) -> None:
     running.service.hold.clear()
     waiting = []
     for _ in range(endpoint.MAX_CONNECTIONS):
         sock = running.connect()
-        sock.sendall(b"POST /compact HTTP/1.1\r\n\r\n")
+        sock.sendall(b"GET /settings HTTP/1.1\r\n\r\n")
         waiting.append(sock)
+    wait_until(lambda: sum(not one.waits for one in running.endpoint._open) == len(waiting))
     with running.connect() as extra:
         assert status(b"".join(iter(lambda: extra.recv(4096), b""))) == 503
     running.service.hold.set()
     for sock in waiting:
         assert status(sock.recv(4096)) == 200
         sock.close()
-    wait_until(lambda: running.raw(b"GET /health HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200"))
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
+def test_the_silent_make_room(running: Running, begun: bytes) -> None:
+    silent = [running.connect() for _ in range(3 * endpoint.MAX_CONNECTIONS)]
+    for sock in silent:
+        if begun:
+            with contextlib.suppress(BrokenPipeError):  # it was cut off already
+                sock.sendall(begun)
+        assert running.ask("GET", "/health")[0] == 200
+    assert silent[0].recv(4096)[:12] in (b"", b"HTTP/1.1 400")
+    for sock in silent:
+        sock.close()
+
+
+def test_who_does_not_read_makes_room(running: Running) -> None:
+    running.service.more = {"long": "x" * (4 << 20)}  # more than the socket holds
+    deaf = []
+    for _ in range(2 * endpoint.MAX_CONNECTIONS):
+        sock = running.connect()
+        sock.sendall(b"GET /settings HTTP/1.1\r\n\r\n")
+        deaf.append(sock)
+        assert running.ask("GET", "/health")[0] == 200
+    for sock in deaf:
+        sock.close()
+
+
+class TestWithoutThreads:
+    @pytest.fixture(autouse=True)
+    def no_threads(self, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*arguments: object, **keywords: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(endpoint, "start_thread", refuse)
+
+    def test_short_requests_are_answered(self, running: Running) -> None:
+        assert running.ask("GET", "/health")[0] == 200
+        assert running.ask("PUT", "/mem_limit", "8192")[0] == 200
+        assert running.service.limit == 8192
+
+    @pytest.mark.parametrize("request_line", ["POST /compact", "POST /check", "GET /save", "PUT /load"])
+    def test_what_takes_long_is_refused(self, running: Running, request_line: str) -> None:
+        code, text = running.ask(*request_line.split())
+        assert code == 503
+        assert "no thread can be started for this: raise ulimit -u" in text
+
+    def test_the_silent_are_cut_off(self, running: Running) -> None:
+        with running.connect() as sock:
+            assert status(sock.recv(4096)) == 408
+
+
+def test_accept_tells_of_a_shortage(tmp_path: Path) -> None:
+    """Else who polls would come again and again, at once."""
+    made = endpoint.Endpoint(str(tmp_path / "control.sock"), FakeService())
+    made.accept()  # nobody has come
+
+    class Short:
+        def accept(self) -> None:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        def close(self) -> None:
+            pass
+
+    made._listener.close()
+    made._listener = Short()  # type: ignore[assignment]
+    with pytest.raises(OSError, match="Too many open files"):
+        made.accept()
+    made.close()
 
 
 def test_close_ends_waiting_clients(tmp_path: Path) -> None:

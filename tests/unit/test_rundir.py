@@ -1,5 +1,6 @@
 """The run folder: closed, held by one server, replaced after a crash, removed at the end."""
 
+import errno
 import os
 import socket
 import stat
@@ -141,3 +142,27 @@ def test_folder_of_another_user(folder: Path) -> None:
             rundir.Rundir(str(folder))
     finally:
         os.seteuid(0)
+
+
+def test_withdrawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = rundir.Rundir(str(folder))
+    name = folder / rundir.DATA_ID
+    held.withdraw(rundir.DATA_ID)  # there is none yet
+    held.publish(rundir.DATA_ID, "x")
+    held.withdraw(rundir.DATA_ID)
+    assert not name.exists()
+    held.publish(rundir.DATA_ID, "x")
+
+    def refuse(path: str, *more: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse)
+        held.withdraw(rundir.DATA_ID)
+        assert name.read_text() == "", "a name that is empty is none"
+        held_text = f"'{name}' cannot be removed: input/output error"
+        patch.setattr(os, "truncate", refuse)
+        with pytest.raises(RundirError) as caught:
+            held.withdraw(rundir.DATA_ID)
+        assert str(caught.value) == held_text
+    held.remove()

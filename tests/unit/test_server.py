@@ -1,22 +1,29 @@
-"""When a server may stop: never silently with its kernel's pages in its memory."""
+"""The server, without nbdkit: when it may stop, what it says of its data, whom it lets in, what may fail."""
 
+import errno
+import os
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from conftest import wait_until
 
-from zramd import config, sockets, swap
+from zramd import config, rundir, sockets, swap
 from zramd import server as module
 from zramd.core.device import Device
-from zramd.errors import ConfigError
+from zramd.errors import ConfigError, DeviceError, RundirError, SaveError, ZramdError
+from zramd.rundir import DATA_ID, Rundir
 from zramd.server import Server
 
 
 def server(**settings: str) -> Server:
-    return Server(config.parse([("size", "1M"), ("rundir", "/nowhere"), *settings.items()]), lambda: None)
+    pairs = {"size": "1M", "rundir": "/nowhere", **settings}
+    return Server(config.parse(pairs.items()), lambda: None)
 
 
 @pytest.fixture
@@ -66,6 +73,216 @@ def test_change() -> None:
     with pytest.raises(ConfigError, match="disksize cannot be changed while the device is served: clients"):
         changed.change("disksize", "2M")
     assert changed.config.disksize == 1 << 20
+
+
+class TestDataId:
+    """Who connects again goes by it: it never names other data than the device holds."""
+
+    @pytest.fixture
+    def served(self, tmp_path: Path) -> Server:
+        made = server(rundir=str(tmp_path / "run"))
+        made.device = Device(1 << 20)
+        made._rundir = Rundir(made.config.rundir)
+        made._publish_data_id()
+        made.device.write(b"data", 0)
+        return made
+
+    def published(self, served: Server) -> str | None:
+        try:
+            return Path(served.config.rundir, DATA_ID).read_text().strip()
+        except FileNotFoundError:
+            return None
+
+    @pytest.fixture
+    def full(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Nothing can be written to a run folder while this list holds an error number."""
+        errors: list[int] = []
+        replace_file = rundir.replace_file
+
+        def refuse(path: str, text: str, mode: int) -> None:
+            if errors:
+                raise OSError(errors[0], os.strerror(errors[0]))
+            replace_file(path, text, mode)
+
+        monkeypatch.setattr(rundir, "replace_file", refuse)
+        return errors
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EMFILE, errno.EIO, errno.EROFS, errno.EACCES])
+    def test_reset_without_room(self, served: Server, full: list[int], number: int) -> None:
+        full.append(number)
+        assert served.reset()
+        assert self.published(served) is None
+        assert served.health()["status"] == "degraded"
+        assert served.health()["causes"][0].startswith("data_id is not written: ")
+        served._do_undone()
+        assert self.published(served) is None
+        full.clear()
+        served._do_undone()
+        assert self.published(served) == served.device.data_id
+        assert served.health()["status"] == "ok"
+
+    def test_nothing_is_dropped_under_an_old_name(
+        self, served: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(name: str) -> None:
+            raise RundirError(f"'{name}' cannot be removed")
+
+        assert served._rundir is not None
+        monkeypatch.setattr(served._rundir, "withdraw", refuse)
+        with pytest.raises(RundirError):
+            served.reset()
+        assert self.published(served) == served.device.data_id
+        assert served.device.counters()["pages_stored"] == 1
+
+    @pytest.mark.parametrize("sound", [True, False])
+    def test_load_without_room(self, served: Server, full: list[int], sound: bool) -> None:
+        """Clients are served again after it, and the name comes when there is room."""
+        with tempfile.TemporaryFile() as file:
+            served.save(file.fileno(), live=False)
+            assert served.reset()
+            stream = file.seek(0) or file.read()
+        full.append(errno.ENOSPC)
+        reader, writer = os.pipe()
+        os.write(writer, stream if sound else stream[:-1])
+        os.close(writer)
+        if sound:
+            assert served.load(reader, b"", -1)["blocks"] == 1
+        else:
+            with pytest.raises(SaveError):
+                served.load(reader, b"", -1)
+        os.close(reader)
+        assert self.published(served) is None
+        served.client_opened()
+        served.client_closed()
+        full.clear()
+        served._do_undone()
+        assert self.published(served) == served.device.data_id
+
+    def test_clients_come_until_a_load_has_begun(self, served: Server) -> None:
+        assert served.reset()
+        reader, writer = os.pipe()
+        failures: list[ZramdError] = []
+
+        def load() -> None:
+            try:
+                served.load(reader, b"", -1)
+            except ZramdError as error:
+                failures.append(error)
+
+        loading = threading.Thread(target=load, daemon=True)
+        loading.start()
+        loading.join(0.1)
+        served.client_opened()
+        os.close(writer)
+        loading.join(30)
+        os.close(reader)
+        assert str(failures[0]) == "the device is in use: disconnect every client before a load"
+
+
+class TestClientLimit:
+    def test_one_too_many(self) -> None:
+        limited = server(client_limit="2")
+        opened = []
+
+        def come() -> None:
+            limited.client_connects()
+            limited.client_opened()
+            opened.append(threading.get_native_id())
+
+        come()
+        come()
+        for _ in range(2):
+            with pytest.raises(DeviceError) as caught:
+                come()
+        assert str(caught.value) == (
+            "a client was turned away: there are 2 connections already, the most that client_limit allows"
+        )
+        limited._watch_clients()
+        limited._watch_clients()
+        assert limited.health()["causes"] == [
+            "clients are turned away: there are 2 connections already, the most that client_limit allows"
+        ]
+        limited.client_closed()
+        limited._watch_clients()
+        limited._watch_clients()
+        assert limited.health()["status"] == "ok"
+        come()
+        limited.change("client_limit", "3")
+        come()
+        assert len(opened) == 4
+
+    def test_who_left_before_he_was_a_client_does_not_count(self) -> None:
+        limited = server(client_limit="1")
+        for _ in range(5):
+            comer = threading.Thread(target=limited.client_connects)
+            comer.start()
+            comer.join()
+            wait_until(lambda: not os.path.exists(f"/proc/self/task/{comer.native_id}"))  # noqa: B023
+        limited.client_connects()
+        with pytest.raises(DeviceError):
+            limited.client_connects()
+
+
+def test_asks_again_when_it_cannot_tell_whether_swap_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal to stop is not lost, and data in use neither."""
+    answers: list[object] = [OSError(errno.EMFILE, "Too many open files"), ["/dev/nbd0"], []]
+
+    def devices_in_use(disksize: int) -> object:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(swap, "devices_in_use", devices_in_use)
+    local = server(swap="local")
+    local.client_opened()
+    with pytest.raises(OSError, match="Too many"):
+        local._may_leave(TERM)
+    assert local._stop_refused
+    assert not local._may_leave(TERM)
+    assert local._may_leave(b"")
+
+
+def test_a_thread_dies_loudly(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = server()
+
+    def fail() -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(threading, "excepthook", made._thread_failed)
+    thread = threading.Thread(target=fail, name="zramd-keeper")
+    thread.start()
+    thread.join()
+    text = "zramd-keeper has ended: ZeroDivisionError: by zero"
+    assert capfd.readouterr().err == f"zramd: {text}\n"
+    assert made.health()["causes"] == [text]
+
+
+def test_leaving_ends_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a child: the way out is os._exit."""
+    made = server()
+
+    def fail() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    child = os.fork()
+    if child == 0:
+        made._surely(fail)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_full_pipe_is_no_error() -> None:
+    made = server()
+    made.device = Device(1 << 20)
+    made._wake = os.pipe2(os.O_NONBLOCK)
+    made._housekeeping = threading.current_thread()
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(made._wake[1], bytes(4096))
+    assert made.change("stats_interval", "5") == 5
+    for fd in made._wake:
+        os.close(fd)
 
 
 class Parting:

@@ -1,0 +1,242 @@
+"""Between the server and its standard error: nobody waits for who reads it, and lines are counted."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from zramd.log import Log
+
+
+def in_child(code: str) -> str:
+    """Run code in a Python of its own, whose standard error it may replace; its output, errors included."""
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=60,
+        check=False,
+    )
+    return found.stdout.decode()
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_few_lines_pass_and_the_rest_is_counted() -> None:
+    clock = Clock()
+    log = Log(clock=clock)
+    many = b"".join(b"line %d\n" % n for n in range(50))
+    assert log.filter(many) == b"".join(b"line %d\n" % n for n in range(log.BURST))
+    assert log.held_back == 50 - log.BURST
+    clock.now += log.PERIOD
+    passed = log.filter(b"next\n")
+    assert passed == b"zramd: 30 lines more like these were held back\nnext\n"
+    assert log.held_back == 0
+
+
+def test_a_storm_is_counted() -> None:
+    clock = Clock()
+    log = Log(clock=clock)
+    log.filter(b"line\n" * log.BURST)
+    assert log.filter(b"line\n" * 1000 + b"half a li") == b""
+    assert log.held_back == 1000
+    clock.now += log.PERIOD
+    assert log.filter(b"ne\nnext\n") == b"zramd: 1000 lines more like these were held back\nne\nnext\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"zramd: /dev/nbd0 is in use as swap: stopping once 'swapoff /dev/nbd0' was run\n",
+        b"nbdkit: debug: accepted connection\n",
+        b"nbdkit: python[12]: debug: python: pread count=4096 offset=0\n",
+    ],
+)
+def test_what_is_said_once_or_asked_for_passes_in_a_storm(line: bytes) -> None:
+    log = Log(clock=Clock())
+    error = b"nbdkit: python[1]: error: pwrite: pool is full\n"
+    log.filter(error * 100)
+    assert log.filter(error * 100 + line + error * 100) == line
+    assert log.held_back == 300 - log.BURST
+
+
+def test_whole_lines_pass() -> None:
+    log = Log(clock=Clock())
+    assert log.filter(b"one\ntw") == b"one\n"
+    assert log.filter(b"o\n") == b"two\n"
+    assert log.filter(b"x" * 5000) == b"x" * 5000 + b"\n"
+
+
+# What standard error may be, as code that makes `reader` and `writer`.
+ERRORS = {
+    "pipe": "reader, writer = os.pipe()",
+    "full pipe": """
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        try:
+            while True:
+                os.write(writer, b"full".ljust(4095) + b"\\n")
+        except BlockingIOError:
+            os.set_blocking(writer, True)
+""",
+    "terminal": """
+        import pty
+        reader, writer = pty.openpty()
+""",
+    "stopped terminal": """
+        import pty, termios
+        reader, writer = pty.openpty()
+        termios.tcflow(writer, termios.TCOOFF)
+""",
+    "socket": """
+        import socket
+        one, other = socket.socketpair()
+        reader, writer = one.detach(), other.detach()
+""",
+}
+# Takes what standard error became, with 100,000 lines written to it that nobody reads.
+UNREAD = """
+        import os, sys, threading, time
+        from zramd import log as module
+        MADE
+        os.dup2(writer, 2)
+        module.Log.BURST = 10**9
+        log = module.Log()
+        log.start()
+        refused = 0
+        for number in range(100000):
+            try:
+                os.write(2, b"line %d\\n" % number)
+            except BlockingIOError:
+                refused += 1
+"""
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_who_writes_never_waits_and_the_end_comes(kind: str) -> None:
+    code = (
+        UNREAD.replace("MADE", ERRORS[kind].strip())
+        + """
+        ending = threading.Thread(target=log.stop, daemon=True)
+        ending.start()
+        ending.join(30)
+        print("ended" if not ending.is_alive() else "stuck", flush=True)
+        os._exit(0)
+    """
+    )
+    assert in_child(code) == "ended\n"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "full pipe", "socket"])
+def test_what_nobody_read_is_counted(kind: str) -> None:
+    """Each line is read, refused to who wrote it, or told of once there is a reader."""
+    code = (
+        UNREAD.replace("MADE", ERRORS[kind].strip())
+        + """
+        while not log.lost:
+            time.sleep(0.01)
+        text = b""
+        def read():
+            global text
+            while part := os.read(reader, 65536):
+                text += part
+        threading.Thread(target=read, daemon=True).start()
+        while not text.endswith(b": nobody took them\\n"):
+            time.sleep(0.01)
+        lines = [line for line in text.splitlines() if not line.startswith(b"full")]
+        told = int(lines[-1].split()[1])
+        print(told > 0, len(lines) - 1 + told + refused, flush=True)
+        os._exit(0)
+    """
+    )
+    assert in_child(code) == "True 100000\n"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_a_reader_that_went_is_no_end(kind: str) -> None:
+    code = (
+        UNREAD.replace("MADE", ERRORS[kind].strip() + "; os.close(reader)\n")
+        + """
+        while not log.lost:
+            time.sleep(0.01)
+        log.stop()
+        print("ended", flush=True)
+        os._exit(0)
+    """
+    )
+    assert in_child(code) == "ended\n"
+
+
+def test_standard_error_is_given_back() -> None:
+    code = """
+        import sys
+        from zramd.log import Log
+        log = Log()
+        log.start()
+        print("first", file=sys.stderr)
+        log.stop()
+        print("second", file=sys.stderr)
+    """
+    assert in_child(code) == "first\nsecond\n"
+
+
+def test_a_child_that_keeps_it_does_not_hold_the_end_up() -> None:
+    code = """
+        import os, subprocess, sys
+        from zramd.log import Log
+        log = Log()
+        log.start()
+        child = subprocess.Popen(["sleep", "60"])
+        log.stop()
+        child.kill()
+        print("ended")
+    """
+    assert in_child(code) == "ended\n"
+
+
+def test_a_file_is_bounded(tmp_path: Path) -> None:
+    code = f"""
+        import sys
+        from zramd.log import Log
+        Log.BURST, Log.LIMIT = 10**9, 10000
+        log = Log()
+        print("early", file=sys.stderr)
+        log.start()
+        log.write_to("{tmp_path}/log")
+        log.start()
+        for number in range(1000):
+            print("line", number, "x" * 90, file=sys.stderr, flush=True)
+            while number % 10 == 9 and f"line {{number}} " not in open("{tmp_path}/log").read():
+                pass
+        log.stop()
+        print("late", file=sys.stderr)
+    """
+    assert in_child(code) == "early\n"
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[-2].startswith("line 999 ")
+    assert lines[-1] == "late"
+    assert 5 < len(lines) < 210  # all that was passed on at once may come on top
+
+
+def test_a_full_disk_is_no_end() -> None:
+    code = """
+        import os, time
+        from zramd.log import Log
+        saved = os.dup(2)
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+        log = Log()
+        log.start()
+        os.write(2, b"line\\n")
+        while not log.lost:
+            time.sleep(0.01)
+        log.stop()
+        os.write(saved, b"ended\\n")
+    """
+    assert in_child(code) == "ended\n"
