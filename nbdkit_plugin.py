@@ -84,7 +84,11 @@ def config(key: str, value: str) -> None:
 def config_complete() -> None:
     global _server, _thread_model
     parsed = settings.parse(_pairs)
-    requests.prepare(nbdkit.set_error, {"enospc": errno.ENOSPC, "eio": errno.EIO}[parsed.pool_full])
+    # An nbdkit before 1.34 goes on to send the next extent when it could not send one, to a socket that it has
+    # closed: "raw_send_socket: Assertion `sock >= 0' failed". A client that leaves while many are told it would
+    # end the server so, with everyone's data.
+    full = {"enospc": errno.ENOSPC, "eio": errno.EIO}[parsed.pool_full]
+    requests.prepare(nbdkit.set_error, full, not hasattr(nbdkit, "disconnect"))
     _thread_model = parsed.thread_model
     _server = Server(parsed, nbdkit.shutdown)
 

@@ -25,7 +25,7 @@ STATS_FILES = ["classes", "frag_ratio", "io_stat", "metrics.prom", "mm_stat", "s
 
 
 def extents(handle: Any, count: int, offset: int, flags: int = 0) -> list[tuple[int, int]]:
-    """Block status as (length, flags), neighbours of one kind joined."""
+    """Block status of a range as (length, flags), neighbours of one kind joined; each reply has some of it."""
     found: list[tuple[int, int]] = []
 
     def note(context: str, start: int, entries: list[int], error: Any) -> None:
@@ -34,7 +34,10 @@ def extents(handle: Any, count: int, offset: int, flags: int = 0) -> list[tuple[
                 length += found.pop()[0]
             found.append((length, kind))
 
-    handle.block_status(count, offset, note, flags)
+    while (told := sum(length for length, _ in found)) < count:
+        handle.block_status(count - told, offset + told, note, flags)
+        if flags:
+            break
     return found
 
 
