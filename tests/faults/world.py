@@ -79,8 +79,10 @@ class World:
 
     name = "faulty"
 
-    def __init__(self, with_state: bool, *settings: str) -> None:
-        self.folder = Path(tempfile.mkdtemp(dir="/dev/shm", prefix="zramd-faults-"))
+    def __init__(self, with_state: bool, *settings: str, inside: Path = Path("/dev/shm")) -> None:
+        """`inside` is where its folder is made."""
+        self.prefix: list[str] = []  # words before each command, such as prlimit's
+        self.folder = Path(tempfile.mkdtemp(dir=inside, prefix="zramd-faults-"))
         self.rundir = self.folder / "run"
         self.socket = self.rundir / "nbd.sock"
         self.state = self.folder / "state" if with_state else None
@@ -101,7 +103,7 @@ class World:
 
     def command(self, *words: object, name: str = "tool", patience: float = 60.0) -> Ended:
         """Run the zramd command under supervision, to its end."""
-        argv = [sys.executable, "-P", "-m", "zramd", *words]
+        argv = [*self.prefix, sys.executable, "-P", "-m", "zramd", *words]
         program = self.supervisor.run(
             name,
             argv,
