@@ -48,7 +48,7 @@ class TestBadRequests:
             pytest.param(
                 BLOCK_STATUS, 0, BLOCK, 0, errno.EINVAL, id="block status without structured replies"
             ),
-            pytest.param(CACHE, 0, BLOCK, 0, errno.EINVAL, id="what is not offered"),
+            pytest.param(CACHE, PAST, 200, 0, errno.EINVAL, id="cache over the end"),
             pytest.param(99, 0, BLOCK, 0, errno.EINVAL, id="unknown command"),
             pytest.param(READ, 0, BLOCK, 1 << 15, errno.EINVAL, id="unknown flag"),
             pytest.param(WRITE, 0, BLOCK, 1 << 4, errno.EINVAL, id="fast-zero flag on a write"),
@@ -87,7 +87,7 @@ class TestBadRequests:
             (lambda: handle.pwrite(b"y" * 200, size - 100), "ENOSPC"),
             (lambda: handle.trim(200, size - 100), "EINVAL"),
             (lambda: handle.zero(200, size - 100), "ENOSPC"),
-            (lambda: handle.cache(200, 0), "EINVAL"),
+            (lambda: handle.cache(200, size - 100), "EINVAL"),
             (lambda: handle.block_status(200, size - 100, lambda *_: 0), "EINVAL"),
         ):
             with pytest.raises(nbd.Error) as caught:

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from conftest import PACKAGE_PARENT, PLUGIN, Served, talk, wait_until
 
+import zramd
+
 Serve = Callable[..., Served]
 MIB = 1 << 20
 STOP_SECONDS = 1.0
@@ -49,8 +51,9 @@ class TestData:
         assert not handle.is_rotational()
         offered = ("flush", "fua", "trim", "zero", "fast_zero", "multi_conn")
         assert all(getattr(handle, f"can_{what}")() for what in offered)
-        assert not handle.can_cache()
-        assert [handle.get_block_size(which) for which in range(3)] == [1, 4096, 0xFFFFFFFF]
+        assert handle.can_cache()
+        handle.cache(1 << 20, 4096)  # there is nothing to do, and that is done
+        assert [handle.get_block_size(which) for which in range(3)] == [1, 4096, 64 * MIB]
 
     def test_round_trips(self, serve: Serve) -> None:
         """Any offset and length: compared with a bytearray."""
@@ -315,6 +318,18 @@ class TestBadStart:
         assert ran.returncode != 0
         assert "run scripts/serve" in ran.stderr
         assert len(ran.stderr.strip().splitlines()) == 1
+
+    def test_takes_the_package_beside_it(self, tmp_path: Path) -> None:
+        """Not another one of the system's, which may know another format of the state."""
+        for place in ("own", "other"):
+            shutil.copytree(PACKAGE_PARENT, tmp_path / place, ignore=shutil.ignore_patterns("__pycache__"))
+        init = tmp_path / "other" / "zramd" / "__init__.py"
+        init.write_text(init.read_text() + '\n__version__ = "9.9.9"\n')
+        env = {**os.environ, "PYTHONPATH": str(tmp_path / "other")}
+        for place, version in (("own", zramd.__version__), ("other", "9.9.9")):
+            command = ["nbdkit", "python", f"{tmp_path}/{place}/nbdkit_plugin.py", "--dump-plugin"]
+            ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=True)
+            assert f"zramd_version={version}\n" in ran.stdout
 
     def test_dump_plugin(self) -> None:
         env = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)}
