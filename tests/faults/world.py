@@ -280,7 +280,9 @@ class World:
         self.last_said = text
         ensure("Traceback" not in text, f"a traceback: {_tail(text)}")
         if rule.hits and text.strip() and rule.error != "short":
-            words = (os.strerror(getattr(errno, rule.error)).lower(), *SYNONYMS.get(rule.error, ()))
+            words = [os.strerror(getattr(errno, rule.error)).lower(), *SYNONYMS.get(rule.error, ())]
+            if rule.place.call.startswith("clone"):
+                words.append("thread")
             ensure(any(word in text.lower() for word in words), f"the cause is not named: {_tail(text)}")
 
     def check_serving(self, pid: int, may_cut: bool) -> None:
