@@ -249,6 +249,8 @@ class Load(Phase):
             world.known = {block: bytes(BLOCK) for block in world.known}
             world.unsure.clear()
             ensure(_data_id(world) != id_before, "the data is gone, and its data_id is still told")
+        else:
+            return
         status, text = _put(world, self.stream, patience)
         for block, part in self.content.items():
             world.unsure.setdefault(block, set()).add(part)
@@ -299,6 +301,12 @@ class Start(Phase):
     live = False
     programs = ("server", "server-command")
 
+    def prepare(self, world: World) -> None:
+        world.known.clear()
+        world.unsure.clear()
+        if world.state and world.state.exists():
+            world.state.unlink()
+
     def act(self, world: World, patience: float) -> None:
         self.ended = world.start()
 
@@ -306,17 +314,15 @@ class Start(Phase):
         if self.ended.status == 0:
             ensure(world.pid, f"it says that it serves: {self.ended}")
             world.check_said(rule)
-            _fill(world)
-            world.check_serving(world.pid, True)
-            world.check_stop()
-            return
-        self.check_failed(world, rule)
-        again = world.start()
-        ensure(again.status == 0, f"the next start does not work: {again}")
+        else:
+            self.check_failed(world, rule)
+            again = world.start()
+            ensure(again.status == 0, f"the next start does not work: {again}")
         if world.known:
             world.verify(world.stand().read)
         _fill(world)
         world.check_serving(world.pid, True)
+        world.check_stop()
 
     def check_failed(self, world: World, rule: Rule) -> None:
         """A start that fails says why in one sentence and leaves nothing."""
@@ -352,14 +358,10 @@ class TakeOver(Start):
             self.known = dict(world.known)
             world.kill()
             shutil.copyfile(world.state, kept)
-            shutil.rmtree(world.rundir)
         shutil.copyfile(kept, world.state)
         world.known = dict(self.known)
         world.unsure.clear()
         world.drop()
-
-    def act(self, world: World, patience: float) -> None:
-        super().act(world, patience)
 
 
 class Restart(Phase):
