@@ -1,4 +1,4 @@
-"""System calls: their numbers on this machine, how each can fail, and which are never made to fail, and why."""
+"""System calls: their numbers here, how each can fail, and which are never made to fail, and why."""
 
 import errno
 import re
@@ -16,11 +16,9 @@ EXCLUDED = {
     "rt_sigaction rt_sigprocmask sigaltstack": "fail for wrong arguments only",
     "arch_prctl prlimit64 uname sysinfo getrlimit getrandom": "fail for wrong arguments only",
     "clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday": "fail for wrong arguments only",
-    # Were they refused, a descriptor or a mapping that is really open would be lost: the kernel never does that.
+    # Were they refused, a descriptor or a mapping that is there would be lost: the kernel never does that.
     "close close_range": "Linux closes the descriptor whatever it returns",
     "munmap": "the C library ignores it: the memory would only leak",
-    # In a thread's or the loader's birth. An error there is one of clone's, which is made to fail.
-    "exit_thread": "",
     "rt_sigtimedwait rt_sigsuspend tgkill kill pidfd_send_signal": "fail for wrong arguments or rights only",
     "seccomp": "the tests' own",
 }

@@ -4,7 +4,6 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 
-import calls
 from supervisor import Place, Rule, errors_of
 
 # Places that are left out, beside the calls of calls.EXCLUDED: (thread, call, beginning of what, reason).
@@ -15,27 +14,44 @@ LEFT_OUT = (
     ("", "ioctl", "", "Python's questions about a descriptor that is open"),
     ("", "madvise", "23 4", "a thread's end gives its stack back: advice that nobody waits for"),
 )
+
+
 def reason_left_out(place: Place) -> str:
     """Return why nothing fails at a place, '' if something is to."""
     if not errors_of(place):
         return "has no error that is tried"
     for thread, call, what, reason in LEFT_OUT:
-        if thread in place.thread and call in ("", place.call):
-            if place.what.startswith(what) if what else call != "newfstatat" or not place.what:
-                return reason
+        is_meant = place.what.startswith(what) if what else call != "newfstatat" or not place.what
+        if thread in place.thread and call in ("", place.call) and is_meant:
+            return reason
     return ""
 
 
-def rules(recorded: Counter[Place], programs: tuple[str, ...]) -> Iterator[Rule]:
-    """Yield all rules for a phase: the first and the last call at each place, once and lasting."""
+def rules(recorded: Counter[Place], programs: tuple[str, ...], live: bool, seed: int) -> Iterator[Rule]:
+    """Yield all rules for a phase.
+
+    Of a live phase: each error at the first, the middle and the last call of each place, and lasting from the
+    first. Other phases take a second for each rule, and have four times the places: there each place has one
+    error, that the seed chooses, and lasting ones begin at the first place of each program and call.
+    """
+    begun = set()
     for place, count in sorted(recorded.items()):
         if place.program not in programs or reason_left_out(place):
             continue
-        for error in errors_of(place):
-            for nth in sorted({1, (count + 1) // 2, count}):
-                yield Rule(place, nth, error)
-            if error != "EINTR":  # a call that is always interrupted there is not
+        errors = errors_of(place)
+        if live:
+            yield from (
+                Rule(place, nth, error) for error in errors for nth in sorted({1, (count + 1) // 2, count})
+            )
+        else:
+            dice = random.Random(f"{seed} {place}")
+            yield Rule(place, dice.randint(1, count), dice.choice(errors))
+        for error in errors:
+            if error == "EINTR":  # a call that is always interrupted there is not
+                continue
+            if live or (place.program, place.call, error) not in begun:
                 yield Rule(place, 1, error, lasting=True)
+            begun.add((place.program, place.call, error))
 
 
 def sample(all_rules: list[Rule], seed: int) -> list[Rule]:
@@ -54,6 +70,3 @@ def sample(all_rules: list[Rule], seed: int) -> list[Rule]:
             ordered.append(group.pop())
         groups = [group for group in groups if group]
     return ordered
-
-
-_ = calls

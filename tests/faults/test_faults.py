@@ -1,9 +1,9 @@
 """Every system call of a server fails: once, and for as long as it takes; nothing else may be lost.
 
-Each phase of a server's life is recorded first: which calls are made, by which thread, on what. Then it is run again
-for each of these places and each error that the call can have: with the first, the middle and the last of its calls
-failing, and with all failing from the first on (of a shortage: with all others that it would meet as well).
-world.py says what must hold after each.
+Each phase of a server's life is recorded first: which calls are made, by which thread, on what. Then it is run
+again for each of these places: with one of its calls failing, and with all failing from the first on (of a
+shortage: with all others that it would meet as well) until the phase is over. plan.py says which calls and
+errors, world.py what must hold after each.
 
     scripts/test --faults                                    all
     scripts/test --faults -k serve                           one phase
@@ -14,13 +14,15 @@ What this does not reach, and why:
 
 - What has no system call: page faults. A full tmpfs, which is SIGBUS, and the limits of cgroups are in
   test_shortages.py.
-- Calls whose failure cannot happen or whose failure nobody survives: calls.EXCLUDED, calls.NBDKIT and plan.LEFT_OUT,
-  each with its reason.
+- Calls whose failure cannot happen or whose failure nobody survives: calls.EXCLUDED, calls.NBDKIT and
+  plan.LEFT_OUT, each with its reason.
 - What a program does before its own code runs: the loader, nbdkit's and Python's beginning.
-- Two errors at once of different kinds, and each call between the first, the middle and the last of many at a place.
-- Answers of the vDSO (the clock), and calls that a thread makes for the kernel's io_uring (there are none).
-- zramd attach, detach and the keeper: they want the kernel's nbd device, so a virtual machine. There `Supervisor.run`
-  works as here.
+- Two errors at once of different kinds, and each call between the first, the middle and the last of many at a
+  place.
+- Answers of the vDSO (the clock), and what the kernel does by itself (io_uring: there is none).
+- zramd attach, detach and the keeper: they want the kernel's nbd device, so a virtual machine. There
+  `Supervisor.run` works as here.
+- A server that runs already: the filter is inherited, so the program must be begun under it.
 """
 
 import os
@@ -35,7 +37,9 @@ from phases import LASTING_PATIENCE, PHASES, Phase
 from supervisor import Place, Rule
 from world import PATIENCE, Violation, World
 
-SECONDS = float(os.environ.get("ZRAMD_FAULTS_SECONDS", "0"))  # for all phases together; 0: as long as it takes
+SECONDS = float(
+    os.environ.get("ZRAMD_FAULTS_SECONDS", "0")
+)  # for all phases together; 0: as long as it takes
 ONLY = os.environ.get("ZRAMD_FAULT", "")
 LIFE = 30  # injections that one server lives through before it is restarted, stopped and its state looked at
 WARM = 2  # times that a phase runs before it is recorded
@@ -45,7 +49,7 @@ CASES = [
     pytest.param(phase, with_state, id=f"{phase.name} {'state' if with_state else 'plain'}".replace(" ", "-"))
     for phase in PHASES
     for with_state in (True, False)
-    if with_state or not phase.only_with_state
+    if with_state or phase.live
 ]
 
 
@@ -96,7 +100,8 @@ class Run:
             self.phase.act(world, PATIENCE)
         self.phase.judge(world, NOBODY)
         self.end()
-        return [rule for rule in plan.rules(recorded, self.phase.programs) if ONLY in str(rule)]
+        rules = plan.rules(recorded, self.phase.programs, self.phase.live, SEED)
+        return [rule for rule in rules if ONLY in str(rule)]
 
     def inject(self, rule: Rule) -> None:
         """Make one injection and take note of what came of it."""
@@ -128,7 +133,9 @@ class Run:
                 world.check_stop()
         except Violation as violation:
             lived = "\n      ".join(map(str, self.lived))
-            self.failures.append(f"at the end of a server's life: {violation}\n    it had lived through\n      {lived}")
+            self.failures.append(
+                f"at the end of a server's life: {violation}\n    it had lived through\n      {lived}"
+            )
         finally:
             world.close()
 
@@ -187,4 +194,6 @@ def test_a_call_fails(phase: type[Phase], with_state: bool, fault_table: list[st
         f"{run.made - len(run.failures):>10}{len(run.failures):>8}{taken:>8.0f} s"
     )
     if run.failures:
-        pytest.fail("\n".join([f"{len(run.failures)} of {run.made} injections:", *run.failures]), pytrace=False)
+        pytest.fail(
+            "\n".join([f"{len(run.failures)} of {run.made} injections:", *run.failures]), pytrace=False
+        )

@@ -1,9 +1,9 @@
 """Shortages as a machine has them: a full tmpfs, limits of a process and of a cgroup.
 
-Whatever is short: what was answered reads back, a client that is served stays so, and when the shortage ends so does
-the trouble: /health, stats files, restart, stop, and a new server for the state.
+Whatever is short: what was answered reads back, a client that is served stays so, and when the shortage ends so
+does the trouble: /health, stats files, restart, stop, and a new server for the state.
 
-overcommit_memory=2 is not set here, as it is the whole machine's: RLIMIT_AS refuses the same calls (mmap, brk).
+overcommit_memory=2 is not set here, as it is the whole machine's: RLIMIT_AS refuses the same calls.
 """
 
 import errno
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from phases import _save
-from world import BLOCK, Violation, World, ensure, eventually
+from world import BLOCK, World, ensure, eventually
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts, limits and cgroups want root")
 FULL = (errno.ENOSPC, errno.ENOMEM, errno.EIO)
@@ -97,7 +97,8 @@ def refused(world: World, *words: str) -> str:
     """A start that fails: one sentence, nothing left; return the sentence."""
     ended = world.start()
     assert ended.status == 1, ended
-    assert ended.err.startswith("zramd: ") and ended.err.count("\n") == 1, ended
+    assert ended.err.startswith("zramd: "), ended
+    assert ended.err.count("\n") == 1, ended
     assert "Traceback" not in ended.err
     for word in words:
         assert word in ended.err.lower(), ended.err
@@ -189,7 +190,7 @@ def test_a_full_tmpfs_for_the_run_folder(
     ballast = leave(folder, 0)
     fill(it, 100, 100)
     it.drop()
-    status, text = it.ask("POST", "/reset")
+    status, _ = it.ask("POST", "/reset")
     if status == 200:
         it.known = {block: bytes(BLOCK) for block in it.known}
     client = it.stand()
@@ -404,7 +405,9 @@ def test_no_processes_for_another_user(world: Callable[..., World]) -> None:
     it = world(True, start=False)
     shutil.chown(it.folder, user, user)
     it.prefix = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
-    probe = subprocess.run([*it.prefix, "python3", "-c", f"open({str(Path(__file__))!r})"], capture_output=True)
+    probe = subprocess.run(
+        [*it.prefix, "python3", "-c", f"open({str(Path(__file__))!r})"], capture_output=True
+    )
     if probe.returncode:
         pytest.skip("this checkout lies where another user cannot read it")
     ended = it.start()
@@ -419,6 +422,3 @@ def test_no_processes_for_another_user(world: Callable[..., World]) -> None:
     resource.prlimit(it.pid, resource.RLIMIT_NPROC, before)
     it.check_serving(it.pid, True)
     it.check_stop()
-
-
-_ = Violation

@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from conftest import NbdSocket, block_content, talk
+from supervisor import Program, Rule, Supervisor
 
 from zramd import Device, rundir, state
-from supervisor import Program, Rule, Supervisor
 
 BLOCK = 4096
 SIZE = 32 << 20
@@ -245,9 +245,7 @@ class World:
         if not blocks:
             return
         last = blocks[-1] + 1
-        data = b"".join(
-            read(at * BLOCK, min(256, last - at) * BLOCK) for at in range(0, last, 256)
-        )
+        data = b"".join(read(at * BLOCK, min(256, last - at) * BLOCK) for at in range(0, last, 256))
         for block in blocks:
             found = data[block * BLOCK : (block + 1) * BLOCK]
             wanted = self.known.get(block, bytes(BLOCK))
@@ -287,7 +285,9 @@ class World:
 
     def check_serving(self, pid: int, may_cut: bool) -> None:
         """The same process serves old and new clients, with everything; its counters are told again."""
-        ensure(self.pid == pid, f"process {pid} does not serve any more: {_tail(self.last_said + self.log())}")
+        ensure(
+            self.pid == pid, f"process {pid} does not serve any more: {_tail(self.last_said + self.log())}"
+        )
         answer = (0, "")
 
         def healthy() -> bool:
@@ -313,7 +313,10 @@ class World:
         try:
             other = self.connect()
             ensure(self.write(other, 4000) == 0, "a new client cannot write")
-            ensure(other.read(4000 * BLOCK, BLOCK) == self.known[4000], "a new client does not read what it wrote")
+            ensure(
+                other.read(4000 * BLOCK, BLOCK) == self.known[4000],
+                "a new client does not read what it wrote",
+            )
             other.close()
         except (OSError, AssertionError) as error:
             raise Violation(f"a new client is not served: {error!r}") from None
@@ -323,8 +326,8 @@ class World:
             return bool(json.loads((self.rundir / "stats.json").read_text())["writes"] >= writes)
 
         eventually(told, "the stats files do not follow", 3)
-        missing = {tid for tid in self.supervisor.lasting_threads if not os.path.exists(f"/proc/{pid}/task/{tid}")}
-        ensure(not missing, "a thread of the server has died")
+        tasks = {int(tid) for tid in os.listdir(f"/proc/{pid}/task")}
+        ensure(self.supervisor.lasting_threads <= tasks, "a thread of the server has died")
 
     def check_restart(self) -> None:
         """It can be restarted, with all data."""
@@ -375,4 +378,3 @@ class World:
 
 def _tail(text: str) -> str:
     return text.strip()[-600:]
-

@@ -27,7 +27,7 @@ STATS_FILES = ["classes", "frag_ratio", "io_stat", "metrics.prom", "mm_stat", "s
 
 
 def extents(handle: Any, count: int, offset: int, flags: int = 0) -> list[tuple[int, int]]:
-    """Block status of a range as (length, flags), neighbours of one kind joined; each reply has some of it."""
+    """Block status as (length, flags), neighbours of one kind joined, of as many replies as it takes."""
     found: list[tuple[int, int]] = []
 
     def note(context: str, start: int, entries: list[int], error: Any) -> None:
