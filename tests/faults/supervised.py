@@ -1,7 +1,6 @@
-"""Becomes another program whose system calls a supervisor answers: supervised.py CALL FILTER PROGRAM [WORD ...].
+"""Becomes a program whose system calls a supervisor answers: supervised.py CALL FILTER PROGRAM [WORD ...].
 
-CALL is the number of seccomp(), FILTER a seccomp program in hexadecimal, made by supervisor.py. The exec closes
-the listener; the supervisor takes a copy of it before that, as this very exec already waits for its answer.
+CALL is the number of seccomp(), FILTER a seccomp program in hexadecimal. The exec closes the listener; the supervisor takes a copy of it before that, as this very exec already waits for its answer.
 """
 
 import ctypes
@@ -19,7 +18,7 @@ def main() -> None:
     if os.geteuid():
         libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     program = _Program(len(words) // 8, words)
-    # SECCOMP_SET_MODE_FILTER with FLAG_NEW_LISTENER, and FLAG_WAIT_KILLABLE_RECV: no signal begins a call anew
+    # SECCOMP_SET_MODE_FILTER; FLAG_NEW_LISTENER, and FLAG_WAIT_KILLABLE_RECV: no signal begins a call anew
     for flags in (1 << 3 | 1 << 5, 1 << 3):
         if libc.syscall(call, 1, flags, ctypes.byref(program)) >= 0:
             os.execvp(argv[0], argv)

@@ -1,9 +1,9 @@
 """Makes system calls of a program fail, by the kernel's own means: seccomp's user notification.
 
 Why not strace --inject: it counts each thread's calls for itself, cannot be told anything once it runs, stops
-a thread twice for each call of any kind, and does not know a call by the file that it is about. Here a listener
-gets each call before it is made, with its thread and arguments, and says whether it is made, or what it returns
-instead. That holds for all that the program starts, and takes 7 microseconds a call.
+a thread twice for each call of any kind, and does not know a call by the file that it is about. Here a
+listener gets each call before it is made, with its thread and arguments, and says whether it is made, or what
+it returns instead. That holds for all that the program starts, and takes 7 microseconds a call.
 """
 
 import ctypes
@@ -44,15 +44,15 @@ _PATH_AT = {  # which argument is a path
 _FD_AT_0 = frozenset(
     re.findall(
         r"\w+",
-        "read pread64 readv write pwrite64 writev recvfrom recvmsg sendto sendmsg fstat fstatfs lseek ftruncate"
-        " fallocate fcntl flock ioctl accept accept4 bind listen connect setsockopt getsockopt getsockname"
-        " getpeername shutdown dup dup2 dup3 fchmod fchown getdents64 fsync fdatasync",
+        "read pread64 readv write pwrite64 writev recvfrom recvmsg sendto sendmsg fstat"
+        " fstatfs lseek ftruncate fallocate fcntl flock ioctl accept accept4 bind listen connect setsockopt getsockopt"
+        " getsockname getpeername shutdown dup dup2 dup3 fchmod fchown getdents64 fsync fdatasync",
     )
 )
 _NUMBER_AT = {"fcntl": 1, "ioctl": 1, "prctl": 0, "madvise": 2, "socket": 0, "lseek": 2, "setsockopt": 2}
 # Files of the system, of Python, and the package's own code: the loader and Python read them.
 _SYSTEM = ("/usr/", "/lib", "/etc/", "/bin/", "/opt/", sys.prefix, str(PACKAGE_PARENT))
-# A program's calls count from when it opens this file: before that it is the loader, nbdkit and Python that begin.
+# A program's calls count from when it opens this file: before that the loader, nbdkit and Python begin.
 _BEGINS = {"command": "/zramd/commands/__pycache__/__init__", "server": "/nbdkit_plugin.py"}
 _DUPFD = (0, 1030)  # F_DUPFD, F_DUPFD_CLOEXEC
 

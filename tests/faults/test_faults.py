@@ -1,8 +1,8 @@
 """Every system call of a server fails: once, and for as long as it takes; nothing else may be lost.
 
-Each phase of a server's life is recorded first: which calls are made, by which thread, on what. Then it is run
-again for each of these places: with one of its calls failing, and with all failing from the first on (of a
-shortage: with all others that it would meet as well) until the phase is over. plan.py says which calls and
+Each phase of a server's life is recorded first: which calls are made, by which thread, on what. Then it is
+run again for each of these places: with one of its calls failing, and with all failing from the first on (of
+a shortage: with all others that it would meet as well) until the phase is over. plan.py says which calls and
 errors, world.py what must hold after each.
 
     scripts/test --faults                                    all

@@ -1,7 +1,7 @@
 """Shortages as a machine has them: a full tmpfs, limits of a process and of a cgroup.
 
-Whatever is short: what was answered reads back, a client that is served stays so, and when the shortage ends so
-does the trouble: /health, stats files, restart, stop, and a new server for the state.
+Whatever is short: what was answered reads back, a client that is served stays so, and when the shortage ends
+so does the trouble: /health, stats files, restart, stop, and a new server for the state.
 
 overcommit_memory=2 is not set here, as it is the whole machine's: RLIMIT_AS refuses the same calls.
 """
