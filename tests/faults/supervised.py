@@ -1,6 +1,7 @@
 """Becomes a program whose system calls a supervisor answers: supervised.py CALL FILTER PROGRAM [WORD ...].
 
-CALL is the number of seccomp(), FILTER a seccomp program in hexadecimal. The exec closes the listener; the supervisor takes a copy of it before that, as this very exec already waits for its answer.
+CALL is the number of seccomp(), FILTER a seccomp program in hexadecimal. The exec closes the
+listener; the supervisor takes a copy of it before that, as this very exec already waits for its answer.
 """
 
 import ctypes
