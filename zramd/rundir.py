@@ -51,6 +51,7 @@ class Rundir:
                 self.made = self.made or handover.MADE in os.environ
             self.write_pid()
         except OSError as error:
+            self.remove()
             raise RundirError(f"rundir '{path}' cannot be written: {reason(error)}") from None
 
     def file(self, name: str) -> str:

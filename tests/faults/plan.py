@@ -12,6 +12,7 @@ LEFT_OUT = (
     ("", "newfstatat", "", "without a path: fstat of a descriptor that is open"),
     ("", "lseek", "", "of an open file, for a place that there is: cannot fail"),
     ("", "ioctl", "", "Python's questions about a descriptor that is open"),
+    ("", "prctl", "15", "the name of a thread, which is for those who look"),
     ("", "madvise", "23 4", "a thread's end gives its stack back: advice that nobody waits for"),
 )
 

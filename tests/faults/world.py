@@ -133,7 +133,8 @@ class World:
         if pid:
             # A thread that answers a caller is named as the one that accepts them.
             eventually(lambda: list(self.threads().values()).count("zramd") == 1, "a caller's thread stays")
-            self.supervisor.lasting_threads = frozenset(self.threads())
+            ours = {tid for tid, name in self.threads().items() if name.startswith("zramd")}
+            self.supervisor.lasting_threads = frozenset(ours | {pid})
 
     @property
     def pid(self) -> int:
