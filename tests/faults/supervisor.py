@@ -151,6 +151,8 @@ class Supervisor:
         """Start a program; `name` stands for it, and what it starts, in places."""
         launcher = Path(__file__).with_name("supervised.py")
         words = [sys.executable, "-I", "-S", str(launcher), str(calls.numbers()["seccomp"]), _filter().hex()]
+        # In a group of its own: a signal to that must not reach the tests.
+        options.setdefault("start_new_session", True)
         process = subprocess.Popen([*words, *map(str, argv)], text=True, **options)  # type: ignore[call-overload]
         listener = _take_listener(process)
         with suppress(OSError):  # Linux 6.6: the two sides run by turns on one processor
