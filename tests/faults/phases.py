@@ -353,6 +353,7 @@ class TakeOver(Start):
             self.known = dict(world.known)
             world.kill()
             shutil.copyfile(world.state, kept)
+            shutil.rmtree(world.rundir)
         shutil.copyfile(kept, world.state)
         world.known = dict(self.known)
         world.unsure.clear()

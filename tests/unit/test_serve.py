@@ -235,5 +235,5 @@ def test_a_process_that_cannot_be_made_has_no_number(monkeypatch: pytest.MonkeyP
         return fork()
 
     monkeypatch.setattr(os, "fork", fork_once)
-    with pytest.raises(DeviceError, match="no process can be started for it: .*temporarily unavailable"):
+    with pytest.raises(DeviceError, match=r"no process can be started for it: .*temporarily unavailable"):
         serve.spawn(["true"])
