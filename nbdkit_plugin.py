@@ -46,8 +46,8 @@ def _is_built(folder: str) -> bool:
     return any(name.startswith("device.") and name.endswith(".so") for name in names)
 
 
-_find_package()
 try:
+    _find_package()
     from zramd import __version__
     from zramd import config as settings
     from zramd.core import requests
@@ -60,6 +60,10 @@ except ImportError as missing:
         file=sys.stderr,
         flush=True,
     )
+    os._exit(1)
+except (OSError, MemoryError) as shortage:
+    why = getattr(shortage, "strerror", None) or "not enough memory"
+    print(f"nbdkit: error: zramd cannot be loaded: {why}", file=sys.stderr, flush=True)
     os._exit(1)
 
 # nbdkit logs what this function returns for an exception. The user gets the sentence; only what nobody
@@ -91,7 +95,11 @@ def config(key: str, value: str) -> None:
 def config_complete() -> None:
     global _server, _thread_model
     parsed = settings.parse(_pairs)
-    requests.prepare(nbdkit.set_error, {"enospc": errno.ENOSPC, "eio": errno.EIO}[parsed.pool_full])
+    # An nbdkit before 1.34 goes on to send the next extent when it could not send one, to a socket that it
+    # has closed: "raw_send_socket: Assertion `sock >= 0' failed". A client that leaves while many are told
+    # would end the server so, with everyone's data.
+    full = {"enospc": errno.ENOSPC, "eio": errno.EIO}[parsed.pool_full]
+    requests.prepare(nbdkit.set_error, full, not hasattr(nbdkit, "disconnect"))
     _thread_model = parsed.thread_model
     _server = Server(parsed, nbdkit.shutdown)
 

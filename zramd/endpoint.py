@@ -153,7 +153,8 @@ class Endpoint:
             if what in LENGTHY:
                 if deadline == ALONE:
                     raise RefusedError(
-                        503, "no thread can be started for this: raise ulimit -u, or TasksMax="
+                        503,
+                        "no thread can be started for this: raise ulimit -u, or TasksMax=, or free memory",
                     )
                 if sum(one.lengthy for one in self._open) >= MAX_LENGTHY:
                     raise RefusedError(

@@ -73,6 +73,8 @@ class Rundir:
                 self._names = _OURS
             self.made = self.made or handover.MADE in os.environ
         except OSError as error:
+            # What another server needs that takes over in our place stays.
+            self.leave() if handover.takes_over() else self.remove()
             raise RundirError(f"rundir '{path}' cannot be written: {reason(error)}") from None
 
     def file(self, name: str) -> str:

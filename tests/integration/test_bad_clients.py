@@ -303,3 +303,42 @@ class TestStop:
         assert len(served.log.read_text().splitlines()) <= 40
         for sock in (*stuck, *(client.sock for client in (*idle, half, deaf))):
             sock.close()
+
+
+def test_one_who_leaves_while_extents_are_told(serve: Serve) -> None:
+    """nbdkit 1.32 sends each extent by itself; it must not go on once that fails."""
+    served = serve()
+    writer = NbdSocket(served)
+    for block in range(0, 8000, 16):
+        assert writer.ask(writer.WRITE, block * 4096, 4096, bytes([1 + block % 255]) * 4096) == 0
+    with bystander(served, length=1 << 20):
+        for _ in range(3):
+            _ask_for_extents(served)
+    assert writer.read(6400 * 4096, 4096) == bytes([1 + 6400 % 255]) * 4096
+    assert served.process.poll() is None
+
+
+def _ask_for_extents(served: Served) -> None:
+    """Ask for more extents than a socket holds, take none, and leave."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(10)
+    sock.connect(str(served.socket))
+    sock.recv(18)
+    context = b"base:allocation"
+    query = struct.pack(">III", 0, 1, len(context)) + context
+    structured_reply, set_meta_context, go = 8, 10, 7
+    sock.sendall(struct.pack(">I", 3))
+    for option, data in ((structured_reply, b""), (set_meta_context, query), (go, struct.pack(">IH", 0, 0))):
+        sock.sendall(struct.pack(">8sII", b"IHAVEOPT", option, len(data)) + data)
+        acknowledged = False
+        while not acknowledged:
+            _, _, kind, length = struct.unpack(">QIII", sock.recv(20, socket.MSG_WAITALL))
+            if length:
+                sock.recv(length, socket.MSG_WAITALL)
+            acknowledged = kind == 1
+    # Until the server stands still in the midst of an answer, and takes no more.
+    sock.settimeout(0.3)
+    with contextlib.suppress(TimeoutError):
+        for cookie in range(10000):
+            sock.sendall(struct.pack(">IHHQQI", 0x25609513, 0, NbdSocket.BLOCK_STATUS, cookie, 0, 32 << 20))
+    sock.close()

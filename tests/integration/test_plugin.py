@@ -27,7 +27,7 @@ STATS_FILES = ["classes", "disksize", "frag_ratio", "io_stat", "metrics.prom", "
 
 
 def extents(handle: Any, count: int, offset: int, flags: int = 0) -> list[tuple[int, int]]:
-    """Block status as (length, flags), neighbours of one kind joined."""
+    """Block status as (length, flags), neighbours of one kind joined, of as many replies as it takes."""
     found: list[tuple[int, int]] = []
 
     def note(context: str, start: int, entries: list[int], error: Any) -> None:
@@ -36,7 +36,10 @@ def extents(handle: Any, count: int, offset: int, flags: int = 0) -> list[tuple[
                 length += found.pop()[0]
             found.append((length, kind))
 
-    handle.block_status(count, offset, note, flags)
+    while (told := sum(length for length, _ in found)) < count:
+        handle.block_status(count - told, offset + told, note, flags)
+        if flags:
+            break
     return found
 
 

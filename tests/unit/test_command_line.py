@@ -494,3 +494,17 @@ def test_completion_is_a_good_script(shell: str) -> None:
     script = completion.script(shell)
     done = subprocess.run([shell, "-n"], input=script, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_no_memory_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from zramd import client, commands
+
+    def fail(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(client, "look", fail)
+    monkeypatch.setattr(client, "find", fail)
+    assert commands.main(["stop", "nobody"]) == 1
+    assert capsys.readouterr().err.startswith("zramd: not enough memory for this command")

@@ -1,5 +1,6 @@
 """`zramd serve`: what it runs nbdkit with, what it tells the user, and how it refuses."""
 
+import errno
 import io
 import os
 import socket
@@ -11,7 +12,7 @@ import pytest
 
 from zramd import config, rundir
 from zramd.commands import main, parser, serve
-from zramd.errors import ConfigError, RundirError, ZramdError
+from zramd.errors import ConfigError, DeviceError, RundirError, ZramdError
 
 
 @pytest.fixture
@@ -273,3 +274,18 @@ def test_no_place_for_the_rundir(no_exec: list[list[str]], monkeypatch: pytest.M
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     with pytest.raises(ConfigError, match="XDG_RUNTIME_DIR"):
         run_serve()
+
+
+def test_a_process_that_cannot_be_made_has_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Number 0 would stand for our own process group, which was then killed with all that is in it."""
+    parent = os.getpid()
+    fork = os.fork
+
+    def fork_once() -> int:
+        if os.getpid() != parent:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", fork_once)
+    with pytest.raises(DeviceError, match=r"no process can be started for it: .*temporarily unavailable"):
+        serve.spawn(["true"])

@@ -509,7 +509,11 @@ def spawn(argv: list[str], prepare: Callable[[], None] = lambda: None, folder: s
     os.close(to_numbers)
     os.waitpid(child, 0)
     with open(numbers, "rb") as file:
-        return int(file.read() or 0), errors
+        number = file.read()
+    if not number:  # and never 0: a signal to that ends our whole process group
+        with open(errors, errors="replace") as said:
+            raise DeviceError(f"no process can be started for it: {said.read().strip()}")
+    return int(number), errors
 
 
 def read_until(reader: int, end: float) -> str:

@@ -75,6 +75,7 @@ cdef int full_errno = ENOSPC            # what a client gets when the pool is fu
 cdef object pool_full = error_from(-ENOSPC, "pool is full")
 cdef object state_full = error_from(-EDQUOT, "pool is full")
 cdef object no_memory = error_from(-ENOMEM, "a request")
+cdef bint one_extent = False            # tell a client of one extent at a time
 
 
 cdef int serve(int request, PyObject **arguments) except -1:
@@ -118,11 +119,15 @@ cdef void fail(Device device, int rc, uint64_t offset, uint64_t length) noexcept
         zr_raise(error_from(rc, f"request for {length} bytes at {offset}{device.culprit(rc, offset, length)}"))
 
 
-def prepare(tell, int full):
-    """Say how a client learns of an error: tell is nbdkit.set_error, full the errno for a full pool."""
-    global tell_errno, full_errno
+def prepare(tell, int full, bint one=False):
+    """Say how a client learns of an error: tell is nbdkit.set_error, full the errno for a full pool.
+
+    one: extents are told one at a time, whatever the client asks for.
+    """
+    global tell_errno, full_errno, one_extent
     tell_errno = tell
     full_errno = full
+    one_extent = one
 
 
 def flush(device, flags):
@@ -138,7 +143,7 @@ def cache(device, count, offset, flags):
 def extents(device, count, offset, flags):
     """What is stored in a range, as Device.extents; with FLAG_REQ_ONE only the first extent."""
     keep_current()
-    return device.extents(offset, count, bool(flags & REQ_ONE))
+    return device.extents(offset, count, one_extent or bool(flags & REQ_ONE))
 
 
 pread = zr_function(PREAD, serve)

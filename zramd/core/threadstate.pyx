@@ -97,3 +97,19 @@ def on_keep(function):
 def kept():
     """(states kept so far, states of ended threads reclaimed so far)."""
     return kept_count, reclaimed_count
+
+
+def begin(enter, news, running):
+    """The whole life of a thread: enter(), then news and running, two locks, are released.
+
+    enter releases news by itself first. Compiled, this has no frame of Python: so it ends as told even where there is no
+    memory for the first one, of enter, and nobody waits for news that do not come.
+    """
+    has_begun = True
+    try:
+        enter()
+    except MemoryError:
+        has_begun = False
+    if not has_begun and news.locked():
+        news.release()
+    running.release()

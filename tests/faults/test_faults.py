@@ -1,0 +1,199 @@
+"""Every system call of a server fails: once, and for as long as it takes; nothing else may be lost.
+
+Each phase of a server's life is recorded first: which calls are made, by which thread, on what. Then it is
+run again for each of these places: with one of its calls failing, and with all failing from the first on (of
+a shortage: with all others that it would meet as well) until the phase is over. plan.py says which calls and
+errors, world.py what must hold after each.
+
+    scripts/test --faults                                    all
+    scripts/test --faults -k serve                           one phase
+    ZRAMD_FAULTS_SECONDS=150 scripts/test --faults           a sample; ZRAMD_SEED chooses another or the same
+    ZRAMD_FAULT='zramd openat(R/classes' scripts/test --faults    those rules whose text has this
+
+What this does not reach, and why:
+
+- What has no system call: page faults. A full tmpfs, which is SIGBUS, and the limits of cgroups are in
+  test_shortages.py.
+- Calls whose failure cannot happen or whose failure nobody survives: calls.EXCLUDED, calls.NBDKIT and
+  plan.LEFT_OUT, each with its reason.
+- What a program does before its own code runs: the loader, nbdkit's and Python's beginning.
+- Two errors at once of different kinds, and each call between the first, the middle and the last of many at a
+  place.
+- Answers of the vDSO (the clock), and what the kernel does by itself (io_uring: there is none).
+- zramd attach, detach and the keeper: they want the kernel's nbd device, so a virtual machine. There
+  `Supervisor.run` works as here.
+- A server that runs already: the filter is inherited, so the program must be begun under it.
+"""
+
+import os
+import time
+from collections import Counter
+from dataclasses import replace
+
+import plan
+import pytest
+from conftest import SEED
+from phases import LASTING_PATIENCE, PHASES, Phase
+from supervisor import Place, Rule
+from world import PATIENCE, Violation, World
+
+SECONDS = float(
+    os.environ.get("ZRAMD_FAULTS_SECONDS", "0")
+)  # for all phases together; 0: as long as it takes
+ONLY = os.environ.get("ZRAMD_FAULT", "")
+LIFE = 30  # injections that one server lives through before it is restarted, stopped and its state looked at
+WARM = 2  # times that a phase runs before it is recorded
+NOBODY = Rule(Place("", "", "", ""), 0, "EIO")
+
+CASES = [
+    pytest.param(phase, with_state, id=f"{phase.name} {'state' if with_state else 'plain'}".replace(" ", "-"))
+    for phase in PHASES
+    for with_state in (True, False)
+    if with_state or phase.live
+]
+
+
+class Run:
+    """One phase with all its rules."""
+
+    def __init__(self, phase: type[Phase], with_state: bool) -> None:
+        self.kind = phase
+        self.phase = phase()
+        self.with_state = with_state
+        self.world: World | None = None
+        self.made = self.missed = 0
+        self.outcome: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self.lived: list[Rule] = []
+
+    def begin(self) -> World:
+        """A server that nothing has happened to."""
+        if self.world is None:
+            self.world = World(self.with_state, *self.phase.settings)
+            self.lived = []
+            self.phase = self.kind()
+            if self.phase.live:
+                self.phase.begin(self.world)
+                for _ in range(WARM):
+                    self.once(NOBODY)
+        return self.world
+
+    def once(self, rule: Rule) -> None:
+        """Prepare, act with the rule in force, judge. Raises Violation."""
+        world = self.world
+        assert world is not None
+        self.phase.prepare(world)
+        world.forget_said()
+        with world.supervisor.failing(rule):
+            self.phase.act(world, LASTING_PATIENCE if rule.lasting else PATIENCE)
+        if world.supervisor.failure:
+            raise world.supervisor.failure
+        self.phase.judge(world, rule)
+
+    def record(self) -> list[Rule]:
+        """What can fail in this phase."""
+        world = self.begin()
+        if not self.phase.live:
+            self.once(NOBODY)
+        self.phase.prepare(world)
+        with world.supervisor.record() as recorded:
+            self.phase.act(world, PATIENCE)
+        self.phase.judge(world, NOBODY)
+        self.end()
+        rules = plan.rules(recorded, self.phase.programs, self.phase.live, SEED)
+        return [rule for rule in rules if ONLY in str(rule)]
+
+    def inject(self, rule: Rule) -> None:
+        """Make one injection and take note of what came of it."""
+        try:
+            self.begin()
+            self.once(rule)
+            if not rule.hits:
+                self.missed += 1
+                return
+            self.made += 1
+            self.lived.append(rule)
+            if self.phase.live and len(self.lived) >= LIFE:
+                self.end()
+        except Violation as violation:
+            self.made += 1
+            self.failures.append(f"{rule}: {violation}")
+            print(self.failures[-1], flush=True)
+            self.discard()
+
+    def end(self) -> None:
+        """End the server as it should be able to: restart, stop, and the next one has all."""
+        world, self.world = self.world, None
+        if world is None:
+            return
+        try:
+            if world.pid:
+                if self.with_state:
+                    world.check_restart()
+                world.check_stop()
+        except Violation as violation:
+            lived = "\n      ".join(map(str, self.lived))
+            self.failures.append(
+                f"at the end of a server's life: {violation}\n    it had lived through\n      {lived}"
+            )
+        finally:
+            world.close()
+
+    def discard(self) -> None:
+        """Begin anew with another server."""
+        if self.world is not None:
+            self.world.close()
+            self.world = None
+
+
+class Table:
+    """A line for each phase, printed when all is done."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Print it."""
+        columns = ("phase", "state", "planned", "made", "missed", "survived", "failed", "time")
+        terminalreporter.section("injected faults")
+        terminalreporter.line("{:<12} {:<8}{:>8}{:>9}{:>8}{:>10}{:>8}{:>10}".format(*columns))
+        for line in self.lines:
+            terminalreporter.line(line)
+
+
+@pytest.fixture(scope="session")
+def fault_table(request: pytest.FixtureRequest) -> list[str]:
+    """The lines of the table."""
+    table = Table()
+    request.config.pluginmanager.register(table)
+    return table.lines
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize(("phase", "with_state"), CASES)
+def test_a_call_fails(phase: type[Phase], with_state: bool, fault_table: list[str]) -> None:
+    """Whichever call fails, once or for as long as it takes: nothing else is lost."""
+    started = time.monotonic()
+    run = Run(phase, with_state)
+    rules = run.record()
+    assert rules or ONLY
+    planned = len(rules)
+    if SECONDS:
+        rules = plan.sample(rules, SEED)
+    try:
+        for rule in rules:
+            run.inject(replace(rule))
+            if SECONDS and time.monotonic() - started > SECONDS / len(CASES):
+                break
+        run.end()
+    finally:
+        run.discard()
+    taken = time.monotonic() - started
+    fault_table.append(
+        f"{phase.name:<12} {'with' if with_state else 'without':<8}{planned:>8}{run.made:>9}{run.missed:>8}"
+        f"{run.made - len(run.failures):>10}{len(run.failures):>8}{taken:>8.0f} s"
+    )
+    if run.failures:
+        pytest.fail(
+            "\n".join([f"{len(run.failures)} of {run.made} injections:", *run.failures]), pytrace=False
+        )
