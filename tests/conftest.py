@@ -56,6 +56,16 @@ def clean_env(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """What a command that runs in this process has signals do, they do only in that test."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> None:
     """A test that makes random choices tells the seed when it fails."""
     if hasattr(request.module, "SEED"):

@@ -32,8 +32,9 @@ SOCKETS = "sockets.sock"  # of a restart, for a moment
 BACKGROUND = "ZRAMD_BACKGROUND"  # in the environment of such a server
 LOCK_TIMEOUT = 1.0  # seconds; who only looks holds the lock for microseconds
 _FILES = (DATA_ID, STATE, *STATS_FILES)
-_NOBODY_ELSES = frozenset((DATA_ID, "mm_stat", "io_stat", "frag_ratio"))
 _TEMPORARY = ".new"
+_FIRST = (STATE, DATA_ID, STATE + _TEMPORARY, DATA_ID + _TEMPORARY)  # what a server publishes before all else
+_NOBODY_ELSES = frozenset((*_FIRST, "mm_stat", "io_stat", "frag_ratio"))
 _ANOTHER = "give a folder of its own, one that is not there yet"
 _SHOWN = frozenset((CONTROL_SOCKET, SOCKETS, *_FILES, *(name + _TEMPORARY for name in _FILES)))
 _OURS = _SHOWN | {NBD_SOCKET, LOG, OLD_LOG}
@@ -249,6 +250,8 @@ def _make(path: str) -> bool:
             raise RundirError(f"rundir '{path}' is not used: {error}: {_ANOTHER}") from None
         names, left = _files(fd)
         if names and not left:
+            if (pid := holder(path)) is not None:
+                raise in_use(path, pid)
             raise RundirError(
                 f"rundir '{path}' has a file '{names[0]}' that zramd would replace, and no server has left "
                 f"it: {_ANOTHER}"

@@ -8,7 +8,6 @@ stop      threads end, the run folder goes
 import os
 import select
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from zramd.errors import (
     sentence,
 )
 from zramd.housekeeping import Chore, Housekeeper
+from zramd.leaving import STOP_SIGNALS, Leaving
 from zramd.log import Log, say
 from zramd.making import make_device, self_test
 from zramd.metricsfile import MetricsFile
@@ -44,16 +44,6 @@ from zramd.steps import step
 from zramd.threads import start_thread
 from zramd.trouble import Troubles
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)  # those nbdkit stops on
-# Seconds after a stop signal. nbdkit then refuses new requests, but waits for its clients to leave.
-STOP_READING = 0.1  # it has answered what was under way: clients see the end of the connection
-STOP_WRITING = 0.5  # a client that does not take its answers is cut off
-STOP_WAITING = 0.9  # nbdkit is stuck: leave without it
-# Seconds in a hand-over.
-HANDSHAKES = 1.0  # those who are connecting get done at most, while all others are served
-LOOKS = 20  # a millisecond apart: nobody is connecting if all of them say so
-QUIET = 0.2  # a moment in which no client waits for an answer is looked for
-HANDING_OVER = 0.2  # a client that does not take its answers is cut off; it asks again
 SWAPOFF_INTERVAL = 0.5  # seconds between two looks whether swap is off, while a stop waits for it
 STATUS_INTERVAL = 10.0  # seconds between two words on how we are to the service manager, at least
 STREAM_PATIENCE = 600.0  # seconds that a save or a load may stand still: ssh may ask for a password
@@ -82,20 +72,15 @@ class Server:
         self._started = time.monotonic()
         self._clients = 0
         self._clients_lock = threading.Lock()
-        self._inherited: frozenset[int] = frozenset()
-        self._listening: list[int] = []
         self._bound: list[tuple[str, os.stat_result]] = []
-        self._hands_over = False
+        self._leaving: Leaving | None = None
         self._failed = False
-        self._cut = socket.SHUT_RD
-        self._signals = b""
         self._log = Log(prepare=swap.warm_stack if config.swap == "local" else lambda: None)
         self._troubles = Troubles()
         self._files: StatsFiles | None = None
         self._undone: dict[str, Callable[[], None]] = {}
         self._admission = Admission(self._troubles, lambda: self.config.client_limit, lambda: self._clients)
         self._keeper: threading.Thread | None = None
-        self._stop_refused = False
         self._corrupt = 0
         self._manager = notify.Manager()
         self._told: dict[str, int] = {}
@@ -164,15 +149,11 @@ class Server:
             self._try(_DATA_ID_FAILS, self._write_data_id, self._write_data_id_later)
             if self.config.stats_interval:
                 self._try("stats files are not written", self._write_stats)
-            self._inherited = sockets.inherited()
-            self._listening = sockets.listening()
-            sockets.keep_alive(self._listening)
-            self._admission.begin(self._listening)
-            self._bound = sockets.bound(self._listening)
-            if sockets.has_filters():
-                # A request that sleeps in a filter wakes up when its client's connection is shut, and is
-                # answered by an error, if it can be answered. It cannot then, and is sent again.
-                self._cut = socket.SHUT_RDWR
+            inherited = sockets.inherited()
+            listening = sockets.listening()
+            sockets.keep_alive(listening)
+            self._admission.begin(listening)
+            self._bound = sockets.bound(listening)
             self._compactor = Compactor(self.device, self.config)
             self._compactor.start()
             if self.config.endpoint:
@@ -182,7 +163,22 @@ class Server:
                 except OSError as error:
                     raise RundirError(f"socket '{path}' cannot be made: {error.strerror}") from None
             self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            self._housekeeper = self._make_housekeeper()
+            self._leaving = Leaving(
+                self.config,
+                self.device,
+                self._admission,
+                self._manager,
+                signals=self._wake[0],
+                clients=lambda: self._clients,
+                shutdown=self._shutdown,
+                stopping=self._stopping,
+                clean_up=self._clean_up,
+                endpoint=self._endpoint,
+                reopen_log=self._write_log if BACKGROUND in os.environ else None,
+                others=inherited,
+                listening=tuple(listening),
+            )
+            self._housekeeper = self._make_housekeeper(self._leaving)
             self._housekeeping = start_thread("zramd", self._housekeep)
             # nbdkit's own handlers would only make it wait for its clients. Python's write the number into
             # the pipe at once, even while the main thread sits in nbdkit and runs no Python.
@@ -193,8 +189,7 @@ class Server:
                 # Last: the threads above are less urgent, those that nbdkit starts for clients inherit it.
                 swap.take_priority(swap.SERVE)
             if BACKGROUND in os.environ:
-                log = self._rundir.file(LOG)
-                self._try("the log is not written", lambda: self._log.write_to(log))
+                self._try("the log is not written", self._write_log)
             handover.serving(self.config.rundir)
             step("server.serves")
             self._tell_status()
@@ -222,8 +217,13 @@ class Server:
                 end()
             except Exception as error:  # what comes after it is to end all the same
                 say(f"not all could be ended: {sentence(error) or repr(error)}")
-        if self._hands_over:
+        if self._leaving is not None and self._leaving.hands_over:
             os._exit(0)  # nbdkit would remove the socket, which the next server has
+
+    def _clean_up(self) -> None:
+        """Do of `stop` what another process may depend on."""
+        self._remove_files()
+        self._log.stop()
 
     def _remove_files(self) -> None:
         """Remove what stands for this server, but for what the next one needs, if one takes over."""
@@ -232,17 +232,12 @@ class Server:
         if self._metrics_file is not None and self._rundir.is_ours():
             self._metrics_file.remove()
         # A successor that fails leaves the socket and the folder to one that is as the old server was.
-        if (self._hands_over and not self._is_stopped()) or (self._failed and handover.takes_over()):
+        left = self._leaving is not None and self._leaving.leaves_folder()
+        if left or (self._failed and handover.takes_over()):
             self._rundir.leave()
             return
         sockets.unlink(self._bound)
         self._rundir.remove()
-
-    def _is_stopped(self) -> bool:
-        """Say whether a signal to stop has come during a hand-over: then there is nothing to hand over."""
-        with suppress(BlockingIOError):
-            self._signals += os.read(self._wake[0], 64)
-        return any(number in STOP_SIGNALS for number in self._without_hangup(self._signals))
 
     def client_connects(self) -> None:
         """Let in who has just connected; called by the thread that serves him. Raises DeviceError."""
@@ -430,6 +425,10 @@ class Server:
         assert self._rundir is not None
         self._rundir.publish(STATE, self.config.state + "\n")
 
+    def _write_log(self) -> None:
+        assert self._rundir is not None
+        self._log.write_to(self._rundir.file(LOG))
+
     def _tell_ready(self) -> None:
         self._manager.insist("READY=1", patience=READY_PATIENCE)
 
@@ -445,7 +444,7 @@ class Server:
         swap.be_ordinary(KEEPER_NICE)
         self.device.reserve_keep()
 
-    def _make_housekeeper(self) -> Housekeeper:
+    def _make_housekeeper(self, leaving: Leaving) -> Housekeeper:
         """Return who answers the endpoint's callers, writes the stats files, and stops nbdkit on a signal."""
         admission = self._admission
         chores = [
@@ -454,11 +453,9 @@ class Server:
             Chore("what was left undone still fails", self._do_undone, lambda: AGAIN if self._undone else 0),
             Chore("stats files are not written", self._refresh_stats, lambda: self.config.stats_interval),
             Chore("corruption cannot be told", self._report_corruption, lambda: self.config.stats_interval),
-            Chore(
-                "the way out is barred", self._leave_if_free, lambda: self._stop_refused * SWAPOFF_INTERVAL
-            ),
+            Chore("the way out is barred", leaving.try_again, lambda: leaving.refused * SWAPOFF_INTERVAL),
         ]
-        keeper = Housekeeper(self._wake[0], self._stopping, self._troubles, self._obey, chores)
+        keeper = Housekeeper(self._wake[0], self._stopping, self._troubles, leaving.obey, chores)
         if self._endpoint is not None:
             keeper.listen(self._endpoint.fileno(), self._endpoint.accept)
         return keeper
@@ -468,30 +465,6 @@ class Server:
         if self.config.swap == "local":
             swap.warm_stack()
         self._housekeeper.run()
-
-    def _obey(self, signals: bytes) -> None:
-        """Leave if the signals say so and it may be."""
-        signals = self._signals = self._without_hangup(signals)
-        if not any(number in (*STOP_SIGNALS, sockets.HAND_OVER) for number in signals):
-            return
-        self._hands_over = bool(self.config.state) and sockets.HAND_OVER in signals
-        if self._hands_over or self._may_leave(signals):
-            self._surely(self._leave)
-
-    def _leave_if_free(self) -> None:
-        if self._may_leave(b""):
-            self._surely(self._leave)
-
-    def _surely(self, leave: Callable[[], None]) -> None:
-        """End, whatever fails on the way."""
-        self._admission.use_spare()
-        try:
-            leave()
-        except Exception as error:
-            say(f"left without farewell: {sentence(error) or repr(error)}")
-            self._remove_files()
-            self._log.stop()
-            os._exit(0)
 
     def _report_corruption(self) -> None:
         """Say so when blocks were found that were changed in memory."""
@@ -509,7 +482,8 @@ class Server:
         if self._files.are_due(self.device.counters()):
             self._write_stats()
         told_lately = time.monotonic() - self._told_at < STATUS_INTERVAL
-        if self._files.written is not self._told and not told_lately and not self._stop_refused:
+        refused = self._leaving is not None and self._leaving.refused  # then that is what is told
+        if self._files.written is not self._told and not told_lately and not refused:
             self._tell_status()
 
     def _write_stats(self) -> None:
@@ -528,124 +502,6 @@ class Server:
         self._told_at = time.monotonic()
         if self._files is not None:
             self._told = self._files.written
-
-    def _may_leave(self, signals: bytes) -> bool:
-        """Say whether to stop now: the kernel must not lose what it has swapped out.
-
-        If it would, remember that a stop is wanted, and say what to do.
-        """
-        if self.config.swap != "local" or not self._clients or signal.SIGQUIT in signals:
-            return True
-        self._stop_refused = True  # if it cannot be told, ask again
-        devices = " ".join(swap.devices_in_use(self.config.disksize))
-        if devices and signals:
-            self._manager.tell(f"STATUS=stopping once 'swapoff {devices}' was run")
-            say(
-                f"{devices} is in use as swap: stopping once 'swapoff {devices}' was run "
-                "(SIGQUIT stops at once and loses what is swapped out)"
-            )
-        self._stop_refused = bool(devices)
-        return not devices
-
-    def _without_hangup(self, signals: bytes) -> bytes:
-        """Return the signals; in the background without SIGHUP, which has the log opened again.
-
-        There is no terminal that could hang up then, and programs that rotate logs mean that by it.
-        """
-        if BACKGROUND not in os.environ or signal.SIGHUP not in signals:
-            return signals
-        assert self._rundir is not None
-        try:
-            self._log.write_to(self._rundir.file(LOG))
-        except OSError as error:
-            say(f"the log cannot be opened again: {error}")
-        return bytes(number for number in signals if number != signal.SIGHUP)
-
-    def _leave(self) -> None:
-        """End nbdkit, in a way that does no harm to clients that connect again if the data stays."""
-        if self.config.state:
-            self._let_clients_go()
-        elif self._clients:
-            say(f"stopping while clients are connected ({self._clients}): their data ends with this server")
-        self._end()
-
-    def _let_clients_go(self) -> None:
-        """Cut off all clients, each with all that it has asked answered if that goes fast.
-
-        nbdkit answers what it reads after a shutdown by errors. So it is told only when no client is left.
-        A client that is cut off connects again at once. But one that is cut off while it connects takes that
-        for a server that is not there, and qemu then sleeps for a second: so those who have begun get done.
-        """
-        step("server.leaves")
-        if self._endpoint is not None:
-            self._endpoint.close()  # a save that is under way would be waited for like a client
-        sockets.stop_accepting(self._listening, sockets.HAND_OVER)
-        self._await_handshakes()
-        self._await_quiet()
-        end = time.monotonic() + HANDING_OVER
-        while sockets.shut_clients(self._inherited, self._cut):
-            if time.monotonic() > end:
-                sockets.shut_clients(self._inherited, socket.SHUT_RDWR)
-                break
-            time.sleep(0.001)
-        step("server.left")
-
-    def _await_handshakes(self) -> None:
-        """Wait until the main thread accepts nobody any more, and all whom it has accepted are our clients.
-
-        nbdkit closes the socket of a client who leaves before it tells us. Until then he may stand for one
-        who is connecting: so look again and again.
-        """
-        end = time.monotonic() + HANDSHAKES
-        poll = select.poll()
-        poll.register(self._wake[0], select.POLLIN)
-        while poll.poll(max(end - time.monotonic(), 0) * 1000):
-            signals = os.read(self._wake[0], 64)
-            self._signals += signals
-            if sockets.HAND_OVER in signals:
-                break
-        looks = 0
-        while looks < LOOKS and time.monotonic() < end:
-            looks = looks + 1 if sockets.count_clients(self._inherited) == self._clients else 0
-            time.sleep(0.001)
-
-    def _await_quiet(self) -> None:
-        """Wait for a moment in which no client waits for an answer, if there is one soon, and cut all off.
-
-        Linux' own client shuts a connection on which it cannot send. What it has sent already and has no
-        answer to it sends again only when that times out: after a second or two. All else it sends at once.
-        """
-        end = time.monotonic() + QUIET
-        with sockets.clients(self._inherited) as clients:
-            done = -1
-            while time.monotonic() < end:
-                before = done
-                done, at_work = self.device.pressure()[3:]
-                if at_work or any(sockets.unread(client) for client in clients):
-                    done = -1
-                elif done == before:  # nor is nbdkit just about to begin or to answer one
-                    break
-                time.sleep(0.0002)
-            for client in clients:
-                with suppress(OSError):
-                    client.shutdown(self._cut)
-
-    def _end(self) -> None:
-        """End nbdkit within a second, in its normal way if it can: then it calls `stop`."""
-        self._manager.tell("STOPPING=1")
-        self._shutdown()
-        if self._stopping.wait(STOP_READING):
-            return
-        # What is under way is still answered after this: only reading ends.
-        sockets.shut_clients(self._inherited, socket.SHUT_RD)
-        if self._stopping.wait(STOP_WRITING - STOP_READING):
-            return
-        sockets.shut_clients(self._inherited, socket.SHUT_RDWR)
-        if self._stopping.wait(STOP_WAITING - STOP_WRITING):
-            return
-        self._remove_files()
-        self._log.stop()
-        os._exit(0)
 
 
 def _await_data(fd: int, seconds: float) -> None:

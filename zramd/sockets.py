@@ -8,7 +8,7 @@ import stat
 import sys
 import termios
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from zramd import handover
@@ -131,7 +131,7 @@ def unread(sock: socket.socket) -> int:
         return 0
 
 
-def stop_accepting(descriptors: list[int], number: int) -> None:
+def stop_accepting(descriptors: Iterable[int], number: int) -> None:
     """Let nbdkit accept nobody any more: those who come now wait for the process that has the sockets next.
 
     Its main thread may be waiting on the sockets, or be about to return with a last client: the signal

@@ -26,6 +26,12 @@ class _Thread(threading.Thread):
         self._news = _thread.allocate_lock()  # held until it has begun, or ended without that
         self._running = _thread.allocate_lock()
         self.has_begun = False
+        self._number: int | None = None
+
+    @property
+    def native_id(self) -> int | None:
+        """The kernel's number of the thread, None before it has begun."""
+        return self._number
 
     def start(self) -> None:
         """Start it; raises RuntimeError when that cannot be."""
@@ -37,6 +43,7 @@ class _Thread(threading.Thread):
             raise RuntimeError("no memory for a thread")
 
     def _enter(self) -> None:
+        self._number = threading.get_native_id()
         self.has_begun = True
         self._news.release()
         try:

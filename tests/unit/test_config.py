@@ -242,8 +242,10 @@ def test_readme_has_the_table() -> None:
     assert table.strip() == config.markdown_table().strip()
 
 
-@pytest.mark.parametrize("key", ["state", "metrics_file"])
-@pytest.mark.parametrize("name", ["log", "mm_stat", "state_path"])
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("state", "log"), ("state", "mm_stat"), ("state", "state_path"), ("metrics_file", "metrics.prom")],
+)
 def test_the_servers_own_names_in_its_folder(key: str, name: str) -> None:
     """What it replaces and removes there must not be what the user gave it to keep."""
     pairs = [("disksize", "1M"), ("rundir", "/run/x")]

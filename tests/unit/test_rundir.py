@@ -97,12 +97,24 @@ def test_files_of_the_users_own_stay(folder: Path, names: dict[str, str]) -> Non
     assert {path.name: path.read_text() for path in folder.iterdir()} == names
 
 
-def test_a_server_that_was_killed_at_once(folder: Path) -> None:
+@pytest.mark.parametrize("published", ["", "state_path.new", "state_path", "data_id.new", "data_id"])
+def test_a_server_that_was_killed_at_once(folder: Path, published: str) -> None:
     folder.mkdir(mode=0o700, parents=True)
-    for text in ("", "12\n"):
+    for text in ("12\n",) if published else ("", "12\n"):
         (folder / "pid").write_text(text)
+        if published:
+            (folder / published).write_text("")
         rundir.Rundir(str(folder)).remove()
         assert os.listdir(folder) == []
+
+
+def test_a_living_server_is_named_whatever_it_has_there(folder: Path) -> None:
+    """It has published nothing yet, or has just taken back what it had, which is how a reset begins."""
+    held = rundir.Rundir(str(folder))
+    (folder / "log").write_text("")
+    with pytest.raises(RundirError, match=rf"is in use by a running server \(pid {os.getpid()}\)"):
+        rundir.Rundir(str(folder))
+    held.remove()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")

@@ -1,21 +1,16 @@
-"""The server, without nbdkit: when it may stop, what it says of its data, whom it lets in, what may fail."""
+"""The server, without nbdkit: what it says of its data, whom it lets in, what may fail."""
 
 import errno
 import os
-import signal
-import socket
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import wait_until
 
-from zramd import config, rundir, sockets, swap
-from zramd import server as module
+from zramd import config, rundir
 from zramd.core.device import Device
 from zramd.errors import ConfigError, DeviceError, RundirError, SaveError, ZramdError
 from zramd.rundir import DATA_ID, Rundir
@@ -25,41 +20,6 @@ from zramd.server import Server
 def server(**settings: str) -> Server:
     pairs = {"size": "1M", "rundir": "/nowhere", **settings}
     return Server(config.parse(pairs.items()), lambda: None)
-
-
-@pytest.fixture
-def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The devices that are swapped to."""
-    devices = ["/dev/nbd0"]
-    monkeypatch.setattr(swap, "devices_in_use", lambda disksize: devices if disksize == 1 << 20 else [])
-    return devices
-
-
-TERM = bytes([signal.SIGTERM])
-
-
-def test_waits_for_swapoff(used: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    local = server(swap="local")
-    local.client_opened()
-    assert not local._may_leave(TERM)
-    assert "/dev/nbd0 is in use as swap: stopping once 'swapoff /dev/nbd0' was run" in capfd.readouterr().err
-    assert not local._may_leave(b"")
-    assert capfd.readouterr().err == ""
-    used.clear()
-    assert local._may_leave(b"")
-
-
-def test_stops_when_told_to_lose_the_data(used: list[str]) -> None:
-    local = server(swap="local")
-    local.client_opened()
-    assert local._may_leave(bytes([signal.SIGQUIT]))
-
-
-def test_stops_without_clients_and_for_others(used: list[str]) -> None:
-    assert server(swap="local")._may_leave(TERM)
-    other = server()
-    other.client_opened()
-    assert other._may_leave(TERM)
 
 
 def test_change() -> None:
@@ -224,26 +184,6 @@ class TestClientLimit:
             limited.client_connects()
 
 
-def test_asks_again_when_it_cannot_tell_whether_swap_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The signal to stop is not lost, and data in use neither."""
-    answers: list[object] = [OSError(errno.EMFILE, "Too many open files"), ["/dev/nbd0"], []]
-
-    def devices_in_use(disksize: int) -> object:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    monkeypatch.setattr(swap, "devices_in_use", devices_in_use)
-    local = server(swap="local")
-    local.client_opened()
-    with pytest.raises(OSError, match="Too many"):
-        local._may_leave(TERM)
-    assert local._stop_refused
-    assert not local._may_leave(TERM)
-    assert local._may_leave(b"")
-
-
 def test_a_thread_dies_loudly(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     made = server()
 
@@ -259,20 +199,6 @@ def test_a_thread_dies_loudly(capfd: pytest.CaptureFixture[str], monkeypatch: py
     assert made.health()["causes"] == [text]
 
 
-def test_leaving_ends_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a child: the way out is os._exit."""
-    made = server()
-
-    def fail() -> None:
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    child = os.fork()
-    if child == 0:
-        made._surely(fail)
-        os._exit(9)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
 def test_a_full_pipe_is_no_error() -> None:
     made = server()
     made.device = Device(1 << 20)
@@ -284,49 +210,3 @@ def test_a_full_pipe_is_no_error() -> None:
     assert made.change("stats_interval", "5") == 5
     for fd in made._wake:
         os.close(fd)
-
-
-class Parting:
-    """A server that leaves a client: a thread looks for a moment in which it may."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-        self.client, self.connection = socket.socketpair()
-        self.server = server()
-        self.server.device = Device(1 << 20)
-        monkeypatch.setattr(module, "QUIET", seconds)
-        monkeypatch.setattr(sockets, "clients", self.clients)
-        self.thread = threading.Thread(target=self.server._await_quiet, daemon=True)
-
-    @contextmanager
-    def clients(self, others: frozenset[int]) -> Iterator[list[socket.socket]]:
-        yield [self.connection]
-
-    def is_cut_off(self) -> bool:
-        try:
-            self.client.send(b".")
-        except BrokenPipeError:
-            return True
-        return False
-
-
-def test_leaves_when_nothing_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    parting = Parting(monkeypatch, 60)
-    parting.client.send(b"request")
-    parting.thread.start()
-    parting.thread.join(0.1)
-    assert parting.thread.is_alive()
-    assert not parting.is_cut_off()
-    parting.connection.recv(64)
-    parting.thread.join(30)
-    assert not parting.thread.is_alive()
-    assert parting.is_cut_off()
-
-
-def test_leaves_when_requests_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    parting = Parting(monkeypatch, 0.05)
-    parting.client.send(b"request")
-    parting.thread.start()
-    parting.thread.join(30)
-    assert not parting.thread.is_alive()
-    assert parting.is_cut_off()
-    assert parting.connection.recv(64) == b"request"  # what has come can still be read, and answered

@@ -359,7 +359,7 @@ def _drain(name: str, process: int) -> None:
 
     A queue that is given another length first waits until all that was sent is answered, and what comes
     meanwhile waits for it. In such a moment the server can leave without taking a request along: see
-    Server._await_quiet. A process of its own does it: one that comes too late is stuck until the new server
+    zramd.leaving. A process of its own does it: one that comes too late is stuck until the new server
     answers, and that one waits for us.
     """
     from zramd import attached
