@@ -107,6 +107,18 @@ model = {block: content() for block in range(500)}
 for block, data in model.items():
     device.write(data, block * BLOCK)
 check()
+device = Device(BLOCKS * BLOCK)
+device.reserve_start(32 << 20)
+for block in range(400):
+    device.write(rnd.randbytes(BLOCK), block * BLOCK)
+# A raw block takes a page of 4096 bytes whatever the kernel's is, and with a reserve one that was there before.
+counters = device.counters()
+assert counters["mem_used_total"] <= (400 + 32) * BLOCK, counters["mem_used_total"] // BLOCK
+assert counters["reserve_misses"] == 0, counters["reserve_misses"]
+for turn in range(3000):
+    at = rnd.randrange(400) * BLOCK
+    device.trim(at, BLOCK) if rnd.random() < 0.5 else device.write(rnd.randbytes(BLOCK), at)
+device.check()
 print("right")
 """
 

@@ -219,6 +219,40 @@ device.check()
     in_tmpfs(tmp_path, code)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        "device.zero(at, BLOCK, False)",
+        "device.write(b'x' * BLOCK, at)",
+        "device.write(random.Random(1).randbytes(BLOCK), at)",
+        "device.write(b'part', at + 5)",
+    ],
+)
+def test_room_for_a_slot_is_made_in_the_pool(tmp_path: Path, use: str) -> None:
+    """What is stored finds room by itself here; the page for its slot is one that compaction frees."""
+    code = f"""
+device = start()
+for block in range(600):
+    device.write(b"%08d" % block * 512, block * BLOCK)
+    device.zero(block * BLOCK, BLOCK)       # there are cells enough
+data = {{}}
+for block in range(300):
+    data[block] = random.Random(block).randbytes(2500).ljust(BLOCK, b"\\0")
+    device.write(data[block], block * BLOCK)
+for block in range(300):
+    if block % 3:
+        device.trim(block * BLOCK, BLOCK)
+fill()
+assert device.pressure()[0] > 10
+at = 1500 * BLOCK
+{use}
+for block in range(0, 300, 3):
+    assert read(device, block) == data[block]
+device.check()
+"""
+    in_tmpfs(tmp_path, code, "6m")
+
+
 def test_a_kernel_that_cannot_populate(tmp_path: Path, shim: Path) -> None:
     """Before Linux 5.14 the file system itself is asked for the room."""
     code = """

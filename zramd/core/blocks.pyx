@@ -253,27 +253,34 @@ cdef class Blocks:
     cdef int put(self, uint64_t block, uint64_t slot, bint held) noexcept nogil:
         """Give a block a new slot, and free what the old one stood for: there is no other way to change a block.
 
-        0, or -EDQUOT, -ENOMEM, there is no room for the slot: then the block is as it was, and what the new slot stands
-        for is freed. held: the caller has the stripe, which is let go before anything is freed.
+        0, or -EDQUOT, -ENOMEM, there is no room for the slot, not even after compaction unless the caller has the stripe
+        (held): then the block is as it was, and what the new slot stands for is freed. The stripe is let go before
+        anything is freed.
         """
-        cdef uint64_t gone
-        cdef int rc = 0
+        cdef uint64_t gone = slot
+        cdef int rc = self._slot_is_ready(block) if slot else 0
         if not held:
+            while self._room_is_made(rc):
+                rc = self._slot_is_ready(block)
             pthread_mutex_lock(&self.stripes[block % STRIPES])
-        gone = self.get(block)
-        if slot and not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
+        if rc == 0:
+            gone = self.get(block)
+            if slot or gone:
+                store_release(&self.slots[block], slot)
+                zr_crash_point("slot-stored")
+                self._count(slot, 1)
+                self._count(gone, <uint64_t>-1)
+        pthread_mutex_unlock(&self.stripes[block % STRIPES])
+        self._free(block, gone)
+        return rc
+
+    cdef int _slot_is_ready(self, uint64_t block) noexcept nogil:
+        """Before a slot that is not 0 is stored: see Region.ready. Several threads may ask for the same page."""
+        cdef int rc = 0
+        if not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
             rc = self.slot_table.ready(&self.slots[block], sizeof(uint64_t))
             if rc == 0 and touch(&self.touched[block // SLOTS_PER_PAGE]):
                 counter_add(&self.touched_pages, 1)
-        if rc:
-            gone = slot
-        elif slot or gone:
-            store_release(&self.slots[block], slot)
-            zr_crash_point("slot-stored")
-            self._count(slot, 1)
-            self._count(gone, <uint64_t>-1)
-        pthread_mutex_unlock(&self.stripes[block % STRIPES])
-        self._free(block, gone)
         return rc
 
     cdef void _count(self, uint64_t slot, uint64_t n) noexcept nogil:

@@ -70,7 +70,7 @@ cdef class Zsmalloc:
     cdef uint64_t cells_used
 
     cdef uint32_t spare[32]             # spans with a resident page no huge object uses, one entry a page; huge's lock
-    cdef uint32_t spares
+    cdef uint32_t spares                # atomic: changed under huge's lock
 
     cdef uint64_t undone                # atomic: what compaction left because of others: they held a pin, or waited
     cdef pthread_mutex_t compact_lock   # one compactor at a time
@@ -134,6 +134,8 @@ cdef class Zsmalloc:
     cdef uint64_t _chunks_below(self, size_class *c, uint32_t span) noexcept nogil
     cdef uint64_t _mapped_room(self, size_class *c, uint32_t span) noexcept nogil
     cdef void _spare_page(self, size_class *c, uint32_t span, uint32_t page) noexcept nogil
+    cdef void _spare_add(self, uint32_t span) noexcept nogil
+    cdef void _spare_drop(self, uint32_t i) noexcept nogil
     cdef uint32_t _unused_pages(self, size_class *c, uint32_t span, uint32_t pages) noexcept nogil
     cdef void _give_pages(self, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil
     cdef uint32_t _next_used(self, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil

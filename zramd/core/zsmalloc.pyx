@@ -67,7 +67,9 @@ from zramd.core.locks cimport (
     mutex_inherit,
     nap,
     owned_add,
+    owned_add_32,
     owned_sub,
+    owned_sub_32,
     pthread_mutex_destroy,
     pthread_mutex_init,
     pthread_mutex_lock,
@@ -460,9 +462,12 @@ cdef class Zsmalloc:
         """A chunk of a part-filled zspage, the fullest first, so that the emptiest get empty by themselves; or -ENOSPC."""
         cdef uint32_t group, candidate, tries = ROOM_TRIES
         cdef int chunk = -ENOSPC
+        # All pages of huge zspages are alike, and those that are resident are in use, or spare. But of larger pages of the
+        # kernel a part may be in use.
+        cdef bint may_have_room = c.size != PAGE_SIZE or c.unit > 1
         # With a reserve, a new zspage from there is better than the pages that a part-filled one has not.
         if load_relaxed(&self.arena.reserve):
-            return self._resident_take(c, handle, span) if c.size != PAGE_SIZE else chunk
+            return self._resident_take(c, handle, span) if may_have_room else chunk
         for group in range(GROUP_FULL - 1, GROUP_EMPTY, -1):
             candidate = c.heads[group]
             while candidate != NIL and tries:
@@ -473,8 +478,7 @@ cdef class Zsmalloc:
                 # The limit refuses the pages of its unused chunks. The next one may want fewer.
                 tries -= 1
                 candidate = self.zspages[candidate].next
-        # All pages of huge zspages are alike, and those that are resident are in use.
-        return self._resident_take(c, handle, span) if tries < ROOM_TRIES and c.size != PAGE_SIZE else chunk
+        return self._resident_take(c, handle, span) if tries < ROOM_TRIES and may_have_room else chunk
 
     cdef int _resident_take(self, size_class *c, uint64_t handle, int64_t *span) noexcept nogil:
         """A chunk on resident pages of the fullest zspage that has one; or -ENOSPC. The lock may be dropped meanwhile."""
@@ -665,8 +669,7 @@ cdef class Zsmalloc:
             chunk = lowest_bit_64(bits)
             for i in range(self.spares if c.size == PAGE_SIZE else 0):
                 if self.spare[i] == span:
-                    self.spares -= 1
-                    self.spare[i] = self.spare[self.spares]
+                    self._spare_drop(i)
                     break
         elif free and not resident:
             chunk = lowest_bit_64(free)
@@ -742,12 +745,23 @@ cdef class Zsmalloc:
         z.free = <uint16_t>chunk
 
     cdef void _spare_page(self, size_class *c, uint32_t span, uint32_t page) noexcept nogil:
-        """A huge object was freed: its page is a spare while there are few, else it is given back at once."""
-        if self.spares < SPARES and c.unit == 1:
-            self.spare[self.spares] = span
-            self.spares += 1
-        else:
+        """A huge object was freed: its page is a spare while there are few, else it is given back at once.
+
+        Of larger pages of the kernel only a reserve keeps some, which are on no list.
+        """
+        if c.unit == 1 and self.spares < SPARES:
+            self._spare_add(span)
+        elif c.unit == 1 or not load_relaxed(&self.arena.reserve) or c.committed - c.inuse > SPARES:
             owned_sub(&c.committed, self.arena.decommit(span, self._unused_pages(c, span, self.arena.whole(1 << page))))
+
+    cdef void _spare_add(self, uint32_t span) noexcept nogil:
+        self.spare[self.spares] = span
+        owned_add_32(&self.spares, 1)
+
+    cdef void _spare_drop(self, uint32_t i) noexcept nogil:
+        """Take an entry off the list of spare pages: the last one takes its place."""
+        owned_sub_32(&self.spares, 1)
+        self.spare[i] = self.spare[self.spares]
 
     cdef uint32_t _unused_pages(self, size_class *c, uint32_t span, uint32_t pages) noexcept nogil:
         """Those of some pages of a zspage with a bitmap that are resident, and that no object touches."""
@@ -876,13 +890,13 @@ cdef class Zsmalloc:
         self.span_class[span] = <uint8_t>(index + 1)
         zr_crash_point("class-stored")
         if index == self.huge and c.unit > 1:
-            self.arena.decommit(<uint32_t>span, ~<uint32_t>0)
+            if not load_relaxed(&self.arena.reserve):
+                self.arena.decommit(<uint32_t>span, ~<uint32_t>0)
         elif index == self.huge:
             for page in range(SPAN_PAGES):
                 if self.arena.committed[span] >> page & 1:
                     if self.spares < SPARES:
-                        self.spare[self.spares] = <uint32_t>span
-                        self.spares += 1
+                        self._spare_add(<uint32_t>span)
                     else:
                         self.arena.decommit(<uint32_t>span, <uint32_t>1 << page)
         owned_add(&c.zspages, 1)
@@ -906,8 +920,7 @@ cdef class Zsmalloc:
         zr_assert(self.zspages[span].inuse == 0)
         while c.size == PAGE_SIZE and i < self.spares:
             if self.spare[i] == span:
-                self.spares -= 1
-                self.spare[i] = self.spare[self.spares]
+                self._spare_drop(i)
             else:
                 i += 1
         self.zspages[span].group = NO_ZSPAGE
@@ -1396,8 +1409,8 @@ cdef class Zsmalloc:
         cdef uint32_t span, gone
         lock_class(c)
         while self.spares:
-            self.spares -= 1
-            span = self.spare[self.spares]
+            span = self.spare[self.spares - 1]
+            self._spare_drop(self.spares - 1)
             # Entries of the same span come to 0 the second time.
             gone = self.arena.decommit(span, ~<uint32_t>self.zspages[span].used)
             owned_sub(&c.committed, gone)
@@ -1465,7 +1478,7 @@ cdef class Zsmalloc:
                 c.heads[g] = c.tails[g] = NIL
                 store_relaxed(&c.group_count[g], 0)
             if i == self.huge:
-                self.spares = 0
+                owned_sub_32(&self.spares, self.spares)
             pthread_mutex_unlock(&c.lock)
         self.records.clear()
         self.arena.reset()
@@ -1560,7 +1573,7 @@ cdef class Zsmalloc:
                     unused = bits_set(self.arena.committed[span] & ~self.arena.whole(<uint32_t>z.used))
                     for i in range(self.spares):
                         unused -= self.spare[i] == span
-                    if unused:
+                    if unused and (c.unit == 1 or not load_relaxed(&self.arena.reserve)):
                         return "the spare pages of a huge zspage are not those listed"
                 prev = span
                 span = z.next
@@ -1640,9 +1653,14 @@ cdef class Zsmalloc:
     def mem_limit(self, value):
         cdef uint64_t limit = natural(value, "mem_limit")
         cdef uint32_t i
-        for i in range(self.class_count):
-            store_relaxed(&self.classes[i].stuck, 0)
-        store_relaxed(&self.arena.limit, (limit >> PAGE_SHIFT) + (1 if limit & (PAGE_SIZE - 1) else 0))
+        with nogil:
+            store_relaxed(&self.arena.limit, (limit >> PAGE_SHIFT) + (1 if limit & (PAGE_SIZE - 1) else 0))
+            # Who compacts now had the old one: what it tries in vain may be worth a try.
+            counter_add(&self.undone, 1)
+            for i in range(self.class_count):
+                lock_class(&self.classes[i])
+                store_relaxed(&self.classes[i].stuck, 0)
+                pthread_mutex_unlock(&self.classes[i].lock)
 
     def malloc(self, size):
         """A handle to a new object of size bytes, 1 to 4096, all zero.
