@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import SCALE
 
 from zramd import Device
 from zramd.core.device import state_layout
@@ -23,7 +24,7 @@ BLOCKS = 512
 SIZE = BLOCKS * BLOCK
 OPERATIONS = 1200
 VISITS = (
-    (1, 2, 17) if CHECK_LEVEL >= 3 else (1,)
+    (1, 2, 17, *range(3, 2 + int(SCALE))) if CHECK_LEVEL >= 3 else (1,)
 )  # the process dies when it comes to a point for the first time, the second, …
 
 SOURCE = Path(__file__).resolve().parents[2] / "zramd" / "core"

@@ -7,6 +7,7 @@ import os
 import threading
 
 import hypothesis.strategies as st
+from conftest import SCALE
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -191,4 +192,6 @@ class DeviceModel(RuleBasedStateMachine):
 
 
 TestDeviceModel = DeviceModel.TestCase
-TestDeviceModel.settings = settings(deadline=None, stateful_step_count=40)
+TestDeviceModel.settings = settings(
+    deadline=None, stateful_step_count=40, max_examples=int(100 * max(SCALE, 1))
+)

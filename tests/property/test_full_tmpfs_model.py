@@ -19,6 +19,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+from conftest import SCALE
 from hypothesis import settings
 from hypothesis.stateful import initialize, rule
 from test_device_model import BLOCK, SIZE, DeviceModel
@@ -254,7 +255,7 @@ class FullTmpfsModel(DeviceModel):
 
 
 TestFullTmpfsModel = FullTmpfsModel.TestCase
-TestFullTmpfsModel.settings = settings(deadline=None, stateful_step_count=30, max_examples=60)
+TestFullTmpfsModel.settings = settings(deadline=None, stateful_step_count=30, max_examples=int(60 * max(SCALE, 1)))
 TestFullTmpfsModel = pytest.mark.skipif(os.geteuid() != 0, reason="may not mount a tmpfs")(TestFullTmpfsModel)
 
 

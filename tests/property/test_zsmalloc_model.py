@@ -1,6 +1,7 @@
 """zsmalloc against a dict: the same calls in any order, and check() after each."""
 
 import hypothesis.strategies as st
+from conftest import SCALE
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
@@ -101,4 +102,6 @@ class ZsmallocModel(RuleBasedStateMachine):
 
 
 TestZsmallocModel = ZsmallocModel.TestCase
-TestZsmallocModel.settings = settings(deadline=None, stateful_step_count=40)
+TestZsmallocModel.settings = settings(
+    deadline=None, stateful_step_count=40, max_examples=int(100 * max(SCALE, 1))
+)

@@ -17,7 +17,7 @@ from cpython.exc cimport PyErr_CheckSignals
 
 from zramd.core.checksum cimport crc_of
 from zramd.core.codec cimport decode
-from zramd.core.blocks cimport OP_TRIM, OP_WRITE, OP_ZERO, STRIPES
+from zramd.core.blocks cimport OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, is_touched
 from zramd.core.device cimport Device
 from zramd.core.gate cimport gate_close, gate_hold, gate_open, gate_release
 from zramd.core.locks cimport (
@@ -201,7 +201,7 @@ cdef class _Writer(_Stream):
             self.gave_up = "a client changed the device while it was saved"
         while self.gave_up == NULL and self.next < self.device.blocks and used + RECORD_MAX <= BODY_MAX and visits < VISITS:
             visits += 1
-            if not self.device.table.touched[self.next // SLOTS_PER_PAGE]:
+            if not is_touched(&self.device.table.touched[self.next // SLOTS_PER_PAGE]):
                 self.next = (self.next // SLOTS_PER_PAGE + 1) * SLOTS_PER_PAGE
                 continue
             n = self._record(self.next, self.buffer + FRAME_BYTES + used)
