@@ -30,20 +30,33 @@ _SAFE = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 class Place:
     """A name in a folder, which may or may not be there. The folder's descriptor is good for `dir_fd`."""
 
-    def __init__(self, folder: int, name: str, shown: str, magic: bool) -> None:
+    def __init__(self, folder: int, name: str, shown: str, magic: bool, host: int | None) -> None:
         self.folder = folder
         self.name = name
         self.shown = shown
         self.magic = magic  # one of /proc/PID/fd: the kernel knows better than the text of the link
+        self.host = host  # the other user to whom the folder, or one on the way, belongs
 
-    def open(self, flags: int = os.O_RDONLY, *, private: bool = False) -> int:
-        """Return a descriptor of what is there. Raises UntrustedError as `check_file`, OSError."""
-        fd = os.open(self.name, (flags | _SAFE) & ~(os.O_NOFOLLOW * self.magic), dir_fd=self.folder)
+    def open(self, flags: int = os.O_RDONLY, *, private: bool = False, any_kind: bool = False) -> int:
+        """Return a descriptor of what is there. Raises UntrustedError as `check_file`, OSError.
+
+        any_kind: what is no regular file may be ours or root's: a FIFO then waits for its other end.
+        """
+        how = _SAFE & ~(os.O_NOFOLLOW * self.magic)
+        if any_kind and not self.magic:
+            there = os.stat(self.name, dir_fd=self.folder, follow_symlinks=False)
+            any_kind = not stat.S_ISREG(there.st_mode)
+            if any_kind:
+                _check_owner(there, self.shown)
+        fd = os.open(self.name, flags | (how & ~(os.O_NONBLOCK * any_kind)), dir_fd=self.folder)
         try:
             status = os.fstat(fd)
             # A pipe that the shell gave us, or a memory file: without a name, nobody else comes to it.
-            if not self.magic or (stat.S_ISREG(status.st_mode) and status.st_nlink):
-                check_file(status, self.shown, private=private)
+            named = not self.magic or (stat.S_ISREG(status.st_mode) and status.st_nlink)
+            if named and any_kind and not stat.S_ISREG(status.st_mode):
+                _check_owner(status, self.shown)
+            elif named:
+                check_file(status, self.shown, private=private, host=self.host)
         except BaseException:
             os.close(fd)
             raise
@@ -52,6 +65,34 @@ class Place:
     def create(self, flags: int = os.O_RDWR, mode: int = 0o600) -> int:
         """Return the descriptor of a new file. Raises FileExistsError if anything is there, OSError."""
         return os.open(self.name, flags | os.O_CREAT | os.O_EXCL | _SAFE, mode, dir_fd=self.folder)
+
+    def beside(self, name: str) -> tuple[int, bool]:
+        """Return the descriptor of a new private file that is to get this place, and whether it has `name`.
+
+        One without a name leaves nothing, whatever ends us; but not every file system has such.
+        Raises OSError, and UntrustedError where what we make is another user's, as on a FAT of his.
+        """
+        flags = os.O_WRONLY | os.O_CLOEXEC
+        try:
+            fd, named = os.open(".", flags | os.O_TMPFILE, 0o600, dir_fd=self.folder), False
+        except OSError:
+            flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            fd, named = os.open(name, flags, 0o600, dir_fd=self.folder), True
+        owner = os.fstat(fd).st_uid
+        if not is_trusted(owner):
+            os.close(fd)
+            if named:
+                os.unlink(name, dir_fd=self.folder)
+            raise UntrustedError(
+                f"whatever is made in '{os.path.dirname(self.shown)}' belongs to {user(owner)}"
+            )
+        return fd, named
+
+    def put(self, fd: int, name: str, named: bool) -> None:
+        """Have what `beside` has made take this place, whatever is there. Raises OSError."""
+        if not named:
+            os.link(f"/proc/self/fd/{fd}", name, src_dir_fd=fd, dst_dir_fd=self.folder, follow_symlinks=True)
+        os.rename(name, self.name, src_dir_fd=self.folder, dst_dir_fd=self.folder)
 
     def open_or_create(self, flags: int = os.O_RDWR) -> int:
         """Return the descriptor of a private file, a new one if there is none. Raises as `open`."""
@@ -63,17 +104,21 @@ class Place:
 
 
 @contextmanager
-def place(path: str, *, make: bool = False, foreign: bool = False, root: str = "/") -> Iterator[Place]:
+def place(
+    path: str, *, make: bool = False, foreign: bool = False, hosted: bool = False, root: str = "/"
+) -> Iterator[Place]:
     """Yield the Place of `path`; links on the way, and at its end, count if we or root made them.
 
     make: folders that are missing are made, for others to look into.
     foreign: folders on the way may belong to other users, for what is no secret and does no harm.
+    hosted: they may belong to one other user, and nobody else may write to them: what is made in there is
+    ours, and he can do no more to it than to rename or remove it. What is there already may be his.
     root: a folder that stands for /. Whoever owns what is in there, and whatever its links say, nothing
     outside is reached.
 
     Raises UntrustedError, OSError.
     """
-    walk = _Walk(root, make, foreign)
+    walk = _Walk(root, make, foreign, hosted)
     try:
         yield walk.to(path)
     finally:
@@ -106,15 +151,15 @@ def resolve(path: str) -> str:
         return shown
 
 
-def check_file(status: os.stat_result, shown: str, *, private: bool = False) -> None:
-    """Raise UntrustedError unless this is a regular file that nobody else may change.
+def check_file(status: os.stat_result, shown: str, *, private: bool = False, host: int | None = None) -> None:
+    """Raise UntrustedError unless this is a regular file that nobody else may change, but for user `host`.
 
     private: nor has it a second name somewhere else. (See `close_to_others` for who may read it.)
     """
     if not stat.S_ISREG(status.st_mode):
         raise UntrustedError(f"'{shown}' is not a regular file")
-    _check_owner(status, shown)
-    if _others_write(status):
+    _check_owner(status, shown, host)
+    if _others_write(status, host):
         raise UntrustedError(f"other users may write to '{shown}'")
     if private and status.st_nlink > 1:
         raise UntrustedError(f"'{shown}' has another name elsewhere, a hard link")
@@ -135,10 +180,10 @@ def close_to_others(fd: int, shown: str) -> None:
         raise UntrustedError(f"other users may read '{shown}', and somebody has it open") from None
 
 
-def check_folder(status: os.stat_result, shown: str) -> None:
-    """Raise UntrustedError unless nobody else may replace what we have in this folder."""
-    _check_owner(status, shown)
-    if _others_write(status) and not status.st_mode & stat.S_ISVTX:
+def check_folder(status: os.stat_result, shown: str, host: int | None = None) -> None:
+    """Raise UntrustedError unless nobody else, but for user `host`, may replace what we have in a folder."""
+    _check_owner(status, shown, host)
+    if _others_write(status, host) and not status.st_mode & stat.S_ISVTX:
         raise UntrustedError(f"other users may write to folder '{shown}'")
 
 
@@ -157,23 +202,24 @@ def user(uid: int) -> str:
         return f"user {uid}"
 
 
-def _check_owner(status: os.stat_result, shown: str) -> None:
-    if not is_trusted(status.st_uid):
+def _check_owner(status: os.stat_result, shown: str, host: int | None = None) -> None:
+    if not is_trusted(status.st_uid) and status.st_uid != host:
         raise UntrustedError(f"'{shown}' belongs to {user(status.st_uid)}")
 
 
-def _others_write(status: os.stat_result) -> bool:
-    """Say whether others may write; a group that has our own number is ours alone, by convention."""
-    ours = status.st_gid == os.getegid() == os.geteuid()
+def _others_write(status: os.stat_result, host: int | None = None) -> bool:
+    """Say whether others may write; a group that has a user's own number is his alone, by convention."""
+    ours = status.st_gid == os.getegid() == os.geteuid() or status.st_gid == host
     return bool(status.st_mode & (0o002 if ours else 0o022))
 
 
 class _Walk:
     """The folders from / to where we are, as descriptors: so '..' cannot lead anywhere else."""
 
-    def __init__(self, root: str, make: bool, foreign: bool) -> None:
+    def __init__(self, root: str, make: bool, foreign: bool, hosted: bool = False) -> None:
         self._inside = root != "/"
-        self._make, self._foreign = make, foreign or self._inside
+        self._make, self._foreign, self._hosted = make, foreign or self._inside, hosted
+        self._host: tuple[int, int] | None = None  # the other user, and the file system of his folder
         self._root = root.rstrip("/")
         self._folders = [os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
         self._names: list[str] = []  # of those after the first
@@ -205,7 +251,7 @@ class _Walk:
                 self._names.append(name)
                 self._folders.append(fd)
                 if not self._foreign:
-                    check_folder(status, shown)
+                    self._check(status, shown)
                 continue
             try:
                 if not stat.S_ISLNK(status.st_mode):
@@ -215,7 +261,7 @@ class _Walk:
                 if not self._inside and not is_trusted(status.st_uid):
                     raise UntrustedError(f"'{shown}' is a link that {user(status.st_uid)} has made")
                 if last and not self._inside and self._names[:1] == ["proc"] and self._names[-1] == "fd":
-                    return Place(self._folders[-1], name, shown, True)
+                    return Place(self._folders[-1], name, shown, True, None)
                 links += 1
                 if links > _LINKS:
                     raise _error(errno.ELOOP)
@@ -224,7 +270,19 @@ class _Walk:
                 os.close(fd)
         else:
             name = "."
-        return Place(self._folders[-1], name, self._shown(name), False)
+        return Place(self._folders[-1], name, self._shown(name), False, self._host and self._host[0])
+
+    def _check(self, status: os.stat_result, shown: str) -> None:
+        """Raise UntrustedError for a folder that is not to be walked into."""
+        if self._hosted and self._host is None and not is_trusted(status.st_uid):
+            self._host = status.st_uid, status.st_dev
+        if self._host is None:
+            check_folder(status, shown)
+            return
+        host, file_system = self._host
+        check_folder(status, shown, host)
+        if status.st_dev != file_system:  # FUSE: a user's own program, which tells whatever it likes
+            raise UntrustedError(f"'{shown}' is a mount in a folder of {user(host)}")
 
     def _follow(self, target: str) -> None:
         while target.startswith("/") and self._names:

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -296,7 +297,9 @@ def test_load_interrupted(serve: Serve, steps: Steps, tmp_path: Path, step: str,
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
-@pytest.mark.parametrize("what", ["file", "link", "link to nothing", "folder", "open folder", "second name"])
+@pytest.mark.parametrize(
+    "what", ["file", "link", "link to nothing", "open folder", "open folder of his", "second name"]
+)
 def test_what_another_user_has_planted(serve: Serve, tmp_path: Path, what: str) -> None:
     """It would be his to read, or root would write, or load, where he wants."""
     served = serve()
@@ -318,10 +321,9 @@ def test_what_another_user_has_planted(serve: Serve, tmp_path: Path, what: str) 
         os.chown(secret, 65534, 65534)
     else:
         (shared / "his").mkdir()
-        if what == "folder":
+        (shared / "his").chmod(0o777)
+        if what == "open folder of his":
             os.chown(shared / "his", 65534, 65534)
-        else:
-            (shared / "his").chmod(0o777)
         file = shared / "his/a.save"
     text = refused("save", *at(served), file)
     assert text.startswith(f"'{file}' is not used: '") or text.startswith(
@@ -332,6 +334,52 @@ def test_what_another_user_has_planted(serve: Serve, tmp_path: Path, what: str) 
     assert f"to load it all the same: zramd load … - < {file}" in text
     assert secret.read_bytes() == before
     assert not (tmp_path / "planted").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.parametrize("nameless", [True, False])
+def test_a_folder_of_another_user(
+    serve: Serve, tmp_path: Path, nameless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sudo zramd save NAME ~/FILE: the file is root's, and so is one that takes its place."""
+    served = serve()
+    fill(served)
+    home = tmp_path / "home"
+    (home / "deeper").mkdir(parents=True)
+    for folder in (home, home / "deeper"):
+        os.chown(folder, 65534, 65534)
+    file = home / "deeper/disk.save"
+    if not nameless:
+        monkeypatch.setitem(ENV, "LD_PRELOAD", str(without_nameless_files(tmp_path)))
+    for _ in range(2):
+        done("save", *at(served), file)
+        assert (file.stat().st_uid, stat.S_IMODE(file.stat().st_mode)) == (0, 0o600)
+        assert os.listdir(home / "deeper") == ["disk.save"]
+    done("load", "--force", *at(served), file)
+    os.chown(file, 65534, 65534)  # he may have put there what he wants to have loaded
+    done("load", "--force", *at(served), file)
+    done("save", *at(served), file)
+    assert (file.stat().st_uid, stat.S_IMODE(file.stat().st_mode)) == (0, 0o600)
+    os.chown(file, 65533, 65533)
+    for verb in ("save", "load"):
+        assert "belongs to user 65533" in refused(verb, *at(served), file)
+
+
+def without_nameless_files(folder: Path) -> Path:
+    """Return a library to preload: as a file system (NFS, FAT) that has no files without a name."""
+    source = folder / "without.c"
+    source.write_text(
+        "#define _GNU_SOURCE\n#include <dlfcn.h>\n#include <errno.h>\n#include <fcntl.h>\n"
+        "#include <stdarg.h>\n"
+        "int openat64(int folder, const char *name, int flags, ...) {\n"
+        "    va_list more; va_start(more, flags); int mode = va_arg(more, int); va_end(more);\n"
+        "    if ((flags & O_TMPFILE) == O_TMPFILE) { errno = EOPNOTSUPP; return -1; }\n"
+        '    int (*real)(int, const char *, int, int) = dlsym(RTLD_NEXT, "openat64");\n'
+        "    return real(folder, name, flags, mode);\n}\n"
+    )
+    words = ["gcc", "-shared", "-fPIC", "-o", str(folder / "without.so"), str(source), "-ldl"]
+    subprocess.run(words, check=True)
+    return folder / "without.so"
 
 
 def test_our_own_links(serve: Serve, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import stat
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -105,6 +106,81 @@ def test_a_folder_of_another_user_for_what_is_no_secret(shared: Path) -> None:
         trusted.place(str(shared / "his/link/x"), foreign=True),
     ):
         pass
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("mode", "group", "sentence"),
+    [
+        (0o755, NOBODY, ""),
+        (0o700, 0, ""),
+        (0o1777, NOBODY, ""),
+        (0o775, NOBODY, ""),  # his alone, by convention
+        (0o775, 100, "other users may write to folder '{}'"),
+        (0o757, NOBODY, "other users may write to folder '{}'"),
+    ],
+)
+def test_a_folder_that_one_other_user_owns(shared: Path, mode: int, group: int, sentence: str) -> None:
+    folder = shared / "his"
+    folder.mkdir()
+    os.chown(folder, NOBODY, group)
+    folder.chmod(mode)
+    refused = re.escape(sentence.format(folder)) or None
+    expected = pytest.raises(UntrustedError, match=refused) if sentence else nullcontext()
+    with expected, trusted.place(str(folder / "x"), hosted=True) as place:
+        fd, named = place.beside("x.new")
+        place.put(fd, "x.new", named)
+        os.close(fd)
+        os.close(place.open())
+        os.chown(folder / "x", NOBODY, NOBODY)
+        os.close(place.open())
+    assert sentence or (folder / "x").exists()
+
+
+@needs_root
+def test_what_else_is_in_a_folder_of_another_user(shared: Path) -> None:
+    folder = shared / "his"
+    (folder / "root").mkdir(parents=True)
+    (folder / "third").mkdir()
+    os.chown(folder, NOBODY, NOBODY)
+    os.chown(folder / "third", 1234, 1234)
+    (folder / "link").symlink_to("root")
+    os.chown(folder / "link", NOBODY, NOBODY, follow_symlinks=False)
+    os.mkfifo(folder / "fifo")
+    os.chown(folder / "fifo", NOBODY, NOBODY)
+
+    def look(name: str, **options: bool) -> None:
+        with trusted.place(str(folder / name), hosted=True) as place:
+            os.close(place.open(**options))
+
+    for name, sentence in (
+        ("third/x", f"'{folder}/third' belongs to user 1234"),
+        ("link/x", f"'{folder}/link' is a link that {NAME} has made"),
+        ("link", f"'{folder}/link' is a link that {NAME} has made"),
+        ("fifo", f"'{folder}/fifo' belongs to {NAME}"),
+    ):
+        with pytest.raises(UntrustedError) as caught:
+            look(name, any_kind=True)
+        assert str(caught.value) == sentence
+    (folder / "root/x").write_text("")
+    look("root/x")
+
+
+@needs_root
+def test_a_mount_in_a_folder_of_another_user(shared: Path) -> None:
+    """It may be a program of his, by FUSE, that tells what owner and mode he likes."""
+    (shared / "his/mount").mkdir(parents=True)
+    os.chown(shared / "his", NOBODY, NOBODY)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", shared / "his/mount"], check=True)
+    try:
+        with (
+            pytest.raises(UntrustedError) as caught,
+            trusted.place(str(shared / "his/mount/x"), hosted=True),
+        ):
+            pass
+        assert str(caught.value) == f"'{shared}/his/mount' is a mount in a folder of {NAME}"
+    finally:
+        subprocess.run(["umount", shared / "his/mount"], check=True)
 
 
 @pytest.mark.parametrize(("mode", "allowed"), [(0o777, False), (0o1777, True), (0o775, None), (0o755, True)])

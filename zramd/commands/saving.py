@@ -1,13 +1,14 @@
 """Verbs that take a device to a file and back: save, load."""
 
 import argparse
+import io
 import os
 import shlex
 import socket
 import stat
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
 from zramd import client, inherited
 from zramd.commands import add_device
@@ -18,11 +19,13 @@ TYPE_CHECKING = False  # what typing says too, without the time that it takes to
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from zramd import trusted
     from zramd.commands import Commands, Parser
 
 COPY = 1 << 20  # bytes of a pipe that are sent at once
 SHOW_INTERVAL = 0.2  # seconds between two looks at the progress
 RECORD = 16  # bytes of a record beside the payload, at most
+_SAVE_ELSEWHERE = "save to a folder of your own, or to - and a pipe"
 
 
 def save(arguments: argparse.Namespace) -> int:
@@ -37,21 +40,21 @@ def save(arguments: argparse.Namespace) -> int:
         raise UsageError("standard output is closed: a device cannot be saved to it")
     if file == "-" and os.isatty(1):
         raise UsageError("a saved device is not for a terminal: use a file, or a pipe")
-    if file != "-":
-        file = _trusted(file, "save to a folder of your own, or to - and a pipe")
-        _check_target(file, arguments.force)
-    if not arguments.live:
-        refuse_in_use(served, "save", ", or save it with --live, blocks of different moments")
-    in_use = _in_use(served)
-    numbers = served.stats()
-    total = numbers["compr_data_size"] + numbers["pages_stored"] * RECORD
-    started = time.monotonic()
-    with served.open_stream("GET", "/save/live" if arguments.live else "/save") as control:
-        if file == "-":
-            found = _copy(served, control, 1, "standard output", _progress("saved", total))
-        else:
-            with interrupts.told(lambda: f"'{file}' is as it was"):
-                found = _write(served, control, file, total)
+    with nullcontext() if file == "-" else _place(file, _SAVE_ELSEWHERE) as place:
+        if place is not None:
+            _check_target(place, arguments.force)
+        if not arguments.live:
+            refuse_in_use(served, "save", ", or save it with --live, blocks of different moments")
+        in_use = _in_use(served)
+        numbers = served.stats()
+        total = numbers["compr_data_size"] + numbers["pages_stored"] * RECORD
+        started = time.monotonic()
+        with served.open_stream("GET", "/save/live" if arguments.live else "/save") as control:
+            if place is None:
+                found = _copy(served, control, 1, "standard output", _progress("saved", total))
+            else:
+                with interrupts.told(lambda: f"'{file}' is as it was"):
+                    found = _write(served, control, place, total)
     print(f"{_summary(found)}, {_speed(found['bytes'], started)}", file=sys.stderr)
     _warn(found)
     if in_use:
@@ -59,16 +62,26 @@ def save(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _trusted(file: str, remedy: str) -> str:
-    """Return where a file is. Raises DeviceError if another user has made it, or may replace it."""
+@contextmanager
+def _place(file: str, remedy: str) -> "Iterator[trusted.Place]":
+    """Yield the place of a file, in a folder that one other user may own: see docs/security.md.
+
+    Raises DeviceError if somebody else may put something there, or has done so.
+    """
     from zramd import trusted
 
     try:
-        return trusted.resolve(file)
+        with ExitStack() as stack:
+            try:
+                place = stack.enter_context(trusted.place(file, hosted=True))
+                if place.magic and os.path.isfile(place.shown):  # /dev/stdout, and a shell's > FILE
+                    shown = os.path.realpath(place.shown)
+                    place = stack.enter_context(trusted.place(shown, hosted=True))
+            except OSError as error:
+                raise _cannot("be used", file, error) from None
+            yield place
     except UntrustedError as error:
         raise DeviceError(f"'{file}' is not used: {error}: {remedy}") from None
-    except OSError as error:
-        raise _cannot("be used", file, error) from None
 
 
 def _in_use(served: client.Served) -> str:
@@ -87,15 +100,16 @@ def _in_use(served: client.Served) -> str:
     )
 
 
-def _check_target(file: str, force: bool) -> None:
-    """Raise UsageError when something is in the way that is not a saved device."""
+def _check_target(place: "trusted.Place", force: bool) -> None:
+    """Raise UsageError when something is in the way that is not a saved device; UntrustedError."""
     from zramd.core.saving import MAGIC
 
+    file = place.shown
     try:
-        status = os.stat(file)
+        status = os.stat(place.name, dir_fd=place.folder, follow_symlinks=place.magic)
         if not stat.S_ISREG(status.st_mode):
             raise UsageError(f"'{file}' is not a regular file: use one, or - for standard output")
-        with open(file, "rb") as there:
+        with open(place.open(), "rb") as there:
             if status.st_size and there.read(len(MAGIC)) != MAGIC and not force:
                 raise UsageError(f"'{file}' is something else than a saved device: --force overwrites it")
     except FileNotFoundError:
@@ -104,14 +118,17 @@ def _check_target(file: str, force: bool) -> None:
         raise _cannot("be read", file, error) from None
 
 
-def _write(served: client.Served, control: socket.socket, file: str, total: int) -> "dict[str, int]":
+def _write(
+    served: client.Served, control: socket.socket, place: "trusted.Place", total: int
+) -> "dict[str, int]":
     """Write the stream to a file of its own, and put that in its place once it is whole and on the disk."""
     from zramd import interrupts
 
+    file = place.shown
     # One that nobody can guess, nor another save share.
-    partial = f"{file}.{os.urandom(8).hex()}.partial"
+    partial = f"{place.name}.{os.urandom(8).hex()}.partial"
     try:
-        fd, named = _open_partial(partial)
+        fd, named = place.beside(partial)
     except OSError as error:
         raise _cannot("be written", file, error) from None
     try:
@@ -120,37 +137,23 @@ def _write(served: client.Served, control: socket.socket, file: str, total: int)
         os.fsync(fd)
         step("save.whole")
         interrupts.finish()
-        if not named:
-            os.link(f"/proc/self/fd/{fd}", partial, src_dir_fd=fd, follow_symlinks=True)
-        os.rename(partial, file)
-        _sync_folder(file)
+        place.put(fd, partial, named)
+        _sync_folder(place.folder)
     except OSError as error:
         raise _cannot("be written", file, error) from None
     finally:
         os.close(fd)
         with suppress(OSError):
-            os.unlink(partial)
+            os.unlink(partial, dir_fd=place.folder)
     return found
 
 
-def _open_partial(partial: str) -> tuple[int, bool]:
-    """Return the descriptor of a new file, and whether it has a name already.
-
-    One that has none leaves nothing, whatever ends us; but not every file system has such. Raises OSError.
-    """
-    flags = os.O_WRONLY | os.O_CLOEXEC
+def _sync_folder(folder: int) -> None:
+    fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
     try:
-        return os.open(os.path.dirname(partial), flags | os.O_TMPFILE, 0o600), False
-    except OSError:
-        return os.open(partial, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), True
-
-
-def _sync_folder(file: str) -> None:
-    folder = os.open(os.path.dirname(file), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
+        os.fsync(fd)
     finally:
-        os.close(folder)
+        os.close(fd)
 
 
 def _copy(
@@ -206,11 +209,9 @@ def load(arguments: argparse.Namespace) -> int:
     if arguments.check:
         return _check(file)
     served = client.find(arguments.name, arguments.rundir)
-    if file != "-":  # what comes by a pipe, the user vouches for
-        file = _trusted(file, f"to load it all the same: zramd load … - < {shlex.quote(file)}")
     started = time.monotonic()
     emptied = ""
-    with _open(file) as source, interrupts.told(lambda: f"{served.name} is not loaded{emptied}"):
+    with _open_trusted(file) as source, interrupts.told(lambda: f"{served.name} is not loaded{emptied}"):
         regular = stat.S_ISREG(os.fstat(source.fileno()).st_mode)
         if arguments.force:
             if regular:  # what is there is not dropped for a file that cannot be loaded
@@ -285,9 +286,24 @@ def _verify(fd: int, file: str) -> "dict[str, int]":
         raise DeviceError(f"'{file}' cannot be used: {error}") from None
 
 
-def _open(file: str) -> "io.FileIO":
-    import io
+@contextmanager
+def _open_trusted(file: str) -> "Iterator[io.FileIO]":
+    """Yield a file that nobody but its folder's owner may have put there, or standard input."""
+    if file == "-":  # what comes by a pipe, the user vouches for
+        with _open(file) as source:
+            yield source
+        return
+    remedy = f"to load it all the same: zramd load … - < {shlex.quote(file)}"
+    with _place(file, remedy) as place:
+        try:
+            fd = place.open(any_kind=True)
+        except OSError as error:
+            raise _cannot("be read", file, error) from None
+        with io.FileIO(fd) as source:
+            yield source
 
+
+def _open(file: str) -> io.FileIO:
     try:
         if file == "-":
             return io.FileIO(0, closefd=False)
@@ -383,7 +399,3 @@ def add(commands: "Commands") -> None:
     )
     parser.add_argument("--check", action="store_true", help="only check the file, tell what is in it")
     parser.add_argument("--force", action="store_true", help="drop what the device holds first")
-
-
-if TYPE_CHECKING:
-    import io
