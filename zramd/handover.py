@@ -17,9 +17,9 @@ hand-over (and in a crash), and the new one does not go on.
 """
 
 import os
-import select
 from contextlib import suppress
 
+from zramd import pidfd
 from zramd.errors import RundirError
 from zramd.steps import step
 
@@ -79,9 +79,7 @@ def wait() -> None:
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(process, sockets.HAND_OVER)
     step("successor.told")
-    ended = select.poll()
-    ended.register(process, select.POLLIN)
-    ended.poll()
+    pidfd.has_ended(process, None)
     os.close(process)
     os.close(link)
     step("successor.alone")

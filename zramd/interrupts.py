@@ -1,10 +1,11 @@
 """What SIGINT, SIGTERM and SIGHUP do to a command: it takes back what it has begun, or it finishes it."""
 
-import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+
+from zramd import pidfd
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # those that people and programs interrupt with
 
@@ -62,10 +63,8 @@ def unblock() -> None:
 
 def end(process: int, seconds: float) -> None:
     """End a server that did not get so far as to serve, by its pidfd: in its normal way if it can."""
-    ended = select.poll()
-    ended.register(process, select.POLLIN)
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(process, number)
-        if ended.poll(seconds * 1000):
+        if pidfd.has_ended(process, seconds):
             return

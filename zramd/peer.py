@@ -7,13 +7,12 @@ it. The kernel tells who listens on a socket (SO_PEERCRED), and gives a descript
 """
 
 import os
-import select
 import socket
 import stat
 import struct
 from contextlib import suppress
 
-from zramd import rundir, trusted
+from zramd import pidfd, rundir, trusted
 from zramd.errors import DeviceError, UntrustedError
 
 _SO_PEERPIDFD = 77  # asm-generic/socket.h
@@ -37,9 +36,7 @@ class Process:
 
     def ended(self, timeout: float) -> bool:
         """Wait for its end for so many seconds; say whether that has come."""
-        poll = select.poll()
-        poll.register(self.fd, select.POLLIN)
-        return bool(poll.poll(timeout * 1000))
+        return pidfd.has_ended(self.fd, timeout)
 
     def close(self) -> None:
         """Close the descriptor."""

@@ -48,7 +48,8 @@ start     server.device     second    start,stop,restart    any      done
 stop      stop.turn         command   INT,TERM,HUP          old      interrupted
 stop      stop.turn         command   KILL                  old      killed
 stop      stop.turn         process   KILL                  old      killed
-stop      stop.turn         second    start,stop,restart    nobody   done
+stop      stop.turn         second    start                 any      done
+stop      stop.turn         second    stop,restart          nobody   done
 stop      stop.told         command   INT,TERM,HUP          nobody   interrupted
 stop      stop.told         command   KILL                  nobody   killed
 stop      stop.told         second    start                 any      done

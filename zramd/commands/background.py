@@ -1,7 +1,6 @@
 """What a command does around a server that it begins."""
 
 import os
-import select
 from contextlib import suppress
 
 from zramd import rundir
@@ -16,13 +15,6 @@ def refuse_another(settings: "Config") -> None:
     pid = rundir.holder(settings.rundir)
     if pid is not None:
         raise rundir.in_use(settings.rundir, pid)
-
-
-def has_ended(process: int) -> bool:
-    """Say whether the process of a pidfd has ended."""
-    poll = select.poll()
-    poll.register(process, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 def give(words: dict[str, str], *kept: int) -> None:

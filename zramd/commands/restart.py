@@ -5,14 +5,14 @@ All that can fail is done before the old server is asked to leave: see zramd.han
 
 import argparse
 import os
-import select
 import socket
 import time
 from contextlib import suppress
+from typing import NamedTuple
 
-from zramd import client, handover, life, peer, rundir
+from zramd import client, handover, life, peer, pidfd, rundir
 from zramd.commands import add_device, background, filters, serve
-from zramd.errors import DeviceError, UsageError
+from zramd.errors import AttachError, DeviceError, UsageError
 from zramd.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from zramd.commands import Commands
+    from zramd.config import Config
 
 LEAVE_TIMEOUT = 10.0  # seconds; a server needs one at most, a busy machine a few
 END_TIMEOUT = 2.0  # seconds; one that does not answer may be stopping
@@ -66,12 +67,12 @@ def _replace(served: client.Served, words: list[str], turn: life.Turn) -> tuple[
         )
     _refuse_others(served)
     filters.refuse(served.name, _words(f"/proc/{served.pid}/cmdline"))
-    argv = _command(served, _override(pairs, words))
-    as_before = _command(served, pairs)
+    plan = _plan(served, _override(pairs, words))
+    as_before = _plan(served, pairs)
     old = _Old(served, process)
     step("restart.sockets")
     old.take_sockets()
-    new = _Successor(argv, old, turn)
+    new = _Successor(plan, old, turn)
     try:
         step("restart.spawned")
         new.wait_until_ready()
@@ -107,11 +108,11 @@ def _replace(served: client.Served, words: list[str], turn: life.Turn) -> tuple[
 
 
 def _come_back(
-    served: client.Served, argv: list[str], old: "_Old", turn: life.Turn, error: DeviceError
+    served: client.Served, plan: "_Plan", old: "_Old", turn: life.Turn, error: DeviceError
 ) -> None:
     """Start a server as the old one was; the old one has left, and the new one failed. Raises DeviceError."""
     try:
-        again = _Successor(argv, old, turn)
+        again = _Successor(plan, old, turn)
         again.wait_until_ready()
         again.go(old)
     except DeviceError as worse:
@@ -195,17 +196,16 @@ class _Old:
 
     def wait(self, seconds: float) -> bool:
         """Wait for its end; say whether that has come."""
-        ended = select.poll()
-        ended.register(self.process, select.POLLIN)
-        return bool(ended.poll(seconds * 1000))
+        return pidfd.has_ended(self.process, seconds)
 
 
 class _Successor:
     """A server that is ready to take over: see zramd.handover."""
 
-    def __init__(self, argv: list[str], old: _Old, turn: life.Turn) -> None:
+    def __init__(self, plan: "_Plan", old: _Old, turn: life.Turn) -> None:
         from zramd import interrupts
 
+        self._settings = plan.settings
         ours, theirs = socket.socketpair()
         self._link = ours
         self.tells = False  # it has begun to tell the old one
@@ -214,7 +214,7 @@ class _Successor:
         copies = [_high(fd) for fd in old.listening]
 
         def prepare() -> None:
-            os.fchdir(old.folder)  # first: the next may take its number
+            os.fchdir(old.folder)  # before its number is a socket's
             for number, fd in enumerate(copies, _FIRST):
                 os.dup2(fd, number)
             words = turn.words() | {
@@ -226,7 +226,7 @@ class _Successor:
             background.give(words | ({handover.MADE: "1"} if old.made else {}), *kept)
 
         with interrupts.blocked():
-            self.pid, self._errors = serve.spawn(argv, prepare)
+            self.pid, self._errors = serve.spawn(plan.argv, prepare)
         for fd in (*kept[:2], *copies):
             os.close(fd)
         theirs.close()
@@ -256,10 +256,13 @@ class _Successor:
                 f"{old.served.name} has not left within {LEAVE_TIMEOUT:g} seconds: look at its process, "
                 f"{old.pid}: the new one, {self.pid}, takes over when it has ended"
             )
-        # Until it serves, and turns to its log.
-        said = serve.read_until(self._errors, time.monotonic() + serve.READY_TIMEOUT)
-        if rundir.holder(old.served.path) != self.pid:
-            raise DeviceError(serve.reason(said))
+        # Until it serves, and turns to its log; or ends, and is about to let go of the run folder.
+        end = time.monotonic() + serve.READY_TIMEOUT
+        said = serve.read_until(self._errors, end)
+        while not serve.is_ready(self._settings, self.pid):
+            if rundir.holder(old.served.path) != self.pid or time.monotonic() >= end:
+                raise DeviceError(serve.reason(said))
+            time.sleep(0.001)
 
     def kill(self) -> None:
         """End it, if it is there."""
@@ -331,8 +334,18 @@ def _words(path: str) -> list[str]:
         raise DeviceError(f"'{path}' cannot be read: {rundir.reason(error)}: run this as its owner") from None
 
 
-def _command(served: client.Served, pairs: list[tuple[str, str]]) -> list[str]:
-    """Return nbdkit's command line: with the running one's own options, but for where it listens."""
+class _Plan(NamedTuple):
+    """A server that is to take over."""
+
+    settings: "Config"
+    argv: list[str]
+
+
+def _plan(served: client.Served, pairs: list[tuple[str, str]]) -> _Plan:
+    """Return what to start: with nbdkit's options as the running one has them, but for where it listens.
+
+    Sets the environment for it. Raises ConfigError, DeviceError for a server that cannot be looked at.
+    """
     from zramd import config
 
     words = _words(f"/proc/{served.pid}/cmdline")[:-1]
@@ -349,9 +362,10 @@ def _command(served: client.Served, pairs: list[tuple[str, str]]) -> list[str]:
     keys = {key for setting in config.SETTINGS for key in (setting.name, *setting.aliases)}
     options = serve.read_options(words[1 : at - 1], leave_out=serve.TRANSPORTS | _PROGRAM)
     after = [word for word in words[at + 1 :] if word.partition("=")[0] not in keys]
-    serve.set_environment(config.parse(pairs))
+    settings = config.parse(pairs)
+    serve.set_environment(settings)
     plugin = ["python", serve.plugin_path(), *(f"{key}={value}" for key, value in pairs)]
-    return ["nbdkit", "-f", *options.before, *plugin, *after]
+    return _Plan(settings, ["nbdkit", "-f", *options.before, *plugin, *after])
 
 
 def _drain(name: str, process: int) -> None:
@@ -366,18 +380,17 @@ def _drain(name: str, process: int) -> None:
 
     try:
         found = attached.find(name)
-    except OSError:  # whose device it is nobody but root may know
+    except (OSError, AttachError):  # whose device it is nobody but root may know
         return
     if found is None or os.fork():
         return
     try:
         length = int(attached.read_sys(found.device, "queue/nr_requests"))
         end = time.monotonic() + LEAVE_TIMEOUT
-        ended = select.poll()
-        ended.register(process, select.POLLIN)
-        os.closerange(0, process)  # nobody is to wait for us, or for sockets that we do not need
+        os.closerange(0, process)  # nobody is to wait for us, or for what we do not need
+        os.closerange(process + 1, os.sysconf("SC_OPEN_MAX"))
         queue = os.open(f"/sys/block/{os.path.basename(found.device)}/queue/nr_requests", os.O_WRONLY)
-        while not ended.poll(0) and time.monotonic() < end:
+        while not pidfd.has_ended(process) and time.monotonic() < end:
             for value in (length - 1, length):
                 os.write(queue, b"%d" % value)
     finally:

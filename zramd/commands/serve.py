@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
-from zramd import __version__, attached, client, handover, inherited, kernelswap, life, rundir
+from zramd import __version__, attached, client, handover, inherited, kernelswap, life, pidfd, rundir
 from zramd.commands import add_device, background
 from zramd.commands.uris import uri
 from zramd.errors import DeviceError, UsageError, ZramdError, printable
@@ -257,19 +257,14 @@ def is_ready(settings: "Config", pid: int) -> bool:
 def watch(pid: int, ready: Callable[[], bool], text: str) -> None:
     """Print `text` once `ready` says so; give up silently when process `pid` has ended."""
     end = time.monotonic() + READY_TIMEOUT
-    ended = select.poll()
-    try:
-        # Tells of the end at once, even while the parent has not asked for its status: a caller that waits
-        # for the end of our output would wait for us, and we for it.
-        ended.register(os.pidfd_open(pid), select.POLLIN)
-    except ProcessLookupError:
-        return
-    while time.monotonic() < end:
+    # It tells of the end at once: a caller may wait for the end of our output before it reaps that process.
+    process = pidfd.open_number(pid)
+    while process is not None and time.monotonic() < end:
         if ready():
             sys.stdout.write(text)
             sys.stdout.flush()
             return
-        if ended.poll(20):
+        if pidfd.has_ended(process, 0.02):
             return
 
 
@@ -448,12 +443,15 @@ def _begin(settings: "Config", argv: list[str], turn: life.Turn, folder: str) ->
     environment = {**turn.words(), rundir.BACKGROUND: "1"}
     with interrupts.blocked():
         pid, errors = spawn(argv, lambda: background.give(environment, turn.fd), folder)
-        process = os.pidfd_open(pid)
+        process = pidfd.open_number(pid)
+    if process is None:
+        with open(errors, errors="replace") as last:
+            raise DeviceError(f"{settings.name} does not start: {reason(last.read())}")
     try:
         step("start.spawned")
         said = read_until(errors, end)
         while not is_ready(settings, pid):
-            if background.has_ended(process):
+            if pidfd.has_ended(process):
                 other = rundir.holder(settings.rundir)
                 if other is not None:
                     raise rundir.in_use(settings.rundir, other)
