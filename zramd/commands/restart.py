@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from zramd import client, handover, life, peer, rundir
 from zramd.commands import add_device, background, filters, serve
-from zramd.errors import DeviceError, UsageError
+from zramd.errors import DeviceError, RundirError, UsageError
 from zramd.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -96,7 +96,7 @@ def _replace(served: client.Served, words: list[str], turn: life.Turn) -> tuple[
     _drain(served.name, old.process)
     try:
         new.go(old)
-    except _StillThereError:
+    except (_StillThereError, _UnseenError):
         raise
     except DeviceError as error:
         new.kill()
@@ -124,6 +124,10 @@ def _come_back(
 
 class _StillThereError(DeviceError):
     """The old server has been told to leave, and has not."""
+
+
+class _UnseenError(DeviceError):
+    """The new server has been let go, and cannot be looked at."""
 
 
 class _Old:
@@ -181,6 +185,8 @@ class _Old:
             return DeviceError(f"{self.served.name} was stopped while it was restarted: nobody serves it")
         try:
             self.served.look_again()
+        except RundirError as error:
+            return DeviceError(f"{self.served.name} has left, and {error} ({why})")
         except DeviceError as error:
             return error
         return DeviceError(f"{self.served.name} is served by another process now: {self.served.pid}")
@@ -214,9 +220,9 @@ class _Successor:
         copies = [_high(fd) for fd in old.listening]
 
         def prepare() -> None:
+            os.fchdir(old.folder)  # first: the sockets take its descriptor's place
             for number, fd in enumerate(copies, _FIRST):
                 os.dup2(fd, number)
-            os.fchdir(old.folder)
             words = turn.words() | {
                 "LISTEN_FDS": str(len(copies)),
                 "LISTEN_PID": str(os.getpid()),
@@ -258,8 +264,19 @@ class _Successor:
             )
         # Until it serves, and turns to its log.
         said = serve.read_until(self._errors, time.monotonic() + serve.READY_TIMEOUT)
-        if rundir.holder(old.served.path) != self.pid:
+        if not self._serves(old.served.path):
             raise DeviceError(serve.reason(said))
+
+    def _serves(self, folder: str) -> bool:
+        """Say whether it has the run folder."""
+        end = time.monotonic() + END_TIMEOUT
+        while True:
+            try:
+                return rundir.holder(folder) == self.pid
+            except RundirError as error:
+                if time.monotonic() > end:
+                    raise _UnseenError(f"whether the new server, {self.pid}, serves: {error}") from None
+            time.sleep(0.01)
 
     def kill(self) -> None:
         """End it, if it is there."""
