@@ -53,7 +53,7 @@ try:
     from zramd.core import requests
     from zramd.errors import ZramdError, sentence
     from zramd.server import Server
-except ImportError as missing:
+except ModuleNotFoundError as missing:
     running = sys.version.split()[0]
     print(
         f"nbdkit: error: zramd is not built for nbdkit's Python {running}: run scripts/serve ({missing})",
@@ -61,8 +61,10 @@ except ImportError as missing:
         flush=True,
     )
     os._exit(1)
-except (OSError, MemoryError) as shortage:
-    why = getattr(shortage, "strerror", None) or "not enough memory"
+except (ImportError, OSError, MemoryError) as shortage:
+    why = (
+        getattr(shortage, "strerror", None) or str(shortage) or "not enough memory"
+    )  # the loader says which file
     print(f"nbdkit: error: zramd cannot be loaded: {why}", file=sys.stderr, flush=True)
     os._exit(1)
 

@@ -10,7 +10,7 @@ import os
 import socket
 
 from zramd import peer, rundir, trusted
-from zramd.errors import DeviceError, UntrustedError, UsageError, ZramdError
+from zramd.errors import DeviceError, UntrustedError, UsageError, ZramdError, is_shortage
 from zramd.handover import SYSTEMD
 
 TIMEOUT = 10.0  # seconds to wait for an answer
@@ -302,7 +302,9 @@ def look(name: str | None, path: str | None = None) -> Served:
         raise DeviceError(f"'{path}' is not used: {error}") from None
     except PermissionError:
         raise DeviceError(f"'{path}' cannot be read: permission denied: run this as its owner") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_shortage(error):
+            raise
         raise DeviceError(missing) from None
     return Served(name or os.path.basename(path), path, _server(path))
 

@@ -122,6 +122,7 @@ _SHORTAGES = frozenset(
         errno.ENOSPC,
         errno.EDQUOT,
         errno.ENOMEM,
+        errno.ENOBUFS,
         errno.EMFILE,
         errno.ENFILE,
         errno.EAGAIN,

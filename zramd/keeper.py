@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from zramd import attached, netlink, rundir, swap
-from zramd.errors import AttachError, ZramdError
+from zramd.errors import AttachError, RundirError, ZramdError
 
 RETRY = 0.01  # seconds between two looks for a new server; a server takes 100 to start
 RETRY_LATER = 0.2  # the same, once it has been away for RETRY_SOON
@@ -226,15 +226,19 @@ class Keeper:
     def _watch_server(self) -> None:
         """Watch the server's process too: the kernel needs memory to tell of a dead connection."""
         self._forget_server(dead=0)
-        pid = rundir.holder(self._job.folder)
-        with suppress(OSError):
+        with suppress(OSError, RundirError):
+            pid = rundir.holder(self._job.folder)
             if pid:
-                self._server = os.pidfd_open(pid)
-                if rundir.holder(self._job.folder) != pid:  # it has left its number to another process
-                    os.close(self._server)
-                    self._server = -1
-                else:
-                    self._poll.register(self._server, select.POLLIN)
+                server = os.pidfd_open(pid)
+                try:
+                    if (
+                        rundir.holder(self._job.folder) == pid
+                    ):  # else it has left its number to another process
+                        self._poll.register(server, select.POLLIN)
+                        self._server = server
+                finally:
+                    if self._server != server:
+                        os.close(server)
 
     def _forget_server(self, dead: int | None = None) -> None:
         self._dead = self._job.connections if dead is None else dead

@@ -129,12 +129,15 @@ class Leaving:
 
     def surely(self, leave: Callable[[], None]) -> None:
         """End by `leave`; if that fails, end the process all the same."""
-        self._admission.use_spare()
         try:
+            self._admission.use_spare()
             leave()
+            return
         except Exception as error:
             say(f"left without farewell: {sentence(error) or repr(error)}")
+        try:
             self._clean_up()
+        finally:  # whatever that raises
             os._exit(0)
 
     def leave(self) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from zramd import handover, rundir
-from zramd.errors import DeviceError
+from zramd.errors import DeviceError, RundirError
 
 PATIENCE = 10.0  # seconds: a start or a stop takes one, a large state or a busy machine a few
 
@@ -30,8 +30,8 @@ class Turn:
 
     def done(self) -> None:
         """Let others have their turn; the folder goes if it was made for a server that did not come."""
-        if self.made and rundir.holder(self.folder) is None:
-            with suppress(OSError):
+        with suppress(OSError, RundirError):
+            if self.made and rundir.holder(self.folder) is None:
                 if os.path.samestat(os.fstat(self.fd), os.stat(self.folder)):
                     os.rmdir(self.folder)
         os.close(self.fd)

@@ -34,6 +34,7 @@ class Log:
     it on, of nbdkit's errors at most BURST lines in PERIOD seconds; of the rest it tells the number. (nbdkit
     writes a line for each failed request, and to a full pool the kernel sends thousands of them.) What nobody
     reads the thread does not wait for either: BACKLOG bytes are kept, and lines beyond are lost and counted.
+    What is written right before the process aborts is passed on all the same.
     """
 
     BURST = 20
@@ -68,6 +69,7 @@ class Log:
         self._pipe, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._end = os.eventfd(0)
         self._thread = start_thread("zramd-log", self._work)
+        process.keep_last_words(self._pipe, self._target)
         os.dup2(writer, 2)
         os.close(writer)
 
@@ -81,13 +83,19 @@ class Log:
         self._limited = True
 
     def stop(self) -> None:
-        """Give descriptor 2 back, with all passed on that was written and is read. Ends within a second."""
+        """Give descriptor 2 back, with all passed on that was written and is read. Ends within a second.
+
+        Never raises: what cannot be given back stays as it is.
+        """
         if self._thread is None:
             return
         with suppress(OSError):
             sys.stderr.flush()
-        os.dup2(self._target, 2)
-        os.eventfd_write(self._end, 1)
+        with suppress(OSError):
+            os.dup2(self._target, 2)
+        process.forget_last_words()
+        with suppress(OSError):
+            os.eventfd_write(self._end, 1)
         self._thread.join(1.0)
         if self._thread.is_alive():  # it waits for a file: leave it what it uses
             return
@@ -154,13 +162,14 @@ class Log:
         if not ready:
             self._keep(self.summary())
         if self._pipe in ready:
-            size = os.readv(self._pipe, [self._buffer])
+            size = process.read_words(self._pipe, self._buffer)
             if not size:
                 return False
             if not self._is_storm(size):
                 self._keep(self.filter(bytes(self._buffer[:size])))
         if self._waiting:
             self._write()
+        process.words_said()
         return self._end not in ready
 
     def _keep(self, text: bytes) -> None:

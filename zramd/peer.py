@@ -6,6 +6,7 @@ it. The kernel tells who listens on a socket (SO_PEERCRED), and gives a descript
 (SO_PEERPIDFD, since Linux 6.5). Where there is no socket, the process must have the pid file open.
 """
 
+import errno
 import os
 import socket
 import stat
@@ -13,7 +14,7 @@ import struct
 from contextlib import suppress
 
 from zramd import pidfd, rundir, trusted
-from zramd.errors import DeviceError, UntrustedError
+from zramd.errors import DeviceError, UntrustedError, is_shortage, sentence
 
 _SO_PEERPIDFD = 77  # asm-generic/socket.h
 _TIMEOUT = 2.0  # seconds; the kernel answers for a server that hangs, unless too many wait for it already
@@ -55,7 +56,10 @@ def find(name: str, path: str) -> Process:
         why = rundir.reason(error) if isinstance(error, OSError) else error
         raise DeviceError(f"{name}: '{path}' is not used: {why}") from None
     try:
-        process = _listener(folder) or _holder(folder)
+        try:
+            process = _listener(folder) or _holder(folder)
+        except OSError as error:
+            raise DeviceError(f"{name}: who serves '{path}' cannot be told: {sentence(error)}") from None
         if process is None:
             raise DeviceError(
                 f"{name}: no process of this PID namespace is found that serves '{path}': "
@@ -87,12 +91,14 @@ def credentials(control: socket.socket) -> tuple[int, int]:
 
 
 def _listener(folder: int) -> Process | None:
-    """Return who listens on the control socket, None if nobody does."""
+    """Return who listens on the control socket, None if nobody does. Raises OSError for want of something."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
         control.settimeout(_TIMEOUT)
         try:
             control.connect(f"/proc/self/fd/{folder}/{rundir.CONTROL_SOCKET}")
-        except OSError:
+        except OSError as error:
+            if is_shortage(error) and error.errno != errno.EAGAIN:  # too many wait for it already
+                raise
             return None
         pid, uid = credentials(control)
         try:
@@ -108,7 +114,7 @@ def _holder(folder: int) -> Process | None:
     pid = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
     try:
         uid = os.stat(f"/proc/{pid}").st_uid
-    except OSError:
+    except FileNotFoundError:
         return None
     return _open(pid, uid, folder)
 
@@ -117,7 +123,9 @@ def _open(pid: int, uid: int, folder: int) -> Process | None:
     """Return a process by its number, if it has the pid file open once we have a descriptor of it."""
     try:
         fd = os.pidfd_open(pid)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if is_shortage(error):
+            raise
         return None
     try:
         held = os.stat(rundir.PID, dir_fd=folder, follow_symlinks=False)
@@ -125,8 +133,10 @@ def _open(pid: int, uid: int, folder: int) -> Process | None:
             os.path.samestat(held, found) for found in _files(pid) if found is not None
         ):
             return Process(pid, uid, fd)
-    except OSError:
-        pass
+    except OSError as error:
+        if is_shortage(error):
+            os.close(fd)
+            raise
     os.close(fd)
     return None
 

@@ -8,6 +8,7 @@ The folder is held open and worked in by its descriptor. If it is removed and an
 nothing is written there and nothing removed: it is another server's.
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -15,10 +16,11 @@ import socket
 import stat
 import struct
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 
 from zramd import handover, trusted
-from zramd.errors import RundirError, UntrustedError
+from zramd.errors import RundirError, UntrustedError, is_shortage, sentence
 
 PID = "pid"
 NBD_SOCKET = "nbd.sock"
@@ -35,6 +37,7 @@ _FILES = (DATA_ID, STATE, *STATS_FILES)
 _TEMPORARY = ".new"
 _FIRST = (STATE, DATA_ID, STATE + _TEMPORARY, DATA_ID + _TEMPORARY)  # what a server publishes before all else
 _NOBODY_ELSES = frozenset((*_FIRST, "mm_stat", "io_stat", "frag_ratio"))
+_TRIES = 2  # of a removal: what fails once, for want of memory say, may not fail again
 _ANOTHER = "give a folder of its own, one that is not there yet"
 _SHOWN = frozenset((CONTROL_SOCKET, SOCKETS, *_FILES, *(name + _TEMPORARY for name in _FILES)))
 _OURS = _SHOWN | {NBD_SOCKET, LOG, OLD_LOG}
@@ -55,21 +58,27 @@ class Rundir:
         try:
             if handover.must_be_left():
                 self.made = False
-                if not os.path.exists(f"{path}/{PID}"):
-                    raise RundirError(handover.STOPPED)
+                try:
+                    os.stat(f"{path}/{PID}")
+                except FileNotFoundError:
+                    raise RundirError(handover.STOPPED) from None
             else:
                 self.made = _make(path)
             self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             self._lock = _take_lock(path)
         except OSError as error:
             raise RundirError(f"rundir '{path}' cannot be used: {reason(error)}") from None
-        # A socket that was opened by another process and passed on is in use from the start. What systemd has
-        # passed on is not ours to remove in the end, what another server has handed over is.
-        self._names = _OURS - {NBD_SOCKET} if _holds_socket(self.file(NBD_SOCKET)) else _OURS
+        self._names = _OURS - {NBD_SOCKET}
         try:
+            # A socket that was opened by another process and passed on is in use from the start. What systemd
+            # has passed on is not ours to remove in the end, what another server has handed over is.
+            if not _holds_socket(self.file(NBD_SOCKET)):
+                self._names = _OURS
             self.write_pid()
             self._keep_log()
-            self._remove_files(self._names - {LOG, OLD_LOG})
+            # Where the state is stands there until it is replaced: it holds as long as somebody may take over.
+            kept = {LOG, OLD_LOG, STATE} if handover.takes_over() else {LOG, OLD_LOG}
+            self._remove_files(self._names - kept)
             if handover.takes_over():
                 self._names = _OURS
             self.made = self.made or handover.MADE in os.environ
@@ -93,12 +102,12 @@ class Rundir:
 
         Raises RundirError when the folder cannot be written, or is no longer the one at its path.
         """
-        if not self.is_ours():
-            raise RundirError(
-                f"rundir '{self.path}' was removed, or another one is in its place: nothing finds this "
-                f"server there any more: its clients are served until 'kill {os.getpid()}'"
-            )
         try:
+            if not self.is_ours():
+                raise RundirError(
+                    f"rundir '{self.path}' was removed, or another one is in its place: nothing finds this "
+                    f"server there any more: its clients are served until 'kill {os.getpid()}'"
+                )
             replace_file(name, text, 0o600, self._folder)
         except OSError as error:
             raise RundirError(f"rundir '{self.path}' cannot be written: {reason(error)}") from error
@@ -115,10 +124,10 @@ class Rundir:
                 raise RundirError(f"'{self.file(name)}' cannot be removed: {reason(error)}") from error
 
     def is_ours(self) -> bool:
-        """Say whether the folder at the path is still this one."""
+        """Say whether the folder at the path is still this one. Raises OSError when that cannot be told."""
         try:
             return os.path.samestat(os.fstat(self._folder), os.stat(self.path))
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     def leave(self) -> None:
@@ -126,19 +135,30 @@ class Rundir:
 
         Never raises, as `remove`.
         """
-        with suppress(OSError):
-            self._remove_files(_SHOWN - {STATE, DATA_ID})
+        self._surely_remove(_SHOWN - {STATE, DATA_ID})
 
     def remove(self) -> None:
         """Remove what zramd made in the folder, and the folder if zramd made it and nothing else is in it.
 
-        Never raises: it is what a server does last.
+        Never raises: it is what a server does last. Its number goes last, and stays if anything else does: by
+        that who comes next knows that these files are a server's.
         """
-        with suppress(OSError):
-            self._remove_files(self._names)
-            self._unlink(PID)
-            if self.made and self.is_ours():
-                os.rmdir(self.path)
+        if self._surely_remove(self._names) and self._surely_remove({PID}) and self.made:
+            for _ in range(_TRIES):
+                with suppress(OSError):
+                    if self.is_ours():
+                        os.rmdir(self.path)
+                    break
+
+    def _surely_remove(self, names: Iterable[str]) -> bool:
+        """Remove all files that can be; one that fails keeps no other, and is tried again. Say whether all went."""
+        left = set(names)
+        for _ in range(_TRIES):
+            for name in list(left):
+                with suppress(OSError):
+                    self._unlink(name)
+                    left.remove(name)
+        return not left
 
     def _keep_log(self) -> None:
         """Keep what a server has said that crashed, or that this one takes over from."""
@@ -179,16 +199,19 @@ def replace_file(path: str, text: str, mode: int, folder: int | None = None) -> 
 def holder(path: str) -> int | None:
     """Return the process number of the live server that holds the folder, None if there is none.
 
-    It is what stands there, to be shown. Whom to send a signal, zramd.peer knows.
+    It is what stands there, to be shown. Whom to send a signal, zramd.peer knows. Raises RundirError when that
+    cannot be told for want of something: it does not mean that there is none.
     """
     try:
         fd = os.open(f"{path}/{PID}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
+        try:
+            return _read_pid(fd) if _is_locked(fd) else None
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if is_shortage(error):
+            raise RundirError(f"who serves cannot be told: {sentence(error)}") from error
         return None
-    try:
-        return _read_pid(fd) if _is_locked(fd) else None
-    finally:
-        os.close(fd)
 
 
 def is_ours_alone(path: str) -> bool:
@@ -198,9 +221,9 @@ def is_ours_alone(path: str) -> bool:
 
 def clear(path: str, pid: int) -> None:
     """Remove what process `pid` has left in the folder when it was killed while it started. Never raises."""
-    with suppress(OSError):
+    with suppress(OSError, RundirError):
         with open(f"{path}/{PID}") as file:
-            if file.read() != f"{pid}\n" or holder(path) is not None:
+            if file.read() not in (f"{pid}\n", "") or holder(path) is not None:
                 return
         for name in (*_OURS, PID):
             with suppress(FileNotFoundError):
@@ -280,10 +303,12 @@ def _files(folder: int) -> tuple[list[str], bool]:
 
 
 def head(name: str, folder: int) -> str:
-    """Return what a small file begins with, '' if there is none."""
+    """Return what a small file begins with, '' if there is none. Raises OSError for want of something."""
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-    except OSError:
+    except OSError as error:
+        if is_shortage(error):
+            raise
         return ""
     try:
         return os.read(fd, 256).decode(errors="replace") if stat.S_ISREG(os.fstat(fd).st_mode) else ""
@@ -294,16 +319,25 @@ def head(name: str, folder: int) -> str:
 def _take_lock(path: str) -> int:
     """Return the pid file's descriptor with its lock held."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    name = f"{path}/{PID}"
     while True:
-        fd = os.open(f"{path}/{PID}", flags, 0o600)
-        if not _locked(fd):
-            pid = _read_pid(fd)
+        is_new = not os.path.lexists(name)
+        fd = os.open(name, flags, 0o600)
+        try:
+            if not _locked(fd):
+                raise in_use(path, _read_pid(fd))
+            # A server that stopped between our open and our lock has unlinked the file: then lock the new one.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(name)):
+                    return fd
+        except OSError:
+            if is_new and not os.fstat(fd).st_size:
+                os.unlink(name)
             os.close(fd)
-            raise in_use(path, pid)
-        # A server that stopped between our open and our lock has unlinked the file: then lock the new one.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(f"{path}/{PID}")):
-                return fd
+            raise
+        except RundirError:
+            os.close(fd)
+            raise
         os.close(fd)
 
 
@@ -346,7 +380,7 @@ def _read_pid(fd: int) -> int:
 
 
 def _holds_socket(path: str) -> bool:
-    """Say whether this process already has a socket bound to `path`."""
+    """Say whether this process already has a socket bound to `path`. Raises OSError when that cannot be told."""
     for name in os.listdir("/proc/self/fd"):
         try:
             if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
@@ -354,8 +388,9 @@ def _holds_socket(path: str) -> bool:
             with socket.socket(fileno=os.dup(int(name))) as sock:
                 if sock.family == socket.AF_UNIX and sock.getsockname() == path:
                     return True
-        except OSError:
-            continue
+        except OSError as error:
+            if error.errno != errno.EBADF:  # the one by which they were listed
+                raise
     return False
 
 

@@ -21,7 +21,7 @@ from zramd.compactor import Compactor
 from zramd.config import Config, find
 from zramd.config import value as parse_value
 from zramd.core.device import Device
-from zramd.core.process import dump_little, name_thread
+from zramd.core.process import at_failing_exit, dump_little, name_thread
 from zramd.core.saving import load as load_stream
 from zramd.core.saving import save as save_stream
 from zramd.endpoint import Endpoint
@@ -75,6 +75,7 @@ class Server:
         self._bound: list[tuple[str, os.stat_result]] = []
         self._leaving: Leaving | None = None
         self._failed = False
+        self._serves = False
         self._log = Log(prepare=swap.warm_stack if config.swap == "local" else lambda: None)
         self._troubles = Troubles()
         self._files: StatsFiles | None = None
@@ -95,6 +96,7 @@ class Server:
         # As nbdkit has it once it serves: who started us may end before we have said all.
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         self_test()
+        at_failing_exit(self._give_up)
         config = self.config
         if config.swap == "local":
             swap.prepare()
@@ -191,6 +193,7 @@ class Server:
             if BACKGROUND in os.environ:
                 self._try("the log is not written", self._write_log)
             handover.serving(self.config.rundir)
+            self._serves = True
             step("server.serves")
             self._tell_status()
             self._undone["the service manager does not know that zramd serves"] = self._tell_ready
@@ -225,12 +228,23 @@ class Server:
         self._remove_files()
         self._log.stop()
 
+    def _give_up(self) -> None:
+        """nbdkit ends without calling `stop`: it cannot listen, say. Once we serve, that is a crash."""
+        if self._stopping.is_set():
+            return
+        if self._serves:
+            self._log.stop()
+        else:
+            self._failed = True
+            self.stop()
+
     def _remove_files(self) -> None:
         """Remove what stands for this server, but for what the next one needs, if one takes over."""
         if self._rundir is None:
             return
-        if self._metrics_file is not None and self._rundir.is_ours():
-            self._metrics_file.remove()
+        with suppress(OSError):
+            if self._metrics_file is not None and self._rundir.is_ours():
+                self._metrics_file.remove()
         # A successor that fails leaves the socket and the folder to one that is as the old server was.
         left = self._leaving is not None and self._leaving.leaves_folder()
         if left or (self._failed and handover.takes_over()):

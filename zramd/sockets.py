@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from zramd import handover
+from zramd.errors import is_shortage
 
 # Leave at once, also while swapped to: the state stays. Without a state as SIGTERM.
 HAND_OVER = signal.SIGUSR1
@@ -162,20 +163,39 @@ def _clients(others: frozenset[int]) -> Iterator[socket.socket]:
 
 
 def _streams() -> Iterator[tuple[int, int, socket.socket]]:
-    """Yield number, inode and a duplicate of each stream socket beyond stdin, stdout and stderr."""
+    """Yield number, inode and a duplicate of each stream socket beyond stdin, stdout and stderr.
+
+    The socket itself, if there is none to be had: who leaves has to reach all.
+    """
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)
         try:
             status = os.fstat(fd)
             if fd <= 2 or not stat.S_ISSOCK(status.st_mode):
                 continue
-            sock = socket.socket(fileno=os.dup(fd))
+            sock = _duplicate(fd)
         except OSError:
             continue  # closed since it was listed
         if sock.type == socket.SOCK_STREAM:
             yield fd, status.st_ino, sock
         else:
             sock.close()
+
+
+class _Borrowed(socket.socket):
+    """A socket whose descriptor is somebody else's, and stays open."""
+
+    def close(self) -> None:
+        self.detach()
+
+
+def _duplicate(fd: int) -> socket.socket:
+    try:
+        return socket.socket(fileno=os.dup(fd))
+    except OSError as error:
+        if not is_shortage(error):
+            raise
+        return _Borrowed(fileno=fd)
 
 
 def _listens(sock: socket.socket) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from zramd import __version__, inherited
-from zramd.errors import UsageError, ZramdError, printable
+from zramd.errors import UsageError, ZramdError, printable, sentence
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -147,13 +147,13 @@ def verbs(of: argparse.ArgumentParser) -> dict[str, Parser]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return 2 for what the user wrote wrong and 1 for what else went wrong."""
-    inherited.complete_standard()
-    inherited.forget_others()
     words = sys.argv[1:] if argv is None else argv
-    _print_any_path()
-    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "-V", "--version")):
-        words = ["list", *words]
     try:
+        inherited.complete_standard()
+        inherited.forget_others()
+        _print_any_path()
+        if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "-V", "--version")):
+            words = ["list", *words]
         made = parser()
         known = verbs(made)
         _check_verb(words[0], known)
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         _drop_output()
         return 1
     except (ZramdError, OSError) as error:
-        print(f"zramd: {printable(str(error))}", file=sys.stderr)
+        print(f"zramd: {printable(sentence(error) or str(error))}", file=sys.stderr)
         return error.exit_code if isinstance(error, ZramdError) else 1
     except MemoryError:
         print("zramd: not enough memory for this command: free some, or raise 'ulimit -v'", file=sys.stderr)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from zramd import client, handover, life, peer, pidfd, rundir
 from zramd.commands import add_device, background, filters, serve
-from zramd.errors import AttachError, DeviceError, UsageError
+from zramd.errors import AttachError, DeviceError, RundirError, UsageError
 from zramd.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -97,7 +97,7 @@ def _replace(served: client.Served, words: list[str], turn: life.Turn) -> tuple[
     _drain(served.name, old.process)
     try:
         new.go(old)
-    except _StillThereError:
+    except (_StillThereError, _UnseenError):
         raise
     except DeviceError as error:
         new.kill()
@@ -125,6 +125,10 @@ def _come_back(
 
 class _StillThereError(DeviceError):
     """The old server has been told to leave, and has not."""
+
+
+class _UnseenError(DeviceError):
+    """The new server has been let go, and cannot be looked at."""
 
 
 class _Old:
@@ -182,6 +186,8 @@ class _Old:
             return DeviceError(f"{self.served.name} was stopped while it was restarted: nobody serves it")
         try:
             self.served.look_again()
+        except RundirError as error:
+            return DeviceError(f"{self.served.name} has left, and {error} ({why})")
         except DeviceError as error:
             return error
         return DeviceError(f"{self.served.name} is served by another process now: {self.served.pid}")
@@ -260,9 +266,20 @@ class _Successor:
         end = time.monotonic() + serve.READY_TIMEOUT
         said = serve.read_until(self._errors, end)
         while not serve.is_ready(self._settings, self.pid):
-            if rundir.holder(old.served.path) != self.pid or time.monotonic() >= end:
+            if not self._serves(old.served.path) or time.monotonic() >= end:
                 raise DeviceError(serve.reason(said))
             time.sleep(0.001)
+
+    def _serves(self, folder: str) -> bool:
+        """Say whether it has the run folder."""
+        end = time.monotonic() + END_TIMEOUT
+        while True:
+            try:
+                return rundir.holder(folder) == self.pid
+            except RundirError as error:
+                if time.monotonic() > end:
+                    raise _UnseenError(f"whether the new server, {self.pid}, serves: {error}") from None
+            time.sleep(0.01)
 
     def kill(self) -> None:
         """End it, if it is there."""

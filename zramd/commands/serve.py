@@ -19,7 +19,7 @@ from contextlib import suppress
 from zramd import __version__, attached, client, handover, inherited, kernelswap, life, pidfd, rundir
 from zramd.commands import add_device, background
 from zramd.commands.uris import uri
-from zramd.errors import DeviceError, UsageError, ZramdError, printable
+from zramd.errors import DeviceError, RundirError, UsageError, ZramdError, printable, sentence
 from zramd.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -33,6 +33,7 @@ READY_TIMEOUT = 30.0  # seconds after which the watcher gives up: nbdkit says it
 STOP_TIMEOUT = 10.0  # seconds; a server needs one, a busy machine a few
 KILL_TIMEOUT = 2.0  # seconds that a server which did not get so far has to end in its normal way
 LOOK_TIMEOUT = 2.0  # seconds; one that does not answer is stopped all the same
+_TOOK_OVER = "zramd: took over "  # what a server says that does well: zramd.making
 _BEFORE_REASON = r"nbdkit: (error: )?(.*nbdkit_plugin\.py: \w+: error: )?"
 
 # nbdkit's options that choose another transport than the socket in the run folder.
@@ -243,15 +244,22 @@ def greeting(settings: "Config", options: Options, pid: int) -> str:
 
 def is_ready(settings: "Config", pid: int) -> bool:
     """Say whether the server that is process `pid` answers: it, and not another one of the same name."""
-    if rundir.holder(settings.rundir) != pid:
-        return False
-    if not settings.endpoint:
-        return os.path.exists(f"{settings.rundir}/{rundir.NBD_SOCKET}")
+    return not _why_not_ready(settings, pid)
+
+
+def _why_not_ready(settings: "Config", pid: int) -> str:
+    """Return why one has to wait for the server that is process `pid`, '' if it answers."""
     try:
+        if rundir.holder(settings.rundir) != pid:
+            return "it has not taken its run folder"
+        if not settings.endpoint:
+            there = os.path.exists(f"{settings.rundir}/{rundir.NBD_SOCKET}")
+            return "" if there else "it has not made its socket"
         status, answer = client.ask(settings.rundir, "GET", "/health", timeout=1)
-    except OSError:
-        return False
-    return status == 200 and re.search(rf'"pid": {pid}\b', answer) is not None
+    except (OSError, RundirError) as error:
+        return f"its control socket: {sentence(error)}" if isinstance(error, OSError) else str(error)
+    ours = status == 200 and re.search(rf'"pid": {pid}\b', answer) is not None
+    return "" if ours else "another one answers"
 
 
 def watch(pid: int, ready: Callable[[], bool], text: str) -> None:
@@ -450,14 +458,14 @@ def _begin(settings: "Config", argv: list[str], turn: life.Turn, folder: str) ->
     try:
         step("start.spawned")
         said = read_until(errors, end)
-        while not is_ready(settings, pid):
+        while why := _why_not_ready(settings, pid):
             if pidfd.has_ended(process):
                 other = rundir.holder(settings.rundir)
                 if other is not None:
                     raise rundir.in_use(settings.rundir, other)
                 raise DeviceError(f"{settings.name} does not start: {reason(said)}")
             if time.monotonic() >= end:
-                raise DeviceError(f"{settings.name} does not answer within {READY_TIMEOUT:g} seconds")
+                raise DeviceError(f"{settings.name} does not answer within {READY_TIMEOUT:g} seconds: {why}")
             time.sleep(0.01)
         return pid
     except BaseException:
@@ -529,8 +537,13 @@ def read_until(reader: int, end: float) -> str:
 
 def reason(said: str) -> str:
     """Return the sentence in what nbdkit has said before it ended."""
-    lines = [line for line in said.splitlines() if line.strip()]
+    lines = [line for line in said.splitlines() if line.strip() and _TOOK_OVER not in line]
     errors = [line for line in lines if line.startswith("nbdkit: ")] or lines
+    if errors and errors[-1].endswith("error running this script"):
+        # Python has said why before, at the end of a traceback.
+        errors = lines[: lines.index(errors[-1])] or errors
+    if errors and errors[-1].strip() == "MemoryError":
+        return "not enough memory"
     return re.sub(_BEFORE_REASON, "", errors[-1], count=1) if errors else "it gave no reason"
 
 
@@ -564,6 +577,7 @@ def stop(arguments: argparse.Namespace) -> int:
                 f"{served.name} has not stopped within {STOP_TIMEOUT:g} seconds: "
                 f"'kill -QUIT {process.pid}' ends it whatever it waits for"
             )
+        rundir.clear(served.path, process.pid)  # what it could not remove itself
     return 0
 
 

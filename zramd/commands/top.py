@@ -258,7 +258,10 @@ class Top:
         if isinstance(answer, ZramdError):
             self._devices = self._others()
             # Whatever it is: the server is away, and may come back.
-            living = rundir.holder(self.served.path) is not None
+            try:
+                living = rundir.holder(self.served.path) is not None
+            except ZramdError:
+                living = True
             self.lost = (
                 str(answer) if living else f"the server of {self.name} has ended: waiting for it to come back"
             )

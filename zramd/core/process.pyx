@@ -5,6 +5,8 @@ Each function does one thing and raises OSError when the system refuses; zramd.s
 
 from libc.errno cimport errno
 
+from cpython.bytearray cimport PyByteArray_AsString
+
 from zramd.core.region cimport regions_are_locked
 
 import os
@@ -16,9 +18,14 @@ cdef extern from *:
     """
     #include <alloca.h>
     #include <linux/futex.h>
+    #include <errno.h>
+    #include <limits.h>
     #include <malloc.h>
+    #include <poll.h>
     #include <sched.h>
+    #include <signal.h>
     #include <stdlib.h>
+    #include <time.h>
     #include <sys/mman.h>
     #include <sys/prctl.h>
     #include <sys/syscall.h>
@@ -75,7 +82,81 @@ cdef extern from *:
         free((void *)bytes);
         return 0;
     }
+
+    /* What was written to a pipe goes where the pipe's reader would have passed it, when the process is about to abort. */
+    static volatile int words_pipe = -1, words_target = -1;
+    static const char *volatile words_begun;    /* what the reader has read, and not passed on yet */
+    static volatile size_t words_size;
+    static struct sigaction abort_before;
+
+    static void pass_words(const char *data, size_t size)
+    {
+        while (size) {
+            struct pollfd target = {words_target, POLLOUT, 0};
+            ssize_t written;
+            if (poll(&target, 1, 0) != 1)
+                return;
+            written = write(words_target, data, size < PIPE_BUF ? size : PIPE_BUF);
+            if (written <= 0)
+                return;
+            data += written;
+            size -= written;
+        }
+    }
+
+    /* The handler of SIGABRT: abort() goes on when it returns. All that it calls may be called in one. */
+    static void say_last_words(int number)
+    {
+        struct timespec moment = {0, 10 * 1000 * 1000};
+        char data[4096];
+        ssize_t size;
+        if (words_pipe >= 0) {
+            dup2(words_target, 2);
+            nanosleep(&moment, NULL);   /* the reader may be in the middle of it */
+            pass_words(words_begun, words_size);
+            while ((size = read(words_pipe, data, sizeof(data))) > 0)
+                pass_words(data, size);
+        }
+        sigaction(SIGABRT, &abort_before, NULL);
+        raise(number);
+    }
+
+    static void keep_words(int pipe, int target)
+    {
+        struct sigaction action = {0};
+        words_target = target;
+        words_size = 0;
+        words_pipe = pipe;
+        action.sa_handler = say_last_words;
+        sigemptyset(&action.sa_mask);
+        sigaction(SIGABRT, &action, &abort_before);
+    }
+
+    static void forget_words(void)
+    {
+        words_pipe = -1;
+        sigaction(SIGABRT, &abort_before, NULL);
+    }
+
+    static ssize_t read_into(int pipe, char *buffer, size_t size)
+    {
+        ssize_t got = read(pipe, buffer, size);
+        words_begun = buffer;
+        words_size = got > 0 ? got : 0;
+        return got;
+    }
+
+    static void forget_begun(void)
+    {
+        words_size = 0;
+    }
     """
+    void keep_words(int pipe, int target) nogil
+    void forget_words() nogil
+    ssize_t read_into(int pipe, char *buffer, size_t size) nogil
+    void forget_begun() nogil
+    int Py_IsInitialized() nogil
+    int on_exit(void (*work)(int status, void *nothing) noexcept nogil, void *nothing) nogil
     int prctl(int option, ...) nogil
     int mlockall(int flags) nogil
     int munlockall() nogil
@@ -184,3 +265,59 @@ def name_thread(name):
     """Give the calling thread a name that ps, top and /proc show: at most 15 bytes are."""
     cdef bytes text = os.fsencode(name)
     prctl(PR_SET_NAME, <const char *>text, <unsigned long>0, <unsigned long>0, <unsigned long>0)
+
+
+def keep_last_words(int pipe, int target):
+    """If the process aborts, have what is still in a pipe (without waiting) written to `target`, until the next function.
+
+    What C says before it aborts (a failed assertion, Python's own last words) would be lost with the pipe.
+    """
+    keep_words(pipe, target)
+
+
+def forget_last_words():
+    """Undo keep_last_words: the pipe is to be closed."""
+    forget_words()
+
+
+def read_words(int pipe, bytearray buffer):
+    """Read from the pipe of keep_last_words and return the number of bytes; they are still to be said until `words_said`.
+
+    The buffer must stay where it is. Raises OSError.
+    """
+    cdef char *start = PyByteArray_AsString(buffer)
+    cdef size_t size = len(buffer)
+    cdef ssize_t got
+    with nogil:
+        got = read_into(pipe, start, size)
+    if got < 0:
+        fail()
+    return got
+
+
+def words_said():
+    """What was read last has been passed on."""
+    forget_begun()
+
+
+cdef object exit_work = None
+
+
+cdef void leave(int status, void *nothing) noexcept nogil:
+    if status and Py_IsInitialized():
+        call_exit_work()
+
+
+cdef void call_exit_work() noexcept with gil:
+    exit_work()
+
+
+def at_failing_exit(work):
+    """Have `work` called, once, when the program calls exit() with another status than 0. It must not raise.
+
+    Python's own atexit is for programs that end by Python's leave. Raises OSError.
+    """
+    global exit_work
+    exit_work = work
+    if on_exit(leave, NULL):
+        fail()
