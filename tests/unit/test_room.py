@@ -253,6 +253,35 @@ device.check()
     in_tmpfs(tmp_path, code, "6m")
 
 
+@pytest.mark.parametrize("left", range(4))
+@pytest.mark.parametrize(
+    "use",
+    [
+        "device.write(b'part', at + 5)",
+        "device.zero(at + 5, 100, False)",
+        "device.write(random.Random(1).randbytes(BLOCK), at)",
+        "device.write(b'x' * BLOCK, at)",
+    ],
+)
+def test_room_for_the_object_or_its_slot(tmp_path: Path, use: str, left: int) -> None:
+    """Where there is too little for both it is refused: what is freed by that is no room that was made."""
+    code = f"""
+device = start()
+device.write(random.Random(2).randbytes(2000).ljust(BLOCK, b"\\0"), 0)
+fill({left})
+at = 1500 * BLOCK
+try:
+    {use}
+except PoolFullError:
+    assert not any(read(device, 1500))
+device.check()
+empty()
+{use}
+device.check()
+"""
+    in_tmpfs(tmp_path, code, "1m")
+
+
 def test_a_kernel_that_cannot_populate(tmp_path: Path, shim: Path) -> None:
     """Before Linux 5.14 the file system itself is asked for the room."""
     code = """

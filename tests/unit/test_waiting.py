@@ -314,9 +314,10 @@ def test_every_thread_has_the_priority_of_its_work(tmp_path: Path) -> None:
         def tasks():
             return os.listdir("/proc/self/task")
 
-        while not {"zramd", "zramd-compactor", "zramd-log"} <= set(map(name, tasks())):
+        while not {"zramd", "zramd-compactor", "zramd-log", "zramd-keeper"} <= set(map(name, tasks())):
             time.sleep(0.01)
-        while os.sched_getscheduler(server._keeper.native_id) != os.SCHED_OTHER:
+        keeper, = (int(task) for task in tasks() if name(task) == "zramd-keeper")
+        while os.sched_getscheduler(keeper) != os.SCHED_OTHER:
             time.sleep(0.01)
         before = tasks()
         client = threading.Thread(target=time.sleep, args=(60,), daemon=True)

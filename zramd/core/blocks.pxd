@@ -48,6 +48,12 @@ cdef struct counters:
     uint64_t corrupt_block      # the last one, + 1
     latency latencies[OPS]
 
+cdef struct walk:
+    # How far a walk that looks for faults is; zeros to begin with.
+    uint64_t block
+    uint32_t span
+    bint done
+
 cdef class Blocks:
     cdef uint64_t count
     cdef int acceleration
@@ -82,6 +88,7 @@ cdef class Blocks:
     cdef uint64_t get(self, uint64_t block) noexcept nogil
     cdef int put(self, uint64_t block, uint64_t slot, bint held) noexcept nogil
     cdef int _slot_is_ready(self, uint64_t block) noexcept nogil
+    cdef int _make_slot_ready(self, uint64_t block) noexcept nogil
     cdef void _count(self, uint64_t slot, uint64_t n) noexcept nogil
     cdef void prefetch(self, uint64_t block) noexcept nogil
     cdef int write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil
@@ -92,4 +99,6 @@ cdef class Blocks:
     cdef int populate(self) noexcept nogil
     cdef void clear(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil
-    cdef const char *find_fault(self, uint64_t *where) noexcept nogil
+    cdef const char *find_fault(self, walk *w, uint64_t *where) noexcept nogil
+    cdef const char *_find_slot_fault(self, walk *w, uint64_t *where) noexcept nogil
+    cdef const char *_find_count_fault(self, uint64_t *where) noexcept nogil

@@ -12,11 +12,11 @@ Lock order: gate, then those of blocks.pyx.
 cimport cython
 from libc.errno cimport EDQUOT, EINVAL, EIO, ENOMEM
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 
-from zramd.core.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, Blocks, is_touched, op, scratch
+from zramd.core.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, Blocks, is_touched, op, scratch, walk
 from zramd.core.gate cimport (
     gate_close,
     gate_enter,
@@ -32,6 +32,7 @@ from zramd.core.locks cimport (
     counter_sub,
     load_relaxed,
     mutex_inherit,
+    nap,
     owned_add,
     pthread_mutex_destroy,
     pthread_mutex_init,
@@ -663,17 +664,25 @@ cdef class Device:
             raise error_from(rc, "the data is dropped, but the tables of an empty device are not resident")
 
     def check(self):
-        """Walk every structure, while requests wait. Raises CorruptionError when one contradicts another."""
+        """Walk every structure. Raises CorruptionError when one contradicts another.
+
+        Requests wait for a piece of the walk, and at its end for the counts and lists.
+        """
         cdef uint64_t where = 0
-        cdef const char *wrong
+        cdef const char *wrong = NULL
+        cdef walk w
         cdef int priority
+        memset(&w, 0, sizeof(w))
         with nogil:
             priority = be_calm()
-            gate_close(&self.gate)
-            self.pool.compact_begin()
-            wrong = self.table.find_fault(&where)
-            self.pool.compact_end()
-            gate_open(&self.gate)
+            while wrong == NULL and not w.done:
+                gate_close(&self.gate)
+                self.pool.compact_begin()
+                wrong = self.table.find_fault(&w, &where)
+                self.pool.compact_end()
+                gate_open(&self.gate)
+                if not w.done:
+                    nap()       # who waits at the gate is only woken up by that, and is not to find it closed once more
             be_urgent(priority)
         if wrong != NULL:
             raise CorruptionError(f"{wrong.decode()} (at {where})")

@@ -117,6 +117,7 @@ cdef class Zsmalloc:
     cdef void clear(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil
     cdef const char *find_fault(self, uint64_t *where, uint64_t words) noexcept nogil
+    cdef const char *find_zspage_fault(self, uint32_t *span, uint32_t chunks, uint64_t *where) noexcept nogil
 
     cdef int _cell_take(self, uint64_t *handle) noexcept nogil
     cdef void _cell_give(self, uint64_t handle) noexcept nogil

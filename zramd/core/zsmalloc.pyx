@@ -1506,9 +1506,10 @@ cdef class Zsmalloc:
                 + self.arena.metadata_bytes() + sizeof(self.classes) + sizeof(self.class_of))
 
     cdef const char *find_fault(self, uint64_t *where, uint64_t words) noexcept nogil:
-        """Walk every structure; NULL, or what is wrong, with a handle or span in where[0].
+        """Look whether all lists and counts agree with each other; NULL, or what is wrong, with a handle or span in where[0].
 
-        words: handles that stand for a word. Nobody else may use the pool meanwhile.
+        What is in a zspage, find_zspage_fault looks at. words: handles that stand for a word. Nobody else may use the pool
+        meanwhile.
         """
         cdef const char *wrong = NULL
         cdef uint64_t objects = 0, zspages = 0, listed = 0, handle
@@ -1541,13 +1542,33 @@ cdef class Zsmalloc:
             return "cells in use and free cells do not add up"
         return self.arena.check(where)
 
+    cdef const char *find_zspage_fault(self, uint32_t *span, uint32_t chunks, uint64_t *where) noexcept nogil:
+        """Look into the zspages of spans from span[0] on, until about so many chunks were seen; span[0] is the next one.
+
+        NULL, or what is wrong, with the span in where[0]. Nobody else may use the pool meanwhile.
+        """
+        cdef uint32_t top = load_relaxed_32(&self.arena.top), seen = 0
+        cdef const char *wrong = NULL
+        cdef zspage *z
+        while span[0] < top and seen < chunks and wrong == NULL:
+            z = &self.zspages[span[0]]
+            seen += 1
+            # (For group 0 see find_fault.)
+            if z.group != NO_ZSPAGE and z.group != GROUP_EMPTY:
+                where[0] = span[0]
+                wrong = "a zspage has no size class"
+                if z.class_index < self.class_count:
+                    seen += self.classes[z.class_index].objs
+                    wrong = self._find_zspage_fault(z.class_index, span[0])
+            span[0] += 1
+        return wrong
+
     cdef const char *_find_class_fault(self, uint32_t index, uint64_t *where) noexcept nogil:
         cdef size_class *c = &self.classes[index]
         cdef uint64_t count, inuse = 0, committed = 0, zspages = 0
         cdef uint32_t group, span, prev, unused, i
         cdef uint32_t top = load_relaxed_32(&self.arena.top)    # the keeper may be taking spans meanwhile
         cdef zspage *z
-        cdef const char *wrong
         for group in range(GROUPS):
             count = 0
             prev = NIL
@@ -1564,9 +1585,6 @@ cdef class Zsmalloc:
                     return "a zspage that has room is marked as one that has none"
                 if not z.dry and prev != NIL and self.zspages[prev].dry:
                     return "a zspage that may have room is behind one that has none"
-                wrong = self._find_zspage_fault(index, span)
-                if wrong != NULL:
-                    return wrong
                 inuse += z.inuse
                 committed += bits_set(self.arena.committed[span])
                 if index == self.huge:
@@ -1802,10 +1820,13 @@ cdef class Zsmalloc:
     def check(self):
         """Walk every structure. Raises CorruptionError when one contradicts another. Nobody else may use the pool."""
         cdef uint64_t where = 0
+        cdef uint32_t span = 0
         cdef const char *wrong
         with nogil:
             self.compact_begin()
-            wrong = self.find_fault(&where, 0)
+            wrong = self.find_zspage_fault(&span, <uint32_t>-1, &where)
+            if wrong == NULL:
+                wrong = self.find_fault(&where, 0)
             self.compact_end()
         if wrong != NULL:
             raise CorruptionError(f"{wrong.decode()} (at {where})")
