@@ -18,7 +18,7 @@ import time
 from contextlib import suppress
 
 from zramd import handover, trusted
-from zramd.errors import RundirError, UntrustedError
+from zramd.errors import RundirError, UntrustedError, reason
 
 PID = "pid"
 NBD_SOCKET = "nbd.sock"
@@ -362,8 +362,3 @@ def _holds_socket(path: str) -> bool:
 def _unlink(path: str, folder: int | None) -> None:
     with suppress(FileNotFoundError):
         os.unlink(path, dir_fd=folder)
-
-
-def reason(error: OSError) -> str:
-    """Return what the system says, to stand inside a sentence."""
-    return (error.strerror or str(error)).lower()
