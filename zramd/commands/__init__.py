@@ -44,6 +44,10 @@ exit status:
   2  what was written on the command line is wrong
 """
 
+# argparse looks in many places for a translation of each parser's headings, and there never is one: that took a
+# seventh of the time of `zramd list`.
+argparse._ = str  # type: ignore[attr-defined]
+
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """argparse makes one for each argument that is added, and imports shutil just to learn the width."""

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from zramd import client, handover, life, peer, pidfd, rundir
-from zramd.commands import add_device, background, filters, serve
+from zramd.commands import add_device, background, serve
 from zramd.errors import AttachError, DeviceError, UsageError, reason
 from zramd.steps import step
 
@@ -53,6 +53,7 @@ def restart(arguments: argparse.Namespace) -> int:
 def _replace(served: client.Served, words: list[str], turn: life.Turn) -> tuple[int, float]:
     """Replace the server; return the new one's process and for how many seconds nobody answered."""
     from zramd import interrupts
+    from zramd.commands import filters
 
     process = served.process()
     peer.must_be_ours(process, served.name)  # what nbdkit was told is told to the next one

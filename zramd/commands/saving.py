@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shlex
 import socket
 import stat
 import sys
@@ -199,6 +198,8 @@ def _unblocked(fd: int, how: int) -> "Iterator[int]":
 
 def load(arguments: argparse.Namespace) -> int:
     """Load a saved device into a running one, or only check it."""
+    import shlex
+
     from zramd import interrupts
 
     interrupts.interruptible()
