@@ -10,7 +10,7 @@ import os
 import socket
 
 from zramd import peer, rundir, trusted
-from zramd.errors import DeviceError, UntrustedError, UsageError, ZramdError, is_shortage
+from zramd.errors import DeviceError, UntrustedError, UsageError, ZramdError, is_shortage, reason
 from zramd.handover import SYSTEMD
 
 TIMEOUT = 10.0  # seconds to wait for an answer
@@ -241,7 +241,7 @@ def names_in(folder: str) -> list[str]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise DeviceError(f"'{folder}' cannot be read: {(error.strerror or '').lower()}") from None
+        raise DeviceError(f"'{folder}' cannot be read: {reason(error)}") from None
 
 
 def _was_used(path: str) -> bool:
@@ -357,4 +357,4 @@ def _server(path: str) -> int | None:
 def _why(path: str, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return f"there is no '{path}': it is starting, stopping, or runs with endpoint=off"
-    return f"'{path}': {(error.strerror or str(error)).lower()}"
+    return f"'{path}': {reason(error)}"

@@ -139,6 +139,11 @@ def is_shortage(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORTAGES)
 
 
+def reason(error: OSError) -> str:
+    """Return what the system says of an error, to stand inside a sentence."""
+    return (error.strerror or str(error)).lower()
+
+
 def sentence(error: BaseException) -> str:
     """Return what a user is told of an exception that one has to expect, '' for any other."""
     if isinstance(error, MemoryError):
@@ -148,9 +153,8 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, ZramdError):
         return (error.strerror or "") if isinstance(error, OSError) else str(error)
     if isinstance(error, OSError):
-        what = (error.strerror or str(error)).lower()
         place = f"'{error.filename}': " if error.filename else ""
-        return f"{place}{what}{_REMEDIES.get(error.errno or 0, '')}"
+        return f"{place}{reason(error)}{_REMEDIES.get(error.errno or 0, '')}"
     return ""
 
 

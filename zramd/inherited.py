@@ -18,9 +18,7 @@ _MANAGERS = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES")
 _USERS = {"ZRAMD_ROOT", "ZRAMD_STEPS"}  # all other ZRAMD_… a server is told by the command that starts it
 _OF_PYTHON = {"PYTHONPATH", "PYTHONMALLOC", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"}
 _OF_PYTHON |= {"PYTHONNOUSERSITE", "PYTHONSAFEPATH"}
-_NAMES_ONE = re.compile(
-    r"/(?:dev|proc/self)/fd/(\d+)|=-(\d+)$"
-)  # in a word: as <(…) has it, and nbdkit's =-FD
+_NAMES_ONE = r"/(?:dev|proc/self)/fd/(\d+)|=-(\d+)$"  # in a word: as <(…) has it, and nbdkit's =-FD
 missing: frozenset[int] = frozenset()  # the standard descriptors that were closed
 
 
@@ -99,7 +97,7 @@ def close_others(keep: Iterable[int] = (), words: Collection[str] = ()) -> None:
     line, name is kept, too.
     """
     kept = {0, 1, 2, *keep}
-    for match in (match for word in words for match in _NAMES_ONE.finditer(word)):
+    for match in (match for word in words for match in re.finditer(_NAMES_ONE, word)):
         kept.add(int(match[1] or match[2]))
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)

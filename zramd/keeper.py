@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from zramd import attached, netlink, rundir, swap
-from zramd.errors import AttachError, RundirError, ZramdError
+from zramd.errors import AttachError, RundirError, ZramdError, reason
 
 RETRY = 0.01  # seconds between two looks for a new server; a server takes 100 to start
 RETRY_LATER = 0.2  # the same, once it has been away for RETRY_SOON
@@ -147,9 +147,7 @@ class Keeper:
             self._connected = True
         except OSError as error:
             what = self.device if job.device >= 0 else "an NBD device"
-            raise AttachError(
-                f"the kernel does not give us {what}: {(error.strerror or '').lower()}"
-            ) from None
+            raise AttachError(f"the kernel does not give us {what}: {reason(error)}") from None
         finally:
             for link in links:
                 link.close()
@@ -160,8 +158,9 @@ class Keeper:
         try:
             return netlink.dial(self._address)
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise AttachError(f"the server cannot be reached at '{self._job.address}': {reason}") from None
+            raise AttachError(
+                f"the server cannot be reached at '{self._job.address}': {reason(error)}"
+            ) from None
 
     def _set_timeout(self) -> None:
         """Let the kernel look after so many seconds whether a request's connection was replaced.
@@ -270,7 +269,7 @@ def main(words: list[str]) -> int:
         keeper = Keeper(job(words))
         keeper.attach()
     except (ZramdError, OSError) as error:
-        sentence = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
+        sentence = reason(error) if isinstance(error, OSError) else str(error)
         print(sentence.removeprefix("swap=local: "))
         return 1
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from zramd import handover, rundir
-from zramd.errors import DeviceError, RundirError
+from zramd.errors import DeviceError, RundirError, reason
 
 PATIENCE = 10.0  # seconds: a start or a stop takes one, a large state or a busy machine a few
 
@@ -49,7 +49,7 @@ def turn(folder: str, name: str, make: bool = False) -> Iterator[Turn]:
     except FileNotFoundError:
         raise DeviceError(f"{name} has stopped meanwhile") from None
     except OSError as error:
-        raise DeviceError(f"'{folder}' cannot be used: {rundir.reason(error)}") from None
+        raise DeviceError(f"'{folder}' cannot be used: {reason(error)}") from None
     try:
         yield mine
     finally:

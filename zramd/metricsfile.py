@@ -9,8 +9,8 @@ import os
 from contextlib import suppress
 
 from zramd import trusted
-from zramd.errors import RundirError, UntrustedError
-from zramd.rundir import reason, replace_file
+from zramd.errors import RundirError, UntrustedError, reason
+from zramd.rundir import replace_file
 
 _OURS = "# HELP zramd_"
 

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 
-from zramd.errors import ZramdError
+from zramd.errors import ZramdError, reason
 
 PATIENCE = 30.0  # seconds: the manager's queue is short, and full while it is busy
 
@@ -39,12 +39,8 @@ class Manager:
             self._socket.connect(path)  # without that, waiting for a full queue would spin
             self._socket.sendmsg(["\n".join(assignments).encode()], ancillary)
         except OSError as error:
-            reason = (
-                "its queue is full" if isinstance(error, TimeoutError) else (error.strerror or str(error))
-            )
-            raise ZramdError(
-                f"the service manager does not take '{assignments[0]}': {reason.lower()}"
-            ) from None
+            why = "its queue is full" if isinstance(error, TimeoutError) else reason(error)
+            raise ZramdError(f"the service manager does not take '{assignments[0]}': {why}") from None
 
     def store(self, name: str, fd: int) -> None:
         """Give the manager a descriptor to keep, which it passes to the next process of this service.

@@ -14,7 +14,7 @@ import struct
 from contextlib import suppress
 
 from zramd import pidfd, rundir, trusted
-from zramd.errors import DeviceError, UntrustedError, is_shortage, sentence
+from zramd.errors import DeviceError, UntrustedError, is_shortage, reason, sentence
 
 _SO_PEERPIDFD = 77  # asm-generic/socket.h
 _TIMEOUT = 2.0  # seconds; the kernel answers for a server that hangs, unless too many wait for it already
@@ -53,7 +53,7 @@ def find(name: str, path: str) -> Process:
     try:
         folder = trusted.open_folder(path, foreign=True)
     except (OSError, UntrustedError) as error:
-        why = rundir.reason(error) if isinstance(error, OSError) else error
+        why = reason(error) if isinstance(error, OSError) else error
         raise DeviceError(f"{name}: '{path}' is not used: {why}") from None
     try:
         try:

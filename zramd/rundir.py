@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from zramd import handover, trusted
-from zramd.errors import RundirError, UntrustedError, is_shortage, sentence
+from zramd.errors import RundirError, UntrustedError, is_shortage, reason, sentence
 
 PID = "pid"
 NBD_SOCKET = "nbd.sock"
@@ -397,8 +397,3 @@ def _holds_socket(path: str) -> bool:
 def _unlink(path: str, folder: int | None) -> None:
     with suppress(FileNotFoundError):
         os.unlink(path, dir_fd=folder)
-
-
-def reason(error: OSError) -> str:
-    """Return what the system says, to stand inside a sentence."""
-    return (error.strerror or str(error)).lower()

@@ -16,7 +16,7 @@ from zramd import trusted
 from zramd.core.device import state_layout
 from zramd.core.region import filesystem, page_size
 from zramd.core.zsmalloc import layout_sum
-from zramd.errors import StateError, UntrustedError
+from zramd.errors import StateError, UntrustedError, reason
 from zramd.handover import KEPT_FD, SYSTEMD
 
 MAGIC = b"zramd state\n\0\x1a\xff\x00"
@@ -85,8 +85,9 @@ def _open(path: str, flags: int) -> int:
     except UntrustedError as error:
         raise _refused(path, error) from None
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise StateError(f"state '{path}' cannot be opened: {reason}: {_remedy(error.errno)}") from None
+        raise StateError(
+            f"state '{path}' cannot be opened: {reason(error)}: {_remedy(error.errno)}"
+        ) from None
 
 
 def _refused(path: str, error: UntrustedError) -> StateError:
@@ -136,9 +137,8 @@ def _create(fd: int, path: str, layout: dict[str, int]) -> None:
         os.ftruncate(fd, layout["bytes"])
         os.pwrite(fd, _pack(layout), 0)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
         raise StateError(
-            f"state '{path}' cannot be made: {reason}: make room there (its size is that of the data, "
+            f"state '{path}' cannot be made: {reason(error)}: make room there (its size is that of the data, "
             "though it looks larger), or use another path"
         ) from None
 

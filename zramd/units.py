@@ -13,7 +13,7 @@ from pathlib import Path
 
 import zramd
 from zramd import trusted
-from zramd.errors import UnitsError, UntrustedError, UsageError
+from zramd.errors import UnitsError, UntrustedError, UsageError, reason
 
 UNITS = ("zramd@.service", "zramd-attach@.service", "zramd.slice")
 MARK = (
@@ -132,7 +132,7 @@ def _refuse_anothers(needed: tuple[str, ...]) -> None:
             f"{error}, and services would run it as root: install zramd as root, say in /opt/zramd"
         ) from None
     except OSError as error:
-        raise UnitsError(f"'{error.filename}' cannot be read: {(error.strerror or '').lower()}") from None
+        raise UnitsError(f"'{error.filename}' cannot be read: {reason(error)}") from None
 
 
 def _inside(path: str, root: Path) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from zramd import __version__, inherited
-from zramd.errors import UsageError, ZramdError, printable, sentence
+from zramd.errors import UsageError, ZramdError, printable, reason, sentence
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ exit status:
   1  it went wrong, or what was looked for is wrong: one sentence on standard error says why
   2  what was written on the command line is wrong
 """
+
+# argparse looks in many places for a translation of each parser's headings, and there never is one: that took a
+# seventh of the time of `zramd list`.
+argparse._ = str  # type: ignore[attr-defined]
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -137,6 +141,11 @@ def add_device(parser: Parser) -> None:
     parser.add_argument("--rundir", metavar="FOLDER", help="its run folder, if it is not in the usual place")
 
 
+def say(sentence: str) -> None:
+    """Tell the user something beside what a command prints, on standard error."""
+    print(f"zramd: {printable(sentence)}", file=sys.stderr, flush=True)
+
+
 def verbs(of: argparse.ArgumentParser) -> dict[str, Parser]:
     """Return the parsers of a parser's verbs, by their names."""
     for action in of._actions:
@@ -166,10 +175,10 @@ def main(argv: list[str] | None = None) -> int:
         _drop_output()
         return 1
     except (ZramdError, OSError) as error:
-        print(f"zramd: {printable(sentence(error) or str(error))}", file=sys.stderr)
+        say(sentence(error) or str(error))
         return error.exit_code if isinstance(error, ZramdError) else 1
     except MemoryError:
-        print("zramd: not enough memory for this command: free some, or raise 'ulimit -v'", file=sys.stderr)
+        say("not enough memory for this command: free some, or raise 'ulimit -v'")
         return 1
     except KeyboardInterrupt as interrupt:
         return 128 + getattr(interrupt, "number", 2)  # as a shell has it for what a signal ended
@@ -182,9 +191,8 @@ def _flush(status: int) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
         _drop_output()
-        print(f"zramd: it is done, but cannot be printed to standard output: {reason}", file=sys.stderr)
+        say(f"it is done, but cannot be printed to standard output: {reason(error)}")
         return status or 1
     return status
 

@@ -7,8 +7,8 @@ import sys
 from contextlib import suppress
 
 from zramd import client, rundir
-from zramd.commands import add_device
-from zramd.errors import AttachError, DeviceError, UsageError, printable
+from zramd.commands import add_device, say
+from zramd.errors import AttachError, DeviceError, UsageError
 from zramd.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -70,7 +70,7 @@ def _attach(arguments: argparse.Namespace, served: client.Served) -> str:
             )
         device = there.device
     elif there:
-        _say(f"{there.device} has lost its keeper: starting another")
+        say(f"{there.device} has lost its keeper: starting another")
         device = there.device
         _start_keeper(_job(arguments, served, _index(device), there.data))
     elif arguments.nbd_client or not _has_netlink():
@@ -87,7 +87,7 @@ def _attach(arguments: argparse.Namespace, served: client.Served) -> str:
                 _disconnect(device, attached.find(served.name))
                 _forget(served.name, device)
         elif isinstance(error, KeyboardInterrupt):
-            _say(f"interrupted: {served.name} is attached as {device}{', and swapped to' if swapped else ''}")
+            say(f"interrupted: {served.name} is attached as {device}{', and swapped to' if swapped else ''}")
         raise
     return device
 
@@ -99,7 +99,7 @@ def _use(arguments: argparse.Namespace, name: str, device: str) -> None:
     _wait(lambda: os.path.exists(device), f"{device} does not appear: is /dev a devtmpfs, or udev running?")
     if arguments.swap and kernelswap.find(device) is None:
         if arguments.config and (changed := kernelswap.set_memory_aside()):
-            _say(changed)
+            say(changed)
         if arguments.config:
             swapunit.order(device, name)
         kernelswap.on(device, arguments.priority, options=arguments.swapon_options)
@@ -129,7 +129,7 @@ def _drop(there: "Attached") -> None:
             f"{there.device} is in use as '{use[0]}', but the server that had its data has ended: "
             f"'zramd detach --swapoff {there.name}' first"
         )
-    _say(f"{there.device} is left over from a server that has ended: detaching it")
+    say(f"{there.device} is left over from a server that has ended: detaching it")
     _disconnect(there.device, there)
     _forget(there.name, there.device)
 
@@ -144,10 +144,10 @@ def _configure(arguments: argparse.Namespace) -> bool:
     try:
         device = devices.find(arguments.name)
     except devices.SkippedError as skipped:
-        _say(str(skipped))
+        say(str(skipped))
         return False
     if not device.attached:
-        _say(f"{device.name} is for others to attach: attach = no")
+        say(f"{device.name} is for others to attach: attach = no")
         return False
     arguments.rundir = arguments.rundir or device.rundir
     arguments.swap = device.swaps
@@ -202,7 +202,7 @@ def detach(arguments: argparse.Namespace) -> int:
                 left = kernelswap.find(device)
                 if left is not None:
                     used = left.used >> 20
-                    _say(f"interrupted: {used} MiB are still swapped out to {device}, still in use")
+                    say(f"interrupted: {used} MiB are still swapped out to {device}, still in use")
                 raise
         _must_be_free(device)
         step("detach.free")
@@ -371,7 +371,7 @@ def _by_nbd_client(arguments: argparse.Namespace, name: str, address: str) -> st
     """Attach by the program nbd-client and return the device's name. Raises AttachError."""
     from zramd import attached, kernelswap
 
-    _say(f"attaching by nbd-client: {name} has no keeper, and when its server ends, requests fail")
+    say(f"attaching by nbd-client: {name} has no keeper, and when its server ends, requests fail")
     device = _free_device() if arguments.device < 0 else f"/dev/nbd{arguments.device}"
     words = ["-unix", address, device, "-b", "4096", "-N", name, "-C", str(arguments.connections)]
     if arguments.timeout is not None:
@@ -445,10 +445,6 @@ def _wait(done: "Callable[[], bool]", otherwise: str) -> None:
         if time.monotonic() > end:
             raise AttachError(otherwise)
         time.sleep(0.02)
-
-
-def _say(sentence: str) -> None:
-    print(f"zramd: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def _progress(device: str) -> "Callable[[int, int], None] | None":

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from zramd.commands import say
 from zramd.errors import ConfigError, printable
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -117,7 +118,7 @@ def _as_json(device: "Device") -> "dict[str, Any]":
 
 def _complain(configuration: "Configuration") -> None:
     for problem in configuration.problems:
-        print(f"zramd: {printable(str(problem))}", file=sys.stderr)
+        say(str(problem))
 
 
 def show(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable
 
 from zramd import attached, client, kernelswap
-from zramd.errors import DeviceError, UsageError, printable
+from zramd.commands import say
+from zramd.errors import DeviceError, UsageError
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
             values = numbers(served, clients=_BY_NAME["CLIENTS"] in shown)
         except DeviceError as error:
             sys.stdout.flush()
-            print(f"zramd: {printable(str(error))}", file=sys.stderr)
+            say(str(error))
             status = 1
             continue
         rows.append({column.name: column.get(values) for column in shown})
@@ -187,7 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
         write = raw if arguments.raw else table
         sys.stdout.write(write(shown, lines, headings=not arguments.noheadings))
     elif not (status or arguments.raw or arguments.noheadings):
-        print(f"zramd: {_what_next()}", file=sys.stderr)
+        say(_what_next())
     return status
 
 

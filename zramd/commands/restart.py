@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from zramd import client, handover, life, peer, pidfd, rundir
 from zramd.commands import add_device, background, filters, serve
-from zramd.errors import AttachError, DeviceError, RundirError, UsageError
+from zramd.errors import AttachError, DeviceError, RundirError, UsageError, reason
 from zramd.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -348,7 +348,7 @@ def _words(path: str) -> list[str]:
         with open(path, "rb") as file:
             return os.fsdecode(file.read()).split("\0")
     except OSError as error:
-        raise DeviceError(f"'{path}' cannot be read: {rundir.reason(error)}: run this as its owner") from None
+        raise DeviceError(f"'{path}' cannot be read: {reason(error)}: run this as its owner") from None
 
 
 class _Plan(NamedTuple):

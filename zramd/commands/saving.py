@@ -3,7 +3,6 @@
 import argparse
 import io
 import os
-import shlex
 import socket
 import stat
 import sys
@@ -11,8 +10,8 @@ import time
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
 from zramd import client, inherited
-from zramd.commands import add_device
-from zramd.errors import DeviceError, SaveError, UntrustedError, UsageError
+from zramd.commands import add_device, say
+from zramd.errors import DeviceError, SaveError, UntrustedError, UsageError, reason
 from zramd.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -58,7 +57,7 @@ def save(arguments: argparse.Namespace) -> int:
     print(f"{_summary(found)}, {_speed(found['bytes'], started)}", file=sys.stderr)
     _warn(found)
     if in_use:
-        print(in_use, file=sys.stderr)
+        say(in_use)
     return 0
 
 
@@ -95,7 +94,7 @@ def _in_use(served: client.Served) -> str:
         return ""
     what = f"is in use as {', '.join(uses)}" if uses else f"has {clients} client{'s' * (clients > 1)}"
     return (
-        f"zramd: {served.name} {what}: what was not written to it yet is not in the file: "
+        f"{served.name} {what}: what was not written to it yet is not in the file: "
         "unmount file systems first, and do not count on swap"
     )
 
@@ -202,6 +201,7 @@ def _unblocked(fd: int, how: int) -> "Iterator[int]":
 
 def load(arguments: argparse.Namespace) -> int:
     """Load a saved device into a running one, or only check it."""
+
     from zramd import interrupts
 
     interrupts.interruptible()
@@ -323,7 +323,7 @@ def _file(arguments: argparse.Namespace) -> str:
 
 
 def _cannot(what: str, file: str, error: OSError) -> DeviceError:
-    return DeviceError(f"'{file}' cannot {what}: {(error.strerror or str(error)).lower()}")
+    return DeviceError(f"'{file}' cannot {what}: {reason(error)}")
 
 
 def _progress(what: str, total: int) -> "Callable[[int], None] | None":
@@ -358,13 +358,12 @@ def _speed(size: int, started: float) -> str:
 
 def _warn(found: "dict[str, int]") -> None:
     if found["changes"]:
-        print(
-            f"zramd: {found['changes']} requests changed the device while it was saved: "
-            "its blocks are of different moments",
-            file=sys.stderr,
+        say(
+            f"{found['changes']} requests changed the device while it was saved: "
+            "its blocks are of different moments"
         )
     if found["lost"]:
-        print(f"zramd: {found['lost']} blocks are lost: reading them is an error", file=sys.stderr)
+        say(f"{found['lost']} blocks are lost: reading them is an error")
 
 
 def _add(commands: "Commands", name: str, run: object, text: str, more: str) -> "Parser":

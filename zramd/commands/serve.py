@@ -17,9 +17,9 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from zramd import __version__, attached, client, handover, inherited, kernelswap, life, pidfd, rundir
-from zramd.commands import add_device, background
+from zramd.commands import add_device, background, say
 from zramd.commands.uris import uri
-from zramd.errors import DeviceError, RundirError, UsageError, ZramdError, printable, sentence
+from zramd.errors import DeviceError, RundirError, UsageError, ZramdError, sentence
 from zramd.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -371,7 +371,7 @@ def _not_here(skipped: Exception) -> int:
     if "NOTIFY_SOCKET" not in os.environ:
         raise skipped
     notify.Manager().insist(f"STATUS={skipped}", "READY=1")
-    print(f"zramd: {printable(str(skipped))}", file=sys.stderr)
+    say(str(skipped))
     return 0
 
 

@@ -5,7 +5,7 @@ import sys
 import time
 
 from zramd import client
-from zramd.commands import add_device
+from zramd.commands import add_device, say
 from zramd.errors import DeviceError, UsageError
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -102,10 +102,9 @@ def _say_if_full(served: client.Served) -> None:
     stats = served.stats()
     limit, used = stats["mem_limit"], stats["mem_used_total"]
     if 0 < limit < used:
-        print(
-            f"zramd: {used} bytes are in use already: nothing is lost, but writes that need memory fail "
-            "until clients have freed some",
-            file=sys.stderr,
+        say(
+            f"{used} bytes are in use already: nothing is lost, but writes that need memory fail "
+            "until clients have freed some"
         )
 
 
