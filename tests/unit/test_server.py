@@ -330,3 +330,28 @@ def test_leaves_when_requests_never_end(monkeypatch: pytest.MonkeyPatch) -> None
     assert not parting.thread.is_alive()
     assert parting.is_cut_off()
     assert parting.connection.recv(64) == b"request"  # what has come can still be read, and answered
+
+
+def test_two_threads_may_do_what_was_left_undone() -> None:
+    one = server()
+    done = []
+    one._undone["a"] = one._do_undone  # as the housekeeper does meanwhile
+    one._undone["b"] = lambda: done.append("b")
+    one._do_undone()
+    assert done == ["b"]
+    assert not one._undone
+
+
+def test_a_farewell_that_fails_everywhere_is_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = server()
+    ends: list[int] = []
+
+    def fail() -> None:
+        raise OSError(errno.EMFILE, "no")
+
+    monkeypatch.setattr(one._admission, "use_spare", fail)
+    monkeypatch.setattr(one, "_remove_files", fail)
+    monkeypatch.setattr(module.os, "_exit", ends.append)
+    with pytest.raises(OSError, match="no"):  # the end that is replaced here
+        one._surely(fail)
+    assert ends == [0]
