@@ -430,7 +430,10 @@ class Server:
             self._undone[failing] = later or work
 
     def _do_undone(self) -> None:
-        """Do what failed before; it stays undone if it fails again. Two threads may be at it when a server begins."""
+        """Do what failed before; it stays undone if it fails again.
+
+        Two threads may be at it when a server begins.
+        """
         for failing in list(self._undone):
             work = self._undone.pop(failing, None)
             if work is None:  # the other thread does it

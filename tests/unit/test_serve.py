@@ -297,7 +297,10 @@ def test_a_process_that_cannot_be_made_has_no_number(monkeypatch: pytest.MonkeyP
         ("", "it gave no reason"),
         ("zramd: took over 5 blocks from state '/s' in 1 ms\n", "it gave no reason"),
         ("nbdkit: error: bind: permission denied\nnbdkit: debug\n", "debug"),
-        ("Traceback:\n  x\nMemoryError\nnbdkit: error: /p.py: error running this script\n", "not enough memory"),
+        (
+            "Traceback:\n  x\nMemoryError\nnbdkit: error: /p.py: error running this script\n",
+            "not enough memory",
+        ),
         ("nbdkit: error: /p.py: error running this script\n", "/p.py: error running this script"),
     ],
 )
