@@ -62,9 +62,10 @@ except ModuleNotFoundError as missing:
     )
     os._exit(1)
 except (ImportError, OSError, MemoryError) as shortage:
-    why = (
-        getattr(shortage, "strerror", None) or str(shortage) or "not enough memory"
-    )  # the loader says which file
+    # Of a library that does not load the text says which.
+    why = getattr(shortage, "strerror", None) or str(shortage) or "not enough memory"
+    if "cannot map" in why or "failed to map" in why:
+        why = f"not enough memory: {why}"
     print(f"nbdkit: error: zramd cannot be loaded: {why}", file=sys.stderr, flush=True)
     os._exit(1)
 

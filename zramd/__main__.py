@@ -2,7 +2,11 @@
 
 import sys
 
-from zramd.commands import main
+try:
+    from zramd.commands import main
+except (MemoryError, OSError) as shortage:
+    why = getattr(shortage, "strerror", None) or "not enough memory for this command"
+    sys.exit(f"zramd: {why.lower()}: free some, or raise the limits that 'ulimit -a' shows")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,6 +5,7 @@ its log each time. So a client too many is cut off while there still are some, a
 same, nobody is accepted: who comes waits in the queue.
 """
 
+import errno
 import os
 import resource
 import signal
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from zramd.errors import DeviceError
+from zramd.errors import DeviceError, sentence
 from zramd.trouble import Troubles
 
 PATIENCE = 30.0  # seconds in which a client is to say what it wants
@@ -89,17 +90,24 @@ class Descriptors:
         self._file = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._spare: list[int] = []
         self.are_out = False  # when looked at last
+        self.missing = ""
         self.keep()
 
     def keep(self) -> bool:
-        """Keep what is missing of our own; if there are no more, give all back for use, and return False."""
+        """Keep what is missing of our own; if there are no more, give all back for use, and return False.
+
+        `missing` tells why then. Raises OSError when it cannot be told whether there are more.
+        """
         try:
             # Opened, not duplicated: there may be too many files in the whole system, too.
             while len(self._spare) < SPARE:
                 self._spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
             os.close(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise
             self.give_back()
+            self.missing = sentence(error)
             return False
         return True
 
@@ -214,7 +222,7 @@ class Admission:
             self._troubles.over(what)
         else:
             self._door.shut()
-            self._troubles.begin(what, "raise ulimit -n, or LimitNOFILE= of the service")
+            self._troubles.begin(what, self._descriptors.missing)
 
     def watch_clients(self) -> None:
         """Cut off those who never become clients, and tell of those who were turned away while that lasts."""

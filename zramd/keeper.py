@@ -230,9 +230,8 @@ class Keeper:
             if pid:
                 server = os.pidfd_open(pid)
                 try:
-                    if (
-                        rundir.holder(self._job.folder) == pid
-                    ):  # else it has left its number to another process
+                    # Else it has left its number to another process.
+                    if rundir.holder(self._job.folder) == pid:
                         self._poll.register(server, select.POLLIN)
                         self._server = server
                 finally:

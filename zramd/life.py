@@ -31,9 +31,9 @@ class Turn:
     def done(self) -> None:
         """Let others have their turn; the folder goes if it was made for a server that did not come."""
         with suppress(OSError, RundirError):
-            if self.made and rundir.holder(self.folder) is None:
-                if os.path.samestat(os.fstat(self.fd), os.stat(self.folder)):
-                    os.rmdir(self.folder)
+            is_ours = os.path.samestat(os.fstat(self.fd), os.stat(self.folder))
+            if self.made and is_ours and rundir.holder(self.folder) is None:
+                os.rmdir(self.folder)
         os.close(self.fd)
 
 

@@ -76,7 +76,7 @@ class Rundir:
                 self._names = _OURS
             self.write_pid()
             self._keep_log()
-            # Where the state is stands there until it is replaced: it holds as long as somebody may take over.
+            # Where the state is stands there until it is replaced: somebody may still take over.
             kept = {LOG, OLD_LOG, STATE} if handover.takes_over() else {LOG, OLD_LOG}
             self._remove_files(self._names - kept)
             if handover.takes_over():
@@ -151,7 +151,10 @@ class Rundir:
                     break
 
     def _surely_remove(self, names: Iterable[str]) -> bool:
-        """Remove all files that can be; one that fails keeps no other, and is tried again. Say whether all went."""
+        """Remove all files that can be removed, and say whether all could.
+
+        One that cannot keeps no other, and is tried again.
+        """
         left = set(names)
         for _ in range(_TRIES):
             for name in list(left):
@@ -199,19 +202,25 @@ def replace_file(path: str, text: str, mode: int, folder: int | None = None) -> 
 def holder(path: str) -> int | None:
     """Return the process number of the live server that holds the folder, None if there is none.
 
-    It is what stands there, to be shown. Whom to send a signal, zramd.peer knows. Raises RundirError when that
-    cannot be told for want of something: it does not mean that there is none.
+    It is what stands there, to be shown. Whom to send a signal, zramd.peer knows. Raises RundirError when
+    that cannot be told for want of something: it does not mean that there is none.
     """
     try:
         fd = os.open(f"{path}/{PID}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            return _read_pid(fd) if _is_locked(fd) else None
-        finally:
-            os.close(fd)
     except OSError as error:
         if is_shortage(error):
-            raise RundirError(f"who serves cannot be told: {sentence(error)}") from error
+            raise _untold(error) from error
         return None
+    try:
+        return _read_pid(fd) if _is_locked(fd) else None
+    except OSError as error:
+        raise _untold(error) from error
+    finally:
+        os.close(fd)
+
+
+def _untold(error: OSError) -> RundirError:
+    return RundirError(f"who serves cannot be told: {sentence(error)}")
 
 
 def is_ours_alone(path: str) -> bool:
@@ -326,7 +335,7 @@ def _take_lock(path: str) -> int:
         try:
             if not _locked(fd):
                 raise in_use(path, _read_pid(fd))
-            # A server that stopped between our open and our lock has unlinked the file: then lock the new one.
+            # A server that stopped between our open and our lock has unlinked the file: then lock the new.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(fd), os.stat(name)):
                     return fd
@@ -380,7 +389,7 @@ def _read_pid(fd: int) -> int:
 
 
 def _holds_socket(path: str) -> bool:
-    """Say whether this process already has a socket bound to `path`. Raises OSError when that cannot be told."""
+    """Say whether this process has a socket bound to `path`. Raises OSError when that cannot be told."""
     for name in os.listdir("/proc/self/fd"):
         try:
             if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):

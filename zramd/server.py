@@ -195,7 +195,8 @@ class Server:
             handover.serving(self.config.rundir)
             self._serves = True
             step("server.serves")
-            self._tell_status()
+            # From here on nothing may raise: it is known that we serve.
+            self._undone["the service manager does not know what is stored"] = self._tell_status
             self._undone["the service manager does not know that zramd serves"] = self._tell_ready
             self._do_undone()
         except BaseException:
@@ -424,9 +425,14 @@ class Server:
             self._undone[failing] = later or work
 
     def _do_undone(self) -> None:
-        """Do what failed before; it stays undone if it fails again."""
+        """Do what failed before; it stays undone if it fails again.
+
+        Two threads may be at it when a server begins.
+        """
         for failing in list(self._undone):
-            work = self._undone.pop(failing)
+            work = self._undone.pop(failing, None)
+            if work is None:  # the other thread does it
+                continue
             try:
                 work()
             except Exception as error:

@@ -191,11 +191,16 @@ class _Borrowed(socket.socket):
 
 def _duplicate(fd: int) -> socket.socket:
     try:
-        return socket.socket(fileno=os.dup(fd))
+        copy = os.dup(fd)
     except OSError as error:
         if not is_shortage(error):
             raise
         return _Borrowed(fileno=fd)
+    try:
+        return socket.socket(fileno=copy)
+    except OSError:  # what is left open here is found and duplicated, too, the next time
+        os.close(copy)
+        raise
 
 
 def _listens(sock: socket.socket) -> bool:

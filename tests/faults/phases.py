@@ -28,6 +28,7 @@ class Phase:
 
     name = ""
     live = True
+    thorough = True  # whether each place has all its errors: see plan.rules
     settings: tuple[str, ...] = ()
     programs: tuple[str, ...] = ("server",)  # whose calls are to fail
 
@@ -196,15 +197,16 @@ class Save(Phase):
         _check_stream(world, body)
 
 
-def _check_stream(world: World, body: bytes) -> None:
-    """Whatever loads without an error holds everything. Raises Violation."""
+def _check_stream(world: World, body: bytes, must_load: bool = False) -> None:
+    """Whatever loads without an error holds everything; it may have to load. Raises Violation."""
     copy = Device(SIZE)
     with open(os.memfd_create("stream"), "r+b", buffering=0) as file:
         file.write(body)
         file.seek(0)
         try:
             load_stream(copy, file.fileno(), begun=b"", length=-1, patience=10)
-        except SaveError:
+        except SaveError as error:
+            ensure(not must_load, f"what was saved does not load: {error}")
             return
 
     def read(offset: int, length: int) -> bytes:
@@ -299,7 +301,7 @@ class Start(Phase):
 
     name = "start"
     ended: Ended
-    live = False
+    live = thorough = False
     programs = ("server", "server-command")
 
     def prepare(self, world: World) -> None:
@@ -328,10 +330,7 @@ class Start(Phase):
 
     def check_failed(self, world: World, rule: Rule) -> None:
         """A start that fails says why in one sentence and leaves nothing."""
-        err = self.ended.err
-        ensure("Traceback" not in err, f"a traceback: {err}")
-        ensure(self.ended.status == 1, f"not status 1: {self.ended}")
-        ensure(err.startswith("zramd: ") and err.count("\n") == 1, f"not one sentence: {self.ended}")
+        _expect_sentence(self.ended)
         world.check_said(rule)
         eventually(lambda: not world.alive(), "a server is left after a start that failed")
         there = sorted(os.listdir(world.rundir)) if world.rundir.exists() else []
@@ -371,7 +370,7 @@ class Restart(Phase):
 
     name = "restart"
     ended: Ended
-    live = False
+    live = thorough = False
     programs = ("server", "restart", "restart-command")
 
     def prepare(self, world: World) -> None:
@@ -392,9 +391,7 @@ class Restart(Phase):
         if self.ended.status == 0:
             ensure(pid not in (0, self.before), f"it says that a new server serves: {self.ended}")
         else:
-            ensure(self.ended.status == 1, f"not status 1: {self.ended}")
-            err = self.ended.err
-            ensure(err.startswith("zramd: ") and err.count("\n") == 1, f"not one sentence: {self.ended}")
+            _expect_sentence(self.ended)
         world.check_said(rule)
         if not pid and rule.lasting and "is not served" in self.ended.err:
             # Neither it nor another one could go on as long as that lasted. It must say where the data is.
@@ -422,7 +419,7 @@ class Stop(Phase):
 
     name = "stop"
     ended: Ended
-    live = False
+    live = thorough = False
     programs = ("server", "stop-command")
 
     def prepare(self, world: World) -> None:
@@ -447,13 +444,88 @@ class Stop(Phase):
         if self.ended.status == 0:
             world.check_gone()
             return
-        ensure(self.ended.status == 1, f"not status 1: {self.ended}")
-        err = self.ended.err
-        ensure(err.startswith("zramd: ") and err.count("\n") == 1, f"not one sentence: {self.ended}")
+        _expect_sentence(self.ended)
         if world.pid:
             world.check_stop()
         else:
             world.check_gone()
 
 
-PHASES: tuple[type[Phase], ...] = (Start, Serve, Stats, Compaction, Save, Load, TakeOver, Restart, Stop)
+class SaveCommand(Phase):
+    """`zramd save` into a file: it holds all, or is not there."""
+
+    name = "save command"
+    thorough = False
+    programs = ("save-command",)
+
+    def act(self, world: World, patience: float) -> None:
+        self.file = world.folder / "saved"
+        self.file.unlink(missing_ok=True)
+        words = ["save", "--live", "--rundir", world.rundir, self.file]
+        self.ended = world.command(*words, name="save")
+
+    def judge(self, world: World, rule: Rule) -> None:
+        _expect_done(self.ended, rule)
+        if self.ended.status == 0:
+            world.said.clear()  # what is in the file, and that a client writes
+            _check_stream(world, self.file.read_bytes(), must_load=True)
+        else:
+            _expect_sentence(self.ended)
+            if self.file.exists():  # only what makes its name durable has failed
+                _check_stream(world, self.file.read_bytes(), must_load=True)
+        left = [path.name for path in world.folder.glob("saved.*")]
+        if rule.lasting and left:  # its removal failed as well, for as long as the command ran
+            (world.folder / left.pop()).unlink()
+        ensure(not left, f"a part of a file is left: {left}")
+        super().judge(world, rule)
+
+
+class LoadCommand(Load):
+    """`zramd load` from a file: all of it, or an empty device that can be loaded."""
+
+    name = "load command"
+    thorough = False
+    programs = ("load-command",)
+
+    def act(self, world: World, patience: float) -> None:
+        file = world.folder / "saved"
+        file.write_bytes(self.stream)
+        self.ended = world.command("load", "--force", "--rundir", world.rundir, file, name="load")
+        self.loaded = self.ended.status == 0
+        if self.loaded:
+            world.known = dict(self.content)
+            world.unsure.clear()
+            return
+        # Nothing, all of it, or what there was before.
+        for block in list(world.known):
+            world.unsure.setdefault(block, set()).update(
+                (bytes(BLOCK), self.content.get(block, bytes(BLOCK)))
+            )
+
+    def judge(self, world: World, rule: Rule) -> None:
+        _expect_done(self.ended, rule)
+        if self.ended.status:
+            _expect_sentence(self.ended)
+        super().judge(world, rule)
+
+
+def _expect_sentence(ended: Ended) -> None:
+    """A command that fails says why, in one sentence."""
+    ensure("Traceback" not in ended.err, f"a traceback: {ended.err}")
+    ensure(ended.status == 1, f"not status 1: {ended}")
+    ensure(ended.err.startswith("zramd: ") and ended.err.count("\n") == 1, f"not one sentence: {ended}")
+
+
+PHASES: tuple[type[Phase], ...] = (
+    Start,
+    Serve,
+    Stats,
+    Compaction,
+    Save,
+    SaveCommand,
+    Load,
+    LoadCommand,
+    TakeOver,
+    Restart,
+    Stop,
+)

@@ -28,19 +28,19 @@ def reason_left_out(place: Place) -> str:
     return ""
 
 
-def rules(recorded: Counter[Place], programs: tuple[str, ...], live: bool, seed: int) -> Iterator[Rule]:
+def rules(recorded: Counter[Place], programs: tuple[str, ...], thorough: bool, seed: int) -> Iterator[Rule]:
     """Yield all rules for a phase.
 
-    Of a live phase: each error at the first, the middle and the last call of each place, and lasting from the
-    first. Other phases take a second for each rule, and have four times the places: there each place has one
-    error, that the seed chooses, and lasting ones begin at the first place of each program and call.
+    Of a thorough phase: each error at the first, the middle and the last call of each place, and lasting from
+    the first. Other phases take a second for each rule, and have four times the places: there each place has
+    one error, that the seed chooses, and lasting ones begin at the first place of each program and call.
     """
     begun = set()
     for place, count in sorted(recorded.items()):
         if place.program not in programs or reason_left_out(place):
             continue
         errors = errors_of(place)
-        if live:
+        if thorough:
             yield from (
                 Rule(place, nth, error) for error in errors for nth in sorted({1, (count + 1) // 2, count})
             )
@@ -50,7 +50,7 @@ def rules(recorded: Counter[Place], programs: tuple[str, ...], live: bool, seed:
         for error in errors:
             if error == "EINTR":  # a call that is always interrupted there is not
                 continue
-            if live or (place.program, place.call, error) not in begun:
+            if thorough or (place.program, place.call, error) not in begun:
                 yield Rule(place, 1, error, lasting=True)
             begun.add((place.program, place.call, error))
 

@@ -139,3 +139,18 @@ def test_leaves_when_requests_never_end(monkeypatch: pytest.MonkeyPatch) -> None
     assert not parting.thread.is_alive()
     assert parting.is_cut_off()
     assert parting.connection.recv(64) == b"request"  # what has come can still be read, and answered
+
+
+def test_a_farewell_that_fails_everywhere_is_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = leaving()
+    ends: list[int] = []
+
+    def fail() -> None:
+        raise OSError(errno.EMFILE, "no")
+
+    monkeypatch.setattr(one._admission, "use_spare", fail)
+    monkeypatch.setattr(one, "_clean_up", fail)
+    monkeypatch.setattr(os, "_exit", ends.append)
+    with pytest.raises(OSError, match="no"):  # the end that is replaced here
+        one.surely(fail)
+    assert ends == [0]

@@ -264,3 +264,45 @@ def test_a_full_disk_is_no_end() -> None:
         os.write(saved, b"ended\\n")
     """
     assert in_child(code) == "ended\n"
+
+
+@pytest.mark.parametrize("how", ["os.abort()", "ctypes.CDLL(None).abort()"])
+def test_what_is_said_right_before_an_abort_is_passed_on(how: str) -> None:
+    said = in_child(
+        f"""
+        import ctypes, os
+        from zramd.log import Log
+        Log().start()
+        os.write(2, b"assertion failed: the end\\n")
+        {how}
+        """
+    )
+    assert "assertion failed: the end" in said
+
+
+def test_what_is_said_before_the_program_exits_is_passed_on() -> None:
+    said = in_child(
+        """
+        import ctypes, os
+        from zramd.core import process
+        from zramd.log import Log
+        log = Log()
+        log.start()
+        process.at_failing_exit(log.stop)
+        os.write(2, b"cannot listen\\n")
+        ctypes.CDLL(None).exit(1)
+        """
+    )
+    assert said == "cannot listen\n"
+
+
+def test_an_exit_that_is_no_failure_is_left_alone() -> None:
+    said = in_child(
+        """
+        import ctypes
+        from zramd.core import process
+        process.at_failing_exit(lambda: print("called", flush=True))
+        ctypes.CDLL(None).exit(0)
+        """
+    )
+    assert said == ""

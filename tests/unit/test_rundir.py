@@ -6,7 +6,9 @@ import os
 import shutil
 import socket
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -326,3 +328,99 @@ def test_withdrawn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             held.withdraw(rundir.DATA_ID)
         assert str(caught.value) == held_text
     held.remove()
+
+
+def failing(number: int) -> Callable[..., Any]:
+    def fail(*_: object, **__: object) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_a_folder_that_cannot_be_looked_at_is_not_said_to_be_removed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = rundir.Rundir(str(folder))
+    with monkeypatch.context() as short:
+        short.setattr(os, "stat", failing(errno.ENOMEM))
+        with pytest.raises(RundirError, match="cannot be written: cannot allocate memory"):
+            held.publish("mm_stat", "1\n")
+    held.remove()
+
+
+def test_no_descriptor_to_look_with_does_not_mean_that_nobody_serves(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = rundir.Rundir(str(folder))
+    with monkeypatch.context() as short:
+        short.setattr(os, "open", failing(errno.EMFILE))
+        with pytest.raises(RundirError, match="who serves cannot be told: too many open files"):
+            rundir.holder(str(folder))
+        short.setattr(os, "open", failing(errno.EACCES))
+        assert rundir.holder(str(folder)) is None
+    held.remove()
+
+
+def test_a_file_that_cannot_be_removed_keeps_no_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = rundir.Rundir(str(folder))
+    for name in rundir.STATS_FILES:
+        held.publish(name, "x")
+    unlink = os.unlink
+
+    def but_one(path: str, **rest: Any) -> None:
+        if path == "classes":
+            raise OSError(errno.EACCES, "no")
+        unlink(path, **rest)
+
+    with monkeypatch.context() as short:
+        short.setattr(os, "unlink", but_one)
+        held.remove()
+    # The number stays with it: so the next server knows that a server has left it.
+    assert sorted(os.listdir(folder)) == ["classes", "pid"]
+    held.remove()
+    assert not folder.exists()
+
+
+def test_what_fails_once_is_removed_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = rundir.Rundir(str(folder))
+    held.publish("classes", "x")
+    unlink, failed = os.unlink, set()
+
+    def at_first(path: str, **rest: Any) -> None:
+        if path not in failed:
+            failed.add(path)
+            raise OSError(errno.ENOMEM, "no")
+        unlink(path, **rest)
+
+    monkeypatch.setattr(os, "unlink", at_first)
+    held.remove()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("call", ["fcntl.fcntl", "fcntl.flock", "os.listdir"])
+def test_a_folder_that_could_not_be_taken_has_no_pid_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    folder.mkdir(parents=True, mode=0o700)
+    module, _, name = call.partition(".")
+    real = getattr({"os": os, "fcntl": fcntl}[module], name)
+
+    def fail(first: Any, *rest: Any) -> Any:
+        if name == "listdir" and first != "/proc/self/fd":
+            return real(first, *rest)
+        raise OSError(errno.ENOLCK, "no locks")
+
+    with monkeypatch.context() as short:
+        short.setattr({"os": os, "fcntl": fcntl}[module], name, fail)
+        with pytest.raises(RundirError, match="no locks"):
+            rundir.Rundir(str(folder))
+    assert os.listdir(folder) == []
+
+
+def test_the_place_of_the_state_shows_whose_folder_it_is(folder: Path) -> None:
+    """All that a server leaves which took over and failed, as its data is in its state."""
+    folder.mkdir(parents=True, mode=0o700)
+    for name, text in (("pid", "1234567\n"), ("state_path", "/dev/shm/x\n"), ("log", "")):
+        (folder / name).write_text(text)
+    rundir.Rundir(str(folder)).remove()
+    assert not list(folder.iterdir())

@@ -289,3 +289,20 @@ def test_a_process_that_cannot_be_made_has_no_number(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "fork", fork_once)
     with pytest.raises(DeviceError, match=r"no process can be started for it: .*temporarily unavailable"):
         serve.spawn(["true"])
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("", "it gave no reason"),
+        ("zramd: took over 5 blocks from state '/s' in 1 ms\n", "it gave no reason"),
+        ("nbdkit: error: bind: permission denied\nnbdkit: debug\n", "debug"),
+        (
+            "Traceback:\n  x\nMemoryError\nnbdkit: error: /p.py: error running this script\n",
+            "not enough memory",
+        ),
+        ("nbdkit: error: /p.py: error running this script\n", "/p.py: error running this script"),
+    ],
+)
+def test_the_reason_of_a_server_that_does_not_start(said: str, reason: str) -> None:
+    assert serve.reason(said) == reason

@@ -210,3 +210,45 @@ def test_a_full_pipe_is_no_error() -> None:
     assert made.change("stats_interval", "5") == 5
     for fd in made._wake:
         os.close(fd)
+
+
+def test_two_threads_may_do_what_was_left_undone() -> None:
+    one = server()
+    done = []
+    one._undone["a"] = one._do_undone  # as the housekeeper does meanwhile
+    one._undone["b"] = lambda: done.append("b")
+    one._do_undone()
+    assert done == ["b"]
+    assert not one._undone
+
+
+def test_clients_are_found_without_a_descriptor_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+
+    def no_dup(fd: int) -> int:
+        raise OSError(errno.EMFILE, "no")
+
+    with ours, theirs:
+        others = sockets.inherited() - {os.fstat(ours.fileno()).st_ino}
+        with monkeypatch.context() as short:
+            short.setattr(os, "dup", no_dup)
+            found = sockets.shut_clients(frozenset(others), socket.SHUT_RDWR)
+        assert found >= 1
+        assert theirs.recv(1) == b""
+        assert ours.fileno() >= 0
+        os.fstat(ours.fileno())
+
+
+def test_a_socket_that_does_not_tell_what_it_is_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+
+    class Silent:
+        def __init__(self, fileno: int) -> None:
+            raise OSError(errno.ENOBUFS, "no")
+
+    with ours, theirs:
+        before = len(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as short:
+            short.setattr(sockets.socket, "socket", Silent)
+            assert sockets.count_clients(frozenset()) == 0
+        assert len(os.listdir("/proc/self/fd")) == before

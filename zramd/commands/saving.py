@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import shlex
 import socket
 import stat
 import sys
