@@ -55,6 +55,12 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
             width = 80
         super().__init__(prog, width=max(width, 40) - 2)
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Wrap a description, but one that has lines of its own."""
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, and that knows words which argparse does not.

@@ -254,8 +254,8 @@ def is_ready(settings: "Config", pid: int) -> bool:
     return status == 200 and re.search(rf'"pid": {pid}\b', answer) is not None
 
 
-def watch(pid: int, ready: Callable[[], bool], text: str) -> None:
-    """Print `text` once `ready` says so; give up silently when process `pid` has ended."""
+def watch(pid: int, ready: Callable[[], bool], text: str) -> bool:
+    """Print `text` once `ready` says so, and return True; give up silently when process `pid` has ended."""
     end = time.monotonic() + READY_TIMEOUT
     ended = select.poll()
     try:
@@ -263,28 +263,42 @@ def watch(pid: int, ready: Callable[[], bool], text: str) -> None:
         # for the end of our output would wait for us, and we for it.
         ended.register(os.pidfd_open(pid), select.POLLIN)
     except ProcessLookupError:
-        return
+        return False
     while time.monotonic() < end:
         if ready():
             sys.stdout.write(text)
             sys.stdout.flush()
-            return
+            return True
         if ended.poll(20):
-            return
+            break
+    return False
 
 
 def _start_watcher(settings: "Config", text: str) -> None:
     """Run `watch` in a process that is nobody's child, so that nbdkit has none that it does not know."""
     pid = os.getpid()
+    made = not os.path.lexists(settings.rundir)  # then zramd makes the run folder
     child = os.fork()
     if child:
         os.waitpid(child, 0)
         return
     try:
-        if os.fork() == 0:
-            watch(pid, lambda: is_ready(settings, pid), text)
+        if os.fork() == 0 and not watch(pid, lambda: is_ready(settings, pid), text):
+            _clear(settings, pid, made)
     finally:
         os._exit(0)
+
+
+def _clear(settings: "Config", pid: int, made: bool) -> None:
+    """Remove what a server has left that did not get so far as to serve: nbdkit may end without a word to it.
+
+    It does so when it cannot listen, say on a port that is in use. Else that would look like one that died.
+    """
+    with suppress(OSError, ZramdError):
+        turn = life.take(settings.rundir, settings.name)
+        rundir.clear(settings.rundir, pid)
+        turn.made = made
+        turn.done()
 
 
 def plan(
