@@ -113,15 +113,15 @@ def text(path: "Path") -> str:
     except ValueError:  # a NUL in its name
         raise ConfigError(f"{path}: this is not a file's name") from None
     except OSError as error:
-        raise ZramdError(f"{path}: {error.strerror}") from None
+        raise ZramdError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from None
     if len(data) > MAX_BYTES:
         raise ConfigError(f"{path}: it has more than {MAX_BYTES} bytes: this is no configuration")
     try:
-        found, place = data.decode(), data.find(b"\0")
+        found = data.decode()
     except UnicodeDecodeError as error:
-        found, place = "", error.start
-    if place >= 0:
-        raise ConfigError(f"{path}: byte {place} is not UTF-8 text: write it anew")
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text: write it anew") from None
+    if "\0" in found:
+        raise ConfigError(f"{path}: byte {data.index(0)} is a NUL: this is no text")
     return found.removeprefix("\ufeff")
 
 

@@ -38,8 +38,6 @@ SWITCH_INTERVAL = 0.0005  # seconds after which who has the GIL is asked for it
 _SMALL = 2 << 20  # bytes
 _FRAMES = 200  # of Python: they fill the 16 KiB that each thread has for them
 
-_ROOT = "run it as root, or give it CAP_SYS_RESOURCE"
-
 
 def prepare() -> None:
     """Take the measures that a fork inherits. Raises SwapError when one cannot be had."""
@@ -96,7 +94,7 @@ def take_priority(priority: int = SERVE) -> None:
     for ever. Real-time threads may take a quarter of what is set aside (half, since Linux 6.4). They also get
     the processor when the machine is busy.
     """
-    remedy = "run it as root, or give it CAP_SYS_NICE"
+    remedy = _right("SYS_NICE")
     try:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(priority))
     except OSError as error:
@@ -129,13 +127,20 @@ def _size(name: str) -> int:
         return 0
 
 
+def _right(capability: str) -> str:
+    """Return what to do for a right that is missing: in a container, or as a service, root may lack it."""
+    if os.geteuid():
+        return f"run it as root, or give it CAP_{capability}"
+    return f"root lacks CAP_{capability} here: have its container or service give it"
+
+
 def _refuse(measure: str, reason: object, remedy: str) -> SwapError:
     return SwapError(f"swap=local: {measure}: {reason}: {remedy}")
 
 
 def _io_flusher() -> None:
     """Memory that the kernel takes for us must not be waited for by swapping out (PR_SET_IO_FLUSHER)."""
-    remedy = f"{_ROOT}, on Linux 5.6 or later"
+    remedy = f"{_right('SYS_RESOURCE')}, on Linux 5.6 or later"
     try:
         process.set_io_flusher()
     except OSError as error:
@@ -153,14 +158,16 @@ def _oom_score_adj() -> None:
             score.seek(0)
             found = score.read().strip()
     except OSError as error:
-        raise _refuse(f"cannot set {path} to {OOM_SCORE_ADJ}", error.strerror, _ROOT) from None
+        raise _refuse(
+            f"cannot set {path} to {OOM_SCORE_ADJ}", error.strerror, _right("SYS_RESOURCE")
+        ) from None
     if found != str(OOM_SCORE_ADJ):
-        raise _refuse(f"cannot set {path} to {OOM_SCORE_ADJ}", f"it is {found}", _ROOT)
+        raise _refuse(f"cannot set {path} to {OOM_SCORE_ADJ}", f"it is {found}", _right("SYS_RESOURCE"))
 
 
 def _locked_memory() -> None:
     """Our own pages must never be swapped out: nobody could bring them back."""
-    remedy = "run it as root, or give it CAP_IPC_LOCK or LimitMEMLOCK=infinity, on Linux 5.18 or later"
+    remedy = f"{_right('IPC_LOCK')}, or LimitMEMLOCK=infinity, on Linux 5.18 or later"
     try:
         process.lock_memory()
     except OSError as error:

@@ -267,6 +267,8 @@ class TestStart:
 class TestShow:
     def test_stats(self, serve: Serve) -> None:
         served = serve()
+        (line,) = (line for line in said("stats", *at(served)).splitlines() if "compression_ratio" in line)
+        assert line.split()[:2] == ["compression_ratio", "-"]
         fill(served, 50)
         text = said("stats", *at(served))
         for number in stats.NUMBERS:

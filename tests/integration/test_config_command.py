@@ -134,7 +134,7 @@ def test_all_errors_are_printed(root):
             "zramd: '' is not a file's name: give a FILE, or none for what this machine has\n",
         ),
         (["import", ""], 2, None),
-        (["check", "/"], 1, "zramd: /: Is a directory\n"),
+        (["check", "/"], 1, "zramd: / cannot be read: is a directory\n"),
         (["import", "/none.conf"], 2, "zramd: /none.conf: there is no such file\n"),
         (["import"], 2, "zramd: nothing is configured for zram-generator or zramswap below : give a FILE\n"),
         (

@@ -261,6 +261,16 @@ def test_a_socket_that_is_in_use_stays(device: Device, tmp_path: Path) -> None:
 # What a server leaves that did not stop in its normal way.
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_server_in_the_foreground_that_cannot_listen(device: Device, there: bool) -> None:
+    """nbdkit ends then without a word to it: that must not look like a server that died."""
+    if there:
+        device.rundir.mkdir(0o700)
+    result = zramd("serve", *device.command("start")[2:], "--", "-p", "1", "-i", "192.0.2.1")
+    assert (result.returncode, result.stderr) == (1, "bind: Cannot assign requested address\n")
+    wait_until(lambda: not device.rundir.exists() or (there and not os.listdir(device.rundir)))
+
+
 def test_killed_with_a_state(device: Device) -> None:
     device.done("start", device.with_state)
     device.kill()

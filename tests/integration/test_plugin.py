@@ -332,6 +332,20 @@ class TestBadStart:
             ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=True)
             assert f"zramd_version={version}\n" in ran.stdout
 
+    def test_interrupted_while_it_is_loaded(self, tmp_path: Path) -> None:
+        """Python would say where that was."""
+        shutil.copy(PLUGIN, tmp_path)
+        (tmp_path / "zramd").mkdir()
+        (tmp_path / "zramd/__init__.py").write_text("import time\nprint(1, flush=True)\ntime.sleep(60)\n")
+        command = ["nbdkit", "-f", "-s", "python", str(tmp_path / "nbdkit_plugin.py"), "disksize=1M"]
+        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"1\n"
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=30) == (b"", b"")
+            assert process.returncode == -signal.SIGINT
+
     def test_dump_plugin(self) -> None:
         env = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)}
         command = ["nbdkit", "python", str(PLUGIN), "--dump-plugin"]

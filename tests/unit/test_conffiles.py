@@ -157,7 +157,7 @@ def test_a_mark_at_the_beginning_and_colons(tmp_path):
 
 def test_what_is_no_configuration(tmp_path):
     (tmp_path / "nul").write_bytes(b"[zram0]\n\0")
-    with pytest.raises(ConfigError, match="byte 8 is not UTF-8 text"):
+    with pytest.raises(ConfigError, match="byte 8 is a NUL: this is no text"):
         conffiles.read(tmp_path / "nul")
     with pytest.raises(ConfigError, match="this is no configuration"):
         conffiles.read(Path("/dev/zero"))

@@ -152,8 +152,8 @@ def test_heap_that_takes_pages_is_refused() -> None:
 @pytest.mark.parametrize(
     ("function", "step", "text"),
     [
-        ("set_io_flusher", "_io_flusher", "cannot become an I/O flusher: no right: run it as root"),
-        ("lock_memory", "_locked_memory", "cannot lock memory: no right: run it as root"),
+        ("set_io_flusher", "_io_flusher", "cannot become an I/O flusher: no right: "),
+        ("lock_memory", "_locked_memory", "cannot lock memory: no right: "),
         ("make_resident", "_resident_code", "cannot read the program's code into memory: no right"),
         ("warm_heap", "_warm_heap", "cannot make the heap resident: no right"),
     ],
@@ -166,6 +166,26 @@ def test_refused(monkeypatch: pytest.MonkeyPatch, function: str, step: str, text
     with pytest.raises(SwapError, match=r"^swap=local: ") as caught:
         getattr(swap, step)()
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("user", "remedy"),
+    [
+        (1000, "run it as root, or give it CAP_SYS_RESOURCE, on Linux 5.6 or later"),
+        (0, "root lacks CAP_SYS_RESOURCE here: have its container or service give it, on Linux 5.6 or later"),
+    ],
+)
+def test_a_right_that_is_missing(monkeypatch: pytest.MonkeyPatch, user: int, remedy: str) -> None:
+    """Who is root already, in a container, is not told to become root."""
+
+    def refuse() -> None:
+        raise PermissionError(1, "no right")
+
+    monkeypatch.setattr(process, "set_io_flusher", refuse)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    with pytest.raises(SwapError) as caught:
+        swap._io_flusher()
+    assert str(caught.value).endswith(f": {remedy}")
 
 
 def test_a_measure_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

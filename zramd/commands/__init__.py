@@ -44,8 +44,8 @@ exit status:
   2  what was written on the command line is wrong
 """
 
-# argparse looks in many places for a translation of each parser's headings, and there never is one: that took a
-# seventh of the time of `zramd list`.
+# argparse looks in many places for a translation of each parser's headings, and there never is one: that took
+# a seventh of the time of `zramd list`.
 argparse._ = str  # type: ignore[attr-defined]
 
 
@@ -58,6 +58,12 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         except OSError:
             width = 80
         super().__init__(prog, width=max(width, 40) - 2)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Wrap a description, but one that has lines of its own."""
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):

@@ -262,8 +262,8 @@ def _why_not_ready(settings: "Config", pid: int) -> str:
     return "" if ours else "another one answers"
 
 
-def watch(pid: int, ready: Callable[[], bool], text: str) -> None:
-    """Print `text` once `ready` says so; give up silently when process `pid` has ended."""
+def watch(pid: int, ready: Callable[[], bool], text: str) -> bool:
+    """Print `text` once `ready` says so, and return True; give up silently when process `pid` has ended."""
     end = time.monotonic() + READY_TIMEOUT
     # It tells of the end at once: a caller may wait for the end of our output before it reaps that process.
     process = pidfd.open_number(pid)
@@ -271,23 +271,37 @@ def watch(pid: int, ready: Callable[[], bool], text: str) -> None:
         if ready():
             sys.stdout.write(text)
             sys.stdout.flush()
-            return
+            return True
         if pidfd.has_ended(process, 0.02):
-            return
+            break
+    return False
 
 
 def _start_watcher(settings: "Config", text: str) -> None:
     """Run `watch` in a process that is nobody's child, so that nbdkit has none that it does not know."""
     pid = os.getpid()
+    made = not os.path.lexists(settings.rundir)  # then zramd makes the run folder
     child = os.fork()
     if child:
         os.waitpid(child, 0)
         return
     try:
-        if os.fork() == 0:
-            watch(pid, lambda: is_ready(settings, pid), text)
+        if os.fork() == 0 and not watch(pid, lambda: is_ready(settings, pid), text):
+            _clear(settings, pid, made)
     finally:
         os._exit(0)
+
+
+def _clear(settings: "Config", pid: int, made: bool) -> None:
+    """Remove what a server has left that did not get so far as to serve: nbdkit may end without a word to it.
+
+    It does so when it cannot listen, say on a port that is in use. Else that would look like one that died.
+    """
+    with suppress(OSError, ZramdError):
+        turn = life.take(settings.rundir, settings.name)
+        rundir.clear(settings.rundir, pid)
+        turn.made = made
+        turn.done()
 
 
 def plan(

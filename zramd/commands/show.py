@@ -42,7 +42,10 @@ def stats(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _shown(value: int | float) -> str:
+def _shown(value: int | float | None) -> str:
+    """Return a number as it is read; there is no ratio while the pool has no page."""
+    if value is None:
+        return "-"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 

@@ -97,7 +97,7 @@ def memory(sample: Sample, width: int, glyphs: Glyphs) -> list[Line]:
         # A mark stands for the end of its size, in the first cell that is beyond.
         if size and (style == "limit" or filled[min(place, room - 1)][0] == glyphs.rest):
             filled[min(place, room - 1)] = (glyph, style)
-    ratio = f"  {stored / spent:.2f} : 1" if spent else ""
+    ratio = f"  {stored / spent:.2f} : 1" if spent and stored else ""  # of nothing there is none
     lines.append([("spent".ljust(_LABEL), "bold"), *runs(filled), (f" {human(spent):>7}{ratio}", "")])
 
     near = limit and pool >= 0.9 * limit
