@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import tempfile
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import wait_until
 
-from zramd import config, rundir
+from zramd import config, rundir, sockets
 from zramd.core.device import Device
 from zramd.errors import ConfigError, DeviceError, RundirError, SaveError, ZramdError
 from zramd.rundir import DATA_ID, Rundir
