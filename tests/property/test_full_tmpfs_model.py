@@ -255,7 +255,9 @@ class FullTmpfsModel(DeviceModel):
 
 
 TestFullTmpfsModel = FullTmpfsModel.TestCase
-TestFullTmpfsModel.settings = settings(deadline=None, stateful_step_count=30, max_examples=int(60 * max(SCALE, 1)))
+TestFullTmpfsModel.settings = settings(
+    deadline=None, stateful_step_count=30, max_examples=int(60 * max(SCALE, 1))
+)
 TestFullTmpfsModel = pytest.mark.skipif(os.geteuid() != 0, reason="may not mount a tmpfs")(TestFullTmpfsModel)
 
 

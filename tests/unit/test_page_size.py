@@ -111,7 +111,7 @@ device = Device(BLOCKS * BLOCK)
 device.reserve_start(32 << 20)
 for block in range(400):
     device.write(rnd.randbytes(BLOCK), block * BLOCK)
-# A raw block takes a page of 4096 bytes whatever the kernel's is, and with a reserve one that was there before.
+# A raw block takes 4096 bytes whatever the kernel's page is, and with a reserve such as were there before.
 counters = device.counters()
 assert counters["mem_used_total"] <= (400 + 32) * BLOCK, counters["mem_used_total"] // BLOCK
 assert counters["reserve_misses"] == 0, counters["reserve_misses"]
