@@ -323,7 +323,7 @@ cdef class Blocks:
 
     cdef int merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil:
         """Write n bytes (zeros when src is NULL) at a place in a block: its other bytes stay."""
-        # First: if there was no room for the slot once the object has taken some, each try would free that, and take it again.
+        # First: were there no room for it once the object has taken some, each try would free that, and take it again.
         cdef int rc = self._make_slot_ready(block)
         if rc:
             return rc

@@ -1506,7 +1506,7 @@ cdef class Zsmalloc:
                 + self.arena.metadata_bytes() + sizeof(self.classes) + sizeof(self.class_of))
 
     cdef const char *find_fault(self, uint64_t *where, uint64_t words) noexcept nogil:
-        """Look whether all lists and counts agree with each other; NULL, or what is wrong, with a handle or span in where[0].
+        """Look whether all lists and counts agree; NULL, or what is wrong, with a handle or span in where[0].
 
         What is in a zspage, find_zspage_fault looks at. words: handles that stand for a word. Nobody else may use the pool
         meanwhile.
