@@ -643,7 +643,7 @@ cdef class Device:
         self.pool.arena.reset_peak()
 
     def reset(self):
-        """Drop all data and set all counters to 0; mem_limit stays. Waits for the requests at work; a long one goes on after.
+        """Drop all data and set all counters to 0; mem_limit stays. Waits for the requests at work; long ones go on after.
 
         Where there is a reserve it raises MemoryError or PoolFullError when the tables cannot be made resident again: then
         all is dropped, but requests may have to wait for memory.
