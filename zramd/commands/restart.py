@@ -214,9 +214,9 @@ class _Successor:
         copies = [_high(fd) for fd in old.listening]
 
         def prepare() -> None:
+            os.fchdir(old.folder)  # its descriptor may be one of those that the sockets get
             for number, fd in enumerate(copies, _FIRST):
                 os.dup2(fd, number)
-            os.fchdir(old.folder)
             words = turn.words() | {
                 "LISTEN_FDS": str(len(copies)),
                 "LISTEN_PID": str(os.getpid()),
