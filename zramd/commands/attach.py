@@ -470,7 +470,9 @@ def _disconnect(device: str, there: "Attached | None") -> "Callable[[], bool]":
         # The next attach may be given the same device at once.
         if connection and attached.connection(device) == connection:
             return False
-        return keeper < 0 or bool(ended.poll(0))
+        if keeper >= 0:
+            ended.poll(APPEARS * 1000)  # it removes its record; one that is late does so later
+        return True
 
     return gone
 
