@@ -6,6 +6,7 @@ mistaken for one. The kernel has the last word: a device that it no longer has i
 
 import fcntl
 import os
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from zramd.errors import AttachError, UntrustedError
 FOLDER = "/run/zramd"  # attaching is root's business, so this is root's folder
 SYS_BLOCK = "/sys/block"
 LOCK_TIMEOUT = 1.0  # seconds; who only looks holds the lock for microseconds
+TURN_TIMEOUT = 10.0  # seconds, for which a command waits for another one
 _NBD_CLEAR_SOCK = 0xAB04  # linux/nbd.h
 
 
@@ -28,6 +30,11 @@ class Attached(NamedTuple):
     keeper: int
     data: str
 
+    @property
+    def is_half(self) -> bool:
+        """Whether it is of a keeper that was killed before it had noted the device, and its data."""
+        return not self.keeper and not self.data and read_sys(self.device, "backend") == backend(self.name)
+
 
 def backend(name: str) -> str:
     """Return what the kernel is told that a device belongs to (it tells since Linux 5.14)."""
@@ -35,31 +42,52 @@ def backend(name: str) -> str:
 
 
 def find(name: str) -> Attached | None:
-    """Return how zramd `name` is attached, None if it is not. Raises OSError."""
+    """Return how zramd `name` is attached, None if it is not (yet). Raises OSError, AttachError.
+
+    A keeper that was killed before it had noted its device leaves one that the kernel alone knows of.
+    """
     try:
         with trusted.place(_path(name)) as place:
             fd = place.open()
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return _unnoted(name)
     except UntrustedError as error:
         raise AttachError(f"what is attached is not known: {error}") from None
     try:
-        keeper, device, data = os.pread(fd, 256, 0).decode().split(" ")
-        if not device.removeprefix("/dev/nbd").isdecimal():
-            raise ValueError
-        number = int(keeper)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            number = 0
-        except BlockingIOError:
-            pass
-    except ValueError:  # a keeper that is only starting
-        return None
+        kept = _is_kept(fd)
+        noted = os.pread(fd, 256, 0).decode().split(" ")
+    except ValueError:
+        noted = []
     finally:
         os.close(fd)
+    try:
+        keeper, device, data = noted
+        if not device.removeprefix("/dev/nbd").isdecimal():
+            raise ValueError
+        number = int(keeper) if kept else 0
+    except ValueError:  # a keeper that is only starting, or was killed then
+        return None if kept else _unnoted(name)
     if not is_connected(device) or read_sys(device, "backend") not in ("", backend(name)):
-        return None
+        return None if kept else _unnoted(name)
     return Attached(name, device, number, data.strip())
+
+
+def _is_kept(fd: int) -> bool:
+    """Say whether a keeper lives that has the lock of a record."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+
+
+def _unnoted(name: str) -> Attached | None:
+    """Return the device that the kernel has of a keeper that ended before it could note it, or None."""
+    for block in sorted(os.listdir(SYS_BLOCK)) if os.path.isdir(SYS_BLOCK) else []:
+        device = f"/dev/{block}"
+        if block.startswith("nbd") and is_connected(device) and read_sys(device, "backend") == backend(name):
+            return Attached(name, device, 0, "")
+    return None
 
 
 def name_of(device: str) -> str:
@@ -101,6 +129,11 @@ def devices(name: str, disksize: int) -> list[str]:
 def is_connected(device: str) -> bool:
     """Say whether the kernel has a connection for /dev/nbdN, dead or alive."""
     return os.path.exists(f"{SYS_BLOCK}/{os.path.basename(device)}/pid")
+
+
+def connection(device: str) -> str:
+    """Return what tells one connection of a device from the next: who made it. '' if there is none."""
+    return read_sys(device, "pid")
 
 
 @contextmanager
@@ -170,10 +203,9 @@ class Record:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         while True:
             self._fd = os.open(_path(name), flags, 0o600)
-            with suppress(BlockingIOError, FileNotFoundError):
+            with suppress(BlockingIOError):
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # One that was removed since we opened it holds nothing.
-                if os.path.samestat(os.fstat(self._fd), os.stat(_path(name))):
+                if self._is_there():
                     return
             os.close(self._fd)
             if time.monotonic() > end:
@@ -186,15 +218,79 @@ class Record:
         os.pwrite(self._fd, text, 0)
         os.ftruncate(self._fd, len(text))
 
+    def remove(self) -> None:
+        """Remove the file, unless somebody has."""
+        if self._is_there():
+            os.unlink(_path(self._name))
+
     def close(self) -> None:
         """Let go of it; the file stays."""
         os.close(self._fd)
 
+    def _is_there(self) -> bool:
+        """Say whether the file has not been removed since it was opened: then it would hold nothing."""
+        return _is_file(self._fd, _path(self._name))
+
+
+@contextmanager
+def turn(name: str) -> Iterator[None]:
+    """Wait until no other command uses the device of `name` for swap or takes it away, and keep others off.
+
+    The keeper's lock on the record is of another kind: it lasts as long as the keeper. What has no record is
+    nobody's. Raises AttachError when it takes too long.
+    """
+    fd = _take_turn(name)
+    try:
+        yield
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _take_turn(name: str) -> int:
+    """Return a descriptor that holds the turn, -1 if there is no record."""
+    end = time.monotonic() + TURN_TIMEOUT
+    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    while True:
+        try:
+            fd = os.open(_path(name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return -1
+        try:
+            with suppress(BlockingIOError):
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
+                if _is_file(fd, _path(name)):
+                    return fd
+            if time.monotonic() > end:
+                raise AttachError(
+                    f"{name} is being attached or detached by another command: try again when that is done"
+                )
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        time.sleep(0.02)
+
 
 def remove(name: str) -> None:
-    """Remove the file of what is no longer attached."""
+    """Remove the file of what is no longer attached; a keeper that lives removes its own."""
     with suppress(FileNotFoundError):
-        os.unlink(_path(name))
+        fd = os.open(_path(name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            with suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_file(fd, _path(name)):
+                    os.unlink(_path(name))
+        finally:
+            os.close(fd)
+
+
+def _is_file(fd: int, path: str) -> bool:
+    """Say whether `path` is still what `fd` was opened from."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
 
 
 def _path(name: str) -> str:

@@ -23,11 +23,13 @@ from typing import NamedTuple
 
 from zramd import attached, netlink, rundir, swap
 from zramd.errors import AttachError, RundirError, ZramdError, reason
+from zramd.steps import step
 
 RETRY = 0.01  # seconds between two looks for a new server; a server takes 100 to start
 RETRY_LATER = 0.2  # the same, once it has been away for RETRY_SOON
 RETRY_SOON = 5.0
 LOOK = 60.0  # seconds between two looks whether the device is still there
+LEAVE = 1.0  # seconds for which a keeper that is told to end waits for its device to go
 HEAP_BYTES = 1 << 20
 
 
@@ -86,10 +88,11 @@ class Keeper:
         return f"/dev/nbd{self.index}"
 
     def attach(self) -> None:
-        """Protect this process, attach the device, and rehearse a reconnection.
+        """Protect this process, attach the device, rehearse a reconnection, and print "ok" and the index.
 
         Raises AttachError, SwapError or OSError; then nothing is attached.
         """
+        step("keeper.recorded")
         swap.prepare()
         swap.protect_process(HEAP_BYTES)
         swap.take_priority()
@@ -100,14 +103,19 @@ class Keeper:
             self._data = self._job.data if self._job.adopt else attached.data_of(self._job.folder)
             self._record.write(self.device, self._data, keeper=os.getpid())
             self._say("attached")
+            step("keeper.noted")
             self._dead = self._job.connections if self._job.adopt else 1
             if not self._offer() and not self._job.adopt:
                 raise AttachError(f"{self._job.name} does not take a second connection")
+            step("keeper.ready")
+            # If nobody is there any more to be told, what was done is taken back too.
+            sys.stdout.write(f"ok {self.index}\n")
+            sys.stdout.flush()
         except BaseException:
             if not self._job.adopt:
                 if self._connected:
                     self._kernel.disconnect(self.index)
-                attached.remove(self._job.name)
+                self._record.remove()
             raise
 
     def keep(self) -> None:
@@ -118,10 +126,19 @@ class Keeper:
                     self._forget_server()
             self._count_dead()
             if not attached.is_connected(self.device):
-                attached.remove(self._job.name)
+                self._record.remove()
                 return
             if self._dead:
                 self._reconnect()
+
+    def leave(self) -> None:
+        """Take the record away if the device is gone, or goes now; who detaches may have been killed."""
+        end = time.monotonic() + LEAVE
+        while attached.is_connected(self.device):
+            if time.monotonic() > end:  # it lives on without us
+                return
+            time.sleep(RETRY)
+        self._record.remove()
 
     # ---- Inside
 
@@ -135,6 +152,7 @@ class Keeper:
                 if job.connections > 1 and not export.flags & netlink.MULTI_CONN:
                     raise AttachError(f"the server of {job.name} does not allow for several connections")
             self._size = export.size
+            step("keeper.greeted")
             # With one connection the kernel need not cut off a server that is only slow: see _set_timeout.
             self.index = self._kernel.connect(
                 [link.fileno() for link in links],
@@ -145,6 +163,7 @@ class Keeper:
                 backend=self._backend,
             )
             self._connected = True
+            step("keeper.connected")
         except OSError as error:
             what = self.device if job.device >= 0 else "an NBD device"
             raise AttachError(f"the kernel does not give us {what}: {reason(error)}") from None
@@ -262,8 +281,11 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def main(words: list[str]) -> int:
-    """Attach, print "ok" and the device's index, or one sentence that says why not, and stay."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # who attaches has given up
+    """Attach, print "ok" and the device's index, or one sentence that says why not, and stay.
+
+    SIGTERM: who attaches has given up, or who detaches has done it.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     try:
         keeper = Keeper(job(words))
         keeper.attach()
@@ -271,13 +293,14 @@ def main(words: list[str]) -> int:
         sentence = reason(error) if isinstance(error, OSError) else str(error)
         print(sentence.removeprefix("swap=local: "))
         return 1
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.stdout.write(f"ok {keeper.index}\n")
-    sys.stdout.flush()
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in range(3):
-        os.dup2(null, fd)
-    keeper.keep()
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in range(3):
+            os.dup2(null, fd)
+        keeper.keep()
+    except SystemExit:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        keeper.leave()
     return 0
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from zramd.errors import AttachError
+from zramd.steps import step
 
 SWAPS = "/proc/swaps"
 MOUNTS = "/proc/mounts"
@@ -123,6 +124,7 @@ def on(device: str, priority: int, *, options: str = "discard") -> None:
     """
     settle_queue(device)
     run("mkswap", device)
+    step("swap.made")
     run("swapon", "-o", f"pri={priority},{options}".rstrip(","), device)
 
 

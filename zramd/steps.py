@@ -18,6 +18,11 @@ def step(name: str) -> None:
         _reached(name)
 
 
+def inherited() -> dict[str, str]:
+    """Return what a process with an environment of its own needs, to be held too."""
+    return {ASKED: _path} if _path else {}
+
+
 def _reached(name: str) -> None:
     import socket
 

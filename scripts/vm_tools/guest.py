@@ -23,6 +23,7 @@ MIB = 1 << 20
 Beat = dict[str, Any]
 
 BOOT_TIMEOUT = 90.0  # seconds; it takes 3 to 5 under TCG
+COMMAND_TIMEOUT = 120.0  # an attach takes 3; more than 30 on a crowded machine
 KVM_TIMEOUT = 15.0  # with KVM it takes one
 QUIET_FOR = 60.0  # seconds without a heartbeat, while something else is awaited, that count as a hang
 CONSOLE_TAIL = 25  # lines of the kernel's log that are shown with an error
@@ -56,6 +57,8 @@ class Machine:
         append += f" {self.parameters}"
         if self.accel == "tcg":
             append += " tsc=reliable"  # else the clock is the HPET, which qemu emulates: slow
+            # A host that is busy delivers interrupts late, which the kernel takes for a timer that is broken.
+            append += " no_timer_check"
         command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-M", f"pc,accel={self.accel}", "-cpu", "max" if self.accel == "tcg" else "host"]
         command += ["-smp", str(self.cpus), "-m", f"{self.memory // MIB}M"]
@@ -186,7 +189,7 @@ class Guest:
 
     # ---- What it can be asked
 
-    def run(self, command: str, timeout: float = 30.0) -> str:
+    def run(self, command: str, timeout: float = COMMAND_TIMEOUT) -> str:
         """Run a command line in the guest's shell and return its output; raises GuestError if it fails."""
         status, output = self.try_run(command, timeout)
         if status:
@@ -194,7 +197,7 @@ class Guest:
             raise self._error(f"'{command}' failed in the guest with status {status}: {words}")
         return output
 
-    def try_run(self, command: str, timeout: float = 30.0) -> tuple[int, str]:
+    def try_run(self, command: str, timeout: float = COMMAND_TIMEOUT) -> tuple[int, str]:
         """Run a command line in the guest's shell and return its exit status and what it prints."""
         self._serial += 1
         mark = f"@{self._serial}@"

@@ -78,7 +78,10 @@ def test_record(folder: Path) -> None:
     record = attached.Record("zram0")
     record.write("/dev/nbd8", "", keeper=0)
     assert attached.find("zram0") is None  # the kernel has no such device
-    attached.remove("zram0")
+    attached.remove("zram0")  # it is a living keeper's, which removes it itself
+    assert os.listdir(folder) == ["zram0.attached"]
+    record.remove()
+    record.remove()
     attached.remove("zram0")
     other = attached.Record("zram0")  # the removed file's lock is nobody's concern
     other.close()
@@ -91,6 +94,45 @@ def test_record_of_a_device_that_is_another_s(folder: Path, monkeypatch: pytest.
     for backend, there in (("zramd/zram1", False), ("zramd/zram0", True), ("", True)):
         monkeypatch.setattr(attached, "read_sys", lambda device, name, backend=backend: backend)
         assert (attached.find("zram0") is not None) is there
+    record.close()
+
+
+def test_a_device_that_nobody_noted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keeper was killed between the kernel's device and its record: the kernel tells of it."""
+    blocks = folder / "block"
+    (blocks / "nbd7").mkdir(parents=True)
+    monkeypatch.setattr(attached, "SYS_BLOCK", str(blocks))
+    (blocks / "nbd7" / "backend").write_text("zramd/zram0\n")
+    half = attached.Attached("zram0", "/dev/nbd7", 0, "")
+    assert attached.find("zram0") == half
+    assert half.is_half
+    assert attached.find("zram1") is None
+    record = attached.Record("zram0")
+    assert attached.find("zram0") is None  # its keeper is only starting
+    record.close()
+    assert attached.find("zram0") == half
+    assert not half._replace(data="abc").is_half
+
+
+def test_one_command_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keeper's lock is not in the way of a command's turn, another command is."""
+    monkeypatch.setattr(attached, "TURN_TIMEOUT", 0.05)
+    with attached.turn("zram0"), attached.turn("zram0"):  # there is nothing to wait for
+        pass
+    record = attached.Record("zram0")
+    with attached.turn("zram0"):
+        with (
+            pytest.raises(AttachError, match="being attached or detached by another"),
+            attached.turn("zram0"),
+        ):
+            pass
+        record.remove()
+        again = attached.Record("zram0")  # what was removed is in nobody's way
+        with attached.turn("zram0"):
+            pass
+    with pytest.raises(BlockingIOError), attached.turn("zram0"):
+        raise BlockingIOError
+    again.close()
     record.close()
 
 
@@ -125,7 +167,7 @@ def test_the_service_leaves_what_others_attached(
     monkeypatch.setattr(kernelswap, "off", lambda device, **_: done.append("swapoff"))
     monkeypatch.setattr(command, "_must_be_free", lambda device: None)
     monkeypatch.setattr(command, "_disconnect", lambda device, there: done.append("detach"))
-    monkeypatch.setattr(command, "_forget", lambda name, device: None)
+    monkeypatch.setattr(command, "_forget", lambda name, device, gone: None)
     assert main(["detach", "--config", "--swapoff", "zram0"]) == 0
     assert done == ["swapoff"] * swapped + ["detach"] * detached + ["emptied"] * swapped
 
@@ -164,10 +206,12 @@ def test_a_kernel_device_stands_for_what_is_attached(folder: Path, monkeypatch: 
 @pytest.mark.parametrize("still", [True, False])
 def test_only_the_keeper_is_ended(monkeypatch: pytest.MonkeyPatch, still: bool) -> None:
     """The number of a keeper that has ended may be another process's by now."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what other tests ran may ignore it
     child = os.fork()
     if child == 0:
         signal.pause()
         os._exit(0)
+    signal.signal(signal.SIGTERM, before)
     there = attached.Attached("a", "/dev/nbd0", child, "data")
     monkeypatch.setattr(attached, "find", lambda name: there if still else there._replace(keeper=0))
 
@@ -178,10 +222,11 @@ def test_only_the_keeper_is_ended(monkeypatch: pytest.MonkeyPatch, still: bool) 
         def close(self) -> None: ...
 
     monkeypatch.setattr("zramd.netlink.Kernel", Kernel)
-    command._disconnect("/dev/nbd0", there)
+    gone = command._disconnect("/dev/nbd0", there)
     ended = select.poll()
     ended.register(os.pidfd_open(child), select.POLLIN)
     assert bool(ended.poll(5000 if still else 100)) is still
+    assert gone()
     if not still:
         os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

@@ -160,6 +160,35 @@ def test_swap(loaded: Guest) -> None:
     end(guest, "two")
 
 
+def test_by_folder_and_by_device(loaded: Guest) -> None:
+    """A server in another folder is attached and detached by that; and the kernel's name is a name, too."""
+    guest, path = loaded, "PATH=/usr/sbin:$PATH"
+    guest.run(f"{path} {ZRAMD} start apart --size 16M rundir=/run/elsewhere", 60)
+    device = guest.run(f"{ZRAMD} attach --rundir /run/elsewhere").strip()
+    assert guest.run(f"cat /sys/block/{device.removeprefix('/dev/')}/backend").strip() == "zramd/apart"
+    assert "apart is attached as" in refused(guest, "attach --rundir /run/elsewhere")
+    guest.run(f"{ZRAMD} detach --rundir /run/elsewhere")
+    assert guest.run(f"{ZRAMD} attach --rundir /run/elsewhere --swap").strip() == device
+    assert f"{device} is in use as swap" in refused(guest, f"detach {device}")
+    guest.run(f"{ZRAMD} detach {device} --swapoff")
+    guest.run("! [ -e /run/zramd/apart.attached ]")
+    guest.run(f"{ZRAMD} stop --rundir /run/elsewhere", 60)
+
+
+def test_swap_on_the_server_of_another_user(loaded: Guest) -> None:
+    """Its owner could read and change what is swapped out. Without swap it is like any disk."""
+    guest = loaded
+    become = "import os, sys; os.setgid(1000); os.setuid(1000); os.execv(sys.executable, sys.argv)"
+    words = "start his --size 16M rundir=/tmp/his"
+    guest.run(f"PATH=/usr/sbin:$PATH /usr/bin/python3 -c '{become}' -m zramd {words}", 60)
+    assert "the server of his belongs to" in refused(guest, "attach --rundir /tmp/his --swap")
+    assert "nbd" not in guest.run("cat /proc/swaps")
+    guest.run("! [ -e /run/zramd/his.attached ]")
+    device = guest.run(f"{ZRAMD} attach --rundir /tmp/his").strip()
+    guest.run(f"dd if={device} of=/dev/null bs=4k count=1 iflag=direct && {ZRAMD} detach his")
+    guest.run(f"{ZRAMD} stop --rundir /tmp/his", 60)
+
+
 def test_mounted(loaded: Guest) -> None:
     guest = loaded
     start(guest, "disk", "disk")
@@ -391,9 +420,9 @@ def interrupted(guest: Guest) -> None:
     time.sleep(0.5)
     guest.run(f"kill -CONT {server}; while [ -d /proc/$(cat /tmp/detach.pid) ]; do sleep 0.1; done")
     words = guest.run("cat /tmp/detach")
-    assert re.search(r"^zramd: interrupted: \d+ MiB are still swapped out to /dev/nbd\d, ", words, re.M), (
-        words
-    )
+    assert re.search(
+        r"^zramd: interrupted: swap is attached as /dev/nbd\d, and swapped to: \d+ MiB are out$", words, re.M
+    ), words
     assert "/dev/nbd" in guest.run("cat /proc/swaps")
     assert guest.phase("verify", 240)["bad"] == 0
     cut = [line for line in guest.kernel_log()[mark:] if re.search("shutting down sockets|are dead", line)]

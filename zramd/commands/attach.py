@@ -43,7 +43,7 @@ def attach(arguments: argparse.Namespace) -> int:
     interrupts.interruptible()
     served = client.look(arguments.name, arguments.rundir)
     # Until it is attached, the server must neither leave nor be replaced: it is known by its data.
-    with life.turn(served.path, served.name):
+    with interrupts.told(lambda: _stands(served.name)), life.turn(served.path, served.name):
         served.look_again()
         if arguments.name is None:
             served.name = _own_name(served)
@@ -61,7 +61,10 @@ def _attach(arguments: argparse.Namespace, served: client.Served) -> str:
     address = served.file(rundir.NBD_SOCKET)
     there = attached.find(served.name)
     if there and arguments.config and there.data and there.data != attached.data_of(served.path):
-        _drop(there)
+        _drop(there, "a server that has ended")
+        there = None
+    elif there and there.is_half:
+        _drop(there, "an attach that was killed")
         there = None
     if there and (there.keeper or not there.data):
         if not arguments.config:
@@ -77,19 +80,45 @@ def _attach(arguments: argparse.Namespace, served: client.Served) -> str:
         device = _by_nbd_client(arguments, served.name, address)
     else:
         device = f"/dev/nbd{_start_keeper(_job(arguments, served, arguments.device))}"
+    keeper = 0
     try:
         step("attach.attached")
-        _use(arguments, served.name, device)
-    except BaseException as error:
-        swapped = kernelswap.find(device) is not None
-        if not there and not swapped:  # half an attachment would be nobody's
-            with suppress(AttachError):  # what went wrong first is what counts
-                _disconnect(device, attached.find(served.name))
-                _forget(served.name, device)
-        elif isinstance(error, KeyboardInterrupt):
-            say(f"interrupted: {served.name} is attached as {device}{', and swapped to' if swapped else ''}")
+        with attached.turn(served.name):
+            now = attached.find(served.name)
+            keeper = now.keeper if now else 0
+            if now is None or now.device != device:
+                raise AttachError(f"{served.name} was detached again before it could be used")
+            if not now.keeper and now.data:
+                raise AttachError(f"the keeper of {served.name} has died: it is not attached")
+            _use(arguments, served.name, device)
+    except BaseException:
+        if not there and kernelswap.find(device) is None:  # half an attachment would be nobody's
+            _undo(served.name, keeper)
         raise
     return device
+
+
+def _undo(name: str, keeper: int) -> None:
+    """Take away what an attach by `keeper` has left. What went wrong first is what counts."""
+    from zramd import attached
+
+    with suppress(AttachError, OSError):
+        there = attached.find(name)
+        if there and there.keeper in (0, keeper):
+            _take_away(there)
+        attached.remove(name)
+
+
+def _stands(name: str) -> str:
+    """Return how a device stands, for who interrupts a command."""
+    from zramd import attached, kernelswap
+
+    there = attached.find(name)
+    if there is None:
+        return f"{name} is not attached"
+    swap = kernelswap.find(there.device)
+    out = f", and swapped to: {swap.used >> 20} MiB are out" if swap else ""
+    return f"{name} is attached as {there.device}{out}"
 
 
 def _use(arguments: argparse.Namespace, name: str, device: str) -> None:
@@ -119,19 +148,18 @@ def _refuse_others(served: client.Served) -> None:
         )
 
 
-def _drop(there: "Attached") -> None:
-    """Detach what an ended server has left, whose data ended with it. Raises AttachError if it is in use."""
+def _drop(there: "Attached", whom: str) -> None:
+    """Detach what an ended server or attach has left. Raises AttachError if it is in use."""
     from zramd import kernelswap
 
     use = ["swap"] if kernelswap.find(there.device) else kernelswap.mounts(there.device)
     if use:
         raise AttachError(
-            f"{there.device} is in use as '{use[0]}', but the server that had its data has ended: "
+            f"{there.device} is in use as '{use[0]}', but left over from {whom}: "
             f"'zramd detach --swapoff {there.name}' first"
         )
-    say(f"{there.device} is left over from a server that has ended: detaching it")
-    _disconnect(there.device, there)
-    _forget(there.name, there.device)
+    say(f"{there.device} is left over from {whom}: detaching it")
+    _take_away(there)
 
 
 def _configure(arguments: argparse.Namespace) -> bool:
@@ -170,9 +198,7 @@ def _for_others(name: str) -> bool:
 
 def detach(arguments: argparse.Namespace) -> int:
     """Detach a device, swapping off first if told."""
-    from contextlib import nullcontext
-
-    from zramd import attached, interrupts, kernelswap
+    from zramd import attached, interrupts
 
     if arguments.name is not None:
         arguments.name = client.name_of(arguments.name)
@@ -180,37 +206,41 @@ def detach(arguments: argparse.Namespace) -> int:
         arguments.name = _own_name(client.look(None, arguments.rundir))
     _must_be_root("detach", arguments)
     interrupts.interruptible()
-    there = attached.find(arguments.name)
-    if there is None:
-        if arguments.if_attached:
-            return 0
-        raise AttachError(f"{arguments.name} is not attached")
+    with interrupts.told(lambda: _stands(arguments.name)), attached.turn(arguments.name):
+        there = attached.find(arguments.name)
+        if there is not None:
+            _detach(arguments, there)
+        elif not arguments.if_attached:
+            raise AttachError(f"{arguments.name} is not attached")
+    return 0
+
+
+def _detach(arguments: argparse.Namespace, there: "Attached") -> None:
+    """Take a device away, and swap off before if told."""
+    from contextlib import nullcontext
+
+    from zramd import attached, interrupts, kernelswap
+
     device = there.device
+    step("detach.begun")
     swapped = kernelswap.find(device) is not None
     if arguments.config and not swapped and _for_others(there.name):
-        return 0
+        return
     if swapped and not arguments.swapoff:
         raise AttachError(
-            f"{device} is in use as swap: 'zramd detach --swapoff {arguments.name}' swaps off first"
+            f"{device} is in use as swap: 'zramd detach --swapoff {there.name}' swaps off first"
         )
     # Only a swap is a writer that udev waits for; and without one the server may be dead.
     with attached.unobserved(device) if swapped else nullcontext(lambda: None) as disconnected:
         if swapped:
-            try:
-                kernelswap.off(device, force=arguments.force, progress=_progress(device))
-            except KeyboardInterrupt:
-                left = kernelswap.find(device)
-                if left is not None:
-                    used = left.used >> 20
-                    say(f"interrupted: {used} MiB are still swapped out to {device}, still in use")
-                raise
+            kernelswap.off(device, force=arguments.force, progress=_progress(device))
         _must_be_free(device)
         step("detach.free")
         interrupts.finish()
-        _disconnect(device, there)
+        gone = _disconnect(device, there)
         disconnected()
-    _forget(there.name, device)
-    return 0
+    step("detach.disconnected")
+    _forget(there.name, device, gone)
 
 
 def _must_be_root(verb: str, arguments: argparse.Namespace) -> None:
@@ -334,6 +364,7 @@ def _start_keeper(job: "Job") -> int:
     import subprocess
 
     import zramd
+    from zramd import steps
 
     package = os.path.dirname(os.path.dirname(os.path.abspath(zramd.__file__)))
     environment = {
@@ -341,6 +372,7 @@ def _start_keeper(job: "Job") -> int:
         "PYTHONMALLOC": "malloc",  # Python's own allocator asks the kernel for memory now and then
         "MALLOC_ARENA_MAX": "1",
         "LD_BIND_NOW": "1",
+        **steps.inherited(),
     }
     keeper = subprocess.Popen(
         [sys.executable, "-S", "-P", "-m", "zramd.keeper", *job.words()],
@@ -358,8 +390,12 @@ def _start_keeper(job: "Job") -> int:
         keeper.terminate()  # it takes back what it has done
         with suppress(subprocess.TimeoutExpired):
             keeper.wait(APPEARS)
+        if not job.adopt:
+            _undo(job.name, keeper.pid)
         raise
     if not words.startswith("ok "):
+        if not job.adopt:
+            _undo(job.name, keeper.pid)
         raise AttachError(f"{job.name} cannot be attached: {words or 'its keeper has died'}")
     return int(words.removeprefix("ok "))
 
@@ -380,6 +416,9 @@ def _by_nbd_client(arguments: argparse.Namespace, name: str, address: str) -> st
     try:
         kernelswap.run("nbd-client", *words)
         record.write(device, "", keeper=0)
+    except BaseException:
+        record.remove()
+        raise
     finally:
         record.close()
     return device
@@ -396,13 +435,20 @@ def _free_device() -> str:
 # ---- Both ------------------------------------------------------------------------------------------------
 
 
-def _disconnect(device: str, there: "Attached | None") -> None:
-    """End a device, and its keeper."""
+def _take_away(there: "Attached") -> None:
+    """End a device that nobody uses, and forget it. Raises AttachError."""
+    _forget(there.name, there.device, _disconnect(there.device, there))
+
+
+def _disconnect(device: str, there: "Attached | None") -> "Callable[[], bool]":
+    """End a device, and tell its keeper to end; return what says whether both have gone."""
+    import select
     import signal
 
     from zramd import attached, kernelswap, netlink
 
-    keeper = -1
+    connection = attached.connection(device)
+    keeper, ended = -1, select.poll()
     if there and there.keeper:
         with suppress(ProcessLookupError):
             keeper = os.pidfd_open(there.keeper)
@@ -416,16 +462,26 @@ def _disconnect(device: str, there: "Attached | None") -> None:
     except netlink.NoFamilyError:
         kernelswap.run("nbd-client", "-d", device)
     if keeper >= 0:
+        ended.register(keeper, select.POLLIN)
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(keeper, signal.SIGTERM)
-        os.close(keeper)
+
+    def gone() -> bool:
+        # The next attach may be given the same device at once.
+        if connection and attached.connection(device) == connection:
+            return False
+        if keeper >= 0:
+            ended.poll(APPEARS * 1000)  # it removes its record; one that is late does so later
+        return True
+
+    return gone
 
 
-def _forget(name: str, device: str) -> None:
-    """Wait until the kernel has given the device up, and remove what was noted of it."""
+def _forget(name: str, device: str, gone: "Callable[[], bool]") -> None:
+    """Wait until the kernel has given the device up and its keeper has ended; remove what was noted of it."""
     from zramd import attached, swapunit
 
-    _wait(lambda: not attached.is_connected(device), f"{device} is disconnected, but somebody has it open")
+    _wait(gone, f"{device} is disconnected, but somebody has it open")
     attached.remove(name)
     swapunit.forget(device)
 

@@ -515,6 +515,7 @@ def spawn(argv: list[str], prepare: Callable[[], None] = lambda: None, folder: s
                 null = os.open(os.devnull, os.O_RDWR)
                 for source, target in ((null, 0), (null, 1), (to_errors, 2)):
                     os.dup2(source, target)
+                to_errors = 2  # `prepare` may put something else in its place
                 os.chdir(folder)
                 inherited.leave_manager()
                 inherited.close_others(words=argv)

@@ -1,0 +1,35 @@
+"""What the server that takes over finds: the folder in which the old one stands, and sockets from 3 on."""
+
+import os
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from zramd.commands import restart
+
+
+@pytest.mark.parametrize("number", [3, 4, 20])
+def test_its_folder_is_not_taken_by_a_socket(tmp_path: Path, number: int) -> None:
+    """Which descriptors the command has free, and so for the folder, is up to who runs it."""
+    said = tmp_path / "said"
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(tmp_path, os.O_PATH | os.O_DIRECTORY), number)
+            old = SimpleNamespace(
+                folder=number, process=os.pidfd_open(os.getpid()), leaves_pid=True, made=False
+            )
+            old.listening = [socket.socket(socket.AF_UNIX).detach() for _ in range(2)]
+            turn = SimpleNamespace(fd=os.open("/", os.O_PATH), words=dict)
+            argv = ["sh", "-c", "pwd >said.new; readlink /proc/$$/fd/3 >>said.new; mv said.new said"]
+            new = restart._Successor(argv, old, turn)  # type: ignore[arg-type]
+            while os.read(new._errors, 4096):
+                pass
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    folder, first = said.read_text().split()
+    assert folder == str(tmp_path)
+    assert first.startswith("socket:")

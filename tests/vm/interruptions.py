@@ -1,0 +1,302 @@
+"""Runs in the guest of test_vm_interruption.py: does the rows of its table, and tells what each has left.
+
+interruptions.py ASK TELL: two fifos. A row comes as one line, DURING AT WHOM WHAT END, and is answered by one
+line of JSON.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from zramd import attached, commands, kernelswap, netlink, rundir, steps
+
+NAME = "held"
+RUNDIR = f"/run/zramd/{NAME}"
+RECORD = f"/run/zramd/{NAME}.attached"
+STATE = "/dev/shm/held"
+STEPS = "/tmp/steps"
+BLOCK = b"what was answered" * 240 + bytes(16)
+PATIENCE = 60.0  # seconds, in a guest that is emulated
+SETTLE = 15.0  # seconds in which what is left must be what is promised; a keeper looks again after less
+COMMANDS = {
+    "attach": ["attach", NAME],
+    "swap": ["attach", NAME, "--swap"],
+    "detach": ["detach", NAME],
+    "swapoff": ["detach", NAME, "--swapoff"],
+    "stop": ["stop", NAME],
+    "restart": ["restart", NAME],
+    "start": ["start", NAME, "--size", "16M", f"state={STATE}", "compaction=off"],
+}
+
+
+class Command:
+    """A command of zramd that runs: in a copy of this process, for Python takes seconds to start here."""
+
+    def __init__(self, words: list[str], held: bool = False) -> None:
+        self._said = [os.memfd_create("out"), os.memfd_create("err")]
+        self._status: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        status = 70
+        try:
+            os.dup2(self._said[0], 1)
+            os.dup2(self._said[1], 2)
+            # A shell's background jobs ignore SIGINT, a terminal's do not.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            steps._path = STEPS if held else ""
+            try:
+                status = commands.main(words)
+            except SystemExit as error:
+                status = int(error.code or 0)
+            sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        """Return its status, minus the signal that ended it, or None while it runs."""
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._status = os.waitstatus_to_exitcode(status)
+        return self._status
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for its end, so long; say whether it came."""
+        end = time.monotonic() + seconds
+        while self.poll() is None:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def ended(self) -> tuple[int, str, str]:
+        """Wait for its end; its status, and what it said."""
+        if not self.wait(PATIENCE):
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait(PATIENCE)
+            self._status = 99
+        said = []
+        for fd in self._said:
+            said.append(os.pread(fd, 1 << 16, 0).decode())
+            os.close(fd)
+        return self._status or 0, said[0], said[1]
+
+
+class Holder:
+    """Holds processes at one of their steps: see zramd.steps."""
+
+    def __init__(self) -> None:
+        self.at = ""
+        self.seen: list[tuple[int, str]] = []
+        self._links: list[socket.socket] = []
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(STEPS)
+        self._listener.listen(64)
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            link, _ = self._listener.accept()
+            pid, name = link.makefile().readline().split()
+            self.seen.append((int(pid), name))
+            if name == self.at:
+                self._links.append(link)
+            else:
+                link.close()
+
+    def wait(self, process: Command) -> int:
+        """Return who is held; raises AssertionError when the command ends before that."""
+        end = time.monotonic() + PATIENCE
+        while not self._links:
+            assert process.poll() is None, ("the step was never reached", self.seen, process.ended())
+            assert time.monotonic() < end, ("the step was never reached", self.seen)
+            time.sleep(0.005)
+        return next(pid for pid, name in reversed(self.seen) if name == self.at)
+
+    def release(self) -> None:
+        """Let all go on."""
+        self.at = ""
+        for link in self._links:
+            link.close()
+        self._links.clear()
+
+
+def run(what: str) -> tuple[int, str, str]:
+    """Run one of the commands to its end."""
+    return Command(COMMANDS[what]).ended()
+
+
+def serve() -> None:
+    """See that there is a server."""
+    if rundir.holder(RUNDIR):
+        return
+    status, _, err = run("start")
+    assert status == 0, err
+
+
+def request(kind: int, data: bytes) -> None:
+    """Write or read the block, as a client of the server."""
+    link = netlink.dial(f"{RUNDIR}/nbd.sock")
+    netlink.handshake(link, NAME)
+    link.settimeout(PATIENCE)
+    link.sendall(struct.pack(">IHHQQI", 0x25609513, 0, kind, 7, 0, len(BLOCK)) + data)
+    answer = b""
+    wanted = 16 if kind else 16 + len(BLOCK)
+    while len(answer) < wanted:
+        part = link.recv(65536)
+        assert part
+        answer += part
+    link.close()
+    assert answer[4:8] == bytes(4)
+    return answer[16:]
+
+
+def keepers() -> list[int]:
+    """All keepers that there are."""
+    return [pid for pid, words in processes() if b"zramd.keeper" in words]
+
+
+def processes() -> list[tuple[int, list[bytes]]]:
+    """All processes, with their command lines."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            found.append((int(pid), Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")))
+    return found
+
+
+def connected() -> list[str]:
+    """The devices that the kernel has."""
+    names = [name for name in os.listdir("/sys/block") if name.startswith("nbd")]
+    return [f"/dev/{name}" for name in names if attached.is_connected(f"/dev/{name}")]
+
+
+def state() -> tuple[str, object]:
+    """How it stands, by the table's names, and what that is seen by."""
+    devices, there, alive = connected(), attached.find(NAME), keepers()
+    record = os.path.exists(RECORD)
+    swaps = [swap.path for swap in kernelswap.swaps()]
+    facts = (devices, there, alive, record, swaps)
+    if not devices and not alive and not record and not swaps:
+        return "nothing", facts
+    if len(devices) == 1 and there and there.device == devices[0] and swaps in ([], devices):
+        if alive == [there.keeper] and rundir.holder(RUNDIR):
+            return "swapped" if swaps else "attached", facts
+        if not alive and not there.keeper:
+            return "alone", facts
+    return "broken", facts
+
+
+def settled(wanted: str) -> tuple[str, object]:
+    """The same, once it is what is wanted, or it is too late."""
+    end = time.monotonic() + SETTLE
+    while (found := state())[0] not in wanted.split("|") and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+def row(holder: Holder, during: str, at: str, whom: str, what: str, end: str) -> dict[str, Any]:
+    """Do one row."""
+    serve()
+    request(1, BLOCK)
+    if during in ("detach", "swapoff"):
+        status, _, err = run("attach" if during == "detach" else "swap")
+        assert status == 0, err
+    server = rundir.holder(RUNDIR)
+    holder.seen.clear()
+    holder.at = at
+    command = Command(COMMANDS[during], held=True)
+    held = holder.wait(command)
+    second = None
+    if whom == "second":
+        second = Command(COMMANDS[what])
+        second.wait(3)  # it gets as far as it can
+    else:
+        number = getattr(signal, f"SIG{what}")
+        there = attached.find(NAME)
+        targets = {
+            "command": [command.pid],
+            "server": [server],
+            "process": [held],
+            "keeper": [there.keeper if there else 0],
+            "both": [command.pid, held],
+        }[whom]
+        for target in targets:
+            assert target, f"there is no {whom}"
+            os.kill(target, number)
+    time.sleep(0.2)
+    holder.release()
+    if whom == "server" and during in ("swap", "swapoff"):
+        time.sleep(0.3)
+        serve()  # what is swapped to waits for it
+    status, out, err = command.ended()
+    other = second.ended() if second else (0, "", "")
+    if what != "stop":
+        serve()
+    found, facts = settled(end)
+    answer = {"status": status, "out": out, "err": err, "other": other, "found": found, "facts": facts}
+    answer["seen"] = [name for _, name in holder.seen]
+    if found == "attached" and during in ("attach", "detach"):
+        with open(connected()[0], "rb", buffering=0) as device:
+            answer["right"] = device.read(len(BLOCK)) == BLOCK
+    return answer
+
+
+def clean(answer: dict[str, Any]) -> None:
+    """Take away what is left, as a user would: nothing may be in the way of that."""
+    serve()
+    if answer["found"] == "alone":
+        answer["again"] = run("attach")
+    if answer["found"] not in ("nothing",):
+        answer["detached"] = run("swapoff")
+    answer["after"] = settled("nothing")
+
+
+def warm() -> None:
+    """Import what commands do as they go."""
+    for name in ("attach", "serve", "restart"):
+        importlib.import_module(f"zramd.commands.{name}")
+    for name in ("interrupts", "life", "keeper", "devices", "swapunit", "trusted", "peer"):
+        importlib.import_module(f"zramd.{name}")
+
+
+def main(ask: str, tell: str) -> None:
+    """Do rows until there are no more."""
+    os.environ["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"
+    warm()
+    holder = Holder()
+    while True:
+        with open(ask) as file:
+            words = file.read().split()
+        started = time.monotonic()
+        try:
+            during, at, whom, what, end = words
+            answer = row(holder, during, at, whom, what, end)
+        except Exception as error:
+            answer = {"error": repr(error), "found": "broken", "facts": state()}
+        holder.release()
+        try:
+            clean(answer)
+        except Exception as error:
+            answer["error"] = f"{answer.get('error', '')} cleaning: {error!r}"
+        answer["seconds"] = round(time.monotonic() - started, 1)
+        with open(tell, "w") as file:
+            file.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

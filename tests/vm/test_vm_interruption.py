@@ -1,0 +1,209 @@
+"""What is left when an attach or a detach is interrupted at any of its steps, in a real virtual machine: by a
+signal to the command, to the server or to the keeper, or by a second command.
+
+`ENDS` is the promise. Each row: during which command ("swap" is attach --swap, "swapoff" detach --swapoff);
+at which step (see zramd.steps) whoever reaches it is held; who is hit there: the command, the server, the
+keeper, the process at the step, that and the command; by what, a signal or another command; how the device
+stands in the end; what the interrupted command says; and what the second one says.
+
+    attached    and served, by exactly one keeper, with its data
+    swapped     the same, and swapped to
+    alone       attached, but its keeper was killed when nobody could see to it: the next attach gives it one
+    nothing     no device, no keeper, no swap, no file
+
+    done        status 0
+    interrupted status 128 + signal, and one sentence that is true
+    failed      status 1, and one sentence
+    killed      nothing
+
+Rows marked * are tried each time; all of them take a quarter of an hour.
+"""
+
+import base64
+import gzip
+import json
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import zramd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from vm_tools import image, kernel
+from vm_tools.guest import Guest, Machine, choose_accel
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(600)
+ROW_TIMEOUT = 300.0  # seconds
+
+ENDS = """
+# during  at                   whom      what             end       says         second
+  attach  attach.turn          command   INT,TERM,HUP     nothing   interrupted
+  attach  attach.turn          command   KILL             nothing   killed
+  attach  attach.turn          server    KILL             nothing   failed
+  attach  attach.turn          second    attach           attached  done         failed
+  attach  attach.turn          second    detach           attached  done         failed
+  attach  attach.turn          second    restart          attached  done         done
+  attach  keeper.recorded      command   INT,TERM,HUP     nothing   interrupted
+  attach  keeper.recorded      command   KILL             nothing   killed
+  attach  keeper.recorded      process   TERM,KILL        nothing   failed
+  attach  keeper.recorded      server    KILL             nothing   failed
+  attach  keeper.greeted       command   INT,TERM,HUP     nothing   interrupted
+  attach  keeper.greeted       command   KILL             nothing   killed
+* attach  keeper.greeted       process   KILL             nothing   failed
+  attach  keeper.greeted       process   TERM             nothing   failed
+  attach  keeper.greeted       server    KILL             nothing   failed
+* attach  keeper.connected     command   TERM             nothing   interrupted
+  attach  keeper.connected     command   INT,HUP          nothing   interrupted
+* attach  keeper.connected     command   KILL             nothing   killed
+* attach  keeper.connected     process   KILL             nothing   failed
+  attach  keeper.connected     process   TERM             nothing   failed
+* attach  keeper.connected     both      KILL             alone     killed
+  attach  keeper.connected     server    KILL             nothing   failed
+  attach  keeper.connected     second    attach           attached  done         failed
+  attach  keeper.connected     second    detach           attached  done         failed
+  attach  keeper.connected     second    restart          attached  done         done
+  attach  keeper.noted         command   INT,TERM,HUP     nothing   interrupted
+  attach  keeper.noted         command   KILL             nothing   killed
+  attach  keeper.noted         process   TERM,KILL        nothing   failed
+  attach  keeper.noted         both      KILL             alone     killed
+  attach  keeper.noted         server    KILL             nothing   failed
+  attach  keeper.ready         command   INT,TERM,HUP     nothing   interrupted
+* attach  keeper.ready         command   KILL             nothing   killed
+  attach  keeper.ready         process   TERM,KILL        nothing   failed
+  attach  keeper.ready         server    KILL             attached  done
+  attach  attach.attached      command   INT,TERM,HUP     nothing   interrupted
+  attach  attach.attached      command   KILL             attached  killed
+* attach  attach.attached      keeper    KILL             nothing   failed
+  attach  attach.attached      keeper    TERM             nothing   failed
+  attach  attach.attached      server    KILL             attached  done
+  attach  attach.attached      second    attach           attached  done         failed
+* attach  attach.attached      second    detach           nothing   failed       done
+  attach  attach.attached      second    restart          attached  done         done
+  attach  attach.used          command   INT,TERM,HUP     nothing   interrupted
+  attach  attach.used          command   KILL             attached  killed
+  swap    attach.attached      command   TERM             nothing   interrupted
+  swap    attach.attached      second    detach           nothing   failed       done
+  swap    swap.made            command   INT,TERM,HUP     nothing   interrupted
+  swap    swap.made            command   KILL             attached  killed
+* swap    swap.made            second    detach           swapped   done         failed
+  swap    swap.made            second    swapoff          nothing   done         done
+  swap    swap.made            second    attach           swapped   done         failed
+  swap    swap.made            server    KILL             swapped   done
+* swap    attach.used          command   TERM             swapped   interrupted
+  swap    attach.used          command   INT,HUP          swapped   interrupted
+  swap    attach.used          command   KILL             swapped   killed
+  detach  detach.begun         command   INT,TERM,HUP     attached  interrupted
+  detach  detach.begun         command   KILL             attached  killed
+  detach  detach.begun         keeper    TERM,KILL        nothing   done
+  detach  detach.begun         server    KILL             nothing   done
+  detach  detach.begun         second    detach           nothing   done         failed
+  detach  detach.begun         second    attach           nothing   done         failed
+  detach  detach.begun         second    restart          nothing   done         done
+  detach  detach.free          command   INT,TERM,HUP     attached  interrupted
+  detach  detach.free          command   KILL             attached  killed
+  detach  detach.free          keeper    TERM,KILL        nothing   done
+  detach  detach.free          server    KILL             nothing   done
+  detach  detach.free          second    detach           nothing   done         failed
+  detach  detach.free          second    restart          nothing   done         done
+  detach  detach.disconnected  command   INT,TERM,HUP     nothing   done
+* detach  detach.disconnected  command   KILL             nothing   killed
+* detach  detach.disconnected  second    attach           attached  done         done
+  detach  detach.disconnected  second    detach           nothing   done         failed
+  detach  detach.disconnected  second    restart          nothing   done         done
+* swapoff detach.begun         command   TERM             swapped   interrupted
+  swapoff detach.begun         command   INT,HUP          swapped   interrupted
+  swapoff detach.begun         command   KILL             swapped   killed
+* swapoff detach.free          command   TERM             attached  interrupted
+  swapoff detach.free          command   INT,HUP          attached  interrupted
+  swapoff detach.free          command   KILL             attached  killed
+* swapoff detach.free          second    swap             nothing   done         failed
+  swapoff detach.free          second    swapoff          nothing   done         failed
+  swapoff detach.disconnected  command   INT,TERM,HUP     nothing   done
+  swapoff detach.disconnected  command   KILL             nothing   killed
+"""
+
+
+def rows() -> Iterator[Any]:
+    """The table's rows, one for each signal or command; those without a star are slow."""
+    for line in ENDS.splitlines():
+        if line and line[0] in " *":
+            during, at, whom, whats, end, says, *second = line[1:].split()
+            for what in whats.split(","):
+                marks = [] if line[0] == "*" else [pytest.mark.slow]
+                name = f"{during}-{at}-{whom}-{what}"
+                yield pytest.param(during, at, whom, what, end, says, "".join(second), marks=marks, id=name)
+
+
+@pytest.fixture(scope="module")
+def guest() -> Iterator[Guest]:
+    """A booted guest, with what does the rows."""
+    folder = ROOT / "build/vm"
+    cloud = kernel.prepare(folder)
+    images = image.prepare(folder, cloud, Path(zramd.__file__).parent.parent)
+    with tempfile.TemporaryDirectory(prefix="zramd-vm-") as name:
+        machine = Machine(cloud, images, 384 << 20, 2, "tcg")
+        machine = Machine(cloud, images, machine.memory, machine.cpus, choose_accel(machine, Path(name)))
+        with Guest(machine, Path(name)) as guest:
+            guest.wait_for_boot()
+            guest.run(f"insmod {guest.machine.images.later_modules[-1]}")
+            guest.run("mkdir -p /dev/shm && mount -t tmpfs none /dev/shm && mkfifo /tmp/ask /tmp/tell")
+            program = Path(__file__).with_name("interruptions.py").read_bytes()
+            words = base64.b64encode(gzip.compress(program)).decode()
+            for start in range(0, len(words), 2000):  # a line of a terminal has 4095 characters at most
+                guest.run(f"printf %s {words[start : start + 2000]} >>/tmp/words")
+            guest.run("base64 -d /tmp/words | gunzip >/tmp/interruptions.py")
+            guest.run("/usr/bin/python3 /tmp/interruptions.py /tmp/ask /tmp/tell </dev/null >/tmp/log 2>&1 &")
+            yield guest
+            print(guest.run("cat /tmp/log"))
+            assert guest.alarms() == []
+
+
+@pytest.mark.parametrize(("during", "at", "whom", "what", "end", "says", "second"), list(rows()))
+def test_ends(
+    guest: Guest, during: str, at: str, whom: str, what: str, end: str, says: str, second: str
+) -> None:
+    asked = f"echo {during} {at} {whom} {what} {end} >/tmp/ask; cat /tmp/tell"
+    answer: dict[str, Any] = json.loads(guest.run(asked, ROW_TIMEOUT))
+    print(json.dumps(answer))
+    assert "error" not in answer
+    assert answer["found"] == end
+    assert answer.get("right", True)
+
+    # What was said is true.
+    status, out, err = answer["status"], answer["out"], answer["err"]
+    sentences = [line for line in err.splitlines() if line.startswith("zramd: ")]
+    assert "Traceback" not in err + answer["other"][2]
+    assert len(err.splitlines()) == len(sentences)
+    if says == "done":
+        assert (status, sentences) == (0, [])
+        assert out == ("/dev/nbd0\n" if during in ("attach", "swap") else "")
+    elif says == "interrupted":
+        assert (status, out) == (128 + getattr(signal, f"SIG{what}"), "")
+        assert sentences == [f"zramd: interrupted: {STANDS[end]}"]
+    elif says == "failed":
+        assert (status, out, len(sentences)) == (1, "", 1)
+    elif says == "killed":
+        assert status == -signal.SIGKILL
+    if second:
+        assert answer["other"][0] == (1 if second == "failed" else 0), answer["other"]
+        assert len(answer["other"][2].splitlines()) == (second == "failed"), answer["other"]
+
+    # What is left can be taken away, and then nothing is left.
+    if end == "alone":
+        assert answer["again"][:2] == [0, "/dev/nbd0\n"], answer["again"]
+    assert answer.get("detached", [0, "", ""]) == [0, "", ""]
+    assert answer["after"][0] == "nothing"
+
+
+STANDS = {
+    "nothing": "held is not attached",
+    "attached": "held is attached as /dev/nbd0",
+    "swapped": "held is attached as /dev/nbd0, and swapped to: 0 MiB are out",
+}
