@@ -44,7 +44,7 @@ exit status:
   2  what was written on the command line is wrong
 """
 
-# argparse looks in many places for a translation of each parser's headings, and there never is one: that took a
+# argparse looks in many places for a translation of each of the headings, and there never is one: that took a
 # seventh of the time of `zramd list`.
 argparse._ = str  # type: ignore[attr-defined]
 
