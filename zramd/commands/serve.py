@@ -245,8 +245,10 @@ def is_ready(settings: "Config", pid: int) -> bool:
     """Say whether the server that is process `pid` answers: it, and not another one of the same name."""
     if rundir.holder(settings.rundir) != pid:
         return False
-    if not settings.endpoint:
-        return os.path.exists(f"{settings.rundir}/{rundir.NBD_SOCKET}")
+    if not settings.endpoint:  # nbdkit makes its socket first, and it may be elsewhere
+        return any(
+            os.path.exists(f"{settings.rundir}/{name}") for name in (rundir.NBD_SOCKET, rundir.DATA_ID)
+        )
     try:
         status, answer = client.ask(settings.rundir, "GET", "/health", timeout=1)
     except OSError:
