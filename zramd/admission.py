@@ -1,8 +1,8 @@
 """How many clients there may be, and what is done when descriptors are short.
 
-nbdkit accepts whoever comes. If it cannot, for want of a descriptor, it tries again and again, with a line of
-its log each time. So a client too many is cut off while there still are some, and if there are none all the
-same, nobody is accepted: who comes waits in the queue.
+nbdkit accepts every client. If it cannot, for want of a descriptor, it tries again and again, and logs a line
+each time. So a client too many is cut off while a few descriptors are left. If none is left all the same,
+nbdkit is kept from accepting, and new clients wait in the queue.
 """
 
 import errno
@@ -19,15 +19,15 @@ from contextlib import suppress
 from zramd.errors import DeviceError, sentence
 from zramd.trouble import Troubles
 
-PATIENCE = 30.0  # seconds in which a client is to say what it wants
-SPARE = 12  # descriptors of one's own for when there are no others: a hand-over needs that many
-MARGIN = 64  # descriptors that clients leave free
+PATIENCE = 30.0  # seconds that a client has for its handshake
+SPARE = 12  # descriptors that we keep for ourselves: a hand-over needs that many
+MARGIN = 64  # descriptors that clients must leave free
 # Has nbdkit's main thread look again at what it waits for. Nobody sends it otherwise.
 LOOK_AGAIN = signal.SIGURG
 
 
 class Arrivals:
-    """Those who have connected, and not said yet what they want; each has a thread of nbdkit's of its own."""
+    """Clients in their handshake; each has a thread of nbdkit's of its own."""
 
     def __init__(self) -> None:
         self._since: dict[int, float] = {}  # by thread, on the clock of CLOCK_BOOTTIME
@@ -36,21 +36,21 @@ class Arrivals:
         return len(self._since)
 
     def begin(self) -> None:
-        """The calling thread serves one who has just connected."""
+        """Note that the calling thread serves a client that has just connected."""
         self._since[threading.get_native_id()] = time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def end(self) -> None:
-        """The one that the calling thread serves has become a client."""
+        """Note that the client of the calling thread has completed its handshake."""
         self._since.pop(threading.get_native_id(), None)
 
     def forget_gone(self) -> None:
-        """Forget those who left before they became clients: of them nbdkit does not tell."""
+        """Forget clients that left during their handshake: nbdkit does not tell us of these."""
         for thread in list(self._since):
             if not os.path.exists(f"/proc/self/task/{thread}"):
                 self._since.pop(thread, None)
 
     def cut_off(self, patience: float = PATIENCE) -> int:
-        """Cut off who takes longer than that many seconds, and return how many those were."""
+        """Cut off clients whose handshake takes longer than so many seconds; return how many there were."""
         self.forget_gone()
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
         late = [(thread, since) for thread, since in self._since.copy().items() if now - since > patience]
@@ -58,10 +58,10 @@ class Arrivals:
 
 
 def _cut_off(thread: int, since: float) -> bool:
-    """Shut the connection that a thread waits for, if it is the one that began then.
+    """Shut the connection that a thread waits for, if the thread is still the one that began then; say so.
 
-    nbdkit does not tell which connection a thread serves, but the kernel does: it waits in a system call
-    whose first argument that is.
+    nbdkit does not tell which connection a thread serves, but the kernel does: the thread waits in a system
+    call, and the descriptor is its first argument.
     """
     try:
         with open(f"/proc/self/task/{thread}/stat", "rb") as file:
@@ -94,7 +94,7 @@ class Descriptors:
         self.keep()
 
     def keep(self) -> bool:
-        """Keep what is missing of our own; if there are no more, give all back for use, and return False.
+        """Fill up what we keep for ourselves; if that cannot be, give all of it back and return False.
 
         `missing` tells why then. Raises OSError when it cannot be told whether there are more.
         """
@@ -117,7 +117,7 @@ class Descriptors:
             os.close(self._spare.pop())
 
     def shortage(self) -> str:
-        """Return why another client would leave too few, "" if he would not."""
+        """Return why another client would leave too few descriptors, "" if enough would be left."""
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         try:
             lowest = os.dup(self._file)  # the lowest number that is free: all below it are in use
@@ -132,7 +132,7 @@ class Descriptors:
 
 
 class Door:
-    """The sockets on which nbdkit accepts clients; while they are shut, who comes waits in their queue."""
+    """The sockets on which nbdkit accepts clients; while it is shut, new clients wait in their queue."""
 
     def __init__(self, descriptors: list[int]) -> None:
         self._places = descriptors
@@ -142,7 +142,7 @@ class Door:
         self._lock = threading.Lock()
 
     def shut(self) -> None:
-        """Accept nobody from now on. Needs no descriptor."""
+        """Keep nbdkit from accepting clients. Needs no new descriptor."""
         with self._lock:
             if not self.is_shut:
                 self.is_shut = True
@@ -151,7 +151,7 @@ class Door:
                 self._look_again()
 
     def open(self) -> None:
-        """Accept again, those first who have come meanwhile."""
+        """Let nbdkit accept again, first the clients that have queued meanwhile."""
         with self._lock:
             if self.is_shut:
                 self.is_shut = False
@@ -166,7 +166,7 @@ class Door:
 
 
 class Admission:
-    """Lets clients in, or turns them away, and says so."""
+    """Lets clients in or turns them away, and says so."""
 
     WATCH = 1.0  # seconds between two looks
 
@@ -191,7 +191,7 @@ class Admission:
         return self._door.sockets if self._door is not None else []
 
     def connects(self) -> None:
-        """Let one in; called by the thread that serves him, one at a time. Raises DeviceError."""
+        """Let a client in; its thread calls this, one at a time. Raises DeviceError for one too many."""
         if reason := self._no_room():
             self._turned_away = reason
             if self._door is not None and self._descriptors is not None and self._descriptors.are_out:
@@ -200,7 +200,7 @@ class Admission:
         self._arrivals.begin()
 
     def becomes_client(self) -> None:
-        """The one whom the calling thread serves has said what he wants."""
+        """Note that the client of the calling thread has completed its handshake."""
         self._arrivals.end()
 
     def use_spare(self) -> None:
@@ -213,7 +213,7 @@ class Admission:
         return self.WATCH / 10 if self._door is not None and self._door.is_shut else self.WATCH
 
     def watch_descriptors(self) -> None:
-        """Keep a few descriptors, and let nobody in while there are no others."""
+        """Keep a few descriptors for ourselves, and shut the door while there are no others."""
         if self._descriptors is None or self._door is None:
             return
         what = "no client is let in, for want of descriptors"
@@ -225,7 +225,7 @@ class Admission:
             self._troubles.begin(what, self._descriptors.missing)
 
     def watch_clients(self) -> None:
-        """Cut off those who never become clients, and tell of those who were turned away while that lasts."""
+        """Cut off clients that never complete their handshake; report that clients are turned away, if so."""
         if len(self._arrivals):
             self._arrivals.cut_off()
         if self._turned_away:

@@ -2,9 +2,9 @@
 
     curl --unix-socket RUNDIR/control.sock http://zramd/stats
 
-One request for each connection. The server's housekeeping thread accepts; a short-lived thread answers, with
-what zramd.routes says. Who says nothing, or does not take his answer, has to make room for who comes; what
-takes long leaves room for the rest.
+Each connection carries one request. The server's housekeeping thread accepts it, and a short-lived thread
+answers with what zramd.routes says. When all connections are taken, those that send nothing or do not take
+their answer are closed for the next caller, and requests that take long may hold only some of them.
 Raw sockets and not http.server: that alone would nearly double the server's memory.
 """
 

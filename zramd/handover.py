@@ -1,19 +1,18 @@
-"""A server takes over from another one, which holds the same state, and clients see only a pause.
+"""A server takes over from another one that holds the same state, and clients see only a pause.
 
-`zramd restart` begins it, and the new server ends it, whatever becomes of the command meanwhile:
+`zramd restart` begins it. From "go" on the new server completes it, whatever becomes of the command:
 
     old     sends its listening sockets, and goes on
     new     starts with them, does all that may fail or takes time, says that it is ready, and waits
-    command says "go". If it ends before that, the new one ends too, and the old one goes on
-    new     says that it tells the old one, and does: SIGUSR1 (sockets.HAND_OVER)
-    old     accepts nobody; who is connecting gets done; answers what it has read, ends
-    new     takes the run folder and the state, and answers those who have come meanwhile
+    command says "go". If the command ends before that, the new server ends too, and the old one goes on
+    new     says that it tells the old one to leave, and does: SIGUSR1 (sockets.HAND_OVER)
+    old     lets its clients go and ends: see zramd.leaving
+    new     takes the run folder and the state, and answers the clients that have queued meanwhile
 
-A listening socket always exists, so who connects again is never refused: he waits in its queue. And nobody is
-cut off while he connects: of that qemu makes a pause of a second.
+The listening socket never closes, so a client that connects again is queued, not refused.
 
-If somebody stops the old server meanwhile, that counts: it removes its pid file then, which it leaves in a
-hand-over (and in a crash), and the new one does not go on.
+A stop that comes meanwhile counts: a server that is stopped removes its pid file, one that hands over (or
+crashes) leaves it, and by that the new server knows whether to go on.
 """
 
 import os
@@ -59,8 +58,8 @@ def must_be_left() -> bool:
 def wait() -> None:
     """Say that we are ready, wait until we are to go on, tell the old server, and wait for its end.
 
-    However long that takes: it has been told, and somebody must serve when it has gone. Raises RundirError
-    when who started us ends before.
+    However long that takes: the old one has been told, and this one must serve when it has gone. Raises
+    RundirError when the command that started us ends before it says "go".
     """
     import signal
 

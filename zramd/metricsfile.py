@@ -1,7 +1,7 @@
 """The metrics beside the run folder, where another user may read them: node_exporter's textfile collector.
 
-The run folder is closed to others, and node_exporter runs as somebody else. Its folder may belong to him: the
-numbers are no secret, and he cannot lead us to another place.
+The run folder is closed to others, and node_exporter runs as another user, who may own the collector's
+folder: the numbers are no secret, and no link in there leads us to another place.
 """
 
 import errno

@@ -1,9 +1,10 @@
 """Who serves a device: the process at the other end of its control socket, by the kernel's word.
 
-What stands in a pid file is what somebody wrote there: the owner of the folder whatever he likes, a server in
-a PID namespace of its own a number that means another process out here. So nobody is sent a signal because of
-it. The kernel tells who listens on a socket (SO_PEERCRED), and gives a descriptor of that very process
-(SO_PEERPIDFD, since Linux 6.5). Where there is no socket, the process must have the pid file open.
+A pid file holds what somebody wrote there. The folder's owner can write anything, and a server in a PID
+namespace of its own writes a number that means another process out here. So no process is sent a signal
+because of it. The kernel tells which process listens on a socket (SO_PEERCRED), and gives a descriptor of
+that very process (SO_PEERPIDFD, since Linux 6.5). Where there is no socket, the process must have the pid
+file open.
 """
 
 import errno
@@ -47,8 +48,8 @@ class Process:
 def find(name: str, path: str) -> Process:
     """Return the process that serves device `name` in run folder `path`.
 
-    It belongs to whom the folder belongs to, and runs in our PID namespace. Raises DeviceError if that cannot
-    be told of it, or if nobody serves.
+    It has the same owner as the folder, and runs in our PID namespace. Raises DeviceError if that is not so,
+    or cannot be found out, or if no process serves.
     """
     try:
         folder = trusted.open_folder(path, foreign=True)
@@ -76,7 +77,7 @@ def find(name: str, path: str) -> Process:
 
 
 def must_be_ours(process: Process, name: str) -> None:
-    """Raise DeviceError if the server belongs to another user: what he tells us, and what he runs, is his."""
+    """Raise DeviceError if the server belongs to another user, who decides what it tells and runs."""
     if process.uid != os.geteuid():
         raise DeviceError(
             f"the server of {name} belongs to {trusted.user(process.uid)}, and runs what he has it run: "
@@ -91,7 +92,7 @@ def credentials(control: socket.socket) -> tuple[int, int]:
 
 
 def _listener(folder: int) -> Process | None:
-    """Return who listens on the control socket, None if nobody does. Raises OSError for want of something."""
+    """Return the process that listens on the control socket, None if none does. Raises OSError in a shortage."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
         control.settimeout(_TIMEOUT)
         try:

@@ -255,7 +255,7 @@ class Server:
         self._rundir.remove()
 
     def client_connects(self) -> None:
-        """Let in who has just connected; called by the thread that serves him. Raises DeviceError."""
+        """Let in a client that has just connected; its own thread calls this. Raises DeviceError."""
         with self._clients_lock:
             self._admission.connects()
 

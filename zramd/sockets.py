@@ -16,7 +16,8 @@ from zramd.errors import is_shortage
 
 # Leave at once, also while swapped to: the state stays. Without a state as SIGTERM.
 HAND_OVER = signal.SIGUSR1
-# Who is silent for a minute is asked, and is gone if he does not answer for another; so is who takes nothing.
+# A client that is silent for a minute is asked whether it is there. After another minute without an answer
+# its connection ends; so does that of a client that takes nothing for two.
 _KEEP_ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
@@ -82,9 +83,9 @@ def inherited() -> frozenset[int]:
 
 
 def keep_alive(descriptors: list[int]) -> None:
-    """Have the kernel end TCP connections to who is gone without a word, on what is accepted from these.
+    """Have the kernel end TCP connections to clients that vanished, among those accepted on these sockets.
 
-    One that was switched off would stay for ever, and count as a client.
+    A machine that was switched off would count as a client for ever.
     """
     for fd in descriptors:
         with socket.socket(fileno=os.dup(fd)) as sock:
@@ -133,10 +134,10 @@ def unread(sock: socket.socket) -> int:
 
 
 def stop_accepting(descriptors: Iterable[int], number: int) -> None:
-    """Let nbdkit accept nobody any more: those who come now wait for the process that has the sockets next.
+    """Keep nbdkit from accepting clients: new ones queue for the process that has the sockets next.
 
-    Its main thread may be waiting on the sockets, or be about to return with a last client: the signal
-    `number`, one that does nothing, has it look again. Once that is handled, nobody is accepted any more.
+    nbdkit's main thread may be waiting on the sockets, or about to return with a last client. The signal
+    `number`, which does nothing, has it look again. Once that is handled, no client is accepted any more.
     """
     silent, _ = os.pipe2(os.O_CLOEXEC)
     for fd in descriptors:
@@ -147,7 +148,7 @@ def stop_accepting(descriptors: Iterable[int], number: int) -> None:
 
 
 def send(path: str, descriptors: list[int], text: str) -> None:
-    """Send descriptors, and what is to be known with them, to who listens at `path`. Raises OSError."""
+    """Send descriptors, and a text with them, to the socket at `path`. Raises OSError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as to:
         to.settimeout(1)
         to.connect(path)

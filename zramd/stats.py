@@ -51,16 +51,25 @@ NUMBERS = (
         "process_resident_bytes",
     ),
     Number(
-        "frag_ratio", "percent", "Share of the pool that payload fills, more is better.", "frag_ratio", 0.01
+        "frag_ratio",
+        "percent",
+        "Share of the pool that payload fills, more is better; all of an empty one.",
+        "frag_ratio",
+        0.01,
     ),
     Number(
         "occupancy",
         "percent",
-        "Share of the places for objects on resident pages that are in use.",
+        "Share of the places for objects on resident pages that are in use; all if there are none.",
         "pool_occupancy_ratio",
         0.01,
     ),
-    Number("compression_ratio", "", "Bytes stored for each byte of pool.", "compression_ratio"),
+    Number(
+        "compression_ratio",
+        "",
+        "Bytes stored for each byte of pool; none while it is empty.",
+        "compression_ratio",
+    ),
     Number("pages_stored", "blocks", "Blocks that hold data."),
     Number(
         "same_pages", "blocks", "Blocks that hold one repeated word and take no pool memory.", "same_pages"

@@ -6,10 +6,10 @@
 
 A path is walked from / on, one name after the other, and each name is looked at by the descriptor that is
 then used: so it matters neither what others change meanwhile, nor how fs.protected_symlinks and its like are
-set. Who may be trusted: root, ourselves, and who owns /, for he can replace all that is below (in a user
-namespace that is somebody whom we have no name for).
+set. We trust root, ourselves, and the owner of /, who can replace all that is below (in a user namespace that
+is a user whom we have no name for).
 
-Every refusal is an UntrustedError: what, and whose it is. What to do, the caller adds.
+Every refusal is an UntrustedError, which says what it is and whose. The caller adds what to do.
 """
 
 import errno

@@ -70,6 +70,14 @@ def device(tmp_path: Path, memory_folder: Path) -> Iterator[Device]:
 # Beginning.
 
 
+def test_a_start_without_either_socket_in_the_run_folder(device: Device, tmp_path: Path) -> None:
+    """Without the endpoint nobody can be asked whether it serves, and nbdkit's socket is elsewhere."""
+    assert "NBD URI" in device.done("start", "endpoint=off", "--", "-U", tmp_path / "elsewhere.sock")
+    assert sorted(path.name for path in device.rundir.iterdir() if path.is_socket()) == []
+    device.done("stop")
+    assert not device.rundir.exists()
+
+
 def test_many_starts_at_once(device: Device) -> None:
     """One of them has started it; the others say who serves, and none takes another's server for its own."""
     words = [sys.executable, "-P", "-m", "zramd"]

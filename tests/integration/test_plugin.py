@@ -52,7 +52,7 @@ class TestData:
         offered = ("flush", "fua", "trim", "zero", "fast_zero", "multi_conn")
         assert all(getattr(handle, f"can_{what}")() for what in offered)
         assert handle.can_cache()
-        handle.cache(1 << 20, 4096)  # there is nothing to do, and that is done
+        handle.cache(8192, 4096)  # there is nothing to do, and that is done
         assert [handle.get_block_size(which) for which in range(3)] == [1, 4096, 64 * MIB]
 
     def test_round_trips(self, serve: Serve) -> None:

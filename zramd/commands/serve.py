@@ -253,8 +253,9 @@ def _why_not_ready(settings: "Config", pid: int) -> str:
         if rundir.holder(settings.rundir) != pid:
             return "it has not taken its run folder"
         if not settings.endpoint:
-            there = os.path.exists(f"{settings.rundir}/{rundir.NBD_SOCKET}")
-            return "" if there else "it has not made its socket"
+            # nbdkit makes its socket first, and it may be elsewhere.
+            made = (f"{settings.rundir}/{name}" for name in (rundir.NBD_SOCKET, rundir.DATA_ID))
+            return "" if any(map(os.path.exists, made)) else "it has not made its socket"
         status, answer = client.ask(settings.rundir, "GET", "/health", timeout=1)
     except (OSError, RundirError) as error:
         return f"its control socket: {sentence(error)}" if isinstance(error, OSError) else str(error)
