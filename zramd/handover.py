@@ -16,6 +16,7 @@ If somebody stops the old server meanwhile, that counts: it removes its pid file
 hand-over (and in a crash), and the new one does not go on.
 """
 
+import errno
 import os
 import select
 from contextlib import suppress
@@ -88,9 +89,19 @@ def wait() -> None:
 
 
 def serving(folder: str) -> None:
-    """Let others have their turn with the server of this run folder: it serves now."""
-    fd = os.environ.pop(TURN, "")
-    with suppress(OSError):
-        # What another process was given with the same word is not ours to close.
-        if fd.isdigit() and os.path.samestat(os.fstat(int(fd)), os.stat(folder)):
+    """Let others have their turn with the server of this run folder: it serves now.
+
+    Raises OSError when the folder cannot be looked at: nobody has his turn until this was called again.
+    """
+    fd = os.environ.get(TURN, "")
+    if fd.isdigit():
+        try:
+            # What another process was given with the same word is not ours to close.
+            is_it = os.path.samestat(os.fstat(int(fd)), os.stat(folder))
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOENT):
+                raise
+            is_it = False
+        if is_it:
             os.close(int(fd))
+    os.environ.pop(TURN, None)
