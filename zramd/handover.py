@@ -15,6 +15,7 @@ A stop that comes meanwhile counts: a server that is stopped removes its pid fil
 crashes) leaves it, and by that the new server knows whether to go on.
 """
 
+import errno
 import os
 from contextlib import suppress
 
@@ -85,9 +86,19 @@ def wait() -> None:
 
 
 def serving(folder: str) -> None:
-    """Let others have their turn with the server of this run folder: it serves now."""
-    fd = os.environ.pop(TURN, "")
-    with suppress(OSError):
-        # What another process was given with the same word is not ours to close.
-        if fd.isdigit() and os.path.samestat(os.fstat(int(fd)), os.stat(folder)):
+    """Let others have their turn with the server of this run folder: it serves now.
+
+    Raises OSError when the folder cannot be looked at: nobody has his turn until this was called again.
+    """
+    fd = os.environ.get(TURN, "")
+    if fd.isdigit():
+        try:
+            # What another process was given with the same word is not ours to close.
+            is_it = os.path.samestat(os.fstat(int(fd)), os.stat(folder))
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOENT):
+                raise
+            is_it = False
+        if is_it:
             os.close(int(fd))
+    os.environ.pop(TURN, None)

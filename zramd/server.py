@@ -192,10 +192,11 @@ class Server:
                 swap.take_priority(swap.SERVE)
             if BACKGROUND in os.environ:
                 self._try("the log is not written", self._write_log)
-            handover.serving(self.config.rundir)
             self._serves = True
-            step("server.serves")
             # From here on nothing may raise: it is known that we serve.
+            self._undone["no command has its turn with this server"] = self._give_turn
+            self._do_undone()
+            step("server.serves")
             self._undone["the service manager does not know what is stored"] = self._tell_status
             self._undone["the service manager does not know that zramd serves"] = self._tell_ready
             self._do_undone()
@@ -448,6 +449,9 @@ class Server:
     def _write_log(self) -> None:
         assert self._rundir is not None
         self._log.write_to(self._rundir.file(LOG))
+
+    def _give_turn(self) -> None:
+        handover.serving(self.config.rundir)
 
     def _tell_ready(self) -> None:
         self._manager.insist("READY=1", patience=READY_PATIENCE)

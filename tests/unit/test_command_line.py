@@ -518,3 +518,16 @@ def test_no_memory_is_one_sentence(
     monkeypatch.setattr(client, "find", fail)
     assert commands.main(["stop", "nobody"]) == 1
     assert capsys.readouterr().err.startswith("zramd: not enough memory for this command")
+
+
+def test_a_library_that_does_not_load_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise ImportError("x.so: cannot map zero-fill pages")
+
+    monkeypatch.setattr("zramd.commands.parser", fail)
+    assert main(["list"]) == 1
+    assert capsys.readouterr().err == (
+        "zramd: cannot be loaded, for want of memory perhaps: x.so: cannot map zero-fill pages\n"
+    )

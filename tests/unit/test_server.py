@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import wait_until
 
-from zramd import config, rundir, sockets
+from zramd import config, handover, rundir, sockets
 from zramd.core.device import Device
 from zramd.errors import ConfigError, DeviceError, RundirError, SaveError, ZramdError
 from zramd.rundir import DATA_ID, Rundir
@@ -253,3 +253,28 @@ def test_a_socket_that_does_not_tell_what_it_is_leaves_nothing_open(monkeypatch:
             short.setattr(sockets.socket, "socket", Silent)
             assert sockets.count_clients(frozenset()) == 0
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_turn_that_cannot_be_given_now_is_given_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = os.open(tmp_path, os.O_RDONLY)
+    monkeypatch.setenv(handover.TURN, str(turn))
+    one = server(rundir=str(tmp_path))
+    one._undone["turn"] = one._give_turn
+    stat = os.stat
+
+    def short(path: Any, **rest: Any) -> os.stat_result:
+        if path == str(tmp_path):
+            raise OSError(errno.ENOMEM, "no memory")
+        return stat(path, **rest)
+
+    with monkeypatch.context() as shortage:
+        shortage.setattr(os, "stat", short)
+        one._do_undone()
+    assert "turn" in one._undone
+    os.fstat(turn)
+    one._do_undone()
+    assert not one._undone
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(turn)

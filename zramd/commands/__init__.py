@@ -183,6 +183,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ZramdError, OSError) as error:
         say(sentence(error) or str(error))
         return error.exit_code if isinstance(error, ZramdError) else 1
+    except ImportError as error:
+        print(
+            f"zramd: cannot be loaded, for want of memory perhaps: {printable(str(error))}", file=sys.stderr
+        )
+        return 1
     except MemoryError:
         say("not enough memory for this command: free some, or raise 'ulimit -v'")
         return 1
