@@ -92,7 +92,7 @@ def credentials(control: socket.socket) -> tuple[int, int]:
 
 
 def _listener(folder: int) -> Process | None:
-    """Return the process that listens on the control socket, None if none does. Raises OSError (a shortage)."""
+    """Return the process that listens on the control socket, None if none does. Raises OSError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
         control.settimeout(_TIMEOUT)
         try:
