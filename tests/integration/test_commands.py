@@ -327,10 +327,7 @@ class TestShow:
         assert (before["freeable_pages"] > 100, before["pages_compacted"]) == (True, 0)
         assert not (served.rundir / "mm_stat").exists()
         said("set", *at(served), "compaction=on", "compaction_interval=0.05", "stats_interval=0.05")
-<<<<<<< HEAD
-=======
         # Not all that is freeable: objects are lent to larger classes only in one that was asked for.
->>>>>>> wt-verify
         wait_until(lambda: served.stats()["pages_compacted"] > 100)
         wait_until((served.rundir / "mm_stat").exists)
 

@@ -180,37 +180,24 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # who read our output has seen enough
         _drop_output()
         return 1
-<<<<<<< HEAD
-    except (ZramdError, OSError) as error:
-        say(sentence(error) or str(error))
-        return error.exit_code if isinstance(error, ZramdError) else 1
-    except ImportError as error:
-        print(
-            f"zramd: cannot be loaded, for want of memory perhaps: {printable(str(error))}", file=sys.stderr
-        )
-=======
     except ZramdError as error:
-        print(f"zramd: {printable(str(error))}", file=sys.stderr)
+        say(str(error))
         return error.exit_code
     except OSError as error:
         try:
             sys.stdout.flush()
         except OSError:  # it is what failed
             _drop_output()
-        print(f"zramd: {printable(_reason(error))}", file=sys.stderr)
->>>>>>> wt-verify
+        say(sentence(error) or str(error))
+        return 1
+    except ImportError as error:
+        say(f"cannot be loaded, for want of memory perhaps: {error}")
         return 1
     except MemoryError:
         say("not enough memory for this command: free some, or raise 'ulimit -v'")
         return 1
     except KeyboardInterrupt as interrupt:
         return 128 + getattr(interrupt, "number", 2)  # as a shell has it for what a signal ended
-
-
-def _reason(error: OSError) -> str:
-    """Return what the system says, and of which file, without the error's number."""
-    what = f"'{os.fsdecode(error.filename)}': " if isinstance(error.filename, str | bytes) else ""
-    return what + (error.strerror or str(error)).lower()
 
 
 def _flush(status: int) -> int:
