@@ -395,7 +395,10 @@ class TestLibnbd:
         for block in range(0, 200, 2):
             handle.pwrite(os.urandom(4096), block * 4096)
         expected = [(4096, HOLE if block % 2 else DATA) for block in range(199)]
-        assert block_status(handle, 199 * 4096, 0) == expected
+        found: list[tuple[int, int]] = []
+        while (place := sum(length for length, _ in found)) < 199 * 4096:
+            found += block_status(handle, 199 * 4096 - place, place)  # a server may tell of fewer than asked
+        assert found == expected
         # A request that starts within a block gets the rest of it.
         assert block_status(handle, 8192, 1000)[0] == (3096, DATA)
         length, kind = block_status(handle, 8192, 1000, nbd.CMD_FLAG_REQ_ONE)[0]

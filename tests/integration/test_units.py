@@ -272,13 +272,27 @@ def as_service(root: Path, drop_in: str, words: list[str]) -> subprocess.Complet
     script = f"mount --bind {root} {root} && mount -o remount,bind,ro {root} || exit 99\n"
     script += "".join(f"mount --bind {p} {p} && mount -o remount,bind,rw {p} || exit 99\n" for p in writable)
     script += f'exec setpriv --bounding-set=-all{capabilities} --inh-caps=-all timeout -s TERM 3 "$@"'
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT), "NOTIFY_SOCKET": str(root / "nobody")}
-    return subprocess.run(
-        ["unshare", "-m", "bash", "-c", script, "bash", sys.executable, "-P", "-m", "zramd", "serve", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    place = root / "manager"
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT), "NOTIFY_SOCKET": str(place)}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:  # takes what it is told
+        manager.bind(str(place))
+        try:
+            return subprocess.run(
+                [
+                    *("unshare", "-m", "bash", "-c", script, "bash"),
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "zramd",
+                    "serve",
+                    *words,
+                ],
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
+        finally:
+            place.unlink()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts, and gives a folder to another user")
