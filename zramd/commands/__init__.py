@@ -169,7 +169,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"zramd: {printable(sentence(error) or str(error))}", file=sys.stderr)
         return error.exit_code if isinstance(error, ZramdError) else 1
     except ImportError as error:
-        print(f"zramd: cannot be loaded, for want of memory perhaps: {printable(str(error))}", file=sys.stderr)
+        print(
+            f"zramd: cannot be loaded, for want of memory perhaps: {printable(str(error))}", file=sys.stderr
+        )
         return 1
     except MemoryError:
         print("zramd: not enough memory for this command: free some, or raise 'ulimit -v'", file=sys.stderr)
