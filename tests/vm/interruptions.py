@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from zramd import attached, commands, kernelswap, netlink, rundir, steps
+from zramd import attached, commands, kernelswap, life, netlink, rundir, steps
 
 NAME = "held"
 RUNDIR = f"/run/zramd/{NAME}"
@@ -267,11 +267,12 @@ def clean(answer: dict[str, Any]) -> None:
 
 
 def warm() -> None:
-    """Import what commands do as they go."""
+    """Import what commands do as they go, and have them wait for each other for longer: all is slow here."""
     for name in ("attach", "serve", "restart"):
         importlib.import_module(f"zramd.commands.{name}")
     for name in ("interrupts", "life", "keeper", "devices", "swapunit", "trusted", "peer"):
         importlib.import_module(f"zramd.{name}")
+    life.PATIENCE = attached.TURN_TIMEOUT = PATIENCE
 
 
 def main(ask: str, tell: str) -> None:
