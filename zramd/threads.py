@@ -27,6 +27,12 @@ class _Thread(threading.Thread):
         self._running = _thread.allocate_lock()
         self.has_begun = False
         self._number: int | None = None
+        self._number_in_python: int | None = None
+
+    @property
+    def ident(self) -> int | None:
+        """Python's number of the thread, None before it was started."""
+        return self._number_in_python
 
     @property
     def native_id(self) -> int | None:
@@ -37,7 +43,7 @@ class _Thread(threading.Thread):
         """Start it; raises RuntimeError when that cannot be."""
         self._news.acquire()
         self._running.acquire()
-        _thread.start_new_thread(begin, (self._enter, self._news, self._running))
+        self._number_in_python = _thread.start_new_thread(begin, (self._enter, self._news, self._running))
         self._news.acquire()
         if not self.has_begun:
             raise RuntimeError("no memory for a thread")

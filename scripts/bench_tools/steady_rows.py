@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,9 +52,9 @@ class Aging:
             if dice.random() < AGING_WRITES / (AGING_WRITES + AGING_TRIMS):
                 self.device.write(trace.new_block(dice), block * BLOCK)
         self._requests = trace.age(self.device, dice)
-        before = set(threading.enumerate())
         self._compactor.start()
-        (thread,) = set(threading.enumerate()) - before
+        thread = self._compactor._thread
+        assert thread is not None
         assert thread.ident is not None
         self._clock = time.pthread_getcpuclockid(thread.ident)
 

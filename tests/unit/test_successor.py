@@ -24,7 +24,8 @@ def test_its_folder_is_not_taken_by_a_socket(tmp_path: Path, number: int) -> Non
             old.listening = [socket.socket(socket.AF_UNIX).detach() for _ in range(2)]
             turn = SimpleNamespace(fd=os.open("/", os.O_PATH), words=dict)
             argv = ["sh", "-c", "pwd >said.new; readlink /proc/$$/fd/3 >>said.new; mv said.new said"]
-            new = restart._Successor(argv, old, turn)  # type: ignore[arg-type]
+            plan = SimpleNamespace(settings=None, argv=argv)
+            new = restart._Successor(plan, old, turn)  # type: ignore[arg-type]
             while os.read(new._errors, 4096):
                 pass
         finally:
