@@ -58,20 +58,17 @@ try:
     from zramd.core import requests
     from zramd.errors import ZramdError, sentence
     from zramd.server import Server
-except ModuleNotFoundError as missing:
-    running = sys.version.split()[0]
-    print(
-        f"nbdkit: error: zramd is not built for nbdkit's Python {running}: run scripts/serve ({missing})",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)
-except (ImportError, OSError, MemoryError) as shortage:
-    # Of a library that does not load the text says which.
-    why = getattr(shortage, "strerror", None) or str(shortage) or "not enough memory"
-    if "cannot map" in why or "failed to map" in why:
-        why = f"not enough memory: {why}"
-    print(f"nbdkit: error: zramd cannot be loaded: {why}", file=sys.stderr, flush=True)
+except (ImportError, OSError, MemoryError) as error:
+    # Of a library that is there and does not load the text says which.
+    why = getattr(error, "strerror", None) or str(error) or "not enough memory"
+    if isinstance(error, ImportError) and not (error.path or "").endswith(".so"):
+        running = sys.version.split()[0]
+        why = f"zramd is not built for nbdkit's Python {running}: run scripts/serve ({why})"
+    elif "cannot map" in why or "failed to map" in why:
+        why = f"zramd cannot be loaded: not enough memory: {why}"
+    else:
+        why = f"zramd cannot be loaded: {why}"
+    print(f"nbdkit: error: {why}", file=sys.stderr, flush=True)
     os._exit(1)
 
 # nbdkit logs what this function returns for an exception. The user gets the sentence; only what nobody

@@ -318,12 +318,22 @@ def test_one_who_leaves_while_extents_are_told(serve: Serve) -> None:
     assert served.process.poll() is None
 
 
+def _whole(sock: socket.socket, size: int) -> bytes:
+    """Return so many bytes: with a time limit, MSG_WAITALL does not wait for all of them."""
+    data = b""
+    while len(data) < size:
+        more = sock.recv(size - len(data))
+        assert more, data
+        data += more
+    return data
+
+
 def _ask_for_extents(served: Served) -> None:
     """Ask for more extents than a socket holds, take none, and leave."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(10)
     sock.connect(str(served.socket))
-    sock.recv(18)
+    _whole(sock, 18)
     context = b"base:allocation"
     query = struct.pack(">III", 0, 1, len(context)) + context
     structured_reply, set_meta_context, go = 8, 10, 7
@@ -332,9 +342,8 @@ def _ask_for_extents(served: Served) -> None:
         sock.sendall(struct.pack(">8sII", b"IHAVEOPT", option, len(data)) + data)
         acknowledged = False
         while not acknowledged:
-            _, _, kind, length = struct.unpack(">QIII", sock.recv(20, socket.MSG_WAITALL))
-            if length:
-                sock.recv(length, socket.MSG_WAITALL)
+            _, _, kind, length = struct.unpack(">QIII", _whole(sock, 20))
+            _whole(sock, length)
             acknowledged = kind == 1
     # Until the server stands still in the midst of an answer, and takes no more.
     sock.settimeout(0.3)
