@@ -7,9 +7,11 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from conftest import NbdSocket, talk
 from supervisor import Rule
@@ -343,6 +345,11 @@ def _fill(world: World) -> None:
         ensure(world.write(client, block, 8) == 0, "a write fails")
 
 
+def _copy(state: Path, to: Path) -> None:
+    """Copy a state with its holes: it is 9 GB of address space in memory, and a few pages."""
+    subprocess.run(["cp", "--sparse=always", state, to], check=True)
+
+
 class TakeOver(Start):
     """`zramd start` with a state of a server that was killed."""
 
@@ -357,9 +364,9 @@ class TakeOver(Start):
             _fill(world)
             self.known = dict(world.known)
             world.kill()
-            shutil.copyfile(world.state, kept)
+            _copy(world.state, kept)
             shutil.rmtree(world.rundir)
-        shutil.copyfile(kept, world.state)
+        _copy(kept, world.state)
         world.known = dict(self.known)
         world.unsure.clear()
         world.drop()
