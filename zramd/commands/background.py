@@ -5,6 +5,8 @@ from contextlib import suppress
 
 from zramd import rundir
 
+LAST_WORDS = 4096  # bytes of a log in which its last line is looked for
+
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
     from zramd.config import Config
@@ -39,3 +41,12 @@ def clear_socket(path: str) -> None:
                 probe.connect(path)
             except ConnectionRefusedError:
                 os.unlink(path)
+
+
+def last_words(folder: str) -> str:
+    """Return the last line that the server of a run folder has written to its log, '' if there is none."""
+    with suppress(OSError), open(f"{folder}/{rundir.LOG}", "rb") as log:
+        log.seek(max(os.fstat(log.fileno()).st_size - LAST_WORDS, 0))
+        lines = log.read().decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return ""

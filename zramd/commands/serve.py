@@ -480,6 +480,7 @@ def _begin(settings: "Config", argv: list[str], turn: life.Turn, folder: str) ->
                     raise rundir.in_use(settings.rundir, other)
                 raise DeviceError(f"{settings.name} does not start: {reason(said)}")
             if time.monotonic() >= end:
+                why += f"; it says: {background.last_words(settings.rundir) or reason(said)}"
                 raise DeviceError(f"{settings.name} does not answer within {READY_TIMEOUT:g} seconds: {why}")
             time.sleep(0.01)
         return pid
