@@ -25,6 +25,7 @@ PACKAGE_PARENT = Path(zramd.__file__).parent.parent
 PLUGIN = PACKAGE_PARENT / "nbdkit_plugin.py"
 SCALE = float(os.environ.get("ZRAMD_STRESS", "1"))  # how much longer tests with threads and kills are to last
 SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))  # of random choices
+SANITIZED = "san" in os.environ.get("ZRAMD_BUILD", "")
 
 
 # What the tests start is to be interrupted, also where nohup or a script's & has signals ignored: children
@@ -133,6 +134,12 @@ def wait_until(predicate: Callable[[], object], timeout: float = 10.0) -> None:
         if time.monotonic() > end:
             pytest.fail(f"not within {timeout} s: {predicate}")
         time.sleep(0.01)
+
+
+def preloaded(library: Path) -> dict[str, str]:
+    """What has a program use a library before all others, but for a sanitizer's, which must be the first."""
+    before = os.environ.get("LD_PRELOAD")
+    return {"LD_PRELOAD": f"{before}:{library}" if before else str(library)}
 
 
 def talk(path: Path, data: bytes, timeout: float = 10.0) -> bytes:

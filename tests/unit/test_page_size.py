@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import SANITIZED, preloaded
 
 from zramd import state
 from zramd.core.zsmalloc import CLASSES, layout_sum, size_classes
@@ -136,7 +137,7 @@ def shims(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 def run(shim: Path | None, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ} | ({"LD_PRELOAD": str(shim)} if shim else {})
+    environment = {**os.environ} | (preloaded(shim) if shim else {})
     return subprocess.run(
         [sys.executable, "-c", *map(str, arguments)],
         env=environment,
@@ -149,6 +150,8 @@ def run(shim: Path | None, *arguments: object) -> subprocess.CompletedProcess[st
 @pytest.mark.parametrize("size", [4096, 16384, 65536])
 @pytest.mark.parametrize("where", ["anonymous", "state"])
 def test_data_is_right_and_memory_counted(shims: dict[int, Path], size: int, where: str) -> None:
+    if SANITIZED and where == "anonymous":
+        pytest.skip("a sanitizer has mappings of its own beside those that are counted here")
     for seed in range(2):
         done = run(shims.get(size), USE, size, where, seed)
         assert (done.stdout, done.returncode) == ("right\n", 0), done.stderr

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import compressible, noise
+from conftest import SANITIZED, compressible, noise, preloaded
 
 from zramd import Device, PoolFullError, Zsmalloc
 from zramd.core.device import state_layout
@@ -300,7 +300,7 @@ device.check()
 assert device.counters()["recovered_blocks"] == stored
 assert read(device, 7) == random.Random(7).randbytes(BLOCK)
 """
-    environment = {"LD_PRELOAD": str(shim), "SHIM_WHILE": "/", "SHIM_ERRNO": str(errno.EINVAL)}
+    environment = preloaded(shim) | {"SHIM_WHILE": "/", "SHIM_ERRNO": str(errno.EINVAL)}
     in_tmpfs(tmp_path, code, "2m", **environment)
 
 
@@ -317,7 +317,7 @@ for block in range(40):
     device.write(random.Random(block).randbytes(BLOCK), block * BLOCK)
 device.check()
 """
-    environment = {"LD_PRELOAD": str(shim), "SHIM_ERRNO": str(errno.ENOMEM)}
+    environment = preloaded(shim) | {"SHIM_ERRNO": str(errno.ENOMEM)}
     in_tmpfs(tmp_path, code, SHIM_WHILE=str(tmp_path.with_suffix(".refuse")), **environment)
 
 
@@ -337,7 +337,7 @@ device.write(b"new" * 700, 0)
 device.reset()
 device.check()
 """
-    environment = {"LD_PRELOAD": str(shim), "SHIM_ERRNO": str(errno.ENOMEM)}
+    environment = preloaded(shim) | {"SHIM_ERRNO": str(errno.ENOMEM)}
     in_tmpfs(tmp_path, code, SHIM_WHILE=str(tmp_path.with_suffix(".refuse")), **environment)
 
 
@@ -435,6 +435,7 @@ device.check()
     assert done.stdout.endswith(": the system refuses memory\n")
 
 
+@pytest.mark.skipif(SANITIZED, reason="a sanitizer takes all the address space that there is")
 def test_what_starts_can_be_taken_over(memory_folder: Path) -> None:
     """With no more address space than it was started with, and no thread for it."""
     code = """

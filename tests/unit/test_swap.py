@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from conftest import SANITIZED
 
 from zramd import kernelswap, swap
 from zramd.core import process
@@ -15,7 +16,6 @@ from zramd.core.device import Device
 from zramd.errors import SwapError
 
 BLOCK = 4096
-SANITIZED = "san" in os.environ.get("ZRAMD_BUILD", "")
 
 
 def in_child(code: str, **environment: str) -> str:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import noise
+from conftest import SANITIZED, noise
 
 from zramd import Device, PoolFullError
 from zramd.core import saving
@@ -24,7 +24,6 @@ from zramd.errors import SaveError
 
 BLOCK = 4096
 ROOT = Path(__file__).resolve().parents[2]
-SANITIZED = "san" in os.environ.get("ZRAMD_BUILD", "")
 PAYLOAD = 319  # bytes of each object of the scene
 
 needs_preload = pytest.mark.skipif(
