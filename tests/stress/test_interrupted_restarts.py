@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import SCALE, SEED, NbdSocket, Steps, block_content, wait_until
+from conftest import SANITIZED, SCALE, SEED, NbdSocket, Steps, block_content, wait_until
 
 from zramd import rundir
 
@@ -111,6 +111,9 @@ class Client(threading.Thread):
         self.may[block] = set(matches[:1])
 
 
+@pytest.mark.skipif(
+    SANITIZED, reason="a server under a sanitizer takes longer to start than the command waits"
+)
 @pytest.mark.timeout(60 + 20 * RESTARTS)
 def test_restarts_interrupted_at_random(tmp_path: Path, memory_folder: Path, steps: Steps) -> None:
     device = Device(tmp_path, memory_folder / "state", steps)
