@@ -9,8 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
 
-from zramd import config, rundir
+from zramd import config, life, rundir
 from zramd.commands import main, parser, serve
 from zramd.errors import ConfigError, DeviceError, RundirError, ZramdError
 
@@ -289,6 +290,23 @@ def test_a_process_that_cannot_be_made_has_no_number(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "fork", fork_once)
     with pytest.raises(DeviceError, match=r"no process can be started for it: .*temporarily unavailable"):
         serve.spawn(["true"])
+
+
+def test_a_server_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else it would serve although the start has failed."""
+    numbers: list[int] = []
+
+    def open_number(pid: int) -> int:
+        numbers.append(pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(serve.pidfd, "open_number", open_number)
+    settings = config.parse([("disksize", "1M"), ("rundir", str(tmp_path))])
+    turn = life.Turn(str(tmp_path), os.open(tmp_path, os.O_RDONLY), False)
+    with pytest.raises(OSError, match="Too many open files"):
+        serve._begin(settings, ["sleep", "60"], turn, "/")
+    wait_until(lambda: not os.path.exists(f"/proc/{numbers[0]}"))
+    os.close(turn.fd)
 
 
 @pytest.mark.parametrize(

@@ -460,13 +460,21 @@ def _begin(settings: "Config", argv: list[str], turn: life.Turn, folder: str) ->
 
     It stands in `folder`. Raises DeviceError with its reason.
     """
+    import signal
+
     from zramd import interrupts
 
     end = time.monotonic() + READY_TIMEOUT
     environment = {**turn.words(), rundir.BACKGROUND: "1"}
     with interrupts.blocked():
         pid, errors = spawn(argv, lambda: background.give(environment, turn.fd), folder)
-        process = pidfd.open_number(pid)
+        try:
+            process = pidfd.open_number(pid)
+        except OSError:  # it cannot be watched: it has only just begun, and holds nothing
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.close(errors)
+            raise
     if process is None:
         with open(errors, errors="replace") as last:
             raise DeviceError(f"{settings.name} does not start: {reason(last.read())}")
