@@ -258,7 +258,7 @@ TestFullTmpfsModel = FullTmpfsModel.TestCase
 TestFullTmpfsModel.settings = settings(
     deadline=None, stateful_step_count=30, max_examples=int(60 * max(SCALE, 1))
 )
-# A device with a reserve costs AddressSanitizer a gigabyte of its own, which a process seems to keep.
+# Under AddressSanitizer it took 20 GB; why is not known yet.
 TestFullTmpfsModel = pytest.mark.skipif(SANITIZED, reason="takes 20 GB beside a sanitizer")(
     TestFullTmpfsModel
 )
