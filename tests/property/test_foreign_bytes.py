@@ -17,7 +17,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from conftest import SANITIZED, SCALE
+from conftest import SCALE
 from hypothesis import HealthCheck, given, settings
 
 from zramd import (
@@ -46,10 +46,6 @@ from zramd.errors import (
     ZramdError,
     printable,
 )
-
-# Under a sanitizer the core is fuzzed by test_saving and test_state. Under AddressSanitizer what is here
-# took 20 GB; which test, and why, is not known yet.
-pytestmark = pytest.mark.skipif(SANITIZED, reason="takes 20 GB beside a sanitizer")
 
 DOCS = Path(__file__).parents[2] / "docs"
 RAM = 8192

@@ -19,7 +19,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from conftest import SANITIZED, SCALE
+from conftest import SCALE
 from hypothesis import settings
 from hypothesis.stateful import initialize, rule
 from test_device_model import BLOCK, SIZE, DeviceModel
@@ -257,10 +257,6 @@ class FullTmpfsModel(DeviceModel):
 TestFullTmpfsModel = FullTmpfsModel.TestCase
 TestFullTmpfsModel.settings = settings(
     deadline=None, stateful_step_count=30, max_examples=int(60 * max(SCALE, 1))
-)
-# Under AddressSanitizer it took 20 GB; why is not known yet.
-TestFullTmpfsModel = pytest.mark.skipif(SANITIZED, reason="takes 20 GB beside a sanitizer")(
-    TestFullTmpfsModel
 )
 TestFullTmpfsModel = pytest.mark.skipif(os.geteuid() != 0, reason="may not mount a tmpfs")(TestFullTmpfsModel)
 
