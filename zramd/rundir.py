@@ -260,14 +260,17 @@ def _make(path: str) -> bool:
     One that is there stays as it is, or is refused: nothing that the user may have put there is removed
     later, and one that others may look into is not closed to them, for it may be /mnt. What we put there is.
     """
+    fd = -1
     try:
         with trusted.place(path, make=True) as place:
-            try:
-                os.mkdir(place.name, 0o700, dir_fd=place.folder)
-                return True
-            except FileExistsError:
-                pass
-            fd = os.open(place.name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=place.folder)
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW * (not place.magic)
+            while fd < 0:
+                try:
+                    os.mkdir(place.name, 0o700, dir_fd=place.folder)
+                    return True
+                except FileExistsError:
+                    with suppress(FileNotFoundError):  # a server that stops has just removed it
+                        fd = os.open(place.name, flags, dir_fd=place.folder)
     except NotADirectoryError:
         if not os.path.exists(path):
             raise
@@ -303,12 +306,19 @@ def _files(folder: int) -> tuple[list[str], bool]:
     A server leaves its number, and files that nobody else has. What is no file is nobody's work.
     """
     names = [name for name in os.listdir(folder) if name in _OURS or name == PID]
-    names = [name for name in names if stat.S_ISREG(os.lstat(name, dir_fd=folder).st_mode)]
+    names = [name for name in names if _is_file(name, folder)]
     number = head(PID, folder) if PID in names else ""
     if number == "":  # one that was killed before it wrote it
         return [name for name in names if name != PID], False
     left = names == [PID] or not _NOBODY_ELSES.isdisjoint(names)
     return names, left and re.fullmatch(r"[0-9]+\n", number) is not None
+
+
+def _is_file(name: str, folder: int) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(name, dir_fd=folder).st_mode)
+    except FileNotFoundError:  # a server that starts or stops has just removed it
+        return False
 
 
 def head(name: str, folder: int) -> str:

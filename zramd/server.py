@@ -80,6 +80,7 @@ class Server:
         self._troubles = Troubles()
         self._files: StatsFiles | None = None
         self._undone: dict[str, Callable[[], None]] = {}
+        self._undone_lock = threading.Lock()
         self._admission = Admission(self._troubles, lambda: self.config.client_limit, lambda: self._clients)
         self._keeper: threading.Thread | None = None
         self._corrupt = 0
@@ -426,21 +427,20 @@ class Server:
             self._undone[failing] = later or work
 
     def _do_undone(self) -> None:
-        """Do what failed before; it stays undone if it fails again.
+        """Do what failed before, in the order in which it was noted; it stays undone if it fails again.
 
-        Two threads may be at it when a server begins.
+        Two threads may be at it when a server begins: the status is still to be told before READY=1.
         """
-        for failing in list(self._undone):
-            work = self._undone.pop(failing, None)
-            if work is None:  # the other thread does it
-                continue
-            try:
-                work()
-            except Exception as error:
-                self._troubles.begin(failing, error)
-                self._undone.setdefault(failing, work)
-            else:
-                self._troubles.over(failing)
+        with self._undone_lock:
+            for failing in list(self._undone):
+                work = self._undone.pop(failing)  # first: it may be noted again meanwhile
+                try:
+                    work()
+                except Exception as error:
+                    self._troubles.begin(failing, error)
+                    self._undone.setdefault(failing, work)
+                else:
+                    self._troubles.over(failing)
 
     def _write_state(self) -> None:
         assert self._rundir is not None

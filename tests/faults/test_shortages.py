@@ -78,11 +78,16 @@ def fill(world: World, first: int = 0, count: int = MAX_BLOCKS) -> int:
 def leave(folder: Path, pages: int) -> Path:
     """Fill a file system but for some pages; return the file that does it."""
     ballast = folder / "ballast"
-    free = os.statvfs(folder).f_bavail - pages
     with ballast.open("wb") as file:
-        if free > 0:
-            os.posix_fallocate(file.fileno(), 0, free * os.statvfs(folder).f_bsize)
-    return ballast
+        while True:
+            free = os.statvfs(folder).f_bavail - pages
+            try:
+                if free > 0:
+                    os.posix_fallocate(file.fileno(), 0, free * os.statvfs(folder).f_bsize)
+                return ballast
+            except OSError as error:  # the server has taken some meanwhile
+                if error.errno != errno.ENOSPC:
+                    raise
 
 
 def sound(world: World) -> None:

@@ -119,6 +119,36 @@ def test_a_living_server_is_named_whatever_it_has_there(folder: Path) -> None:
     held.remove()
 
 
+def test_a_file_that_goes_while_the_folder_is_looked_at(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that starts replaces its files meanwhile, and who comes second is to hear of that server."""
+    held = rundir.Rundir(str(folder))
+    held.publish("mm_stat", "x")
+    names = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: [*names(path), "mm_stat.new"])
+    assert not rundir.make(str(folder))
+    held.remove()
+
+
+def test_a_folder_that_goes_while_it_is_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that stops removes its own."""
+    folder.mkdir(parents=True)
+    mkdir = os.mkdir
+
+    def late(name: str, *rest: Any, **more: Any) -> None:
+        try:
+            mkdir(name, *rest, **more)
+        finally:
+            if name == "run":
+                monkeypatch.setattr(os, "mkdir", mkdir)
+                folder.rmdir()
+
+    monkeypatch.setattr(os, "mkdir", late)
+    assert rundir.make(str(folder))
+    assert folder.is_dir()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 def test_a_folder_that_another_user_owns(folder: Path) -> None:
     """He could put his sockets in place of ours."""

@@ -213,13 +213,29 @@ def test_a_full_pipe_is_no_error() -> None:
         os.close(fd)
 
 
-def test_two_threads_may_do_what_was_left_undone() -> None:
+def test_two_threads_do_what_was_left_undone_in_its_order() -> None:
+    """A manager that is told READY=1 first has no status yet."""
     one = server()
+    begun, go_on = threading.Event(), threading.Event()
     done = []
-    one._undone["a"] = one._do_undone  # as the housekeeper does meanwhile
+
+    def first() -> None:
+        begun.set()
+        go_on.wait(10)
+        done.append("a")
+
+    one._undone["a"] = first
     one._undone["b"] = lambda: done.append("b")
-    one._do_undone()
-    assert done == ["b"]
+    housekeeper = threading.Thread(target=one._do_undone)
+    housekeeper.start()
+    assert begun.wait(10)
+    other = threading.Thread(target=one._do_undone)
+    other.start()
+    other.join(0.1)
+    go_on.set()
+    for thread in (housekeeper, other):
+        thread.join()
+    assert done == ["a", "b"]
     assert not one._undone
 
 

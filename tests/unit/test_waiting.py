@@ -293,6 +293,31 @@ def test_compaction_beside_writes_at_the_limit() -> None:
     device.check()
 
 
+def test_extents_ask_for_the_gil_seldom() -> None:
+    """Where another thread computes, each time costs a turn of that one: here 20 ms, of 4096 extents 82 s."""
+    device = Device(4096 * BLOCK)
+    for block in range(0, 4096, 2):
+        device.write(noise(block), block * BLOCK)
+    interval = sys.getswitchinterval()
+    ended = threading.Event()
+
+    def compute() -> None:
+        while not ended.is_set():
+            pass
+
+    computer = threading.Thread(target=compute)
+    sys.setswitchinterval(0.02)
+    computer.start()
+    try:
+        began = time.monotonic()
+        assert len(device.extents(0, 4096 * BLOCK)) == 4096
+        assert time.monotonic() - began < 20
+    finally:
+        ended.set()
+        sys.setswitchinterval(interval)
+        computer.join()
+
+
 @needs_real_time
 @pytest.mark.skipif(SANITIZED, reason="a sanitizer has memory that cannot be locked")
 def test_every_thread_has_the_priority_of_its_work(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.mman cimport PROT_READ, PROT_WRITE, mprotect
 
-from zramd.core.checks cimport zr_assert, zr_crash_point, zr_poison, zr_unpoison
+from zramd.core.checks cimport zr_assert, zr_crash_point, zr_forget, zr_poison
 from zramd.core.locks cimport (
     compare_swap,
     counter_add,
@@ -88,7 +88,7 @@ cdef class Arena:
 
     def __dealloc__(self):
         if self.base != NULL:
-            zr_unpoison(self.base, <uint64_t>self.writable << SPAN_SHIFT)
+            zr_forget(self.base, <uint64_t>self.writable << SPAN_SHIFT)
         pthread_cond_destroy(&self.work)
         pthread_mutex_destroy(&self.lock)
 
@@ -127,6 +127,8 @@ cdef class Arena:
                 self.grow(min(self.writable + <uint32_t>GROW_SPANS, self.span_count))
             if self.top < self.writable:
                 span = self.top
+                # Not in grow: of a reserve that is all of the arena, and its shadow 1 GB.
+                zr_poison(self.base + (<uint64_t>span << SPAN_SHIFT), 1 << SPAN_SHIFT)
                 owned_add_32(&self.top, 1)
         return span
 
@@ -136,7 +138,6 @@ cdef class Arena:
         cdef uint64_t size = <uint64_t>(writable - self.writable) << SPAN_SHIFT
         if mprotect(start, size, PROT_READ | PROT_WRITE):
             return -1
-        zr_poison(start, size)
         self.writable = writable
         return 0
 
@@ -472,7 +473,7 @@ cdef class Arena:
         owned_sub_32(&self.records_ready, self.records_ready)
         if self.writable:
             self.spans.release(self.base, <uint64_t>self.writable << SPAN_SHIFT)
-        zr_poison(self.base, <uint64_t>self.writable << SPAN_SHIFT)
+        zr_poison(self.base, <uint64_t>self.top << SPAN_SHIFT)
         memset(self.committed, 0, self.top * sizeof(uint16_t))
         owned_sub_32(&self.top, self.top)
         self.warm = self.cold = NIL

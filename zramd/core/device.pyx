@@ -71,6 +71,7 @@ cdef extern from "<sched.h>" nogil:
 cdef enum:
     TURN_STEPS = 256        # blocks of a long request, then other real-time threads have the processor: 0.1 to 1 ms
     EXTENTS_MAX = 4096      # in one answer: the client asks again for the rest
+    EXTENTS_AT_ONCE = 64    # without the GIL
     # NBD's block status flags
     STATE_HOLE = 1
     STATE_ZERO = 2
@@ -436,18 +437,26 @@ cdef class Device:
 
         They follow each other from offset on, neighbours differ in kind; at most 4096 of them, one: only the first.
         """
-        cdef uint64_t end = offset + length, stop
-        cdef int kind
+        cdef uint64_t stops[EXTENTS_AT_ONCE]
+        cdef int kinds[EXTENTS_AT_ONCE]
+        cdef uint64_t end = offset + length, at
+        cdef int i, n, left = 1 if one else EXTENTS_MAX
         if not self._fits(offset, length):
             raise error_from(-EINVAL, f"extents of {length} bytes at {offset}")
         extents = []
-        while offset < end and len(extents) < (1 if one else EXTENTS_MAX):
+        while offset < end and left:
+            # Where other threads hold the GIL for long, each time that it is to be had again takes milliseconds.
             with nogil:
-                self._enter_gate()
-                stop = self._extent(offset, end, &kind)
-                self._leave_gate()
-            extents.append((offset, stop - offset, kind))
-            offset = stop
+                at, n = offset, 0
+                while at < end and n < min(left, <int>EXTENTS_AT_ONCE):
+                    self._enter_gate()
+                    at = stops[n] = self._extent(at, end, &kinds[n])
+                    self._leave_gate()
+                    n += 1
+            for i in range(n):
+                extents.append((offset, stops[i] - offset, kinds[i]))
+                offset = stops[i]
+            left -= n
         return extents
 
     def compact(self, uint64_t budget=0):

@@ -20,7 +20,7 @@ from libc.errno cimport ENOMEM
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from zramd.core.checks cimport FILL_FREED, zr_crash_point, zr_fill, zr_unpoison
+from zramd.core.checks cimport FILL_FREED, zr_crash_point, zr_fill, zr_poison, zr_unpoison
 from zramd.core.locks cimport counter_add, load_relaxed, store_relaxed
 from zramd.core.region cimport Region, whole_pages
 from zramd.core.types cimport (
@@ -116,6 +116,8 @@ cdef class Recovery:
             self.cells_end = min(self.cells_end, <uint64_t>self.arena.span_count + 1)
             if self.top > self.arena.writable and self.arena.grow(self.top):
                 self.failed = -ENOMEM
+            else:
+                zr_poison(self.arena.base, <uint64_t>self.top << SPAN_SHIFT)
         self._look_failed()
         self.used = Region(self.cells_end // 8 + sizeof(uint64_t))
         self.live = Region(max(<uint64_t>self.lists * SPAN_CHUNKS // 8, sizeof(uint64_t)))
