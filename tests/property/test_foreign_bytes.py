@@ -34,7 +34,7 @@ from zramd import (
     netlink,
     state,
 )
-from zramd.commands import main, parser, serve
+from zramd.commands import main, nbdkit, parser, uris
 from zramd.core import saving
 from zramd.errors import (
     AttachError,
@@ -287,10 +287,10 @@ def test_words(text: str) -> None:
         contextlib.suppress(SystemExit),
     ):
         PARSER.parse_args(words)
-    options = serve.read_options(words)
+    options = nbdkit.read_options(words)
     found = config.parse([("size", "1G"), ("name", "zram0"), ("rundir", "/run/z")])
-    assert serve.command(found, [], options)[0] == "nbdkit"
-    serve.uri(found, options)
+    assert nbdkit.command(found, [], options)[0] == "nbdkit"
+    uris.uri(found, options)
 
 
 @often(50)

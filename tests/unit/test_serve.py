@@ -12,93 +12,13 @@ import pytest
 from conftest import wait_until
 
 from zramd import config, life, rundir
-from zramd.commands import main, parser, serve
+from zramd.commands import main, nbdkit, parser, serve
 from zramd.errors import ConfigError, DeviceError, RundirError, ZramdError
 
 
 @pytest.fixture
 def settings() -> config.Config:
     return config.parse([("size", "1G"), ("name", "zram0"), ("rundir", "/run/z")])
-
-
-def run_line(settings: config.Config, words: str) -> str:
-    options = serve.read_options(words.split())
-    return " ".join(serve.command(settings, [("size", "1G")], options)).replace(serve.plugin_path(), "PLUGIN")
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        ("", "nbdkit -f -U /run/z/nbd.sock python PLUGIN size=1G"),
-        ("-t 4", "nbdkit -f -U /run/z/nbd.sock -t 4 python PLUGIN size=1G"),
-        ("-t4 -v", "nbdkit -f -U /run/z/nbd.sock -t4 -v python PLUGIN size=1G"),
-        ("-p 10809", "nbdkit -f -p 10809 python PLUGIN size=1G"),
-        ("-p10809", "nbdkit -f -p10809 python PLUGIN size=1G"),
-        ("--port=10809", "nbdkit -f --port=10809 python PLUGIN size=1G"),
-        ("--port 10809 --tls=require", "nbdkit -f --port 10809 --tls=require python PLUGIN size=1G"),
-        ("-i 127.0.0.1", "nbdkit -f -i 127.0.0.1 python PLUGIN size=1G"),
-        ("-U -", "nbdkit -f -U - python PLUGIN size=1G"),
-        ("--vsock", "nbdkit -f --vsock python PLUGIN size=1G"),
-        ("-s", "nbdkit -f -s python PLUGIN size=1G"),
-        (
-            "--filter=delay rdelay=1 --filter log a=x",
-            "nbdkit -f -U /run/z/nbd.sock --filter=delay --filter log python PLUGIN size=1G rdelay=1 a=x",
-        ),
-        ("-D nbdkit.gc=1", "nbdkit -f -U /run/z/nbd.sock -D nbdkit.gc=1 python PLUGIN size=1G"),
-        ("--run x=y", "nbdkit -f -U /run/z/nbd.sock --run x=y python PLUGIN size=1G"),
-    ],
-)
-def test_command(settings: config.Config, words: str, line: str) -> None:
-    assert run_line(settings, words) == line
-
-
-def test_plugin_is_there() -> None:
-    assert os.path.exists(serve.plugin_path())
-
-
-@pytest.mark.parametrize(
-    ("words", "uri"),
-    [
-        ("", "nbd+unix:///zram0?socket=/run/z/nbd.sock"),
-        ("--tls=require", "nbds+unix:///zram0?socket=/run/z/nbd.sock"),
-        ("-U /tmp/a%b", "nbd+unix:///zram0?socket=/tmp/a%25b"),
-        ("--unix=/tmp/x", "nbd+unix:///zram0?socket=/tmp/x"),
-        ("-U -", ""),
-        ("-p 1234", "nbd://localhost:1234/zram0"),
-        ("-p1234 --tls=require", "nbds://localhost:1234/zram0"),
-        ("--ipaddr=::1", "nbd://[::1]:10809/zram0"),
-        ("--vsock --port 5", "nbd+vsock://1:5/zram0"),
-        ("--vsock", "nbd+vsock://1:10809/zram0"),
-        ("--tls require -p 0010809", "nbds://localhost:10809/zram0"),
-        ("-6 -p 1", "nbd://[::1]:1/zram0"),
-        ("--ipv6 --po 1", "nbd://[::1]:1/zram0"),
-        ("-p nonesuch", ""),
-        ("-p 0", ""),
-        ("--tls=require --tls-psk /x/y", "nbds+unix:///zram0?socket=/run/z/nbd.sock&tls-psk-file=/x/y"),
-    ],
-)
-def test_uri(settings: config.Config, words: str, uri: str) -> None:
-    assert serve.uri(settings, serve.read_options(words.split())) == uri
-
-
-def test_passed_sockets(settings: config.Config) -> None:
-    options = serve.read_options([])
-    options.sockets = [3]
-    pairs = [("size", "1G")]
-    assert serve.command(settings, pairs, options) == [
-        "nbdkit",
-        "-f",
-        "python",
-        serve.plugin_path(),
-        "size=1G",
-    ]
-
-
-def test_paths_hold_wherever_the_server_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    pairs = [("size", "1G"), ("rundir", "r"), ("state", "s"), ("metrics_file", "m.prom")]
-    words = serve.command(config.parse(pairs), pairs, serve.read_options([]))
-    assert words[-3:] == [f"rundir={tmp_path}/r", f"state={tmp_path}/s", f"metrics_file={tmp_path}/m.prom"]
 
 
 def test_greeting_names_a_command_that_is_there(
@@ -108,9 +28,9 @@ def test_greeting_names_a_command_that_is_there(
     (tmp_path / "zramd").touch(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", "/nowhere")
-    assert f"{tmp_path}/zramd attach" in serve.greeting(settings, serve.read_options([]), 4711)
+    assert f"{tmp_path}/zramd attach" in serve.greeting(settings, nbdkit.read_options([]), 4711)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert f"{tmp_path}/zramd" not in serve.greeting(settings, serve.read_options([]), 4711)
+    assert f"{tmp_path}/zramd" not in serve.greeting(settings, nbdkit.read_options([]), 4711)
 
 
 def test_greeting_of_a_folder_that_was_moved(
@@ -130,23 +50,23 @@ def test_greeting_of_a_folder_that_was_moved(
         (tmp_path / "zramd").chmod(0o755)
         for path in ("/nowhere", str(tmp_path)):
             monkeypatch.setenv("PATH", path)
-            text = serve.greeting(settings, serve.read_options([]), 4711)
+            text = serve.greeting(settings, nbdkit.read_options([]), 4711)
             assert (f"attach        {tmp_path}/python -P -m zramd attach" in text) == (not runs), head
 
 
 def test_greeting(settings: config.Config) -> None:
-    text = serve.greeting(settings, serve.read_options([]), 4711)
+    text = serve.greeting(settings, nbdkit.read_options([]), 4711)
     assert "nbd+unix:///zram0?socket=/run/z/nbd.sock" in text
     assert "stats folder  /run/z\n" in text
     assert "zramd attach --rundir /run/z\n" in text
     assert "cat /run/z/mm_stat" in text
     assert "kill 4711" in text
     usual = config.parse([("size", "1G"), ("name", "zram0"), ("rundir", "/run/zramd/zram0")])
-    assert "zramd attach zram0\n" in serve.greeting(usual, serve.read_options(["-t", "4"]), 4711)
-    tls = serve.greeting(settings, serve.read_options(["--tls=require"]), 4711)  # the kernel has none
+    assert "zramd attach zram0\n" in serve.greeting(usual, nbdkit.read_options(["-t", "4"]), 4711)
+    tls = serve.greeting(settings, nbdkit.read_options(["--tls=require"]), 4711)  # the kernel has none
     assert "attach        nbdinfo 'nbds+unix:///zram0?socket=/run/z/nbd.sock'\n" in tls
     assert "attach        nbdinfo nbd://localhost:1/zram0\n" in serve.greeting(
-        settings, serve.read_options(["-p", "1"]), 4711
+        settings, nbdkit.read_options(["-p", "1"]), 4711
     )
 
 
@@ -250,7 +170,7 @@ def run_serve(*words: str) -> int:
 
 def test_serve(no_exec: list[list[str]], tmp_path: Path) -> None:
     run_serve("--name", "a", f"rundir={tmp_path}", "mem_limit=1M", "--", "-t", "2")
-    plugin = ["python", serve.plugin_path(), "name=a", f"rundir={tmp_path}", "mem_limit=1M", "disksize=1G"]
+    plugin = ["python", nbdkit.plugin_path(), "name=a", f"rundir={tmp_path}", "mem_limit=1M", "disksize=1G"]
     assert no_exec == [["nbdkit", "-f", "-U", f"{tmp_path}/nbd.sock", "-t", "2", *plugin]]
 
 

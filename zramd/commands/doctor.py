@@ -70,7 +70,7 @@ def nbdkit_version() -> str:
 def nbdkit() -> "Iterator[Finding]":
     """nbdkit, its Python plugin, and whether that can load the core."""
     from zramd import __version__
-    from zramd.commands.serve import plugin_path
+    from zramd.commands.nbdkit import plugin_path
 
     version = nbdkit_version()
     if not version:

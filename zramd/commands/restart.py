@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from zramd import client, handover, life, peer, pidfd, rundir
-from zramd.commands import add_device, background, filters, serve
+from zramd.commands import add_device, background, filters, nbdkit, serve
 from zramd.errors import AttachError, DeviceError, RundirError, UsageError, reason
 from zramd.steps import step
 
@@ -377,11 +377,11 @@ def _plan(served: client.Served, pairs: list[tuple[str, str]]) -> _Plan:
     if not at:
         raise DeviceError(f"{served.name} is not served by nbdkit: '{' '.join(words[:4])} …'")
     keys = {key for setting in config.SETTINGS for key in (setting.name, *setting.aliases)}
-    options = serve.read_options(words[1 : at - 1], leave_out=serve.TRANSPORTS | _PROGRAM)
+    options = nbdkit.read_options(words[1 : at - 1], leave_out=nbdkit.TRANSPORTS | _PROGRAM)
     after = [word for word in words[at + 1 :] if word.partition("=")[0] not in keys]
     settings = config.parse(pairs)
     serve.set_environment(settings)
-    plugin = ["python", serve.plugin_path(), *(f"{key}={value}" for key, value in pairs)]
+    plugin = ["python", nbdkit.plugin_path(), *(f"{key}={value}" for key, value in pairs)]
     return _Plan(settings, ["nbdkit", "-f", *options.before, *plugin, *after])
 
 

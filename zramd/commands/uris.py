@@ -8,7 +8,7 @@ from zramd import rundir
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
-    from zramd.commands.serve import Options
+    from zramd.commands.nbdkit import Options
     from zramd.config import Config
 
 
