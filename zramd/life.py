@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 
 from zramd import handover, rundir
 from zramd.errors import DeviceError, RundirError, reason
+from zramd.steps import step
 
 PATIENCE = 10.0  # seconds: a start or a stop takes one, a large state or a busy machine a few
 
@@ -59,7 +60,7 @@ def turn(folder: str, name: str, make: bool = False) -> Iterator[Turn]:
 def take(folder: str, name: str, make: bool = False) -> Turn:
     """Wait for one's turn, and return it: as `turn`, and raises OSError if there is no such folder."""
     end = time.monotonic() + PATIENCE
-    made = False
+    made = waits = False
     while True:
         try:
             if make:
@@ -83,6 +84,9 @@ def take(folder: str, name: str, make: bool = False) -> Turn:
                     f"{name} is being started, stopped, restarted or attached by another command: "
                     "try again when that is done"
                 ) from None
+            if not waits:
+                step("turn.waits")
+                waits = True
             time.sleep(0.01)
         except BaseException:
             os.close(fd)

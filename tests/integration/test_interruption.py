@@ -7,7 +7,7 @@ command; who serves in the end; and what the interrupted command says.
 
     old, new    the server that was there before, or a later one: with the data
     nobody      and a start with the same state finds the data
-    any         one of them, or nobody
+    either      a new one if the second command says so, else nobody: the old one is about to end by itself
 
     done        status 0, and what it prints is true
     interrupted status 128 + signal, and one sentence that is true
@@ -44,17 +44,17 @@ start     server.published  process   KILL                  nobody   failed
 start     start.serves      command   INT,TERM,HUP          new      done
 start     start.serves      command   KILL                  new      killed
 start     start.turn        second    start,stop,restart    new      done
-start     server.device     second    start,stop,restart    any      done
+start     server.device     second    start,stop,restart    new      done
 stop      stop.turn         command   INT,TERM,HUP          old      interrupted
 stop      stop.turn         command   KILL                  old      killed
 stop      stop.turn         process   KILL                  old      killed
-stop      stop.turn         second    start                 any      done
-stop      stop.turn         second    stop,restart          nobody   done
+stop      stop.turn         second    start,stop,restart    nobody   done
 stop      stop.told         command   INT,TERM,HUP          nobody   interrupted
 stop      stop.told         command   KILL                  nobody   killed
-stop      stop.told         second    start                 any      done
+stop      stop.told         second    start                 either   done
 stop      stop.told         second    restart,stop          nobody   done
-stop      server.leaves     command   INT,KILL              nobody   any
+stop      server.leaves     command   INT                   nobody   interrupted
+stop      server.leaves     command   KILL                  nobody   killed
 stop      server.leaves     old       KILL                  nobody   done
 restart   restart.turn      command   INT,TERM,HUP          old      interrupted
 restart   restart.turn      command   KILL                  old      killed
@@ -98,7 +98,8 @@ restart   server.device     command   KILL                  new      killed
 restart   server.device     process   KILL                  new      failed
 restart   server.device     process   TERM                  new      failed
 restart   server.published  process   KILL                  new      failed
-restart   server.serves     command   INT,KILL              new      any
+restart   server.serves     command   INT                   new      done
+restart   server.serves     command   KILL                  new      killed
 """
 ROWS = [
     (during, at, whom, what, serves, says)
@@ -122,7 +123,7 @@ class World:
         self.state = memory_folder / "state"
         self.steps = steps
 
-    def begin(self, verb: str, *words: str, held: bool = True) -> "subprocess.Popen[str]":
+    def begin(self, verb: str, *words: str) -> "subprocess.Popen[str]":
         """Run a command on it."""
         if verb == "start":
             words = (NAME, "--size", "16M", f"rundir={self.rundir}", f"state={self.state}", *words)
@@ -130,12 +131,11 @@ class World:
             words = ("--rundir", str(self.rundir), *words)
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "zramd", verb, *words],
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **(self.steps.env if held else {})},
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **self.steps.env},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=restore,
         )
 
     def run(self, verb: str) -> tuple[int, str, str]:
@@ -170,12 +170,6 @@ class World:
         nbd.close()
 
 
-def restore() -> None:
-    """A shell that starts the tests in the background has them, and what they start, ignore SIGINT."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     out, err = process.communicate(timeout=60)
     return process.returncode, out, err
@@ -204,8 +198,9 @@ def test_ends(world: World, during: str, at: str, whom: str, what: str, serves: 
     held = world.steps.wait(at)
     second = None
     if whom == "second":
-        second = world.begin(what, held=False)
-        time.sleep(0.3)  # it gets as far as it can
+        second = world.begin(what)
+        # It gets as far as it can: it refuses, or waits for its turn.
+        wait_until(lambda: second.poll() is not None or (second.pid, "turn.waits") in world.steps.seen)
     else:
         target = {"command": command.pid, "old": old, "process": held}[whom]
         os.kill(target, getattr(signal, f"SIG{what}"))
@@ -225,7 +220,9 @@ def test_ends(world: World, during: str, at: str, whom: str, what: str, serves: 
         time.sleep(0.2)
     pid = world.pid
     end = "nobody" if not pid else "old" if pid == old else "new"
-    assert serves in ("any", end), (end, status, out, err, steps)
+    if serves == "either":
+        serves = "new" if other[0] == 0 else "nobody"
+    assert end == serves, (end, status, out, err, other, steps)
     assert world.processes() == ([pid] if pid else [])
 
     # What was said is true.
@@ -253,8 +250,12 @@ def test_ends(world: World, during: str, at: str, whom: str, what: str, serves: 
         assert ("is served as before, by a new process" in err) == (end == "new" and during == "restart"), err
     elif says == "killed":
         assert status == -signal.SIGKILL
+    if second and what == "start" and other[0] == 0:
+        assert f"pid           {pid}\n" in other[1]
     if second and what == "start" and other[0]:
         assert "is in use by a running server" in other[2]
+    if second and what == "stop" and other[0] == 0:
+        assert end == "nobody"
     if second and other[0]:
         assert other[0] == 1
         assert other[2].count("\n") == 1
