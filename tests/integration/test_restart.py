@@ -18,6 +18,7 @@ from conftest import PACKAGE_PARENT, PLUGIN, NbdSocket, Served, talk, wait_until
 from conftest import zramd_command as zramd
 
 from zramd import rundir
+from zramd.commands.restart import LEAVE_TIMEOUT
 
 Serve = Callable[..., Served]
 BLOCK = 4096
@@ -133,19 +134,19 @@ def test_clients_that_write_meanwhile(started: Callable[..., Started]) -> None:
     for client in clients:
         client.start()
     pids = {served.pid}
-    for _ in range(RESTARTS):
-        time.sleep(0.05)
+    for number in range(RESTARTS):
+        all_connect(clients, number + 1)
         done = served.restart()
         assert (done.returncode, done.stderr) == (0, "")
         pids.add(served.pid)
         assert f"pid           {served.pid}\n" in done.stdout
-    time.sleep(0.1)
+    all_connect(clients, RESTARTS + 1)
     for client in clients:
         client.stopping = True
         client.join()
         assert client.failure is None, client.failure
         assert client.connections > RESTARTS
-        assert client.slowest < 2
+        assert client.slowest < LEAVE_TIMEOUT, "it waited until somebody gave up"
     assert len(pids) == RESTARTS + 1
     nbd = NbdSocket(served)  # type: ignore[arg-type]
     for client in clients:
@@ -154,6 +155,12 @@ def test_clients_that_write_meanwhile(started: Callable[..., Started]) -> None:
             assert nbd.read(block * BLOCK, BLOCK) == content(block, version)
     nbd.close()
     print(f"the slowest of all requests took {max(client.slowest for client in clients) * 1000:.0f} ms")
+
+
+def all_connect(clients: list[Client], times: int) -> None:
+    """Wait until each client has connected so many times, and fail at once if one has failed."""
+    wait_until(lambda: all(client.connections >= times or client.failure for client in clients), 60)
+    assert [client.failure for client in clients if client.failure] == []
 
 
 class Qemu:
@@ -308,8 +315,9 @@ def test_a_client_that_stands_still(started: Callable[..., Started]) -> None:
         deaf.send(deaf.READ, number << 20, 1 << 20)
     client = Client(served, 0)
     client.start()
+    all_connect([client], 1)
     assert served.restart().returncode == 0
-    time.sleep(0.1)
+    all_connect([client], 2)
     client.stopping = True
     client.join()
     assert client.failure is None, client.failure

@@ -214,16 +214,23 @@ class TestScreen:
         try:
             tmux.start(*at(served), "-i 0.5")
             wait_until(lambda: " 1 client " in tmux.lines()[0])
-            first, started = served.stats(), time.monotonic()
-            time.sleep(2)
-            last, seconds = served.stats(), time.monotonic() - started
-            for verb, counter in (("read", "reads"), ("write", "writes")):
-                match = re.match(rf"{verb} +(\d+\.?\d*)/s +(\S+)/s.* (\d+)$", tmux.line(verb))
-                assert match, tmux.text()
-                rate = (last[counter] - first[counter]) / seconds
-                assert float(match[1]) == pytest.approx(rate, rel=0.5)
-                assert "█" in tmux.line(verb), "the highest of the history reaches the top"
-                assert float(match[3]) >= float(match[1])
+
+            def agrees() -> bool:
+                """What is shown is the rate of two seconds. (A busy machine has uneven ones.)"""
+                first, started = served.stats(), time.monotonic()
+                time.sleep(2)
+                last, seconds = served.stats(), time.monotonic() - started
+                right = []
+                for verb, counter in (("read", "reads"), ("write", "writes")):
+                    match = re.match(rf"{verb} +(\d+\.?\d*)/s +(\S+)/s.* (\d+)$", tmux.line(verb))
+                    assert match, tmux.text()
+                    rate = (last[counter] - first[counter]) / seconds
+                    right.append(float(match[1]) == pytest.approx(rate, rel=0.5))
+                    assert "█" in tmux.line(verb), "the highest of the history reaches the top"
+                    assert float(match[3]) >= float(match[1])
+                return all(right)
+
+            wait_until(agrees, 60)
         finally:
             ended.set()
             worker.join()
