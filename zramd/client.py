@@ -10,7 +10,7 @@ import os
 import socket
 
 from zramd import peer, rundir, trusted
-from zramd.errors import DeviceError, UntrustedError, UsageError, ZramdError, is_shortage, reason
+from zramd.errors import ConfigError, DeviceError, UntrustedError, UsageError, ZramdError, is_shortage, reason
 from zramd.handover import SYSTEMD
 
 TIMEOUT = 10.0  # seconds to wait for an answer
@@ -275,10 +275,24 @@ def name_of(text: str) -> str:
     return name
 
 
+def must_be_a_name(name: str) -> None:
+    """Raise UsageError for what no device can be called."""
+    from zramd import config
+
+    try:
+        config.find("name").parse(name)
+    except ConfigError:
+        raise _not_a_name(name) from None
+
+
+def _not_a_name(name: str) -> UsageError:
+    return UsageError(f"'{name}' is not a device's name: 'zramd list' shows those that there are")
+
+
 def look(name: str | None, path: str | None = None) -> Served:
     """Return device `name`, or the one whose run folder is `path`, also if its server has died.
 
-    Raises UsageError when neither is given, DeviceError when there is no such device.
+    Raises UsageError when neither is given or no device can be called so, DeviceError when there is none.
     """
     name = None if name is None else name_of(name)
     if path:
@@ -287,7 +301,7 @@ def look(name: str | None, path: str | None = None) -> Served:
     elif name is None:
         raise UsageError("which device? Give its name, as 'zramd list' shows it, or --rundir FOLDER")
     elif not name or name[0] in ".-" or "/" in name or "\0" in name:
-        raise UsageError(f"'{name}' is not a device's name: 'zramd list' shows those that there are")
+        raise _not_a_name(name)
     else:
         path, missing = _place(name)
     try:
@@ -323,6 +337,7 @@ def _place(name: str) -> tuple[str, str]:
     living = [path for path in used if rundir.holder(path) is not None]
     if used:
         return (living or used)[0], f"there is no device '{name}': it has just ended"
+    must_be_a_name(name)  # a run folder may have any other, too
     if name in known:
         hint = f"'zramd start {name}' starts it"
     elif os.geteuid() and os.path.lexists(f"{ROOTS}/{name}"):

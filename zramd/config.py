@@ -113,7 +113,7 @@ def _comp_algorithm(text: str) -> str:
 def _rundir(text: str) -> str:
     if not text or "\0" in text:
         raise ConfigError(f"'{text}' is not a folder")
-    path = os.path.abspath(text)
+    path = _path(text)
     if len(os.fsencode(path)) > MAX_RUNDIR_BYTES:
         raise ConfigError(f"'{text}' is too long for a socket's path: use at most {MAX_RUNDIR_BYTES} bytes")
     return path
@@ -126,13 +126,21 @@ def _metrics_file(text: str) -> str:
         )
     if text and not text.endswith(".prom"):
         raise ConfigError(f"'{text}' does not end in .prom: node_exporter would not look at it")
-    return os.path.abspath(text) if text else ""
+    return _path(text) if text else ""
 
 
 def _state(text: str) -> str:
     if "\0" in text:
         raise ConfigError(f"'{text}' is not a path")
-    return os.path.abspath(text) if text and text != "systemd" else text
+    return _path(text) if text and text != "systemd" else text
+
+
+def _path(text: str) -> str:
+    """Return a path that holds everywhere. Raises ConfigError for one that nbdkit cannot hand to Python."""
+    path = os.path.abspath(text)
+    if not path.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in path):
+        raise ConfigError(f"'{path}' is not UTF-8, and nbdkit hands on nothing else: use another path")
+    return path
 
 
 def _boolean(text: str) -> bool:

@@ -21,6 +21,8 @@ Each message is one sentence that quotes the value at fault. `exit_code` is what
 """
 
 import errno
+import os
+import sys
 from contextlib import suppress
 
 
@@ -186,6 +188,21 @@ def _resource_limit(name: str) -> int | None:
                 most = line[len(name) :].split()[0]
                 return int(most) if most.isdigit() else None
     return None
+
+
+def tell(line: str) -> None:
+    """Write a line to standard error. Whether that takes it changes nothing of what becomes of a command."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        drop(2)
+
+
+def drop(fd: int) -> None:
+    """Let what a standard descriptor has not taken yet go nowhere: Python would try it again at its end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, fd)
+    os.close(null)
 
 
 def printable(text: str) -> str:

@@ -1,11 +1,11 @@
 """What SIGINT, SIGTERM and SIGHUP do to a command: it takes back what it has begun, or it finishes it."""
 
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from zramd import pidfd
+from zramd.errors import printable, tell
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # those that people and programs interrupt with
 
@@ -42,7 +42,7 @@ def told(sentence: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"zramd: interrupted: {sentence()}", file=sys.stderr, flush=True)
+        tell(f"zramd: interrupted: {printable(sentence())}")
         raise
 
 

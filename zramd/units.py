@@ -79,7 +79,7 @@ def shipped(folder: str) -> Path:
 def _places(arguments: argparse.Namespace) -> tuple[Path, Path]:
     """Return what stands for /, and the folder of the units in there."""
     root = Path(arguments.root or "/").absolute()
-    if not root.is_dir():
+    if arguments.root == "" or not root.is_dir():
         raise UsageError(f"--root '{arguments.root}' is not a folder")
     prefix = Path(arguments.prefix)
     if not prefix.is_absolute():
@@ -191,12 +191,16 @@ def _configuration(root: Path) -> Path | None:
 
 @contextmanager
 def _place(root: Path, path: Path, make: bool = False) -> Iterator[trusted.Place]:
-    """Yield the place of a path below `root`. Raises UnitsError, OSError."""
+    """Yield the place of a path below `root`. Raises UnitsError, FileNotFoundError, NotADirectoryError."""
     try:
         with trusted.place(str(path.relative_to(root)), make=make, root=str(root)) as place:
             yield place
     except UntrustedError as error:
         raise UnitsError(f"{path} is not used: {error}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UnitsError(f"'{path}' cannot be used: {reason(error)}") from None
 
 
 def _read(root: Path, path: Path) -> str | None:

@@ -111,9 +111,11 @@ def test_serve_with_closed_descriptors(rundir: Path, closed: str) -> None:
             process.terminate()
 
 
-def test_what_cannot_be_printed_is_said(rundir: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_cannot_be_printed_is_said(rundir: Path, unbuffered: str) -> None:
     """The server is started all the same."""
-    status, said = shell('exec "$@" >/dev/full', "start", "c", f"rundir={rundir}", "--size", "64M")
+    words = ["start", "c", f"rundir={rundir}", "--size", "64M"]
+    status, said = shell('exec "$@" >/dev/full', *words, PYTHONUNBUFFERED=unbuffered)
     assert (status, said) == (
         1,
         "zramd: it is done, but cannot be printed to standard output: no space left on device\n",
@@ -121,16 +123,52 @@ def test_what_cannot_be_printed_is_said(rundir: Path) -> None:
     assert serves(rundir)
 
 
-def test_what_is_printed_at_once_and_cannot_be() -> None:
-    """The number of an error is for programs."""
-    status, said = shell('exec "$@" >/dev/full', "doctor", PYTHONUNBUFFERED="1")
-    assert (status, said) == (1, "zramd: no space left on device\n")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", ["--help", "--version", "start --help", "doctor", "completion bash"])
+def test_what_was_asked_for_cannot_be_printed(words: str, unbuffered: str) -> None:
+    status, said = shell('exec "$@" >/dev/full', *words.split(), PYTHONUNBUFFERED=unbuffered)
+    assert status == 1
+    assert said.endswith("cannot be printed to standard output: no space left on device\n")
+    assert said.count("\n") == 1
+    script = 'exec 3> >(:); wait $!; exec "$@" >&3'  # who reads it has seen enough
+    assert shell(script, *words.split(), PYTHONUNBUFFERED=unbuffered) == (1, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("script", ['exec "$@" 2>/dev/full', 'exec 3> >(:); wait $!; exec "$@" 2>&3'])
+@pytest.mark.parametrize(("words", "status"), [("list", 0), ("nope", 2), ("list --nope", 2), ("stats a", 1)])
+def test_what_cannot_be_said_changes_nothing(
+    words: str, status: int, script: str, unbuffered: str, tmp_path: Path
+) -> None:
+    more = {"PYTHONUNBUFFERED": unbuffered, "XDG_RUNTIME_DIR": str(tmp_path)}
+    assert shell(script, *words.split(), **more) == (status, "")
+
+
+def test_a_save_is_done_though_its_summary_cannot_be_said(rundir: Path, tmp_path: Path) -> None:
+    assert shell('exec "$@"', "start", "c", f"rundir={rundir}", "--size", "64M")[0] == 0
+    assert shell('exec "$@" 2>/dev/full', "save", "--rundir", rundir, tmp_path / "saved") == (0, "")
+    assert shell('exec "$@"', "load", "--check", tmp_path / "saved") == (0, "")
 
 
 def test_a_save_to_what_is_closed(rundir: Path) -> None:
     assert shell('exec "$@"', "start", "c", f"rundir={rundir}", "--size", "64M")[0] == 0
     status, said = shell('exec "$@" >&-', "save", "--rundir", rundir, "-")
     assert (status, said) == (2, "zramd: standard output is closed: a device cannot be saved to it\n")
+    sentence = "zramd: standard input is closed: give a FILE, or something to read\n"
+    assert shell('exec "$@" <&-', "load", "--check", "-") == (2, sentence)
+    assert shell('exec "$@" <&-', "load", "--rundir", rundir, "-") == (2, sentence)
+
+
+@pytest.mark.parametrize(
+    "words", ["stats --rundir x", "list --rundir x", "start c rundir=x", "start c state=x", "serve rundir=x"]
+)
+def test_in_a_folder_that_is_gone(words: str, tmp_path: Path) -> None:
+    """What is relative to it has no place."""
+    status, said = shell(
+        f'mkdir {tmp_path}/x; cd {tmp_path}/x; rmdir {tmp_path}/x; exec "$@"', *words.split()
+    )
+    assert status == 1
+    assert said.endswith("zramd: the folder in which this runs is gone: change to another one\n")
 
 
 @pytest.mark.parametrize("verb", ["start", "serve"])

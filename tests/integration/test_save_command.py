@@ -393,6 +393,19 @@ def test_our_own_links(serve: Serve, tmp_path: Path) -> None:
     done("load", "--force", *at(served), tmp_path / "saves/latest")
 
 
+@pytest.mark.parametrize("length", [231, 255])
+def test_a_name_as_long_as_one_can_be(serve: Serve, tmp_path: Path, length: int) -> None:
+    """Also where a file must have a name before it is whole."""
+    served = serve(disksize="16M")
+    folder = tmp_path / "saves"
+    folder.mkdir()
+    file = folder / ("ä" + "x" * (length - 2))
+    done("save", *at(served), file)
+    done("save", *at(served), file)  # in its place
+    done("load", "--check", file)
+    assert list(folder.iterdir()) == [file]
+
+
 def test_full_disk(serve: Serve, tmp_path: Path) -> None:
     served = serve()
     fill(served)

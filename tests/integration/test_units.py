@@ -134,6 +134,19 @@ def test_bad_input(command: Path, words: list[str], sentence: str) -> None:
         assert complaint.count("\n") == 1
 
 
+def test_what_cannot_be_written(command: Path, tmp_path: Path) -> None:
+    """A limit on a file's size, for a disk that is full."""
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 0; exec "$@"', "bash", command, "install-units", "--root", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    unit = tmp_path / "usr/local/lib/systemd/system/zramd@.service"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"zramd: '{unit}' cannot be used: file too large\n"
+
+
 def test_refusals(command: Path, tmp_path: Path) -> None:
     def refused(verb: str, sentence: str, root: Path = tmp_path, by: Path = command) -> None:
         before = tree(root)

@@ -79,6 +79,28 @@ def test_daemon_does_not_import_the_command_line() -> None:
     assert unwanted == []
 
 
+def test_interrupted_while_it_imports() -> None:
+    """That is most of the time that a command takes."""
+    code = """
+import sys
+class Interrupt:
+    def find_spec(self, name, path, target=None):
+        if name == "argparse":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+import zramd.__main__
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_public_names_are_imported_when_asked_for() -> None:
     code = "import sys, zramd; print('zramd.core.device' in sys.modules, zramd.Device(1).disksize)"
     assert python(code) == "False 4096\n"
@@ -140,6 +162,30 @@ def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["list", "-o", ""], "zramd: unknown column '': use some of NAME"),
         (["stats", ""], "zramd: '' is not a device's name"),
+        (["stats", "a b"], "zramd: 'a b' is not a device's name"),
+        (["stats", "\udcff"], "zramd: '\\xff' is not a device's name"),
+        (["stop", "a" * 65], "aa' is not a device's name"),
+        (["detach", ""], "zramd: '' is not a device's name"),
+        (["detach", "../x", "--if-attached"], "zramd: '../x' is not a device's name"),
+        (["detach", "a" * 300], "aa' is not a device's name"),
+        (["stop", "a", "--rundir", ""], "zramd stop: argument --rundir: '' is not a folder"),
+        (["list", "--rundir="], "zramd list: argument --rundir: '' is not a folder"),
+        (["install-units", "--root", ""], "zramd: --root '' is not a folder"),
+        (["remove-units", "--root="], "zramd: --root '' is not a folder"),
+        (
+            ["start", "a", "rundir=/nowhere/a", "--", "-p", "65536"],
+            "zramd: '65536' is not a port: use 1 to 65535",
+        ),
+        (
+            ["serve", "rundir=/nowhere/a", "--", "--port=99999999"],
+            "zramd: '99999999' is not a port: use 1 to",
+        ),
+        (["start", "a", "rundir=/a\udcff"], "zramd: rundir: '/a\\xff' is not UTF-8"),
+        (["start", "a", "rundir=/a", "state=\udcff"], "/\\xff' is not UTF-8"),
+        (
+            ["start", "a", "rundir=/a", "metrics_file=\udcff.prom"],
+            "/\\xff.prom' is not UTF-8",
+        ),
     ],
 )
 def test_wrong(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

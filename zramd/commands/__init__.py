@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from zramd import __version__, inherited
-from zramd.errors import UsageError, ZramdError, printable, reason, sentence
+from zramd.errors import UsageError, ZramdError, drop, printable, reason, sentence, tell
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -43,10 +43,6 @@ exit status:
   1  it went wrong, or what was looked for is wrong: one sentence on standard error says why
   2  what was written on the command line is wrong
 """
-
-# argparse looks in many places for a translation of each parser's headings, and there never is one: that took
-# a seventh of the time of `zramd list`.
-argparse._ = str  # type: ignore[attr-defined]
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -124,7 +120,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> "NoReturn":
         """End with status 2 and one sentence."""
-        self.exit(2, f"{self.prog}: {printable(message)}: see '{self.prog} --help'\n")
+        tell(f"{self.prog}: {printable(message)}: see '{self.prog} --help'")
+        self.exit(2)
 
 
 def parser() -> Parser:
@@ -144,12 +141,21 @@ def parser() -> Parser:
 def add_device(parser: Parser) -> None:
     """Add the words that say which device: NAME, or --rundir FOLDER for one in an unusual place."""
     parser.add_argument("name", metavar="NAME", nargs="?", help="the device, as 'zramd list' names it")
-    parser.add_argument("--rundir", metavar="FOLDER", help="its run folder, if it is not in the usual place")
+    parser.add_argument(
+        "--rundir", metavar="FOLDER", type=folder, help="its run folder, if it is not in the usual place"
+    )
+
+
+def folder(text: str) -> str:
+    """Return a FOLDER as it was written: '' is a shell's variable that is not set, and means no folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a folder: give one, or leave the option out")
+    return text
 
 
 def say(sentence: str) -> None:
     """Tell the user something beside what a command prints, on standard error."""
-    print(f"zramd: {printable(sentence)}", file=sys.stderr, flush=True)
+    tell(f"zramd: {printable(sentence)}")
 
 
 def verbs(of: argparse.ArgumentParser) -> dict[str, Parser]:
@@ -162,33 +168,22 @@ def verbs(of: argparse.ArgumentParser) -> dict[str, Parser]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return 2 for what the user wrote wrong and 1 for what else went wrong."""
-    words = sys.argv[1:] if argv is None else argv
     try:
         inherited.complete_standard()
         inherited.forget_others()
-        _print_any_path()
-        if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "-V", "--version")):
-            words = ["list", *words]
-        made = parser()
-        known = verbs(made)
-        _check_verb(words[0], known)
-        arguments, extras = made.parse_known_args(words)
-        if extras:
-            known[words[0]].error(f"unrecognized arguments: {' '.join(extras)}")
-        status: int = arguments.run(arguments)
-        return _flush(status)
+        _prepare_output()
+        try:
+            return _flush(_run(sys.argv[1:] if argv is None else argv))
+        except SystemExit as end:  # argparse has printed what it was asked for, or said what is wrong
+            raise SystemExit(_flush(int(end.code or 0))) from None
     except BrokenPipeError:  # who read our output has seen enough
-        _drop_output()
+        drop(1)
         return 1
     except ZramdError as error:
         say(str(error))
         return error.exit_code
     except OSError as error:
-        try:
-            sys.stdout.flush()
-        except OSError:  # it is what failed
-            _drop_output()
-        say(sentence(error) or str(error))
+        say(_why(error))
         return 1
     except ImportError as error:
         say(f"cannot be loaded, for want of memory perhaps: {error}")
@@ -200,6 +195,35 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + getattr(interrupt, "number", 2)  # as a shell has it for what a signal ended
 
 
+def _run(words: list[str]) -> int:
+    """Do what the words say; return the exit status."""
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "-V", "--version")):
+        words = ["list", *words]
+    made = parser()
+    known = verbs(made)
+    _check_verb(words[0], known)
+    arguments, extras = made.parse_known_args(words)
+    if extras:
+        known[words[0]].error(f"unrecognized arguments: {' '.join(extras)}")
+    status: int = arguments.run(arguments)
+    return status
+
+
+def _why(error: OSError) -> str:
+    """Return the sentence for an error of the system that no verb has expected."""
+    try:
+        sys.stdout.flush()
+    except OSError as failed:  # it is what failed
+        drop(1)
+        return f"the answer cannot be printed to standard output: {reason(failed)}"
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return "the folder in which this runs is gone: change to another one"
+    return sentence(error) or str(error)
+
+
 def _flush(status: int) -> int:
     """Have all that was printed written; return the exit status. What was done is done, whatever happens."""
     try:
@@ -207,22 +231,24 @@ def _flush(status: int) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _drop_output()
+        drop(1)
         say(f"it is done, but cannot be printed to standard output: {reason(error)}")
         return status or 1
     return status
 
 
-def _drop_output() -> None:
-    """Let what is still to be printed go nowhere: Python would complain of it at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def _prepare_output() -> None:
+    """Have standard output take a path whose bytes are no text as they are, and never an exception.
 
-
-def _print_any_path() -> None:
-    """Have standard output take a path whose bytes are no text as they are, and never an exception."""
+    It is always buffered (PYTHONUNBUFFERED): what cannot be printed is then told from what went wrong.
+    """
     codecs.register_error("zramd", _as_it_came)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="zramd")
+    output = sys.stdout
+    if isinstance(output, io.TextIOWrapper):
+        if isinstance(output.buffer, io.RawIOBase):
+            sys.stdout = os.fdopen(1, "w", encoding=output.encoding, errors="zramd", closefd=False)
+        else:
+            output.reconfigure(errors="zramd")
 
 
 def _as_it_came(error: UnicodeError) -> tuple[bytes, int]:

@@ -202,6 +202,7 @@ def detach(arguments: argparse.Namespace) -> int:
 
     if arguments.name is not None:
         arguments.name = client.name_of(arguments.name)
+        client.must_be_a_name(arguments.name)
     else:
         arguments.name = _own_name(client.look(None, arguments.rundir))
     _must_be_root("detach", arguments)

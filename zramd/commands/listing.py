@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from zramd import attached, client, kernelswap
-from zramd.commands import say
+from zramd.commands import folder, say
 from zramd.errors import DeviceError, UsageError
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -233,6 +233,11 @@ def add(commands: "Commands") -> None:
     parser.add_argument("--raw", action="store_true", help="one space between two cells, - for an empty one")
     parser.add_argument("-J", "--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--rundir", metavar="FOLDER", action="append", default=[], help="a device in this run folder"
+        "--rundir",
+        metavar="FOLDER",
+        type=folder,
+        action="append",
+        default=[],
+        help="a device in this run folder",
     )
     parser.set_defaults(run=run)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection
 
 from zramd import rundir
+from zramd.errors import UsageError
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -121,6 +122,17 @@ def read_options(words: list[str], leave_out: Collection[str] = ()) -> Options:
             options.before += given
             options.values[name] = value
     return options
+
+
+def refuse_port(options: Options) -> None:
+    """Raise UsageError for a TCP port that there is not: of a number the C library takes the last 16 bits."""
+    port = options.values.get("-p", options.values.get("--port", ""))
+    if port.isascii() and port.isdigit() and "--vsock" not in options.values and not _is_port(port):
+        raise UsageError(f"'{port}' is not a port: use 1 to 65535")
+
+
+def _is_port(digits: str) -> bool:
+    return len(digits.lstrip("0")) <= 5 and int(digits) < 1 << 16
 
 
 def _full(name: str) -> str:

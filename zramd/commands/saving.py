@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
 from zramd import client, inherited
 from zramd.commands import add_device, say
-from zramd.errors import DeviceError, SaveError, UntrustedError, UsageError, reason
+from zramd.errors import DeviceError, SaveError, UntrustedError, UsageError, reason, tell
 from zramd.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 COPY = 1 << 20  # bytes of a pipe that are sent at once
 SHOW_INTERVAL = 0.2  # seconds between two looks at the progress
+NAME_MAX = 255  # bytes of a file's name: linux/limits.h
 RECORD = 16  # bytes of a record beside the payload, at most
 _SAVE_ELSEWHERE = "save to a folder of your own, or to - and a pipe"
 
@@ -55,7 +56,7 @@ def save(arguments: argparse.Namespace) -> int:
             else:
                 with interrupts.told(lambda: f"'{file}' is as it was"):
                     found = _write(served, control, place, total)
-    print(f"{_summary(found)}, {_speed(found['bytes'], started)}", file=sys.stderr)
+    tell(f"{_summary(found)}, {_speed(found['bytes'], started)}")
     _warn(found)
     if in_use:
         say(in_use)
@@ -125,8 +126,9 @@ def _write(
     from zramd import interrupts
 
     file = place.shown
-    # One that nobody can guess, nor another save share.
-    partial = f"{place.name}.{os.urandom(8).hex()}.partial"
+    # One that nobody can guess, nor another save share. The name may be as long as one can be.
+    tail = f".{os.urandom(8).hex()}.partial"
+    partial = os.fsdecode(os.fsencode(place.name)[: NAME_MAX - len(tail)]) + tail
     try:
         fd, named = place.beside(partial)
     except OSError as error:
@@ -307,6 +309,8 @@ def _open_trusted(file: str) -> "Iterator[io.FileIO]":
 def _open(file: str) -> io.FileIO:
     try:
         if file == "-":
+            if 0 in inherited.missing:
+                raise UsageError("standard input is closed: give a FILE, or something to read")
             return io.FileIO(0, closefd=False)
         return io.FileIO(file)
     except OSError as error:

@@ -18,7 +18,7 @@ from contextlib import suppress
 
 from zramd import __version__, attached, client, handover, inherited, kernelswap, life, pidfd, rundir
 from zramd.commands import add_device, background, say
-from zramd.commands.nbdkit import STANDARD_INPUT, Options, command, read_options
+from zramd.commands.nbdkit import STANDARD_INPUT, Options, command, read_options, refuse_port
 from zramd.commands.uris import uri
 from zramd.errors import DeviceError, RundirError, UsageError, ZramdError, sentence
 from zramd.steps import step
@@ -190,6 +190,7 @@ def plan(
     if shutil.which("nbdkit") is None:
         raise ZramdError("nbdkit is not installed: run 'apt-get install nbdkit nbdkit-plugin-python' as root")
     options = read_options(nbdkit_words)
+    refuse_port(options)
     options.sockets = inherited.passed_sockets()
     return settings, options, command(settings, pairs, options)
 
