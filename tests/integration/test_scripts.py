@@ -43,6 +43,8 @@ def test_help(script):
         (["build"], "usage: "),
         (["build", "fast"], "unknown build profile 'fast'; valid are: release debug coverage asan tsan"),
         (["sanitize", "msan"], "unknown sanitizer 'msan'"),
+        (["geometry", "--fast"], "'--fast' is no file that can be read"),
+        (["geometry", "/tmp"], "'/tmp' is no file that can be read"),
         (["check", "everything"], "usage: "),
     ],
 )
