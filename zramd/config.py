@@ -140,6 +140,10 @@ def _path(text: str) -> str:
     path = os.path.abspath(text)
     if not path.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in path):
         raise ConfigError(f"'{path}' is not UTF-8, and nbdkit hands on nothing else: use another path")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ConfigError(f"'{path}' is no path in this locale: set LC_ALL=C.UTF-8") from None
     return path
 
 

@@ -111,6 +111,20 @@ def test_serve_with_closed_descriptors(rundir: Path, closed: str) -> None:
             process.terminate()
 
 
+def test_a_path_that_is_not_ascii_in_a_locale_that_is(rundir: Path) -> None:
+    """As services have it, and what cron starts."""
+    folder = rundir / "ä"
+    rundir.mkdir()
+    words = ["start", "c", f"rundir={folder}", f"state=/dev/shm/{os.getpid()}-ä", "--size", "64M"]
+    try:
+        assert shell('exec "$@"', *words, LC_ALL="C") == (0, "")
+        assert serves(folder)
+        assert shell('exec "$@"', "restart", "--rundir", folder, LC_ALL="C") == (0, "")
+        assert shell('exec "$@"', "stop", "--rundir", folder, LC_ALL="C") == (0, "")
+    finally:
+        Path(words[3].removeprefix("state=")).unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_what_cannot_be_printed_is_said(rundir: Path, unbuffered: str) -> None:
     """The server is started all the same."""

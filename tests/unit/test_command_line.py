@@ -180,6 +180,16 @@ def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
             ["serve", "rundir=/nowhere/a", "--", "--port=99999999"],
             "zramd: '99999999' is not a port: use 1 to",
         ),
+        (["start", "a", "rundir=/nowhere/a", "--", "-v", "-p"], "zramd: nbdkit's option -p wants a value"),
+        (["start", "a", "rundir=/nowhere/a", "--", "--tls"], "zramd: nbdkit's option --tls wants a value"),
+        (
+            ["serve", "rundir=/nowhere/a", "--", "-v", "memory"],
+            "zramd: 'memory' is neither an option of nbdkit's",
+        ),
+        (
+            ["start", "a", "rundir=/nowhere/a", "--", "--vers"],
+            "zramd: --version makes nbdkit print something",
+        ),
         (["start", "a", "rundir=/a\udcff"], "zramd: rundir: '/a\\xff' is not UTF-8"),
         (["start", "a", "rundir=/a", "state=\udcff"], "/\\xff' is not UTF-8"),
         (

@@ -1,8 +1,11 @@
 """Settings: sizes, names, algorithms, duplicates, defaults, and the table in README."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import PACKAGE_PARENT
 
 from zramd import config
 from zramd.core import device
@@ -253,3 +256,16 @@ def test_the_servers_own_names_in_its_folder(key: str, name: str) -> None:
         config.parse([*pairs, (key, f"/run/x/{name}")])
     config.parse([*pairs, (key, f"/run/x/my-{name}")])
     config.parse([*pairs, (key, f"/run/y/{name}")])
+
+
+def test_a_path_that_the_locale_cannot_write() -> None:
+    code = (
+        "from zramd import config\n"
+        "try: config.parse([('size', '1M'), ('rundir', '/run/\\xe4')])\n"
+        "except config.ConfigError as error: print(ascii(str(error)))"
+    )
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(PACKAGE_PARENT)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert "is no path in this locale: set LC_ALL=C.UTF-8" in done.stdout

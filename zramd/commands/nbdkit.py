@@ -25,9 +25,11 @@ TRANSPORTS = {
     "--unix",
     "--vsock",
 }
+PRINTS = {"--help", "--version", "-V", "--dump-plugin", "--dump-config", "--short-options", "--long-options"}
 STANDARD_INPUT = {"-s", "--single", "--stdin"}
 # nbdkit's options whose value is the next word, if it is not attached with '='.
 _SHORT_WITH_VALUE = "DegiPptuU"
+_SHORT_WITHOUT = "46fnorsvV"
 _LONG_WITH_VALUE = {
     "--debug",
     "--export",
@@ -92,6 +94,8 @@ class Options:
         self.before: list[str] = []  # options, to stand before the plugin's name
         self.after: list[str] = []  # filters' parameters, to stand after it
         self.values: dict[str, str] = {}  # option → its value, '' if it has none
+        self.stray = ""  # a word that is no option's value and no parameter
+        self.incomplete = ""  # an option without the value that it wants
         self.sockets: list[int] = []  # that a service manager has passed, to be served instead of one of ours
 
     @property
@@ -104,9 +108,15 @@ def read_options(words: list[str], leave_out: Collection[str] = ()) -> Options:
     """Sort the words that are meant for nbdkit; `leave_out` are options that are not wanted."""
     options = Options()
     rest = iter(words)
+    known = True  # whether the last option is: another one may have a value
     for word in rest:
         if not word.startswith("-"):
-            (options.after if re.fullmatch(_FILTER_PARAMETER, word) else options.before).append(word)
+            if re.fullmatch(_FILTER_PARAMETER, word):
+                options.after.append(word)
+            else:
+                options.before.append(word)
+                options.stray = options.stray or (word if known else "")
+            known = True
             continue
         name, equals, value = word.partition("=")
         if not name.startswith("--"):
@@ -115,17 +125,31 @@ def read_options(words: list[str], leave_out: Collection[str] = ()) -> Options:
         else:
             name = _full(name)
             wants_value = name in _LONG_WITH_VALUE and not equals
+        known = name in _LONG_WITH_VALUE | _LONG_WITHOUT or name[1:] in [*_SHORT_WITH_VALUE, *_SHORT_WITHOUT]
         given = [word]
-        if wants_value and (value := next(rest, "")):
-            given.append(value)
+        if wants_value:
+            following = next(rest, None)
+            if following is None:
+                options.incomplete = name
+            else:
+                value = following
+                given.append(value)
         if name not in leave_out:
             options.before += given
             options.values[name] = value
     return options
 
 
-def refuse_port(options: Options) -> None:
-    """Raise UsageError for a TCP port that there is not: of a number the C library takes the last 16 bits."""
+def check(options: Options) -> None:
+    """Raise UsageError for what nbdkit would take for something else than was meant.
+
+    A word by itself, or one that an option lacks, would be its plugin; and of a port's number the C library
+    takes the last 16 bits.
+    """
+    if options.stray:
+        raise UsageError(f"'{options.stray}' is neither an option of nbdkit's nor a filter's key=value")
+    if options.incomplete:
+        raise UsageError(f"nbdkit's option {options.incomplete} wants a value")
     port = options.values.get("-p", options.values.get("--port", ""))
     if port.isascii() and port.isdigit() and "--vsock" not in options.values and not _is_port(port):
         raise UsageError(f"'{port}' is not a port: use 1 to 65535")

@@ -18,7 +18,7 @@ from contextlib import suppress
 
 from zramd import __version__, attached, client, handover, inherited, kernelswap, life, pidfd, rundir
 from zramd.commands import add_device, background, say
-from zramd.commands.nbdkit import STANDARD_INPUT, Options, command, read_options, refuse_port
+from zramd.commands.nbdkit import PRINTS, STANDARD_INPUT, Options, check, command, read_options
 from zramd.commands.uris import uri
 from zramd.errors import DeviceError, RundirError, UsageError, ZramdError, sentence
 from zramd.steps import step
@@ -190,7 +190,7 @@ def plan(
     if shutil.which("nbdkit") is None:
         raise ZramdError("nbdkit is not installed: run 'apt-get install nbdkit nbdkit-plugin-python' as root")
     options = read_options(nbdkit_words)
-    refuse_port(options)
+    check(options)
     options.sockets = inherited.passed_sockets()
     return settings, options, command(settings, pairs, options)
 
@@ -200,6 +200,9 @@ def set_environment(settings: "Config") -> None:
     inherited.for_server()
     # One arena for all threads: with an arena each, memory goes on growing for thousands of connections.
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+    # In the C locale, which services have, the Python in nbdkit takes only ASCII for a path. (It does not
+    # look at PYTHONUTF8.)
+    os.environ["LC_ALL"] = "C.UTF-8"
     if settings.swap == "local":
         # Python's own allocator asks the kernel for a megabyte whenever it is out of one.
         os.environ["PYTHONMALLOC"] = "malloc"
@@ -272,6 +275,8 @@ def start(arguments: argparse.Namespace) -> int:
         raise UsageError(
             "state=systemd is for 'zramd serve' as a service: use a file such as /dev/shm/NAME.state"
         )
+    for option in PRINTS & options.values.keys():
+        raise UsageError(f"{option} makes nbdkit print something and end: run 'nbdkit {option}'")
     if not STANDARD_INPUT.isdisjoint(options.values):
         raise UsageError("a server in the background has no standard input to serve: use 'zramd serve'")
     set_environment(settings)
