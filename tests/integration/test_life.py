@@ -52,7 +52,9 @@ class Device:
         return rundir.holder(str(self.rundir)) or 0
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        pid = self.pid
+        if pid:  # 0 would be our own process group
+            os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not self.pid)
 
     def connect(self) -> NbdSocket:
@@ -63,8 +65,7 @@ class Device:
 def device(tmp_path: Path, memory_folder: Path) -> Iterator[Device]:
     made = Device(tmp_path, memory_folder / "state")
     yield made
-    if made.pid:
-        made.kill()
+    made.kill()
 
 
 # Beginning.
@@ -344,7 +345,12 @@ def test_folder_is_removed_under_a_server(device: Device) -> None:
         )
 
     wait_until(said)
+    with (device.rundir / "log").open("a") as others:
+        others.write("of the second\n")
+    os.kill(first, signal.SIGHUP)
+    wait_until(lambda: b"the log cannot be opened again: rundir" in os.pread(log, 65536, 0))
     os.close(log)
+    assert (device.rundir / "log").read_text() == "of the second\n"
     assert (device.rundir / "stats.json").stat().st_ino == number or f'"pid": {second}' in (
         device.rundir / "stats.json"
     ).read_text()
