@@ -72,12 +72,15 @@ class Housekeeper:
         if self._wake in ready:
             with suppress(BlockingIOError):
                 self._signals += os.read(self._wake, 64)
-        if any(self._signals):
-            self._obey(self._signals)
-        self._signals = b""
+        failure = None
+        try:
+            if any(self._signals):
+                self._obey(self._signals)
+            self._signals = b""
+        except Exception as error:  # the signals stay; who asks what is wrong is to be told all the same
+            failure = error
         if self._stopping.is_set():
             return
-        failure = None
         for fd, answer in self._answers.items():
             if fd in ready:
                 try:
