@@ -34,3 +34,23 @@ def test_its_folder_is_not_taken_by_a_socket(tmp_path: Path, number: int) -> Non
     folder, first = said.read_text().split()
     assert folder == str(tmp_path)
     assert first.startswith("socket:")
+
+
+def test_one_that_has_ended_is_not_killed_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may have that by now."""
+    numbers: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: numbers.append(pid))
+    with socket.socket(socket.AF_UNIX) as listening:
+        old = SimpleNamespace(
+            folder=os.open("/", os.O_PATH), process=os.pidfd_open(os.getpid()), leaves_pid=True, made=False
+        )
+        old.listening = [listening.fileno()]
+        turn = SimpleNamespace(fd=os.open("/", os.O_PATH), words=dict)
+        plan = SimpleNamespace(settings=None, argv=["true"])
+        new = restart._Successor(plan, old, turn)  # type: ignore[arg-type]
+        while os.read(new._errors, 4096):
+            pass
+        new.kill()
+    assert numbers == []
+    for fd in (old.folder, old.process, turn.fd):
+        os.close(fd)

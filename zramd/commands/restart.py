@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from typing import NamedTuple
 
-from zramd import client, handover, life, peer, pidfd, rundir
+from zramd import client, handover, inherited, life, peer, pidfd, rundir
 from zramd.commands import add_device, background, filters, serve
 from zramd.errors import AttachError, DeviceError, RundirError, UsageError, reason
 from zramd.steps import step
@@ -216,8 +216,8 @@ class _Successor:
         self._link = ours
         self.tells = False  # it has begun to tell the old one
         # Above those that nbdkit takes for sockets of its own.
-        kept = (_high(theirs.fileno()), _high(old.process), turn.fd)
-        copies = [_high(fd) for fd in old.listening]
+        kept = (inherited.high(theirs.fileno()), inherited.high(old.process), turn.fd)
+        copies = [inherited.high(fd) for fd in old.listening]
 
         def prepare() -> None:
             os.fchdir(old.folder)  # before its number is a socket's
@@ -232,7 +232,7 @@ class _Successor:
             background.give(words | ({handover.MADE: "1"} if old.made else {}), *kept)
 
         with interrupts.blocked():
-            self.pid, self._errors = serve.spawn(plan.argv, prepare)
+            self.pid, self._process, self._errors = serve.spawn(plan.argv, prepare)
         for fd in (*kept[:2], *copies):
             os.close(fd)
         theirs.close()
@@ -285,8 +285,9 @@ class _Successor:
         """End it, if it is there."""
         import signal
 
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._process, signal.SIGKILL)
         self._link.settimeout(1)
         with suppress(OSError):  # it may have said more than was waited for
             self.tells = self.tells or handover.TELLING in self._link.recv(16)
@@ -412,12 +413,6 @@ def _drain(name: str, process: int) -> None:
                 os.write(queue, b"%d" % value)
     finally:
         os._exit(0)
-
-
-def _high(fd: int) -> int:
-    import fcntl
-
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100)
 
 
 def add(commands: "Commands") -> None:
