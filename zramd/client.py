@@ -8,9 +8,18 @@ Nothing here needs the compiled core.
 
 import os
 import socket
+from contextlib import suppress
 
 from zramd import peer, rundir, trusted
-from zramd.errors import DeviceError, UntrustedError, UsageError, ZramdError, is_shortage, reason
+from zramd.errors import (
+    DeviceError,
+    RundirError,
+    UntrustedError,
+    UsageError,
+    ZramdError,
+    is_shortage,
+    reason,
+)
 from zramd.handover import SYSTEMD
 
 TIMEOUT = 10.0  # seconds to wait for an answer
@@ -48,10 +57,17 @@ class Served:
                 f"{self.name} does not answer within {timeout:g} seconds: look at its process, {self.pid}"
             ) from None
         except OSError as error:
-            raise DeviceError(
-                f"{self.name} does not answer: {_why(self.file(_CONTROL_SOCKET), error)}"
-            ) from None
+            raise self._silent(error) from None
         return self._judge(path, status, answer)
+
+    def _silent(self, error: OSError) -> DeviceError:
+        """Return the error that says why there is no answer: it may have ended just now."""
+        if isinstance(error, (FileNotFoundError, ConnectionError)) and error.errno:
+            with suppress(RundirError):
+                if rundir.holder(self.path) is None:
+                    how = "stopped" if self.has_stopped() else "ended"
+                    return DeviceError(f"{self.name} has {how} meanwhile")
+        return DeviceError(f"{self.name} does not answer: {_why(self.file(_CONTROL_SOCKET), error)}")
 
     def _judge(self, path: str, status: int, answer: str) -> str:
         if status == 200:
@@ -76,18 +92,14 @@ class Served:
             control.sendall(f"{method} {path} HTTP/1.1\r\nHost: zramd\r\n{size}\r\n".encode())
             if method == "GET":
                 head = b""
-                while (
-                    not head.endswith(b"\r\n\r\n") and len(head) < _MAX_HEAD and (more := control.recv(1))
-                ):
+                while not head.endswith(b"\r\n\r\n") and len(head) < _MAX_HEAD and (more := control.recv(1)):
                     head += more
                 if b" 200 " not in head:
                     self._judge(path, *_parse(head + _rest(control, TIMEOUT)))
             control.settimeout(None)
         except OSError as error:
             control.close()
-            raise DeviceError(
-                f"{self.name} does not answer: {_why(self.file(_CONTROL_SOCKET), error)}"
-            ) from None
+            raise self._silent(error) from None
         except BaseException:
             control.close()
             raise
@@ -103,22 +115,45 @@ class Served:
 
     def ask_json(self, method: str, path: str, body: str = "", timeout: float = TIMEOUT) -> "dict[str, Any]":
         """Return the JSON object that is the answer; raises as `request`."""
+        return self.decoded(path, self.request(method, path, body, timeout))
+
+    def decoded(self, path: str, answer: str) -> "dict[str, Any]":
+        """Return the JSON object that an answer is. Raises DeviceError."""
         import json
 
-        answer = self.request(method, path, body, timeout)
-        try:
-            values: dict[str, Any] = json.loads(answer, object_hook=_Answer)
-        except (ValueError, RecursionError):
-            raise DeviceError(f"{self.name} does not answer {path} in whole: is it stopping?") from None
-        return values
+        with suppress(ValueError, RecursionError):
+            values = json.loads(answer, object_hook=_Answer)
+            if isinstance(values, dict):
+                return values
+        raise DeviceError(f"{self.name} does not answer {path} in whole: is it stopping?")
 
     def stats(self) -> "dict[str, Any]":
         """Return every number there is, as stats.json has them."""
         return self.ask_json("GET", "/stats")
 
+    def published(self, name: str, size: int) -> str:
+        """Return what a file in the run folder begins with, '' if there is none.
+
+        The folder may be another user's, who has put anything there.
+        """
+        try:
+            folder = trusted.open_folder(self.path, foreign=True)
+        except (OSError, UntrustedError):
+            return ""
+        try:
+            return rundir.head(name, folder, size)
+        except OSError:
+            return ""
+        finally:
+            os.close(folder)
+
     def process(self) -> peer.Process:
         """Return the process that serves; it is to be closed. Raises DeviceError."""
-        return peer.find(self.name, self.path)
+        try:
+            return peer.find(self.name, self.path)
+        except DeviceError:
+            self.look_again()  # it has ended just now
+            raise
 
     def look_again(self) -> None:
         """Look which process serves now; for one who keeps others off meanwhile, see zramd.life.
@@ -163,16 +198,7 @@ class Served:
 
     def _state(self) -> str:
         """Return where the server has its state, '' if it has none."""
-        try:
-            folder = trusted.open_folder(self.path, foreign=True)
-        except (OSError, UntrustedError):
-            return ""
-        try:
-            return rundir.head(rundir.STATE, folder, _MAX_PATH).strip()
-        except OSError:
-            return ""
-        finally:
-            os.close(folder)
+        return self.published(rundir.STATE, _MAX_PATH).strip()
 
 
 class _Answer(dict):  # type: ignore[type-arg]
@@ -396,4 +422,6 @@ def _server(path: str) -> int | None:
 def _why(path: str, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return f"there is no '{path}': it is starting, stopping, or runs with endpoint=off"
+    if isinstance(error, ConnectionError) and error.errno:
+        return f"'{path}': {reason(error)}: is it stopping?"
     return f"'{path}': {reason(error)}"

@@ -115,7 +115,9 @@ def _absolute(text: str) -> str:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"'{path}' is not UTF-8 text, as nbdkit's Python wants it: use another path") from None
+        raise ConfigError(
+            f"'{path}' is not UTF-8 text, as nbdkit's Python wants it: use another path"
+        ) from None
     return path
 
 

@@ -69,7 +69,7 @@ def for_server() -> None:
 
 
 def high(fd: int, *, inheritable: bool = False) -> int:
-    """Return a duplicate of a descriptor that nbdkit does not take for a socket of its own. Raises OSError."""
+    """Return a duplicate of a descriptor, not taken by nbdkit for a socket of its own. Raises OSError."""
     try:
         return fcntl.fcntl(fd, fcntl.F_DUPFD if inheritable else fcntl.F_DUPFD_CLOEXEC, HIGH)
     except OSError as error:

@@ -74,9 +74,9 @@ class Log:
         os.close(writer)
 
     def write_to(self, fd: int) -> None:
-        """Pass on to a file, of at most LIMIT bytes, from now on, and close `fd`: who read so far sees the end.
+        """Pass on to a file, of at most LIMIT bytes, from now on: who read so far sees the end.
 
-        Raises OSError.
+        Closes `fd`. Raises OSError.
         """
         try:
             os.dup2(fd, self._target, inheritable=False)

@@ -75,8 +75,8 @@ class Rundir:
                 self._names = _OURS
             self.write_pid()
             self._keep_log()
-            # Where the state is stands there until it is replaced: somebody may still take over, and by it the
-            # folder of a server that is killed now is known for one.
+            # Where the state is stands there until it is replaced: somebody may still take over, and by it
+            # the folder of a server that is killed now is known for one.
             for name in _telling_last(self._names - {LOG, OLD_LOG, STATE}):
                 self._unlink(name)
             if handover.takes_over():
@@ -187,7 +187,7 @@ class Rundir:
 
 
 def _telling_last(names: Iterable[str]) -> list[str]:
-    """Return names in the order in which they are to be removed: who is killed meanwhile leaves what tells."""
+    """Return names in the order in which to remove them: who is killed meanwhile leaves what tells."""
     return sorted(names, key=_NOBODY_ELSES.__contains__)
 
 
@@ -383,7 +383,7 @@ def _take(path: str) -> tuple[int, int]:
 
 
 def _take_lock(folder: int, path: str) -> int:
-    """Return the pid file's descriptor with its lock held. Raises FileNotFoundError if the folder has gone."""
+    """Return the pid file's descriptor with its lock held. Raises FileNotFoundError without the folder."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     while True:
         is_new = not _is_there(PID, folder)

@@ -111,6 +111,7 @@ def test_ask(answering: Callable[[bytes], client.Served]) -> None:
             "another version of zramd, which .* '/x'",
         ),
         (b'HTTP/1.1 200 OK\r\n\r\n{"a": ', DeviceError, "a does not answer /x in whole: is it stopping?"),
+        (b"HTTP/1.1 200 OK\r\n\r\n[1]", DeviceError, "a does not answer /x in whole"),
         (b"", DeviceError, "a does not answer: '.*/control.sock': what it sends is not an answer"),
         (b"HTTP/1.1 xx\r\n\r\n", DeviceError, "what it sends is not an answer"),
         (b"HTTP/1.1 \r\n\r\n", DeviceError, "what it sends is not an answer"),
@@ -125,8 +126,13 @@ def test_wrong_answers(
 
 
 def test_no_answer(answering: Callable[[bytes | None], client.Served], tmp_path: Path) -> None:
+    held = rundir.Rundir(str(tmp_path / "none"))
+    served = client.Served("a", held.path, os.getpid())
     with pytest.raises(DeviceError, match=r"there is no '.*/control.sock': it is starting, "):
-        client.Served("a", str(tmp_path / "none"), 1).request("GET", "/x")
+        served.request("GET", "/x")
+    held.remove()
+    with pytest.raises(DeviceError, match=r"^a has stopped meanwhile$"):
+        served.request("GET", "/x")
     with pytest.raises(DeviceError, match=r"a does not answer within 0.1 seconds: look at its process, 1$"):
         answering(None).request("GET", "/x", timeout=0.1)
 
@@ -157,15 +163,17 @@ def test_an_answer_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes a link of another user's")
-def test_a_link_in_the_folders_place(answering: Callable[[bytes], client.Served], tmp_path: Path) -> None:
+def test_a_link_in_the_folders_place(tmp_path: Path) -> None:
     """Made by its owner once we had looked: what is asked for would be done to another device."""
-    served = answering(b"HTTP/1.1 200 OK\r\n\r\n")
     link = tmp_path / "link"
     link.symlink_to(tmp_path)
     os.lchown(link, 65534, 65534)
-    served.path = str(link)
-    with pytest.raises(DeviceError, match="does not answer: .* its folder has become another user's link"):
-        served.request("POST", "/reset")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "control.sock"))
+        listener.listen()
+        served = client.Served("a", str(link), 1)
+        with pytest.raises(DeviceError, match=r"not answer: .* its folder has become another user's link"):
+            served.request("POST", "/reset", timeout=1)
 
 
 def test_a_server_that_stops_while_one_looks(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +193,15 @@ def test_a_server_that_stops_while_one_looks(place: Path, monkeypatch: pytest.Mo
         else:
             with pytest.raises(DeviceError, match=r"^a has stopped meanwhile$"):
                 found()
+
+
+def test_a_server_that_ends_before_it_is_sent_a_signal(place: Path) -> None:
+    """No process is found then, and not because it were in a container."""
+    held = rundir.Rundir(str(place / "a"))
+    served = client.find("a")
+    held.remove()
+    with pytest.raises(DeviceError, match=r"^a has stopped meanwhile$"):
+        served.process()
 
 
 def test_a_pipe_in_the_place_of_the_states(place: Path) -> None:

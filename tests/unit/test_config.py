@@ -227,7 +227,9 @@ def test_rundir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["rundir", "state", "metrics_file"])
 def test_a_path_that_is_no_text(key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{key}: '/run/\udcff.prom' is not UTF-8 text, as nbdkit's Python"):
+    with pytest.raises(
+        ConfigError, match=rf"{key}: '/run/\udcff.prom' is not UTF-8 text, as nbdkit's Python"
+    ):
         parse(**{key: "/run/\udcff.prom"})
 
 

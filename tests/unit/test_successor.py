@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from zramd import client, life, peer
 from zramd.commands import restart
+from zramd.errors import DeviceError
 
 
 @pytest.mark.parametrize("number", [3, 4, 20])
@@ -54,3 +56,25 @@ def test_one_that_has_ended_is_not_killed_by_its_number(monkeypatch: pytest.Monk
     assert numbers == []
     for fd in (old.folder, old.process, turn.fd):
         os.close(fd)
+
+
+@pytest.mark.parametrize("reaped", [False, True])
+def test_a_server_that_ends_while_one_looks_is_said_to_have_ended(tmp_path: Path, reaped: bool) -> None:
+    """The kernel has no words of it any more, and soon another process has its number."""
+    (tmp_path / "pid").write_text("1234567\n")
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    process = peer.Process(child, os.geteuid(), os.pidfd_open(child))
+    assert process.ended(10)
+    if reaped:
+        os.waitpid(child, 0)
+    for name in ("cmdline", "environ", "cgroup"):
+        with (
+            life.turn(str(tmp_path), "a"),
+            pytest.raises(DeviceError, match="the server of a has died, and its data with it: "),
+        ):
+            restart._told(client.Served("a", str(tmp_path), child), process, name)
+    process.close()
+    if not reaped:
+        os.waitpid(child, 0)
