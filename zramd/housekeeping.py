@@ -59,12 +59,18 @@ class Housekeeper:
         name_thread("zramd")
         while not self._stopping.is_set():
             try:
-                self.turn()
-            except Exception as error:
-                self._troubles.begin(DISTURBED, error)
-                self._stopping.wait(PAUSE)
-            else:
-                self._troubles.over(DISTURBED)
+                self._guarded_turn()
+            except Exception:  # there was not even the memory to tell of it, or to wait: nothing may end this
+                time.sleep(PAUSE)
+
+    def _guarded_turn(self) -> None:
+        try:
+            self.turn()
+        except Exception as error:
+            self._troubles.begin(DISTURBED, error)
+            self._stopping.wait(PAUSE)
+        else:
+            self._troubles.over(DISTURBED)
 
     def turn(self) -> None:
         """Wait until there is something to do, and do it. Raises what fails; signals come first."""

@@ -138,6 +138,24 @@ def test_waiting_that_fails(kept: Kept) -> None:
     wait_until(lambda: not kept.troubles)
 
 
+@pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("can't allocate lock")], ids=repr)
+def test_no_memory_even_to_tell_of_it(
+    kept: Kept, failure: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise failure
+
+    with monkeypatch.context() as short:
+        short.setattr(kept.troubles, "begin", fail)
+        kept.failing["obey"] = MemoryError()
+        kept.thread.start()
+        os.write(kept.waker, TERM)
+        done_again(kept)
+        assert kept.thread.is_alive()
+    kept.failing.clear()
+    wait_until(lambda: kept.obeyed == [TERM])
+
+
 def test_zeros_only_wake(kept: Kept) -> None:
     kept.thread.start()
     os.write(kept.waker, bytes(100))
