@@ -113,8 +113,10 @@ def _comp_algorithm(text: str) -> str:
 def _absolute(text: str) -> str:
     path = os.path.abspath(text)
     try:
-        path.encode()
+        os.fsencode(path).decode()
     except UnicodeEncodeError:
+        raise ConfigError(f"'{path}' has no bytes in this locale: set LC_ALL=C.UTF-8") from None
+    except UnicodeDecodeError:
         raise ConfigError(
             f"'{path}' is not UTF-8 text, as nbdkit's Python wants it: use another path"
         ) from None

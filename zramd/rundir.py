@@ -441,7 +441,7 @@ def _is_locked(fd: int) -> bool:
 
 def _read_pid(fd: int) -> int:
     text = os.pread(fd, 32, 0).strip() if stat.S_ISREG(os.fstat(fd).st_mode) else b""
-    return int(text) if text.isdigit() else 0
+    return int(text) if text.isdigit() and len(text) < 10 else 0  # whatever stands there
 
 
 def _holds_socket(path: str) -> bool:

@@ -79,6 +79,31 @@ def test_a_start_without_either_socket_in_the_run_folder(device: Device, tmp_pat
     assert not device.rundir.exists()
 
 
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+def test_paths_with_other_letters(
+    tmp_path: Path, memory_folder: Path, monkeypatch: pytest.MonkeyPatch, locale: str
+) -> None:
+    """Also where there is no locale, as in a service."""
+    monkeypatch.setenv("LC_ALL", locale)
+    (tmp_path / "zwölf").mkdir()
+    device = Device(tmp_path / "zwölf", memory_folder / "größe")
+    device.done("start", device.with_state, f"metrics_file={tmp_path}/ö.prom")
+    try:
+        device.done("restart")
+        client = device.connect()
+        assert client.ask(client.WRITE, 0, BLOCK, b"x" * BLOCK) == 0
+        client.close()
+        device.done("restart")
+        client = device.connect()
+        assert client.read(0, BLOCK) == b"x" * BLOCK
+        client.close()
+        assert (tmp_path / "ö.prom").exists()
+        device.done("stop")
+        assert not device.rundir.exists()
+    finally:
+        device.kill()
+
+
 def test_many_starts_at_once(device: Device) -> None:
     """One of them has started it; the others say who serves, and none takes another's server for its own."""
     words = [sys.executable, "-P", "-m", "zramd"]

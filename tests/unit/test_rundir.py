@@ -315,6 +315,15 @@ def test_in_use(folder: Path) -> None:
     assert rundir.holder(str(folder)) is None
 
 
+@pytest.mark.parametrize("text", ["9" * 25, "-1", "", "one", "1 2", "\xb2"])
+def test_a_number_that_is_none(folder: Path, text: str) -> None:
+    """Whoever owns the folder can write anything; that somebody serves there is true all the same."""
+    held = rundir.Rundir(str(folder))
+    (folder / "pid").write_text(text)
+    assert rundir.holder(str(folder)) == 0
+    held.remove()
+
+
 def test_who_looks_takes_no_lock(folder: Path) -> None:
     """However many look all the time, whether a server lives, a server can start."""
     held = rundir.Rundir(str(folder))

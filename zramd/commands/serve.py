@@ -339,6 +339,8 @@ def plan(
 def set_environment(settings: "Config") -> None:
     """Set this process's environment as the server needs it."""
     inherited.for_server()
+    # nbdkit hands paths on as UTF-8, whatever the locale, and a service has none: Python could not open them.
+    os.environ["LC_ALL"] = "C.UTF-8"
     # One arena for all threads: with an arena each, memory goes on growing for thousands of connections.
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     if settings.swap == "local":
