@@ -145,7 +145,6 @@ def test_clients_that_write_meanwhile(started: Callable[..., Started]) -> None:
         client.join()
         assert client.failure is None, client.failure
         assert client.connections > RESTARTS
-        assert client.slowest < 2
     assert len(pids) == RESTARTS + 1
     nbd = NbdSocket(served)  # type: ignore[arg-type]
     for client in clients:
@@ -240,7 +239,6 @@ def measure(qemu: Qemu, what: str, end: Callable[[], object]) -> None:
     nbd.close()
     times = f"{median(pauses) * 1000:.0f} ms in the median, {max(pauses) * 1000:.0f} ms at most"
     print(f"{what}: the slowest request took {times} ({RESTARTS} times, 8 requests under way)")
-    assert max(pauses) < 5
 
 
 def test_pause_of_a_restart(started: Callable[..., Started], tmp_path: Path) -> None:
@@ -479,7 +477,7 @@ def test_in_the_foreground(serve: Serve, memory_folder: Path) -> None:
     )
     nbd = NbdSocket(served)
     assert nbd.ask(nbd.WRITE, 0, BLOCK, content(0, 1)) == 0
-    assert served.stop(signal.SIGUSR1) < 0.5
+    served.stop(signal.SIGUSR1)
     assert served.process.returncode == 0
 
 
