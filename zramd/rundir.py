@@ -249,7 +249,8 @@ def clear(path: str, pid: int) -> None:
     with suppress(OSError, UntrustedError, RundirError):
         folder = trusted.open_folder(path, foreign=True)
         try:
-            if head(PID, folder) in (f"{pid}\n", "") and holder(f"/proc/self/fd/{folder}") is None:
+            its = _is_file(PID, folder) and head(PID, folder) in (f"{pid}\n", "")
+            if its and holder(f"/proc/self/fd/{folder}") is None:
                 for name in (*_telling_last(_OURS), PID):
                     _unlink(name, folder)
         finally:

@@ -256,10 +256,17 @@ def test_what_is_cleared_is_what_was_looked_at(folder: Path, monkeypatch: pytest
     assert os.listdir(folder.parent / "away") == []
 
 
-def test_a_pipe_in_the_place_of_the_number_is_not_waited_for(folder: Path) -> None:
+@pytest.mark.parametrize("there", ["nothing", "a pipe", "another's number"])
+def test_what_the_process_has_not_left_is_not_cleared(folder: Path, there: str) -> None:
     folder.mkdir(parents=True)
-    os.mkfifo(folder / "pid")
+    (folder / "log").write_text("my diary")
+    if there == "a pipe":  # nor is it waited for
+        os.mkfifo(folder / "pid")
+    elif there == "another's number":
+        (folder / "pid").write_text("13\n")
+    before = os.listdir(folder)
     clear_soon(folder, 12)
+    assert os.listdir(folder) == before
 
 
 def test_the_log_is_that_of_its_own_folder(folder: Path) -> None:
