@@ -27,6 +27,7 @@ BETWEEN = 2.0  # seconds to wait for a server that is being started: most need a
 MAX_ANSWER = 16 << 20  # bytes; the longest is a hundredth of that
 ROOTS = "/run/zramd"  # where root's run folders lie
 _CONTROL_SOCKET = rundir.CONTROL_SOCKET
+_LISTS = ("/classes.json",)  # all else that is JSON is an object
 _MAX_HEAD = 8 << 10  # bytes of an answer's header
 _MAX_PATH = 4096  # bytes, as the kernel has it
 
@@ -115,15 +116,16 @@ class Served:
 
     def ask_json(self, method: str, path: str, body: str = "", timeout: float = TIMEOUT) -> "dict[str, Any]":
         """Return the JSON object that is the answer; raises as `request`."""
-        return self.decoded(path, self.request(method, path, body, timeout))
+        values: dict[str, Any] = self.decoded(path, self.request(method, path, body, timeout))
+        return values
 
-    def decoded(self, path: str, answer: str) -> "dict[str, Any]":
-        """Return the JSON object that an answer is. Raises DeviceError."""
+    def decoded(self, path: str, answer: str) -> "Any":
+        """Return the JSON object, or list, that an answer to `path` is. Raises DeviceError."""
         import json
 
         with suppress(ValueError, RecursionError):
             values = json.loads(answer, object_hook=_Answer)
-            if isinstance(values, dict):
+            if isinstance(values, list if path in _LISTS else dict):
                 return values
         raise DeviceError(f"{self.name} does not answer {path} in whole: is it stopping?")
 
