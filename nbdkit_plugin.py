@@ -8,9 +8,14 @@ open and the rest for each client, cleanup.
 
 from __future__ import annotations
 
+import signal
+
+# Ctrl-C ends nbdkit at once until it has handlers of its own: Python's would print a traceback.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import errno
 import os
-import signal
 import site
 import sys
 import traceback
@@ -46,10 +51,6 @@ def _is_built(folder: str) -> bool:
         return False
     return any(name.startswith("device.") and name.endswith(".so") for name in names)
 
-
-# Ctrl-C ends nbdkit at once until it has handlers of its own: Python's would print a traceback.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 try:
     _find_package()

@@ -9,8 +9,6 @@ except (MemoryError, OSError):
         f"zramd: {getattr(sys.exc_info()[1], 'strerror', None) or 'not enough memory'}: "
         "free some, or raise the limits that 'ulimit -a' shows"
     )
-except KeyboardInterrupt:  # it has done nothing yet
-    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

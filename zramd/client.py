@@ -8,15 +8,29 @@ Nothing here needs the compiled core.
 
 import os
 import socket
+from contextlib import suppress
 
 from zramd import peer, rundir, trusted
-from zramd.errors import ConfigError, DeviceError, UntrustedError, UsageError, ZramdError, is_shortage, reason
+from zramd.errors import (
+    ConfigError,
+    DeviceError,
+    RundirError,
+    UntrustedError,
+    UsageError,
+    ZramdError,
+    is_shortage,
+    reason,
+)
 from zramd.handover import SYSTEMD
 
 TIMEOUT = 10.0  # seconds to wait for an answer
 BETWEEN = 2.0  # seconds to wait for a server that is being started: most need a tenth
+MAX_ANSWER = 16 << 20  # bytes; the longest is a hundredth of that
 ROOTS = "/run/zramd"  # where root's run folders lie
 _CONTROL_SOCKET = rundir.CONTROL_SOCKET
+_LISTS = ("/classes.json",)  # all else that is JSON is an object
+_MAX_HEAD = 8 << 10  # bytes of an answer's header
+_MAX_PATH = 4096  # bytes, as the kernel has it
 
 
 class Served:
@@ -45,10 +59,17 @@ class Served:
                 f"{self.name} does not answer within {timeout:g} seconds: look at its process, {self.pid}"
             ) from None
         except OSError as error:
-            raise DeviceError(
-                f"{self.name} does not answer: {_why(self.file(_CONTROL_SOCKET), error)}"
-            ) from None
+            raise self._silent(error) from None
         return self._judge(path, status, answer)
+
+    def _silent(self, error: OSError) -> DeviceError:
+        """Return the error that says why there is no answer: it may have ended just now."""
+        if isinstance(error, (FileNotFoundError, ConnectionError)) and error.errno:
+            with suppress(RundirError):
+                if rundir.holder(self.path) is None:
+                    how = "stopped" if self.has_stopped() else "ended"
+                    return DeviceError(f"{self.name} has {how} meanwhile")
+        return DeviceError(f"{self.name} does not answer: {_why(self.file(_CONTROL_SOCKET), error)}")
 
     def _judge(self, path: str, status: int, answer: str) -> str:
         if status == 200:
@@ -73,17 +94,14 @@ class Served:
             control.sendall(f"{method} {path} HTTP/1.1\r\nHost: zramd\r\n{size}\r\n".encode())
             if method == "GET":
                 head = b""
-                while not head.endswith(b"\r\n\r\n") and (more := control.recv(1)):
+                while not head.endswith(b"\r\n\r\n") and len(head) < _MAX_HEAD and (more := control.recv(1)):
                     head += more
                 if b" 200 " not in head:
-                    rest = b"".join(iter(lambda: control.recv(65536), b""))
-                    self._judge(path, *_parse(head + rest))
+                    self._judge(path, *_parse(head + _rest(control, TIMEOUT)))
             control.settimeout(None)
         except OSError as error:
             control.close()
-            raise DeviceError(
-                f"{self.name} does not answer: {_why(self.file(_CONTROL_SOCKET), error)}"
-            ) from None
+            raise self._silent(error) from None
         except BaseException:
             control.close()
             raise
@@ -92,30 +110,53 @@ class Served:
     def end_stream(self, control: socket.socket, path: str) -> str:
         """Return what the server answers to a stream that was sent; raises as `request`."""
         try:
-            answer = b"".join(iter(lambda: control.recv(65536), b""))
-            status, text = _parse(answer)
+            status, text = _parse(_rest(control, None))
         except OSError:
             raise DeviceError(f"the server of {self.name} has ended meanwhile") from None
         return self._judge(path, status, text)
 
     def ask_json(self, method: str, path: str, body: str = "", timeout: float = TIMEOUT) -> "dict[str, Any]":
         """Return the JSON object that is the answer; raises as `request`."""
+        values: dict[str, Any] = self.decoded(path, self.request(method, path, body, timeout))
+        return values
+
+    def decoded(self, path: str, answer: str) -> "Any":
+        """Return the JSON object, or list, that an answer to `path` is. Raises DeviceError."""
         import json
 
-        answer = self.request(method, path, body, timeout)
-        try:
-            values: dict[str, Any] = json.loads(answer, object_hook=_Answer)
-        except (ValueError, RecursionError):
-            raise DeviceError(f"{self.name} does not answer {path} in whole: is it stopping?") from None
-        return values
+        with suppress(ValueError, RecursionError):
+            values = json.loads(answer, object_hook=_Answer)
+            if isinstance(values, list if path in _LISTS else dict):
+                return values
+        raise DeviceError(f"{self.name} does not answer {path} in whole: is it stopping?")
 
     def stats(self) -> "dict[str, Any]":
         """Return every number there is, as stats.json has them."""
         return self.ask_json("GET", "/stats")
 
+    def published(self, name: str, size: int) -> str:
+        """Return what a file in the run folder begins with, '' if there is none.
+
+        The folder may be another user's, who has put anything there.
+        """
+        try:
+            folder = trusted.open_folder(self.path, foreign=True)
+        except (OSError, UntrustedError):
+            return ""
+        try:
+            return rundir.head(name, folder, size)
+        except OSError:
+            return ""
+        finally:
+            os.close(folder)
+
     def process(self) -> peer.Process:
         """Return the process that serves; it is to be closed. Raises DeviceError."""
-        return peer.find(self.name, self.path)
+        try:
+            return peer.find(self.name, self.path)
+        except DeviceError:
+            self.look_again()  # it has ended just now
+            raise
 
     def look_again(self) -> None:
         """Look which process serves now; for one who keeps others off meanwhile, see zramd.life.
@@ -124,8 +165,6 @@ class Served:
         """
         self.pid = rundir.holder(self.path)
         if self.pid is None:
-            if not os.path.exists(self.file(rundir.PID)):
-                raise DeviceError(f"{self.name} has stopped meanwhile")
             raise self._dead()
 
     def died(self) -> DeviceError:
@@ -136,7 +175,13 @@ class Served:
             return DeviceError(f"{self.name} is being started: try again when it serves")
         return self._dead()
 
+    def has_stopped(self) -> bool:
+        """Say whether it has ended in its normal way since it was found: then nothing is left of it."""
+        return not _was_used(self.path)
+
     def _dead(self) -> DeviceError:
+        if self.has_stopped():
+            return DeviceError(f"{self.name} has stopped meanwhile")
         state = self._state()
         if state == SYSTEMD:
             return DeviceError(
@@ -156,11 +201,7 @@ class Served:
 
     def _state(self) -> str:
         """Return where the server has its state, '' if it has none."""
-        try:
-            with open(self.file(rundir.STATE), errors="surrogateescape") as file:
-                return file.read().strip()
-        except OSError:
-            return ""
+        return self.published(rundir.STATE, _MAX_PATH).strip()
 
 
 class _Answer(dict):  # type: ignore[type-arg]
@@ -188,14 +229,40 @@ def ask(path: str, method: str, url: str, body: str = "", timeout: float = TIMEO
         control.settimeout(timeout)
         _connect(control, path)
         control.sendall(os.fsencode(head) + data)
-        return _parse(b"".join(iter(lambda: control.recv(65536), b"")))
+        return _parse(_rest(control, timeout))
 
 
 def _connect(control: socket.socket, path: str) -> None:
-    """Connect to the server of run folder `path`. Raises OSError, also if it is not the folder's owner's."""
-    control.connect(f"{path}/{_CONTROL_SOCKET}")
-    if peer.credentials(control)[1] != os.stat(path).st_uid:
-        raise PermissionError(1, "it belongs to another user than its folder")
+    """Connect to the server of run folder `path`. Raises OSError, also if it is not the folder's owner's.
+
+    Another user whose folder it is may have put a link to somebody's in its place since we have looked.
+    """
+    try:
+        folder = trusted.open_folder(path, foreign=True)
+    except UntrustedError:
+        raise PermissionError(1, "its folder has become another user's link") from None
+    try:
+        control.connect(f"/proc/self/fd/{folder}/{_CONTROL_SOCKET}")
+        if peer.credentials(control)[1] != os.fstat(folder).st_uid:
+            raise PermissionError(1, "it belongs to another user than its folder")
+    finally:
+        os.close(folder)
+
+
+def _rest(control: socket.socket, seconds: float | None) -> bytes:
+    """Return all that comes within so many seconds, None: until its end. Raises OSError, TimeoutError."""
+    import time
+
+    end = time.monotonic() + (seconds or 0)
+    data = bytearray()
+    while len(data) <= MAX_ANSWER:
+        if seconds is not None:
+            control.settimeout(max(end - time.monotonic(), 0.001))
+        part = control.recv(65536)
+        if not part:
+            return bytes(data)
+        data += part
+    raise ConnectionError("what it sends has no end")
 
 
 def _parse(data: bytes) -> tuple[int, str]:
@@ -231,7 +298,8 @@ def every() -> list[Served]:
     for name, path in configured().items():
         if path and _was_used(path):
             found[os.path.realpath(path)] = name, path
-    return [Served(name, path, _server(path)) for name, path in sorted(found.values())]
+    served = [Served(name, path, _server(path)) for name, path in sorted(found.values())]
+    return [one for one in served if one.pid is not None or not one.has_stopped()]
 
 
 def names_in(folder: str) -> list[str]:
@@ -372,4 +440,6 @@ def _server(path: str) -> int | None:
 def _why(path: str, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return f"there is no '{path}': it is starting, stopping, or runs with endpoint=off"
+    if isinstance(error, ConnectionError) and error.errno:
+        return f"'{path}': {reason(error)}: is it stopping?"
     return f"'{path}': {reason(error)}"

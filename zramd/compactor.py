@@ -24,6 +24,7 @@ MIN_PAUSE = 0.001
 # A zspage is at most 16 pages, so moving this much without freeing one means that nothing can be gained.
 FRUITLESS_BYTES = 256 << 10
 NICE = 10
+PAUSE = 0.1  # seconds, where there is no memory to wait longer
 
 
 class Pressure(NamedTuple):
@@ -229,6 +230,14 @@ class Compactor:
             self._device.trim_stock()
             self._trimmed = True
 
+    def _rest(self, seconds: float) -> None:
+        """Sleep until there is something to do, at most so many seconds."""
+        try:
+            self._wake.wait(seconds)
+        except (MemoryError, RuntimeError):  # a wait takes memory, for a lock
+            time.sleep(min(seconds, PAUSE))
+        self._wake.clear()
+
     def _answer(self, count: int) -> None:
         with self._lock:
             answered, self._tickets = self._tickets[:count], self._tickets[count:]
@@ -250,8 +259,7 @@ class Compactor:
                     self.failure = sentence(error)
                     delay = self._policy.interval
                 if delay > 0:
-                    self._wake.wait(delay)
-                    self._wake.clear()
+                    self._rest(delay)
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
             say(f"background compaction stopped: {self.failure}")

@@ -110,10 +110,23 @@ def _comp_algorithm(text: str) -> str:
     return f"lz4(level={int(match[1])})" if match[1] else "lz4"
 
 
+def _absolute(text: str) -> str:
+    path = os.path.abspath(text)
+    try:
+        os.fsencode(path).decode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"'{path}' is no path in this locale: set LC_ALL=C.UTF-8") from None
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"'{path}' is not UTF-8 text, as nbdkit's Python wants it: use another path"
+        ) from None
+    return path
+
+
 def _rundir(text: str) -> str:
     if not text or "\0" in text:
         raise ConfigError(f"'{text}' is not a folder")
-    path = _path(text)
+    path = _absolute(text)
     if len(os.fsencode(path)) > MAX_RUNDIR_BYTES:
         raise ConfigError(f"'{text}' is too long for a socket's path: use at most {MAX_RUNDIR_BYTES} bytes")
     return path
@@ -126,25 +139,13 @@ def _metrics_file(text: str) -> str:
         )
     if text and not text.endswith(".prom"):
         raise ConfigError(f"'{text}' does not end in .prom: node_exporter would not look at it")
-    return _path(text) if text else ""
+    return _absolute(text) if text else ""
 
 
 def _state(text: str) -> str:
     if "\0" in text:
         raise ConfigError(f"'{text}' is not a path")
-    return _path(text) if text and text != "systemd" else text
-
-
-def _path(text: str) -> str:
-    """Return a path that holds everywhere. Raises ConfigError for one that nbdkit cannot hand to Python."""
-    path = os.path.abspath(text)
-    if not path.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in path):
-        raise ConfigError(f"'{path}' is not UTF-8, and nbdkit hands on nothing else: use another path")
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError:
-        raise ConfigError(f"'{path}' is no path in this locale: set LC_ALL=C.UTF-8") from None
-    return path
+    return _absolute(text) if text and text != "systemd" else text
 
 
 def _boolean(text: str) -> bool:

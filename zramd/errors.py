@@ -174,7 +174,7 @@ def _more_memory() -> str:
             return (
                 f"the {name} is limited to {most} bytes: use 'ulimit {option} unlimited', or {limit}=infinity"
             )
-    with suppress(OSError), open("/proc/sys/vm/overcommit_memory") as file:
+    with suppress(OSError, MemoryError), open("/proc/sys/vm/overcommit_memory") as file:
         if file.read().strip() == "2":
             return "the sysctl vm.overcommit_memory is 2: set it to 0, or raise vm.overcommit_ratio"
     return "free some memory"
@@ -182,7 +182,7 @@ def _more_memory() -> str:
 
 def _resource_limit(name: str) -> int | None:
     """Return this process's soft limit, None if there is none."""
-    with suppress(OSError), open("/proc/self/limits") as file:
+    with suppress(OSError, MemoryError), open("/proc/self/limits") as file:
         for line in file:
             if line.startswith(name):
                 most = line[len(name) :].split()[0]

@@ -5,7 +5,6 @@ descriptors from 3 on, after the listening sockets. nbdkit takes all of those fo
 launcher takes ours out before it becomes nbdkit, and tells the server by the environment where it is.
 """
 
-import fcntl
 import os
 from contextlib import suppress
 
@@ -13,7 +12,6 @@ from zramd import inherited, notify
 from zramd.errors import StateError, ZramdError
 from zramd.handover import KEPT_FD, SYSTEMD
 
-_HIGH = 100  # above all that nbdkit takes for sockets
 _NAME = "zramd-state"
 
 
@@ -25,7 +23,7 @@ def prepare(kept: int) -> None:
             "FileDescriptorStoreMax=1, or use a file such as /dev/shm/NAME.state"
         )
     if kept < 0:
-        kept = _above(os.memfd_create(_NAME, 0))
+        kept = inherited.high(os.memfd_create(_NAME, 0), inheritable=True)
         # Before there is any data in it. No poll: it is always readable, and must stay.
         try:
             notify.Manager().store(_NAME, kept)
@@ -49,7 +47,7 @@ def take_out() -> int:
         if name != _NAME:
             rest.append(fd)
         elif kept < 0:
-            kept = _above(fd)
+            kept = inherited.high(fd, inheritable=True)
     for place, fd in enumerate(rest, inherited.FIRST):
         if place != fd:
             os.dup2(fd, place)
@@ -62,7 +60,3 @@ def take_out() -> int:
         os.environ.pop("LISTEN_FDS", None)
         os.environ.pop("LISTEN_PID", None)
     return kept
-
-
-def _above(fd: int) -> int:
-    return fcntl.fcntl(fd, fcntl.F_DUPFD, _HIGH)

@@ -59,12 +59,18 @@ class Housekeeper:
         name_thread("zramd")
         while not self._stopping.is_set():
             try:
-                self.turn()
-            except Exception as error:
-                self._troubles.begin(DISTURBED, error)
-                self._stopping.wait(PAUSE)
-            else:
-                self._troubles.over(DISTURBED)
+                self._guarded_turn()
+            except Exception:  # there was not even the memory to tell of it, or to wait: nothing may end this
+                time.sleep(PAUSE)
+
+    def _guarded_turn(self) -> None:
+        try:
+            self.turn()
+        except Exception as error:
+            self._troubles.begin(DISTURBED, error)
+            self._stopping.wait(PAUSE)
+        else:
+            self._troubles.over(DISTURBED)
 
     def turn(self) -> None:
         """Wait until there is something to do, and do it. Raises what fails; signals come first."""
@@ -72,12 +78,15 @@ class Housekeeper:
         if self._wake in ready:
             with suppress(BlockingIOError):
                 self._signals += os.read(self._wake, 64)
-        if any(self._signals):
-            self._obey(self._signals)
-        self._signals = b""
+        failure = None
+        try:
+            if any(self._signals):
+                self._obey(self._signals)
+            self._signals = b""
+        except Exception as error:  # the signals stay; who asks what is wrong is to be told all the same
+            failure = error
         if self._stopping.is_set():
             return
-        failure = None
         for fd, answer in self._answers.items():
             if fd in ready:
                 try:

@@ -4,6 +4,8 @@ Whoever starts us may have closed standard descriptors, may hold a lock on one t
 have been started by something that told it where to listen. Nothing of that is to change what is served.
 """
 
+import errno
+import fcntl
 import os
 import re
 import socket
@@ -13,6 +15,7 @@ from collections.abc import Collection, Iterable
 
 from zramd.errors import UsageError
 
+HIGH = 100  # above all that nbdkit takes for listening sockets
 FIRST = 3  # of the descriptors that a service manager passes: sd_listen_fds(3)
 _MANAGERS = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES")
 _USERS = {"ZRAMD_ROOT", "ZRAMD_STEPS"}  # all other ZRAMD_… a server is told by the command that starts it
@@ -63,6 +66,16 @@ def for_server() -> None:
         # Python's switches are meant for the user's programs; one has GnuTLS write the keys of all sessions.
         if (name.startswith("PYTHON") and name not in _OF_PYTHON) or name == "SSLKEYLOGFILE":
             del os.environ[name]
+
+
+def high(fd: int, *, inheritable: bool = False) -> int:
+    """Return a duplicate of a descriptor, not taken by nbdkit for a socket of its own. Raises OSError."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD if inheritable else fcntl.F_DUPFD_CLOEXEC, HIGH)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # there may not even be so many
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE)) from None
+        raise
 
 
 def passed() -> range:

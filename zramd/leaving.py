@@ -27,7 +27,7 @@ from zramd.admission import Admission
 from zramd.config import Config
 from zramd.core.device import Device
 from zramd.endpoint import Endpoint
-from zramd.errors import sentence
+from zramd.errors import ZramdError, sentence
 from zramd.log import say
 from zramd.steps import step
 
@@ -165,7 +165,7 @@ class Leaving:
             return signals
         try:
             self._reopen_log()
-        except OSError as error:
+        except (OSError, ZramdError) as error:
             say(f"the log cannot be opened again: {sentence(error)}")
         return bytes(number for number in signals if number != signal.SIGHUP)
 

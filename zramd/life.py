@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from zramd import handover, rundir
-from zramd.errors import DeviceError, RundirError, reason
+from zramd import handover, inherited, rundir
+from zramd.errors import DeviceError, RundirError, is_shortage, reason, sentence
 from zramd.steps import step
 
 PATIENCE = 10.0  # seconds: a start or a stop takes one, a large state or a busy machine a few
@@ -50,7 +50,8 @@ def turn(folder: str, name: str, make: bool = False) -> Iterator[Turn]:
     except FileNotFoundError:
         raise DeviceError(f"{name} has stopped meanwhile") from None
     except OSError as error:
-        raise DeviceError(f"'{folder}' cannot be used: {reason(error)}") from None
+        why = sentence(error) if is_shortage(error) else reason(error)
+        raise DeviceError(f"'{folder}' cannot be used: {why}") from None
     try:
         yield mine
     finally:
@@ -74,12 +75,11 @@ def take(folder: str, name: str, make: bool = False) -> Turn:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A folder that was removed since we opened it locks nothing.
             if os.path.samestat(os.fstat(fd), os.stat(folder)):
-                return Turn(folder, _high(fd), made)
+                return Turn(folder, inherited.high(fd), made)
         except FileNotFoundError:
             pass
         except BlockingIOError:
             if time.monotonic() > end:
-                os.close(fd)
                 raise DeviceError(
                     f"{name} is being started, stopped, restarted or attached by another command: "
                     "try again when that is done"
@@ -88,10 +88,8 @@ def take(folder: str, name: str, make: bool = False) -> Turn:
                 step("turn.waits")
                 waits = True
             time.sleep(0.01)
-        except BaseException:
+        finally:
             os.close(fd)
-            raise
-        os.close(fd)
 
 
 def is_busy(folder: str) -> bool:
@@ -105,14 +103,6 @@ def is_busy(folder: str) -> bool:
         return False
     except BlockingIOError:
         return True
-    finally:
-        os.close(fd)
-
-
-def _high(fd: int) -> int:
-    """Return the same above all that nbdkit takes for sockets of its own."""
-    try:
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100)
     finally:
         os.close(fd)
 

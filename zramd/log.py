@@ -73,13 +73,15 @@ class Log:
         os.dup2(writer, 2)
         os.close(writer)
 
-    def write_to(self, path: str) -> None:
-        """Pass on to a new file, of at most LIMIT bytes, from now on: who read so far sees the end."""
-        fd = os.open(
-            path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-        )
-        os.dup2(fd, self._target, inheritable=False)
-        os.close(fd)
+    def write_to(self, fd: int) -> None:
+        """Pass on to a file, of at most LIMIT bytes, from now on: who read so far sees the end.
+
+        Closes `fd`. Raises OSError.
+        """
+        try:
+            os.dup2(fd, self._target, inheritable=False)
+        finally:
+            os.close(fd)
         self._limited = True
 
     def stop(self) -> None:

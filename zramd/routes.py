@@ -114,7 +114,7 @@ class Routes:
 
     def answer(self, method: str, path: str, body: bytes) -> Reply:
         """Return the answer to one request."""
-        text = body.decode("utf-8", "backslashreplace").strip()
+        text = body.decode(errors="backslashreplace").strip()
         if path.startswith(_BLOCK):
             path, text = f"{_BLOCK}N", path[len(_BLOCK) :]
         methods = self._routes.get(path)

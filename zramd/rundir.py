@@ -62,10 +62,9 @@ class Rundir:
                     os.stat(f"{path}/{PID}")
                 except FileNotFoundError:
                     raise RundirError(handover.STOPPED) from None
+                self._folder, self._lock = _take(path)
             else:
-                self.made = _make(path)
-            self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            self._lock = _take_lock(path)
+                self.made, self._folder, self._lock = _make_and_take(path)
         except OSError as error:
             raise RundirError(f"rundir '{path}' cannot be used: {reason(error)}") from None
         self._names = _OURS - {NBD_SOCKET}
@@ -76,9 +75,10 @@ class Rundir:
                 self._names = _OURS
             self.write_pid()
             self._keep_log()
-            # Where the state is stands there until it is replaced: somebody may still take over.
-            kept = {LOG, OLD_LOG, STATE} if handover.takes_over() else {LOG, OLD_LOG}
-            self._remove_files(self._names - kept)
+            # Where the state is stands there until it is replaced: somebody may still take over, and by it
+            # the folder of a server that is killed now is known for one.
+            for name in _telling_last(self._names - {LOG, OLD_LOG, STATE}):
+                self._unlink(name)
             if handover.takes_over():
                 self._names = _OURS
             self.made = self.made or handover.MADE in os.environ
@@ -103,14 +103,19 @@ class Rundir:
         Raises RundirError when the folder cannot be written, or is no longer the one at its path.
         """
         try:
-            if not self.is_ours():
-                raise RundirError(
-                    f"rundir '{self.path}' was removed, or another one is in its place: nothing finds this "
-                    f"server there any more: its clients are served until 'kill {os.getpid()}'"
-                )
+            self._must_be_ours()
             replace_file(name, text, 0o600, self._folder)
         except OSError as error:
             raise RundirError(f"rundir '{self.path}' cannot be written: {reason(error)}") from error
+
+    def open_log(self) -> int:
+        """Return the descriptor of the log, to which is added what is written. Raises as `publish`."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._must_be_ours()
+            return os.open(LOG, flags, 0o600, dir_fd=self._folder)
+        except OSError as error:
+            raise RundirError(f"'{self.file(LOG)}' cannot be written: {reason(error)}") from error
 
     def withdraw(self, name: str) -> None:
         """Remove the file `name`, or at least what it says. Raises RundirError when neither can be done."""
@@ -122,6 +127,13 @@ class Rundir:
                 os.close(os.open(name, flags, dir_fd=self._folder))
             except OSError:
                 raise RundirError(f"'{self.file(name)}' cannot be removed: {reason(error)}") from error
+
+    def _must_be_ours(self) -> None:
+        if not self.is_ours():
+            raise RundirError(
+                f"rundir '{self.path}' was removed, or another one is in its place: nothing finds this "
+                f"server there any more: its clients are served until 'kill {os.getpid()}'"
+            )
 
     def is_ours(self) -> bool:
         """Say whether the folder at the path is still this one. Raises OSError when that cannot be told."""
@@ -155,7 +167,7 @@ class Rundir:
 
         One that cannot keeps no other, and is tried again.
         """
-        left = set(names)
+        left = _telling_last(names)
         for _ in range(_TRIES):
             for name in list(left):
                 with suppress(OSError):
@@ -169,13 +181,14 @@ class Rundir:
             if os.stat(LOG, dir_fd=self._folder, follow_symlinks=False).st_size:
                 os.replace(LOG, OLD_LOG, src_dir_fd=self._folder, dst_dir_fd=self._folder)
 
-    def _remove_files(self, names: frozenset[str]) -> None:
-        for name in names:
-            self._unlink(name)
-
     def _unlink(self, name: str) -> None:
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._folder)
+
+
+def _telling_last(names: Iterable[str]) -> list[str]:
+    """Return names in the order in which to remove them: who is killed meanwhile leaves what tells."""
+    return sorted(names, key=_NOBODY_ELSES.__contains__)
 
 
 def replace_file(path: str, text: str, mode: int, folder: int | None = None) -> None:
@@ -229,14 +242,19 @@ def is_ours_alone(path: str) -> bool:
 
 
 def clear(path: str, pid: int) -> None:
-    """Remove what process `pid` has left in the folder when it was killed while it started. Never raises."""
-    with suppress(OSError, RundirError):
-        with open(f"{path}/{PID}") as file:
-            if file.read() not in (f"{pid}\n", "") or holder(path) is not None:
-                return
-        for name in (*_OURS, PID):
-            with suppress(FileNotFoundError):
-                os.unlink(f"{path}/{name}")
+    """Remove what process `pid` has left in the folder when it was killed while it started. Never raises.
+
+    The folder may be another user's, who puts something else in its place meanwhile.
+    """
+    with suppress(OSError, UntrustedError, RundirError):
+        folder = trusted.open_folder(path, foreign=True)
+        try:
+            its = _is_file(PID, folder) and head(PID, folder) in (f"{pid}\n", "")
+            if its and holder(f"/proc/self/fd/{folder}") is None:
+                for name in (*_telling_last(_OURS), PID):
+                    _unlink(name, folder)
+        finally:
+            os.close(folder)
 
 
 def in_use(path: str, pid: int) -> RundirError:
@@ -305,9 +323,9 @@ def _files(folder: int) -> tuple[list[str], bool]:
 
     A server leaves its number, and files that nobody else has. What is no file is nobody's work.
     """
+    number = head(PID, folder)  # first: it is the first that comes, and the last that goes
     names = [name for name in os.listdir(folder) if name in _OURS or name == PID]
     names = [name for name in names if _is_file(name, folder)]
-    number = head(PID, folder) if PID in names else ""
     if number == "":  # one that was killed before it wrote it
         return [name for name in names if name != PID], False
     left = names == [PID] or not _NOBODY_ELSES.isdisjoint(names)
@@ -321,7 +339,15 @@ def _is_file(name: str, folder: int) -> bool:
         return False
 
 
-def head(name: str, folder: int) -> str:
+def _is_there(name: str, folder: int) -> bool:
+    try:
+        os.lstat(name, dir_fd=folder)
+        return True
+    except FileNotFoundError:
+        return False
+
+
+def head(name: str, folder: int, size: int = 256) -> str:
     """Return what a small file begins with, '' if there is none. Raises OSError for want of something."""
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
@@ -330,28 +356,49 @@ def head(name: str, folder: int) -> str:
             raise
         return ""
     try:
-        return os.read(fd, 256).decode(errors="replace") if stat.S_ISREG(os.fstat(fd).st_mode) else ""
+        return os.read(fd, size).decode(errors="replace") if stat.S_ISREG(os.fstat(fd).st_mode) else ""
     finally:
         os.close(fd)
 
 
-def _take_lock(path: str) -> int:
-    """Return the pid file's descriptor with its lock held."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    name = f"{path}/{PID}"
+def _make_and_take(path: str) -> tuple[bool, int, int]:
+    """Make the folder if it is not there; return whether it was not, and as `_take`."""
+    end = time.monotonic() + LOCK_TIMEOUT
     while True:
-        is_new = not os.path.lexists(name)
-        fd = os.open(name, flags, 0o600)
+        made = _make(path)
+        try:
+            return made, *_take(path)
+        except FileNotFoundError:  # a server that stops has just removed it
+            if time.monotonic() > end:
+                raise
+
+
+def _take(path: str) -> tuple[int, int]:
+    """Return the descriptors of the folder and of its pid file, whose lock is held then."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return folder, _take_lock(folder, path)
+    except BaseException:
+        os.close(folder)
+        raise
+
+
+def _take_lock(folder: int, path: str) -> int:
+    """Return the pid file's descriptor with its lock held. Raises FileNotFoundError without the folder."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    while True:
+        is_new = not _is_there(PID, folder)
+        fd = os.open(PID, flags, 0o600, dir_fd=folder)
         try:
             if not _locked(fd):
                 raise in_use(path, _read_pid(fd))
             # A server that stopped between our open and our lock has unlinked the file: then lock the new.
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(name)):
+                if os.path.samestat(os.fstat(fd), os.stat(PID, dir_fd=folder, follow_symlinks=False)):
                     return fd
         except OSError:
             if is_new and not os.fstat(fd).st_size:
-                os.unlink(name)
+                os.unlink(PID, dir_fd=folder)
             os.close(fd)
             raise
         except RundirError:
@@ -395,7 +442,7 @@ def _is_locked(fd: int) -> bool:
 
 def _read_pid(fd: int) -> int:
     text = os.pread(fd, 32, 0).strip() if stat.S_ISREG(os.fstat(fd).st_mode) else b""
-    return int(text) if text.isdigit() else 0
+    return int(text) if text.isdigit() and len(text) < 10 else 0  # whatever stands there
 
 
 def _holds_socket(path: str) -> bool:

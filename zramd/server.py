@@ -39,7 +39,7 @@ from zramd.log import Log, say
 from zramd.making import make_device, self_test
 from zramd.metricsfile import MetricsFile
 from zramd.published import StatsFiles
-from zramd.rundir import BACKGROUND, CONTROL_SOCKET, DATA_ID, LOG, STATE, Rundir
+from zramd.rundir import BACKGROUND, CONTROL_SOCKET, DATA_ID, STATE, Rundir
 from zramd.steps import step
 from zramd.threads import start_thread
 from zramd.trouble import Troubles
@@ -145,8 +145,7 @@ class Server:
             self._log.start()
             self._try("the pid file is not written", self._rundir.write_pid)
             step("server.published")
-            if self.config.state:
-                self._try("the place of the state is not written", self._write_state)
+            self._try("the place of the state is not written", self._write_state)
             self._corrupt = self.device.counters()["checksum_errors"]
             self._files = StatsFiles(self._rundir, self._metrics_file)
             self._try(_DATA_ID_FAILS, self._write_data_id, self._write_data_id_later)
@@ -448,7 +447,7 @@ class Server:
 
     def _write_log(self) -> None:
         assert self._rundir is not None
-        self._log.write_to(self._rundir.file(LOG))
+        self._log.write_to(self._rundir.open_log())
 
     def _give_turn(self) -> None:
         handover.serving(self.config.rundir)

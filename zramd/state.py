@@ -11,6 +11,7 @@ import fcntl
 import os
 import struct
 import zlib
+from contextlib import suppress
 
 from zramd import trusted
 from zramd.core.device import state_layout
@@ -133,10 +134,13 @@ def _is_empty(fd: int) -> bool:
 
 
 def _create(fd: int, path: str, layout: dict[str, int]) -> None:
+    size = os.fstat(fd).st_size
     try:
         os.ftruncate(fd, layout["bytes"])
         os.pwrite(fd, _pack(layout), 0)
     except OSError as error:
+        with suppress(OSError):
+            os.ftruncate(fd, size)  # nobody is to take it for a large one
         raise StateError(
             f"state '{path}' cannot be made: {reason(error)}: make room there (its size is that of the data, "
             "though it looks larger), or use another path"

@@ -52,7 +52,9 @@ class Device:
         return rundir.holder(str(self.rundir)) or 0
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        pid = self.pid
+        if pid:  # 0 would be our own process group
+            os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not self.pid)
 
     def connect(self) -> NbdSocket:
@@ -63,8 +65,7 @@ class Device:
 def device(tmp_path: Path, memory_folder: Path) -> Iterator[Device]:
     made = Device(tmp_path, memory_folder / "state")
     yield made
-    if made.pid:
-        made.kill()
+    made.kill()
 
 
 # Beginning.
@@ -76,6 +77,31 @@ def test_a_start_without_either_socket_in_the_run_folder(device: Device, tmp_pat
     assert sorted(path.name for path in device.rundir.iterdir() if path.is_socket()) == []
     device.done("stop")
     assert not device.rundir.exists()
+
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+def test_paths_with_other_letters(
+    tmp_path: Path, memory_folder: Path, monkeypatch: pytest.MonkeyPatch, locale: str
+) -> None:
+    """Also where there is no locale, as in a service."""
+    monkeypatch.setenv("LC_ALL", locale)
+    (tmp_path / "zwölf").mkdir()
+    device = Device(tmp_path / "zwölf", memory_folder / "größe")
+    device.done("start", device.with_state, f"metrics_file={tmp_path}/ö.prom")
+    try:
+        device.done("restart")
+        client = device.connect()
+        assert client.ask(client.WRITE, 0, BLOCK, b"x" * BLOCK) == 0
+        client.close()
+        device.done("restart")
+        client = device.connect()
+        assert client.read(0, BLOCK) == b"x" * BLOCK
+        client.close()
+        assert (tmp_path / "ö.prom").exists()
+        device.done("stop")
+        assert not device.rundir.exists()
+    finally:
+        device.kill()
 
 
 def test_many_starts_at_once(device: Device) -> None:
@@ -344,7 +370,12 @@ def test_folder_is_removed_under_a_server(device: Device) -> None:
         )
 
     wait_until(said)
+    with (device.rundir / "log").open("a") as others:
+        others.write("of the second\n")
+    os.kill(first, signal.SIGHUP)
+    wait_until(lambda: b"the log cannot be opened again: rundir" in os.pread(log, 65536, 0))
     os.close(log)
+    assert (device.rundir / "log").read_text() == "of the second\n"
     assert (device.rundir / "stats.json").stat().st_ino == number or f'"pid": {second}' in (
         device.rundir / "stats.json"
     ).read_text()

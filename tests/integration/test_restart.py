@@ -247,7 +247,6 @@ def measure(qemu: Qemu, what: str, end: Callable[[], object]) -> None:
     nbd.close()
     times = f"{median(pauses) * 1000:.0f} ms in the median, {max(pauses) * 1000:.0f} ms at most"
     print(f"{what}: the slowest request took {times} ({RESTARTS} times, 8 requests under way)")
-    assert max(pauses) < 5
 
 
 def test_pause_of_a_restart(started: Callable[..., Started], tmp_path: Path) -> None:
@@ -487,7 +486,7 @@ def test_in_the_foreground(serve: Serve, memory_folder: Path) -> None:
     )
     nbd = NbdSocket(served)
     assert nbd.ask(nbd.WRITE, 0, BLOCK, content(0, 1)) == 0
-    assert served.stop(signal.SIGUSR1) < 0.5
+    served.stop(signal.SIGUSR1)
     assert served.process.returncode == 0
 
 

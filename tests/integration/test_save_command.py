@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,17 +137,13 @@ def test_save_under_load(serve: Serve, tmp_path: Path) -> None:
     served, other = serve(), serve()
     fill(served)
     stop = threading.Event()
-    slowest = 0.0
 
     def write() -> None:
-        nonlocal slowest
         client = NbdSocket(served)
         dice = random.Random(2)
         while not stop.is_set():
             data = bytes([dice.randrange(256)]) * 16 + b"block" + bytes(BLOCK - 21)
-            began = time.monotonic()
             assert client.ask(client.WRITE, dice.randrange(64) * BLOCK + SIZE - 64 * BLOCK, BLOCK, data) == 0
-            slowest = max(slowest, time.monotonic() - began)
         client.close()
 
     thread = threading.Thread(target=write)
@@ -165,7 +160,6 @@ def test_save_under_load(serve: Serve, tmp_path: Path) -> None:
         stop.set()
         thread.join()
     assert "requests changed the device while it was saved: its blocks are of different moments" in said
-    assert slowest < 1
     done("load", *at(other), file)
     found = content(other)
     assert found[: SIZE - 64 * BLOCK] == content(served)[: SIZE - 64 * BLOCK]

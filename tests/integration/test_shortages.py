@@ -6,6 +6,7 @@ so does the trouble.
 
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -284,6 +285,18 @@ fill()
 done = zramd("stop", "--rundir", run)
 print("stop", done.returncode, done.stderr, run.exists())
 """
+
+
+@pytest.mark.parametrize("most", [30, 64, 100])
+@pytest.mark.parametrize("words", ["start a --size 16M", "serve --name a --size 16M"])
+def test_a_start_with_few_descriptors(tmp_path: Path, words: str, most: int) -> None:
+    (tmp_path / "run").mkdir(mode=0o700)
+    command = f"ulimit -n {most}; exec {sys.executable} -P -m zramd {words} rundir={tmp_path}/run"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    sentence = "too many open files: raise ulimit -n, or LimitNOFILE= of the service"
+    assert re.fullmatch(f"zramd: ('[^']*' cannot be used: )?{sentence}\n", done.stderr), done.stderr
+    assert os.listdir(tmp_path / "run") == []
 
 
 def test_run_folder_without_room(tmp_path: Path, memory_folder: Path) -> None:

@@ -3,7 +3,9 @@
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,7 @@ def test_ask(answering: Callable[[bytes], client.Served]) -> None:
             "another version of zramd, which .* '/x'",
         ),
         (b'HTTP/1.1 200 OK\r\n\r\n{"a": ', DeviceError, "a does not answer /x in whole: is it stopping?"),
+        (b"HTTP/1.1 200 OK\r\n\r\n[1]", DeviceError, "a does not answer /x in whole"),
         (b"", DeviceError, "a does not answer: '.*/control.sock': what it sends is not an answer"),
         (b"HTTP/1.1 xx\r\n\r\n", DeviceError, "what it sends is not an answer"),
         (b"HTTP/1.1 \r\n\r\n", DeviceError, "what it sends is not an answer"),
@@ -123,10 +126,105 @@ def test_wrong_answers(
 
 
 def test_no_answer(answering: Callable[[bytes | None], client.Served], tmp_path: Path) -> None:
+    held = rundir.Rundir(str(tmp_path / "none"))
+    served = client.Served("a", held.path, os.getpid())
     with pytest.raises(DeviceError, match=r"there is no '.*/control.sock': it is starting, "):
-        client.Served("a", str(tmp_path / "none"), 1).request("GET", "/x")
+        served.request("GET", "/x")
+    held.remove()
+    with pytest.raises(DeviceError, match=r"^a has stopped meanwhile$"):
+        served.request("GET", "/x")
     with pytest.raises(DeviceError, match=r"a does not answer within 0.1 seconds: look at its process, 1$"):
         answering(None).request("GET", "/x", timeout=0.1)
+
+
+@pytest.mark.parametrize("much", [False, True])
+def test_an_answer_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, much: bool) -> None:
+    """Whoever serves, nobody waits for ever, nor does it fill our memory."""
+    if much:
+        monkeypatch.setattr(client, "MAX_ANSWER", 100_000)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "control.sock"))
+        listener.listen()
+
+        def answer() -> None:
+            with listener.accept()[0] as connection, suppress(OSError):
+                while True:
+                    connection.sendall(b"x" * 10_000 if much else b"x")
+                    time.sleep(0 if much else 0.01)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        served = client.Served("a", str(tmp_path), 1)
+        sentence = "what it sends has no end" if much else "does not answer within 0.5 seconds"
+        with pytest.raises(DeviceError, match=sentence):
+            served.request("GET", "/x", timeout=30 if much else 0.5)
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a link of another user's")
+def test_a_link_in_the_folders_place(tmp_path: Path) -> None:
+    """Made by its owner once we had looked: what is asked for would be done to another device."""
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    os.lchown(link, 65534, 65534)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "control.sock"))
+        listener.listen()
+        served = client.Served("a", str(link), 1)
+        with pytest.raises(DeviceError, match=r"not answer: .* its folder has become another user's link"):
+            served.request("POST", "/reset", timeout=1)
+
+
+def test_a_server_that_stops_while_one_looks(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has not died, and nothing of it is left to be named."""
+    look = client._server
+
+    def late(path: str) -> int | None:
+        os.unlink(f"{path}/pid")
+        return look(path)
+
+    monkeypatch.setattr(client, "_server", late)
+    for found in (client.every, lambda: client.find("a")):
+        (place / "a").mkdir(parents=True, exist_ok=True)
+        (place / "a" / "pid").write_text("1\n")
+        if found is client.every:
+            assert found() == []
+        else:
+            with pytest.raises(DeviceError, match=r"^a has stopped meanwhile$"):
+                found()
+
+
+def test_a_server_that_ends_before_it_is_sent_a_signal(place: Path) -> None:
+    """No process is found then, and not because it were in a container."""
+    held = rundir.Rundir(str(place / "a"))
+    served = client.find("a")
+    held.remove()
+    with pytest.raises(DeviceError, match=r"^a has stopped meanwhile$"):
+        served.process()
+
+
+def test_a_pipe_in_the_place_of_the_states(place: Path) -> None:
+    """The folder's owner may wait for who opens it."""
+    (place / "a").mkdir(parents=True)
+    (place / "a" / "pid").write_text("1\n")
+    os.mkfifo(place / "a" / "state_path")
+    said: list[str] = []
+    looking = threading.Thread(target=lambda: said.append(str(client.look("a").died())), daemon=True)
+    looking.start()
+    looking.join(10)
+    assert len(said) == 1
+    assert said[0].startswith("the server of a has died, and its data with it: ")
+
+
+def test_a_long_place_of_the_state(place: Path) -> None:
+    state = place / "/".join(["x" * 200] * 4)
+    state.parent.mkdir(parents=True)
+    state.write_text("")
+    (place / "a").mkdir(parents=True)
+    (place / "a" / "pid").write_text("1\n")
+    (place / "a" / "state_path").write_text(f"{state}\n")
+    assert str(client.look("a").died()).endswith(f"start it again with state={state}")
 
 
 def test_unreadable(place: Path, tmp_path: Path) -> None:

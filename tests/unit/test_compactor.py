@@ -267,8 +267,26 @@ class TestThread:
         compactor.start()
         wait_until(lambda: compactor.state.startswith("failed: "))
         device.during_step = lambda: None
-        wait_until(lambda: compactor.pages_freed)
-        assert compactor.state in ("running", "idle")
+        wait_until(lambda: compactor.pages_freed and compactor.state in ("running", "idle"))
+        compactor.stop()
+
+    @pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("can't allocate lock")], ids=repr)
+    def test_no_memory_to_wait(self, failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+        device = FakeDevice(freeable=0)
+        compactor = make(device, compaction_interval="0.01")
+        waits: list[float] = []
+
+        def fail(seconds: float) -> None:
+            waits.append(seconds)
+            raise failure
+
+        with monkeypatch.context() as short:
+            short.setattr(compactor._wake, "wait", fail)
+            compactor.start()
+            wait_until(lambda: len(waits) > 2)
+        device.freeable = 500
+        compactor.compact_now(10)
+        assert compactor.pages_freed
         compactor.stop()
 
     @pytest.mark.filterwarnings("error")

@@ -228,6 +228,14 @@ def test_rundir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert parse(rundir="here").rundir == f"{tmp_path}/here"
 
 
+@pytest.mark.parametrize("key", ["rundir", "state", "metrics_file"])
+def test_a_path_that_is_no_text(key: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"{key}: '/run/\udcff.prom' is not UTF-8 text, as nbdkit's Python"
+    ):
+        parse(**{key: "/run/\udcff.prom"})
+
+
 def test_table_is_complete() -> None:
     names = [setting.name for setting in config.SETTINGS]
     assert names == list(config.Config.__dataclass_fields__)

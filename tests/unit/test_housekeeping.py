@@ -97,6 +97,7 @@ def test_a_signal_is_kept_until_it_is_obeyed(kept: Kept, failure: BaseException)
     os.write(kept.waker, TERM)
     wait_until(lambda: bool(kept.troubles))
     assert kept.obeyed == []
+    done_again(kept)  # and all else is done meanwhile
     kept.failing.clear()
     wait_until(lambda: kept.obeyed == [TERM])
     wait_until(lambda: not kept.troubles)
@@ -135,6 +136,24 @@ def test_waiting_that_fails(kept: Kept) -> None:
     done_again(kept)
     kept.keeper._poll = whole
     wait_until(lambda: not kept.troubles)
+
+
+@pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("can't allocate lock")], ids=repr)
+def test_no_memory_even_to_tell_of_it(
+    kept: Kept, failure: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise failure
+
+    with monkeypatch.context() as short:
+        short.setattr(kept.troubles, "begin", fail)
+        kept.failing["obey"] = MemoryError()
+        kept.thread.start()
+        os.write(kept.waker, TERM)
+        done_again(kept)
+        assert kept.thread.is_alive()
+    kept.failing.clear()
+    wait_until(lambda: kept.obeyed == [TERM])
 
 
 def test_zeros_only_wake(kept: Kept) -> None:

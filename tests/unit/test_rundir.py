@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,140 @@ def test_a_folder_that_goes_while_it_is_made(folder: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_server_that_goes_while_its_folder_is_looked_at(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has just removed, its number last, was not somebody else's."""
+    folder.mkdir(mode=0o700, parents=True)
+    held = rundir.Rundir(str(folder))
+    held.publish("mm_stat", "x")
+    head = rundir.head
+
+    def late(*words: Any) -> str:
+        held.remove()
+        return head(*words)
+
+    monkeypatch.setattr(rundir, "head", late)
+    assert not rundir.make(str(folder))
+
+
+def test_a_folder_that_goes_before_it_is_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir(mode=0o700, parents=True)
+    make = rundir._make
+
+    def late(path: str) -> bool:
+        monkeypatch.setattr(rundir, "_make", make)
+        made = make(path)
+        folder.rmdir()
+        return made
+
+    monkeypatch.setattr(rundir, "_make", late)
+    rundir.Rundir(str(folder)).remove()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_server_that_is_killed_while_it_clears_the_folder(folder: Path, ends: bool) -> None:
+    """Whatever is left then, the next one knows it for a server's."""
+
+    def crashed() -> None:
+        folder.mkdir(mode=0o700, parents=True)
+        for name in ("log", "log.1", "data_id", "state_path", *rundir.STATS_FILES):
+            (folder / name).write_text("x")
+        (folder / "pid").write_text("1234567\n")
+
+    def killed_at(last: int) -> bool:
+        """Whether so many files were removed before it was killed."""
+        child = os.fork()
+        if child == 0:
+            try:
+                unlink, left = os.unlink, iter(range(last))
+
+                def counted(*words: Any, **more: Any) -> None:
+                    unlink(*words, **more)
+                    if next(left, None) is None:
+                        os._exit(1)
+
+                held = None if not ends else rundir.Rundir(str(folder))
+                os.unlink = counted
+                held = held or rundir.Rundir(str(folder))
+                if ends:
+                    held.remove()
+                os._exit(0)
+            finally:
+                os._exit(2)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+    crashed()
+    last = 0
+    while killed_at(last):
+        rundir.Rundir(str(folder)).remove()
+        assert os.listdir(folder) == []
+        folder.rmdir()
+        crashed()
+        last += 1
+    assert last > 1
+
+
+def clear_soon(folder: Path, pid: int) -> None:
+    """Clear the folder; fails the test if that waits for anything."""
+    clearing = threading.Thread(target=rundir.clear, args=(str(folder), pid), daemon=True)
+    clearing.start()
+    clearing.join(10)
+    assert not clearing.is_alive()
+
+
+def test_what_is_cleared_is_what_was_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner, another user, may put a link to a folder of root's in its place meanwhile."""
+    folder.mkdir(parents=True)
+    others = folder.parent / "others"
+    others.mkdir()
+    for place in (folder, others):
+        for name in ("pid", "nbd.sock", "log"):
+            (place / name).write_text("12\n")
+    holder = rundir.holder
+
+    def swap(path: str) -> int | None:
+        found = holder(path)
+        folder.rename(folder.parent / "away")
+        folder.symlink_to(others)
+        return found
+
+    monkeypatch.setattr(rundir, "holder", swap)
+    clear_soon(folder, 12)
+    assert sorted(os.listdir(others)) == ["log", "nbd.sock", "pid"]
+    assert os.listdir(folder.parent / "away") == []
+
+
+@pytest.mark.parametrize("there", ["nothing", "a pipe", "another's number"])
+def test_what_the_process_has_not_left_is_not_cleared(folder: Path, there: str) -> None:
+    folder.mkdir(parents=True)
+    (folder / "log").write_text("my diary")
+    if there == "a pipe":  # nor is it waited for
+        os.mkfifo(folder / "pid")
+    elif there == "another's number":
+        (folder / "pid").write_text("13\n")
+    before = os.listdir(folder)
+    clear_soon(folder, 12)
+    assert os.listdir(folder) == before
+
+
+def test_the_log_is_that_of_its_own_folder(folder: Path) -> None:
+    """Another server may have made a folder of that name since, and has its own log there."""
+    held = rundir.Rundir(str(folder))
+    for text in (b"one\n", b"two\n"):
+        fd = held.open_log()
+        os.write(fd, text)
+        os.close(fd)
+    assert (folder / "log").read_text() == "one\ntwo\n"
+    shutil.rmtree(folder)
+    other = rundir.Rundir(str(folder))
+    with pytest.raises(RundirError, match="another one is in its place"):
+        held.open_log()
+    other.remove()
+    held.remove()
+
+
 def test_a_folder_that_another_user_owns(folder: Path) -> None:
     """He could put his sockets in place of ours."""
     folder.parent.mkdir()
@@ -185,6 +320,15 @@ def test_in_use(folder: Path) -> None:
     assert (folder / "pid").exists()
     held.remove()
     assert rundir.holder(str(folder)) is None
+
+
+@pytest.mark.parametrize("text", ["9" * 25, "-1", "", "one", "1 2", "\xb2"])
+def test_a_number_that_is_none(folder: Path, text: str) -> None:
+    """Whoever owns the folder can write anything; that somebody serves there is true all the same."""
+    held = rundir.Rundir(str(folder))
+    (folder / "pid").write_text(text)
+    assert rundir.holder(str(folder)) == 0
+    held.remove()
 
 
 def test_who_looks_takes_no_lock(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The state file: what carries over, and what it costs. (What is refused: test_state_refused.py.)"""
 
+import errno
 import os
 import random
 import subprocess
@@ -236,6 +237,26 @@ for turn in range(3):
         assert buf == data
 print(refused, len(model))
 """
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_state_without_room_for_its_head_is_none(
+    memory_folder: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """Nor does the file look like a large one then."""
+    path = memory_folder / "state"
+    if there:
+        path.touch(0o600)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as short:
+        short.setattr(os, "pwrite", full)
+        with pytest.raises(StateError, match="cannot be made: no space left on device: make room there"):
+            state.open_state(str(path), 1 << 20, False)
+    assert path.stat().st_size == 0
+    os.close(state.open_state(str(path), 2 << 20, False))
 
 
 def test_a_full_tmpfs_is_a_full_pool(tmp_path: Path) -> None:

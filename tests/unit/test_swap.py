@@ -59,7 +59,7 @@ def test_protected_process_needs_no_more_pages() -> None:
         counters = device.counters()
         print("misses", counters["reserve_misses"])
         device.trim(0, 64 << 20)
-        for _ in range(100):
+        for _ in range(1500):
             time.sleep(0.02)
             if device.counters()["reserve_bytes"] <= 60 << 20:
                 break

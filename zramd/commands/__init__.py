@@ -6,6 +6,12 @@ parsed arguments and returns the exit status. It raises ZramdError for what goes
 `zramd list` takes longer to import than to work: modules import what is heavy inside their functions.
 """
 
+import _signal as signal  # type: ignore[import-not-found]  # what that module has too, without the time that it takes to import
+
+# Ctrl-C ends the command at once until `main` knows what it means: an import would print a traceback.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import codecs
 import io
@@ -169,6 +175,8 @@ def verbs(of: argparse.ArgumentParser) -> dict[str, Parser]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return 2 for what the user wrote wrong and 1 for what else went wrong."""
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         inherited.complete_standard()
         inherited.forget_others()
         _prepare_output()

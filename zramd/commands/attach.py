@@ -24,6 +24,7 @@ DEAD_CONN_TIMEOUT = 120  # seconds
 TIMEOUT = 1.0  # seconds; see zramd.keeper on why it is no danger with one connection
 TIMEOUT_OF_SEVERAL = 30.0
 APPEARS = 5.0  # seconds in which a device must have come or gone
+_STATS_BYTES = 64 << 10  # stats.json has a few thousand
 _DEVICE = re.compile(r"(?:/dev/)?nbd(\d{1,4})")
 
 
@@ -275,11 +276,10 @@ def _own_name(served: client.Served) -> str:
 
     try:
         name = str(served.stats()["name"])
-    except (DeviceError, KeyError):  # it has no endpoint, or has ended
+    except DeviceError:  # it has no endpoint, or has ended
         try:
-            with open(served.file("stats.json"), "rb") as file:
-                name = str(json.load(file)["name"])
-        except (OSError, ValueError, KeyError, TypeError):
+            name = str(json.loads(served.published("stats.json", _STATS_BYTES))["name"])
+        except (ValueError, KeyError, TypeError, RecursionError):
             name = served.name
     config.find("name").parse(name)  # root is to make a file of this name
     return name

@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from typing import NamedTuple
 
-from zramd import client, handover, life, peer, pidfd, rundir
+from zramd import client, handover, inherited, life, peer, pidfd, rundir
 from zramd.commands import add_device, background, filters, nbdkit, serve
 from zramd.errors import AttachError, DeviceError, RundirError, UsageError, reason
 from zramd.steps import step
@@ -65,10 +65,11 @@ def _replace(served: client.Served, words: list[str], turn: life.Turn) -> tuple[
             f"{served.name} has no state, and its data would be lost: stop it and start it with "
             f"state=/dev/shm/{served.name}.state, then it can be restarted"
         )
-    _refuse_others(served)
-    filters.refuse(served.name, _words(f"/proc/{served.pid}/cmdline"))
-    plan = _plan(served, _override(pairs, words))
-    as_before = _plan(served, pairs)
+    _refuse_others(served, process)
+    line = _told(served, process, "cmdline")
+    filters.refuse(served.name, line)
+    plan = _plan(served, line, _override(pairs, words))
+    as_before = _plan(served, line, pairs)
     old = _Old(served, process)
     step("restart.sockets")
     old.take_sockets()
@@ -147,7 +148,7 @@ class _Old:
             # What nbdkit was told in relative paths is relative to this.
             self.folder = os.open(f"/proc/{self.pid}/cwd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
-            raise served.died() from None
+            raise _ended(served) from None
 
     def take_sockets(self) -> None:
         """Get the sockets on which it accepts clients. Raises DeviceError."""
@@ -185,12 +186,9 @@ class _Old:
         if self.was_stopped():
             return DeviceError(f"{self.served.name} was stopped while it was restarted: nobody serves it")
         try:
-            self.served.look_again()
+            return _ended(self.served)
         except RundirError as error:
             return DeviceError(f"{self.served.name} has left, and {error} ({why})")
-        except DeviceError as error:
-            return error
-        return DeviceError(f"{self.served.name} is served by another process now: {self.served.pid}")
 
     def has_ended(self) -> bool:
         """Say whether it has ended; one that does not answer may be about to."""
@@ -205,6 +203,15 @@ class _Old:
         return pidfd.has_ended(self.process, seconds)
 
 
+def _ended(served: client.Served) -> DeviceError:
+    """Return the error that says what became of a device whose server has ended. Raises RundirError."""
+    try:
+        served.look_again()
+    except DeviceError as error:
+        return error
+    return DeviceError(f"{served.name} is served by another process now: {served.pid}")
+
+
 class _Successor:
     """A server that is ready to take over: see zramd.handover."""
 
@@ -216,8 +223,8 @@ class _Successor:
         self._link = ours
         self.tells = False  # it has begun to tell the old one
         # Above those that nbdkit takes for sockets of its own.
-        kept = (_high(theirs.fileno()), _high(old.process), turn.fd)
-        copies = [_high(fd) for fd in old.listening]
+        kept = (inherited.high(theirs.fileno()), inherited.high(old.process), turn.fd)
+        copies = [inherited.high(fd) for fd in old.listening]
 
         def prepare() -> None:
             os.fchdir(old.folder)  # before its number is a socket's
@@ -232,7 +239,7 @@ class _Successor:
             background.give(words | ({handover.MADE: "1"} if old.made else {}), *kept)
 
         with interrupts.blocked():
-            self.pid, self._errors = serve.spawn(plan.argv, prepare)
+            self.pid, self._process, self._errors = serve.spawn(plan.argv, prepare)
         for fd in (*kept[:2], *copies):
             os.close(fd)
         theirs.close()
@@ -285,8 +292,9 @@ class _Successor:
         """End it, if it is there."""
         import signal
 
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._process, signal.SIGKILL)
         self._link.settimeout(1)
         with suppress(OSError):  # it may have said more than was waited for
             self.tells = self.tells or handover.TELLING in self._link.recv(16)
@@ -321,13 +329,12 @@ def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str,
     return after
 
 
-def _refuse_others(served: client.Served) -> None:
+def _refuse_others(served: client.Served, process: peer.Process) -> None:
     """Raise DeviceError for a server that another program watches: it would only see its end."""
-    environment = _words(f"/proc/{served.pid}/environ")
+    environment = _told(served, process, "environ")
     if any(word.startswith(f"{rundir.BACKGROUND}=") for word in environment):
         return
-    with open(f"/proc/{served.pid}/cgroup", errors="surrogateescape") as file:
-        unit = file.read().strip().rpartition("/")[2]
+    unit = _told(served, process, "cgroup")[0].strip().rpartition("/")[2]
     if unit.endswith(".service") and any(word.startswith("NOTIFY_SOCKET=") for word in environment):
         raise DeviceError(f"{served.name} is a service: run 'systemctl restart {unit}'")
     raise DeviceError(
@@ -343,12 +350,19 @@ def _refuse_streams(served: client.Served) -> None:
         raise DeviceError(f"a {' and a '.join(streams)} is under way: restart it when that is done")
 
 
-def _words(path: str) -> list[str]:
+def _told(served: client.Served, process: peer.Process, name: str) -> list[str]:
+    """Return the words that the kernel tells of a process. Raises DeviceError, also if it has just ended."""
+    path = f"/proc/{process.pid}/{name}"
     try:
         with open(path, "rb") as file:
-            return os.fsdecode(file.read()).split("\0")
+            data = file.read()
     except OSError as error:
+        if process.ended(0):
+            raise _ended(served) from None
         raise DeviceError(f"'{path}' cannot be read: {reason(error)}: run this as its owner") from None
+    if process.ended(0):  # it was of a process without memory, or of another one
+        raise _ended(served)
+    return os.fsdecode(data).split("\0")
 
 
 class _Plan(NamedTuple):
@@ -358,14 +372,14 @@ class _Plan(NamedTuple):
     argv: list[str]
 
 
-def _plan(served: client.Served, pairs: list[tuple[str, str]]) -> _Plan:
-    """Return what to start: with nbdkit's options as the running one has them, but for where it listens.
+def _plan(served: client.Served, line: list[str], pairs: list[tuple[str, str]]) -> _Plan:
+    """Return what to start: with nbdkit's options as on the running one's line, but for where it listens.
 
-    Sets the environment for it. Raises ConfigError, DeviceError for a server that cannot be looked at.
+    Sets the environment for it. Raises ConfigError, DeviceError for a server that is no nbdkit.
     """
     from zramd import config
 
-    words = _words(f"/proc/{served.pid}/cmdline")[:-1]
+    words = line[:-1]
     at = next(
         (
             i
@@ -412,12 +426,6 @@ def _drain(name: str, process: int) -> None:
                 os.write(queue, b"%d" % value)
     finally:
         os._exit(0)
-
-
-def _high(fd: int) -> int:
-    import fcntl
-
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100)
 
 
 def add(commands: "Commands") -> None:

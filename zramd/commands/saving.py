@@ -233,9 +233,7 @@ def load(arguments: argparse.Namespace) -> int:
                 answer = served.end_stream(control, "/load")
             except DeviceError as error:
                 raise DeviceError(f"'{file}' is not loaded: {error}") from None
-    import json
-
-    found = json.loads(answer)
+    found = served.decoded("/load", answer)
     print(f"{_summary(found)}, {_speed(found['bytes'], started)}")
     _warn(found)
     return 0

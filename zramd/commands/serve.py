@@ -198,11 +198,10 @@ def plan(
 def set_environment(settings: "Config") -> None:
     """Set this process's environment as the server needs it."""
     inherited.for_server()
+    # nbdkit hands paths on as UTF-8, whatever the locale, and a service has none: Python could not open them.
+    os.environ["LC_ALL"] = "C.UTF-8"
     # One arena for all threads: with an arena each, memory goes on growing for thousands of connections.
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-    # In the C locale, which services have, the Python in nbdkit takes only ASCII for a path. (It does not
-    # look at PYTHONUTF8.)
-    os.environ["LC_ALL"] = "C.UTF-8"
     if settings.swap == "local":
         # Python's own allocator asks the kernel for a megabyte whenever it is out of one.
         os.environ["PYTHONMALLOC"] = "malloc"
@@ -232,7 +231,7 @@ def serve(arguments: argparse.Namespace) -> int:
     if STANDARD_INPUT.isdisjoint(options.values) and "NOTIFY_SOCKET" not in os.environ:
         _start_watcher(settings, greeting(settings, options, os.getpid()))
     set_environment(settings)
-    with suppress(OSError):  # without a folder nobody is in the middle of anything
+    with suppress(FileNotFoundError, NotADirectoryError):  # then nobody is in the middle of anything
         turn = life.take(settings.rundir, settings.name)
         background.refuse_another(settings)
         background.give(turn.words(), turn.fd)
@@ -324,21 +323,12 @@ def _begin(settings: "Config", argv: list[str], turn: life.Turn, folder: str) ->
 
     It stands in `folder`. Raises DeviceError with its reason.
     """
-    import signal
-
     from zramd import interrupts
 
     end = time.monotonic() + READY_TIMEOUT
     environment = {**turn.words(), rundir.BACKGROUND: "1"}
     with interrupts.blocked():
-        pid, errors = spawn(argv, lambda: background.give(environment, turn.fd), folder)
-        try:
-            process = pidfd.open_number(pid)
-        except OSError:  # it cannot be watched: it has only just begun, and holds nothing
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            os.close(errors)
-            raise
+        pid, process, errors = spawn(argv, lambda: background.give(environment, turn.fd), folder)
     if process is None:
         with open(errors, errors="replace") as last:
             raise DeviceError(f"{settings.name} does not start: {reason(last.read())}")
@@ -365,12 +355,18 @@ def _begin(settings: "Config", argv: list[str], turn: life.Turn, folder: str) ->
         os.close(errors)
 
 
-def spawn(argv: list[str], prepare: Callable[[], None] = lambda: None, folder: str = ".") -> tuple[int, int]:
-    """Run a program as nobody's child, in a session of its own; return its number and its standard error.
+def spawn(
+    argv: list[str], prepare: Callable[[], None] = lambda: None, folder: str = "."
+) -> tuple[int, int | None, int]:
+    """Run a program as nobody's child, in a session of its own.
+
+    Return its number, its pidfd (None if it has ended already), and its standard error.
 
     Nobody's child because nbdkit may ask the kernel to be ended together with its parent. It stands in
     `folder` and has no descriptors of ours; then `prepare` is called in it, which may give it some.
     """
+    import signal
+
     from zramd import interrupts
 
     errors, to_errors = os.pipe()
@@ -408,7 +404,14 @@ def spawn(argv: list[str], prepare: Callable[[], None] = lambda: None, folder: s
     if not number:  # and never 0: a signal to that ends our whole process group
         with open(errors, errors="replace") as said:
             raise DeviceError(f"no process can be started for it: {said.read().strip()}")
-    return int(number), errors
+    pid = int(number)
+    try:
+        return pid, pidfd.open_number(pid), errors
+    except OSError:  # it cannot be watched: it has only just begun, and holds nothing
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.close(errors)
+        raise
 
 
 def read_until(reader: int, end: float) -> str:

@@ -164,7 +164,7 @@ def dump(arguments: argparse.Namespace) -> int:
         ("classes", "/classes.json"),
     ):
         try:
-            state[part] = json.loads(served.request("GET", path))
+            state[part] = served.ask_json("GET", path)
         except DeviceError as error:
             state[part] = {"error": str(error)}
     known = state["stats"]
