@@ -274,15 +274,24 @@ def _take_turn(name: str) -> int:
 
 def remove(name: str) -> None:
     """Remove the file of what is no longer attached; a keeper that lives removes its own."""
+    end = time.monotonic() + LOCK_TIMEOUT
     with suppress(FileNotFoundError):
-        fd = os.open(_path(name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            with suppress(BlockingIOError):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_file(fd, _path(name)):
-                    os.unlink(_path(name))
-        finally:
-            os.close(fd)
+        while not _remove(_path(name)) and time.monotonic() < end:
+            time.sleep(0.02)
+
+
+def _remove(path: str) -> bool:
+    """Remove a file unless somebody holds its lock; say whether it is gone. Raises FileNotFoundError."""
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_file(fd, path):
+            os.unlink(path)
+        return True
+    except BlockingIOError:  # a keeper, or somebody who only looks whether there is one
+        return False
+    finally:
+        os.close(fd)
 
 
 def _is_file(fd: int, path: str) -> bool:

@@ -2,13 +2,16 @@
 
 import os
 import random
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import conftest
 import pytest
-from conftest import SEED, NbdSocket, Served, run_threads, wait_until
+from conftest import PLUGIN, SANITIZED, SEED, NbdSocket, Served, run_threads, wait_until
 
 Serve = Callable[..., Served]
 MIB = 1 << 20
@@ -16,12 +19,30 @@ BLOCK = 4096
 REQUEST = 128 << 10
 DEPTH = 16
 TOLERANCE = 0.02
+# The plugin with swap=local for who may not set these two, in a container: neither has to do with its memory.
+WITHOUT_RIGHTS = f"""
+import sys
+sys.path.insert(0, {str(PLUGIN.parent)!r})
+from zramd import swap
+swap._io_flusher = swap._oom_score_adj = lambda: None
+exec(compile(open({str(PLUGIN)!r}).read(), {str(PLUGIN)!r}, "exec"))
+"""
 
 
 def minor_faults(served: Served) -> int:
     """Page faults of the whole process, threads that have ended too."""
     text = Path(f"/proc/{served.process.pid}/stat").read_text()
     return int(text.rpartition(")")[2].split()[7])  # field 10; the second one may hold blanks
+
+
+def faults_of_threads(served: Served) -> dict[str, int]:
+    """Page faults of each thread, those in the kernel too, by the thread's number and name."""
+    found = {}
+    for task in Path(f"/proc/{served.process.pid}/task").iterdir():
+        number, _, rest = (task / "stat").read_text().partition(" (")
+        name, _, words = rest.rpartition(") ")
+        found[f"{number} {name}"] = int(words.split()[7])
+    return found
 
 
 def requests(served: Served) -> int:
@@ -196,3 +217,59 @@ class TestFullPool:
         print(f"{failed} failed writes: {(late - early) / failed:.1f} bytes each")
         assert failed > 19_000
         assert late - early < 4 * failed  # as a Python function: 1100 to 1600 bytes each
+
+
+@pytest.mark.skipif(SANITIZED, reason="a sanitizer has a heap of its own")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may lock memory and be real-time")
+class TestFullPoolOfASwap:
+    """With swap=local a write is refused with what is there: the kernel sends it because memory is short."""
+
+    def full(self, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Served, NbdSocket]:
+        """A server whose next writes are refused, none was yet; and a client that it has met."""
+        plugin = tmp_path / "plugin.py"
+        plugin.write_text(WITHOUT_RIGHTS)
+        monkeypatch.setattr(conftest, "PLUGIN", plugin)
+        monkeypatch.setenv("PYTHONMALLOC", "malloc")
+        served = serve(swap="local", reserve="4M", mem_limit="1M")
+        client = NbdSocket(served)
+        client.read(0, BLOCK)
+        assert self.writes(client, range(100)) == 0
+        wait_until(lambda: served.stats()["reserve_bytes"] >= 4 * MIB)
+        return served, client
+
+    @staticmethod
+    def writes(client: NbdSocket, blocks: range) -> int:
+        """Write to blocks; how many were refused."""
+        noise = os.urandom(BLOCK)
+        return sum(client.ask(client.WRITE, block % 8192 * BLOCK, BLOCK, noise) == 28 for block in blocks)
+
+    def test_no_page(self, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No thread takes one, from the first refusal on, but the one that does it for the reserve."""
+        served, client = self.full(serve, tmp_path, monkeypatch)
+        maps = Path(f"/proc/{served.process.pid}/maps")
+        mapped, before = maps.read_text(), faults_of_threads(served)
+        refused = self.writes(client, range(100, 12_000))
+        after = faults_of_threads(served)
+        assert refused > 11_000
+        (refills,) = (thread for thread in before if thread.endswith(" zramd-keeper"))
+        after[refills] = before[refills]
+        assert after == before
+        assert maps.read_text() == mapped
+        stats = served.stats()
+        assert (stats["failed_writes"], stats["reserve_misses"]) == (refused, 0)
+
+    @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+    def test_no_call(self, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No mmap, brk or the like, not even for what is given back at once."""
+        served, client = self.full(serve, tmp_path, monkeypatch)
+        calls, tasks = tmp_path / "calls", Path(f"/proc/{served.process.pid}/task")
+        words = ["strace", "-f", "-qq", "-e", "trace=%memory", "-o", calls, "-p", str(served.process.pid)]
+        with subprocess.Popen(words) as strace:
+            wait_until(
+                lambda: all("TracerPid:\t0" not in (t / "status").read_text() for t in tasks.iterdir())
+            )
+            assert self.writes(client, range(100, 1000)) > 600
+            strace.terminate()
+        (refills,) = (task.name for task in tasks.iterdir() if "keeper" in (task / "comm").read_text())
+        lines = calls.read_text().splitlines()
+        assert [line for line in lines if line.split()[0] != refills] == []

@@ -1,10 +1,12 @@
 """`zramd attach` and `detach` as far as no kernel device is needed: what is refused, and what is recorded."""
 
+import fcntl
 import os
 import select
 import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,6 +88,17 @@ def test_record(folder: Path) -> None:
     other = attached.Record("zram0")  # the removed file's lock is nobody's concern
     other.close()
     record.close()
+
+
+def test_a_record_is_removed_while_others_look(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who looks whether a keeper lives has the lock for a moment; that must not leave the file for good."""
+    monkeypatch.setattr(attached, "LOCK_TIMEOUT", 10.0)
+    attached.Record("zram0").close()
+    looks = os.open(folder / "zram0.attached", os.O_RDONLY)
+    fcntl.flock(looks, fcntl.LOCK_SH)
+    monkeypatch.setattr(time, "sleep", lambda seconds: os.close(looks))  # it has seen enough
+    attached.remove("zram0")
+    assert os.listdir(folder) == []
 
 
 def test_record_of_a_device_that_is_another_s(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ class Holder:
             if name == self.at:
                 self._links.append(link)
             else:
-                link.close()
+                _let_go(link)
 
     def wait(self, process: Command) -> int:
         """Return who is held; raises AssertionError when the command ends before that."""
@@ -131,8 +131,15 @@ class Holder:
         """Let all go on."""
         self.at = ""
         for link in self._links:
-            link.close()
+            _let_go(link)
         self._links.clear()
+
+
+def _let_go(link: socket.socket) -> None:
+    """Have the other end go on, though a command that was forked meanwhile has this socket too."""
+    with contextlib.suppress(OSError):  # it may have been killed
+        link.shutdown(socket.SHUT_RDWR)
+    link.close()
 
 
 def run(what: str) -> tuple[int, str, str]:

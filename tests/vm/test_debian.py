@@ -4,6 +4,7 @@ One machine lives through all of it, and is booted four times. Each test needs t
 """
 
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -179,8 +180,8 @@ def active(guest: Guest) -> None:
     memory = int(guest.run("grep MemTotal /proc/meminfo").split()[1]) >> 10
     assert (device, int(size) + 4 >> 10, priority) == ("/dev/nbd0", memory * 2, "100")
     columns, row = guest.run("zramd", SLOW).splitlines()
-    assert columns.split()[0::7] == ["NAME", "MOUNTPOINT"]
-    assert row.split()[:2] + row.split()[-1:] == ["zram0", "lz4", "[SWAP]"]
+    shown = dict(zip(columns.split(), row.split(), strict=True))  # with swap on it, no cell is empty
+    assert [shown[name] for name in ("NAME", "ALGORITHM", "MOUNTPOINT")] == ["zram0", "lz4", "[SWAP]"]
     assert int(guest.run("cat /proc/sys/vm/min_free_kbytes")) >> 10 == memory * 3 // 100
     assert guest.run("cat /sys/fs/cgroup/zramd.slice/memory.swap.max").strip() == "0"
     for pid in ("/run/zramd/zram0/pid", "/run/zramd/zram0.attached"):
@@ -309,6 +310,7 @@ def test_kept(computer: Debian) -> None:
     """With state=systemd the server is restarted and killed, and what is attached goes on with its data."""
     with computer.on() as guest:
         guest.run("systemctl stop zramd@zram0", SLOW)
+        elsewhere(guest)
         guest.run("printf 'state = systemd\\nattach = no\\n' >>/etc/zramd.conf")
         guest.run("systemctl start zramd@zram0", SLOW)
         device = guest.run("zramd attach zram0", SLOW).strip()
@@ -326,18 +328,54 @@ def test_kept(computer: Debian) -> None:
         guest.run("systemctl start zramd-attach@zram0", SLOW)
         active(guest)
         assert int(re.findall(r'"orig_data_size": ([0-9]+)', guest.run("zramd stats zram0 --json"))[0]) < MIB
-        killed = "zramd@zram0.service: Failed with result 'signal'"  # what the test did
-        assert [line for line in computer.log() if TROUBLE.search(line) and killed not in line] == []
+        meant = ("zramd@zram0.service: Failed with result 'signal'", "zramd@zram1")  # what the test did
+        trouble = [line for line in computer.log() if TROUBLE.search(line)]
+        assert [line for line in trouble if not any(words in line for words in meant)] == []
         guest.run("systemctl poweroff")
         print(f"poweroff took {guest.wait_for_end(SHUTDOWN_TIMEOUT):.1f} s")
 
 
-def restarted(guest: Guest, how: str) -> None:
+def elsewhere(guest: Guest) -> None:
+    """What zramd.conf has outside the sandbox: refused, and with the documented drop-ins written and kept."""
+    folder, unit = "/var/lib/prometheus/node-exporter", "zramd@zram1"
+    paths = {"metrics_file": f"{folder}/zram1.prom", "state": "/run/zram1.state"}
+    drop_ins = f"/etc/systemd/system/{unit}.service.d"
+    guest.run(f"mkdir -p {folder} {drop_ins} /etc/zramd.conf.d; chown 65534:65534 {folder}")
+    for key, path in paths.items():
+        described = f"[zram1]\\nzram-size = 16\\nattach = no\\n{key} = {path}\\n"
+        guest.run(f"printf '{described}' >/etc/zramd.conf.d/{key}.conf")
+        assert guest.try_run(f"systemctl start {unit}", SLOW)[0] == 1
+        guest.run(f"systemctl stop {unit}; systemctl reset-failed {unit}; true", SLOW)
+        said = guest.run(f"journalctl -b -u {unit} -o cat", SLOW)
+        assert re.search(f"{path}'.*: docs/systemd.md, 'Paths'", said), said
+        guest.run(f"printf %s {shlex.quote(documented_drop_in(key))} >{drop_ins}/{key}.conf")
+        guest.run("systemctl daemon-reload", SLOW)
+    guest.run(f"systemctl start {unit}", SLOW)
+    device = guest.run("zramd attach zram1", SLOW).strip()
+    guest.run(f"head -c 1M /dev/urandom >/root/data && dd if=/root/data of={device} oflag=direct bs=64k")
+    restarted(guest, f"systemctl restart {unit}", "zram1")
+    guest.run(f"dd if={device} bs=64k count=16 iflag=direct status=none | cmp - /root/data", SLOW)
+    wait_for(guest, f"grep -c '^zramd_orig_data_bytes.* 1048576' {paths['metrics_file']}", "1", 60)
+    guest.run("zramd detach zram1", SLOW)
+    guest.run(f"systemctl stop {unit}", SLOW)
+    assert guest.run(f"ls {' '.join(paths.values())} 2>/dev/null; true").split() == [paths["state"]]
+    guest.run(f"rm -r {drop_ins} /etc/zramd.conf.d /root/data {folder} {paths['state']}")
+    guest.run("systemctl daemon-reload", SLOW)
+
+
+def documented_drop_in(name: str) -> str:
+    """What docs/systemd.md has an administrator write."""
+    found = re.search(rf"<!-- drop-in: {name} -->\n((?:    .*\n)+)", (ROOT / "docs/systemd.md").read_text())
+    assert found
+    return found[1]
+
+
+def restarted(guest: Guest, how: str, name: str = "zram0") -> None:
     """End the server, and return when the next one is active."""
-    server = "systemctl show -P MainPID zramd@zram0"
+    server = f"systemctl show -P MainPID zramd@{name}"
     before = guest.run(server).strip()
     guest.run(how, SLOW)
-    wait_for(guest, f'test "$({server})" != {before} && systemctl is-active zramd@zram0', "active", 60)
+    wait_for(guest, f'test "$({server})" != {before} && systemctl is-active zramd@{name}', "active", 60)
 
 
 def under_io(guest: Guest, device: str) -> None:

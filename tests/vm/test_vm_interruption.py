@@ -49,7 +49,7 @@ ENDS = """
   attach  attach.turn          server    KILL             nothing   failed
   attach  attach.turn          second    attach           attached  done         failed
   attach  attach.turn          second    detach           attached  done         failed
-  attach  attach.turn          second    restart          attached  done         done
+* attach  attach.turn          second    restart          attached  done         done
   attach  keeper.recorded      command   INT,TERM,HUP     nothing   interrupted
   attach  keeper.recorded      command   KILL             nothing   killed
   attach  keeper.recorded      process   TERM,KILL        nothing   failed
