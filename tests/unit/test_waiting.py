@@ -149,6 +149,36 @@ def test_a_part_write_without_room_holds_no_stripe(library: Path) -> None:
 
 
 @needs_preload
+def test_room_that_others_made_is_found(library: Path) -> None:
+    """As many writes as there are pages to be freed, all refused before the first is."""
+    code = """
+        device.trim_stock()
+        twin = Device(64 << 20)
+        dice = random.Random(1)
+        for block in range(600):
+            twin.write(dice.randbytes(290) + bytes(4096 - 290), block * 4096)
+        for block in dice.sample(range(600), 400):
+            twin.trim(block * 4096, 4096)
+        twin.trim_stock()
+        twin.mem_limit = twin.counters()["mem_used_total"]
+        pages = twin.compact(1 << 30)
+
+        device.mem_limit = device.counters()["mem_used_total"]
+        for block in range(1000, 1000 + pages):
+            stored[block] = random.Random(block).randbytes(4096)
+        mover = hold(lambda: device.write(stored[1000], 1000 * 4096))
+        writers = [start(device.write, stored[block], block * 4096) for block in range(1001, 1000 + pages)]
+        time.sleep(0.5)
+        let_go(mover, *writers)
+        print(pages > 2, len(failed))
+        for block in stored:
+            read(block)
+        device.check()
+    """
+    assert play(library, code) == "True 0\n"
+
+
+@needs_preload
 @needs_real_time
 def test_who_holds_a_pin_gets_the_priority_of_who_waits(library: Path) -> None:
     """The kernel shows it; and who compacts is real-time again once it is done, and no sooner."""

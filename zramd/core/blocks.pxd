@@ -77,7 +77,6 @@ cdef class Blocks:
     cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot, bint waits) noexcept nogil
     cdef int _store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil
     cdef int store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil
-    cdef bint _room_is_made(self, int rc) noexcept nogil
     cdef int _store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil
     cdef int store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil
     cdef uint64_t _same_slot(self, uint64_t block, uint64_t word) noexcept nogil
