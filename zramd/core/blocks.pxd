@@ -83,6 +83,7 @@ cdef class Blocks:
     cdef int _load(self, uint64_t block, uint64_t slot, char *content) noexcept nogil
     cdef bint word_is_sound(self, uint64_t block, uint64_t slot, uint64_t word) noexcept nogil
     cdef bint object_is_sound(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil
+    cdef bint checksum_agrees(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil
     cdef void _free(self, uint64_t block, uint64_t slot) noexcept nogil
     cdef uint64_t get(self, uint64_t block) noexcept nogil
     cdef int put(self, uint64_t block, uint64_t slot, bint held) noexcept nogil

@@ -228,14 +228,16 @@ cdef class Blocks:
             self._same_slot(block, word) | slot_handle(slot) << SLOT_HANDLE_SHIFT)
 
     cdef inline bint object_is_sound(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil:
-        cdef uint32_t size = slot & SLOT_SIZE_MASK, check
+        cdef uint32_t size = slot & SLOT_SIZE_MASK
         if size > BLOCK_SIZE or not self.pool.obj_fits(payload, size):
             return False
         if not self.verify:
             return True
-        if not self.pool.obj_is_there(payload, size):
-            return False
-        check = checksum(payload, size, block)
+        return self.pool.obj_is_there(payload, size) and self.checksum_agrees(block, slot, payload)
+
+    cdef inline bint checksum_agrees(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil:
+        """Whether a payload whose pages are there is what the slot and its cell have the checksum of."""
+        cdef uint32_t check = checksum(payload, slot & SLOT_SIZE_MASK, block)
         return check == (self.pool.obj_check(slot_handle(slot)) << 16 | slot >> SLOT_CHECK_SHIFT)
 
     cdef void _free(self, uint64_t block, uint64_t slot) noexcept nogil:
