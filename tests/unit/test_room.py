@@ -549,7 +549,7 @@ def test_a_small_reserve(size: int) -> None:
 
 
 def test_a_reserve_that_cannot_grow_gives_back_what_is_too_much(tmp_path: Path) -> None:
-    """Spans of some lengths are missing, and there is no room for them; of another length there are far too many."""
+    """Spans of some lengths are missing, without room for them; of another length there are far too many."""
     code = """
 import threading, time
 device = start()

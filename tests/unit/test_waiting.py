@@ -223,7 +223,8 @@ def test_every_lock_hands_priority_on(tmp_path: Path) -> None:
         from zramd.core import saving
         from zramd.core.device import Device
         shim = ctypes.CDLL(None)
-        looked_at, without = (ctypes.c_long.in_dll(shim, name) for name in ("locks_looked_at", "locks_without"))
+        looked_at = ctypes.c_long.in_dll(shim, "locks_looked_at")
+        without = ctypes.c_long.in_dll(shim, "locks_without")
         SIZE = 8 << 20
         device = Device(SIZE)
         device.inherit_priority()
@@ -233,7 +234,8 @@ def test_every_lock_hands_priority_on(tmp_path: Path) -> None:
         keeper.start()
         dice = random.Random(1)
         for block in range(0, 2048, 3):
-            device.write(dice.randbytes(dice.choice((8, 300, 700, 2900, 4096))).ljust(4096, b"\\0"), block * 4096)
+            content = dice.randbytes(dice.choice((8, 300, 700, 2900, 4096)))
+            device.write(content.ljust(4096, b"\\0"), block * 4096)
             device.write(dice.randbytes(8) * 512, (block + 1) * 4096)
             device.write(b"part", block * 4096 + 100)
         device.trim(SIZE // 4, SIZE // 2)

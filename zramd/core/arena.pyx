@@ -490,15 +490,15 @@ cdef class Arena:
         cdef uint64_t top = max(load_relaxed_32(&self.top), load_relaxed_32(&self.records_ready))
         return whole_pages(top * sizeof(uint16_t)) + whole_pages(top * sizeof(uint32_t))
 
-    cdef const char *check(self, uint64_t *where) noexcept nogil:
-        """Walk both free lists and count the pages; NULL, or what is wrong, with the span in where[0]."""
+    cdef const char *check(self, uint64_t used, uint64_t *where) noexcept nogil:
+        """Walk all free lists and count the pages; NULL, or what is wrong, with the span in where[0]. used: spans in use."""
         cdef const char *wrong
         pthread_mutex_lock(&self.lock)
-        wrong = self._walk(where)
+        wrong = self._walk(used, where)
         pthread_mutex_unlock(&self.lock)
         return wrong
 
-    cdef const char *_walk(self, uint64_t *where) noexcept nogil:
+    cdef const char *_walk(self, uint64_t used, uint64_t *where) noexcept nogil:
         cdef uint64_t pages = 0, stock = 0, listed = 0, ready = 0
         cdef uint32_t span, n, count
         zr_assert(self.top <= self.writable and self.writable <= self.span_count)
@@ -540,7 +540,10 @@ cdef class Arena:
                 span = self.links[span]
             if count != self.ready_count[n]:
                 return "the count of a list of the reserve differs from the list"
+            listed += count
         where[0] = 0
+        if used + listed + self.keeper_works != self.top:
+            return "a span is neither free nor in use"
         if ready != load_relaxed(&self.ready_pages):
             return "the count of the reserve differs from its spans' bitmaps"
         pages -= ready

@@ -1548,7 +1548,7 @@ cdef class Zsmalloc:
         where[0] = 0
         if listed + self.cells_used + 1 != self.cells_top:
             return "cells in use and free cells do not add up"
-        return self.arena.check(where)
+        return self.arena.check(spans_used, where)
 
     cdef const char *find_zspage_fault(self, uint32_t *span, uint32_t chunks, uint64_t *where) noexcept nogil:
         """Look into the zspages of spans from span[0] on, until about so many chunks were seen; span[0] is the next one.
