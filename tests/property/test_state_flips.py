@@ -223,6 +223,49 @@ def test_a_slot_that_leads_nowhere_loses_its_block_only(saved: tuple[Memory, byt
     os.close(memory.fd)
 
 
+@pytest.mark.parametrize("table", ["slots", "cells"])
+def test_any_bit_of_a_slot_or_a_cell_loses_one_block(table: str) -> None:
+    """Also where it then leads to another block's object or word: that block is the rightful one."""
+    rnd = random.Random(1)
+    kinds = (
+        lambda: rnd.randbytes(8) * 512,
+        lambda: rnd.randbytes(600).ljust(BLOCK, b"\0"),
+        lambda: rnd.randbytes(2500).ljust(BLOCK, b"\0"),
+        lambda: rnd.randbytes(BLOCK),
+    )
+    sound = Memory()
+    device = sound.take_over()
+    model = bytearray(b"".join(kinds[block % 4]() for block in range(BLOCKS)))
+    device.write(model, 0)
+    del device
+    cells, _ = table_ends()
+    for block in (0, 101, 122, 255):
+        at = (1 << 16) + 8 * block
+        if table == "cells":
+            at = cells + 8 * int.from_bytes(os.pread(sound.fd, 4, at + 2), "little")
+        for bit in range(64):
+            memory = sound.copy()
+            byte = at + bit // 8
+            os.pwrite(memory.fd, bytes([os.pread(memory.fd, 1, byte)[0] ^ 1 << bit % 8]), byte)
+            device = memory.take_over()
+            lost = read_all(device, bytearray(model))
+            assert lost <= 1, (block, bit)
+            if device.counters()["lost_blocks"]:
+                device.check()
+            device.write(model[block * BLOCK : (block + 1) * BLOCK], block * BLOCK)
+            del device
+            device = memory.take_over()
+            assert read_all(device, bytearray(model)) == 0, (block, bit)
+            assert device.counters()["lost_blocks"] == 0
+            device.check()
+            device.trim(0, SIZE)
+            device.check()
+            assert device.counters()["objs_used"] == 0
+            del device
+            os.close(memory.fd)
+    os.close(sound.fd)
+
+
 def test_a_cell_that_leads_to_a_span_of_a_reserve() -> None:
     """Such spans have pages, but never had a class: what is in them is nobody's object."""
     uses = (

@@ -548,6 +548,36 @@ def test_a_small_reserve(size: int) -> None:
     assert device.counters()["reserve_bytes"] >= size
 
 
+def test_a_reserve_that_cannot_grow_gives_back_what_is_too_much(tmp_path: Path) -> None:
+    """Spans of some lengths are missing, without room for them; of another length there are far too many."""
+    code = """
+import threading, time
+device = start()
+device.reserve_start(1 << 20)
+keeper = threading.Thread(target=device.reserve_keep)
+keeper.start()
+rnd = random.Random(1)
+for block in range(900):
+    device.write(rnd.randbytes(2500).ljust(BLOCK, b"\\0"), block * BLOCK)
+time.sleep(0.3)
+fill()
+for block in range(900, 2048):      # the reserve is all in use then
+    try:
+        device.write(rnd.randbytes(300).ljust(BLOCK, b"\\0"), block * BLOCK)
+    except PoolFullError:
+        break
+device.trim(0, 900 * BLOCK)
+end = time.monotonic() + 20
+while device.counters()["reserve_bytes"] > 2 << 20 and time.monotonic() < end:
+    time.sleep(0.01)
+print(device.counters()["reserve_bytes"] >> 20)
+device.check()
+device.reserve_stop()
+keeper.join()
+"""
+    assert int(in_tmpfs(tmp_path, code)) <= 2
+
+
 def test_messages_of_what_is_not_a_file_system() -> None:
     device = Device(SIZE, mem_limit=BLOCK)
     with pytest.raises(PoolFullError, match=r"^\[Errno 28\] write of .*: mem_limit leaves no room$"):

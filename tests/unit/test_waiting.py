@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SANITIZED, noise
+from conftest import SANITIZED, noise, preloaded
 
 from zramd import Device, PoolFullError
 from zramd.core import saving
@@ -149,6 +149,36 @@ def test_a_part_write_without_room_holds_no_stripe(library: Path) -> None:
 
 
 @needs_preload
+def test_room_that_others_made_is_found(library: Path) -> None:
+    """As many writes as there are pages to be freed, all refused before the first is."""
+    code = """
+        device.trim_stock()
+        twin = Device(64 << 20)
+        dice = random.Random(1)
+        for block in range(600):
+            twin.write(dice.randbytes(290) + bytes(4096 - 290), block * 4096)
+        for block in dice.sample(range(600), 400):
+            twin.trim(block * 4096, 4096)
+        twin.trim_stock()
+        twin.mem_limit = twin.counters()["mem_used_total"]
+        pages = twin.compact(1 << 30)
+
+        device.mem_limit = device.counters()["mem_used_total"]
+        for block in range(1000, 1000 + pages):
+            stored[block] = random.Random(block).randbytes(4096)
+        mover = hold(lambda: device.write(stored[1000], 1000 * 4096))
+        writers = [start(device.write, stored[block], block * 4096) for block in range(1001, 1000 + pages)]
+        time.sleep(0.5)
+        let_go(mover, *writers)
+        print(pages > 2, len(failed))
+        for block in stored:
+            read(block)
+        device.check()
+    """
+    assert play(library, code) == "True 0\n"
+
+
+@needs_preload
 @needs_real_time
 def test_who_holds_a_pin_gets_the_priority_of_who_waits(library: Path) -> None:
     """The kernel shows it; and who compacts is real-time again once it is done, and no sooner."""
@@ -180,6 +210,64 @@ def test_who_holds_a_pin_gets_the_priority_of_who_waits(library: Path) -> None:
         print(failed)
     """
     assert play(library, code, "urgent") == "True True\n-3\nthen True 1\n[]\n"
+
+
+@needs_preload
+def test_every_lock_hands_priority_on(tmp_path: Path) -> None:
+    """Whatever is done with an urgent device, each lock of the core that is taken for it."""
+    library = tmp_path / "shim_locks.so"
+    source = Path(__file__).parent.parent / "shim_locks.c"
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    code = """
+        import ctypes, os, random, tempfile, threading
+        from zramd.core import saving
+        from zramd.core.device import Device
+        shim = ctypes.CDLL(None)
+        looked_at = ctypes.c_long.in_dll(shim, "locks_looked_at")
+        without = ctypes.c_long.in_dll(shim, "locks_without")
+        SIZE = 8 << 20
+        device = Device(SIZE)
+        device.inherit_priority()
+        taken = looked_at.value, without.value
+        device.reserve_start(1 << 20)
+        keeper = threading.Thread(target=device.reserve_keep)
+        keeper.start()
+        dice = random.Random(1)
+        for block in range(0, 2048, 3):
+            content = dice.randbytes(dice.choice((8, 300, 700, 2900, 4096)))
+            device.write(content.ljust(4096, b"\\0"), block * 4096)
+            device.write(dice.randbytes(8) * 512, (block + 1) * 4096)
+            device.write(b"part", block * 4096 + 100)
+        device.trim(SIZE // 4, SIZE // 2)
+        device.compact(1 << 16)
+        device.compact()
+        device.mem_limit = 1 << 20
+        device.trim_stock()
+        device.read(bytearray(SIZE), 0)
+        device.zero(1000, 5000)
+        device.block(0)
+        device.extents(0, SIZE)
+        device.check()
+        with tempfile.TemporaryFile() as stream:
+            saving.save(device, stream.fileno())
+            stream.seek(0)
+            device.mem_limit = 0
+            device.reset()
+            saving.load(device, stream.fileno())
+        device.counters(), device.classes(), device.pressure()
+        device.reserve_stop()
+        keeper.join()
+        print(looked_at.value - taken[0] > 10_000, without.value - taken[1])
+    """
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", textwrap.dedent(code)],
+        env={**os.environ, **preloaded(library)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=120,
+        check=False,
+    )
+    assert found.stdout.decode() == "True 0\n"
 
 
 def test_a_long_request_lets_others_close_the_gate() -> None:

@@ -74,5 +74,5 @@ cdef class Arena:
     cdef void reset(self) noexcept nogil
     cdef void reset_peak(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil
-    cdef const char *check(self, uint64_t *where) noexcept nogil
-    cdef const char *_walk(self, uint64_t *where) noexcept nogil
+    cdef const char *check(self, uint64_t used, uint64_t *where) noexcept nogil
+    cdef const char *_walk(self, uint64_t used, uint64_t *where) noexcept nogil

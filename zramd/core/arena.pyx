@@ -337,11 +337,12 @@ cdef class Arena:
     cdef int _keep_one(self) noexcept nogil:
         """Make one span ready, or give one back; 1, or 0: there is nothing to do, -ENOMEM, -EDQUOT: it cannot be had.
 
-        The lock is held, and dropped for the part that may wait.
+        Where none can be had, what there is too much of still goes back. The lock is held, and dropped for the parts that
+        may wait.
         """
         cdef uint32_t n, least = 0, mask
-        cdef int64_t span
-        cdef int rc = 1
+        cdef int64_t span = -1
+        cdef int rc = 0
         for n in range(1, SPAN_LENGTHS):
             if self.ready_count[n] < self._ready_wanted(n) and (
                     least == 0 or self.ready_count[n] * self._ready_wanted(least)
@@ -349,8 +350,7 @@ cdef class Arena:
                 least = n
         if least:
             span = self._cold_take()
-            if span < 0:
-                return 0
+        if span >= 0:
             self.keeper_works = True
             pthread_mutex_unlock(&self.lock)
             rc = self._populate(<uint32_t>span, least)
@@ -359,10 +359,9 @@ cdef class Arena:
             if rc > 0:
                 self.committed[span] = <uint16_t>((1 << least) - 1)
                 self._ready_push(<uint32_t>span)
-            else:
-                self.links[span] = self.cold
-                self.cold = <uint32_t>span
-            return rc
+                return rc
+            self.links[span] = self.cold
+            self.cold = <uint32_t>span
         for n in range(SPAN_LENGTHS):
             # Twice of what is wanted before any is given back: overwriting empties as many zspages as it starts.
             if self.ready_count[n] > 2 * self._ready_wanted(n):
@@ -377,7 +376,7 @@ cdef class Arena:
                 self.links[span] = self.cold
                 self.cold = <uint32_t>span
                 return 1
-        return 0
+        return rc
 
     cdef int _populate_used(self) noexcept nogil:
         """Map the pages in use, so that a lock on all memory holds them: those of a state are somewhere else yet.
@@ -491,15 +490,15 @@ cdef class Arena:
         cdef uint64_t top = max(load_relaxed_32(&self.top), load_relaxed_32(&self.records_ready))
         return whole_pages(top * sizeof(uint16_t)) + whole_pages(top * sizeof(uint32_t))
 
-    cdef const char *check(self, uint64_t *where) noexcept nogil:
-        """Walk both free lists and count the pages; NULL, or what is wrong, with the span in where[0]."""
+    cdef const char *check(self, uint64_t used, uint64_t *where) noexcept nogil:
+        """Walk all free lists and count the pages; NULL, or what is wrong, with the span in where[0]. used: spans in use."""
         cdef const char *wrong
         pthread_mutex_lock(&self.lock)
-        wrong = self._walk(where)
+        wrong = self._walk(used, where)
         pthread_mutex_unlock(&self.lock)
         return wrong
 
-    cdef const char *_walk(self, uint64_t *where) noexcept nogil:
+    cdef const char *_walk(self, uint64_t used, uint64_t *where) noexcept nogil:
         cdef uint64_t pages = 0, stock = 0, listed = 0, ready = 0
         cdef uint32_t span, n, count
         zr_assert(self.top <= self.writable and self.writable <= self.span_count)
@@ -541,7 +540,10 @@ cdef class Arena:
                 span = self.links[span]
             if count != self.ready_count[n]:
                 return "the count of a list of the reserve differs from the list"
+            listed += count
         where[0] = 0
+        if used + listed + self.keeper_works != self.top:
+            return "a span is neither free nor in use"
         if ready != load_relaxed(&self.ready_pages):
             return "the count of the reserve differs from its spans' bitmaps"
         pages -= ready

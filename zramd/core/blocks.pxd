@@ -77,13 +77,13 @@ cdef class Blocks:
     cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot, bint waits) noexcept nogil
     cdef int _store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil
     cdef int store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil
-    cdef bint _room_is_made(self, int rc) noexcept nogil
     cdef int _store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil
     cdef int store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil
     cdef uint64_t _same_slot(self, uint64_t block, uint64_t word) noexcept nogil
     cdef int _load(self, uint64_t block, uint64_t slot, char *content) noexcept nogil
     cdef bint word_is_sound(self, uint64_t block, uint64_t slot, uint64_t word) noexcept nogil
     cdef bint object_is_sound(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil
+    cdef bint checksum_agrees(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil
     cdef void _free(self, uint64_t block, uint64_t slot) noexcept nogil
     cdef uint64_t get(self, uint64_t block) noexcept nogil
     cdef int put(self, uint64_t block, uint64_t slot, bint held) noexcept nogil

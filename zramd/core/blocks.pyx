@@ -15,7 +15,7 @@ Lock order: one stripe, then the pool's. No lock but the stripe of a part-writte
 """
 
 cimport cython
-from libc.errno cimport EDQUOT, EIO, ENOSPC
+from libc.errno cimport EIO, ENOSPC
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -144,14 +144,11 @@ cdef class Blocks:
             return self.store_payload(block, content, size, slot)
         return self._store_payload(block, content, size, slot)
 
-    cdef bint _room_is_made(self, int rc) noexcept nogil:
-        """Whether to try again what failed with rc. The caller holds no lock."""
-        return (rc == -ENOSPC or rc == -EDQUOT) and self.pool.make_room(rc)
-
     cdef int store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil:
         """Store a block that is one word repeated; the slot that stands for it. Errors as _store that waits."""
+        cdef bint in_vain = False
         cdef int rc = self._store_word(block, word, slot)
-        while self._room_is_made(rc):
+        while rc and self.pool.make_room(rc, &in_vain):
             rc = self._store_word(block, word, slot)
         return rc
 
@@ -169,10 +166,11 @@ cdef class Blocks:
 
         The caller holds no lock.
         """
+        cdef bint in_vain = False
         cdef int rc = self._store_payload(block, payload, size, slot)
         if rc == -ENOSPC:
             counter_add(&self.n.limit_compactions, 1)
-        while self._room_is_made(rc):
+        while rc and self.pool.make_room(rc, &in_vain):
             rc = self._store_payload(block, payload, size, slot)
         return rc
 
@@ -230,14 +228,16 @@ cdef class Blocks:
             self._same_slot(block, word) | slot_handle(slot) << SLOT_HANDLE_SHIFT)
 
     cdef inline bint object_is_sound(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil:
-        cdef uint32_t size = slot & SLOT_SIZE_MASK, check
+        cdef uint32_t size = slot & SLOT_SIZE_MASK
         if size > BLOCK_SIZE or not self.pool.obj_fits(payload, size):
             return False
         if not self.verify:
             return True
-        if not self.pool.obj_is_there(payload, size):
-            return False
-        check = checksum(payload, size, block)
+        return self.pool.obj_is_there(payload, size) and self.checksum_agrees(block, slot, payload)
+
+    cdef inline bint checksum_agrees(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil:
+        """Whether a payload whose pages are there is what the slot and its cell have the checksum of."""
+        cdef uint32_t check = checksum(payload, slot & SLOT_SIZE_MASK, block)
         return check == (self.pool.obj_check(slot_handle(slot)) << 16 | slot >> SLOT_CHECK_SHIFT)
 
     cdef void _free(self, uint64_t block, uint64_t slot) noexcept nogil:
@@ -290,8 +290,9 @@ cdef class Blocks:
 
     cdef int _make_slot_ready(self, uint64_t block) noexcept nogil:
         """_slot_is_ready, after compaction if need be. The caller holds no lock."""
+        cdef bint in_vain = False
         cdef int rc = self._slot_is_ready(block)
-        while self._room_is_made(rc):
+        while rc and self.pool.make_room(rc, &in_vain):
             rc = self._slot_is_ready(block)
         return rc
 
@@ -324,6 +325,7 @@ cdef class Blocks:
     cdef int merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil:
         """Write n bytes (zeros when src is NULL) at a place in a block: its other bytes stay."""
         # First: were there no room for it once the object has taken some, each try would free that, and take it again.
+        cdef bint in_vain = False
         cdef int rc = self._make_slot_ready(block)
         if rc:
             return rc
@@ -331,7 +333,7 @@ cdef class Blocks:
         if rc == -ENOSPC:
             counter_add(&self.n.limit_compactions, 1)
         # Room is made without the stripe, on which readers of other blocks may wait: then the block may be another.
-        while self._room_is_made(rc):
+        while rc and self.pool.make_room(rc, &in_vain):
             rc = self._merge(block, at, src, n, s)
         return rc
 

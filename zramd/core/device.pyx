@@ -156,8 +156,7 @@ cdef class Device:
 
     def _take_over(self, progress):
         """Rebuild from the state all that is not in it."""
-        cdef Recovery recovery = Recovery(
-            self.pool, self.table.slot_table, self.table.touches, self.blocks, self.table.verify)
+        cdef Recovery recovery = Recovery(self.table)
         recovery.run(progress)
         self.n.pages_stored = recovery.stored
         self.n.compr_data_size = recovery.compr

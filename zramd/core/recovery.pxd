@@ -1,6 +1,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from zramd.core.arena cimport Arena
+from zramd.core.blocks cimport Blocks
 from zramd.core.region cimport Region
 from zramd.core.zsmalloc cimport Zsmalloc, size_class
 
@@ -14,6 +15,7 @@ cdef enum step:
     REBUILD_SPANS
 
 cdef class Recovery:
+    cdef Blocks table
     cdef Zsmalloc pool
     cdef Arena arena
     cdef Region slot_table
@@ -36,7 +38,9 @@ cdef class Recovery:
     cdef uint64_t wrong_block
     cdef uint64_t mends[MENDS]      # handles whose cell is pinned or whose header is wrong
     cdef uint64_t mend_count        # this and those below: atomic
-    cdef uint64_t lost_blocks[LOST]     # with verify: blocks whose slot leads nowhere
+    cdef uint64_t lost_blocks[LOST]     # with verify: blocks whose slot leads nowhere, or to another's
+    cdef uint64_t disputed[LOST]        # with verify: blocks whose handle or chunk another block took before
+    cdef uint64_t dispute_count         # atomic
     # Results; atomic.
     cdef uint64_t lost              # those blocks, and those that were lost before
     cdef uint64_t lost_now
@@ -53,12 +57,17 @@ cdef class Recovery:
     cdef uint64_t _fill_holes(self, Region table, uint64_t end) noexcept nogil
     cdef void _find_pages(self, uint32_t first, uint32_t last) noexcept nogil
     cdef bint _has_pages(self, uint32_t span, uint32_t pages) noexcept nogil
-    cdef bint _mark_live(self, uint32_t span, size_class *c, uint32_t chunk) noexcept nogil
-    cdef bint _is_live(self, uint32_t span, size_class *c, uint32_t chunk) noexcept nogil
+    cdef uint64_t *_live_bits(self, uint32_t span, size_class *c) noexcept nogil
     cdef void _work(self) noexcept nogil
     cdef void _scan_slots(self, uint64_t first, uint64_t last) noexcept nogil
     cdef bint _scan_page(self, uint64_t block, uint64_t end) noexcept nogil
-    cdef const char *_scan_slot(self, uint64_t slot) noexcept nogil
+    cdef const char *_scan_slot(self, uint64_t block, uint64_t slot) noexcept nogil
+    cdef bint _is_rightful(self, uint64_t block, uint64_t slot) noexcept nogil
+    cdef void _settle_disputes(self) noexcept nogil
+    cdef void _lose(self, uint64_t block) noexcept nogil
+    cdef bint _is_lost(self, uint64_t block) noexcept nogil
+    cdef bint _same_handle(self, uint64_t block, uint64_t other) noexcept nogil
+    cdef bint _same_chunk(self, uint64_t block, uint64_t other) noexcept nogil
     cdef void _rebuild_span(self, uint32_t span) noexcept nogil
     cdef void _list_zspages(self) noexcept nogil
     cdef void _list_cells(self) noexcept nogil

@@ -4,7 +4,8 @@
        was all zeros may be missing in a copy, and touching it must not be the end on a full file system
     1  every slot, in parallel: slot, cell and class must agree. Nothing is written yet: a state that contradicts itself
        is refused as it was found. With verify, where each block answers for itself, the block is lost and the others
-       are not; and headers are looked at, too: nothing relies on them but moving and freeing, so they are mended
+       are not: of two that lead to one place the checksum tells whose it is. Headers are looked at then, too: nothing
+       relies on them but moving and freeing, so they are mended
     2  every span, in parallel: its record, its free chunks, its pages; pages that no object is on are given back
     3  lists: zspages by fullness, free spans, free cells. Objects that no slot holds are gone by this: they are only counted
 
@@ -20,6 +21,7 @@ from libc.errno cimport ENOMEM
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
+from zramd.core.blocks cimport Blocks
 from zramd.core.checks cimport FILL_FREED, zr_crash_point, zr_fill, zr_poison, zr_unpoison
 from zramd.core.locks cimport counter_add, load_relaxed, store_relaxed
 from zramd.core.region cimport Region, whole_pages
@@ -45,7 +47,7 @@ from zramd.core.types cimport (
     slot_handle,
     zspage,
 )
-from zramd.core.zsmalloc cimport Zsmalloc, is_mapped, pages_below, pages_of_chunk, size_class
+from zramd.core.zsmalloc cimport is_mapped, pages_below, pages_of_chunk, size_class
 
 import os
 import threading
@@ -89,17 +91,17 @@ cdef enum:
 
 @cython.final
 cdef class Recovery:
-    """Rebuilds a pool that was just made over a state's memory. Nobody else may use it meanwhile."""
+    """Rebuilds the pool of blocks that were just made over a state's memory. Nobody else may use them meanwhile."""
 
-    def __cinit__(self, Zsmalloc pool not None, Region slot_table not None, Region touches not None, uint64_t blocks,
-                  bint verify):
-        self.pool = pool
-        self.arena = pool.arena
-        self.slot_table = slot_table
-        self.slots = <uint64_t *>slot_table.base
-        self.touches = touches
-        self.blocks = blocks
-        self.verify = verify
+    def __cinit__(self, Blocks table not None):
+        self.table = table
+        self.pool = table.pool
+        self.arena = table.pool.arena
+        self.slot_table = table.slot_table
+        self.slots = table.slots
+        self.touches = table.touches
+        self.blocks = table.count
+        self.verify = table.verify
 
     def run(self, progress):
         """Do it. Calls progress(pieces done, pieces) about every second, unless it is None.
@@ -126,6 +128,8 @@ cdef class Recovery:
         self._in_parallel(FIND_PAGES, span_pieces, progress, 0, total)
         self._in_parallel(SCAN_SLOTS, slot_pieces, progress, span_pieces, total)
         self._look_failed()
+        if self.wrong == NULL and self.dispute_count:
+            self._settle_disputes()
         if self.wrong == NULL and self.mend_count > MENDS:
             self.wrong = "too many headers are wrong"
         if self.wrong != NULL:
@@ -274,7 +278,7 @@ cdef class Recovery:
                 slot = self.slots[block]
                 if slot == 0:
                     continue
-                wrong = NULL if slot == SLOT_LOST else self._scan_slot(slot)
+                wrong = NULL if slot == SLOT_LOST else self._scan_slot(block, slot)
                 if wrong != NULL:
                     n = fetch_add(&self.lost_now, 1) if self.verify else LOST
                     if n >= LOST:
@@ -302,7 +306,7 @@ cdef class Recovery:
         counter_add(&self.handles, handles)
         return stored != 0
 
-    cdef const char *_scan_slot(self, uint64_t slot) noexcept nogil:
+    cdef const char *_scan_slot(self, uint64_t block, uint64_t slot) noexcept nogil:
         """Follow a slot to its chunk and mark it as live; NULL, or what is wrong."""
         cdef uint64_t handle = slot_handle(slot), cell, obj, n
         cdef uint32_t size = slot & SLOT_SIZE_MASK, index, offset, span
@@ -312,7 +316,7 @@ cdef class Recovery:
         if handle == 0 or handle >= self.cells_end:
             return "its slot holds no handle"
         if slot & SLOT_SAME:
-            if bit_set(<uint64_t *>self.used.base, handle):
+            if bit_set(<uint64_t *>self.used.base, handle) and not self._is_rightful(block, slot):
                 return "its slot holds the handle of another block"
             return NULL
         cell = self.pool.cells[handle]
@@ -329,13 +333,15 @@ cdef class Recovery:
             return "its object is not where one of its size class can be"
         if size == 0 or size > (PAGE_SIZE if c.size == PAGE_SIZE else c.size - HEADER_SIZE):
             return "its object is larger than its size class"
-        if bit_set(<uint64_t *>self.used.base, handle):
-            return "its slot holds the handle of another block"
-        if self._mark_live(span, c, offset // c.size):
-            bit_clear(<uint64_t *>self.used.base, handle)
-            return "its object is that of another block"
         if not self._has_pages(span, pages_of_chunk(c, offset // c.size)):
             return NULL
+        if bit_set(<uint64_t *>self.used.base, handle):
+            if not self._is_rightful(block, slot):
+                return "its slot holds the handle of another block"
+            bit_set(self._live_bits(span, c), offset // c.size)     # (The other one's may be a word.)
+        elif bit_set(self._live_bits(span, c), offset // c.size) and not self._is_rightful(block, slot):
+            bit_clear(<uint64_t *>self.used.base, handle)
+            return "its object is that of another block"
         # Reading the headers takes as long as all else: each page of the pool is mapped for it.
         if not cell & CELL_PIN and (not self.verify or c.size == PAGE_SIZE
                                     or peek(self.arena.base + obj) == (<uint32_t>handle << 1 | 1)):
@@ -345,16 +351,104 @@ cdef class Recovery:
             self.mends[n] = handle
         return NULL
 
-    cdef bint _mark_live(self, uint32_t span, size_class *c, uint32_t chunk) noexcept nogil:
-        """Note that a slot leads to a chunk; whether one did already."""
+    cdef uint64_t *_live_bits(self, uint32_t span, size_class *c) noexcept nogil:
+        """Where it is noted which chunks of a zspage slots lead to: a bit for each."""
         if is_mapped(c):
-            return bit_set(&self.pool.zspages[span].used, chunk)
-        return bit_set(<uint64_t *>self.live.base, <uint64_t>self.pool.zspages[span].next * SPAN_CHUNKS + chunk)
+            return &self.pool.zspages[span].used
+        return <uint64_t *>self.live.base + <uint64_t>self.pool.zspages[span].next * (SPAN_CHUNKS // 64)
 
-    cdef bint _is_live(self, uint32_t span, size_class *c, uint32_t chunk) noexcept nogil:
-        if is_mapped(c):
-            return bit_is_set(&self.pool.zspages[span].used, chunk)
-        return bit_is_set(<uint64_t *>self.live.base, <uint64_t>self.pool.zspages[span].next * SPAN_CHUNKS + chunk)
+    # --------------------------------------------------------------------------------------------------------
+    # with verify: two blocks, one place
+
+    cdef bint _is_rightful(self, uint64_t block, uint64_t slot) noexcept nogil:
+        """Whether a handle or chunk that another block's slot leads to is this block's: then the other one is to lose it.
+
+        Its pages may be touched.
+        """
+        cdef uint64_t handle = slot_handle(slot), cell = self.pool.cells[handle], n
+        cdef uint32_t size = slot & SLOT_SIZE_MASK
+        cdef char *payload
+        if not self.verify:
+            return False
+        if slot & SLOT_SAME:
+            if not self.table.word_is_sound(block, slot, cell):
+                return False
+        else:
+            payload = self.arena.base + cell_obj(cell)
+            if self.pool.span_class[cell_obj(cell) >> SPAN_SHIFT] != self.pool.huge + 1:
+                payload += HEADER_SIZE
+            zr_unpoison(payload, size)
+            if not self.table.checksum_agrees(block, slot, payload):
+                return False
+        n = fetch_add(&self.dispute_count, 1)
+        if n < LOST:
+            self.disputed[n] = block
+        return n < LOST
+
+    cdef void _settle_disputes(self) noexcept nogil:
+        """Lose the blocks that took what is others'."""
+        cdef uint64_t block, count = min(self.dispute_count, <uint64_t>LOST), i
+        for block in range(self.blocks):
+            if not (<uint8_t *>self.touches.base)[block // SLOTS_PER_PAGE]:
+                continue
+            if slot_handle(self.slots[block]) == 0 or slot_handle(self.slots[block]) >= self.cells_end:
+                continue
+            for i in range(count):
+                # (Of two that are both in the right, whose words are alike, the first one keeps it.)
+                if self.disputed[i] == block:
+                    break
+                if (self._same_handle(block, self.disputed[i]) or self._same_chunk(block, self.disputed[i])) and (
+                        not self._is_lost(block)):
+                    self._lose(block)
+                    break
+
+    cdef void _lose(self, uint64_t block) noexcept nogil:
+        """Undo what _scan_slot and _scan_page did for a block, but for what is now another's."""
+        cdef uint64_t slot = self.slots[block], handle = slot_handle(slot), obj = cell_obj(self.pool.cells[handle]), i
+        cdef uint32_t span = <uint32_t>(obj >> SPAN_SHIFT)
+        cdef bint handle_stays = False, object_stays = False, chunk_stays = (slot & SLOT_SAME) != 0
+        cdef size_class *c
+        if self.lost_now >= LOST:
+            self.wrong_block = block
+            self.wrong = "its slot holds the handle of another block"
+            return
+        self.lost_blocks[self.lost_now] = block
+        self.lost_now += 1
+        self.lost += 1
+        self.handles -= 1
+        if slot & SLOT_SAME:
+            self.same -= 1
+        else:
+            self.compr -= slot & SLOT_SIZE_MASK
+            self.huge -= slot & SLOT_SIZE_MASK == BLOCK_SIZE
+        for i in range(min(self.dispute_count, <uint64_t>LOST)):
+            if self._same_handle(block, self.disputed[i]):
+                handle_stays = True
+                object_stays = object_stays or not self.slots[self.disputed[i]] & SLOT_SAME
+            chunk_stays = chunk_stays or self._same_chunk(block, self.disputed[i])
+        if not chunk_stays:
+            c = &self.pool.classes[self.pool.span_class[span] - 1]
+            bit_clear(self._live_bits(span, c), (obj & (SPAN_SIZE - 1)) // c.size)
+        if not handle_stays:
+            bit_clear(<uint64_t *>self.used.base, handle)
+        for i in range(min(self.mend_count, <uint64_t>MENDS)):
+            if self.mends[i] == handle and not object_stays:
+                self.mends[i] = 0
+
+    cdef bint _is_lost(self, uint64_t block) noexcept nogil:
+        cdef uint64_t i
+        for i in range(self.lost_now):
+            if self.lost_blocks[i] == block:
+                return True
+        return False
+
+    cdef bint _same_handle(self, uint64_t block, uint64_t other) noexcept nogil:
+        return slot_handle(self.slots[block]) == slot_handle(self.slots[other])
+
+    cdef bint _same_chunk(self, uint64_t block, uint64_t other) noexcept nogil:
+        cdef uint64_t slot = self.slots[block], rival = self.slots[other]
+        return not (slot | rival) & SLOT_SAME and (
+            cell_obj(self.pool.cells[slot_handle(slot)]) == cell_obj(self.pool.cells[slot_handle(rival)]))
 
     # --------------------------------------------------------------------------------------------------------
     # 2: spans
@@ -373,7 +467,7 @@ cdef class Recovery:
             z.free = NO_CHUNK
             c = &self.pool.classes[index - 1]
             for chunk in range(c.objs):
-                if self._is_live(span, c, chunk):
+                if bit_is_set(self._live_bits(span, c), chunk):
                     z.inuse += 1
                     z.fresh = <uint16_t>(chunk + 1)
                     needed |= pages_of_chunk(c, chunk)
@@ -394,7 +488,7 @@ cdef class Recovery:
             return
         for chunk in range(c.objs):
             start = base + (c.objs - 1 - chunk) * c.size
-            if self._is_live(span, c, c.objs - 1 - chunk):
+            if bit_is_set(self._live_bits(span, c), c.objs - 1 - chunk):
                 zr_unpoison(start, c.size)
             elif not is_mapped(c) and c.objs - 1 - chunk < z.fresh:
                 zr_unpoison(start, CHUNK_ALIGN)
@@ -414,6 +508,8 @@ cdef class Recovery:
             store_relaxed(&self.slots[self.lost_blocks[i]], SLOT_LOST)
         for i in range(self.mend_count):
             handle = self.mends[i]
+            if handle == 0:
+                continue        # it was lost since
             cell = self.pool.cells[handle] & ~<uint64_t>CELL_PIN
             store_relaxed(&self.pool.cells[handle], cell)
             if self.pool.zspages[cell_obj(cell) >> SPAN_SHIFT].class_index != self.pool.huge:

@@ -102,7 +102,8 @@ cdef class Zsmalloc:
     cdef uint64_t _borrowable(self) noexcept nogil
     cdef bint _fill_larger(self, uint32_t index, uint32_t wanted, uint32_t *last) noexcept nogil
     cdef uint32_t _last_page_chunks(self, size_class *c, uint32_t chunks) noexcept nogil
-    cdef bint make_room(self, int rc) noexcept nogil
+    cdef bint make_room(self, int rc, bint *in_vain) noexcept nogil
+    cdef bint _free_some(self, int rc) noexcept nogil
     cdef int inherit_priority(self) noexcept nogil
     cdef void compact_begin(self) noexcept nogil
     cdef void compact_end(self) noexcept nogil

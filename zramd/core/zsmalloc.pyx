@@ -35,7 +35,7 @@ bit has made wrong is refused, or leads to an object whose checksum differs.
 """
 
 cimport cython
-from libc.errno cimport EBUSY, EINVAL, ENOENT, ENOMEM, ENOSPC
+from libc.errno cimport EBUSY, EDQUOT, EINVAL, ENOENT, ENOMEM, ENOSPC
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -1426,11 +1426,19 @@ cdef class Zsmalloc:
         self.compact_end()
         return n
 
-    cdef bint make_room(self, int rc) noexcept nogil:
-        """After -ENOSPC or -EDQUOT: free pages by whatever means there are; False when there is nothing to free.
+    cdef bint make_room(self, int rc, bint *in_vain) noexcept nogil:
+        """Whether to try again what failed with rc: after -ENOSPC or -EDQUOT, as long as there are pages to free.
 
-        The caller holds no pin and no lock of the pool.
+        And once more when there are none, which is noted in in_vain[0], False to begin with: others may have freed some
+        after the try. The caller holds no pin and no lock of the pool.
         """
+        if rc != -ENOSPC and rc != -EDQUOT or in_vain[0]:
+            return False
+        in_vain[0] = not self._free_some(rc)
+        return True
+
+    cdef bint _free_some(self, int rc) noexcept nogil:
+        """Free pages by whatever means there are; False when there is nothing to free."""
         cdef uint64_t limit, undone
         if self.give_back():
             return True
@@ -1540,7 +1548,7 @@ cdef class Zsmalloc:
         where[0] = 0
         if listed + self.cells_used + 1 != self.cells_top:
             return "cells in use and free cells do not add up"
-        return self.arena.check(where)
+        return self.arena.check(spans_used, where)
 
     cdef const char *find_zspage_fault(self, uint32_t *span, uint32_t chunks, uint64_t *where) noexcept nogil:
         """Look into the zspages of spans from span[0] on, until about so many chunks were seen; span[0] is the next one.
@@ -1690,6 +1698,7 @@ cdef class Zsmalloc:
         cdef char *payload = NULL
         cdef uint32_t n
         cdef int rc
+        cdef bint in_vain = False
         if not 1 <= size <= PAGE_SIZE:
             raise error_from(-EINVAL, f"malloc of {size} bytes")
         if load_relaxed(&self.cells_used) >= self.max_objects:
@@ -1697,7 +1706,7 @@ cdef class Zsmalloc:
         n = size
         with nogil:
             rc = self.obj_alloc(n, &handle, &payload)
-            while rc == -ENOSPC and self.make_room(rc):
+            while rc and self.make_room(rc, &in_vain):
                 rc = self.obj_alloc(n, &handle, &payload)
             if rc == 0:
                 memset(payload, 0, self.obj_capacity(handle))
