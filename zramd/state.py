@@ -135,7 +135,7 @@ def _is_empty(fd: int) -> bool:
 def _create(fd: int, path: str, layout: dict[str, int]) -> None:
     try:
         os.ftruncate(fd, layout["bytes"])
-        os.pwrite(fd, _pack(layout), 0)
+        trusted.write_at_start(fd, _pack(layout))
     except OSError as error:
         raise StateError(
             f"state '{path}' cannot be made: {reason(error)}: make room there (its size is that of the data, "

@@ -319,6 +319,7 @@ def test_a_server_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPatc
             "Traceback:\n  x\nMemoryError\nnbdkit: error: /p.py: error running this script\n",
             "not enough memory",
         ),
+        ("Exception in thread:\nMemoryError: \n", "not enough memory"),
         ("nbdkit: error: /p.py: error running this script\n", "/p.py: error running this script"),
     ],
 )

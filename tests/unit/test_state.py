@@ -1,19 +1,23 @@
 """The state file: what carries over, what it costs, and what is refused."""
 
+import _thread
 import os
 import random
 import struct
 import subprocess
 import sys
+import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 from conftest import SCALE, compressible, noise
 from hypothesis import HealthCheck, given, settings
 
-from zramd import Device, PoolFullError, state
+from zramd import Device, PoolFullError, state, threads
 from zramd.core.device import state_layout
 from zramd.errors import CorruptionError, CorruptObjectError, StateError
 
@@ -203,6 +207,35 @@ def test_a_large_state_is_taken_over_by_threads_with_progress(memory_folder: Pat
     for block in random.Random(1).sample(range(0, size // BLOCK, 5), 500):
         expected = b"%016d" % block if block % 2 else b"%08d" % block
         assert read(again, block * BLOCK, len(expected)) == expected
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("progress", [None, lambda done, total: None], ids=["silent", "progress"])
+def test_threads_that_find_no_memory_to_begin_with_are_not_waited_for(
+    memory_folder: Path, monkeypatch: pytest.MonkeyPatch, progress: Callable[[int, int], None] | None
+) -> None:
+    """They end without a word: the one that started them does it all."""
+    really_begin = _thread.start_new_thread
+
+    def no_frame() -> None:
+        raise MemoryError
+
+    def begin(work: Callable[..., object], arguments: tuple[Any, ...], *rest: object) -> int:
+        if work is not threads.begin:  # that is compiled and has no frame
+            return 1
+        return really_begin(work, (no_frame, *arguments[1:]))
+
+    path = memory_folder / "state"
+    device = open_device(path)
+    model = fill(device)
+    del device
+    monkeypatch.setattr(_thread, "start_new_thread", begin)
+    monkeypatch.setattr(threading, "_start_new_thread", begin)
+    fd = state.open_state(str(path), SIZE, False)
+    again = Device(SIZE, state=fd, progress=progress)
+    os.close(fd)
+    assert read(again) == model
+    again.check()
 
 
 FILL_A_SMALL_ONE = """
@@ -704,3 +737,13 @@ def test_a_file_of_another_size_is_no_state(change: int) -> None:
     with pytest.raises(ValueError, match="is not one of"):
         Device(SIZE, state=fd)
     os.close(fd)
+
+
+def test_a_header_is_written_whole_however_little_is_taken_at_a_time(
+    memory_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[: max(len(data) // 2, 1)], at))
+    path = memory_folder / "state"
+    open_device(path).write(compressible(1), 0)
+    assert read(open_device(path), 0, BLOCK) == compressible(1)

@@ -567,7 +567,7 @@ def reason(said: str) -> str:
     if errors and errors[-1].endswith("error running this script"):
         # Python has said why before, at the end of a traceback.
         errors = lines[: lines.index(errors[-1])] or errors
-    if errors and errors[-1].strip() == "MemoryError":
+    if errors and errors[-1].strip(" :") == "MemoryError":
         return "not enough memory"
     return re.sub(_BEFORE_REASON, "", errors[-1], count=1) if errors else "it gave no reason"
 
