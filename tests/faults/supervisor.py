@@ -49,7 +49,10 @@ _FD_AT_0 = frozenset(
         " getsockname getpeername shutdown dup dup2 dup3 fchmod fchown getdents64 fsync fdatasync",
     )
 )
-_NUMBER_AT = {"fcntl": 1, "ioctl": 1, "prctl": 0, "madvise": 2, "socket": 0, "lseek": 2, "setsockopt": 2, "getsockopt": 2}
+_NUMBER_AT = {
+    "fcntl": 1, "ioctl": 1, "prctl": 0, "madvise": 2, "socket": 0, "lseek": 2,
+    "setsockopt": 2, "getsockopt": 2,
+}  # fmt: skip
 # Files of the system, of Python, and the package's own code: the loader and Python read them.
 _SYSTEM = ("/usr/", "/lib", "/etc/", "/bin/", "/opt/", sys.prefix, str(PACKAGE_PARENT))
 # A program's calls count from when it opens this file: before that the loader, nbdkit and Python begin.

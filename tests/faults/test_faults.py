@@ -196,7 +196,10 @@ def test_a_call_fails(phase: type[Phase], with_state: bool, fault_table: list[st
         rules = plan.sample(rules, SEED)[: max(3, int(room / (THOROUGH if phase.thorough else OTHER)))]
     lives = [rules[at : at + LIFE] for at in range(0, len(rules), LIFE)]
     with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("fork")) as pool:
-        results = list(pool.map(live, repeat(phase), repeat(with_state), lives))
+        results = []
+        for result in pool.map(live, repeat(phase), repeat(with_state), lives):
+            results.append(result)
+            print(f"{phase.name}: {len(results)} of {len(lives)} lives", flush=True)
     made = sum(result[0] for result in results)
     missed = sum(result[1] for result in results)
     failures = [failure for result in results for failure in result[2]]

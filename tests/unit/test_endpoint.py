@@ -443,9 +443,7 @@ def test_a_call_that_fails_for_want_of_something_is_told_until_one_is_answered(
         with contextlib.suppress(ConnectionError):
             assert running.raw(b"GET /health HTTP/1.1\r\n\r\n") == b""
         wait_until(lambda: bool(running.troubles))
-    assert running.troubles.causes() == [
-        f"the control socket does not answer: {os.strerror(number).lower()}"
-    ]
+    assert running.troubles.causes() == [f"the control socket does not answer: {os.strerror(number).lower()}"]
     assert running.ask("GET", "/health")[0] == 200
     wait_until(lambda: not running.troubles)
 
