@@ -308,7 +308,6 @@ def _must_be_free(device: str) -> None:
 
 def _has_netlink() -> bool:
     """Load the kernel's NBD client; say whether it can be spoken to by netlink. Raises AttachError."""
-    import shutil
     import subprocess
 
     from zramd import kernelswap, netlink
@@ -317,7 +316,7 @@ def _has_netlink() -> bool:
         netlink.Kernel().close()
         return True
     reason = "modprobe is not installed"
-    modprobe = shutil.which("modprobe", path=kernelswap.PATH)
+    modprobe = kernelswap.find_program("modprobe", kernelswap.PATH)
     if modprobe and not os.path.exists("/sys/module/nbd"):
         done = subprocess.run(
             [modprobe, "nbd"],

@@ -312,8 +312,6 @@ def plan(
 
     Raises ConfigError, RundirError, UsageError, and ZramdError when nbdkit is missing.
     """
-    import shutil
-
     from zramd import config
 
     given = (("disksize", size), ("name", name))
@@ -329,7 +327,7 @@ def plan(
     pid = rundir.holder(settings.rundir)
     if pid is not None:
         raise rundir.in_use(settings.rundir, pid)
-    if shutil.which("nbdkit") is None:
+    if not kernelswap.find_program("nbdkit"):
         raise ZramdError("nbdkit is not installed: run 'apt-get install nbdkit nbdkit-plugin-python' as root")
     options = read_options(nbdkit_words)
     options.sockets = inherited.passed_sockets()
