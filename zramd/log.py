@@ -196,7 +196,7 @@ class Log:
             try:
                 written = self._write_some(self._waiting[:_CHUNK])
             except OSError as error:
-                if error.errno in (errno.EAGAIN, errno.EINTR):
+                if error.errno in (errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.ENOBUFS):
                     time.sleep(self.RETRY)
                     return
                 # Who read it is gone, or the disk is full.

@@ -107,6 +107,8 @@ def errors_of(place: Place) -> tuple[str, ...]:
     name = place.call
     if name.startswith("open") and place.what.endswith("+creat"):
         name = "openat+creat"
+    if name == "newfstatat" and not place.what:
+        return ()  # without a path: fstat of a descriptor that is open
     if name == "fcntl" and place.what.endswith(f" {_DUPFD[1]}"):
         name = "fcntl:dupfd"
     if name == "getsockopt" and place.what.endswith(f" {_PEERPIDFD}"):

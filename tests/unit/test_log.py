@@ -283,6 +283,29 @@ def test_a_want_of_memory_to_wait_with_is_told(tmp_path: Path, file: bool) -> No
     assert in_child(code).strip() == "False True"
 
 
+@pytest.mark.parametrize("number", [12, 105], ids=["ENOMEM", "ENOBUFS"])
+def test_what_could_not_be_passed_on_for_want_of_memory_is_passed_on_later(number: int) -> None:
+    code = f"""
+        import os, time
+        from zramd.log import Log, say
+        reader, writer = os.pipe()
+        os.dup2(writer, 2)
+        log = Log()
+        log.start()
+        write, failed = log._write_some, []
+        def short(data):
+            failed.append(data)
+            if len(failed) < 4:
+                raise OSError({number}, "no")
+            return write(data)
+        log._write_some = short
+        say("no memory")
+        print(os.read(reader, 100), len(failed))
+        log.stop()
+    """
+    assert in_child(code).strip() == r"b'zramd: no memory\n' 4"
+
+
 def test_a_full_disk_is_no_end() -> None:
     code = """
         import os, time
