@@ -94,7 +94,9 @@ class Served:
         try:
             answer = b"".join(iter(lambda: control.recv(65536), b""))
             status, text = _parse(answer)
-        except OSError:
+        except OSError as error:
+            if is_shortage(error):
+                raise DeviceError(f"what {self.name} answers cannot be read: {reason(error)}") from None
             raise DeviceError(f"the server of {self.name} has ended meanwhile") from None
         return self._judge(path, status, text)
 
@@ -155,11 +157,16 @@ class Served:
         )
 
     def _state(self) -> str:
-        """Return where the server has its state, '' if it has none."""
+        """Return where the server has its state, '' if it has none. Raises DeviceError for a shortage."""
         try:
             with open(self.file(rundir.STATE), errors="surrogateescape") as file:
                 return file.read().strip()
-        except OSError:
+        except OSError as error:
+            if is_shortage(error):
+                raise DeviceError(
+                    f"the server of {self.name} has died, and whether it has a state cannot be told: "
+                    f"{reason(error)}"
+                ) from None
             return ""
 
 

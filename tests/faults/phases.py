@@ -454,6 +454,8 @@ class Stop(Phase):
             world.check_gone()
             return
         _expect_sentence(self.ended)
+        if "has been told to stop" in self.ended.err:
+            eventually(lambda: not world.pid, "it was told to stop and serves")
         if world.pid:
             world.check_stop()
         else:

@@ -595,7 +595,13 @@ def stop(arguments: argparse.Namespace) -> int:
         outcome = "has been told to stop"
         process.signal(signal.SIGTERM)
         step("stop.told")
-        if not process.ended(STOP_TIMEOUT):
+        try:
+            ended = process.ended(STOP_TIMEOUT)
+        except OSError as error:
+            raise DeviceError(
+                f"{served.name} has been told to stop; whether it has cannot be told: {sentence(error)}"
+            ) from None
+        if not ended:
             raise DeviceError(
                 f"{served.name} has not stopped within {STOP_TIMEOUT:g} seconds: "
                 f"'kill -QUIT {process.pid}' ends it whatever it waits for"
