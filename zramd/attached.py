@@ -214,9 +214,7 @@ class Record:
 
     def write(self, device: str, data: str, *, keeper: int) -> None:
         """Say what is attached."""
-        text = f"{keeper} {device} {data}\n".encode()
-        os.pwrite(self._fd, text, 0)
-        os.ftruncate(self._fd, len(text))
+        rundir.write_whole(self._fd, f"{keeper} {device} {data}\n".encode())
 
     def remove(self) -> None:
         """Remove the file, unless somebody has."""

@@ -111,7 +111,9 @@ class Served:
         """Return what the server answers to a stream that was sent; raises as `request`."""
         try:
             status, text = _parse(_rest(control, None))
-        except OSError:
+        except OSError as error:
+            if is_shortage(error):
+                raise DeviceError(f"what {self.name} answers cannot be read: {reason(error)}") from None
             raise DeviceError(f"the server of {self.name} has ended meanwhile") from None
         return self._judge(path, status, text)
 
@@ -135,18 +137,20 @@ class Served:
         return self.ask_json("GET", "/stats")
 
     def published(self, name: str, size: int) -> str:
-        """Return what a file in the run folder begins with, '' if there is none.
+        """Return what a file in the run folder begins with, '' if there is none. Raises OSError for a shortage.
 
         The folder may be another user's, who has put anything there.
         """
         try:
             folder = trusted.open_folder(self.path, foreign=True)
-        except (OSError, UntrustedError):
+        except UntrustedError:
+            return ""
+        except OSError as error:
+            if is_shortage(error):
+                raise
             return ""
         try:
             return rundir.head(name, folder, size)
-        except OSError:
-            return ""
         finally:
             os.close(folder)
 
@@ -200,8 +204,13 @@ class Served:
         )
 
     def _state(self) -> str:
-        """Return where the server has its state, '' if it has none."""
-        return self.published(rundir.STATE, _MAX_PATH).strip()
+        """Return where the server has its state, '' if it has none. Raises DeviceError for a shortage."""
+        try:
+            return self.published(rundir.STATE, _MAX_PATH).strip()
+        except OSError as error:
+            raise DeviceError(
+                f"the server of {self.name} has died, and whether it has a state cannot be told: {reason(error)}"
+            ) from None
 
 
 class _Answer(dict):  # type: ignore[type-arg]

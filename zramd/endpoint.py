@@ -18,6 +18,7 @@ from contextlib import suppress
 from zramd.errors import ZramdError, is_shortage
 from zramd.routes import LENGTHY, STREAMS_IN, STREAMS_OUT, TEXT, RefusedError, Reply, Routes, Service
 from zramd.threads import start_thread
+from zramd.trouble import Troubles
 
 MAX_CONNECTIONS = 16
 MAX_LENGTHY = 8  # of them, for what takes long
@@ -26,6 +27,8 @@ MAX_BODY = 1 << 10
 ALONE = 0.5  # the same, where no thread can be had and the housekeeping thread answers itself
 DEADLINE = 5.0  # seconds for a client to send its request and take the answer
 LINGER = 0.5  # seconds to wait for the client's end, so that what it still sends does not destroy the answer
+
+_FAILS = "the control socket does not answer"
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nConnection: close\r\n\r\n"
@@ -65,8 +68,9 @@ class _Connection:
 class Endpoint:
     """Listens on `path` and answers for `service`."""
 
-    def __init__(self, path: str, service: Service) -> None:
+    def __init__(self, path: str, service: Service, troubles: Troubles) -> None:
         """Bind the socket, open to this user only. Raises OSError."""
+        self._troubles = troubles
         self._routes = Routes(service)
         self._lock = threading.Lock()  # guards _open and what is said of each in it
         self._open: list[_Connection] = []  # the oldest first
@@ -142,8 +146,10 @@ class Endpoint:
             with self._lock:
                 connection.waits, connection.lengthy = True, False
             _send(sock, reply, deadline)
-        except (OSError, ZramdError, MemoryError):
-            pass  # the client is gone, or there is no memory for an answer: there is nobody to tell
+            self._troubles.over(_FAILS)
+        except (OSError, ZramdError, MemoryError) as error:
+            if is_shortage(error):  # else the client is gone
+                self._troubles.begin(_FAILS, error)
         finally:
             self._forget(connection)
 

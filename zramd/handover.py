@@ -20,7 +20,7 @@ import os
 from contextlib import suppress
 
 from zramd import pidfd
-from zramd.errors import RundirError
+from zramd.errors import RundirError, is_shortage, sentence
 from zramd.steps import step
 
 TAKES_OVER = "ZRAMD_TAKES_OVER"  # in the environment of the new server: `Order`, as words
@@ -67,12 +67,14 @@ def wait() -> None:
     from zramd import sockets
 
     link, process = (int(word) for word in os.environ[TAKES_OVER].split()[:2])
-    answer = b""
-    with suppress(OSError):
+    answer, why = b"", ""
+    try:
         os.write(link, READY)
         answer = os.read(link, 1)
+    except OSError as error:  # of a command that has ended there is nothing more to say
+        why = f": {sentence(error)}" if is_shortage(error) else ""
     if answer != GO:
-        raise RundirError("the restart was given up")
+        raise RundirError(f"the restart was given up{why}")
     step("successor.go")
     with suppress(OSError):  # the command has ended: what it has begun goes on
         os.write(link, TELLING)

@@ -2,10 +2,11 @@
 
 import os
 import re
+import stat
 from collections.abc import Callable
 from typing import NamedTuple
 
-from zramd.errors import AttachError
+from zramd.errors import AttachError, is_shortage
 from zramd.steps import step
 
 SWAPS = "/proc/swaps"
@@ -187,11 +188,27 @@ def off(device: str, *, force: bool = False, progress: Callable[[int, int], None
         progress(0, swap.used)
 
 
-def _program(name: str) -> str:
-    import shutil
+def find_program(name: str, path: str | None = None) -> str:
+    """Return where a program is in the folders of `path`, by default $PATH, '' if it is in none.
 
-    found = shutil.which(name, path=PATH)
-    if found is None:
+    Raises OSError when that cannot be told for want of something: then it may be there.
+    """
+    for folder in os.get_exec_path({"PATH": path} if path else None):
+        place = os.path.join(folder, name)
+        try:
+            status = os.stat(place)
+        except OSError as error:
+            if is_shortage(error):
+                raise
+        else:
+            if stat.S_ISREG(status.st_mode) and os.access(place, os.X_OK):
+                return place
+    return ""
+
+
+def _program(name: str) -> str:
+    found = find_program(name, PATH)
+    if not found:
         package = {"nbd-client": "nbd-client", "mkswap": "util-linux"}.get(name, "mount")
         raise AttachError(f"{name} is not installed: run 'apt-get install {package}' as root")
     return found

@@ -59,6 +59,7 @@ class Log:
         self._rest = b""
         self._waiting = b""
         self._target = self._pipe = self._end = -1
+        self._ending = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -96,6 +97,7 @@ class Log:
         with suppress(OSError):
             os.dup2(self._target, 2)
         process.forget_last_words()
+        self._ending = True
         with suppress(OSError):
             os.eventfd_write(self._end, 1)
         self._thread.join(1.0)
@@ -155,15 +157,9 @@ class Log:
 
     def _pass_on(self) -> bool:
         """Wait for what comes next, pass it on, and say whether there may be more."""
-        poll = select.poll()
-        poll.register(self._pipe, select.POLLIN)
-        poll.register(self._end, select.POLLIN)
-        if self._waiting:
-            poll.register(self._target, select.POLLOUT)
-        ready = dict(poll.poll(self.PERIOD * 1000 if self.held_back else None))
-        if not ready:
+        if not self._wait():
             self._keep(self.summary())
-        if self._pipe in ready:
+        with suppress(BlockingIOError):  # there is nothing
             size = process.read_words(self._pipe, self._buffer)
             if not size:
                 return False
@@ -172,7 +168,20 @@ class Log:
         if self._waiting:
             self._write()
         process.words_said()
-        return self._end not in ready
+        return not self._ending
+
+    def _wait(self) -> bool:
+        """Wait until there is something to do, or time for a summary: say which, True for the former."""
+        poll = select.poll()
+        poll.register(self._pipe, select.POLLIN)
+        poll.register(self._end, select.POLLIN)
+        if self._waiting:
+            poll.register(self._target, select.POLLOUT)
+        try:
+            return bool(poll.poll(self.PERIOD * 1000 if self.held_back else None))
+        except OSError:  # no memory to wait with, say: that is just what is to be told
+            time.sleep(self.RETRY)
+            return True
 
     def _keep(self, text: bytes) -> None:
         """Have `text` written when who reads takes it, unless too much waits already."""
@@ -185,11 +194,11 @@ class Log:
         """Write what waits, as far as that goes without waiting."""
         poll = select.poll()
         poll.register(self._target, select.POLLOUT)
-        while self._waiting and poll.poll(0):
+        while self._waiting and self._takes(poll):
             try:
                 written = self._write_some(self._waiting[:_CHUNK])
             except OSError as error:
-                if error.errno in (errno.EAGAIN, errno.EINTR):
+                if error.errno in (errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.ENOBUFS):
                     time.sleep(self.RETRY)
                     return
                 # Who read it is gone, or the disk is full.
@@ -200,6 +209,13 @@ class Log:
             if not self._waiting and self.lost:
                 self._waiting = b"zramd: %d lines were lost: nobody took them\n" % self.lost
                 self.lost = 0
+
+    def _takes(self, poll: "select.poll") -> bool:
+        """Say whether the target takes something, or refuses it at once."""
+        try:
+            return bool(poll.poll(0))
+        except OSError:
+            return self._limited or not os.get_blocking(self._target)
 
     def _write_some(self, data: bytes) -> int:
         status = os.fstat(self._target)

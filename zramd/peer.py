@@ -57,10 +57,7 @@ def find(name: str, path: str) -> Process:
         why = reason(error) if isinstance(error, OSError) else error
         raise DeviceError(f"{name}: '{path}' is not used: {why}") from None
     try:
-        try:
-            process = _listener(folder) or _holder(folder)
-        except OSError as error:
-            raise DeviceError(f"{name}: who serves '{path}' cannot be told: {sentence(error)}") from None
+        process = _listener(folder) or _holder(folder)
         if process is None:
             raise DeviceError(
                 f"{name}: no process of this PID namespace is found that serves '{path}': "
@@ -72,6 +69,8 @@ def find(name: str, path: str) -> Process:
             process.close()
             raise
         return process
+    except OSError as error:
+        raise DeviceError(f"{name}: who serves '{path}' cannot be told: {sentence(error)}") from None
     finally:
         os.close(folder)
 
@@ -165,10 +164,12 @@ def _check(process: Process, folder: int, name: str, path: str) -> None:
 
 
 def _namespace(pid: int) -> str:
-    """Return what stands for a process's PID namespace, '' if we may not know."""
+    """Return what stands for a process's PID namespace, '' if we may not know. Raises OSError."""
     try:
         return os.readlink(f"/proc/{pid}/ns/pid")
-    except OSError:
+    except OSError as error:
+        if is_shortage(error):
+            raise
         return ""
 
 

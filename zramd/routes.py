@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from zramd import prometheus, stats
 from zramd.config import SETTINGS
-from zramd.errors import ConfigError, CorruptionError, DeviceError, ZramdError, reason, sentence
+from zramd.errors import ConfigError, CorruptionError, DeviceError, ZramdError, is_shortage, reason, sentence
 
 COMPACT_TIMEOUT = 60.0
 TEXT = "text/plain; charset=utf-8"
@@ -221,7 +221,8 @@ class Routes:
         try:
             self._service.send_sockets(text)
         except OSError as error:
-            raise RefusedError(400, f"cannot send to '{text}': {reason(error)}") from None
+            status = 503 if is_shortage(error) else 400
+            raise RefusedError(status, f"cannot send to '{text}': {reason(error)}") from None
         return _json({"sent": True})
 
     def _reset(self, text: str) -> Reply:

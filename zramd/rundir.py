@@ -93,9 +93,7 @@ class Rundir:
 
     def write_pid(self) -> None:
         """Write this process's number into the pid file; call it again after a fork."""
-        text = b"%d\n" % os.getpid()
-        os.pwrite(self._lock, text, 0)
-        os.ftruncate(self._lock, len(text))
+        write_whole(self._lock, b"%d\n" % os.getpid())
 
     def publish(self, name: str, text: str) -> None:
         """Replace the file `name` by `text`, so that a reader sees the old or the new text, never a part.
@@ -189,6 +187,12 @@ class Rundir:
 def _telling_last(names: Iterable[str]) -> list[str]:
     """Return names in the order in which to remove them: who is killed meanwhile leaves what tells."""
     return sorted(names, key=_NOBODY_ELSES.__contains__)
+
+
+def write_whole(fd: int, data: bytes) -> None:
+    """Have a file hold `data` and nothing else. Raises OSError."""
+    trusted.write_at_start(fd, data)
+    os.ftruncate(fd, len(data))
 
 
 def replace_file(path: str, text: str, mode: int, folder: int | None = None) -> None:

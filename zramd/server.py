@@ -161,7 +161,7 @@ class Server:
             if self.config.endpoint:
                 path = self._rundir.file(CONTROL_SOCKET)
                 try:
-                    self._endpoint = Endpoint(path, self)
+                    self._endpoint = Endpoint(path, self, self._troubles)
                 except OSError as error:
                     raise RundirError(f"socket '{path}' cannot be made: {error.strerror}") from None
             self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)

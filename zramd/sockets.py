@@ -1,5 +1,6 @@
 """The sockets of this process that are nbdkit's: it does not tell, so they are looked for among all files."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -166,7 +167,8 @@ def _clients(others: frozenset[int]) -> Iterator[socket.socket]:
 def _streams() -> Iterator[tuple[int, int, socket.socket]]:
     """Yield number, inode and a duplicate of each stream socket beyond stdin, stdout and stderr.
 
-    The socket itself, if there is none to be had: who leaves has to reach all.
+    The socket itself, if there is none to be had: who leaves has to reach all. Raises OSError for one that
+    cannot be looked at.
     """
     for name in os.listdir("/proc/self/fd"):
         fd = int(name)
@@ -175,7 +177,9 @@ def _streams() -> Iterator[tuple[int, int, socket.socket]]:
             if fd <= 2 or not stat.S_ISSOCK(status.st_mode):
                 continue
             sock = _duplicate(fd)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOTSOCK):
+                raise
             continue  # closed since it was listed
         if sock.type == socket.SOCK_STREAM:
             yield fd, status.st_ino, sock

@@ -137,7 +137,7 @@ def _create(fd: int, path: str, layout: dict[str, int]) -> None:
     size = os.fstat(fd).st_size
     try:
         os.ftruncate(fd, layout["bytes"])
-        os.pwrite(fd, _pack(layout), 0)
+        trusted.write_at_start(fd, _pack(layout))
     except OSError as error:
         with suppress(OSError):
             os.ftruncate(fd, size)  # nobody is to take it for a large one

@@ -310,3 +310,10 @@ def _parts(path: str) -> list[str]:
 
 def _error(number: int) -> OSError:
     return OSError(number, os.strerror(number))
+
+
+def write_at_start(fd: int, data: bytes) -> None:
+    """Write all of `data` at the beginning of a file: the system may take a part of it at a time."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], done)

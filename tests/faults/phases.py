@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import calls
 from conftest import NbdSocket, talk
 from supervisor import Rule
 from world import BLOCK, PATIENCE, SIZE, Ended, World, ensure, eventually
@@ -389,7 +390,8 @@ class Restart(Phase):
 
     def act(self, world: World, patience: float) -> None:
         self.ended = world.command("restart", "--rundir", world.rundir, name="restart")
-        world.log_seen = 0
+        if world.pid != self.before:
+            world.log_seen = 0
 
     def judge(self, world: World, rule: Rule) -> None:
         _expect_done(self.ended, rule)
@@ -415,7 +417,7 @@ class Restart(Phase):
         world.drop()
         world.check_serving(pid, True)
         left = world.rundir / "sockets.sock"
-        if rule.lasting and rule.place.program == "restart-command" and left.exists():
+        if left.exists() and _keeps_files("restart-command", rule):
             # Its removal failed as well, for as long as the command ran: then the next one removes it.
             world.check_restart()
         ensure(not left.exists(), "sockets.sock is left in the run folder")
@@ -452,6 +454,8 @@ class Stop(Phase):
             world.check_gone()
             return
         _expect_sentence(self.ended)
+        if "has been told to stop" in self.ended.err:
+            eventually(lambda: not world.pid, "it was told to stop and serves")
         if world.pid:
             world.check_stop()
         else:
@@ -481,7 +485,7 @@ class SaveCommand(Phase):
             if self.file.exists():  # only what makes its name durable has failed
                 _check_stream(world, self.file.read_bytes(), must_load=True)
         left = [path.name for path in world.folder.glob("saved.*")]
-        if rule.lasting and left:  # its removal failed as well, for as long as the command ran
+        if left and _keeps_files("save-command", rule):  # as long as the command ran
             (world.folder / left.pop()).unlink()
         ensure(not left, f"a part of a file is left: {left}")
         super().judge(world, rule)
@@ -514,6 +518,11 @@ class LoadCommand(Load):
         if self.ended.status:
             _expect_sentence(self.ended)
         super().judge(world, rule)
+
+
+def _keeps_files(program: str, rule: Rule) -> bool:
+    """Say whether the program may be refused to remove a file for as long as it runs."""
+    return rule.lasting and rule.place.program == program and rule.error in calls.ERRORS["unlink"]
 
 
 def _expect_sentence(ended: Ended) -> None:

@@ -9,7 +9,6 @@ from supervisor import Place, Rule, errors_of
 # Places that are left out, beside the calls of calls.EXCLUDED: (thread, call, beginning of what, reason).
 LEFT_OUT = (
     ("", "", "system", "the loader's and Python's own files: they say 'not found' whatever is wrong"),
-    ("", "newfstatat", "", "without a path: fstat of a descriptor that is open"),
     ("", "lseek", "", "of an open file, for a place that there is: cannot fail"),
     ("", "ioctl", "", "Python's questions about a descriptor that is open"),
     ("", "prctl", "15", "the name of a thread, which is for those who look"),
@@ -22,8 +21,7 @@ def reason_left_out(place: Place) -> str:
     if not errors_of(place):
         return "has no error that is tried"
     for thread, call, what, reason in LEFT_OUT:
-        is_meant = place.what.startswith(what) if what else call != "newfstatat" or not place.what
-        if thread in place.thread and call in ("", place.call) and is_meant:
+        if thread in place.thread and call in ("", place.call) and place.what.startswith(what):
             return reason
     return ""
 

@@ -49,11 +49,15 @@ _FD_AT_0 = frozenset(
         " getsockname getpeername shutdown dup dup2 dup3 fchmod fchown getdents64 fsync fdatasync",
     )
 )
-_NUMBER_AT = {"fcntl": 1, "ioctl": 1, "prctl": 0, "madvise": 2, "socket": 0, "lseek": 2, "setsockopt": 2}
+_NUMBER_AT = {
+    "fcntl": 1, "ioctl": 1, "prctl": 0, "madvise": 2, "socket": 0, "lseek": 2,
+    "setsockopt": 2, "getsockopt": 2,
+}  # fmt: skip
 # Files of the system, of Python, and the package's own code: the loader and Python read them.
 _SYSTEM = ("/usr/", "/lib", "/etc/", "/bin/", "/opt/", sys.prefix, str(PACKAGE_PARENT))
 # A program's calls count from when it opens this file: before that the loader, nbdkit and Python begin.
 _BEGINS = {"command": "/zramd/commands/__pycache__/__init__", "server": "/nbdkit_plugin.py"}
+_PEERPIDFD = 77  # SO_PEERPIDFD
 _DUPFD = (0, 1030)  # F_DUPFD, F_DUPFD_CLOEXEC
 
 
@@ -103,8 +107,12 @@ def errors_of(place: Place) -> tuple[str, ...]:
     name = place.call
     if name.startswith("open") and place.what.endswith("+creat"):
         name = "openat+creat"
+    if name == "newfstatat" and not place.what:
+        return ()  # without a path: fstat of a descriptor that is open
     if name == "fcntl" and place.what.endswith(f" {_DUPFD[1]}"):
         name = "fcntl:dupfd"
+    if name == "getsockopt" and place.what.endswith(f" {_PEERPIDFD}"):
+        name = "getsockopt:pidfd"
     if name in ("sendto", "sendmsg", "write") and "socket" in place.what:
         name = "sendto"
     if name == "read" and "socket" in place.what:

@@ -25,10 +25,12 @@ What this does not reach, and why:
 - A server that runs already: the filter is inherited, so the program must be begun under it.
 """
 
+import multiprocessing
 import os
 import time
-from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import repeat
 
 import plan
 import pytest
@@ -40,7 +42,8 @@ from world import PATIENCE, Violation, World
 # For all phases together, about; 0: as long as it takes. What is made follows from it, not from the clock.
 SECONDS = float(os.environ.get("ZRAMD_FAULTS_SECONDS", "0"))
 ONLY = os.environ.get("ZRAMD_FAULT", "")
-LIFE = 30  # injections that one server lives through before it is restarted, stopped and its state looked at
+LIFE = 30  # rules that one server lives through before it is restarted, stopped and its state looked at
+WORKERS = 2 * (os.cpu_count() or 1)  # servers that live at a time: half of what they do is waiting
 OVERHEAD, THOROUGH, OTHER = 3.0, 0.5, 1.5  # seconds on an idle machine: of a phase, of an injection
 WARM = 2  # times that a phase runs before it is recorded
 NOBODY = Rule(Place("", "", "", ""), 0, "EIO")
@@ -62,7 +65,6 @@ class Run:
         self.with_state = with_state
         self.world: World | None = None
         self.made = self.missed = 0
-        self.outcome: Counter[str] = Counter()
         self.failures: list[str] = []
         self.lived: list[Rule] = []
 
@@ -113,8 +115,6 @@ class Run:
                 return
             self.made += 1
             self.lived.append(rule)
-            if self.phase.live and len(self.lived) >= LIFE:
-                self.end()
         except Violation as violation:
             self.made += 1
             self.failures.append(f"{rule}: {violation}")
@@ -145,6 +145,18 @@ class Run:
         if self.world is not None:
             self.world.close()
             self.world = None
+
+
+def live(phase: type[Phase], with_state: bool, rules: list[Rule]) -> tuple[int, int, list[str]]:
+    """Lead a server through these rules; return how many met a call, how many none, and what went wrong."""
+    run = Run(phase, with_state)
+    try:
+        for rule in rules:
+            run.inject(replace(rule))
+        run.end()
+    finally:
+        run.discard()
+    return run.made, run.missed, run.failures
 
 
 class Table:
@@ -182,19 +194,19 @@ def test_a_call_fails(phase: type[Phase], with_state: bool, fault_table: list[st
     if SECONDS:
         room = SECONDS / len(CASES) - OVERHEAD
         rules = plan.sample(rules, SEED)[: max(3, int(room / (THOROUGH if phase.thorough else OTHER)))]
-    try:
-        for rule in rules:
-            run.inject(replace(rule))
-        run.end()
-    finally:
-        run.discard()
+    lives = [rules[at : at + LIFE] for at in range(0, len(rules), LIFE)]
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("fork")) as pool:
+        results = []
+        for result in pool.map(live, repeat(phase), repeat(with_state), lives):
+            results.append(result)
+            print(f"{phase.name}: {len(results)} of {len(lives)} lives", flush=True)
+    made = sum(result[0] for result in results)
+    missed = sum(result[1] for result in results)
+    failures = [failure for result in results for failure in result[2]]
     taken = time.monotonic() - started
     fault_table.append(
         f"{phase.name:<12} {'with' if with_state else 'without':<8}{planned:>8}{planned - len(rules):>10}"
-        f"{run.made:>9}{run.missed:>8}"
-        f"{run.made - len(run.failures):>10}{len(run.failures):>8}{taken:>8.0f} s"
+        f"{made:>9}{missed:>8}{made - len(failures):>10}{len(failures):>8}{taken:>8.0f} s"
     )
-    if run.failures:
-        pytest.fail(
-            "\n".join([f"{len(run.failures)} of {run.made} injections:", *run.failures]), pytrace=False
-        )
+    if failures:
+        pytest.fail("\n".join([f"{len(failures)} of {made} injections:", *failures]), pytrace=False)

@@ -46,6 +46,7 @@ from zramd.errors import (
     ZramdError,
     printable,
 )
+from zramd.trouble import Troubles
 
 DOCS = Path(__file__).parents[2] / "docs"
 RAM = 8192
@@ -351,7 +352,7 @@ def listening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[endpo
     failures: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", failures.append)
     monkeypatch.setattr(endpoint, "LINGER", 0.02)
-    made = endpoint.Endpoint(str(tmp_path / "control.sock"), Service())  # type: ignore[arg-type]
+    made = endpoint.Endpoint(str(tmp_path / "control.sock"), Service(), Troubles())  # type: ignore[arg-type]
     made.path = str(tmp_path)  # type: ignore[attr-defined]
     yield made
     made.close()

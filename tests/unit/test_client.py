@@ -1,5 +1,6 @@
 """Finding devices, and asking servers that answer wrong, late or not at all."""
 
+import errno
 import os
 import socket
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from zramd import client, rundir
+from zramd import client, peer, rundir
 from zramd.errors import DeviceError, UsageError
 
 
@@ -232,3 +233,36 @@ def test_unreadable(place: Path, tmp_path: Path) -> None:
     place.write_text("a file")
     with pytest.raises(DeviceError, match="cannot be read: not a directory"):
         client.every()
+
+
+def test_a_want_of_descriptors_does_not_pass_for_a_want_of_a_state(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is told that the data is lost removes it."""
+    (place / "a").mkdir(parents=True)
+    (place / "a" / "state_path").write_text("/kept\n")
+
+    def short(*arguments: object, **rest: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    served = client.Served("a", str(place / "a"), None)
+    assert served._state() == "/kept"
+    with monkeypatch.context() as few:
+        few.setattr(os, "open", short)
+        with pytest.raises(DeviceError, match="whether it has a state cannot be told: too many open files"):
+            served._state()
+
+
+def test_a_want_of_memory_does_not_pass_for_another_namespace(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = rundir.Rundir(str(place / "b"))
+
+    def short(path: str) -> str:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory", path)
+
+    with monkeypatch.context() as few:
+        few.setattr(os, "readlink", short)
+        with pytest.raises(DeviceError, match=r"who serves '.*' cannot be told: .*cannot allocate memory"):
+            peer.find("b", str(place / "b"))
+    live.remove()

@@ -20,6 +20,7 @@ from test_stats import FakeDevice
 
 from zramd import config, endpoint, stats
 from zramd.errors import CorruptionError
+from zramd.trouble import Troubles
 
 
 class FakeService:
@@ -84,7 +85,8 @@ class Running:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.service = FakeService()
-        self.endpoint = endpoint.Endpoint(str(path), self.service)
+        self.troubles = Troubles()
+        self.endpoint = endpoint.Endpoint(str(path), self.service, self.troubles)
         self._stop_read, self._stop_write = os.pipe()
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
@@ -426,9 +428,37 @@ class TestWithoutThreads:
             assert status(sock.recv(4096)) == 408
 
 
+@pytest.mark.parametrize("call", ["_receive", "_send"])
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM])
+def test_a_call_that_fails_for_want_of_something_is_told_until_one_is_answered(
+    running: Running, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    """Who asks is only cut off: the log and /health are where the cause can be."""
+
+    def fail(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as short:
+        short.setattr(endpoint, call, fail)
+        with contextlib.suppress(ConnectionError):
+            assert running.raw(b"GET /health HTTP/1.1\r\n\r\n") == b""
+        wait_until(lambda: bool(running.troubles))
+    assert running.troubles.causes() == [f"the control socket does not answer: {os.strerror(number).lower()}"]
+    assert running.ask("GET", "/health")[0] == 200
+    wait_until(lambda: not running.troubles)
+
+
+def test_a_caller_who_leaves_is_no_trouble(running: Running) -> None:
+    with running.connect() as sock:
+        sock.sendall(b"GET /hea")
+    assert running.ask("GET", "/health")[0] == 200
+    wait_until(lambda: not running.endpoint._open)
+    assert not running.troubles
+
+
 def test_accept_tells_of_a_shortage(tmp_path: Path) -> None:
     """Else who polls would come again and again, at once."""
-    made = endpoint.Endpoint(str(tmp_path / "control.sock"), FakeService())
+    made = endpoint.Endpoint(str(tmp_path / "control.sock"), FakeService(), Troubles())
     made.accept()  # nobody has come
 
     class Short:

@@ -250,6 +250,63 @@ def test_a_file_is_bounded(tmp_path: Path) -> None:
     assert 5 < len(lines) < 210  # all that was passed on at once may come on top
 
 
+@pytest.mark.parametrize("file", [True, False])
+def test_a_want_of_memory_to_wait_with_is_told(tmp_path: Path, file: bool) -> None:
+    """Whoever gives up on such a server looks here for the cause."""
+    code = f"""
+        import os, select, sys, threading, time
+        from zramd.log import Log, say
+        path = {str(tmp_path / "log")!r}
+        reader, writer = os.pipe()
+        os.dup2(writer, 2)
+        log = Log()
+        log.start()
+        if {file}:
+            log.write_to(path)
+        class Short:
+            def register(self, *about): pass
+            def poll(self, *about): raise OSError(12, "Cannot allocate memory")
+        poll, select.poll = select.poll, Short
+        say("wakes it up")
+        say("no memory")
+        end = time.monotonic() + 10
+        found = b""
+        os.set_blocking(reader, False)
+        while b"no memory" not in found and time.monotonic() < end:
+            time.sleep(0.01)
+            try:
+                found += open(path, "rb").read() if {file} else os.read(reader, 100)
+            except BlockingIOError:
+                pass
+        log.stop()
+        print(log._thread.is_alive(), b"zramd: no memory" in found)
+    """
+    assert in_child(code).strip() == "False True"
+
+
+@pytest.mark.parametrize("number", [12, 105], ids=["ENOMEM", "ENOBUFS"])
+def test_what_could_not_be_passed_on_for_want_of_memory_is_passed_on_later(number: int) -> None:
+    code = f"""
+        import os, time
+        from zramd.log import Log, say
+        reader, writer = os.pipe()
+        os.dup2(writer, 2)
+        log = Log()
+        log.start()
+        write, failed = log._write_some, []
+        def short(data):
+            failed.append(data)
+            if len(failed) < 4:
+                raise OSError({number}, "no")
+            return write(data)
+        log._write_some = short
+        say("no memory")
+        print(os.read(reader, 100), len(failed))
+        log.stop()
+    """
+    assert in_child(code).strip() == r"b'zramd: no memory\n' 4"
+
+
 def test_a_full_disk_is_no_end() -> None:
     code = """
         import os, time

@@ -406,6 +406,19 @@ def test_crashed_server_is_replaced(folder: Path) -> None:
     held.remove()
 
 
+def test_a_number_is_written_whole_however_little_is_taken_at_a_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of it, or what an earlier server has left behind it, is the number of another process."""
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[: max(len(data) // 2, 1)], at))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / "pid").write_text("1234567\n")
+    held = rundir.Rundir(str(folder))
+    assert (folder / "pid").read_text() == f"{os.getpid()}\n"
+    held.remove()
+
+
 def test_lock_outlives_a_fork(folder: Path) -> None:
     held = rundir.Rundir(str(folder))
     child = os.fork()

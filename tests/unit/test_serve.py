@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import wait_until
@@ -185,8 +186,24 @@ def test_serve_where_a_server_lives(no_exec: list[list[str]], tmp_path: Path) ->
 def test_serve_without_nbdkit(
     no_exec: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setenv("PATH", f"/nowhere:{tmp_path}")
+    (tmp_path / "nbdkit").mkdir()
     with pytest.raises(ZramdError, match="nbdkit is not installed: run 'apt-get install nbdkit"):
+        run_serve(f"rundir={tmp_path}")
+
+
+def test_a_want_of_memory_does_not_pass_for_a_want_of_nbdkit(
+    no_exec: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_stat = os.stat
+
+    def stat(path: Any, **rest: Any) -> os.stat_result:
+        if str(path).endswith("/nbdkit"):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory", path)
+        return really_stat(path, **rest)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
         run_serve(f"rundir={tmp_path}")
 
 
@@ -239,6 +256,7 @@ def test_a_server_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPatc
             "Traceback:\n  x\nMemoryError\nnbdkit: error: /p.py: error running this script\n",
             "not enough memory",
         ),
+        ("Exception in thread:\nMemoryError: \n", "not enough memory"),
         ("nbdkit: error: /p.py: error running this script\n", "/p.py: error running this script"),
     ],
 )

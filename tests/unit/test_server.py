@@ -256,7 +256,7 @@ def test_clients_are_found_without_a_descriptor_to_spare(monkeypatch: pytest.Mon
         os.fstat(ours.fileno())
 
 
-def test_a_socket_that_does_not_tell_what_it_is_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_socket_that_does_not_tell_what_it_is_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair()
 
     class Silent:
@@ -267,7 +267,9 @@ def test_a_socket_that_does_not_tell_what_it_is_leaves_nothing_open(monkeypatch:
         before = len(os.listdir("/proc/self/fd"))
         with monkeypatch.context() as short:
             short.setattr(sockets.socket, "socket", Silent)
-            assert sockets.count_clients(frozenset()) == 0
+            for look in (sockets.listening, sockets.inherited, lambda: sockets.count_clients(frozenset())):
+                with pytest.raises(OSError, match="no"):
+                    look()
         assert len(os.listdir("/proc/self/fd")) == before
 
 

@@ -1,16 +1,20 @@
 """The state file: what carries over, and what it costs. (What is refused: test_state_refused.py.)"""
 
+import _thread
 import errno
 import os
 import random
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import compressible, noise
 
-from zramd import Device, PoolFullError, state
+from zramd import Device, PoolFullError, state, threads
 from zramd.core.device import state_layout
 
 BLOCK = 4096
@@ -199,6 +203,35 @@ def test_a_large_state_is_taken_over_by_threads_with_progress(memory_folder: Pat
     for block in random.Random(1).sample(range(0, size // BLOCK, 5), 500):
         expected = b"%016d" % block if block % 2 else b"%08d" % block
         assert read(again, block * BLOCK, len(expected)) == expected
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("progress", [None, lambda done, total: None], ids=["silent", "progress"])
+def test_threads_that_find_no_memory_to_begin_with_are_not_waited_for(
+    memory_folder: Path, monkeypatch: pytest.MonkeyPatch, progress: Callable[[int, int], None] | None
+) -> None:
+    """They end without a word: the one that started them does it all."""
+    really_begin = _thread.start_new_thread
+
+    def no_frame() -> None:
+        raise MemoryError
+
+    def begin(work: Callable[..., object], arguments: tuple[Any, ...], *rest: object) -> int:
+        if work is not threads.begin:  # that is compiled and has no frame
+            return 1
+        return really_begin(work, (no_frame, *arguments[1:]))
+
+    path = memory_folder / "state"
+    device = open_device(path)
+    model = fill(device)
+    del device
+    monkeypatch.setattr(_thread, "start_new_thread", begin)
+    monkeypatch.setattr(threading, "_start_new_thread", begin)
+    fd = state.open_state(str(path), SIZE, False)
+    again = Device(SIZE, state=fd, progress=progress)
+    os.close(fd)
+    assert read(again) == model
+    again.check()
 
 
 FILL_A_SMALL_ONE = """

@@ -411,3 +411,13 @@ def test_a_file_of_another_size_is_no_state(change: int) -> None:
     with pytest.raises(ValueError, match="is not one of"):
         Device(SIZE, state=fd)
     os.close(fd)
+
+
+def test_a_header_is_written_whole_however_little_is_taken_at_a_time(
+    memory_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[: max(len(data) // 2, 1)], at))
+    path = memory_folder / "state"
+    open_device(path).write(compressible(1), 0)
+    assert read(open_device(path), 0, BLOCK) == compressible(1)

@@ -279,7 +279,7 @@ def _own_name(served: client.Served) -> str:
     except DeviceError:  # it has no endpoint, or has ended
         try:
             name = str(json.loads(served.published("stats.json", _STATS_BYTES))["name"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             name = served.name
     config.find("name").parse(name)  # root is to make a file of this name
     return name
@@ -309,7 +309,6 @@ def _must_be_free(device: str) -> None:
 
 def _has_netlink() -> bool:
     """Load the kernel's NBD client; say whether it can be spoken to by netlink. Raises AttachError."""
-    import shutil
     import subprocess
 
     from zramd import kernelswap, netlink
@@ -318,7 +317,7 @@ def _has_netlink() -> bool:
         netlink.Kernel().close()
         return True
     reason = "modprobe is not installed"
-    modprobe = shutil.which("modprobe", path=kernelswap.PATH)
+    modprobe = kernelswap.find_program("modprobe", kernelswap.PATH)
     if modprobe and not os.path.exists("/sys/module/nbd"):
         done = subprocess.run(
             [modprobe, "nbd"],

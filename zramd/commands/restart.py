@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from zramd import client, handover, inherited, life, peer, pidfd, rundir
 from zramd.commands import add_device, background, filters, nbdkit, serve
-from zramd.errors import AttachError, DeviceError, RundirError, UsageError, reason
+from zramd.errors import AttachError, DeviceError, RundirError, UsageError, is_shortage, reason
 from zramd.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -147,7 +147,9 @@ class _Old:
         try:
             # What nbdkit was told in relative paths is relative to this.
             self.folder = os.open(f"/proc/{self.pid}/cwd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
+        except OSError as error:
+            if is_shortage(error):
+                raise
             raise _ended(served) from None
 
     def take_sockets(self) -> None:

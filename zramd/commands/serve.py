@@ -170,8 +170,6 @@ def plan(
 
     Raises ConfigError, RundirError, UsageError, and ZramdError when nbdkit is missing.
     """
-    import shutil
-
     from zramd import config
 
     given = (("disksize", size), ("name", name))
@@ -187,7 +185,7 @@ def plan(
     pid = rundir.holder(settings.rundir)
     if pid is not None:
         raise rundir.in_use(settings.rundir, pid)
-    if shutil.which("nbdkit") is None:
+    if not kernelswap.find_program("nbdkit"):
         raise ZramdError("nbdkit is not installed: run 'apt-get install nbdkit nbdkit-plugin-python' as root")
     options = read_options(nbdkit_words)
     check(options)
@@ -434,7 +432,7 @@ def reason(said: str) -> str:
     if errors and errors[-1].endswith("error running this script"):
         # Python has said why before, at the end of a traceback.
         errors = lines[: lines.index(errors[-1])] or errors
-    if errors and errors[-1].strip() == "MemoryError":
+    if errors and errors[-1].strip(" :") == "MemoryError":
         return "not enough memory"
     return re.sub(_BEFORE_REASON, "", errors[-1], count=1) if errors else "it gave no reason"
 
@@ -464,7 +462,13 @@ def stop(arguments: argparse.Namespace) -> int:
         outcome = "has been told to stop"
         process.signal(signal.SIGTERM)
         step("stop.told")
-        if not process.ended(STOP_TIMEOUT):
+        try:
+            ended = process.ended(STOP_TIMEOUT)
+        except OSError as error:
+            raise DeviceError(
+                f"{served.name} has been told to stop; whether it has cannot be told: {sentence(error)}"
+            ) from None
+        if not ended:
             raise DeviceError(
                 f"{served.name} has not stopped within {STOP_TIMEOUT:g} seconds: "
                 f"'kill -QUIT {process.pid}' ends it whatever it waits for"

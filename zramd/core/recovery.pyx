@@ -50,11 +50,11 @@ from zramd.core.types cimport (
 from zramd.core.zsmalloc cimport is_mapped, pages_below, pages_of_chunk, size_class
 
 import os
-import threading
 import time
 from contextlib import suppress
 
 from zramd.errors import CorruptionError, error_from
+from zramd.threads import start_thread
 
 cdef extern from *:
     """
@@ -158,16 +158,15 @@ cdef class Recovery:
         # It takes no more threads than the system gives: this one can do it all.
         with suppress(RuntimeError, MemoryError):
             while len(threads) < count - (progress is None):
-                thread = threading.Thread(target=self._thread)
-                thread.start()
-                threads.append(thread)
-        if progress is None or not threads:
+                threads.append(start_thread("zramd-recovery", self._thread, patience=0))
+        if progress is None:
             self._thread()
         for thread in threads:
             thread.join(1.0)
             while thread.is_alive():
                 progress and progress(before + min(load_relaxed(&self.cursor), pieces), total)
                 thread.join(1.0)
+        self._thread()  # what they have left: all, if there is none of them
 
     def _thread(self):
         with nogil:
