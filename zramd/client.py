@@ -137,7 +137,7 @@ class Served:
         return self.ask_json("GET", "/stats")
 
     def published(self, name: str, size: int) -> str:
-        """Return what a file in the run folder begins with, '' if there is none. Raises OSError for a shortage.
+        """Return what a file in the run folder begins with, '' if there is none. A shortage is an OSError.
 
         The folder may be another user's, who has put anything there.
         """
@@ -209,7 +209,8 @@ class Served:
             return self.published(rundir.STATE, _MAX_PATH).strip()
         except OSError as error:
             raise DeviceError(
-                f"the server of {self.name} has died, and whether it has a state cannot be told: {reason(error)}"
+                f"the server of {self.name} has died, and whether it has a state cannot be told: "
+                f"{reason(error)}"
             ) from None
 
 

@@ -16,6 +16,7 @@ from conftest import compressible, noise
 
 from zramd import Device, PoolFullError, state, threads
 from zramd.core.device import state_layout
+from zramd.errors import StateError
 
 BLOCK = 4096
 SIZE = 8 << 20
