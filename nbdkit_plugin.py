@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import nbdkit
 
 if TYPE_CHECKING:
-    from zramd.core.device import Device
+    from zramd.core.device.device import Device
 
 API_VERSION = 2
 MAX_REQUEST = 64 << 20  # bytes that nbdkit reads or writes at once; one more is ENOMEM
@@ -46,7 +46,7 @@ def _find_package() -> None:
 
 def _is_built(folder: str) -> bool:
     try:
-        names = os.listdir(f"{folder}/zramd/core")
+        names = os.listdir(f"{folder}/zramd/core/device")
     except OSError:
         return False
     return any(name.startswith("device.") and name.endswith(".so") for name in names)
@@ -55,10 +55,10 @@ def _is_built(folder: str) -> bool:
 try:
     _find_package()
     from zramd import __version__
-    from zramd import config as settings
-    from zramd.core import requests
+    from zramd.core.device import requests
     from zramd.errors import ZramdError, sentence
-    from zramd.server import Server
+    from zramd.server.server import Server
+    from zramd.settings import config as settings
 except (ImportError, OSError, MemoryError) as error:
     # Of a library that is there and does not load the text says which.
     why = getattr(error, "strerror", None) or str(error) or "not enough memory"
@@ -212,7 +212,7 @@ def can_cache(device: Device) -> int:
     return native
 
 
-# Requests, from many threads at once, are C: see zramd/core/requests.pyx.
+# Requests, from many threads at once, are C: see zramd/core/device/requests.pyx.
 pread, pwrite, flush, cache, trim, zero, extents = (
     requests.pread,
     requests.pwrite,

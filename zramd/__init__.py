@@ -12,8 +12,8 @@ from zramd.errors import (
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
-    from zramd.core.device import Device
-    from zramd.core.zsmalloc import Zsmalloc
+    from zramd.core.device.device import Device
+    from zramd.core.pool.zsmalloc import Zsmalloc
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "Zsmalloc",
     "__version__",
 ]
-_IN_CORE = {"Device": "zramd.core.device", "Zsmalloc": "zramd.core.zsmalloc"}
+_IN_CORE = {"Device": "zramd.core.device.device", "Zsmalloc": "zramd.core.pool.zsmalloc"}
 
 
 def __getattr__(name: str) -> object:

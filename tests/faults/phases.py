@@ -14,12 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import calls
-from conftest import NbdSocket, talk
 from supervisor import Rule
+from support.client import NbdSocket
+from support.run import talk
 from world import BLOCK, PATIENCE, SIZE, Ended, World, ensure, eventually
 
 from zramd import Device
-from zramd.core.saving import load as load_stream
+from zramd.core.device.saving import load as load_stream
 from zramd.errors import SaveError
 
 LASTING_PATIENCE = 0.7  # seconds to wait for an answer while a call fails for as long as we wait

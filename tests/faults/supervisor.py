@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import calls
-from conftest import PACKAGE_PARENT
+from support.server import PACKAGE_PARENT
 
 _NOTIF = struct.Struct("=QIIiIQ6Q")
 _REPLY = struct.Struct("=QqiI")

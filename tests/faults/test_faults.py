@@ -34,9 +34,9 @@ from itertools import repeat
 
 import plan
 import pytest
-from conftest import SEED
 from phases import LASTING_PATIENCE, PHASES, Phase
 from supervisor import Place, Rule
+from support.run import SEED
 from world import PATIENCE, Violation, World
 
 # For all phases together, about; 0: as long as it takes. What is made follows from it, not from the clock.

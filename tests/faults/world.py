@@ -13,10 +13,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from conftest import NbdSocket, block_content, talk
 from supervisor import Program, Rule, Supervisor
+from support.client import NbdSocket
+from support.content import block_content
+from support.run import talk
 
-from zramd import Device, rundir, state
+from zramd import Device
+from zramd.contract import rundir
+from zramd.server import state
 
 BLOCK = 4096
 SIZE = 32 << 20

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from zramd import attached, netlink
 from zramd.errors import AttachError
+from zramd.kernel import attached, netlink
 
 
 def data_id(served: Any) -> str:

@@ -14,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SEED, NbdSocket, Served, bystander, wait_until
+from support.client import NbdSocket, bystander
+from support.run import SEED, wait_until
+from support.server import Served
 
 Serve = Callable[..., Served]
 MIB = 1 << 20

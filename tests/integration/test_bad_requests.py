@@ -7,7 +7,9 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-from conftest import SEED, NbdSocket, Served, bystander, run_threads, wait_until
+from support.client import NbdSocket, bystander
+from support.run import SEED, run_threads, wait_until
+from support.server import Served
 
 Serve = Callable[..., Served]
 MIB = 1 << 20

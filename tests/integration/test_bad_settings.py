@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import PACKAGE_PARENT, PLUGIN, Served, bystander
+from support.client import bystander
+from support.server import PACKAGE_PARENT, PLUGIN, Served
 
 Serve = Callable[..., Served]
 NOBODY = 65534

@@ -13,10 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import PACKAGE_PARENT, NbdSocket, Served, wait_until
-from conftest import zramd_command as zramd
+from support.client import NbdSocket
+from support.run import wait_until
+from support.run import zramd_command as zramd
+from support.server import PACKAGE_PARENT, Served
 
-from zramd import rundir, stats
+from zramd.contract import rundir
+from zramd.stats import stats
 
 Serve = Callable[..., Served]
 BLOCK = 4096
@@ -408,7 +411,7 @@ class TestDoctor:
         """nbdkit's Python does not find a core that it can load."""
         package = tmp_path / "lib"
         subprocess.run(["cp", "-r", PACKAGE_PARENT, package], check=True)
-        for path in (package / "zramd" / "core").glob("*.so"):
+        for path in (package / "zramd" / "core").rglob("*.so"):
             path.rename(path.with_name(path.name.split(".")[0] + ".cpython-27-x86_64-linux-gnu.so"))
         done = zramd("doctor", env={"PYTHONPATH": str(package)})
         assert done.returncode == 1, done

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PACKAGE_PARENT, talk
+from support.run import talk
+from support.server import PACKAGE_PARENT
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "zramd.conf"
 GENERATOR = """\

@@ -12,9 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SCALE, SEED, NbdSocket, Served, block_content
+from support.client import NbdSocket
+from support.content import block_content
+from support.run import SCALE, SEED
+from support.server import Served
 
-from zramd import Device, state
+from zramd import Device
+from zramd.server import state
 
 BLOCK = 4096
 KILLS = max(1, int(30 * SCALE))

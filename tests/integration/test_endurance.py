@@ -11,7 +11,9 @@ from pathlib import Path
 
 import conftest
 import pytest
-from conftest import PLUGIN, SANITIZED, SEED, NbdSocket, Served, run_threads, wait_until
+from support.client import NbdSocket
+from support.run import SANITIZED, SEED, run_threads, wait_until
+from support.server import PLUGIN, Served
 
 Serve = Callable[..., Served]
 MIB = 1 << 20
@@ -23,7 +25,7 @@ TOLERANCE = 0.02
 WITHOUT_RIGHTS = f"""
 import sys
 sys.path.insert(0, {str(PLUGIN.parent)!r})
-from zramd import swap
+from zramd.kernel import swap
 swap._io_flusher = swap._oom_score_adj = lambda: None
 exec(compile(open({str(PLUGIN)!r}).read(), {str(PLUGIN)!r}, "exec"))
 """

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PACKAGE_PARENT, NbdSocket, Steps, talk, wait_until
+from support.client import NbdSocket
+from support.run import talk, wait_until
+from support.server import PACKAGE_PARENT
+from support.steps import Steps
 
 BLOCK = 4096
 

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PACKAGE_PARENT, NbdSocket, Served, wait_until, zramd_command
+from support.client import NbdSocket
+from support.run import wait_until, zramd_command
+from support.server import PACKAGE_PARENT, Served
 
 NOBODY = 65534
 Serve = Callable[..., Served]
@@ -99,8 +101,8 @@ def test_without_devices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It says what to do; the table, which scripts read, stays empty."""
-    from zramd import client
     from zramd.commands import main
+    from zramd.control import client
 
     monkeypatch.setattr(client, "base", lambda: str(tmp_path))
     for words, said in (([], True), (["list"], True), (["list", "--raw"], False), (["list", "-n"], False)):
@@ -213,7 +215,7 @@ def test_the_core_in_a_checkout(tmp_path: Path) -> None:
         )
 
     done = run(str(PACKAGE_PARENT))
-    assert (done.stdout, done.stderr) == ("<class 'zramd.core.zsmalloc.Zsmalloc'> 4096\n", "")
+    assert (done.stdout, done.stderr) == ("<class 'zramd.core.pool.zsmalloc.Zsmalloc'> 4096\n", "")
 
 
 def test_a_command_where_an_interrupt_is_ignored(serve: Serve) -> None:
@@ -235,6 +237,7 @@ def test_what_the_tests_start_can_be_interrupted() -> None:
     conftest = Path(__file__).parents[1] / "conftest.py"
     code = (
         "import signal, subprocess, sys, runpy\n"
+        f"sys.path.append({str(conftest.parent)!r})\n"
         f"runpy.run_path({str(conftest)!r})\n"
         "work = 'print(1, flush=True); import time; time.sleep(60)'\n"
         "child = subprocess.Popen([sys.executable, '-c', work],"

@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import PACKAGE_PARENT, talk, wait_until
+from support.run import talk, wait_until
+from support.server import PACKAGE_PARENT
 
 WORDS = [sys.executable, "-P", "-m", "zramd"]
 

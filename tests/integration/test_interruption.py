@@ -1,9 +1,9 @@
 """What is left when a start, a stop, a restart or a load is interrupted at any of its steps, by a signal to
 either side or by a second command. (Saves: test_save_command.py. Many at random, under load: tests/stress.)
 
-`ENDS` is the promise. Each row: during which command; at which step (see zramd.steps) whoever reaches it is
-held; who is hit there: the command, the old server, or the process at the step; by what, a signal or another
-command; who serves in the end; and what the interrupted command says.
+`ENDS` is the promise. Each row: during which command; at which step (see zramd.process.steps) whoever reaches
+it is held; who is hit there: the command, the old server, or the process at the step; by what, a signal or
+another command; who serves in the end; and what the interrupted command says.
 
     old, new    the server that was there before, or a later one: with the data
     nobody      and a start with the same state finds the data
@@ -24,9 +24,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import NbdSocket, Steps, wait_until
+from support.client import NbdSocket
+from support.run import wait_until
+from support.steps import Steps
 
-from zramd import rundir
+from zramd.contract import rundir
 
 ENDS = """
 # during  at                whom      what                  serves   says

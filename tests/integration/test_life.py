@@ -9,16 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import NbdSocket, Steps, wait_until
-from conftest import zramd_command as zramd
+from support.client import NbdSocket
+from support.run import wait_until
+from support.run import zramd_command as zramd
+from support.steps import Steps
 
-from zramd import rundir
+from zramd.contract import rundir
 
 BLOCK = 4096
 
 
 class Device:
-    """One in a run folder of its own; it looks like conftest.Served to NbdSocket."""
+    """One in a run folder of its own; it looks like support.server.Served to NbdSocket."""
 
     def __init__(self, folder: Path, state: Path) -> None:
         self.name = "alive"
@@ -162,7 +164,7 @@ def test_stop_without_a_state(device: Device) -> None:
 
 
 def health(device: Device) -> str:
-    from zramd import client
+    from zramd.control import client
 
     return client.ask(str(device.rundir), "GET", "/health")[1]
 
@@ -389,7 +391,7 @@ def test_folder_is_removed_under_a_server(device: Device) -> None:
 def test_a_hold_up_of_the_folder_is_told(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
-    from zramd import life
+    from zramd.control import life
     from zramd.errors import DeviceError
 
     device.done("start")

@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import NbdSocket, Served, wait_until
 from prometheus_client.parser import text_string_to_metric_families
+from support.client import NbdSocket
+from support.run import wait_until
+from support.server import Served
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "lib"))
 
-from vm_tools import packages  # noqa: E402
+from vm import packages  # noqa: E402
 
 Serve = Callable[..., Served]
 DOCS = ROOT / "docs/monitoring"

@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import PACKAGE_PARENT, Served, wait_until, zramd_command
+from support.run import wait_until, zramd_command
+from support.server import PACKAGE_PARENT, Served
 
-from zramd import client, peer, trusted
+from zramd import trusted
+from zramd.control import client, peer
 from zramd.errors import DeviceError
 
 NOBODY = 65534

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PACKAGE_PARENT, PLUGIN, Served, talk, wait_until
+from support.run import talk, wait_until
+from support.server import PACKAGE_PARENT, PLUGIN, Served
 
 import zramd
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Served, wait_until
+from support.run import wait_until
+from support.server import Served
 
 Serve = Callable[..., Served]
 MIB = 1 << 20

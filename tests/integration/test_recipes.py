@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SEED, Served, wait_until
+from support.run import SEED, wait_until
+from support.server import Served
 
-from zramd.config import MAX_DISKSIZE
+from zramd.settings.config import MAX_DISKSIZE
 
 nbd = pytest.importorskip("nbd")
 

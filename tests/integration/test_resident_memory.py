@@ -6,13 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import NbdSocket, Served, block_content, wait_until
+from support.client import NbdSocket
+from support.content import block_content
+from support.run import wait_until
+from support.server import Served
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 
-from vm_tools import smaps
+from vm import smaps
 
-from zramd.core.device import state_layout
+from zramd.core.device.device import state_layout
 
 BLOCK = 4096
 SIZE = 64 << 20

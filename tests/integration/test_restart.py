@@ -14,11 +14,13 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from conftest import PACKAGE_PARENT, PLUGIN, NbdSocket, Served, talk, wait_until
-from conftest import zramd_command as zramd
+from support.client import NbdSocket
+from support.run import talk, wait_until
+from support.run import zramd_command as zramd
+from support.server import PACKAGE_PARENT, PLUGIN, Served
 
-from zramd import rundir
 from zramd.commands.restart import LEAVE_TIMEOUT
+from zramd.contract import rundir
 
 Serve = Callable[..., Served]
 BLOCK = 4096
@@ -32,7 +34,7 @@ def content(block: int, version: int) -> bytes:
 
 
 class Started:
-    """A server begun by `zramd start`; it looks like conftest.Served to NbdSocket."""
+    """A server begun by `zramd start`; it looks like support.server.Served to NbdSocket."""
 
     def __init__(self, folder: Path, state: Path, *words: str) -> None:
         self.name = "again"
@@ -164,7 +166,7 @@ def all_connect(clients: list[Client], times: int) -> None:
 
 
 class Qemu:
-    """qemu-nbd: connects again by itself, and serves what it has; it looks like conftest.Served."""
+    """qemu-nbd: connects again by itself, and serves what it has; it looks like support.server.Served."""
 
     def __init__(self, folder: Path, name: str, server: Path) -> None:
         self.name = name

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import NbdSocket, Served, block_content, wait_until
-from conftest import zramd_command as zramd
+from support.client import NbdSocket
+from support.content import block_content
+from support.run import wait_until
+from support.run import zramd_command as zramd
+from support.server import Served
 from test_restart import Started
 
 BLOCK = 4096

@@ -13,9 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import NbdSocket, Served, Steps, wait_until
+from support.client import NbdSocket
+from support.run import wait_until
+from support.server import Served
+from support.steps import Steps
 
-from zramd.rundir import DATA_ID
+from zramd.contract.rundir import DATA_ID
 
 Serve = Callable[..., Served]
 BLOCK = 4096

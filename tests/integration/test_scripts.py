@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
+BACKEND = SCRIPTS / "lib" / "backend"
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: runs as another user")
 
@@ -82,7 +83,7 @@ def test_profiles_are_those_of_the_backend():
         ROOT / ".venv/bin/python",
         "-c",
         "import zramd_build; print(*zramd_build.PROFILES)",
-        env=os.environ | {"PYTHONPATH": str(SCRIPTS)},
+        env=os.environ | {"PYTHONPATH": str(BACKEND)},
     )
     script = run(SCRIPTS / "build", "--help")
     assert backend.stdout.strip(), backend.stderr
@@ -94,7 +95,7 @@ def test_unknown_profile_in_the_environment():
         ROOT / ".venv/bin/python",
         "-c",
         "import zramd_build; zramd_build.current_profile()",
-        env=os.environ | {"PYTHONPATH": str(SCRIPTS), "ZRAMD_BUILD": "fast"},
+        env=os.environ | {"PYTHONPATH": str(BACKEND), "ZRAMD_BUILD": "fast"},
     )
     assert result.returncode == 1
     assert "unknown build profile 'fast'" in result.stderr

@@ -11,7 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import NbdSocket, Served, noise, wait_until
+from support.client import NbdSocket
+from support.content import noise
+from support.run import wait_until
+from support.server import Served
 
 NOBODY = 65534
 Serve = Callable[..., Served]

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PACKAGE_PARENT, PLUGIN, NbdSocket, Served, bystander, wait_until
+from support.client import NbdSocket, bystander
+from support.run import wait_until
+from support.server import PACKAGE_PARENT, PLUGIN, Served
 
-from zramd import sockets
+from zramd.server import sockets
 
 Serve = Callable[..., Served]
 MIB = 1 << 20
@@ -232,7 +234,9 @@ class TestAddressSpace:
 FULL = """
 import errno, json, os, subprocess, sys, time
 from pathlib import Path
-from conftest import NbdSocket, Served, wait_until, zramd_command as zramd
+from support.client import NbdSocket
+from support.run import wait_until, zramd_command as zramd
+from support.server import Served
 folder = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "zramd-test", folder], check=True)
 run = folder / "run"

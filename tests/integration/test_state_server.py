@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import PACKAGE_PARENT, PLUGIN, NbdSocket, Served, wait_until
+from support.client import NbdSocket
+from support.run import wait_until
+from support.server import PACKAGE_PARENT, PLUGIN, Served
 
-from zramd.core.device import state_layout
+from zramd.core.device.device import state_layout
 
 BLOCK = 4096
 SIZE = 64 << 20

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import NbdSocket, Served, wait_until
+from support.client import NbdSocket
+from support.run import wait_until
+from support.server import Served
 from test_commands import at, refused, zramd
 
-from zramd import client, samples
-from zramd.commands.cells import number
 from zramd.commands.listing import human
+from zramd.control import client, samples
+from zramd.top.cells import number
 
 Serve = Callable[..., Served]
 BLOCK = 4096

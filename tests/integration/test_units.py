@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PACKAGE_PARENT, Served
+from support.server import PACKAGE_PARENT, Served
 
 import zramd
 
@@ -233,7 +233,9 @@ def test_links_of_an_image(command: Path, tmp_path: Path, target: str) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives files to another user")
-@pytest.mark.parametrize("which", ["bin/zramd", "bin", "zramd/units.py", "zramd", "nbdkit_plugin.py", "mode"])
+@pytest.mark.parametrize(
+    "which", ["bin/zramd", "bin", "zramd/launch/units.py", "zramd", "nbdkit_plugin.py", "mode"]
+)
 def test_an_installation_of_another_user(command: Path, tmp_path: Path, which: str) -> None:
     """root would run at each boot what he has written there since."""
     venv = command.parents[1]

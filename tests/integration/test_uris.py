@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import zramd_command
+from support.run import zramd_command
 
 Start = Callable[..., str]
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import SCALE
+from support.run import SCALE
 
 from zramd import Device
-from zramd.core.device import state_layout
-from zramd.core.zsmalloc import CHECK_LEVEL
+from zramd.core.device.device import state_layout
+from zramd.core.pool.zsmalloc import CHECK_LEVEL
 
 BLOCK = 4096
 BLOCKS = 512
@@ -31,10 +31,11 @@ SOURCE = Path(__file__).resolve().parents[2] / "zramd" / "core"
 POINTS = sorted(
     {
         name
-        for path in SOURCE.glob("*.pyx")
+        for path in SOURCE.rglob("*.pyx")
         for name in re.findall(r'zr_crash_point\("(.+?)"\)', path.read_text())
     }
 )
+assert POINTS, "the core's modules are elsewhere"
 IN_RESET = {"slots-cleared", "pool-cleared"}
 ONCE = {"spans-rebuilt", "recovered", *IN_RESET}  # in the life of the process
 

@@ -7,12 +7,12 @@ import os
 import threading
 
 import hypothesis.strategies as st
-from conftest import SCALE
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.run import SCALE
 
 from zramd import Device, PoolFullError
-from zramd.core.device import state_layout
+from zramd.core.device.device import state_layout
 
 BLOCK = 4096
 BLOCKS = 64

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from zramd.expression import evaluate, size
+from zramd.settings.expression import evaluate, size
 
 RAM = 8192.0
 NEAR = 8 * 2.0**-52  # what is nearer to 0 counts as 0

@@ -17,25 +17,13 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from conftest import SCALE
 from hypothesis import HealthCheck, given, settings
+from support.run import SCALE
 
-from zramd import (
-    Device,
-    attached,
-    client,
-    config,
-    devices,
-    endpoint,
-    expression,
-    foreign,
-    kernelswap,
-    keys,
-    netlink,
-    state,
-)
-from zramd.commands import main, nbdkit, parser, uris
-from zramd.core import saving
+from zramd import Device
+from zramd.commands import main, parser
+from zramd.control import client
+from zramd.core.device import saving
 from zramd.errors import (
     AttachError,
     ConfigError,
@@ -46,7 +34,11 @@ from zramd.errors import (
     ZramdError,
     printable,
 )
-from zramd.trouble import Troubles
+from zramd.kernel import attached, kernelswap, netlink
+from zramd.launch import nbdkit, uris
+from zramd.server import endpoint, state
+from zramd.server.trouble import Troubles
+from zramd.settings import config, devices, expression, foreign, keys
 
 DOCS = Path(__file__).parents[2] / "docs"
 RAM = 8192

@@ -19,14 +19,14 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from conftest import SCALE
 from hypothesis import settings
 from hypothesis.stateful import initialize, rule
+from support.run import SCALE
 from test_device_model import BLOCK, SIZE, DeviceModel
 
 from zramd import Device, PoolFullError
-from zramd.core import saving
-from zramd.core.device import state_layout
+from zramd.core.device import saving
+from zramd.core.device.device import state_layout
 
 TMPFS = 1 << 20
 CLONE_NEWNS = 0x00020000

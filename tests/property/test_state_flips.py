@@ -9,9 +9,10 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from zramd import Device, PoolFullError, state
-from zramd.core.device import state_layout
+from zramd import Device, PoolFullError
+from zramd.core.device.device import state_layout
 from zramd.errors import CorruptionError, CorruptObjectError, StateError
+from zramd.server import state
 
 BLOCK = 4096
 BLOCKS = 256

@@ -1,9 +1,9 @@
 """zsmalloc against a dict: the same calls in any order, and check() after each."""
 
 import hypothesis.strategies as st
-from conftest import SCALE
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from support.run import SCALE
 
 from zramd import PoolFullError, Zsmalloc
 

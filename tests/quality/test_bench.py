@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "scripts" / "bench"
-sys.path.insert(0, str(BENCH.parent))
+sys.path.insert(0, str(BENCH.parent / "lib"))
 
 NEEDED = ["nbdkit", "fio", "cc"]
 pytestmark = pytest.mark.skipif(
@@ -79,8 +79,8 @@ def test_every_row(tmp_path: Path) -> None:
 
 def assert_pictures_are_the_same_again(curves: dict[str, Any], folder: Path) -> None:
     """Drawn twice from the same figures, a picture has the same bytes."""
-    from bench_tools import plots  # scripts/bench has installed what it needs
-    from bench_tools.results import Report
+    from bench import plots  # scripts/bench has installed what it needs
+    from bench.results import Report
 
     assert plots.apart([3, 10, 1], 4) == [4, 10, 0]  # where its labels go
     report = Report({}, {})

@@ -8,11 +8,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "zramd" / "core"
-MODULES = sorted(CORE.glob("*.pyx"))
-CYTHON = sorted([*CORE.glob("*.pyx"), *CORE.glob("*.pxd")])
+MODULES = sorted(CORE.rglob("*.pyx"))
+CYTHON = sorted([*CORE.rglob("*.pyx"), *CORE.rglob("*.pxd")])
 
 # A function, to the colon or the end of its declaration: `cdef int f(int a) noexcept nogil`.
 FUNCTION = re.compile(r"^[ \t]*cp?def\s[^\n(=]*\((?:[^()]|\([^()]*\))*\)(?P<tail>[^\n:]*)", re.MULTILINE)
+
+assert MODULES, "the core's modules are elsewhere"
 
 
 def by_name(path: Path) -> str:

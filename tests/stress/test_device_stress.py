@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from conftest import SCALE, SEED, block_content, run_threads
+from support.content import block_content
+from support.run import SCALE, SEED, run_threads
 
 from zramd import Device, PoolFullError
 

@@ -15,9 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import SANITIZED, SCALE, SEED, NbdSocket, Steps, block_content, wait_until
+from support.client import NbdSocket
+from support.content import block_content
+from support.run import SANITIZED, SCALE, SEED, wait_until
+from support.steps import Steps
 
-from zramd import rundir
+from zramd.contract import rundir
 
 RESTARTS = max(5, int(5 * SCALE))
 CLIENTS = 4

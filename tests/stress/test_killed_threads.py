@@ -13,10 +13,11 @@ import threading
 import time
 
 import pytest
-from conftest import SCALE, SEED, block_content, wait_until
+from support.content import block_content
+from support.run import SCALE, SEED, wait_until
 
 from zramd import Device
-from zramd.core.device import state_layout
+from zramd.core.device.device import state_layout
 
 BLOCK = 4096
 KILLS = max(1, int(30 * SCALE))

@@ -12,10 +12,11 @@ from contextlib import suppress
 from functools import partial
 
 import pytest
-from conftest import SCALE, SEED, block_content, noise, run_threads
+from support.content import block_content, noise
+from support.run import SCALE, SEED, run_threads
 
 from zramd import Device, PoolFullError
-from zramd.core import saving
+from zramd.core.device import saving
 from zramd.errors import SaveError
 
 BLOCK = 4096

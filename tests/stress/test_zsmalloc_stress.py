@@ -5,7 +5,7 @@ import random
 import threading
 from functools import partial
 
-from conftest import SCALE, SEED, run_threads
+from support.run import SCALE, SEED, run_threads
 
 from zramd import HandleError, Zsmalloc
 

@@ -18,7 +18,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from zramd import attached, commands, kernelswap, life, netlink, rundir, steps
+from zramd import commands
+from zramd.contract import rundir
+from zramd.control import life
+from zramd.kernel import attached, kernelswap, netlink
+from zramd.process import steps
 
 NAME = "held"
 RUNDIR = f"/run/zramd/{NAME}"
@@ -97,7 +101,7 @@ class Command:
 
 
 class Holder:
-    """Holds processes at one of their steps: see zramd.steps."""
+    """Holds processes at one of their steps: see zramd.process.steps."""
 
     def __init__(self) -> None:
         self.at = ""
@@ -174,7 +178,7 @@ def request(kind: int, data: bytes) -> None:
 
 def keepers() -> list[int]:
     """All keepers that there are."""
-    return [pid for pid, words in processes() if b"zramd.keeper" in words]
+    return [pid for pid, words in processes() if b"zramd.kernel.keeper" in words]
 
 
 def processes() -> list[tuple[int, list[bytes]]]:
@@ -277,8 +281,16 @@ def warm() -> None:
     """Import what commands do as they go, and have them wait for each other for longer: all is slow here."""
     for name in ("attach", "serve", "restart"):
         importlib.import_module(f"zramd.commands.{name}")
-    for name in ("interrupts", "life", "keeper", "devices", "swapunit", "trusted", "peer"):
-        importlib.import_module(f"zramd.{name}")
+    for name in (
+        "zramd.process.interrupts",
+        "zramd.control.life",
+        "zramd.kernel.keeper",
+        "zramd.settings.devices",
+        "zramd.kernel.swapunit",
+        "zramd.trusted",
+        "zramd.control.peer",
+    ):
+        importlib.import_module(name)
     life.PATIENCE = attached.TURN_TIMEOUT = PATIENCE
 
 

@@ -16,10 +16,10 @@ import pytest
 
 import zramd
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 
-from vm_tools import debian, debian_image, image, kernel, probe
-from vm_tools.guest import Guest, Machine, choose_accel
+from vm import debian, debian_image, image, kernel, probe
+from vm.guest import Guest, Machine, choose_accel
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.slow]

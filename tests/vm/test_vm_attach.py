@@ -17,10 +17,10 @@ import pytest
 
 import zramd
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 
-from vm_tools import image, kernel, probe
-from vm_tools.guest import Guest, Machine, choose_accel
+from vm import image, kernel, probe
+from vm.guest import Guest, Machine, choose_accel
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(600)
@@ -32,7 +32,7 @@ SERVE = """
 import fcntl, os, sys
 name, data, size, *swapped = sys.argv[1:]
 if swapped:
-    from zramd import swap
+    from zramd.kernel import swap
     swap.prepare()
 folder = f"/run/zramd/{name}"
 os.makedirs(folder, exist_ok=True)

@@ -2,9 +2,9 @@
 signal to the command, to the server or to the keeper, or by a second command.
 
 `ENDS` is the promise. Each row: during which command ("swap" is attach --swap, "swapoff" detach --swapoff);
-at which step (see zramd.steps) whoever reaches it is held; who is hit there: the command, the server, the
-keeper, the process at the step, that and the command; by what, a signal or another command; how the device
-stands in the end; what the interrupted command says; and what the second one says.
+at which step (see zramd.process.steps) whoever reaches it is held; who is hit there: the command, the server,
+the keeper, the process at the step, that and the command; by what, a signal or another command; how the
+device stands in the end; what the interrupted command says; and what the second one says.
 
     attached    and served, by exactly one keeper, with its data
     swapped     the same, and swapped to
@@ -33,10 +33,10 @@ import pytest
 
 import zramd
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 
-from vm_tools import image, kernel
-from vm_tools.guest import Guest, Machine, choose_accel
+from vm import image, kernel
+from vm.guest import Guest, Machine, choose_accel
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(600)

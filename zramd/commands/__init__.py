@@ -20,8 +20,9 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from zramd import __version__, inherited
+from zramd import __version__
 from zramd.errors import UsageError, ZramdError, drop, printable, reason, sentence, tell
+from zramd.process import inherited
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:

@@ -6,22 +6,23 @@ import re
 import sys
 from contextlib import suppress
 
-from zramd import client, rundir
 from zramd.commands import add_device, say
+from zramd.contract import rundir
+from zramd.control import client
 from zramd.errors import AttachError, DeviceError, UsageError
-from zramd.steps import step
+from zramd.process.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from zramd.attached import Attached
     from zramd.commands import Commands
-    from zramd.keeper import Job
+    from zramd.kernel.attached import Attached
+    from zramd.kernel.keeper import Job
 
 PRIORITY = 100  # before any other swap, as zram-generator has it
 DEAD_CONN_TIMEOUT = 120  # seconds
-TIMEOUT = 1.0  # seconds; see zramd.keeper on why it is no danger with one connection
+TIMEOUT = 1.0  # seconds; see zramd.kernel.keeper on why it is no danger with one connection
 TIMEOUT_OF_SEVERAL = 30.0
 APPEARS = 5.0  # seconds in which a device must have come or gone
 _STATS_BYTES = 64 << 10  # stats.json has a few thousand
@@ -30,7 +31,8 @@ _DEVICE = re.compile(r"(?:/dev/)?nbd(\d{1,4})")
 
 def attach(arguments: argparse.Namespace) -> int:
     """Attach a device, swap to it if asked, and print its name."""
-    from zramd import interrupts, life
+    from zramd.control import life
+    from zramd.process import interrupts
 
     if arguments.name is not None:
         arguments.name = client.name_of(arguments.name)
@@ -57,7 +59,7 @@ def attach(arguments: argparse.Namespace) -> int:
 
 def _attach(arguments: argparse.Namespace, served: client.Served) -> str:
     """Attach a device and swap to it if asked; return its name."""
-    from zramd import attached, kernelswap
+    from zramd.kernel import attached, kernelswap
 
     address = served.file(rundir.NBD_SOCKET)
     there = attached.find(served.name)
@@ -101,7 +103,7 @@ def _attach(arguments: argparse.Namespace, served: client.Served) -> str:
 
 def _undo(name: str, keeper: int) -> None:
     """Take away what an attach by `keeper` has left. What went wrong first is what counts."""
-    from zramd import attached
+    from zramd.kernel import attached
 
     with suppress(AttachError, OSError):
         there = attached.find(name)
@@ -112,7 +114,7 @@ def _undo(name: str, keeper: int) -> None:
 
 def _stands(name: str) -> str:
     """Return how a device stands, for who interrupts a command."""
-    from zramd import attached, kernelswap
+    from zramd.kernel import attached, kernelswap
 
     there = attached.find(name)
     if there is None:
@@ -124,7 +126,7 @@ def _stands(name: str) -> str:
 
 def _use(arguments: argparse.Namespace, name: str, device: str) -> None:
     """Wait for a device that was attached, and swap to it if asked."""
-    from zramd import kernelswap, swapunit
+    from zramd.kernel import kernelswap, swapunit
 
     _wait(lambda: os.path.exists(device), f"{device} does not appear: is /dev a devtmpfs, or udev running?")
     if arguments.swap and kernelswap.find(device) is None:
@@ -151,7 +153,7 @@ def _refuse_others(served: client.Served) -> None:
 
 def _drop(there: "Attached", whom: str) -> None:
     """Detach what an ended server or attach has left. Raises AttachError if it is in use."""
-    from zramd import kernelswap
+    from zramd.kernel import kernelswap
 
     use = ["swap"] if kernelswap.find(there.device) else kernelswap.mounts(there.device)
     if use:
@@ -168,7 +170,7 @@ def _configure(arguments: argparse.Namespace) -> bool:
 
     Raises ConfigError.
     """
-    from zramd import devices
+    from zramd.settings import devices
 
     try:
         device = devices.find(arguments.name)
@@ -188,8 +190,8 @@ def _configure(arguments: argparse.Namespace) -> bool:
 
 def _for_others(name: str) -> bool:
     """Say whether zramd.conf leaves it to others to attach a device. Who attached it, detaches it."""
-    from zramd import devices
     from zramd.errors import ConfigError
+    from zramd.settings import devices
 
     try:
         return not devices.find(name).attached
@@ -199,7 +201,8 @@ def _for_others(name: str) -> bool:
 
 def detach(arguments: argparse.Namespace) -> int:
     """Detach a device, swapping off first if told."""
-    from zramd import attached, interrupts
+    from zramd.kernel import attached
+    from zramd.process import interrupts
 
     if arguments.name is not None:
         arguments.name = client.name_of(arguments.name)
@@ -221,7 +224,8 @@ def _detach(arguments: argparse.Namespace, there: "Attached") -> None:
     """Take a device away, and swap off before if told."""
     from contextlib import nullcontext
 
-    from zramd import attached, interrupts, kernelswap
+    from zramd.kernel import attached, kernelswap
+    from zramd.process import interrupts
 
     device = there.device
     step("detach.begun")
@@ -272,7 +276,7 @@ def _own_name(served: client.Served) -> str:
     """Return what a server calls its device: its run folder may have any name. Raises ConfigError."""
     import json
 
-    from zramd import config
+    from zramd.settings import config
 
     try:
         name = str(served.stats()["name"])
@@ -292,7 +296,7 @@ def _must_be_free(device: str) -> None:
     """
     from glob import glob
 
-    from zramd import kernelswap
+    from zramd.kernel import kernelswap
 
     mounts = kernelswap.mounts(device)
     if mounts:
@@ -311,7 +315,7 @@ def _has_netlink() -> bool:
     """Load the kernel's NBD client; say whether it can be spoken to by netlink. Raises AttachError."""
     import subprocess
 
-    from zramd import kernelswap, netlink
+    from zramd.kernel import kernelswap, netlink
 
     with suppress(netlink.NoFamilyError):  # asking alone makes many kernels load it
         netlink.Kernel().close()
@@ -341,7 +345,7 @@ def _has_netlink() -> bool:
 
 
 def _job(arguments: argparse.Namespace, served: client.Served, device: int, data: str = "") -> "Job":
-    from zramd.keeper import Job
+    from zramd.kernel.keeper import Job
 
     timeout = arguments.timeout
     if timeout is None:
@@ -364,7 +368,7 @@ def _start_keeper(job: "Job") -> int:
     import subprocess
 
     import zramd
-    from zramd import steps
+    from zramd.process import steps
 
     package = os.path.dirname(os.path.dirname(os.path.abspath(zramd.__file__)))
     environment = {
@@ -375,7 +379,7 @@ def _start_keeper(job: "Job") -> int:
         **steps.inherited(),
     }
     keeper = subprocess.Popen(
-        [sys.executable, "-S", "-P", "-m", "zramd.keeper", *job.words()],
+        [sys.executable, "-S", "-P", "-m", "zramd.kernel.keeper", *job.words()],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -405,7 +409,7 @@ def _start_keeper(job: "Job") -> int:
 
 def _by_nbd_client(arguments: argparse.Namespace, name: str, address: str) -> str:
     """Attach by the program nbd-client and return the device's name. Raises AttachError."""
-    from zramd import attached, kernelswap
+    from zramd.kernel import attached, kernelswap
 
     say(f"attaching by nbd-client: {name} has no keeper, and when its server ends, requests fail")
     device = _free_device() if arguments.device < 0 else f"/dev/nbd{arguments.device}"
@@ -445,7 +449,7 @@ def _disconnect(device: str, there: "Attached | None") -> "Callable[[], bool]":
     import select
     import signal
 
-    from zramd import attached, kernelswap, netlink
+    from zramd.kernel import attached, kernelswap, netlink
 
     connection = attached.connection(device)
     keeper, ended = -1, select.poll()
@@ -479,7 +483,7 @@ def _disconnect(device: str, there: "Attached | None") -> "Callable[[], bool]":
 
 def _forget(name: str, device: str, gone: "Callable[[], bool]") -> None:
     """Wait until the kernel has given the device up and its keeper has ended; remove what was noted of it."""
-    from zramd import attached, swapunit
+    from zramd.kernel import attached, swapunit
 
     _wait(gone, f"{device} is disconnected, but somebody has it open")
     attached.remove(name)

@@ -121,8 +121,8 @@ _BY_METAVAR = {"NAME": "@devices", "FILE": "@files", "FOLDER": "@files"}
 
 def words(parser: "Parser") -> list[str]:
     """Return what may follow a verb: its own verbs, options, values, and the settings that it takes."""
-    from zramd import config
     from zramd.commands import verbs
+    from zramd.settings import config
 
     found = list(verbs(parser))
     for action in parser._actions:

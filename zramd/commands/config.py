@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from zramd.commands import Commands
-    from zramd.devices import Configuration, Device
-    from zramd.foreign import Translation
+    from zramd.settings.devices import Configuration, Device
+    from zramd.settings.foreign import Translation
 
 _WRITE_ONE = "write /etc/zramd.conf, as docs/zramd.conf shows"
 _ABOUT_GENERATOR = "read zram-generator's configuration, else zramswap's, instead of zramd's"
@@ -33,7 +33,7 @@ def _translation(file: str | None) -> "Translation":
     """Return another program's configuration: `file`, else its own. Raises ConfigError for none."""
     from pathlib import Path
 
-    from zramd import conffiles, foreign
+    from zramd.settings import conffiles, foreign
 
     root = conffiles.root_folder()
     paths = [Path(file)] if file is not None else foreign.find(root)
@@ -45,7 +45,7 @@ def _translation(file: str | None) -> "Translation":
 def _load(file: str | None, generator: bool) -> "Configuration":
     from dataclasses import replace
 
-    from zramd import conffiles, devices
+    from zramd.settings import conffiles, devices
 
     if not generator:
         return devices.load(file=file)
@@ -73,7 +73,7 @@ def _values(device: "Device") -> "dict[str, Any]":
 
 def _origin(device: "Device", key: str) -> str:
     """Return FILE:LINE of what gave `key` its value, '' for a default."""
-    from zramd.keys import TWINS
+    from zramd.settings.keys import TWINS
 
     if key == "name":
         return device.where[""]
@@ -83,7 +83,7 @@ def _origin(device: "Device", key: str) -> str:
 
 
 def _table(device: "Device") -> str:
-    from zramd.config import Config
+    from zramd.settings.config import Config
 
     rows = []
     for key, value in _values(device).items():
@@ -177,7 +177,7 @@ def check(arguments: argparse.Namespace) -> int:
 
 def import_(arguments: argparse.Namespace) -> int:
     """Print a zramd.conf made from another program's configuration; return 1 if it has errors to mend."""
-    from zramd import conffiles, devices, foreign
+    from zramd.settings import conffiles, devices, foreign
 
     _must_be_a_file(arguments.file)
     translation = _translation(arguments.file)

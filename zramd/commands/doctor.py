@@ -8,8 +8,8 @@ import argparse
 import os
 import re
 
-from zramd import client
-from zramd.kernelswap import MIN_FREE, parse_swaps
+from zramd.control import client
+from zramd.kernel.kernelswap import MIN_FREE, parse_swaps
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def nbdkit_version() -> str:
 def nbdkit() -> "Iterator[Finding]":
     """nbdkit, its Python plugin, and whether that can load the core."""
     from zramd import __version__
-    from zramd.commands.nbdkit import plugin_path
+    from zramd.launch.nbdkit import plugin_path
 
     version = nbdkit_version()
     if not version:

@@ -5,9 +5,10 @@ import os
 import sys
 from collections.abc import Callable
 
-from zramd import attached, client, kernelswap
 from zramd.commands import folder, say
+from zramd.control import client
 from zramd.errors import DeviceError, UsageError
+from zramd.kernel import attached, kernelswap
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:

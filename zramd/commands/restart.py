@@ -1,6 +1,6 @@
 """`zramd restart`: a new server takes over from a running one, with all data; its clients see only a pause.
 
-All that can fail is done before the old server is asked to leave: see zramd.handover.
+All that can fail is done before the old server is asked to leave: see zramd.contract.handover.
 """
 
 import argparse
@@ -10,17 +10,20 @@ import time
 from contextlib import suppress
 from typing import NamedTuple
 
-from zramd import client, handover, inherited, life, peer, pidfd, rundir
-from zramd.commands import add_device, background, filters, nbdkit, serve
+from zramd.commands import add_device, serve
+from zramd.contract import handover, rundir
+from zramd.control import client, life, peer
 from zramd.errors import AttachError, DeviceError, RundirError, UsageError, is_shortage, reason
-from zramd.steps import step
+from zramd.launch import background, filters, nbdkit
+from zramd.process import inherited, pidfd
+from zramd.process.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
     from typing import Any
 
     from zramd.commands import Commands
-    from zramd.config import Config
+    from zramd.settings.config import Config
 
 LEAVE_TIMEOUT = 10.0  # seconds; a server needs one at most, a busy machine a few
 END_TIMEOUT = 2.0  # seconds; one that does not answer may be stopping
@@ -35,7 +38,7 @@ def restart(arguments: argparse.Namespace) -> int:
 
     Raises DeviceError (with what became of the old server), UsageError, ConfigError.
     """
-    from zramd import interrupts
+    from zramd.process import interrupts
 
     interrupts.interruptible()
     served = client.look(arguments.name, arguments.rundir)
@@ -52,7 +55,7 @@ def restart(arguments: argparse.Namespace) -> int:
 
 def _replace(served: client.Served, words: list[str], turn: life.Turn) -> tuple[int, float]:
     """Replace the server; return the new one's process and for how many seconds nobody answered."""
-    from zramd import interrupts
+    from zramd.process import interrupts
 
     process = served.process()
     peer.must_be_ours(process, served.name)  # what nbdkit was told is told to the next one
@@ -215,10 +218,10 @@ def _ended(served: client.Served) -> DeviceError:
 
 
 class _Successor:
-    """A server that is ready to take over: see zramd.handover."""
+    """A server that is ready to take over: see zramd.contract.handover."""
 
     def __init__(self, plan: "_Plan", old: _Old, turn: life.Turn) -> None:
-        from zramd import interrupts
+        from zramd.process import interrupts
 
         self._settings = plan.settings
         ours, theirs = socket.socketpair()
@@ -315,7 +318,7 @@ def _text(value: object) -> str:
 
 def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str, str]]:
     """Return the settings with those that the user wants otherwise. Raises ConfigError, UsageError."""
-    from zramd import config
+    from zramd.settings import config
 
     before = config.parse(pairs)
     given = [(key, value) for key, _, value in (word.partition("=") for word in words)]
@@ -379,7 +382,7 @@ def _plan(served: client.Served, line: list[str], pairs: list[tuple[str, str]]) 
 
     Sets the environment for it. Raises ConfigError, DeviceError for a server that is no nbdkit.
     """
-    from zramd import config
+    from zramd.settings import config
 
     words = line[:-1]
     at = next(
@@ -406,10 +409,10 @@ def _drain(name: str, process: int) -> None:
 
     A queue that is given another length first waits until all that was sent is answered, and what comes
     meanwhile waits for it. In such a moment the server can leave without taking a request along: see
-    zramd.leaving. A process of its own does it: one that comes too late is stuck until the new server
+    zramd.server.leaving. A process of its own does it: one that comes too late is stuck until the new server
     answers, and that one waits for us.
     """
-    from zramd import attached
+    from zramd.kernel import attached
 
     try:
         found = attached.find(name)

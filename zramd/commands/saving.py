@@ -10,10 +10,11 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
-from zramd import client, inherited
 from zramd.commands import add_device, say
+from zramd.control import client
 from zramd.errors import DeviceError, SaveError, UntrustedError, UsageError, reason, tell
-from zramd.steps import step
+from zramd.process import inherited
+from zramd.process.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ _SAVE_ELSEWHERE = "save to a folder of your own, or to - and a pipe"
 
 def save(arguments: argparse.Namespace) -> int:
     """Save a device to a file."""
-    from zramd import interrupts
     from zramd.commands.serve import refuse_in_use
+    from zramd.process import interrupts
 
     interrupts.interruptible()
     file = _file(arguments)
@@ -87,7 +88,7 @@ def _place(file: str, remedy: str) -> "Iterator[trusted.Place]":
 
 def _in_use(served: client.Served) -> str:
     """Return the warning that a save of a device in use is worth, '' for one that is not."""
-    from zramd import attached, kernelswap
+    from zramd.kernel import attached, kernelswap
 
     clients, stats = served.ask_json("GET", "/health").get("clients", 0), served.stats()
     devices = attached.devices(stats["name"], stats["disksize"])
@@ -103,7 +104,7 @@ def _in_use(served: client.Served) -> str:
 
 def _check_target(place: "trusted.Place", force: bool) -> None:
     """Raise UsageError when something is in the way that is not a saved device; UntrustedError."""
-    from zramd.core.saving import MAGIC
+    from zramd.core.device.saving import MAGIC
 
     file = place.shown
     try:
@@ -123,7 +124,7 @@ def _write(
     served: client.Served, control: socket.socket, place: "trusted.Place", total: int
 ) -> "dict[str, int]":
     """Write the stream to a file of its own, and put that in its place once it is whole and on the disk."""
-    from zramd import interrupts
+    from zramd.process import interrupts
 
     file = place.shown
     # One that nobody can guess, nor another save share. The name may be as long as one can be.
@@ -166,7 +167,7 @@ def _copy(
     progress: "Callable[[int], None] | None",
 ) -> "dict[str, int]":
     """Copy a save from the server, checking it on the way."""
-    from zramd.core import saving
+    from zramd.core.device import saving
 
     try:
         with _unblocked(fd, os.O_WRONLY) as target:
@@ -205,7 +206,7 @@ def _unblocked(fd: int, how: int) -> "Iterator[int]":
 def load(arguments: argparse.Namespace) -> int:
     """Load a saved device into a running one, or only check it."""
 
-    from zramd import interrupts
+    from zramd.process import interrupts
 
     interrupts.interruptible()
     file = _file(arguments)
@@ -277,7 +278,7 @@ def _check(file: str) -> int:
 
 
 def _verify(fd: int, file: str) -> "dict[str, int]":
-    from zramd.core import saving
+    from zramd.core.device import saving
 
     try:
         size = os.fstat(fd).st_size

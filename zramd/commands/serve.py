@@ -16,25 +16,30 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from zramd import __version__, attached, client, handover, inherited, kernelswap, life, pidfd, rundir
-from zramd.commands import add_device, background, say
-from zramd.commands.nbdkit import PRINTS, STANDARD_INPUT, Options, check, command, read_options
-from zramd.commands.uris import uri
+from zramd import __version__
+from zramd.commands import add_device, say
+from zramd.contract import handover, rundir
+from zramd.control import client, life
 from zramd.errors import DeviceError, RundirError, UsageError, ZramdError, sentence
-from zramd.steps import step
+from zramd.kernel import attached, kernelswap
+from zramd.launch import background
+from zramd.launch.nbdkit import PRINTS, STANDARD_INPUT, Options, check, command, read_options
+from zramd.launch.uris import uri
+from zramd.process import inherited, pidfd
+from zramd.process.steps import step
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
     from zramd.commands import Commands
-    from zramd.config import Config
-    from zramd.devices import Device
+    from zramd.settings.config import Config
+    from zramd.settings.devices import Device
 
 DEFAULT_SIZE = "1G"
 READY_TIMEOUT = 30.0  # seconds after which the watcher gives up: nbdkit says itself what is wrong
 STOP_TIMEOUT = 10.0  # seconds; a server needs one, a busy machine a few
 KILL_TIMEOUT = 2.0  # seconds that a server which did not get so far has to end in its normal way
 LOOK_TIMEOUT = 2.0  # seconds; one that does not answer is stopped all the same
-_TOOK_OVER = "zramd: took over "  # what a server says that does well: zramd.making
+_TOOK_OVER = "zramd: took over "  # what a server says that does well: zramd.server.making
 _BEFORE_REASON = r"nbdkit: (error: )?(.*nbdkit_plugin\.py: \w+: error: )?"
 
 _SHELL_FIRST = rb"""#!/bin/sh\n'''exec' "?((?<=")[^"\n]+|\S+)"""
@@ -170,7 +175,7 @@ def plan(
 
     Raises ConfigError, RundirError, UsageError, and ZramdError when nbdkit is missing.
     """
-    from zramd import config
+    from zramd.settings import config
 
     given = (("disksize", size), ("name", name))
     pairs = [(key, value) for key, value in given if value is not None]
@@ -208,11 +213,11 @@ def set_environment(settings: "Config") -> None:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Become nbdkit, serving as told. Returns only by an exception: see `plan`."""
-    from zramd import fdstore
+    from zramd.launch import fdstore
 
     size, words = arguments.size, arguments.settings
     if arguments.config is not None:
-        from zramd import devices
+        from zramd.settings import devices
 
         try:
             device = devices.find(arguments.config)
@@ -240,7 +245,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
 def _not_here(skipped: Exception) -> int:
     """Say that the device is not meant for this machine. To a service manager that is no failure."""
-    from zramd import notify
+    from zramd.process import notify
 
     if "NOTIFY_SOCKET" not in os.environ:
         raise skipped
@@ -254,7 +259,8 @@ def start(arguments: argparse.Namespace) -> int:
 
     Raises as `plan`, and DeviceError with the server's reason when it does not get so far.
     """
-    from zramd import config, interrupts
+    from zramd.process import interrupts
+    from zramd.settings import config
 
     interrupts.interruptible()
 
@@ -302,8 +308,8 @@ def _configured(name: str, *, sized: bool) -> "Device | None":
 
     Raises ConfigError: where other devices are configured, one of another name is a mistake.
     """
-    from zramd import devices
     from zramd.errors import ConfigError
+    from zramd.settings import devices
 
     configuration = devices.load()
     if configuration.has(name):
@@ -321,7 +327,7 @@ def _begin(settings: "Config", argv: list[str], turn: life.Turn, folder: str) ->
 
     It stands in `folder`. Raises DeviceError with its reason.
     """
-    from zramd import interrupts
+    from zramd.process import interrupts
 
     end = time.monotonic() + READY_TIMEOUT
     environment = {**turn.words(), rundir.BACKGROUND: "1"}
@@ -365,7 +371,7 @@ def spawn(
     """
     import signal
 
-    from zramd import interrupts
+    from zramd.process import interrupts
 
     errors, to_errors = os.pipe()
     numbers, to_numbers = os.pipe()
@@ -444,7 +450,7 @@ def stop(arguments: argparse.Namespace) -> int:
     """
     import signal
 
-    from zramd import interrupts
+    from zramd.process import interrupts
 
     interrupts.interruptible()
     served = client.look(arguments.name, arguments.rundir)
@@ -511,7 +517,7 @@ def refuse_in_use(served: client.Served, what: str, more: str = "") -> None:
 
 
 def _settings_help() -> str:
-    from zramd import config
+    from zramd.settings import config
 
     return (
         f"\nsettings [default]:\n{config.help_text()}\n"

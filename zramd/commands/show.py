@@ -4,8 +4,8 @@ import argparse
 import sys
 import time
 
-from zramd import client
 from zramd.commands import add_device, say
+from zramd.control import client
 from zramd.errors import DeviceError, UsageError
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -26,7 +26,7 @@ def stats(arguments: argparse.Namespace) -> int:
         return 0
     import json
 
-    from zramd.stats import NUMBERS
+    from zramd.stats.stats import NUMBERS
 
     values = json.loads(text)
     told = [number for number in NUMBERS if number.name in values]  # another version may have fewer
@@ -58,7 +58,7 @@ def classes(arguments: argparse.Namespace) -> int:
 
 def compact(arguments: argparse.Namespace) -> int:
     """Compact until nothing more can be freed, and print what that was."""
-    from zramd.routes import COMPACT_TIMEOUT
+    from zramd.server.routes import COMPACT_TIMEOUT
 
     served = client.find(arguments.name, arguments.rundir)
     before = served.stats()
@@ -80,7 +80,7 @@ def compact(arguments: argparse.Namespace) -> int:
 
 def change(arguments: argparse.Namespace) -> int:
     """Change settings of a running server, all or none of them if one is written wrong."""
-    from zramd import config
+    from zramd.settings import config
 
     if not arguments.settings:
         raise UsageError("nothing to set: write it as in 'zramd set NAME mem_limit=2G'")
@@ -145,8 +145,8 @@ def dump(arguments: argparse.Namespace) -> int:
     import sys
 
     import zramd
-    from zramd import attached, kernelswap
     from zramd.commands.doctor import nbdkit_version
+    from zramd.kernel import attached, kernelswap
 
     served = client.find(arguments.name, arguments.rundir)
     state: dict[str, Any] = {
@@ -221,7 +221,7 @@ def _add_json(parser: "Parser") -> None:
 
 
 def _live_settings() -> str:
-    from zramd import config
+    from zramd.settings import config
 
     free = "".join(f"  {each.name:<22} {each.help}\n" for each in config.SETTINGS if not each.fixed)
     fixed = "".join(f"  {each.name:<22} {each.fixed}\n" for each in config.SETTINGS if each.fixed)

@@ -1,12 +1,13 @@
-"""`zramd top`: a device live, on the whole screen. zramd.commands.view draws, zramd.terminal shows."""
+"""`zramd top`: a device live, on the whole screen. zramd.top.view draws, zramd.top.terminal shows."""
 
 import argparse
 import os
 import sys
 from contextlib import suppress
 
-from zramd import client, rundir
 from zramd.commands import add_device
+from zramd.contract import rundir
+from zramd.control import client
 from zramd.errors import DeviceError, ZramdError
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -15,10 +16,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from zramd.commands import Commands
-    from zramd.commands.cells import Glyphs
-    from zramd.commands.view import State
-    from zramd.samples import Sample
-    from zramd.terminal import Terminal
+    from zramd.control.samples import Sample
+    from zramd.top.cells import Glyphs
+    from zramd.top.terminal import Terminal
+    from zramd.top.view import State
 
 INTERVALS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds; what + and - go through
 DEFAULT_INTERVAL = 1.0
@@ -66,7 +67,7 @@ class Top:
 
     def _show(self, served: client.Served) -> None:
         """Begin with a device."""
-        from zramd.samples import Watch
+        from zramd.control.samples import Watch
 
         self.served = served
         self.watch = Watch()
@@ -155,7 +156,7 @@ class Top:
             self.lost = f"{self.name} does not answer: waiting for it"
         if now >= self._message_until:
             self._message = ""
-        from zramd.commands.view import screen
+        from zramd.top.view import screen
 
         self.terminal.draw(screen(self.state(), *self.terminal.size(), self._glyphs))
         times = [self._message_until] if self._message else []
@@ -167,7 +168,7 @@ class Top:
 
     def state(self) -> "State":
         """Return what the view is to draw."""
-        from zramd.commands.view import State
+        from zramd.top.view import State
 
         paths = [served.path for served in self._devices]
         return State(
@@ -242,7 +243,7 @@ class Top:
     def _ask(self) -> None:
         import time
 
-        from zramd.samples import take
+        from zramd.control.samples import take
 
         watch, served = self.watch, self.served
         self._asked = time.monotonic()
@@ -271,7 +272,7 @@ class Top:
         self.lost = ""
 
     def _compact(self) -> None:
-        from zramd.routes import COMPACT_TIMEOUT
+        from zramd.server.routes import COMPACT_TIMEOUT
 
         if self._compacting:
             return
@@ -295,7 +296,7 @@ class Top:
 
 def glyphs(colours: int) -> "Glyphs":
     """Return the characters to draw with, by what standard output can take and how many colours there are."""
-    from zramd.commands import cells
+    from zramd.top import cells
 
     # The console's fonts have few of the characters.
     if "utf" not in (sys.stdout.encoding or "").lower() or os.environ.get("TERM") == "linux":
@@ -307,8 +308,8 @@ def once(served: client.Served, seconds: float | None) -> int:
     """Print the screen once: rates since the server's start, or over some seconds."""
     import time
 
-    from zramd.commands import cells, view
-    from zramd.samples import Watch, take
+    from zramd.control.samples import Watch, take
+    from zramd.top import cells, view
 
     watch = Watch()
     sample = take(served)
@@ -340,13 +341,13 @@ def run(arguments: argparse.Namespace) -> int:
         served = client.find(arguments.name, arguments.rundir)
     if arguments.once:
         return once(served, arguments.interval)
-    from zramd.terminal import Terminal
+    from zramd.top.terminal import Terminal
 
     return Top(Terminal(), served, arguments.interval or DEFAULT_INTERVAL).run()
 
 
 def _help() -> str:
-    from zramd.commands.view import KEYS
+    from zramd.top.view import KEYS
 
     keys = "".join(f"  {key:<6}  {meaning}\n" for key, _, meaning in KEYS)
     return f"""

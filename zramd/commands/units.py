@@ -1,4 +1,4 @@
-"""`zramd install-units` and `zramd remove-units`; zramd.units does the work."""
+"""`zramd install-units` and `zramd remove-units`; zramd.launch.units does the work."""
 
 import argparse
 
@@ -11,14 +11,14 @@ PREFIX = "/usr/local"  # of what an administrator installs; distributions use /u
 
 def install(arguments: argparse.Namespace) -> int:
     """Write the units, an example configuration if there is none, and let systemd read them."""
-    from zramd import units
+    from zramd.launch import units
 
     return units.install(arguments)
 
 
 def remove(arguments: argparse.Namespace) -> int:
     """Remove what `install` has written."""
-    from zramd import units
+    from zramd.launch import units
 
     return units.remove(arguments)
 

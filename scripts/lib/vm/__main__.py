@@ -1,0 +1,149 @@
+"""Runs the scenarios of scripts/vm-swap and reports; see its --help."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import zramd
+from vm import image, kernel, kills, pressure, report, scenario
+from vm.errors import VmError
+from vm.guest import Machine, choose_accel
+from vm.plan import KERNEL_ZRAM, MODES, Plan, default_memory
+from vm.session import Boot, as_json
+from zramd.errors import ConfigError
+from zramd.settings.config import parse_size
+
+ROOT = Path(__file__).parents[3]
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    """Return what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="scripts/vm-swap", add_help=False, allow_abbrev=False)
+    parser.add_argument("--attach", choices=[*MODES, KERNEL_ZRAM, "all"], default="all")
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--minutes", type=float, default=0)
+    parser.add_argument("--mem-limit", type=parse_size, default=0)
+    parser.add_argument("--limit", action="store_true")
+    parser.add_argument("--pause", action="store_true")
+    parser.add_argument("--stall", type=float, default=0)
+    parser.add_argument("--kill", type=float, default=0)
+    parser.add_argument("--restart", action="store_true")
+    parser.add_argument("--nbd-options", default="")
+    parser.add_argument("--memory", type=parse_size, default=0)
+    parser.add_argument("--cpus", type=int, default=Plan.cpus)
+    parser.add_argument("--size", type=parse_size, default=0)
+    parser.add_argument("--workload", type=parse_size, default=0)
+    parser.add_argument("--pageout", action="store_true")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    return parser.parse_args(words)
+
+
+def plan(asked: argparse.Namespace, mode: str) -> Plan:
+    """Return the plan for one mode."""
+    return Plan(
+        mode,
+        asked.memory or default_memory(mode, asked.short),
+        asked.cpus,
+        short=asked.short,
+        seed=asked.seed,
+        hog_seconds=int(asked.minutes * 60),
+        mem_limit=asked.mem_limit,
+        limit=asked.limit,
+        pause=asked.pause,
+        stall=asked.stall,
+        kill=asked.kill,
+        restart=asked.restart,
+        nbd_options=asked.nbd_options,
+        workload_bytes=asked.workload,
+        pageout=asked.pageout,
+        size=asked.size,
+    )
+
+
+def run(this: Plan, machine: Machine, live: report.Live) -> report.Result:
+    """Do one mode's scenarios and return what they found; never raises VmError."""
+    result = report.Result(this.mode)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="zramd-vm-") as folder:
+        boot = Boot(machine, Path(folder), live)
+        try:
+            if this.pause:
+                pressure.pause(this, boot, result)
+            elif this.limit:
+                pressure.full_pool(this, boot, result)
+            elif this.kill:
+                kills.kills(this, boot, result)
+            elif this.hog_seconds:
+                pressure.hog(this, boot, result)
+            else:
+                scenario.fall_and_rise(this, boot, result)
+        except VmError as error:
+            result.error = str(error)
+    result.expect(
+        "every page verified is as it was written", result.pages_bad == 0, f"{result.pages_bad} bad"
+    )
+    result.expect("the kernel complains of nothing", not result.alarms, "; ".join(result.alarms[:3]))
+    result.seconds = round(time.monotonic() - started, 1)
+    return result
+
+
+def _asked() -> str:
+    """Return the command line's words, but for where its results go."""
+    words, skip = [], False
+    for word in sys.argv[1:]:
+        if not skip and word not in ("--json", "--markdown"):
+            words.append(word)
+        skip = word in ("--json", "--markdown")
+    return " ".join(words)
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    asked = arguments(sys.argv[1:])
+    if asked.pause and asked.attach != "qemu":
+        raise VmError("--pause is qemu's: use it with --attach qemu")
+    if (asked.kill or asked.restart) and asked.attach != "qemu":
+        raise VmError("--kill is qemu's: use it with --attach qemu")
+    if asked.restart and not asked.kill:
+        raise VmError("--restart wants the seconds between two: give --kill SECONDS, too")
+    others = (asked.minutes, asked.limit, asked.stall, asked.mem_limit, asked.nbd_options)
+    if asked.attach == KERNEL_ZRAM and any(others):
+        raise VmError("with --attach zram there is only the comparison: memory written, freed and compacted")
+    live = report.Live()
+    folder = ROOT / "build/vm"
+    cloud = kernel.prepare(folder)
+    images = image.prepare(folder, cloud, Path(zramd.__file__).parent.parent)
+    machine = Machine(cloud, images, 256 << 20, 2, "tcg")
+    with tempfile.TemporaryDirectory(prefix="zramd-vm-") as name:
+        accel = choose_accel(machine, Path(name))
+    machine = Machine(cloud, images, machine.memory, machine.cpus, accel)
+    results = []
+    for mode in MODES if asked.attach == "all" else [asked.attach]:
+        result = run(plan(asked, mode), machine, live)
+        result.settings = {"kernel": cloud.release, "accel": accel, "command": _asked()}
+        print(report.text(result), flush=True)
+        results.append(result)
+    if asked.json:
+        asked.json.write_text(as_json([result.as_dict() for result in results]))
+    if asked.markdown:
+        for result in results:
+            report.write_markdown(asked.markdown, result)
+    return 0 if all(result.ok for result in results) else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (VmError, ConfigError, OSError) as error:
+        print(f"vm-swap: {error}", file=sys.stderr)
+        sys.exit(1)

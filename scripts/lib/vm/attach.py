@@ -1,0 +1,395 @@
+"""The ways in which a guest gets its zramd device, or the kernel's own zram, and how each is asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from vm.errors import VmError
+from vm.guest import Beat, Guest
+from zramd.contract import rundir
+from zramd.control import client
+
+NAME = "zram0"
+READY_TIMEOUT = 60.0  # seconds; under TCG Python takes a few to start
+ASK_TIMEOUT = 120.0  # seconds; a compaction waits for its end
+RUNDIR = f"/run/zramd/{NAME}"  # in the guest
+# Seconds for which qemu lets requests wait when the server is away, before it fails them.
+RECONNECT_DELAY = 30
+HANDLE_BYTES = 8  # that the kernel's zram needs for each object, beside its slots and its pool
+
+
+class Attachment(ABC):
+    """A device that compresses, and the way from a guest to it."""
+
+    name: str
+    device: str  # in the guest
+
+    def __init__(self, size: int) -> None:
+        """`size` is the device's, in bytes."""
+        self.size = size
+
+    def qemu_options(self) -> list[str]:
+        """Return what qemu is to be told before the guest boots; the host's server runs from here on."""
+        return []
+
+    @abstractmethod
+    def attach(self, guest: Guest) -> None:
+        """Make the device appear in the guest."""
+
+    def detach(self, guest: Guest) -> None:  # noqa: B027  a disk of qemu's stays
+        """Undo `attach`; the device is no longer in use."""
+
+    def stop(self) -> None:  # noqa: B027  where nothing runs on the host
+        """End what runs on the host."""
+
+    def memory_free(self, guest: Guest) -> int:
+        """Return the free bytes of the machine whose memory holds the pool: the guest, if no other."""
+        line = guest.run("grep MemFree /proc/meminfo")
+        return int(line.split()[1]) * 1024
+
+    @abstractmethod
+    def peek(self, beat: Beat) -> dict[str, Any] | None:
+        """Return the latest numbers without asking for them; `beat` is the guest's last heartbeat."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, Any]:
+        """Return the numbers now, by zramd's names."""
+
+    @abstractmethod
+    def compact(self) -> int:
+        """Compact now and return the pages freed."""
+
+
+class Zramd(Attachment):
+    """A zramd server, and the way from a guest to it."""
+
+    def __init__(self, size: int, settings: dict[str, str]) -> None:
+        """`size` is the device's, in bytes; `settings` are zramd's."""
+        super().__init__(size)
+        self.settings = settings
+
+    @abstractmethod
+    def request(self, method: str, path: str, body: str = "") -> str:
+        """Ask the server's control socket and return the body of its answer; raises VmError."""
+
+    def stats(self) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads(self.request("GET", "/stats"))
+        return values
+
+    def compact(self) -> int:
+        return int(json.loads(self.request("POST", "/compact"))["pages_freed"])
+
+
+class _HostServer(Zramd):
+    """zramd runs on the host, its files in `folder`."""
+
+    def __init__(self, size: int, settings: dict[str, str], folder: Path, nbdkit_options: list[str]) -> None:
+        super().__init__(size, settings)
+        self.rundir = folder / "zramd"
+        self._log = folder / "zramd.log"
+        self._start(nbdkit_options)
+        end = time.monotonic() + READY_TIMEOUT
+        try:
+            while not self._answers():
+                if self._ended() or time.monotonic() > end:
+                    words = " ".join(self._log.read_text(errors="replace").split())
+                    raise VmError(f"zramd does not serve: {words or 'no reason given'}")
+                time.sleep(0.02)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self, options: list[str]) -> None:
+        pairs = [f"{key}={value}" for key, value in {**self.settings, "rundir": str(self.rundir)}.items()]
+        command = [sys.executable, "-m", "zramd", "serve", "--name", NAME, "--size", str(self.size), *pairs]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [*command, "--", "--exit-with-parent", *options],
+                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def _ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def _answers(self) -> bool:
+        try:
+            return "status" in self.request("GET", "/health")
+        except VmError:
+            return False
+
+    def request(self, method: str, path: str, body: str = "") -> str:
+        try:
+            status, content = client.ask(str(self.rundir), method, path, body, ASK_TIMEOUT)
+        except OSError as error:
+            raise VmError(f"zramd does not answer {method} {path}: {error}") from None
+        if status != 200:
+            raise VmError(f"zramd refuses {method} {path}: {content.strip()}")
+        return content
+
+    def peek(self, beat: Beat) -> dict[str, Any] | None:
+        try:
+            values: dict[str, Any] = json.loads((self.rundir / "stats.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return values
+
+    def memory_free(self, guest: Guest) -> int:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemFree:"):
+                return int(line.split()[1]) * 1024
+        raise VmError("/proc/meminfo does not tell MemFree")
+
+    def stall(self, seconds: float) -> None:
+        """Let the server stand still for a while."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            time.sleep(seconds)
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+class Qemu(_HostServer):
+    """qemu is the NBD client; the guest sees a virtio disk."""
+
+    name = "qemu"
+    device = "/dev/vdb"
+
+    def __init__(self, size: int, settings: dict[str, str], folder: Path, werror: str = "report") -> None:
+        """`werror` is what qemu does when a write fails: report, or enospc (then it pauses the guest)."""
+        super().__init__(size, settings, folder, [])
+        self._werror = werror
+
+    def qemu_options(self) -> list[str]:
+        socket_path = self.rundir / "nbd.sock"
+        return [
+            "-blockdev",
+            f"driver=nbd,node-name={NAME},server.type=unix,server.path={socket_path},export={NAME},"
+            f"discard=unmap,reconnect-delay={RECONNECT_DELAY}",
+            "-device",
+            f"virtio-blk-pci,drive={NAME},logical_block_size=4096,physical_block_size=4096,"
+            f"werror={self._werror},rerror=report",
+        ]
+
+    def attach(self, guest: Guest) -> None:
+        # A virtio disk says that it rotates. To such a disk the kernel sends no discards of what is freed.
+        guest.run(f"echo 0 >/sys/block/{Path(self.device).name}/queue/rotational")
+
+
+class QemuWithState(Qemu):
+    """The same with a server in the background, whose data outlives it."""
+
+    def __init__(self, size: int, settings: dict[str, str], folder: Path, state: Path) -> None:
+        self._state = state
+        super().__init__(size, {**settings, "state": str(state)}, folder)
+
+    def _start(self, options: list[str]) -> None:
+        pairs = [f"{key}={value}" for key, value in {**self.settings, "rundir": str(self.rundir)}.items()]
+        self._zramd("start", NAME, "--size", str(self.size), *pairs, "--", *options)
+
+    def kill(self) -> float:
+        """Kill the server, start another one, and return the seconds that nobody served."""
+        since = time.monotonic()
+        pid = self._pid()
+        os.kill(pid, signal.SIGKILL)
+        while rundir.holder(str(self.rundir)) == pid:
+            time.sleep(0.001)
+        self._start([])
+        return time.monotonic() - since
+
+    def restart(self) -> float:
+        """Let a new server take over, and return the seconds that the command tells."""
+        words = self._zramd("restart", "--rundir", str(self.rundir)).split()
+        return float(words[words.index("ms") - 1]) / 1000
+
+    def stop(self) -> None:
+        if pid := rundir.holder(str(self.rundir)):
+            os.kill(pid, signal.SIGTERM)
+            end = time.monotonic() + 10
+            while rundir.holder(str(self.rundir)) == pid:
+                if time.monotonic() > end:
+                    os.kill(pid, signal.SIGKILL)
+                time.sleep(0.02)
+        self._state.unlink(missing_ok=True)
+
+    def _ended(self) -> bool:
+        return rundir.holder(str(self.rundir)) is None
+
+    def _pid(self) -> int:
+        pid = rundir.holder(str(self.rundir))
+        if pid is None:
+            raise VmError("the server has died by itself")
+        return pid
+
+    def _zramd(self, *words: str) -> str:
+        ran = subprocess.run(
+            [sys.executable, "-m", "zramd", *words],
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if ran.returncode:
+            raise VmError(ran.stderr.strip() or f"zramd {words[0]} fails without a reason")
+        return ran.stdout
+
+
+class GuestNbd(_HostServer):
+    """The guest's kernel is the client, over TCP to the host."""
+
+    name = "guest"
+    device = "/dev/nbd0"
+
+    def __init__(self, size: int, settings: dict[str, str], folder: Path, nbd_options: str) -> None:
+        """`nbd_options` are further options of nbd-client."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        super().__init__(size, settings, folder, ["--ipaddr", "127.0.0.1", "--port", str(self._port)])
+        self._nbd_options = nbd_options
+
+    def qemu_options(self) -> list[str]:
+        return ["-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0,romfile="]
+
+    def attach(self, guest: Guest) -> None:
+        for path in guest.machine.images.later_modules:
+            guest.run(f"insmod {path}")
+        guest.run("ip addr add 10.0.2.15/24 dev eth0 && ip link set eth0 up")
+        _nbd_client(guest, f"10.0.2.2 {self._port} {self.device} {self._nbd_options}")
+
+    def detach(self, guest: Guest) -> None:
+        guest.run(f"/usr/sbin/nbd-client -d {self.device}")
+
+
+class Local(Zramd):
+    """zramd runs in the guest and serves the guest's own kernel."""
+
+    name = "local"
+    device = "/dev/nbd0"
+
+    def __init__(self, size: int, settings: dict[str, str], nbd_options: str) -> None:
+        """`nbd_options` are further options of nbd-client, which then attaches instead of zramd itself."""
+        super().__init__(size, settings)
+        self._nbd_options = nbd_options
+        self._guest: Guest | None = None
+
+    def attach(self, guest: Guest) -> None:
+        self._guest = guest
+        pairs = " ".join(shlex.quote(f"{key}={value}") for key, value in self.settings.items())
+        log = "/run/zramd.log"
+        serve = f"/usr/bin/python3 -m zramd serve --name {NAME} --size {self.size} {pairs}"
+        guest.run(f"setsid {serve} >{log} 2>&1 &")
+        end = time.monotonic() + READY_TIMEOUT
+        while guest.try_run(f"/bin/guest_tool control {RUNDIR}/control.sock GET /health")[0]:
+            if time.monotonic() > end or not guest.try_run(f"grep -qE '^zramd: |error:' {log}")[0]:
+                raise VmError(f"zramd does not serve in the guest: {self.log()}")
+            time.sleep(0.2)
+        guest.run(f"insmod {guest.machine.images.later_modules[-1]}")
+        if self._nbd_options:
+            _nbd_client(guest, f"-unix {RUNDIR}/nbd.sock {self.device} {self._nbd_options}")
+        else:
+            guest.run(f"/usr/bin/python3 -m zramd attach {NAME} --device {self.device}", 60)
+
+    def detach(self, guest: Guest) -> None:
+        if self._nbd_options:
+            guest.run(f"/usr/sbin/nbd-client -d {self.device}")
+        else:
+            guest.run(f"/usr/bin/python3 -m zramd detach {NAME}", 60)
+
+    def peek(self, beat: Beat) -> dict[str, Any] | None:
+        return beat.get("zramd")
+
+    def request(self, method: str, path: str, body: str = "") -> str:
+        if self._guest is None:
+            raise VmError("zramd does not run in the guest yet")
+        words = shlex.join([f"{RUNDIR}/control.sock", method, path, body])
+        return self._guest.run(f"/bin/guest_tool control {words}", ASK_TIMEOUT)
+
+    def log(self) -> str:
+        """Return what the server has said."""
+        return self._guest.run("cat /run/zramd.log") if self._guest else ""
+
+
+class KernelZram(Attachment):
+    """No zramd at all: the zram of the guest's kernel, with the same compressor."""
+
+    name = "zram"
+    device = "/dev/zram0"
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._guest: Guest | None = None
+
+    def attach(self, guest: Guest) -> None:
+        self._guest = guest
+        for path in guest.machine.images.zram_modules:
+            guest.run(f"insmod {path}")
+        self._write("comp_algorithm", "lz4")
+        self._write("disksize", str(self.size))
+
+    def detach(self, guest: Guest) -> None:
+        self._write("reset", "1")
+
+    def peek(self, beat: Beat) -> dict[str, Any] | None:
+        return None
+
+    def stats(self) -> dict[str, Any]:
+        memory, requests = self._read("mm_stat"), self._read("io_stat")
+        stored, used, total = memory[:3]
+        return {
+            "orig_data_size": stored,
+            "compr_data_size": used,
+            "mem_used_total": total,
+            "frag_ratio": round(100 * used / total, 2) if total else 100.0,
+            "total_bytes": total + self._table_bytes() + HANDLE_BYTES * stored // 4096,
+            "pages_compacted": memory[6],
+            "notify_free": requests[3],
+        }
+
+    def compact(self) -> int:
+        before = self.stats()["pages_compacted"]
+        self._write("compact", "1")
+        return int(self.stats()["pages_compacted"] - before)
+
+    def _table_bytes(self) -> int:
+        """The slots' table: how long one is depends on how the kernel was built."""
+        lines = self._run("grep -F '[zram]' /proc/vmallocinfo || true").splitlines()
+        return sum(int(line.split()[1]) - 4096 for line in lines)  # each has a page that guards its end
+
+    def _read(self, name: str) -> list[int]:
+        return [int(word) for word in self._run(f"cat /sys/block/zram0/{name}").split()]
+
+    def _write(self, name: str, value: str) -> None:
+        self._run(f"echo {value} >/sys/block/zram0/{name}", ASK_TIMEOUT)
+
+    def _run(self, command: str, timeout: float = 30.0) -> str:
+        if self._guest is None:
+            raise VmError("the guest has no zram yet")
+        return self._guest.run(command, timeout)
+
+
+def _nbd_client(guest: Guest, words: str) -> None:
+    # Blocks of 4096: the kernel then never asks for a part of a page.
+    guest.run(f"/usr/sbin/nbd-client -N {NAME} -b 4096 {words}", 60)

@@ -1,0 +1,26 @@
+"""What tests write."""
+
+import random
+
+
+def block_content(block: int, version: int) -> bytes:
+    """What only this version of this block holds, of every kind; version 0: a hole."""
+    if version == 0:
+        return bytes(4096)
+    rnd = random.Random(block << 32 | version)
+    kind = rnd.randrange(8)
+    if kind == 0:
+        return (block << 32 | version).to_bytes(8, "little") * 512
+    head = b"%08d %08d " % (block, version)
+    size = 4000 if kind == 1 else rnd.randrange(50, 3600)
+    return (head + rnd.randbytes(size) + bytes(4096))[: 4096 - 18] + head
+
+
+def compressible(seed: int, size: int = 700) -> bytes:
+    """A block that is stored as a little more than `size` bytes."""
+    return random.Random(seed).randbytes(size) + bytes(4096 - size)
+
+
+def noise(seed: int) -> bytes:
+    """A block that is stored raw."""
+    return random.Random(seed).randbytes(4096)

@@ -1,0 +1,608 @@
+"""The `zramd` command without a server: what it prints, how it refuses, what it imports, its man page."""
+
+import argparse
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext, suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from support.numbers import FakeDevice
+from support.server import PACKAGE_PARENT
+
+from zramd.commands import MODULES, Parser, completion, doctor, listing, main, parser
+from zramd.control import client, life
+from zramd.errors import UsageError
+from zramd.kernel import attached, kernelswap
+from zramd.settings import config
+from zramd.stats import prometheus, stats
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def python(code: str, **env: str) -> str:
+    """Run code in a fresh interpreter and return what it prints."""
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE_PARENT), **env},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    ).stdout
+
+
+# What is imported.
+
+
+# What a server and the command line have in common.
+SHARED = {
+    "zramd.contract",
+    "zramd.contract.handover",
+    "zramd.contract.rundir",
+    "zramd.errors",
+    "zramd.kernel",
+    "zramd.kernel.kernelswap",
+    "zramd.process",
+    "zramd.process.pidfd",
+    "zramd.process.steps",
+    "zramd.settings",
+    "zramd.trusted",
+}
+
+
+def test_list_starts_fast(tmp_path: Path) -> None:
+    """It imports nothing that takes long: that was measured to be most of its time."""
+    code = (
+        "import sys; from zramd.commands import main; main(['list', '-J']); "
+        "print(*[name for name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={"XDG_RUNTIME_DIR": str(tmp_path), "PYTHONPATH": str(PACKAGE_PARENT)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    imported = set(done.stderr.split())
+    assert "zramd.commands.listing" in imported
+    heavy = {"dataclasses", "difflib", "inspect", "shutil", "signal", "subprocess", "urllib", "logging"}
+    # The settings, and what only a server needs: what it imports itself, but for what tells who serves.
+    heavy |= {"zramd.settings.config", "zramd.settings.devices"}
+    server = set(python("import sys, zramd.server.server; print(*sys.modules)").split())
+    heavy |= {name for name in server if name.startswith("zramd.")} - SHARED
+    assert {
+        "zramd.stats.stats",
+        "zramd.core.device.device",
+        "zramd.server.leaving",
+        "zramd.server.log",
+    } <= heavy
+    assert all(find_spec(name) for name in heavy), "a name that no module has is never imported"
+    assert not heavy & imported
+
+
+def test_daemon_does_not_import_the_command_line() -> None:
+    plugin = (PACKAGE_PARENT / "nbdkit_plugin.py").read_text()
+    names = set(re.findall(r"from (zramd[.\w]*) import|import (zramd[.\w]*)", plugin))
+    assert ("zramd.server.server", "") in names
+    modules = "zramd.settings.config, zramd.server.server, zramd.core.system.threadstate"
+    imported = set(python(f"import sys, {modules}; print(*sys.modules)").split())
+    assert "zramd.server.endpoint" in imported
+    unwanted = [
+        name for name in imported if name.startswith(("zramd.commands", "zramd.control.client", "argparse"))
+    ]
+    assert unwanted == []
+
+
+def test_public_names_are_imported_when_asked_for() -> None:
+    code = "import sys, zramd; print('zramd.core.device.device' in sys.modules, zramd.Device(1).disksize)"
+    assert python(code) == "False 4096\n"
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        import zramd
+
+        _ = zramd.Nothing  # type: ignore[attr-defined]
+
+
+# The command line itself.
+
+
+def every_parser() -> dict[str, Parser]:
+    return dict(completion.tree(parser()))
+
+
+def test_every_module_adds_verbs_that_do_something() -> None:
+    for path, found in every_parser().items():
+        if path and not any(isinstance(action, argparse._SubParsersAction) for action in found._actions):
+            assert callable(found.get_default("run")), path
+            assert found.description, path
+    assert len(every_parser()) > len(MODULES)
+
+
+@pytest.mark.parametrize("word", ["-V", "--version", "-h", "--help"])
+def test_asked_for(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([word])
+    assert caught.value.code == 0
+    assert "zramd" in capsys.readouterr().out
+
+
+def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    for path in every_parser():
+        with pytest.raises(SystemExit) as caught:
+            main([*path.split(), "--help"])
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"usage: zramd {path}".rstrip())
+    main_help = parser().format_help()
+    assert "exit status:" in main_help
+    for path in every_parser():
+        assert path.split(" ")[0] in main_help
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["nope"], "unknown command 'nope': use one of list, start"),
+        (["lst"], "unknown command 'lst': did you mean 'list'?"),
+        (["list", "--nope"], "zramd list: unrecognized arguments: --nope: see 'zramd list --help'"),
+        (["stats", "a", "b"], "zramd stats: unrecognized arguments: b: see 'zramd stats --help'"),
+        (["--nope"], "zramd list: unrecognized arguments: --nope: see 'zramd list --help'"),
+        (["list", "-o"], "zramd list: argument -o/--output: expected one argument: see 'zramd list --help'"),
+        (["debug"], "zramd debug: the following arguments are required: PART: see 'zramd debug --help'"),
+        (
+            ["completion", "csh"],
+            "zramd completion: argument SHELL: invalid choice: 'csh' (choose from 'bash', 'zsh', 'fish')",
+        ),
+        (["list", "-o", ""], "zramd: unknown column '': use some of NAME"),
+        (["stats", ""], "zramd: '' is not a device's name"),
+        (["stats", "a b"], "zramd: 'a b' is not a device's name"),
+        (["stats", "\udcff"], "zramd: '\\xff' is not a device's name"),
+        (["stop", "a" * 65], "aa' is not a device's name"),
+        (["detach", ""], "zramd: '' is not a device's name"),
+        (["detach", "../x", "--if-attached"], "zramd: '../x' is not a device's name"),
+        (["detach", "a" * 300], "aa' is not a device's name"),
+        (["stop", "a", "--rundir", ""], "zramd stop: argument --rundir: '' is not a folder"),
+        (["list", "--rundir="], "zramd list: argument --rundir: '' is not a folder"),
+        (["install-units", "--root", ""], "zramd: --root '' is not a folder"),
+        (["remove-units", "--root="], "zramd: --root '' is not a folder"),
+        (
+            ["start", "a", "rundir=/nowhere/a", "--", "-p", "65536"],
+            "zramd: '65536' is not a port: use 1 to 65535",
+        ),
+        (
+            ["serve", "rundir=/nowhere/a", "--", "--port=99999999"],
+            "zramd: '99999999' is not a port: use 1 to",
+        ),
+        (["start", "a", "rundir=/nowhere/a", "--", "-v", "-p"], "zramd: nbdkit's option -p wants a value"),
+        (["start", "a", "rundir=/nowhere/a", "--", "--tls"], "zramd: nbdkit's option --tls wants a value"),
+        (
+            ["serve", "rundir=/nowhere/a", "--", "-v", "memory"],
+            "zramd: 'memory' is neither an option of nbdkit's",
+        ),
+        (
+            ["start", "a", "rundir=/nowhere/a", "--", "--vers"],
+            "zramd: --version makes nbdkit print something",
+        ),
+        (["start", "a", "rundir=/a\udcff"], "zramd: rundir: '/a\\xff' is not UTF-8"),
+        (["start", "a", "rundir=/a", "state=\udcff"], "/\\xff' is not UTF-8"),
+        (
+            ["start", "a", "rundir=/a", "metrics_file=\udcff.prom"],
+            "/\\xff.prom' is not UTF-8",
+        ),
+    ],
+)
+def test_wrong(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status: object = main(words)
+    except SystemExit as caught:
+        status = caught.code
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_settings_may_stand_anywhere() -> None:
+    words = ["start", "a=1", "x", "--size", "1G", "b=", "--", "-t", "4", "c=3"]
+    found = parser().parse_args(words)
+    assert (found.new_name, found.size, found.settings) == ("x", "1G", ["a=1", "b="])
+    assert found.nbdkit_options == ["-t", "4", "c=3"]
+    found = parser().parse_args(["set", "--rundir", "/a=b", "x=1"])
+    assert (found.rundir, found.settings) == ("/a=b", ["x=1"])
+
+
+def test_without_a_place(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    assert main([]) == 0
+    sentence = "zramd: no place to look for devices: set XDG_RUNTIME_DIR or give --rundir FOLDER\n"
+    assert capsys.readouterr() == ("", sentence)
+    assert main(["stats", "a"]) == 2
+    assert capsys.readouterr().err == sentence
+
+
+# The table.
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        # As util-linux 2.38.1 shows them.
+        (0, "0B"),
+        (65, "65B"),
+        (1023, "1023B"),
+        (4096, "4K"),
+        (8192, "8K"),
+        (1048576, "1M"),
+        (1572864, "1.5M"),
+        (67108864, "64M"),
+        (1234571264, "1.1G"),
+        (1073741824, "1G"),
+        (1000000000000, "931.3G"),
+        (1048575, "1024K"),
+        (4 << 40, "4T"),
+        ((1 << 64) - 1, "16E"),
+    ],
+)
+def test_sizes(size: int, text: str) -> None:
+    assert listing.human(size) == text
+
+
+def test_columns() -> None:
+    def names(words: str | None, every: bool = False) -> list[str]:
+        return [column.name for column in listing.columns(words, every)]
+
+    assert names(None) == list(listing.DEFAULT)
+    assert names("pid,Name") == ["PID", "NAME"]
+    assert names("+PID") == [*listing.DEFAULT, "PID"]
+    zramctl = (
+        "NAME DISKSIZE DATA COMPR ALGORITHM STREAMS ZERO-PAGES TOTAL MEM-LIMIT MEM-USED MIGRATED MOUNTPOINT"
+    )
+    assert set(zramctl.split()) < set(names(None, every=True))
+    for wrong in ("", "NAME,", "+", "NAME,NOPE"):
+        with pytest.raises(UsageError, match="unknown column '"):
+            names(wrong)
+
+
+def test_table_and_raw() -> None:
+    shown = listing.columns("name,data,mountpoint", False)
+    rows = [["zram0", "64M", "/mnt/a b"], ["z", "1023.5K", ""]]
+    assert listing.table(shown, rows, headings=True) == (
+        "NAME     DATA MOUNTPOINT\nzram0     64M /mnt/a b\nz     1023.5K\n"
+    )
+    assert listing.raw(shown, rows, headings=False) == "zram0 64M /mnt/a\\x20b\nz 1023.5K -\n"
+
+
+def test_every_column_has_a_cell() -> None:
+    snapshot = stats.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
+    values = {**json.loads(stats.to_json(snapshot)), "clients": 1, "attached": "", "mountpoint": ""}
+    cells = {column.name: column.show(column.get(values), False) for column in listing.COLUMNS}
+    assert [name for name, cell in cells.items() if not cell] == ["MOUNTPOINT", "ATTACHED"]
+    assert (cells["DATA"], cells["COMPR"], cells["TOTAL"]) == ("40K", "6K", "8K")
+    assert (cells["FRAG"], cells["COMP-RATIO"], cells["ZERO-PAGES"]) == ("75.00", "5.00", "3")
+    assert cells["MEM-USED"] == cells["PEAK"] == "11.5G"
+
+
+# The kernel's devices.
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A /sys/block with nbd0 of 1 MiB and nbd1 of 2 MiB connected, nbd1 and a partition in use."""
+    for name, size, backend in (("nbd0", 2048, ""), ("nbd1", 4096, "zramd/b"), ("nbd2", 2048, None)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "size").write_text(f"{size}\n")
+        if backend is not None:
+            (folder / "pid").write_text("1\n")
+            (folder / "backend").write_text(f"{backend}\n")
+    (tmp_path / "swaps").write_text("Filename\tType\tSize\tUsed\tPriority\n/dev/nbd1 partition 2044 0 100\n")
+    (tmp_path / "mounts").write_text("/dev/nbd0 /mnt/a\\040b ext4 rw 0 0\nproc /proc proc rw 0 0\n")
+    monkeypatch.setattr(attached, "SYS_BLOCK", str(tmp_path))
+    monkeypatch.setattr(kernelswap, "SWAPS", str(tmp_path / "swaps"))
+    monkeypatch.setattr(kernelswap, "MOUNTS", str(tmp_path / "mounts"))
+    return tmp_path
+
+
+def test_attached(machine: Path) -> None:
+    assert attached.devices("a", 1 << 20) == ["/dev/nbd0"]
+    assert attached.devices("b", 2 << 20) == ["/dev/nbd1"]
+    assert attached.devices("b", 0) == ["/dev/nbd1"]
+    assert attached.devices("c", 2 << 20) == []  # it is known to be another's
+    assert kernelswap.uses("/dev/nbd1") == ["[SWAP]"]
+    assert kernelswap.uses("/dev/nbd0") == ["/mnt/a b"]
+    assert kernelswap.uses("/dev/nbd2") == []
+
+
+def test_stop_is_refused_while_in_use(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"run-a": ("a", 1 << 20), "run-b": ("b", 2 << 20)}  # the folder need not have the device's name
+    monkeypatch.setattr(client, "look", lambda name, rundir: client.Served(f"run-{name}", "/no", os.getpid()))
+    monkeypatch.setattr(life, "turn", lambda *words: nullcontext())
+    monkeypatch.setattr(client.Served, "look_again", lambda self: None)
+    monkeypatch.setattr(
+        client.Served,
+        "ask_json",
+        lambda self, *words, **rest: dict(zip(("name", "disksize"), sizes[self.name], strict=True)),
+    )
+    monkeypatch.setattr("os.pidfd_open", lambda pid: pytest.fail("it would have been stopped"))
+    assert main(["stop", "b"]) == 1
+    assert capsys.readouterr().err == (
+        "zramd: cannot stop b: /dev/nbd1 is in use as swap: run 'swapoff /dev/nbd1' first\n"
+    )
+    assert main(["stop", "a"]) == 1
+    assert capsys.readouterr().err == (
+        "zramd: cannot stop a: /dev/nbd0 is in use as '/mnt/a b': run 'umount /dev/nbd0' first\n"
+    )
+
+
+# The numbers' meanings.
+
+
+def test_every_number_has_a_meaning() -> None:
+    snapshot = stats.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
+    names = [number.name for number in stats.NUMBERS]
+    assert sorted(names) == sorted(
+        stats.to_dict(snapshot).keys() - {"name", "version", "comp_algorithm", "pid", "latency"}
+    )
+    for number in stats.NUMBERS:
+        assert number.meaning.endswith(".")
+    text = prometheus.exposition(snapshot, [])
+    metrics = [number for number in stats.NUMBERS if number.metric]
+    assert len({number.metric for number in metrics}) == len(metrics) > 20
+    for number in metrics:
+        assert f"# HELP zramd_{number.metric} {number.meaning}\n" in text
+
+
+@pytest.mark.parametrize("words", [["stats", "a\nb/"], ["stats", "a", "\x1b[2Jb\n"], ["a\tb"]])
+def test_what_is_quoted_is_shown_and_not_carried_out(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A terminal would do what these bytes say."""
+    with suppress(SystemExit):
+        assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("\n")
+    assert error[:-1].isprintable()
+
+
+# The machine.
+
+
+def findings(root: Path) -> dict[str, doctor.Finding]:
+    looks = (doctor.kernel_nbd, doctor.local_swap, doctor.swap_settings)
+    return {finding.name: finding for look in looks for finding in look(str(root))}
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+GOOD = {
+    "proc/sys/kernel/osrelease": "6.1.0-9-amd64\n",
+    "sys/module/nbd/version": "",
+    "proc/self/status": "CapEff:\t000001ffffffffff\n",
+    "proc/self/limits": "Max locked memory         8388608              8388608              bytes\n",
+    "proc/sys/vm/page-cluster": "0\n",
+    "proc/sys/vm/swappiness": "100\n",
+    "proc/sys/vm/min_free_kbytes": "65536\n",
+    "proc/meminfo": "MemTotal:        2000000 kB\n",
+    "sys/module/zswap/parameters/enabled": "N\n",
+    "proc/swaps": "Filename Type Size Used Priority\n/dev/sda2 partition 1 0 -2\n",
+}
+
+
+def test_doctor_on_a_good_machine(tmp_path: Path) -> None:
+    write(tmp_path, GOOD)
+    found = findings(tmp_path)
+    assert {finding.level for finding in found.values()} == {"ok"}
+    assert len(found) == 9
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "text", "remedy"),
+    [
+        ({"proc/sys/vm/page-cluster": "3\n"}, "vm.page-cluster", "reads 8 pages", "sysctl vm.page-cluster=0"),
+        ({"proc/sys/vm/swappiness": "10\n"}, "vm.swappiness", "10: ", "sysctl vm.swappiness=100"),
+        ({"proc/sys/vm/min_free_kbytes": "9\n"}, "vm.min_free_kbytes", "9: ", "vm.min_free_kbytes=60000"),
+        ({"sys/module/zswap/parameters/enabled": "Y\n"}, "zswap", "twice", "echo N"),
+        ({"proc/swaps": "F\n/dev/zram0 partition 1 0 5\n"}, "other swap", "/dev/zram0", "swapoff /dev/zram0"),
+        ({"proc/sys/kernel/osrelease": "5.10.0\n"}, "Linux", "5.10.0 cannot", "5.18"),
+        ({"proc/self/status": "CapEff:\t0\n"}, "rights", "CAP_IPC_LOCK, CAP_SYS_NICE", "root"),
+        ({"proc/self/status": "CapEff:\t0\n"}, "memlock limit", "8388608 bytes are", "LimitMEMLOCK"),
+    ],
+)
+def test_doctor_notes(tmp_path: Path, files: dict[str, str], name: str, text: str, remedy: str) -> None:
+    write(tmp_path, {**GOOD, **files})
+    finding = findings(tmp_path)[name]
+    assert finding.level == "note"
+    assert text in finding.text
+    assert remedy in finding.remedy
+
+
+def test_doctor_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To root it does not say to be root."""
+    write(tmp_path, {**GOOD, "proc/self/status": "CapEff:\t1000000\n"})
+    for user, remedy in (
+        (0, "start the container with --cap-add=IPC_LOCK --cap-add=SYS_NICE,"),
+        (1000, "run it as root, or as a service"),
+    ):
+        monkeypatch.setattr("os.geteuid", lambda user=user: user)
+        assert remedy in findings(tmp_path)["rights"].remedy
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "iso-8859-1", "ascii"])
+def test_a_mount_point_of_any_bytes_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """Any user may have mounted something on such a folder. Its bytes are shown as they are."""
+    place = b"/\xff\xfe" + "\N{SNOWMAN}".encode()
+    (tmp_path / "mounts").write_bytes(b"/dev/nbd0 " + place + b" ext4 rw 0 0\n")
+    monkeypatch.setattr(kernelswap, "MOUNTS", str(tmp_path / "mounts"))
+    monkeypatch.setattr(kernelswap, "SWAPS", str(tmp_path / "none"))
+    monkeypatch.setattr(attached, "devices", lambda name, size: ["/dev/nbd0"])
+    served = client.Served("a", str(tmp_path), 1)
+    monkeypatch.setattr(client, "every", lambda: [served])
+    monkeypatch.setattr(client.Served, "ask_json", lambda *_, **__: {"name": "a", "disksize": 4096})
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["list", "-n", "-o", "MOUNTPOINT"]) == 0
+    shown = out.buffer.getvalue()
+    assert shown == (place if encoding == "utf-8" else b"/\xff\xfe?") + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "level", "said"),
+    [
+        ("modules.dep", "kernel/drivers/block/nbd.ko:\n", "note", "is not loaded"),
+        ("modules.builtin", "kernel/drivers/block/nbd.ko\n", "ok", "is built in"),
+        ("modules.dep", "kernel/drivers/block/loop.ko:\n", "note", "Linux 6.1.0-9-amd64 does not have it"),
+    ],
+)
+def test_doctor_looks_for_the_module(tmp_path: Path, file: str, text: str, level: str, said: str) -> None:
+    files = {name: content for name, content in GOOD.items() if "nbd" not in name}
+    write(tmp_path, {**files, f"lib/modules/6.1.0-9-amd64/{file}": text})
+    finding = findings(tmp_path)["kernel's nbd"]
+    assert (finding.level, finding.text) == (level, said)
+
+
+def test_doctor_without_a_run_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(client, "base", lambda: "")
+    assert [finding.level for finding in doctor.run_folder()] == ["problem"]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(client, "base", lambda: f"{tmp_path}/file/zramd")
+    (finding,) = doctor.run_folder()
+    assert (finding.level, finding.text) == ("problem", f"{tmp_path}/file/zramd cannot be written")
+
+
+@pytest.mark.parametrize(("version", "level"), [("1.26.1", "problem"), ("1.32.5", "ok"), ("1.48.1", "ok")])
+def test_doctor_looks_at_nbdkits_version(monkeypatch: pytest.MonkeyPatch, version: str, level: str) -> None:
+    monkeypatch.setattr(doctor, "_run", lambda *words: (0, f"nbdkit {version} (nbdkit-1)\n", ""))
+    assert next(doctor.nbdkit()).level == level
+
+
+# The man page agrees with the parser.
+
+
+def man_sections() -> dict[str, str]:
+    """The text about each verb in the man page."""
+    text = (ROOT / "docs" / "zramd.1").read_text()
+    text = text.partition(".Sh COMMANDS\n")[2].partition("\n.Sh FILES")[0]
+    sections = {}
+    for part in re.split(r"^\.It Ic ", text, flags=re.MULTILINE)[1:]:
+        words = part.split("\n")[0].split()
+        verb = " ".join(words[:2]) if words[0] in ("config", "debug") else words[0]
+        sections[verb] = part
+    return sections
+
+
+def test_man_page_has_every_verb_and_option() -> None:
+    sections = man_sections()
+    verbs = {path: found for path, found in every_parser().items() if path and found.get_default("run")}
+    assert list(sections) == list(verbs)
+    for path, found in verbs.items():
+        options = {
+            option
+            for action in found._actions
+            for option in action.option_strings
+            if option not in ("-h", "--help")
+        }
+        lines = re.findall(r"^\.It (Fl .*)$", sections[path], flags=re.MULTILINE)
+        described = {f"-{word}" for line in lines for word in re.findall(r"Fl (-?[\w-]+)", line)}
+        assert described == options, path
+
+
+def test_man_page_is_well_formed() -> None:
+    if not Path("/usr/bin/groff").exists():
+        pytest.skip("groff is not installed")
+    done = subprocess.run(
+        ["groff", "-mdoc", "-ww", "-Tascii", "-z", str(ROOT / "docs" / "zramd.1")],
+        env={"PATH": os.defpath},  # a sanitizer's preload is not for it
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stderr == ""
+
+
+# Completion.
+
+
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_completion_knows_every_verb_and_setting(shell: str) -> None:
+    script = completion.script(shell)
+    for path, found in every_parser().items():
+        assert (f'case "{path}"; set' if shell == "fish" else f'"{path}") offers="') in script
+        for action in found._actions:
+            for option in action.option_strings:
+                assert option in script
+    assert "mem_limit=" in script
+    live = [setting.name for setting in config.SETTINGS if not setting.fixed]
+    set_words = completion.words(every_parser()["set"])
+    assert [word[:-1] for word in set_words if word.endswith("=")] == live
+
+
+@pytest.mark.parametrize("shell", completion.SHELLS)
+def test_completion_is_a_good_script(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed: apt-get install {shell}")
+    script = completion.script(shell)
+    done = subprocess.run([shell, "-n"], input=script, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_no_memory_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from zramd import commands
+    from zramd.control import client
+
+    def fail(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(client, "look", fail)
+    monkeypatch.setattr(client, "find", fail)
+    assert commands.main(["stop", "nobody"]) == 1
+    assert capsys.readouterr().err.startswith("zramd: not enough memory for this command")
+
+
+def test_a_library_that_does_not_load_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise ImportError("x.so: cannot map zero-fill pages")
+
+    monkeypatch.setattr("zramd.commands.parser", fail)
+    assert main(["list"]) == 1
+    assert capsys.readouterr().err == (
+        "zramd: cannot be loaded, for want of memory perhaps: x.so: cannot map zero-fill pages\n"
+    )
+
+
+@pytest.mark.parametrize("entry", ["-m zramd list", "-c 'from zramd.commands import main'", "plugin"])
+def test_an_interrupt_while_it_is_loaded_prints_nothing(tmp_path: Path, entry: str) -> None:
+    """As it comes in the middle of an import: Python's own answer to it is a traceback."""
+    interrupt = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nos.kill(os.getpid(), 0)\n"
+    for name in ("argparse", "traceback"):
+        (tmp_path / f"{name}.py").write_text(interrupt)
+    plugin = PACKAGE_PARENT / "nbdkit_plugin.py"
+    words = f"'{plugin}'" if entry == "plugin" else entry
+    done = subprocess.run(
+        ["bash", "-c", f"trap - INT; exec '{sys.executable}' -P {words}"],
+        env={"PYTHONPATH": f"{tmp_path}:{PACKAGE_PARENT}", "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

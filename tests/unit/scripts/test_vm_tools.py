@@ -1,0 +1,159 @@
+"""The parts of the virtual machine's harness that need no virtual machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts" / "lib"))
+
+from vm import buddy, image, kernel, plan, probe, report, requests
+from vm.errors import VmError
+
+MIB = 1 << 20
+
+
+def test_cpio_is_read_by_others(tmp_path: Path) -> None:
+    entries = image.initramfs_entries(b"busybox", b"#!/bin/sh\n", [("a.ko", b"module a"), ("b.ko", b"b")])
+    regular = [entry for entry in entries if not entry.device[0]]
+    (tmp_path / "archive").write_bytes(image.cpio(regular))
+    listed = subprocess.run(["file", "-b", tmp_path / "archive"], capture_output=True, text=True, check=False)
+    assert not listed.stdout or "cpio archive" in listed.stdout
+    archive = image.cpio(entries)
+    assert archive.startswith(b"070701")
+    assert len(archive) % 4 == 0
+    assert archive.index(b"modules/a.ko") < archive.index(b"modules/b.ko") < archive.index(b"TRAILER!!!")
+    assert b"a.ko\nb.ko\n" in archive
+
+
+def test_modules_are_loaded_after_what_they_need() -> None:
+    needs = {"blk": ["virtio", "ring"], "virtio": ["ring"], "ring": []}
+    assert kernel.load_order(["blk", "virtio"], needs.__getitem__) == ["ring", "virtio", "blk"]
+    assert kernel.module_depends(b"x\0depends=a,b-c\0y") == ["a", "b-c"]
+    assert kernel.module_depends(b"x\0depends=\0y") == []
+
+
+def test_kernel_package() -> None:
+    depends = "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-50-cloud-amd64\n"
+    assert kernel.image_package(depends) == "linux-image-6.1.0-50-cloud-amd64"
+    assert kernel.image_package("nothing\n") is None
+
+
+def test_missing_module(tmp_path: Path) -> None:
+    with pytest.raises(VmError, match="has no module 'nbd'"):
+        kernel.Kernel("6.1", tmp_path, tmp_path).module_files(["nbd"])
+
+
+STRACE = """% time     seconds  usecs/call     calls    errors syscall
+------ ----------- ----------- --------- --------- ----------------
+ 59.00    0.100000         166       602        12 futex
+ 41.00    0.070000         159       440           sendto
+------ ----------- ----------- --------- --------- ----------------
+100.00    0.170000         163      1042        12 total
+"""
+
+
+def test_system_calls() -> None:
+    assert requests.system_calls(STRACE) == {"futex": 602, "sendto": 440}
+    assert requests.system_calls("") == {}
+
+
+def test_workload_is_more_than_fits() -> None:
+    for mode in plan.MODES:
+        this = plan.Plan(mode, plan.default_memory(mode, False))
+        available = this.memory - 64 * MIB
+        assert this.workload(available) * MIB > available * (0.99 if mode == "local" else 1.9)
+    local = plan.Plan("local", 384 * MIB)
+    assert local.zramd_settings["swap"] == "local"
+    # What is compared is alike, and what is asked for is done.
+    kernel_zram = plan.Plan(plan.KERNEL_ZRAM, plan.default_memory(plan.KERNEL_ZRAM, False))
+    assert kernel_zram.memory == local.memory
+    assert kernel_zram.workload(320 * MIB) == local.workload(320 * MIB)
+    assert kernel_zram.device_size == local.device_size
+    asked = plan.Plan("local", 384 * MIB, workload_bytes=100 * MIB, size=200 * MIB)
+    assert (asked.workload(320 * MIB), asked.device_size) == (100, 200 * MIB)
+
+
+BUDDYINFO = """Node 0, zone      DMA      4      0      0      0      1    0    0    0    0      0      2
+Node 0, zone    DMA32    100     50      0      0     10    0    0    0    0      3      1
+"""
+
+
+def test_free_memory_by_the_length_of_its_blocks() -> None:
+    found = buddy.parse(BUDDYINFO)
+    assert found.blocks == (104, 50, 0, 0, 11, 0, 0, 0, 0, 3, 3)
+    pages = 104 + 100 + 11 * 16 + 3 * 512 + 3 * 1024
+    assert found.free == pages * 4096
+    assert found.small == round(100 * (pages - 204) / pages, 1)
+    assert found.huge == round(100 * 9 * 512 / pages, 1)
+    assert found.huge_pages == 9
+    full = buddy.parse("Node 0, zone    DMA32 0 0 0 0 0 0 0 0 0 0 0\n")
+    assert (full.free, full.small, full.huge, full.huge_pages) == (0, 0, 0, 0)
+
+
+def moment(frag_ratio: float) -> report.Moment:
+    guest = buddy.parse(BUDDYINFO)
+    return report.Moment(MIB, 2 * MIB, frag_ratio, 4 * MIB, 7, 3 * MIB, 9 * MIB, 5, 6, 8 * MIB, 4096, guest)
+
+
+def result() -> report.Result:
+    found = report.Result("qemu", settings={"kernel": "6.1", "accel": "tcg", "command": "--attach qemu"})
+    found.moments = {"full": moment(98.0), "before": moment(80.0), "after": moment(97.0)}
+    found.compaction = {"num_migrated": 5, "pages_freed": 3, "seconds": 0.1}
+    found.add_phase({"written": 10, "verified": 20, "bad": 0, "slowest": 0.5})
+    return found
+
+
+def test_a_run_without_expectations_is_not_ok() -> None:
+    found = result()
+    assert not found.ok
+    found.expect("something", True)
+    assert found.ok
+    found.expect("another", False, "why")
+    assert not found.ok
+    assert "FAILED  another (why)" in report.text(found)
+
+
+def test_report() -> None:
+    text = report.text(result())
+    assert "20 of 10 written, 0 bad" in text
+    assert "num_migrated 5, pages_freed 3" in text
+    assert "4.0 MiB for 3.0 MiB, 1.33 for 1" in text
+    assert "after freeing" in text
+    assert " 92.4 %         9" in text
+
+
+def test_markdown_replaces_its_own_place(tmp_path: Path) -> None:
+    path = tmp_path / "report.md"
+    found = result()
+    report.write_markdown(path, found)
+    once = path.read_text()
+    report.write_markdown(path, found)
+    assert path.read_text() == once
+    found.mode = "local"
+    report.write_markdown(path, found)
+    assert path.read_text().startswith(once)
+    assert path.read_text().count("<!-- /local -->") == 1
+
+
+def test_live_line() -> None:
+    beat = {"SwapTotal": 8192, "SwapFree": 4096, "MemFree": 5 * MIB, "pswpout": 7, "pswpin": 1}
+    assert report.live_line(beat, None, {}) == "guest: 5 MiB free, 1 pages swapped, out 0/s, in 0/s"
+    stats = {"objects_migrated": 3, "pages_compacted": 2, "orig_data_size": MIB, "mem_used_total": MIB}
+    stats["frag_ratio"] = 50
+    last = {**beat, "pswpout": 3, "zramd": {**stats, "objects_migrated": 1}}
+    line = report.live_line(beat, stats, last)
+    assert "out 4/s" in line
+    assert "compacting: 2 objects moved, 0 pages freed" in line
+
+
+def test_pauses() -> None:
+    """Only what waited while the connection was away counts, for the device that is asked for."""
+    lines = [
+        "[   10.500000] zramd: nbd0: connected to zram0 again after 0.200 s",
+        "[   15.000000] zramd: nbd1: connected to zram1 again after 0.200 s",
+        "[   20.000000] zramd: nbd0: connected to zram0 again after 0.100 s",
+    ]
+    slow = [[9.0, 1.2], [10.2, 0.4], [10.4, 0.3], [14.9, 3.0], [18.0, 1.5]]
+    assert probe.pauses(lines, "zram0", {"slow": slow}) == [(0.2, 0.4), (0.1, 0.0)]

@@ -1,0 +1,159 @@
+"""When a server may end, and the moment in which it leaves its clients."""
+
+import errno
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from zramd.core.device.device import Device
+from zramd.kernel import swap
+from zramd.process import notify
+from zramd.server import leaving as module
+from zramd.server import sockets
+from zramd.server.admission import Admission
+from zramd.server.leaving import Leaving
+from zramd.server.trouble import Troubles
+from zramd.settings import config
+
+
+def leaving(clients: int = 1, **settings: str) -> Leaving:
+    pairs = {"size": "1M", "rundir": "/nowhere", **settings}
+    return Leaving(
+        config.parse(pairs.items()),
+        Device(1 << 20),
+        Admission(Troubles(), lambda: 0, lambda: clients),
+        notify.Manager(),
+        signals=-1,
+        clients=lambda: clients,
+        shutdown=lambda: None,
+        stopping=threading.Event(),
+        clean_up=lambda: None,
+    )
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The devices that are swapped to."""
+    devices = ["/dev/nbd0"]
+    monkeypatch.setattr(swap, "devices_in_use", lambda disksize: devices if disksize == 1 << 20 else [])
+    return devices
+
+
+TERM = bytes([signal.SIGTERM])
+
+
+def test_waits_for_swapoff(used: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    local = leaving(swap="local")
+    assert not local.may_leave(TERM)
+    assert "/dev/nbd0 is in use as swap: stopping once 'swapoff /dev/nbd0' was run" in capfd.readouterr().err
+    assert not local.may_leave(b"")
+    assert capfd.readouterr().err == ""
+    used.clear()
+    assert local.may_leave(b"")
+
+
+def test_stops_when_told_to_lose_the_data(used: list[str]) -> None:
+    local = leaving(swap="local")
+    assert local.may_leave(bytes([signal.SIGQUIT]))
+
+
+def test_stops_without_clients_and_for_others(used: list[str]) -> None:
+    assert leaving(clients=0, swap="local").may_leave(TERM)
+    assert leaving().may_leave(TERM)
+
+
+def test_asks_again_when_it_cannot_tell_whether_swap_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal to stop is not lost, and data in use neither."""
+    answers: list[object] = [OSError(errno.EMFILE, "Too many open files"), ["/dev/nbd0"], []]
+
+    def devices_in_use(disksize: int) -> object:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(swap, "devices_in_use", devices_in_use)
+    local = leaving(swap="local")
+    with pytest.raises(OSError, match="Too many"):
+        local.may_leave(TERM)
+    assert local.refused
+    assert not local.may_leave(TERM)
+    assert local.may_leave(b"")
+
+
+def test_leaving_ends_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a child: the way out is os._exit."""
+    made = leaving()
+
+    def fail() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    child = os.fork()
+    if child == 0:
+        made.surely(fail)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+class Parting:
+    """A server that leaves a client: a thread looks for a moment in which it may."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+        self.client, self.connection = socket.socketpair()
+        monkeypatch.setattr(module, "QUIET", seconds)
+        monkeypatch.setattr(sockets, "clients", self.clients)
+        self.thread = threading.Thread(target=leaving().await_quiet, daemon=True)
+
+    @contextmanager
+    def clients(self, others: frozenset[int]) -> Iterator[list[socket.socket]]:
+        yield [self.connection]
+
+    def is_cut_off(self) -> bool:
+        try:
+            self.client.send(b".")
+        except BrokenPipeError:
+            return True
+        return False
+
+
+def test_leaves_when_nothing_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    parting = Parting(monkeypatch, 60)
+    parting.client.send(b"request")
+    parting.thread.start()
+    parting.thread.join(0.1)
+    assert parting.thread.is_alive()
+    assert not parting.is_cut_off()
+    parting.connection.recv(64)
+    parting.thread.join(30)
+    assert not parting.thread.is_alive()
+    assert parting.is_cut_off()
+
+
+def test_leaves_when_requests_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    parting = Parting(monkeypatch, 0.05)
+    parting.client.send(b"request")
+    parting.thread.start()
+    parting.thread.join(30)
+    assert not parting.thread.is_alive()
+    assert parting.is_cut_off()
+    assert parting.connection.recv(64) == b"request"  # what has come can still be read, and answered
+
+
+def test_a_farewell_that_fails_everywhere_is_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = leaving()
+    ends: list[int] = []
+
+    def fail() -> None:
+        raise OSError(errno.EMFILE, "no")
+
+    monkeypatch.setattr(one._admission, "use_spare", fail)
+    monkeypatch.setattr(one, "_clean_up", fail)
+    monkeypatch.setattr(os, "_exit", ends.append)
+    with pytest.raises(OSError, match="no"):  # the end that is replaced here
+        one.surely(fail)
+    assert ends == [0]

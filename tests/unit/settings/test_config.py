@@ -1,0 +1,279 @@
+"""Settings: sizes, names, algorithms, duplicates, defaults, and the table in README."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.server import PACKAGE_PARENT
+
+from zramd.core.device import device
+from zramd.errors import ConfigError
+from zramd.settings import config
+
+README = Path(__file__).parents[3] / "README.md"
+
+
+def parse(**settings: str) -> config.Config:
+    return config.parse({"disksize": "1M", "rundir": "/tmp/zramd-test", **settings}.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("1", 1),
+        ("4096", 4096),
+        ("1k", 1024),
+        ("1K", 1024),
+        ("3M", 3 << 20),
+        ("2g", 2 << 30),
+        ("1T", 1 << 40),
+        ("1p", 1 << 50),
+        ("15E", 15 << 60),
+        ("0x10", 16),
+        ("0X1fM", 31 << 20),
+        ("0x1E", 30),  # E is a digit here, as it is for the kernel
+        ("010", 8),
+        ("010K", 8192),
+        ("512B", 512),
+        ("1KB", 1024),
+        ("1KiB", 1024),
+        ("1gib", 1 << 30),
+    ],
+)
+def test_size(text: str, size: int) -> None:
+    assert config.parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "K", "-1", "+1", "1.5G", "1 G", "64X", "08", "1KK", "1iB", "0x", "1e3", "\uff11", "1" * 5000],
+)
+def test_bad_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a size") as caught:
+        config.parse_size(text)
+    assert f"'{text}'" in str(caught.value)
+
+
+def test_size_beyond_64_bits() -> None:
+    with pytest.raises(ConfigError, match="'16E' does not fit"):
+        config.parse_size("16E")
+
+
+def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert config.parse([("size", "1G")]) == config.Config(
+        disksize=1 << 30,
+        name="zram0",
+        mem_limit=0,
+        comp_algorithm="lz4",
+        rundir="/run/zramd/zram0",
+        state="",
+        verify=False,
+        pool_full="enospc",
+        swap="other",
+        reserve=8 << 20,
+        thread_model="auto",
+        client_limit=1000,
+        compaction=True,
+        compaction_threshold=2.0,
+        compaction_near_limit=90.0,
+        compaction_interval=1.0,
+        compaction_step=65536,
+        stats_interval=1.0,
+        metrics_file="",
+        endpoint=True,
+    )
+
+
+def test_disksize_is_rounded_up() -> None:
+    assert parse(disksize="1").disksize == 4096
+    assert parse(disksize="4097").disksize == 8192
+    assert parse(disksize="4T").disksize == device.MAX_DISKSIZE == config.MAX_DISKSIZE
+
+
+@pytest.mark.parametrize("text", ["0", "5T", "4398046511105"])
+def test_disksize_out_of_range(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"disksize: '{text}' is out of range"):
+        parse(disksize=text)
+
+
+@pytest.mark.parametrize("text", ["zram0", "a", "A.b-c_9", "_", "9", "x" * 64])
+def test_name(text: str) -> None:
+    assert parse(name=text).name == text
+
+
+@pytest.mark.parametrize("text", ["", ".", "..", ".a", "-a", "a/b", "a b", "x" * 65, "a\n", "é", 'a"b'])
+def test_bad_name(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a name"):
+        parse(name=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "algorithm", "acceleration"),
+    [
+        ("lz4", "lz4", 1),
+        ("lz4(level=1)", "lz4(level=1)", 1),
+        ("lz4(level=65537)", "lz4(level=65537)", 65537),
+        ("lz4( level = 08 )", "lz4(level=8)", 8),
+    ],
+)
+def test_algorithm(text: str, algorithm: str, acceleration: int) -> None:
+    parsed = parse(comp_algorithm=text)
+    assert (parsed.comp_algorithm, parsed.acceleration) == (algorithm, acceleration)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "zstd", "LZ4", "lz4hc", "lz4(level=0)", "lz4(level=65538)", "lz4()", "lz4(level=-1)", "lz4 zstd"],
+)
+def test_bad_algorithm(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not available: use lz4 or lz4\(level=N\)") as caught:
+        parse(comp_algorithm=text)
+    assert f"'{text}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["on", "yes", "TRUE", "1"])
+def test_true(text: str) -> None:
+    assert parse(compaction=text).compaction is True
+
+
+@pytest.mark.parametrize("text", ["off", "No", "false", "0"])
+def test_false(text: str) -> None:
+    assert parse(endpoint=text).endpoint is False
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("compaction", "2"),
+        ("endpoint", ""),
+        ("pool_full", "enomem"),
+        ("thread_model", "serial"),
+        ("compaction_threshold", "0"),
+        ("compaction_threshold", "101"),
+        ("compaction_near_limit", "nan"),
+        ("compaction_interval", "0"),
+        ("compaction_interval", "inf"),
+        ("compaction_step", "4095"),
+        ("compaction_step", "2G"),
+        ("client_limit", "0"),
+        ("client_limit", "65537"),
+        ("client_limit", "-1"),
+        ("client_limit", "1e3"),
+        ("client_limit", "²"),
+        ("stats_interval", "-1"),
+        ("stats_interval", "1e9"),
+        ("mem_limit", "half"),
+        ("metrics_file", "/var/lib/metrics"),
+        ("metrics_file", "/var/lib/x.prom/"),
+        ("rundir", ""),
+        ("rundir", "/" + "x" * 200),
+    ],
+)
+def test_bad_value_is_quoted(key: str, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(**{key: text})
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{key}: '{text}' ")
+    assert "\n" not in sentence
+
+
+def test_other_values() -> None:
+    parsed = parse(
+        compaction_threshold="12.5%", compaction_interval=".5", stats_interval="0", pool_full="EIO"
+    )
+    assert parsed.compaction_threshold == 12.5
+    assert parsed.compaction_interval == 0.5
+    assert parsed.stats_interval == 0
+    assert parsed.pool_full == "eio"
+
+
+def test_metrics_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse(metrics_file="x.prom").metrics_file == f"{tmp_path}/x.prom"
+    with pytest.raises(
+        ConfigError, match=r"metrics_file='/x.prom' would never be written: stats_interval is 0"
+    ):
+        parse(metrics_file="/x.prom", stats_interval="0")
+
+
+def test_unknown_key() -> None:
+    with pytest.raises(ConfigError, match="unknown setting 'memlimit': did you mean 'mem_limit'"):
+        parse(memlimit="1M")
+    with pytest.raises(ConfigError, match="unknown setting 'qqq': use one of disksize, name"):
+        parse(qqq="1")
+
+
+@pytest.mark.parametrize("second", ["disksize", "size"])
+def test_second_value(second: str) -> None:
+    with pytest.raises(ConfigError, match=f"{second}='2M' is a second value: disksize is already '1M'"):
+        config.parse([("disksize", "1M"), (second, "2M")])
+
+
+def test_disksize_is_required() -> None:
+    with pytest.raises(ConfigError, match="disksize is missing"):
+        config.parse([])
+
+
+def test_rundir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    assert config.default_rundir("x") == "/run/user/1000/zramd/x"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    with pytest.raises(ConfigError, match="set XDG_RUNTIME_DIR or give rundir=FOLDER"):
+        config.default_rundir("x")
+    monkeypatch.chdir(tmp_path)
+    assert parse(rundir="here").rundir == f"{tmp_path}/here"
+
+
+@pytest.mark.parametrize("key", ["rundir", "state", "metrics_file"])
+def test_a_path_that_is_no_text(key: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"{key}: '/run/\udcff.prom' is not UTF-8 text, as nbdkit's Python"
+    ):
+        parse(**{key: "/run/\udcff.prom"})
+
+
+def test_table_is_complete() -> None:
+    names = [setting.name for setting in config.SETTINGS]
+    assert names == list(config.Config.__dataclass_fields__)
+    for setting in config.SETTINGS:
+        assert setting.help
+        assert setting.name in config.help_text()
+        parse(**{setting.name: setting.example})  # each example can be used
+
+
+def test_readme_has_the_table() -> None:
+    _, marker, rest = README.read_text().partition("<!-- settings -->\n")
+    table, end, _ = rest.partition("<!-- /settings -->")
+    assert marker
+    assert end
+    assert table.strip() == config.markdown_table().strip()
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("state", "log"), ("state", "mm_stat"), ("state", "state_path"), ("metrics_file", "metrics.prom")],
+)
+def test_the_servers_own_names_in_its_folder(key: str, name: str) -> None:
+    """What it replaces and removes there must not be what the user gave it to keep."""
+    pairs = [("disksize", "1M"), ("rundir", "/run/x")]
+    with pytest.raises(ConfigError, match="is what the server calls a file of its own: use another name"):
+        config.parse([*pairs, (key, f"/run/x/{name}")])
+    config.parse([*pairs, (key, f"/run/x/my-{name}")])
+    config.parse([*pairs, (key, f"/run/y/{name}")])
+
+
+def test_a_path_that_the_locale_cannot_write() -> None:
+    code = (
+        "from zramd.settings import config\n"
+        "try: config.parse([('size', '1M'), ('rundir', '/run/\\xe4')])\n"
+        "except config.ConfigError as error: print(ascii(str(error)))"
+    )
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(PACKAGE_PARENT)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert "is no path in this locale: set LC_ALL=C.UTF-8" in done.stdout

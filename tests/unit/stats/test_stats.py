@@ -1,0 +1,136 @@
+"""Statistics: exact texts, and Prometheus text as Prometheus' own parser reads it."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from support.numbers import COUNTERS, FakeDevice
+
+from zramd.stats import prometheus, stats
+
+
+@pytest.fixture
+def snapshot() -> stats.Snapshot:
+    return stats.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0.1.0", started=0.0)
+
+
+def test_mm_stat(snapshot: stats.Snapshot) -> None:
+    expected = "   40960     6144     8192  1048576 12345678901        3        5        7       11\n"
+    assert stats.mm_stat(snapshot) == expected
+
+
+def test_io_stat(snapshot: stats.Snapshot) -> None:
+    assert stats.io_stat(snapshot) == "      13       17 0       19\n"
+
+
+def test_classes_table() -> None:
+    table = stats.classes_table(stats.take_classes(FakeDevice()))
+    header, first, unused, last, empty, total, end = table.split("\n")
+    groups = ["10%", "20%", "30%", "40%", "50%", "60%", "70%", "80%", "90%", "99%", "100%"]
+    rest = " obj_allocated   obj_used pages_used pages_per_zspage freeable"
+    assert header == " class  size" + "".join(f"{group:>10}" for group in groups) + rest
+    counts = "".join(f"{count:10}" for count in range(1, 12))
+    assert first == f"     0    32{counts}          1280        640         10                1        5"
+    assert unused.split() == ["4", "96", *["0"] * 14, "3", "0"]
+    assert last.split() == ["254", "4096", *["0"] * 10, "21", "21", "21", "21", "1", "0"]
+    assert empty == end == ""
+    counts = "".join(f"{count:10}" for count in [*range(1, 11), 32])
+    assert total == f" Total      {counts}          1301        661         31                         5"
+
+
+def test_derived(snapshot: stats.Snapshot) -> None:
+    assert stats.frag_ratio(snapshot) == "75.00\n"
+    assert snapshot.occupancy == 75
+    assert snapshot.compression_ratio == 5
+    assert snapshot.total_bytes == 18432
+
+
+def test_an_empty_pool_wastes_nothing_and_compresses_nothing(snapshot: stats.Snapshot) -> None:
+    empty = dataclasses.replace(snapshot, mem_used_total=0, objs_allocated=0)
+    assert (empty.frag_ratio, empty.occupancy, empty.compression_ratio) == (100, 100, None)
+    assert stats.frag_ratio(empty) == "100.00\n"
+    told = json.loads(stats.to_json(empty))
+    assert (told["frag_ratio"], told["occupancy"], told["compression_ratio"]) == (100, 100, None)
+    shown = prometheus.exposition(empty, [])
+    assert "zramd_frag_ratio" in shown
+    assert "compression_ratio" not in shown
+    assert "ratio" not in stats.sentence(empty)
+
+
+def test_json(snapshot: stats.Snapshot) -> None:
+    values = json.loads(stats.to_json(snapshot))
+    for key, value in COUNTERS.items():
+        assert values[key] == value
+    assert values["name"] == "zram0"
+    assert values["pid"] == os.getpid()
+    assert values["uptime"] > 0
+    assert values["resident_bytes"] > 1 << 20
+    assert values["frag_ratio"] == values["occupancy"] == 75
+    assert values["total_bytes"] == 18432
+
+
+def test_prometheus(snapshot: stats.Snapshot) -> None:
+    text = prometheus.exposition(snapshot, stats.take_classes(FakeDevice()))
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    values = {}
+    for family in families.values():
+        assert family.documentation.endswith(".")
+        assert family.type in ("gauge", "counter", "histogram")
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            assert labels.pop("device") == "zram0"
+            assert sample.name.endswith("_total") == (family.type == "counter")
+            values[sample.name, *sorted(labels.values())] = sample.value
+    assert values["zramd_mem_used_bytes",] == 8192
+    assert values["zramd_frag_ratio",] == 0.75
+    assert values["zramd_pool_occupancy_ratio",] == 0.75
+    assert values["zramd_freeable_bytes",] == 8192
+    assert values["zramd_requests_total", "zero"] == 47
+    assert values["zramd_request_errors_total", "write"] == 17
+    assert values["zramd_compaction_seconds_total",] == 1.5
+    assert values["zramd_class_objects", "32"] == 640
+    assert ("zramd_class_objects", "96") not in values
+    buckets = [
+        values["zramd_request_duration_seconds_bucket", *key]
+        for key in (("2.5e-07", "read"), ("5e-07", "read"), ("1e-06", "read"), ("+Inf", "read"))
+    ]
+    assert buckets == [1, 3, 3, 37]
+    assert values["zramd_request_duration_seconds_count", "read"] == 37
+    assert values["zramd_request_duration_seconds_sum", "read"] == 1e-5
+    info = families["zramd_build_info"].samples[0]
+    assert info.value == 1
+    assert info.labels["version"] == "0.1.0"
+
+
+def test_large_counters_stay_exact(snapshot: stats.Snapshot) -> None:
+    large = dataclasses.replace(snapshot, written_bytes=(1 << 53) + 1)
+    assert f" {(1 << 53) + 1}\n" in prometheus.exposition(large, [])
+
+
+def latency(*counts: int) -> stats.Latency:
+    return stats.Latency((1.0, 2.0, 4.0), counts, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "share", "seconds"),
+    [
+        ((0, 0, 0, 0), 0.5, 0),
+        ((10, 0, 0, 0), 0.5, 0.5),  # evenly spread from 0 on
+        ((0, 10, 0, 0), 0.5, 1.5),
+        ((5, 0, 5, 0), 0.5, 1),
+        ((5, 0, 5, 0), 0.6, 2.4),
+        ((0, 0, 10, 0), 1, 4),
+        ((0, 0, 0, 3), 0.5, 4),  # beyond every bound: the last
+        ((98, 0, 0, 2), 0.99, 4),
+    ],
+)
+def test_quantile(counts: tuple[int, ...], share: float, seconds: float) -> None:
+    assert latency(*counts).quantile(share) == pytest.approx(seconds)
+
+
+def test_latency_in_json(snapshot: stats.Snapshot) -> None:
+    told = json.loads(stats.to_json(snapshot))["latency"]
+    assert told["write"] == {"count": 41, "mean_us": 0.488, "p50_us": 0.378, "p90_us": 0.481, "p99_us": 0.795}
+    assert told["zero"] == {"count": 0, "mean_us": 0, "p50_us": 0, "p90_us": 0, "p99_us": 0}

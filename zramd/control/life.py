@@ -1,0 +1,115 @@
+"""One command at a time begins, ends, replaces or attaches the server of a device.
+
+The lock is on the run folder itself, so it leaves nothing behind. A command that starts a server passes it
+on: the server keeps others off until it serves, or has ended, also when the command is killed meanwhile.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from zramd.contract import handover, rundir
+from zramd.errors import DeviceError, RundirError, is_shortage, reason, sentence
+from zramd.process import inherited
+from zramd.process.steps import step
+
+PATIENCE = 10.0  # seconds: a start or a stop takes one, a large state or a busy machine a few
+
+
+class Turn:
+    """The right to begin or end the server in one run folder, until `done`."""
+
+    def __init__(self, folder: str, fd: int, made: bool) -> None:
+        self.folder = folder
+        self.fd = fd
+        self.made = made  # whether the folder is zramd's to remove
+
+    def words(self) -> dict[str, str]:
+        """Return what a server that is started finds in its environment."""
+        return {handover.TURN: str(self.fd), **({handover.MADE: "1"} if self.made else {})}
+
+    def done(self) -> None:
+        """Let others have their turn; the folder goes if it was made for a server that did not come."""
+        with suppress(OSError, RundirError):
+            is_ours = os.path.samestat(os.fstat(self.fd), os.stat(self.folder))
+            if self.made and is_ours and rundir.holder(self.folder) is None:
+                os.rmdir(self.folder)
+        os.close(self.fd)
+
+
+@contextmanager
+def turn(folder: str, name: str, make: bool = False) -> Iterator[Turn]:
+    """Wait until nobody else begins or ends the server in a run folder, and keep others off until the end.
+
+    With `make` the folder is made if it is not there. Raises DeviceError when it takes too long or the folder
+    cannot be had, RundirError.
+    """
+    try:
+        mine = take(folder, name, make)
+    except FileNotFoundError:
+        raise DeviceError(f"{name} has stopped meanwhile") from None
+    except OSError as error:
+        why = sentence(error) if is_shortage(error) else reason(error)
+        raise DeviceError(f"'{folder}' cannot be used: {why}") from None
+    try:
+        yield mine
+    finally:
+        mine.done()
+
+
+def take(folder: str, name: str, make: bool = False) -> Turn:
+    """Wait for one's turn, and return it: as `turn`, and raises OSError if there is no such folder."""
+    end = time.monotonic() + PATIENCE
+    made = waits = False
+    while True:
+        try:
+            if make:
+                made = rundir.make(folder) or _is_left(folder) or made
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if make and time.monotonic() < end:
+                continue  # a server that stopped has just removed it
+            raise
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A folder that was removed since we opened it locks nothing.
+            if os.path.samestat(os.fstat(fd), os.stat(folder)):
+                return Turn(folder, inherited.high(fd), made)
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise DeviceError(
+                    f"{name} is being started, stopped, restarted or attached by another command: "
+                    "try again when that is done"
+                ) from None
+            if not waits:
+                step("turn.waits")
+                waits = True
+            time.sleep(0.01)
+        finally:
+            os.close(fd)
+
+
+def is_busy(folder: str) -> bool:
+    """Say whether somebody begins or ends the server in a run folder."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+
+
+def _is_left(folder: str) -> bool:
+    """Say whether a folder is what a killed process left. (In an unusual place it may be the user's.)"""
+    from zramd.control import client
+
+    return os.path.dirname(folder) == client.base() and rundir.is_ours_alone(folder)

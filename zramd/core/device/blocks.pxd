@@ -1,0 +1,104 @@
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from zramd.core.system.latency cimport latency
+from zramd.core.system.locks cimport pthread_mutex_t
+from zramd.core.memory.region cimport Memory, Region
+from zramd.core.types cimport BLOCK_SIZE
+from zramd.core.pool.zsmalloc cimport Zsmalloc
+
+cdef extern from *:
+    """
+    #define is_touched(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+    """
+    bint is_touched(uint8_t *p) noexcept nogil
+
+cdef enum:
+    STRIPES = 256
+
+cdef struct scratch:
+    # What one request needs to compress and decompress.
+    scratch *next
+    char page[BLOCK_SIZE]       # a whole block while a part of it is merged in
+    char out[BLOCK_SIZE]        # lz4's output
+    char state[1]               # lz4's state: state_size() bytes
+
+cdef enum op:
+    OP_READ
+    OP_WRITE
+    OP_TRIM
+    OP_ZERO
+    OPS
+
+cdef struct counters:
+    # All atomic. Kept: new ones go to the end.
+    uint64_t pages_stored
+    uint64_t compr_data_size
+    uint64_t same_pages
+    uint64_t huge_pages
+    uint64_t huge_pages_since
+    uint64_t failed_reads
+    uint64_t failed_writes
+    uint64_t invalid_io
+    uint64_t notify_free
+    uint64_t read_bytes
+    uint64_t written_bytes
+    uint64_t limit_compactions
+    uint64_t unused
+    uint64_t checksum_errors
+    uint64_t corrupt_block      # the last one, + 1
+    latency latencies[OPS]
+
+cdef struct walk:
+    # How far a walk that looks for faults is; zeros to begin with.
+    uint64_t block
+    uint32_t span
+    bint done
+
+cdef class Blocks:
+    cdef uint64_t count
+    cdef int acceleration
+    cdef bint verify
+    cdef Zsmalloc pool
+    cdef Region slot_table
+    cdef uint64_t *slots                    # atomic words, each changed under its stripe only
+    cdef Region touches
+    cdef uint8_t *touched                   # per page of slots: whether one was ever written; others are not even read
+    cdef uint64_t touched_pages             # atomic
+    cdef pthread_mutex_t stripes[STRIPES]   # stripe b % STRIPES guards block b
+    cdef pthread_mutex_t scratch_lock       # guards the one below
+    cdef scratch *scratches                 # those not in use, last in first out
+    cdef uint64_t scratch_count             # atomic: all
+    cdef uint32_t scratch_size
+    cdef counters *n
+
+    cdef int inherit_priority(self) noexcept nogil
+    cdef scratch *scratch_take(self) noexcept nogil
+    cdef void scratch_give(self, scratch *s) noexcept nogil
+    cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot, bint waits) noexcept nogil
+    cdef int _store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil
+    cdef int store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil
+    cdef int _store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil
+    cdef int store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil
+    cdef uint64_t _same_slot(self, uint64_t block, uint64_t word) noexcept nogil
+    cdef int _load(self, uint64_t block, uint64_t slot, char *content) noexcept nogil
+    cdef bint word_is_sound(self, uint64_t block, uint64_t slot, uint64_t word) noexcept nogil
+    cdef bint object_is_sound(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil
+    cdef bint checksum_agrees(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil
+    cdef void _free(self, uint64_t block, uint64_t slot) noexcept nogil
+    cdef uint64_t get(self, uint64_t block) noexcept nogil
+    cdef int put(self, uint64_t block, uint64_t slot, bint held) noexcept nogil
+    cdef int _slot_is_ready(self, uint64_t block) noexcept nogil
+    cdef int _make_slot_ready(self, uint64_t block) noexcept nogil
+    cdef void _count(self, uint64_t slot, uint64_t n) noexcept nogil
+    cdef void prefetch(self, uint64_t block) noexcept nogil
+    cdef int write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil
+    cdef int merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
+    cdef int _merge(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
+    cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil
+    cdef int zero_block(self, uint64_t block, uint64_t slot) noexcept nogil
+    cdef int populate(self) noexcept nogil
+    cdef void clear(self) noexcept nogil
+    cdef uint64_t metadata_bytes(self) noexcept nogil
+    cdef const char *find_fault(self, walk *w, uint64_t *where) noexcept nogil
+    cdef const char *_find_slot_fault(self, walk *w, uint64_t *where) noexcept nogil
+    cdef const char *_find_count_fault(self, uint64_t *where) noexcept nogil

@@ -1,0 +1,491 @@
+"""One block at a time: the table of slots over a codec and a pool.
+
+    write:  encode -> pool.obj_alloc -> copy -> obj_publish -> slot -> free the old object
+    read:   slot -> pool.obj_begin -> decode into the caller's buffer -> obj_end
+    trim:   slot = 0 -> free
+
+A block is read or written whole, under the lock of its stripe. A new object is complete before its slot changes, so a
+write that fails leaves the old content (and a crash leaves either). Nothing here knows where an object is, and compaction
+knows nothing of slots.
+
+With verify, half of an object's checksum is in the slot and half in the cell; it is seeded with the block's number, so
+that a slot that leads to another block's object is found out too. For a same-filled block all of it is in the slot.
+
+Lock order: one stripe, then the pool's. No lock but the stripe of a part-written block is held while compressing.
+"""
+
+cimport cython
+from libc.errno cimport EIO, ENOSPC
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from zramd.core.system.checks cimport zr_crash_point
+from zramd.core.device.checksum cimport checksum
+from zramd.core.device.codec cimport decode, encode, fill, same_filled, state_size
+from zramd.core.system.locks cimport (
+    counter_add,
+    load_acquire,
+    load_relaxed,
+    load_relaxed_32,
+    mutex_inherit,
+    pthread_mutex_destroy,
+    pthread_mutex_init,
+    pthread_mutex_lock,
+    pthread_mutex_unlock,
+    store_relaxed,
+    store_release,
+)
+from zramd.core.memory.region cimport KEPT_DEVICE, Memory, Region, secret_alloc, secret_free, whole_pages
+from zramd.core.types cimport (
+    BLOCK_SIZE,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    SLOT_CHECK_SHIFT,
+    SLOT_HANDLE_SHIFT,
+    SLOT_LOST,
+    SLOT_SAME,
+    SLOT_SIZE_MASK,
+    SLOTS_PER_PAGE,
+    slot_handle,
+)
+from zramd.core.pool.zsmalloc cimport Zsmalloc
+
+cdef extern from *:
+    """
+    #define touch(p) (__atomic_exchange_n((p), 1, __ATOMIC_RELAXED) == 0)
+    """
+    bint touch(uint8_t *p) noexcept nogil   # whether it was not before
+
+cdef enum:
+    PIECE_SLOTS = 2048      # of a walk that looks for faults: 0.1 ms, with verify 0.4
+    PIECE_CHUNKS = 8192
+
+
+@cython.final
+cdef class Blocks:
+    """The blocks 0 to count - 1, with their slots and counters in memory; each reads as zeros until it is written.
+
+    verify: store a checksum with each, and check it on each read. acceleration: lz4's.
+    """
+
+    def __cinit__(self, uint64_t count, Memory memory not None, int acceleration, bint verify):
+        cdef uint32_t i
+        for i in range(STRIPES):
+            pthread_mutex_init(&self.stripes[i], NULL)
+        pthread_mutex_init(&self.scratch_lock, NULL)
+        self.count = count
+        self.acceleration = acceleration
+        self.verify = verify
+        self.scratch_size = <uint32_t>whole_pages(sizeof(scratch) + state_size())
+        self.n = <counters *>memory.kept(KEPT_DEVICE)
+        self.slot_table = memory.region(count * sizeof(uint64_t), True)
+        self.slots = <uint64_t *>self.slot_table.base
+        self.touches = Region(self.slot_table.size // PAGE_SIZE + 1)
+        self.touched = <uint8_t *>self.touches.base
+        self.pool = Zsmalloc(count, memory=memory)
+
+    def __dealloc__(self):
+        cdef scratch *s
+        cdef uint32_t i
+        while self.scratches != NULL:
+            s = self.scratches
+            self.scratches = s.next
+            secret_free(s, self.scratch_size)
+        pthread_mutex_destroy(&self.scratch_lock)
+        for i in range(STRIPES):
+            pthread_mutex_destroy(&self.stripes[i])
+
+    cdef int inherit_priority(self) noexcept nogil:
+        """Make every lock hand on priority; 0 or an errno. Nobody else may be here yet."""
+        cdef uint32_t i
+        cdef int rc = mutex_inherit(&self.scratch_lock) or self.pool.inherit_priority()
+        for i in range(STRIPES):
+            rc = rc or mutex_inherit(&self.stripes[i])
+        return rc
+
+    # --------------------------------------------------------------------------------------------------------
+    # scratch: as many as there ever were requests at work at once; the last one used is still in the cache
+
+    cdef scratch *scratch_take(self) noexcept nogil:
+        cdef scratch *s
+        pthread_mutex_lock(&self.scratch_lock)
+        s = self.scratches
+        if s != NULL:
+            self.scratches = s.next
+        pthread_mutex_unlock(&self.scratch_lock)
+        if s == NULL:
+            s = <scratch *>secret_alloc(self.scratch_size)  # without the lock: it may take long
+            if s != NULL:
+                counter_add(&self.scratch_count, 1)
+        return s
+
+    cdef void scratch_give(self, scratch *s) noexcept nogil:
+        pthread_mutex_lock(&self.scratch_lock)
+        s.next = self.scratches
+        self.scratches = s
+        pthread_mutex_unlock(&self.scratch_lock)
+
+    # --------------------------------------------------------------------------------------------------------
+    # one block
+
+    cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot, bint waits) noexcept nogil:
+        """Store a block's content; the slot that stands for it. -ENOSPC: mem_limit leaves no room, -EDQUOT: the state's
+        file system does not; with `waits`, not even after compaction. -ENOMEM: the system refuses memory."""
+        cdef uint64_t word
+        cdef uint32_t size
+        if same_filled(content, &word):
+            return self.store_word(block, word, slot) if waits else self._store_word(block, word, slot)
+        size = encode(content, s.out, self.pool.max_payload, s.state, self.acceleration)
+        if size == 0:
+            size = BLOCK_SIZE
+        else:
+            content = s.out
+        if waits:
+            return self.store_payload(block, content, size, slot)
+        return self._store_payload(block, content, size, slot)
+
+    cdef int store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil:
+        """Store a block that is one word repeated; the slot that stands for it. Errors as _store that waits."""
+        cdef bint in_vain = False
+        cdef int rc = self._store_word(block, word, slot)
+        while rc and self.pool.make_room(rc, &in_vain):
+            rc = self._store_word(block, word, slot)
+        return rc
+
+    cdef int _store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil:
+        """store_word, if there is room now."""
+        cdef uint64_t handle = 0
+        cdef int rc = 0
+        if word:
+            rc = self.pool.word_alloc(word, &handle)
+        slot[0] = self._same_slot(block, word) | handle << SLOT_HANDLE_SHIFT
+        return rc
+
+    cdef int store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
+        """Store what a block is compressed to, or all of it; the slot that stands for it. Errors as _store that waits.
+
+        The caller holds no lock.
+        """
+        cdef bint in_vain = False
+        cdef int rc = self._store_payload(block, payload, size, slot)
+        if rc == -ENOSPC:
+            counter_add(&self.n.limit_compactions, 1)
+        while rc and self.pool.make_room(rc, &in_vain):
+            rc = self._store_payload(block, payload, size, slot)
+        return rc
+
+    cdef int _store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
+        """store_payload, if there is room now."""
+        cdef uint64_t handle = 0
+        cdef uint32_t check = 0
+        cdef char *place
+        cdef int rc = self.pool.obj_alloc(size, &handle, &place)
+        if rc:
+            return rc
+        if self.verify:
+            check = checksum(payload, size, block)
+        memcpy(place, payload, size)
+        zr_crash_point("payload-written")
+        self.pool.obj_publish(handle, check >> 16)
+        zr_crash_point("object-published")
+        slot[0] = <uint64_t>(check & 0xFFFF) << SLOT_CHECK_SHIFT | handle << SLOT_HANDLE_SHIFT | size
+        return 0
+
+    cdef uint64_t _same_slot(self, uint64_t block, uint64_t word) noexcept nogil:
+        """The slot of a block that is one word repeated, but for its handle."""
+        cdef uint64_t check
+        if not self.verify:
+            return SLOT_SAME
+        check = checksum(<const char *>&word, sizeof(word), block)
+        # Half of it is where others have their size.
+        return SLOT_SAME | (check & 0xFFFF) << SLOT_CHECK_SHIFT | check >> 16 & SLOT_SIZE_MASK
+
+    cdef int _load(self, uint64_t block, uint64_t slot, char *content) noexcept nogil:
+        """The content that a block's slot stands for; 0 or -EIO."""
+        cdef uint64_t handle = slot_handle(slot), word
+        cdef uint32_t size = slot & SLOT_SIZE_MASK
+        cdef char *payload
+        cdef int rc = -EIO
+        if slot == 0:
+            memset(content, 0, BLOCK_SIZE)
+            return 0
+        if slot & SLOT_SAME:
+            word = self.pool.word_read(handle) if handle else 0
+            if self.word_is_sound(block, slot, word):
+                fill(content, word)
+                rc = 0
+        elif self.pool.obj_begin(handle, &payload) == 0:
+            if self.object_is_sound(block, slot, payload):
+                rc = decode(payload, size, content)
+            self.pool.obj_end(handle)
+        if rc:
+            counter_add(&self.n.checksum_errors, 1)
+            store_relaxed(&self.n.corrupt_block, block + 1)
+        return rc
+
+    cdef inline bint word_is_sound(self, uint64_t block, uint64_t slot, uint64_t word) noexcept nogil:
+        return not self.verify or slot == (
+            self._same_slot(block, word) | slot_handle(slot) << SLOT_HANDLE_SHIFT)
+
+    cdef inline bint object_is_sound(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil:
+        cdef uint32_t size = slot & SLOT_SIZE_MASK
+        if size > BLOCK_SIZE or not self.pool.obj_fits(payload, size):
+            return False
+        if not self.verify:
+            return True
+        return self.pool.obj_is_there(payload, size) and self.checksum_agrees(block, slot, payload)
+
+    cdef inline bint checksum_agrees(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil:
+        """Whether a payload whose pages are there is what the slot and its cell have the checksum of."""
+        cdef uint32_t check = checksum(payload, slot & SLOT_SIZE_MASK, block)
+        return check == (self.pool.obj_check(slot_handle(slot)) << 16 | slot >> SLOT_CHECK_SHIFT)
+
+    cdef void _free(self, uint64_t block, uint64_t slot) noexcept nogil:
+        """Free what a block's slot stood for, once no block holds the slot."""
+        cdef uint64_t handle = slot_handle(slot)
+        if not slot & SLOT_SAME:
+            if slot:
+                self.pool.obj_free(handle)
+        # A wrong slot must not free another block's word.
+        elif handle and self.word_is_sound(block, slot, self.pool.word_read(handle)):
+            self.pool.word_free(handle)
+
+    cdef uint64_t get(self, uint64_t block) noexcept nogil:
+        if not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
+            return 0
+        return load_acquire(&self.slots[block])
+
+    cdef int put(self, uint64_t block, uint64_t slot, bint held) noexcept nogil:
+        """Give a block a new slot, and free what the old one stood for: there is no other way to change a block.
+
+        0, or -EDQUOT, -ENOMEM, there is no room for the slot, not even after compaction unless the caller has the stripe
+        (held): then the block is as it was, and what the new slot stands for is freed. The stripe is let go before
+        anything is freed.
+        """
+        cdef uint64_t gone = slot
+        cdef int rc = 0
+        if slot:
+            rc = self._slot_is_ready(block) if held else self._make_slot_ready(block)
+        if not held:
+            pthread_mutex_lock(&self.stripes[block % STRIPES])
+        if rc == 0:
+            gone = self.get(block)
+            if slot or gone:
+                store_release(&self.slots[block], slot)
+                zr_crash_point("slot-stored")
+                self._count(slot, 1)
+                self._count(gone, <uint64_t>-1)
+        pthread_mutex_unlock(&self.stripes[block % STRIPES])
+        self._free(block, gone)
+        return rc
+
+    cdef int _slot_is_ready(self, uint64_t block) noexcept nogil:
+        """Before a slot that is not 0 is stored: see Region.ready. Several threads may ask for the same page."""
+        cdef int rc = 0
+        if not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
+            rc = self.slot_table.ready(&self.slots[block], sizeof(uint64_t))
+            if rc == 0 and touch(&self.touched[block // SLOTS_PER_PAGE]):
+                counter_add(&self.touched_pages, 1)
+        return rc
+
+    cdef int _make_slot_ready(self, uint64_t block) noexcept nogil:
+        """_slot_is_ready, after compaction if need be. The caller holds no lock."""
+        cdef bint in_vain = False
+        cdef int rc = self._slot_is_ready(block)
+        while rc and self.pool.make_room(rc, &in_vain):
+            rc = self._slot_is_ready(block)
+        return rc
+
+    cdef void _count(self, uint64_t slot, uint64_t n) noexcept nogil:
+        """Count a block's slot as stored (n: 1), or as stored no more (n: -1)."""
+        cdef uint64_t size = slot & SLOT_SIZE_MASK
+        if slot == 0:
+            return
+        counter_add(&self.n.pages_stored, n)
+        if slot & SLOT_SAME:
+            counter_add(&self.n.same_pages, n)
+            return
+        counter_add(&self.n.compr_data_size, n * size)
+        if size == BLOCK_SIZE:
+            counter_add(&self.n.huge_pages, n)
+            if n == 1:
+                counter_add(&self.n.huge_pages_since, 1)
+
+    cdef void prefetch(self, uint64_t block) noexcept nogil:
+        """Ask the cache for the object of a block."""
+        cdef uint64_t slot = self.get(block)
+        if slot and not slot & SLOT_SAME:
+            self.pool.obj_prefetch(slot_handle(slot), slot & SLOT_SIZE_MASK)
+
+    cdef int write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil:
+        cdef uint64_t slot
+        cdef int rc = self._store(block, src, s, &slot, True)
+        return self.put(block, slot, False) if rc == 0 else rc
+
+    cdef int merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil:
+        """Write n bytes (zeros when src is NULL) at a place in a block: its other bytes stay."""
+        # First: were there no room for it once the object has taken some, each try would free that, and take it again.
+        cdef bint in_vain = False
+        cdef int rc = self._make_slot_ready(block)
+        if rc:
+            return rc
+        rc = self._merge(block, at, src, n, s)
+        if rc == -ENOSPC:
+            counter_add(&self.n.limit_compactions, 1)
+        # Room is made without the stripe, on which readers of other blocks may wait: then the block may be another.
+        while rc and self.pool.make_room(rc, &in_vain):
+            rc = self._merge(block, at, src, n, s)
+        return rc
+
+    cdef int _merge(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil:
+        """merge_block, if there is room now."""
+        cdef uint64_t slot
+        cdef int rc
+        pthread_mutex_lock(&self.stripes[block % STRIPES])
+        rc = self._load(block, self.get(block), s.page)
+        if rc == 0:
+            if src != NULL:
+                memcpy(s.page + at, src, n)
+            else:
+                memset(s.page + at, 0, n)
+            rc = self._store(block, s.page, s, &slot, False)
+            if rc == 0:
+                return self.put(block, slot, True)
+        pthread_mutex_unlock(&self.stripes[block % STRIPES])
+        return rc
+
+    cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil:
+        cdef int rc
+        if self.get(block) == 0:
+            memset(dst, 0, n)
+            return 0
+        pthread_mutex_lock(&self.stripes[block % STRIPES])
+        rc = self._load(block, self.get(block), dst if n == BLOCK_SIZE else s.page)
+        pthread_mutex_unlock(&self.stripes[block % STRIPES])
+        if n != BLOCK_SIZE and rc == 0:
+            memcpy(dst, s.page + at, n)
+        return rc
+
+    cdef int zero_block(self, uint64_t block, uint64_t slot) noexcept nogil:
+        """Make a block a hole (slot 0) or allocated zeros (SLOT_SAME)."""
+        if slot == 0 and self.get(block) == 0:
+            return 0
+        return self.put(block, self._same_slot(block, 0) if slot else 0, False)
+
+    # --------------------------------------------------------------------------------------------------------
+    # all of them
+
+    cdef int populate(self) noexcept nogil:
+        """Make the slots and the cells resident; 0, -EDQUOT or -ENOMEM."""
+        cdef uint64_t pages = self.count // SLOTS_PER_PAGE + 1
+        cdef int rc = self.pool.populate()
+        if rc == 0:
+            rc = self.slot_table.populate(self.count * sizeof(uint64_t))
+        if rc:
+            return rc
+        memset(self.touched, 1, pages)
+        store_relaxed(&self.touched_pages, pages)
+        return 0
+
+    cdef void clear(self) noexcept nogil:
+        """Forget all content and all counts. Nobody else may be here; the pool's compact_lock is held."""
+        cdef size_t i
+        self.slot_table.clear()
+        zr_crash_point("slots-cleared")
+        self.touches.clear()
+        store_relaxed(&self.touched_pages, 0)
+        for i in range(sizeof(counters) // sizeof(uint64_t)):
+            store_relaxed(<uint64_t *>self.n + i, 0)
+        self.pool.clear()
+
+    cdef uint64_t metadata_bytes(self) noexcept nogil:
+        """Resident bytes beside the pool's pages."""
+        return (
+            (load_relaxed(&self.touched_pages) << PAGE_SHIFT)
+            + (self.count // SLOTS_PER_PAGE + PAGE_SIZE) // PAGE_SIZE * PAGE_SIZE
+            + load_relaxed(&self.scratch_count) * self.scratch_size
+            + sizeof(self.stripes)
+            + self.pool.metadata_bytes()
+        )
+
+    cdef const char *find_fault(self, walk *w, uint64_t *where) noexcept nogil:
+        """A piece of a walk over every structure, until w.done; NULL, or what is wrong, with a block, handle or span in
+        where[0]. Nobody else may be here, but between two pieces they may.
+
+        First each slot with its object, then each zspage with its chunks: what is right or wrong by itself. Last, and at
+        one moment, all that is counted and listed.
+        """
+        if w.block < self.count:
+            return self._find_slot_fault(w, where)
+        if w.span < load_relaxed_32(&self.pool.arena.top):
+            return self.pool.find_zspage_fault(&w.span, PIECE_CHUNKS, where)
+        w.done = True
+        return self._find_count_fault(where)
+
+    cdef const char *_find_slot_fault(self, walk *w, uint64_t *where) noexcept nogil:
+        """Look whether some slots lead to what they stand for."""
+        cdef uint64_t block, slot, handle, obj_size, left = PIECE_SLOTS
+        cdef const char *wrong
+        cdef char *payload
+        while left and w.block < self.count:
+            left -= 1
+            block = where[0] = w.block
+            if not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
+                w.block += SLOTS_PER_PAGE - block % SLOTS_PER_PAGE
+                continue
+            w.block += 1
+            slot = self.slots[block]
+            handle = slot_handle(slot)
+            obj_size = slot & SLOT_SIZE_MASK
+            if slot == 0 or slot == SLOT_LOST:
+                continue
+            if slot & SLOT_SAME:
+                if not self.word_is_sound(block, slot, self.pool.word_read(handle) if handle else 0):
+                    return "a slot's checksum differs from its word"
+                continue
+            if self.pool.obj_begin(handle, &payload):
+                return "a slot's handle is not live"
+            wrong = NULL
+            if obj_size == 0 or obj_size > self.pool.obj_capacity(handle):
+                wrong = "a slot's size does not fit its object"
+            elif not self.object_is_sound(block, slot, payload):
+                wrong = "a slot's checksum differs from its object"
+            self.pool.obj_end(handle)
+            if wrong != NULL:
+                return wrong
+        return NULL
+
+    cdef const char *_find_count_fault(self, uint64_t *where) noexcept nogil:
+        """Look whether the counters are those of the slots, and the pool's those of the cells.
+
+        Slots are unique when their handles are as many as the cells.
+        """
+        cdef uint64_t block, slot, touched = 0
+        cdef uint64_t stored = 0, lost = 0, same = 0, words = 0, huge = 0, compr = 0
+        where[0] = 0
+        for block in range(self.count // SLOTS_PER_PAGE + 1):
+            touched += self.touched[block]
+        if touched != self.touched_pages:
+            return "the count of touched slot pages is wrong"
+        block = 0
+        while block < self.count:
+            if not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
+                block += SLOTS_PER_PAGE - block % SLOTS_PER_PAGE
+                continue
+            slot = self.slots[block]
+            block += 1
+            stored += slot != 0
+            if slot == SLOT_LOST:
+                lost += 1
+            elif slot & SLOT_SAME:
+                same += 1
+                words += slot_handle(slot) != 0
+            else:
+                compr += slot & SLOT_SIZE_MASK
+                huge += slot & SLOT_SIZE_MASK == BLOCK_SIZE
+        if (stored != self.n.pages_stored or same != self.n.same_pages or compr != self.n.compr_data_size
+                or huge != self.n.huge_pages):
+            return "the counters differ from the slots"
+        if stored - lost - same + words != self.pool.cells_used:
+            return "the slots' handles are not as many as the cells in use"
+        return self.pool.find_fault(where, words)

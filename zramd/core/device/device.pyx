@@ -1,0 +1,696 @@
+"""The device: requests of any offset and length over a table of blocks, run without the GIL, counted and timed.
+
+    read, write, trim, zero:  gate -> each block of the range, one after the other -> counters
+
+Requests pass the gate side by side; check and reset have the device alone. A long request makes way between two blocks:
+it leaves the gate and enters it again when somebody wants it closed. A request that fails leaves each block with its old
+content or its new. What a block is made of is known to blocks.pyx, where an object is to zsmalloc.pyx.
+
+Lock order: gate, then those of blocks.pyx.
+"""
+
+cimport cython
+from libc.errno cimport EDQUOT, EINVAL, EIO, ENOMEM
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+
+from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, Blocks, is_touched, op, scratch, walk
+from zramd.core.system.gate cimport (
+    gate_close,
+    gate_enter,
+    gate_hold,
+    gate_is_closed,
+    gate_leave,
+    gate_open,
+    gate_release,
+)
+from zramd.core.system.latency cimport BUCKETS, FIRST_BOUND, clock_now, latency_add, latency_count, use_ticks
+from zramd.core.system.locks cimport (
+    counter_add,
+    counter_sub,
+    load_relaxed,
+    mutex_inherit,
+    nap,
+    owned_add,
+    pthread_mutex_destroy,
+    pthread_mutex_init,
+    pthread_mutex_lock,
+    pthread_mutex_unlock,
+)
+from zramd.core.system.process cimport be_calm, be_urgent
+from zramd.core.device.recovery cimport Recovery
+from zramd.core.memory.region cimport KEPT_STATE, Memory
+from zramd.core.types cimport (
+    BLOCK_SHIFT,
+    BLOCK_SIZE,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    SLOT_LOST,
+    SLOT_SAME,
+    SLOT_SIZE_MASK,
+    SLOTS_PER_PAGE,
+    SPAN_SHIFT,
+    SPAN_SIZE,
+    cell_obj,
+    slot_handle,
+)
+from zramd.core.pool.zsmalloc cimport size_class
+
+import os
+
+from zramd.core.pool.zsmalloc import pool_layout
+from zramd.errors import CorruptionError, error_from
+
+MAX_DISKSIZE = 4 << 40      # bytes: 2**30 blocks; handles have 31 bits
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef enum:
+    TURN_STEPS = 256        # blocks of a long request, then other real-time threads have the processor: 0.1 to 1 ms
+    EXTENTS_MAX = 4096      # in one answer: the client asks again for the rest
+    EXTENTS_AT_ONCE = 64    # without the GIL
+    # NBD's block status flags
+    STATE_HOLE = 1
+    STATE_ZERO = 2
+
+
+cdef int time_by_ticks() except -1:
+    """Time requests by the processor's time stamp counter if the kernel trusts it: it keeps watching it."""
+    try:
+        with open("/sys/devices/system/clocksource/clocksource0/current_clocksource") as source:
+            if source.read() == "tsc\n":
+                use_ticks()
+    except OSError:
+        pass  # no sysfs: the system's clock is right too
+    return 0
+
+time_by_ticks()
+
+
+def state_layout(uint64_t disksize):
+    """What a state file for a device of disksize bytes, a multiple of 4096, must agree on: names -> numbers.
+
+    "bytes" is the size of the file.
+    """
+    cdef uint64_t blocks = disksize >> BLOCK_SHIFT
+    return {"disksize": disksize, "slots": blocks} | pool_layout(blocks)
+
+
+@cython.final
+cdef class Device:
+    """A block device of disksize bytes (rounded up to 4096) that reads as zeros until it is written.
+
+    mem_limit: most bytes of pages the pool may use, 0: no limit. acceleration: lz4's, 1 compresses best.
+    state: descriptor, the caller's to close, of the file that holds all data (see zramd.server.state); what is in it is
+    taken over, and progress(done, total) called about every second meanwhile. -1: memory of this process.
+    verify: store a checksum with each block, and check it on each read; a state is all with or all without.
+    Raises ValueError for a size out of range, also of the state; MemoryError when the address space cannot be had;
+    PoolFullError when the state's file system has no room for its first pages;
+    CorruptionError when the state contradicts itself (then nothing in it was changed).
+    Every method may be called from any number of threads.
+    """
+
+    def __cinit__(self, uint64_t disksize, *, uint64_t mem_limit=0, int acceleration=1, int state=-1,
+                  bint verify=False, progress=None):
+        cdef Memory memory
+        pthread_mutex_init(&self.gate.lock, NULL)
+        if not 0 < disksize <= <uint64_t>MAX_DISKSIZE:
+            raise ValueError(f"disksize {disksize} is out of range: 1 to {MAX_DISKSIZE} bytes")
+        self.blocks = (disksize + BLOCK_SIZE - 1) >> BLOCK_SHIFT
+        self.disksize = self.blocks << BLOCK_SHIFT
+        self.memory = memory = Memory(state)
+        self.kept = <state_words *>memory.kept(KEPT_STATE)
+        self.table = Blocks(self.blocks, memory, acceleration, verify)
+        self.pool = self.table.pool
+        self.n = self.table.n
+        if state >= 0:
+            if os.fstat(state).st_size != memory.end:
+                raise ValueError(f"a state of {os.fstat(state).st_size} bytes is not one of {memory.end} bytes")
+            self._take_over(progress)
+            if self.kept.loading:
+                self.reset()
+                self.kept.loading = 0
+                self.dropped = True
+        # A limit that was changed at work stays, until another one is asked for than the last time.
+        if self.kept.limit_asked == mem_limit + 1:
+            self.pool.mem_limit = self.kept.limit
+        else:
+            self.mem_limit = mem_limit
+            self.kept.limit_asked = mem_limit + 1
+        if not self.kept.data_id[0]:
+            self._name_data()
+
+    def _name_data(self):
+        cdef bytes name = os.urandom(sizeof(self.kept.data_id))
+        memcpy(self.kept.data_id, <const char *>name, sizeof(self.kept.data_id))
+        self.kept.data_id[0] |= 1
+
+    @property
+    def data_id(self):
+        """Names the data that the device holds, as hexadecimal digits: the same name, the same data, also in a state that
+        was taken over. A device begins with a new one when it is empty, reset, or loaded."""
+        return f"{self.kept.data_id[1]:016x}{self.kept.data_id[0]:016x}"
+
+    def _take_over(self, progress):
+        """Rebuild from the state all that is not in it."""
+        cdef Recovery recovery = Recovery(self.table)
+        recovery.run(progress)
+        self.n.pages_stored = recovery.stored
+        self.n.compr_data_size = recovery.compr
+        self.n.same_pages = recovery.same
+        self.n.huge_pages = recovery.huge
+        self.table.touched_pages = recovery.slot_pages
+        self.recovery_ms = recovery.milliseconds
+        self.recovered_blocks = recovery.stored
+        self.leaked_objects = recovery.leaked
+        self.lost_blocks = recovery.lost
+
+    def __dealloc__(self):
+        pthread_mutex_destroy(&self.gate.lock)
+
+    @property
+    def verify(self):
+        """Whether a checksum is stored with each block and checked on each read."""
+        return self.table.verify
+
+    @property
+    def acceleration(self):
+        """lz4's: 1 compresses best."""
+        return self.table.acceleration
+
+    # --------------------------------------------------------------------------------------------------------
+    # whole requests: 0 or -errno of the first block that failed; blocks before it are done
+
+    cdef void _enter_gate(self) noexcept nogil:
+        """At work until _leave_gate: check and reset wait for it, the compactor makes way."""
+        gate_enter(&self.gate)
+
+    cdef void _leave_gate(self) noexcept nogil:
+        gate_leave(&self.gate)
+
+    cdef void _make_way(self, uint32_t *steps, bint changes) noexcept nogil:
+        """Between two blocks of a request: let others have the gate, and now and then the processor."""
+        if gate_is_closed(&self.gate):
+            if changes:
+                counter_add(&self.unfinished, 1)
+            self._leave_gate()
+            self._enter_gate()
+            if changes:
+                counter_sub(&self.unfinished, 1)
+        steps[0] += 1
+        if steps[0] % TURN_STEPS == 0 and self.urgent:
+            sched_yield()   # to real-time threads: this one would have it for 100 ms before one that is as urgent
+
+    cdef uint64_t _begin(self) noexcept nogil:
+        """Enter the gate for a request; when it came. Waiting at the gate is part of what the client waits for."""
+        cdef uint64_t began = clock_now()
+        self._enter_gate()
+        return began
+
+    cdef void _end(self, op kind, uint64_t began) noexcept nogil:
+        """Count a request, failed or not, and leave the gate: reset is never between the two."""
+        latency_add(&self.n.latencies[<int>kind], began)
+        self._leave_gate()
+
+    cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil:
+        cdef uint64_t done = 0
+        cdef uint32_t at, n, steps = 0
+        cdef int rc = 0
+        cdef scratch *s = self.table.scratch_take()
+        if s == NULL:
+            rc = -ENOMEM
+        while done < length and rc == 0:
+            at = (offset + done) & (BLOCK_SIZE - 1)
+            n = min(<uint64_t>(BLOCK_SIZE - at), length - done)
+            if n == BLOCK_SIZE:
+                rc = self.table.write_block((offset + done) >> BLOCK_SHIFT, src + done, s)
+            else:
+                rc = self.table.merge_block((offset + done) >> BLOCK_SHIFT, at, src + done, n, s)
+            done += n
+            if done < length:
+                self._make_way(&steps, True)
+        if s != NULL:
+            self.table.scratch_give(s)
+        if rc:
+            counter_add(&self.n.failed_writes, 1)
+        else:
+            counter_add(&self.n.written_bytes, length)
+        return rc
+
+    cdef int _read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil:
+        cdef uint64_t done = 0
+        cdef uint32_t at, n, steps = 0
+        cdef int rc = 0
+        cdef scratch *s = NULL
+        if (offset | length) & (BLOCK_SIZE - 1):
+            s = self.table.scratch_take()
+            if s == NULL:
+                rc = -ENOMEM
+        while done < length and rc == 0:
+            at = (offset + done) & (BLOCK_SIZE - 1)
+            n = min(<uint64_t>(BLOCK_SIZE - at), length - done)
+            # Objects of neighbouring blocks are anywhere, so the processor cannot guess which is next: 6 % on 128K reads.
+            # (For what a write replaces it gained nothing.)
+            if done + n < length:
+                self.table.prefetch(((offset + done) >> BLOCK_SHIFT) + 1)
+            rc = self.table.read_block((offset + done) >> BLOCK_SHIFT, at, dst + done, n, s)
+            done += n
+            if done < length:
+                self._make_way(&steps, False)
+        if s != NULL:
+            self.table.scratch_give(s)
+        if rc:
+            counter_add(&self.n.failed_reads, 1)
+        else:
+            counter_add(&self.n.read_bytes, length)
+        return rc
+
+    cdef int _zero(self, uint64_t offset, uint64_t length, uint64_t slot, bint exact) noexcept nogil:
+        """Zero a range with slot 0 or SLOT_SAME. Parts of blocks at its ends: zeroed if exact, else left as they are."""
+        cdef uint64_t done = 0, block, skip
+        cdef uint32_t at, n, steps = 0
+        cdef int rc = 0
+        cdef scratch *s = NULL
+        if exact and (offset | length) & (BLOCK_SIZE - 1):
+            s = self.table.scratch_take()
+            if s == NULL:
+                return -ENOMEM
+        while done < length and rc == 0:
+            if done:
+                self._make_way(&steps, True)
+            block = (offset + done) >> BLOCK_SHIFT
+            at = (offset + done) & (BLOCK_SIZE - 1)
+            n = min(<uint64_t>(BLOCK_SIZE - at), length - done)
+            if n == BLOCK_SIZE and slot == 0 and not is_touched(&self.table.touched[block // SLOTS_PER_PAGE]):
+                # A client trims whole devices: go over what was never written a page of slots at a time.
+                skip = min(SLOTS_PER_PAGE - block % SLOTS_PER_PAGE, (length - done) >> BLOCK_SHIFT)
+                counter_add(&self.n.notify_free, skip)
+                done += skip << BLOCK_SHIFT
+                continue
+            if n == BLOCK_SIZE:
+                rc = self.table.zero_block(block, slot)
+                counter_add(&self.n.notify_free, 1)
+            elif exact and (self.table.get(block) or slot):
+                rc = self.table.merge_block(block, at, NULL, n, s)
+            done += n
+        if s != NULL:
+            self.table.scratch_give(s)
+        return rc
+
+    cdef uint64_t _extent(self, uint64_t offset, uint64_t end, int *kind) noexcept nogil:
+        """Where the run of blocks of one kind that offset is in ends, at most end; kind: NBD's hole and zero flags.
+
+        Called inside of the gate.
+        """
+        cdef uint32_t steps = 0
+        cdef uint64_t block = offset >> BLOCK_SHIFT, last = (end + BLOCK_SIZE - 1) >> BLOCK_SHIFT, slot
+        cdef int this
+        kind[0] = -1
+        while block < last:
+            slot = self.table.get(block)
+            this = STATE_HOLE | STATE_ZERO if slot == 0 else STATE_ZERO if slot & SLOT_SAME and slot_handle(slot) == 0 else 0
+            if kind[0] < 0:
+                kind[0] = this
+            if this != kind[0]:
+                break
+            if block % SLOTS_PER_PAGE == 0:
+                self._make_way(&steps, False)
+            if not is_touched(&self.table.touched[block // SLOTS_PER_PAGE]):
+                block = (block // SLOTS_PER_PAGE + 1) * SLOTS_PER_PAGE
+            else:
+                block += 1
+        return min(block << BLOCK_SHIFT, end)
+
+    # --------------------------------------------------------------------------------------------------------
+    # what clients ask for: 0 or -errno, -EINVAL beyond the end of the device
+
+    cdef bint _fits(self, uint64_t offset, uint64_t length) noexcept nogil:
+        """Whether a range is on the device; one that is not is counted."""
+        if offset > self.disksize or length > self.disksize - offset:
+            counter_add(&self.n.invalid_io, 1)
+            return False
+        return True
+
+    cdef int serve_read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil:
+        cdef int rc
+        cdef uint64_t began
+        if not self._fits(offset, length):
+            return -EINVAL
+        began = self._begin()
+        rc = self._read(dst, offset, length)
+        self._end(OP_READ, began)
+        return rc
+
+    cdef int serve_write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil:
+        cdef int rc
+        cdef uint64_t began
+        if not self._fits(offset, length):
+            return -EINVAL
+        began = self._begin()
+        rc = self._write(src, offset, length)
+        self._end(OP_WRITE, began)
+        return rc
+
+    cdef int serve_trim(self, uint64_t offset, uint64_t length) noexcept nogil:
+        cdef uint64_t began
+        if not self._fits(offset, length):
+            return -EINVAL
+        began = self._begin()
+        self._zero(offset, length, 0, False)
+        self._end(OP_TRIM, began)
+        return 0
+
+    cdef int serve_zero(self, uint64_t offset, uint64_t length, bint may_trim) noexcept nogil:
+        cdef int rc
+        cdef uint64_t began
+        if not self._fits(offset, length):
+            return -EINVAL
+        began = self._begin()
+        rc = self._zero(offset, length, 0 if may_trim else SLOT_SAME, True)
+        if rc:
+            counter_add(&self.n.failed_writes, 1)
+        self._end(OP_ZERO, began)
+        return rc
+
+    # --------------------------------------------------------------------------------------------------------
+    # for Python
+    cdef str culprit(self, int rc, uint64_t offset, uint64_t length):
+        """Which block of a range that was read does not match its checksum, as the end of a sentence."""
+        cdef uint64_t block = load_relaxed(&self.n.corrupt_block) - 1
+        if rc != -EIO or not offset >> BLOCK_SHIFT <= block <= (offset + length) >> BLOCK_SHIFT:
+            return ""
+        return f", block {block}"
+
+    @property
+    def corrupt_block(self):
+        """The last block that could not be read because its object was changed in memory; -1: there was none."""
+        return <int64_t>load_relaxed(&self.n.corrupt_block) - 1
+
+    def read(self, buf, uint64_t offset):
+        """Fill a writable buffer from offset. Raises CorruptObjectError; ValueError beyond the device's end."""
+        cdef Py_buffer view
+        cdef int rc
+        PyObject_GetBuffer(buf, &view, PyBUF_WRITABLE)
+        with nogil:
+            rc = self.serve_read(<char *>view.buf, offset, view.len)
+        PyBuffer_Release(&view)
+        if rc:
+            raise error_from(rc, f"read of {view.len} bytes at {offset}{self.culprit(rc, offset, view.len)}")
+
+    def write(self, buf, uint64_t offset):
+        """Write a buffer to offset. Raises PoolFullError when mem_limit, or the state's file system, leaves no room even
+        after compaction (then each block has its old content or its new); ValueError beyond the device's end."""
+        cdef Py_buffer view
+        cdef int rc
+        PyObject_GetBuffer(buf, &view, PyBUF_SIMPLE)
+        with nogil:
+            rc = self.serve_write(<const char *>view.buf, offset, view.len)
+        PyBuffer_Release(&view)
+        if rc:
+            raise error_from(rc, f"write of {view.len} bytes at {offset}{self.culprit(rc, offset, view.len)}")
+
+    def trim(self, uint64_t offset, uint64_t length):
+        """Free the whole blocks of a range: they are holes and read as zeros. Parts of blocks stay as they are."""
+        cdef int rc
+        with nogil:
+            rc = self.serve_trim(offset, length)
+        if rc:
+            raise error_from(rc, f"trim of {length} bytes at {offset}")
+
+    def zero(self, uint64_t offset, uint64_t length, bint may_trim=True):
+        """Zero a range, to the byte. may_trim: whole blocks become holes, else allocated zeros; neither takes memory.
+
+        Raises PoolFullError when there is no room for a part of a block that has to be merged, or for a slot.
+        """
+        cdef int rc
+        with nogil:
+            rc = self.serve_zero(offset, length, may_trim)
+        if rc:
+            raise error_from(rc, f"zeroing of {length} bytes at {offset}")
+
+    def extents(self, uint64_t offset, uint64_t length, bint one=False):
+        """What is stored in a range: tuples (offset, length, kind), kind 0 data, 2 allocated zeros, 3 a hole (NBD's flags).
+
+        They follow each other from offset on, neighbours differ in kind; at most 4096 of them, one: only the first.
+        """
+        cdef uint64_t stops[EXTENTS_AT_ONCE]
+        cdef int kinds[EXTENTS_AT_ONCE]
+        cdef uint64_t end = offset + length, at
+        cdef int i, n, left = 1 if one else EXTENTS_MAX
+        if not self._fits(offset, length):
+            raise error_from(-EINVAL, f"extents of {length} bytes at {offset}")
+        extents = []
+        while offset < end and left:
+            # Where other threads hold the GIL for long, each time that it is to be had again takes milliseconds.
+            with nogil:
+                at, n = offset, 0
+                while at < end and n < min(left, <int>EXTENTS_AT_ONCE):
+                    self._enter_gate()
+                    at = stops[n] = self._extent(at, end, &kinds[n])
+                    self._leave_gate()
+                    n += 1
+            for i in range(n):
+                extents.append((offset, stops[i] - offset, kinds[i]))
+                offset = stops[i]
+            left -= n
+        return extents
+
+    def compact(self, uint64_t budget=0):
+        """Move about budget bytes of objects, 0: until nothing is freeable; returns the number of pages freed.
+
+        A real-time thread is an ordinary one meanwhile, here and in trim_stock and check.
+        """
+        cdef uint64_t freed
+        cdef int priority
+        with nogil:
+            priority = be_calm()
+            freed = self.pool.compact_run(budget, <uint64_t>-1) if budget else self.pool.compact_whole()
+            be_urgent(priority)
+        return freed
+
+    def trim_stock(self):
+        """Give the empty pages that are kept for the next write back to the operating system; returns how many."""
+        cdef uint64_t n
+        cdef int priority
+        with nogil:
+            priority = be_calm()
+            n = self.pool.trim()
+            be_urgent(priority)
+        return n
+
+    def inherit_priority(self):
+        """From now on each lock hands the priority of who waits on to who holds it, and a long request of a real-time thread
+        makes way for others. Nobody else may use the device yet. Raises OSError."""
+        cdef int rc = mutex_inherit(&self.gate.lock) or self.table.inherit_priority()
+        if rc:
+            raise OSError(rc, os.strerror(rc))
+        self.urgent = True
+
+    def reserve_start(self, uint64_t size):
+        """Make every table resident and keep size bytes of pages ready, so that requests need no memory any more.
+
+        Then a thread must be in reserve_keep. Raises MemoryError when the system, or the state's file system, does not give
+        as much.
+        """
+        cdef int rc
+        with nogil:
+            gate_close(&self.gate)      # check looks at what is made resident here
+            rc = self.table.populate()
+            gate_open(&self.gate)
+            if rc == 0:
+                rc = self.pool.arena.reserve_start((size >> PAGE_SHIFT) + (size & (PAGE_SIZE - 1) != 0))
+        if rc:
+            who = "file system of the state is too full" if rc == -EDQUOT else "system refuses memory"
+            raise MemoryError(f"the {who} for the tables or for a reserve of {size} bytes")
+
+    def reserve_keep(self):
+        """Keep the reserve full, and no fuller, until reserve_stop: the work of one thread, which needs no GIL for it."""
+        with nogil:
+            self.pool.arena.reserve_keep()
+
+    def reserve_stop(self):
+        """Make the thread in reserve_keep return."""
+        with nogil:
+            self.pool.arena.reserve_stop()
+
+    def pressure(self):
+        """What the compactor looks at: (freeable pages, pages used, mem_limit in pages or 0, requests done, in flight)."""
+        return (
+            self.pool.freeable_pages(),
+            load_relaxed(&self.pool.arena.pages),
+            load_relaxed(&self.pool.arena.limit),
+            self._requests(OP_READ) + self._requests(OP_WRITE) + self._requests(OP_TRIM) + self._requests(OP_ZERO),
+            load_relaxed(&self.gate.inside),
+        )
+
+    @property
+    def mem_limit(self):
+        """Most bytes of pages the pool may use, 0: no limit; what is stored already stays when it is lowered."""
+        return self.pool.mem_limit
+
+    @mem_limit.setter
+    def mem_limit(self, uint64_t limit):
+        self.pool.mem_limit = limit
+        self.kept.limit = limit
+
+    def counters(self):
+        """Every number that is kept, by the names of the statistics, as a dict of ints. Nothing is waited for."""
+        stats = self.pool.stats()
+        stats |= {
+            "disksize": self.disksize,
+            "orig_data_size": load_relaxed(&self.n.pages_stored) << BLOCK_SHIFT,
+            "compr_data_size": load_relaxed(&self.n.compr_data_size),
+            "pages_stored": load_relaxed(&self.n.pages_stored),
+            "same_pages": load_relaxed(&self.n.same_pages),
+            "huge_pages": load_relaxed(&self.n.huge_pages),
+            "huge_pages_since": load_relaxed(&self.n.huge_pages_since),
+            "failed_reads": load_relaxed(&self.n.failed_reads),
+            "failed_writes": load_relaxed(&self.n.failed_writes),
+            "invalid_io": load_relaxed(&self.n.invalid_io),
+            "notify_free": load_relaxed(&self.n.notify_free),
+            "reads": self._requests(OP_READ),
+            "writes": self._requests(OP_WRITE),
+            "trims": self._requests(OP_TRIM),
+            "zeroes": self._requests(OP_ZERO),
+            "read_bytes": load_relaxed(&self.n.read_bytes),
+            "written_bytes": load_relaxed(&self.n.written_bytes),
+            "limit_compactions": load_relaxed(&self.n.limit_compactions),
+            "recovery_ms": self.recovery_ms,
+            "recovered_blocks": self.recovered_blocks,
+            "leaked_objects": self.leaked_objects,
+            "lost_blocks": self.lost_blocks,
+            "checksum_errors": load_relaxed(&self.n.checksum_errors),
+            "requests_inflight": load_relaxed(&self.gate.inside),
+            "metadata_bytes": self.table.metadata_bytes(),
+        }
+        return stats
+
+    cdef uint64_t _requests(self, op kind) noexcept nogil:
+        return latency_count(&self.n.latencies[<int>kind])
+
+    @property
+    def latency_bounds(self):
+        """Upper bounds of the buckets of latencies, in nanoseconds; the last bucket has none."""
+        return tuple([FIRST_BOUND << i for i in range(BUCKETS - 1)])
+
+    def latencies(self):
+        """How long requests took, failed ones too: by operation (their nanoseconds together, requests in each bucket)."""
+        cdef int kind, i
+        found = {}
+        for kind, name in enumerate(("read", "write", "trim", "zero")):
+            counts = tuple([load_relaxed(&self.n.latencies[kind].buckets[i]) for i in range(BUCKETS)])
+            found[name] = (load_relaxed(&self.n.latencies[kind].sum), counts)
+        return found
+
+    def classes(self):
+        """zsmalloc's table, see Zsmalloc.table."""
+        return self.pool.table()
+
+    def block(self, uint64_t number):
+        """What stands for a block, as a dict. `kind` is hole, same (one repeated word), lz4, raw, or lost.
+
+        same: word, handle (0: the word is 0 and needs none). lz4 and raw: handle, payload_bytes, obj (bytes into the
+        arena), zspage, chunk (of the zspage), class_index, class_size (bytes of a chunk), zspage_inuse and zspage_objs
+        (chunks used and in all), zspage_pages (resident ones). An object may move at any time.
+        Raises ValueError beyond the device's end; CorruptionError.
+        """
+        cdef uint64_t slot, handle, obj = 0, word = 0
+        cdef char *payload
+        cdef uint32_t span = 0, inuse = 0, resident = 0
+        cdef size_class *c = NULL
+        cdef int rc = 0
+        if number >= self.blocks:
+            raise ValueError(f"block {number} is not on the device, which has blocks 0 to {self.blocks - 1}")
+        with nogil:
+            gate_hold(&self.gate)
+            pthread_mutex_lock(&self.table.stripes[number % STRIPES])
+            slot = self.table.get(number)
+            handle = slot_handle(slot)
+            if slot & SLOT_SAME:
+                word = self.pool.word_read(handle) if handle else 0
+            elif slot and slot != SLOT_LOST:
+                rc = self.pool.obj_begin(handle, &payload)
+                if rc == 0:
+                    obj = cell_obj(load_relaxed(&self.pool.cells[handle]))
+                    span = obj >> SPAN_SHIFT
+                    c = &self.pool.classes[self.pool.zspages[span].class_index]
+                    pthread_mutex_lock(&c.lock)
+                    inuse = self.pool.zspages[span].inuse
+                    resident = self.pool.arena.committed[span]
+                    pthread_mutex_unlock(&c.lock)
+                    self.pool.obj_end(handle)
+            pthread_mutex_unlock(&self.table.stripes[number % STRIPES])
+            gate_release(&self.gate)
+        if rc:
+            raise CorruptionError(f"a slot's handle is not live (at {number})")
+        if slot == 0:
+            return {"block": number, "kind": "hole"}
+        if slot == SLOT_LOST:
+            return {"block": number, "kind": "lost"}
+        if slot & SLOT_SAME:
+            return {"block": number, "kind": "same", "word": word, "handle": handle}
+        return {
+            "block": number,
+            "kind": "raw" if slot & SLOT_SIZE_MASK == BLOCK_SIZE else "lz4",
+            "handle": handle,
+            "payload_bytes": slot & SLOT_SIZE_MASK,
+            "obj": obj,
+            "zspage": span,
+            "chunk": (obj & (SPAN_SIZE - 1)) // c.size,
+            "class_index": <uint64_t>(c - &self.pool.classes[0]),
+            "class_size": c.size,
+            "zspage_inuse": inuse,
+            "zspage_objs": c.objs,
+            "zspage_pages": int(resident).bit_count(),
+        }
+
+    def reset_mem_used_max(self):
+        """Forget the peak: mem_used_max starts again from what is used now."""
+        self.pool.arena.reset_peak()
+
+    def reset(self):
+        """Drop all data and set all counters to 0; mem_limit stays. Waits for requests at work; a long one goes on after.
+
+        Where there is a reserve it raises MemoryError or PoolFullError when the tables cannot be made resident again: then
+        all is dropped, but requests may have to wait for memory.
+        """
+        cdef int rc = 0
+        self._name_data()  # first: what is left after a crash is not what was there before
+        with nogil:
+            gate_close(&self.gate)
+            self.pool.compact_begin()
+            owned_add(&self.epoch, 1)
+            self.table.clear()
+            if load_relaxed(&self.pool.arena.reserve):
+                rc = self.table.populate()
+            self.pool.compact_end()
+            gate_open(&self.gate)
+        if rc:
+            raise error_from(rc, "the data is dropped, but the tables of an empty device are not resident")
+
+    def check(self):
+        """Walk every structure. Raises CorruptionError when one contradicts another.
+
+        Requests wait for a piece of the walk, and at its end for the counts and lists.
+        """
+        cdef uint64_t where = 0
+        cdef const char *wrong = NULL
+        cdef walk w
+        cdef int priority
+        memset(&w, 0, sizeof(w))
+        with nogil:
+            priority = be_calm()
+            while wrong == NULL and not w.done:
+                gate_close(&self.gate)
+                self.pool.compact_begin()
+                wrong = self.table.find_fault(&w, &where)
+                self.pool.compact_end()
+                gate_open(&self.gate)
+                if not w.done:
+                    nap()       # who waits at the gate is only woken up by that, and is not to find it closed once more
+            be_urgent(priority)
+        if wrong != NULL:
+            raise CorruptionError(f"{wrong.decode()} (at {where})")

@@ -1,0 +1,584 @@
+"""Recovery: a pool and the counters of a device, rebuilt from slots, cells and the classes of spans.
+
+    0  which pages of the pool there are, in parallel. What the tables' file does not have of them is made ready: a page that
+       was all zeros may be missing in a copy, and touching it must not be the end on a full file system
+    1  every slot, in parallel: slot, cell and class must agree. Nothing is written yet: a state that contradicts itself
+       is refused as it was found. With verify, where each block answers for itself, the block is lost and the others
+       are not: of two that lead to one place the checksum tells whose it is. Headers are looked at then, too: nothing
+       relies on them but moving and freeing, so they are mended
+    2  every span, in parallel: its record, its free chunks, its pages; pages that no object is on are given back
+    3  lists: zspages by fullness, free spans, free cells. Objects that no slot holds are gone by this: they are only counted
+
+It takes a bit for each cell, and 256 bytes for each zspage of small objects, of which there are some hundred in one: what
+runs with little address space can be taken over with little more.
+
+Payloads are not read, and holes of the file neither: what there is of it, the file system knows. A kill in the middle
+leaves what there was: nothing that a slot leads to is changed but the pins of who held an object when the server died.
+"""
+
+cimport cython
+from libc.errno cimport ENOMEM
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from zramd.core.device.blocks cimport Blocks
+from zramd.core.system.checks cimport FILL_FREED, zr_crash_point, zr_fill, zr_poison, zr_unpoison
+from zramd.core.system.locks cimport counter_add, load_relaxed, store_relaxed
+from zramd.core.memory.region cimport Region, whole_pages
+from zramd.core.types cimport (
+    BLOCK_SIZE,
+    CELL_LIVE,
+    CELL_PIN,
+    CHUNK_ALIGN,
+    HEADER_SIZE,
+    MAX_CHUNKS,
+    NO_CHUNK,
+    NO_ZSPAGE,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    SLOT_LOST,
+    SLOT_SAME,
+    SLOT_SIZE_MASK,
+    SLOTS_PER_PAGE,
+    SPAN_PAGES,
+    SPAN_SHIFT,
+    SPAN_SIZE,
+    cell_obj,
+    slot_handle,
+    zspage,
+)
+from zramd.core.pool.zsmalloc cimport is_mapped, pages_below, pages_of_chunk, size_class
+
+import os
+import time
+from contextlib import suppress
+
+from zramd.errors import CorruptionError, error_from
+from zramd.server.threads import start_thread
+
+cdef extern from *:
+    """
+    /* The first look at memory that the address sanitizer has been told nobody may look at. */
+    __attribute__((no_sanitize("address"), noinline)) static uint32_t peek(const void *p)
+    {
+        return *(const uint32_t *)p;
+    }
+    #define bit_is_set(bits, n) ((__atomic_load_n(&(bits)[(n) / 64], __ATOMIC_RELAXED) >> (n) % 64) & 1)
+    #define bit_set(bits, n) \\
+        ((__atomic_fetch_or(&(bits)[(n) / 64], (uint64_t)1 << (n) % 64, __ATOMIC_RELAXED) >> (n) % 64) & 1)
+    #define bit_clear(bits, n) \
+        ((void)__atomic_fetch_and(&(bits)[(n) / 64], ~((uint64_t)1 << (n) % 64), __ATOMIC_RELAXED))
+    #define fetch_add(p, n) __atomic_fetch_add((p), (n), __ATOMIC_RELAXED)
+    #define bits_set(x) ((uint32_t)__builtin_popcount(x))
+    #define prefetch(p) __builtin_prefetch(p)
+    """
+    uint32_t peek(const void *p) noexcept nogil
+    bint bit_is_set(uint64_t *bits, uint64_t n) noexcept nogil
+    bint bit_set(uint64_t *bits, uint64_t n) noexcept nogil     # whether it was set already
+    void bit_clear(uint64_t *bits, uint64_t n) noexcept nogil
+    uint64_t fetch_add(uint64_t *p, uint64_t n) noexcept nogil
+    uint32_t bits_set(uint32_t x) noexcept nogil
+    void prefetch(const void *p) noexcept nogil
+
+cdef enum:
+    PIECE_PAGES = 64                # pages of slots in a piece of work: 32768 blocks
+    PIECE_SPANS = 1024
+    BATCH = 64                      # slots whose cells and headers are on their way to the cache at once
+    SPAN_CHUNKS = MAX_CHUNKS
+    THREADS_MAX = 8
+    BLOCKS_PER_THREAD = 1 << 16     # a thread is worth it from here on
+
+
+@cython.final
+cdef class Recovery:
+    """Rebuilds the pool of blocks that were just made over a state's memory. Nobody else may use them meanwhile."""
+
+    def __cinit__(self, Blocks table not None):
+        self.table = table
+        self.pool = table.pool
+        self.arena = table.pool.arena
+        self.slot_table = table.slot_table
+        self.slots = table.slots
+        self.touches = table.touches
+        self.blocks = table.count
+        self.verify = table.verify
+
+    def run(self, progress):
+        """Do it. Calls progress(pieces done, pieces) about every second, unless it is None.
+
+        Raises CorruptionError when the state contradicts itself, MemoryError or PoolFullError when the system or the file
+        system has no room for what it takes; then nothing was changed in it.
+        """
+        cdef uint64_t slot_pieces = (self.blocks + PIECE_PAGES * SLOTS_PER_PAGE - 1) // (PIECE_PAGES * SLOTS_PER_PAGE)
+        cdef uint64_t span_pieces
+        started = time.monotonic()
+        with nogil:
+            self._find_top()
+            self.cells_end = self._fill_holes(self.pool.cell_table, self.pool.cell_table.size) // sizeof(uint64_t)
+            self.cells_end = min(self.cells_end, <uint64_t>self.arena.span_count + 1)
+            if self.top > self.arena.writable and self.arena.grow(self.top):
+                self.failed = -ENOMEM
+            else:
+                zr_poison(self.arena.base, <uint64_t>self.top << SPAN_SHIFT)
+        self._look_failed()
+        self.used = Region(self.cells_end // 8 + sizeof(uint64_t))
+        self.live = Region(max(<uint64_t>self.lists * SPAN_CHUNKS // 8, sizeof(uint64_t)))
+        span_pieces = (self.top + PIECE_SPANS - 1) // PIECE_SPANS
+        total = slot_pieces + 2 * span_pieces
+        self._in_parallel(FIND_PAGES, span_pieces, progress, 0, total)
+        self._in_parallel(SCAN_SLOTS, slot_pieces, progress, span_pieces, total)
+        self._look_failed()
+        if self.wrong == NULL and self.dispute_count:
+            self._settle_disputes()
+        if self.wrong == NULL and self.mend_count > MENDS:
+            self.wrong = "too many headers are wrong"
+        if self.wrong != NULL:
+            raise CorruptionError(f"block {self.wrong_block}: {self.wrong.decode()}")
+        self._in_parallel(REBUILD_SPANS, span_pieces, progress, span_pieces + slot_pieces, total)
+        self._look_failed()
+        with nogil:
+            zr_crash_point("spans-rebuilt")
+            self._mend()
+            self._list_zspages()
+            self._list_cells()
+            self._give_back_slots()
+            zr_crash_point("recovered")
+        self.milliseconds = <uint64_t>((time.monotonic() - started) * 1000)
+
+    def _look_failed(self):
+        if self.failed:
+            raise error_from(self.failed, "taking over the state")
+
+    def _in_parallel(self, step now, uint64_t pieces, progress, uint64_t before, uint64_t total):
+        self.now = now
+        self.cursor = 0
+        self.pieces = pieces
+        count = min(os.cpu_count() or 1, THREADS_MAX, self.blocks // BLOCKS_PER_THREAD + 1)
+        threads = []
+        # It takes no more threads than the system gives: this one can do it all.
+        with suppress(RuntimeError, MemoryError):
+            while len(threads) < count - (progress is None):
+                threads.append(start_thread("zramd-recovery", self._thread, patience=0))
+        if progress is None:
+            self._thread()
+        for thread in threads:
+            thread.join(1.0)
+            while thread.is_alive():
+                progress and progress(before + min(load_relaxed(&self.cursor), pieces), total)
+                thread.join(1.0)
+        self._thread()  # what they have left: all, if there is none of them
+
+    def _thread(self):
+        with nogil:
+            self._work()
+
+    cdef void _work(self) noexcept nogil:
+        cdef uint64_t piece
+        cdef uint32_t first, last, span
+        while self.wrong == NULL and self.failed == 0:
+            piece = fetch_add(&self.cursor, 1)
+            if piece >= self.pieces:
+                break
+            first = <uint32_t>(piece * PIECE_SPANS)
+            last = <uint32_t>min((piece + 1) * PIECE_SPANS, <uint64_t>self.top)
+            if self.now == FIND_PAGES:
+                self._find_pages(first, last)
+            elif self.now == SCAN_SLOTS:
+                self._scan_slots(piece * PIECE_PAGES, (piece + 1) * PIECE_PAGES)
+            else:
+                for span in range(first, last):
+                    self._rebuild_span(span)
+
+    # --------------------------------------------------------------------------------------------------------
+    # 0: pages
+
+    cdef void _find_top(self) noexcept nogil:
+        """Find the end of the spans that ever had a class, and give each that needs it a place in live."""
+        cdef uint64_t start = 0, end = self.pool.span_classes.size, span
+        cdef uint32_t index
+        while self.pool.span_classes.next_extent(&start, &end):
+            for span in range(start, min(end, <uint64_t>self.arena.span_count)):
+                index = self.pool.span_class[span]
+                if index:
+                    self.top = <uint32_t>span + 1
+                if index and index <= self.pool.class_count and not is_mapped(&self.pool.classes[index - 1]):
+                    self.pool.zspages[span].next = self.lists
+                    self.lists += 1
+            start = end
+            end = self.pool.span_classes.size
+        self._fill_holes(self.pool.span_classes, self.top)
+        self.pool.classes_ready = whole_pages(self.top)
+
+    cdef uint64_t _fill_holes(self, Region table, uint64_t end) noexcept nogil:
+        """Make ready what lies between the parts of a table, up to end, that the file has; where the last of them ends."""
+        cdef uint64_t start = 0, stop = end, last = 0
+        cdef int rc = 0
+        while rc == 0 and table.next_extent(&start, &stop):
+            if start > last:
+                rc = table.ready(table.base + last, start - last)
+            last = start = stop
+            stop = end
+        if rc:
+            self.failed = rc
+        return last
+
+    cdef void _find_pages(self, uint32_t first, uint32_t last) noexcept nogil:
+        """Find out which pages of some spans the file has."""
+        cdef uint64_t start = <uint64_t>first << SPAN_SHIFT, end = <uint64_t>last << SPAN_SHIFT, page
+        cdef uint32_t span
+        while start < end and self.arena.spans.next_extent(&start, &end):
+            for page in range(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+                span = <uint32_t>(page // SPAN_PAGES)
+                self.arena.committed[span] = <uint16_t>(self.arena.committed[span] | 1 << page % SPAN_PAGES)
+            start = end
+            end = <uint64_t>last << SPAN_SHIFT
+
+    cdef bint _has_pages(self, uint32_t span, uint32_t pages) noexcept nogil:
+        """Make sure that some pages of a span may be touched."""
+        cdef uint32_t missing = pages & ~<uint32_t>self.arena.committed[span]
+        cdef int rc = self.arena.make_ready(span, missing, False) if missing else 0
+        if rc:
+            self.failed = rc
+        return rc == 0
+
+    # --------------------------------------------------------------------------------------------------------
+    # 1: slots
+
+    cdef void _scan_slots(self, uint64_t first, uint64_t last) noexcept nogil:
+        """Go over some pages of slots."""
+        cdef uint64_t start = first << PAGE_SHIFT, end = min(last << PAGE_SHIFT, self.slot_table.size), page
+        while start < end and self.slot_table.next_extent(&start, &end):
+            for page in range(start >> PAGE_SHIFT, end >> PAGE_SHIFT):
+                if self._scan_page(page * SLOTS_PER_PAGE, min((page + 1) * SLOTS_PER_PAGE, self.blocks)):
+                    (<uint8_t *>self.touches.base)[page] = 1
+                    counter_add(&self.slot_pages, 1)
+            start = end
+            end = min(last << PAGE_SHIFT, self.slot_table.size)
+
+    cdef bint _scan_page(self, uint64_t block, uint64_t end) noexcept nogil:
+        """Go over a page of slots; whether there was one in use."""
+        cdef uint64_t batch_end, slot, handle, obj, b, n
+        cdef uint64_t stored = 0, same = 0, huge = 0, compr = 0, handles = 0
+        cdef const char *wrong
+        while block < end:
+            batch_end = min(block + BATCH, end)
+            for b in range(block, batch_end):
+                handle = slot_handle(self.slots[b])
+                if handle < self.cells_end:
+                    prefetch(&self.pool.cells[handle])
+            for b in range(block, batch_end if self.verify else block):
+                slot = self.slots[b]
+                handle = slot_handle(slot)
+                if handle < self.cells_end and not slot & SLOT_SAME:
+                    obj = cell_obj(self.pool.cells[handle])
+                    if obj >> SPAN_SHIFT < self.top:
+                        prefetch(self.arena.base + obj)
+            for block in range(block, batch_end):
+                slot = self.slots[block]
+                if slot == 0:
+                    continue
+                wrong = NULL if slot == SLOT_LOST else self._scan_slot(block, slot)
+                if wrong != NULL:
+                    n = fetch_add(&self.lost_now, 1) if self.verify else LOST
+                    if n >= LOST:
+                        # Any of those found by several threads will do.
+                        self.wrong_block = block
+                        self.wrong = wrong
+                        return True
+                    self.lost_blocks[n] = block
+                    slot = SLOT_LOST
+                stored += 1
+                if slot == SLOT_LOST:
+                    counter_add(&self.lost, 1)
+                    continue
+                handles += slot_handle(slot) != 0
+                if slot & SLOT_SAME:
+                    same += 1
+                else:
+                    compr += slot & SLOT_SIZE_MASK
+                    huge += slot & SLOT_SIZE_MASK == BLOCK_SIZE
+            block = batch_end
+        counter_add(&self.stored, stored)
+        counter_add(&self.same, same)
+        counter_add(&self.huge, huge)
+        counter_add(&self.compr, compr)
+        counter_add(&self.handles, handles)
+        return stored != 0
+
+    cdef const char *_scan_slot(self, uint64_t block, uint64_t slot) noexcept nogil:
+        """Follow a slot to its chunk and mark it as live; NULL, or what is wrong."""
+        cdef uint64_t handle = slot_handle(slot), cell, obj, n
+        cdef uint32_t size = slot & SLOT_SIZE_MASK, index, offset, span
+        cdef size_class *c
+        if handle == 0 and slot & SLOT_SAME:
+            return NULL
+        if handle == 0 or handle >= self.cells_end:
+            return "its slot holds no handle"
+        if slot & SLOT_SAME:
+            if bit_set(<uint64_t *>self.used.base, handle) and not self._is_rightful(block, slot):
+                return "its slot holds the handle of another block"
+            return NULL
+        cell = self.pool.cells[handle]
+        obj = cell_obj(cell)
+        if not cell & CELL_LIVE or obj >> SPAN_SHIFT >= self.top:
+            return "its cell leads to no object"
+        span = <uint32_t>(obj >> SPAN_SHIFT)
+        index = self.pool.span_class[span]
+        if index == 0 or index > self.pool.class_count:
+            return "its object is in a span without a size class"
+        c = &self.pool.classes[index - 1]
+        offset = obj & (SPAN_SIZE - 1)
+        if offset % c.size or offset // c.size >= c.objs:
+            return "its object is not where one of its size class can be"
+        if size == 0 or size > (PAGE_SIZE if c.size == PAGE_SIZE else c.size - HEADER_SIZE):
+            return "its object is larger than its size class"
+        if not self._has_pages(span, pages_of_chunk(c, offset // c.size)):
+            return NULL
+        if bit_set(<uint64_t *>self.used.base, handle):
+            if not self._is_rightful(block, slot):
+                return "its slot holds the handle of another block"
+            bit_set(self._live_bits(span, c), offset // c.size)     # (The other one's may be a word.)
+        elif bit_set(self._live_bits(span, c), offset // c.size) and not self._is_rightful(block, slot):
+            bit_clear(<uint64_t *>self.used.base, handle)
+            return "its object is that of another block"
+        # Reading the headers takes as long as all else: each page of the pool is mapped for it.
+        if not cell & CELL_PIN and (not self.verify or c.size == PAGE_SIZE
+                                    or peek(self.arena.base + obj) == (<uint32_t>handle << 1 | 1)):
+            return NULL
+        n = fetch_add(&self.mend_count, 1)
+        if n < MENDS:
+            self.mends[n] = handle
+        return NULL
+
+    cdef uint64_t *_live_bits(self, uint32_t span, size_class *c) noexcept nogil:
+        """Where it is noted which chunks of a zspage slots lead to: a bit for each."""
+        if is_mapped(c):
+            return &self.pool.zspages[span].used
+        return <uint64_t *>self.live.base + <uint64_t>self.pool.zspages[span].next * (SPAN_CHUNKS // 64)
+
+    # --------------------------------------------------------------------------------------------------------
+    # with verify: two blocks, one place
+
+    cdef bint _is_rightful(self, uint64_t block, uint64_t slot) noexcept nogil:
+        """Whether a handle or chunk that another block's slot leads to is this block's: then the other one is to lose it.
+
+        Its pages may be touched.
+        """
+        cdef uint64_t handle = slot_handle(slot), cell = self.pool.cells[handle], n
+        cdef uint32_t size = slot & SLOT_SIZE_MASK
+        cdef char *payload
+        if not self.verify:
+            return False
+        if slot & SLOT_SAME:
+            if not self.table.word_is_sound(block, slot, cell):
+                return False
+        else:
+            payload = self.arena.base + cell_obj(cell)
+            if self.pool.span_class[cell_obj(cell) >> SPAN_SHIFT] != self.pool.huge + 1:
+                payload += HEADER_SIZE
+            zr_unpoison(payload, size)
+            if not self.table.checksum_agrees(block, slot, payload):
+                return False
+        n = fetch_add(&self.dispute_count, 1)
+        if n < LOST:
+            self.disputed[n] = block
+        return n < LOST
+
+    cdef void _settle_disputes(self) noexcept nogil:
+        """Lose the blocks that took what is others'."""
+        cdef uint64_t block, count = min(self.dispute_count, <uint64_t>LOST), i
+        for block in range(self.blocks):
+            if not (<uint8_t *>self.touches.base)[block // SLOTS_PER_PAGE]:
+                continue
+            if slot_handle(self.slots[block]) == 0 or slot_handle(self.slots[block]) >= self.cells_end:
+                continue
+            for i in range(count):
+                # (Of two that are both in the right, whose words are alike, the first one keeps it.)
+                if self.disputed[i] == block:
+                    break
+                if (self._same_handle(block, self.disputed[i]) or self._same_chunk(block, self.disputed[i])) and (
+                        not self._is_lost(block)):
+                    self._lose(block)
+                    break
+
+    cdef void _lose(self, uint64_t block) noexcept nogil:
+        """Undo what _scan_slot and _scan_page did for a block, but for what is now another's."""
+        cdef uint64_t slot = self.slots[block], handle = slot_handle(slot), obj = cell_obj(self.pool.cells[handle]), i
+        cdef uint32_t span = <uint32_t>(obj >> SPAN_SHIFT)
+        cdef bint handle_stays = False, object_stays = False, chunk_stays = (slot & SLOT_SAME) != 0
+        cdef size_class *c
+        if self.lost_now >= LOST:
+            self.wrong_block = block
+            self.wrong = "its slot holds the handle of another block"
+            return
+        self.lost_blocks[self.lost_now] = block
+        self.lost_now += 1
+        self.lost += 1
+        self.handles -= 1
+        if slot & SLOT_SAME:
+            self.same -= 1
+        else:
+            self.compr -= slot & SLOT_SIZE_MASK
+            self.huge -= slot & SLOT_SIZE_MASK == BLOCK_SIZE
+        for i in range(min(self.dispute_count, <uint64_t>LOST)):
+            if self._same_handle(block, self.disputed[i]):
+                handle_stays = True
+                object_stays = object_stays or not self.slots[self.disputed[i]] & SLOT_SAME
+            chunk_stays = chunk_stays or self._same_chunk(block, self.disputed[i])
+        if not chunk_stays:
+            c = &self.pool.classes[self.pool.span_class[span] - 1]
+            bit_clear(self._live_bits(span, c), (obj & (SPAN_SIZE - 1)) // c.size)
+        if not handle_stays:
+            bit_clear(<uint64_t *>self.used.base, handle)
+        for i in range(min(self.mend_count, <uint64_t>MENDS)):
+            if self.mends[i] == handle and not object_stays:
+                self.mends[i] = 0
+
+    cdef bint _is_lost(self, uint64_t block) noexcept nogil:
+        cdef uint64_t i
+        for i in range(self.lost_now):
+            if self.lost_blocks[i] == block:
+                return True
+        return False
+
+    cdef bint _same_handle(self, uint64_t block, uint64_t other) noexcept nogil:
+        return slot_handle(self.slots[block]) == slot_handle(self.slots[other])
+
+    cdef bint _same_chunk(self, uint64_t block, uint64_t other) noexcept nogil:
+        cdef uint64_t slot = self.slots[block], rival = self.slots[other]
+        return not (slot | rival) & SLOT_SAME and (
+            cell_obj(self.pool.cells[slot_handle(slot)]) == cell_obj(self.pool.cells[slot_handle(rival)]))
+
+    # --------------------------------------------------------------------------------------------------------
+    # 2: spans
+
+    cdef void _rebuild_span(self, uint32_t span) noexcept nogil:
+        """Make a span's record, its list of free chunks and its bitmap of pages from the bits of its live chunks."""
+        cdef zspage *z = &self.pool.zspages[span]
+        cdef char *base = self.arena.base + (<uint64_t>span << SPAN_SHIFT)
+        cdef char *start
+        cdef size_class *c = NULL
+        cdef uint32_t index = self.pool.span_class[span], chunk, header, needed = 0, excess
+        z.group = NO_ZSPAGE
+        # (Spans of a reserve have pages, and no class.)
+        if index and index <= self.pool.class_count:
+            z.class_index = <uint16_t>(index - 1)
+            z.free = NO_CHUNK
+            c = &self.pool.classes[index - 1]
+            for chunk in range(c.objs):
+                if bit_is_set(self._live_bits(span, c), chunk):
+                    z.inuse += 1
+                    z.fresh = <uint16_t>(chunk + 1)
+                    needed |= pages_of_chunk(c, chunk)
+            if z.inuse:
+                z.group = 0
+                if is_mapped(c):
+                    z.fresh = <uint16_t>c.objs
+                else:
+                    needed = (1 << pages_below(c, z.fresh)) - 1
+            needed = self.arena.whole(needed)
+        if not self._has_pages(span, needed):
+            return
+        excess = self.arena.committed[span] & ~needed
+        if excess:
+            self.arena._release(span, excess)
+        self.arena.committed[span] = <uint16_t>needed
+        if z.group == NO_ZSPAGE:
+            return
+        for chunk in range(c.objs):
+            start = base + (c.objs - 1 - chunk) * c.size
+            if bit_is_set(self._live_bits(span, c), c.objs - 1 - chunk):
+                zr_unpoison(start, c.size)
+            elif not is_mapped(c) and c.objs - 1 - chunk < z.fresh:
+                zr_unpoison(start, CHUNK_ALIGN)
+                header = <uint32_t>z.free << 1
+                memcpy(start, &header, HEADER_SIZE)
+                zr_fill(start + HEADER_SIZE, FILL_FREED, CHUNK_ALIGN - HEADER_SIZE)
+                z.free = <uint16_t>(c.objs - 1 - chunk)
+
+    # --------------------------------------------------------------------------------------------------------
+    # 3: lists
+
+    cdef void _mend(self) noexcept nogil:
+        """Take off the pins of who held an object when the server died, write headers that were wrong, mark lost blocks."""
+        cdef uint64_t i, handle, cell
+        cdef uint32_t header
+        for i in range(self.lost_now):
+            store_relaxed(&self.slots[self.lost_blocks[i]], SLOT_LOST)
+        for i in range(self.mend_count):
+            handle = self.mends[i]
+            if handle == 0:
+                continue        # it was lost since
+            cell = self.pool.cells[handle] & ~<uint64_t>CELL_PIN
+            store_relaxed(&self.pool.cells[handle], cell)
+            if self.pool.zspages[cell_obj(cell) >> SPAN_SHIFT].class_index != self.pool.huge:
+                header = <uint32_t>handle << 1 | 1
+                memcpy(self.arena.base + cell_obj(cell), &header, HEADER_SIZE)
+
+    cdef void _list_zspages(self) noexcept nogil:
+        """Count the zspages and list them by fullness; list the spans that are free."""
+        cdef size_class *c
+        cdef uint32_t span, i
+        cdef uint64_t pages = 0
+        for i in range(self.top):
+            span = self.top - 1 - i
+            if self.pool.zspages[span].group == NO_ZSPAGE:
+                if self.arena.top:
+                    self.arena.links[span] = self.arena.cold
+                    self.arena.cold = span
+                continue
+            if self.arena.top == 0:
+                self.arena.top = span + 1
+            c = &self.pool.classes[self.pool.zspages[span].class_index]
+            c.zspages += 1
+            c.inuse += self.pool.zspages[span].inuse
+            c.committed += bits_set(self.arena.committed[span])
+            pages += bits_set(self.arena.committed[span])
+            self.pool._link(c, span)
+        # What is beyond was ready, but never in use.
+        self.arena.spans.release(self.arena.base + (<uint64_t>self.arena.top << SPAN_SHIFT),
+                                 <uint64_t>(self.arena.span_count - self.arena.top) << SPAN_SHIFT)
+        store_relaxed(&self.arena.pages, pages)
+        store_relaxed(self.arena.pages_max, max(load_relaxed(self.arena.pages_max), pages))
+
+    cdef void _list_cells(self) noexcept nogil:
+        """List the cells that no slot holds as free."""
+        cdef uint64_t start = 0, end = self.pool.cell_table.size, handle, top = 1, last = 0, used_end
+        while self.pool.cell_table.next_extent(&start, &end):
+            for handle in range(start // sizeof(uint64_t), min(end // sizeof(uint64_t), self.cells_end)):
+                if bit_is_set(<uint64_t *>self.used.base, handle):
+                    top = handle + 1
+                else:
+                    self.leaked += (self.pool.cells[handle] & CELL_LIVE) != 0
+            last = end
+            start = end
+            end = self.pool.cell_table.size
+        for handle in range(1, top):
+            if not bit_is_set(<uint64_t *>self.used.base, top - handle):
+                store_relaxed(&self.pool.cells[top - handle], self.pool.cells_free << 3)
+                self.pool.cells_free = top - handle
+        self.pool.cells_top = top
+        self.pool.cells_used = self.handles
+        # Cells beyond are as new.
+        used_end = whole_pages(top * sizeof(uint64_t))
+        self.pool.cells_ready = min(used_end, last) // sizeof(uint64_t)
+        for handle in range(top, min(used_end, last) // sizeof(uint64_t)):
+            store_relaxed(&self.pool.cells[handle], 0)
+        if last > used_end:
+            self.pool.cell_table.release(<char *>self.pool.cells + used_end, last - used_end)
+
+    cdef void _give_back_slots(self) noexcept nogil:
+        """Give the pages back on which no slot is in use."""
+        cdef uint64_t start = 0, end = self.slot_table.size, page, unit = self.arena.unit, i
+        cdef bint touched
+        while self.slot_table.next_extent(&start, &end):
+            page = start >> PAGE_SHIFT
+            while page < end >> PAGE_SHIFT:
+                touched = False
+                for i in range(unit):
+                    touched = touched or (<uint8_t *>self.touches.base)[page + i]
+                if not touched:
+                    self.slot_table.release(self.slot_table.base + (page << PAGE_SHIFT), unit << PAGE_SHIFT)
+                page += unit
+            start = end
+            end = self.slot_table.size

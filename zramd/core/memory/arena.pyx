@@ -1,0 +1,554 @@
+"""The arena: reserved address space in spans of SPAN_PAGES pages, and the count of the pages that are resident.
+
+    span 0          span 1          span 2                 top                          span_count
+    |PPPPPP..|......|PPP.....|......|........|  …           |  address space without pages  |
+     resident pages: bitmap committed[0] = 0b111111          (not even writable above `writable`)
+
+A page costs memory only once it is committed, one by one, so a span of a part-filled zspage costs the pages that were
+touched. (Where the kernel's page is larger, `unit` of them are committed and given back together, and all are counted.) A
+free span keeps its pages for a while (the stock): a first touch takes 1.8 us and giving back 16 KiB 2.1 us,
+more than a block's decompression, and steady overwriting empties and starts zspages all the time.
+
+A server that its own kernel swaps to must never need memory while it takes a page in: there may be none until it has. So
+it can have a reserve: free spans of each length, resident ahead of need. A thread of its own (the keeper) fills it and
+gives back what is too much; no lock is held while it does, so when it has to wait for memory nobody waits for it.
+Requests take spans from the reserve and return them there, without a system call.
+"""
+
+cimport cython
+from libc.errno cimport ENOMEM, ENOSPC
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memset
+from posix.mman cimport PROT_READ, PROT_WRITE, mprotect
+
+from zramd.core.system.checks cimport zr_assert, zr_crash_point, zr_forget, zr_poison
+from zramd.core.system.locks cimport (
+    compare_swap,
+    counter_add,
+    counter_sub,
+    load_relaxed,
+    load_relaxed_32,
+    nap,
+    owned_add_32,
+    owned_sub_32,
+    pthread_cond_destroy,
+    pthread_cond_init,
+    pthread_cond_signal,
+    pthread_cond_wait,
+    pthread_mutex_destroy,
+    pthread_mutex_init,
+    pthread_mutex_lock,
+    pthread_mutex_unlock,
+    store_relaxed,
+)
+from zramd.core.memory.region cimport KEPT_ARENA, Memory, Region, page_unit, region_populate, whole_pages
+from zramd.core.types cimport NIL, PAGE_SHIFT, PAGE_SIZE, SPAN_LENGTHS, SPAN_PAGES, SPAN_SHIFT
+
+cdef extern from *:
+    """
+    #include <unistd.h>
+    #define zr_popcount(x) __builtin_popcount(x)
+    /* The lowest run of neighbours among the bits of a mask that is not 0. */
+    #define zr_lowest_run(x) ((x) & ~((x) + ((x) & -(x))))
+    #define zr_lowest(x) ((uint64_t)__builtin_ctz(x))
+    """
+    int zr_popcount(unsigned int x) noexcept nogil
+    uint32_t zr_lowest_run(uint32_t x) noexcept nogil
+    uint64_t zr_lowest(unsigned int x) noexcept nogil
+    int usleep(unsigned int microseconds) noexcept nogil
+
+cdef enum:
+    STOCK_PAGES = 64        # 256 KiB: covers what 16 workers empty and start between two looks of the compactor
+    GROW_SPANS = 512        # address space becomes writable 16 MiB at a time: strict overcommit charges what is writable
+    RECORD_SPANS = 1024     # spans whose records the keeper makes resident at once
+    RETRY_US = 10000        # until the keeper asks again when the system refused memory
+
+
+@cython.final
+cdef class Arena:
+    """span_count spans of address space in `memory`, where pages_max is kept. Raises MemoryError when it cannot be had."""
+
+    def __cinit__(self, uint32_t span_count, Memory memory not None):
+        cdef uint32_t n
+        pthread_mutex_init(&self.lock, NULL)
+        pthread_cond_init(&self.work, NULL)
+        self.span_count = span_count
+        self.unit = page_unit()
+        self.warm = self.cold = NIL
+        for n in range(SPAN_LENGTHS):
+            self.ready[n] = NIL
+        self.memory = memory
+        self.pages_max = memory.kept(KEPT_ARENA)
+        self.spans = memory.region(<uint64_t>span_count << SPAN_SHIFT, False)
+        self.base = self.spans.base
+        self.bitmaps = Region(span_count * sizeof(uint16_t))
+        self.committed = <uint16_t *>self.bitmaps.base
+        self.neighbours = Region(span_count * sizeof(uint32_t))
+        self.links = <uint32_t *>self.neighbours.base
+
+    def __dealloc__(self):
+        if self.base != NULL:
+            zr_forget(self.base, <uint64_t>self.writable << SPAN_SHIFT)
+        pthread_cond_destroy(&self.work)
+        pthread_mutex_destroy(&self.lock)
+
+    cdef int64_t take(self, uint32_t npages) noexcept nogil:
+        """A free span for a zspage of npages, from the stock first; -ENOMEM when there is none.
+
+        Its resident pages are those below npages at most: what a longer zspage left there is given back.
+        """
+        cdef int64_t span = -ENOMEM
+        cdef uint32_t excess
+        pthread_mutex_lock(&self.lock)
+        if load_relaxed(&self.reserve):
+            span = self._ready_take(npages)
+        if span < 0:
+            if self.warm != NIL:
+                span = self.warm
+                self.warm = self.links[span]
+                counter_sub(&self.stock, zr_popcount(self.committed[span]))
+            else:
+                span = self._cold_take()
+        pthread_mutex_unlock(&self.lock)
+        if span >= 0:
+            excess = self.committed[span] >> npages << npages
+            if excess:
+                self.decommit(<uint32_t>span, excess)
+        return span
+
+    cdef int64_t _cold_take(self) noexcept nogil:
+        """A free span without resident pages, or -ENOMEM. The lock is held."""
+        cdef int64_t span = -ENOMEM
+        if self.cold != NIL:
+            span = self.cold
+            self.cold = self.links[span]
+        elif self.top < self.span_count:
+            if self.top == self.writable:
+                self.grow(min(self.writable + <uint32_t>GROW_SPANS, self.span_count))
+            if self.top < self.writable:
+                span = self.top
+                # Not in grow: of a reserve that is all of the arena, and its shadow 1 GB.
+                zr_poison(self.base + (<uint64_t>span << SPAN_SHIFT), 1 << SPAN_SHIFT)
+                owned_add_32(&self.top, 1)
+        return span
+
+    cdef int grow(self, uint32_t writable) noexcept nogil:
+        """Make the spans below writable so; 0, or -1. The lock is held."""
+        cdef char *start = self.base + (<uint64_t>self.writable << SPAN_SHIFT)
+        cdef uint64_t size = <uint64_t>(writable - self.writable) << SPAN_SHIFT
+        if mprotect(start, size, PROT_READ | PROT_WRITE):
+            return -1
+        self.writable = writable
+        return 0
+
+    cdef void give(self, uint32_t span, bint keep) noexcept nogil:
+        """Take a span back. With keep, its pages stay resident while the stock has room for them."""
+        cdef int resident = zr_popcount(self.committed[span])
+        if load_relaxed(&self.reserve):
+            self._ready_give(span)
+            return
+        if resident and not (keep and load_relaxed(&self.stock) + resident <= STOCK_PAGES):
+            self.decommit(span, self.committed[span])
+            resident = 0
+        pthread_mutex_lock(&self.lock)
+        if resident:
+            self.links[span] = self.warm
+            self.warm = span
+            counter_add(&self.stock, resident)
+        else:
+            self.links[span] = self.cold
+            self.cold = span
+        pthread_mutex_unlock(&self.lock)
+
+    cdef int commit(self, uint32_t span, uint32_t mask) noexcept nogil:
+        """Count the pages of mask, and what the kernel gives with them, as resident.
+
+        The number of pages that were not before; -ENOSPC at the limit, -EDQUOT or -ENOMEM from the file.
+        Of anonymous memory nothing is touched here: the owner's first write makes the page resident.
+        """
+        cdef uint32_t fresh
+        cdef int n, rc
+        if not mask & ~<uint32_t>self.committed[span]:
+            return 0
+        fresh = self.whole(mask) & ~<uint32_t>self.committed[span]
+        n = zr_popcount(fresh)
+        if not self._charge(n):
+            return -ENOSPC
+        rc = self.make_ready(span, fresh, True)
+        if rc:
+            self._release(span, fresh)
+            counter_sub(&self.pages, n)
+            return rc
+        if load_relaxed(&self.reserve):
+            counter_add(&self.misses, n)
+        pages_store(&self.committed[span], <uint16_t>(self.committed[span] | fresh))
+        return n
+
+    cdef uint32_t whole(self, uint32_t mask) noexcept nogil:
+        """The pages of a span that the kernel gives along with those of mask."""
+        cdef uint32_t found = 0, one = (1 << self.unit) - 1
+        if self.unit == 1:
+            return mask
+        while one >> SPAN_PAGES == 0:
+            if mask & one:
+                found |= one
+            one <<= self.unit
+        return found
+
+    cdef int make_ready(self, uint32_t span, uint32_t mask, bint unused) noexcept nogil:
+        """Before pages are touched for the first time: see Region.ready. There may be gaps between them.
+
+        unused: whatever is on them is not needed.
+        """
+        cdef char *start
+        cdef uint64_t size
+        cdef uint32_t run
+        cdef int rc = 0
+        while mask and rc == 0 and self.spans.fd >= 0:
+            run = zr_lowest_run(mask)
+            start = self.base + (<uint64_t>span << SPAN_SHIFT) + (zr_lowest(run) << PAGE_SHIFT)
+            size = <uint64_t>zr_popcount(run) << PAGE_SHIFT
+            rc = self.spans.touch(start, size) if unused else self.spans.ready(start, size)
+            mask ^= run
+        return rc
+
+    cdef bint _charge(self, uint64_t n) noexcept nogil:
+        """Count n more pages as resident, unless that would pass the limit."""
+        cdef uint64_t pages, limit, peak
+        while True:
+            pages = load_relaxed(&self.pages)
+            limit = load_relaxed(&self.limit)
+            if limit and pages + n > limit:
+                return False
+            if compare_swap(&self.pages, pages, pages + n):
+                break
+        while True:
+            peak = load_relaxed(self.pages_max)
+            if peak >= pages + n or compare_swap(self.pages_max, peak, pages + n):
+                return True
+
+    cdef int decommit(self, uint32_t span, uint32_t mask) noexcept nogil:
+        """Give the resident pages of mask back to the operating system, but for what it takes back only together with
+        others; how many there were."""
+        cdef uint32_t gone = mask & self.committed[span]
+        cdef int n
+        if self.unit > 1:
+            gone &= ~self.whole(self.committed[span] & ~gone)
+        n = zr_popcount(gone)
+        self._release(span, gone)
+        if gone:
+            zr_crash_point("page-given-back")
+        pages_store(&self.committed[span], <uint16_t>(self.committed[span] & ~gone))
+        counter_sub(&self.pages, n)
+        return n
+
+    cdef void _release(self, uint32_t span, uint32_t mask) noexcept nogil:
+        cdef char *base = self.base + (<uint64_t>span << SPAN_SHIFT)
+        cdef uint32_t run
+        while mask:
+            run = zr_lowest_run(mask)
+            self.spans.release(base + (zr_lowest(run) << PAGE_SHIFT), <uint64_t>zr_popcount(run) << PAGE_SHIFT)
+            mask ^= run
+
+    cdef uint64_t trim_stock(self) noexcept nogil:
+        """Give the pages of all free spans back; how many there were."""
+        cdef uint64_t n = 0
+        cdef uint32_t span
+        pthread_mutex_lock(&self.lock)
+        while self.warm != NIL:
+            span = self.warm
+            self.warm = self.links[span]
+            counter_sub(&self.stock, zr_popcount(self.committed[span]))
+            # Not with the lock held: STOCK_PAGES take 20 microseconds, those of a state 60.
+            pthread_mutex_unlock(&self.lock)
+            n += self.decommit(span, self.committed[span])
+            pthread_mutex_lock(&self.lock)
+            self.links[span] = self.cold
+            self.cold = span
+        pthread_mutex_unlock(&self.lock)
+        return n
+
+    # --------------------------------------------------------------------------------------------------------
+    # the reserve
+
+    cdef int reserve_start(self, uint64_t pages) noexcept nogil:
+        """Keep pages ready from now on: fill the reserve; 0, -ENOMEM or -EDQUOT. Then one thread must be in reserve_keep."""
+        cdef uint32_t n
+        cdef int rc = 1
+        pthread_mutex_lock(&self.lock)
+        self.demand_sum = 0
+        for n in range(1, SPAN_LENGTHS):
+            self.demand[n] = SPAN_PAGES if n % self.unit == 0 else 0
+            self.demand_sum += self.demand[n]
+        # All of it at once: to make more writable later takes a lock of the whole process, in the middle of a request.
+        if self.grow(self.span_count):
+            rc = -ENOMEM
+        else:
+            store_relaxed(&self.reserve, pages)
+            rc = self._populate_used()
+            while rc > 0:
+                rc = self._keep_one()
+        pthread_mutex_unlock(&self.lock)
+        return rc
+
+    cdef void reserve_keep(self) noexcept nogil:
+        """The keeper: keep the reserve full and no fuller until reserve_stop."""
+        cdef int rc
+        pthread_mutex_lock(&self.lock)
+        while not self.keeper_ends:
+            rc = self._keep_one()
+            if rc == 0:
+                self.keeper_sleeps = True
+                pthread_cond_wait(&self.work, &self.lock)
+                self.keeper_sleeps = False
+            elif rc < 0:
+                pthread_mutex_unlock(&self.lock)
+                usleep(RETRY_US)
+                pthread_mutex_lock(&self.lock)
+        self.keeper_ends = False
+        pthread_mutex_unlock(&self.lock)
+
+    cdef void reserve_stop(self) noexcept nogil:
+        """Make the keeper return; what is ready stays so."""
+        pthread_mutex_lock(&self.lock)
+        self.keeper_ends = True
+        pthread_cond_signal(&self.work)
+        pthread_mutex_unlock(&self.lock)
+
+    cdef uint32_t _ready_wanted(self, uint32_t npages) noexcept nogil:
+        """Spans of a length to keep ready: half of the reserve is for all lengths alike, half goes by what is taken."""
+        cdef uint64_t half = load_relaxed(&self.reserve) // 2
+        if npages == 0 or npages % self.unit:
+            return 0
+        # (What is asked for fades, in a small reserve until nothing is left.)
+        return <uint32_t>((half // SPAN_PAGES + half * self.demand[npages] // max(self.demand_sum, 1)) // npages) + 1
+
+    cdef void _note_demand(self, uint32_t npages) noexcept nogil:
+        """Count a span that was asked for; what was long ago counts less and less."""
+        cdef uint32_t n
+        self.demand[npages] += npages
+        self.demand_sum += npages
+        if self.demand_sum > 4 * load_relaxed(&self.reserve):
+            self.demand_sum = 0
+            for n in range(SPAN_LENGTHS):
+                self.demand[n] //= 2
+                self.demand_sum += self.demand[n]
+
+    cdef int _keep_one(self) noexcept nogil:
+        """Make one span ready, or give one back; 1, or 0: there is nothing to do, -ENOMEM, -EDQUOT: it cannot be had.
+
+        Where none can be had, what there is too much of still goes back. The lock is held, and dropped for the parts that
+        may wait.
+        """
+        cdef uint32_t n, least = 0, mask
+        cdef int64_t span = -1
+        cdef int rc = 0
+        for n in range(1, SPAN_LENGTHS):
+            if self.ready_count[n] < self._ready_wanted(n) and (
+                    least == 0 or self.ready_count[n] * self._ready_wanted(least)
+                    < self.ready_count[least] * self._ready_wanted(n)):
+                least = n
+        if least:
+            span = self._cold_take()
+        if span >= 0:
+            self.keeper_works = True
+            pthread_mutex_unlock(&self.lock)
+            rc = self._populate(<uint32_t>span, least)
+            pthread_mutex_lock(&self.lock)
+            self.keeper_works = False
+            if rc > 0:
+                self.committed[span] = <uint16_t>((1 << least) - 1)
+                self._ready_push(<uint32_t>span)
+                return rc
+            self.links[span] = self.cold
+            self.cold = <uint32_t>span
+        for n in range(SPAN_LENGTHS):
+            # Twice of what is wanted before any is given back: overwriting empties as many zspages as it starts.
+            if self.ready_count[n] > 2 * self._ready_wanted(n):
+                span = self._ready_pop(n)
+                mask = self.committed[span]
+                self.committed[span] = 0
+                self.keeper_works = True
+                pthread_mutex_unlock(&self.lock)
+                self._release(<uint32_t>span, mask)
+                pthread_mutex_lock(&self.lock)
+                self.keeper_works = False
+                self.links[span] = self.cold
+                self.cold = <uint32_t>span
+                return 1
+        return rc
+
+    cdef int _populate_used(self) noexcept nogil:
+        """Map the pages in use, so that a lock on all memory holds them: those of a state are somewhere else yet.
+
+        1, -ENOMEM or -EDQUOT.
+        """
+        cdef uint32_t span, page
+        for span in range(self.top):
+            for page in range(SPAN_PAGES):
+                if self.committed[span] >> page & 1 and region_populate(
+                        self.base + (<uint64_t>span << SPAN_SHIFT) + (page << PAGE_SHIFT), PAGE_SIZE):
+                    return self.spans.refusal()
+        return 1
+
+    cdef int _populate(self, uint32_t span, uint32_t npages) noexcept nogil:
+        """Make a span's first pages and its records resident; 1, -ENOMEM or -EDQUOT."""
+        cdef uint32_t first, count
+        cdef int rc
+        if span >= self.records_ready:
+            first = span // RECORD_SPANS * RECORD_SPANS
+            count = min(<uint32_t>RECORD_SPANS, self.span_count - first)
+            if (region_populate(self.committed + first, count * sizeof(uint16_t))
+                    or region_populate(self.links + first, count * sizeof(uint32_t))
+                    or region_populate(self.records + <uint64_t>first * self.record_size,
+                                       <uint64_t>count * self.record_size)):
+                return -ENOMEM
+            owned_add_32(&self.records_ready, first + count - self.records_ready)
+        if region_populate(self.base + (<uint64_t>span << SPAN_SHIFT), npages << PAGE_SHIFT):
+            rc = self.spans.refusal()
+            self._release(span, (1 << npages) - 1)
+            return rc
+        return 1
+
+    cdef int64_t _ready_take(self, uint32_t npages) noexcept nogil:
+        """A ready span of npages or, when there is none, a longer one, then a shorter one, whose other pages are not
+        resident; its pages count as used. -ENOMEM: none.
+
+        The lock is held.
+        """
+        cdef uint32_t i, n
+        self._note_demand(npages)
+        if self.keeper_sleeps and self.ready_count[npages] <= self._ready_wanted(npages) // 2:
+            pthread_cond_signal(&self.work)
+        for i in range(1, SPAN_LENGTHS):
+            n = npages + i - 1 if npages + i <= SPAN_LENGTHS else SPAN_LENGTHS - i
+            if self.ready[n] != NIL:
+                if not self._charge(n):
+                    break
+                return self._ready_pop(n)
+        return -ENOMEM
+
+    cdef void _ready_give(self, uint32_t span) noexcept nogil:
+        """Take a span back into the reserve; what is too much there the keeper gives back."""
+        pthread_mutex_lock(&self.lock)
+        counter_sub(&self.pages, zr_popcount(self.committed[span]))
+        self._ready_push(span)
+        pthread_mutex_unlock(&self.lock)
+
+    cdef uint32_t _ready_pop(self, uint32_t npages) noexcept nogil:
+        cdef uint32_t span = self.ready[npages]
+        self.ready[npages] = self.links[span]
+        owned_sub_32(&self.ready_count[npages], 1)
+        counter_sub(&self.ready_pages, zr_popcount(self.committed[span]))
+        return span
+
+    cdef void _ready_push(self, uint32_t span) noexcept nogil:
+        """List a free span by its length; one with gaps, which huge zspages have, is only to be given back."""
+        cdef uint32_t mask = self.committed[span], n = 0
+        if mask & (mask + 1) == 0:
+            n = zr_popcount(mask)
+        self.links[span] = self.ready[n]
+        self.ready[n] = span
+        owned_add_32(&self.ready_count[n], 1)
+        counter_add(&self.ready_pages, zr_popcount(mask))
+        if self.keeper_sleeps and self.ready_count[n] > 2 * self._ready_wanted(n):
+            pthread_cond_signal(&self.work)
+
+    # --------------------------------------------------------------------------------------------------------
+
+    cdef void reset(self) noexcept nogil:
+        """Forget every span and give all pages back. Nobody else may hold one; the records are gone already."""
+        cdef uint32_t n
+        pthread_mutex_lock(&self.lock)
+        while self.keeper_works:
+            pthread_mutex_unlock(&self.lock)
+            nap()
+            pthread_mutex_lock(&self.lock)
+        for n in range(SPAN_LENGTHS):
+            self.ready[n] = NIL
+            owned_sub_32(&self.ready_count[n], self.ready_count[n])
+        store_relaxed(&self.ready_pages, 0)
+        store_relaxed(&self.misses, 0)
+        owned_sub_32(&self.records_ready, self.records_ready)
+        if self.writable:
+            self.spans.release(self.base, <uint64_t>self.writable << SPAN_SHIFT)
+        zr_poison(self.base, <uint64_t>self.top << SPAN_SHIFT)
+        memset(self.committed, 0, self.top * sizeof(uint16_t))
+        owned_sub_32(&self.top, self.top)
+        self.warm = self.cold = NIL
+        store_relaxed(&self.stock, 0)
+        store_relaxed(&self.pages, 0)
+        store_relaxed(self.pages_max, 0)
+        pthread_cond_signal(&self.work)
+        pthread_mutex_unlock(&self.lock)
+
+    cdef void reset_peak(self) noexcept nogil:
+        store_relaxed(self.pages_max, load_relaxed(&self.pages))
+
+    cdef uint64_t metadata_bytes(self) noexcept nogil:
+        """Resident bytes of the two tables, counted in whole pages."""
+        cdef uint64_t top = max(load_relaxed_32(&self.top), load_relaxed_32(&self.records_ready))
+        return whole_pages(top * sizeof(uint16_t)) + whole_pages(top * sizeof(uint32_t))
+
+    cdef const char *check(self, uint64_t used, uint64_t *where) noexcept nogil:
+        """Walk all free lists and count the pages; NULL, or what is wrong, with the span in where[0]. used: spans in use."""
+        cdef const char *wrong
+        pthread_mutex_lock(&self.lock)
+        wrong = self._walk(used, where)
+        pthread_mutex_unlock(&self.lock)
+        return wrong
+
+    cdef const char *_walk(self, uint64_t used, uint64_t *where) noexcept nogil:
+        cdef uint64_t pages = 0, stock = 0, listed = 0, ready = 0
+        cdef uint32_t span, n, count
+        zr_assert(self.top <= self.writable and self.writable <= self.span_count)
+        for span in range(self.top):
+            where[0] = span
+            if self.committed[span] != self.whole(self.committed[span]):
+                return "a span has a part of a page"
+            pages += zr_popcount(self.committed[span])
+        span = self.warm
+        while span != NIL:
+            where[0] = span
+            listed += 1
+            if span >= self.top or listed > self.top:
+                return "the list of warm spans is broken"
+            if self.committed[span] == 0:
+                return "a warm span has no resident page"
+            stock += zr_popcount(self.committed[span])
+            span = self.links[span]
+        span = self.cold
+        while span != NIL:
+            where[0] = span
+            listed += 1
+            if span >= self.top or listed > self.top:
+                return "the list of cold spans is broken"
+            if self.committed[span]:
+                return "a cold span has resident pages"
+            span = self.links[span]
+        for n in range(SPAN_LENGTHS):
+            count = 0
+            span = self.ready[n]
+            while span != NIL:
+                where[0] = span
+                count += 1
+                if span >= self.top or count > self.ready_count[n]:
+                    return "a list of the reserve is broken"
+                if n and self.committed[span] != (1 << n) - 1:
+                    return "a ready span has not the pages of its length"
+                ready += zr_popcount(self.committed[span])
+                span = self.links[span]
+            if count != self.ready_count[n]:
+                return "the count of a list of the reserve differs from the list"
+            listed += count
+        where[0] = 0
+        if used + listed + self.keeper_works != self.top:
+            return "a span is neither free nor in use"
+        if ready != load_relaxed(&self.ready_pages):
+            return "the count of the reserve differs from its spans' bitmaps"
+        pages -= ready
+        if pages != load_relaxed(&self.pages):
+            return "the count of resident pages differs from the spans' bitmaps"
+        if stock != load_relaxed(&self.stock):
+            return "the count of the stock differs from the warm spans' bitmaps"
+        return NULL

@@ -1,0 +1,308 @@
+"""Which kernel device belongs to which zramd: for each one attached, a file /run/zramd/NAME.attached.
+
+Its keeper (zramd.kernel.keeper) holds a lock on it for as long as it lives, so that no stale process number
+can be mistaken for one. The kernel has the last word: a device that it no longer has is not attached.
+"""
+
+import fcntl
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+from zramd import trusted
+from zramd.contract import rundir
+from zramd.errors import AttachError, UntrustedError
+
+FOLDER = "/run/zramd"  # attaching is root's business, so this is root's folder
+SYS_BLOCK = "/sys/block"
+LOCK_TIMEOUT = 1.0  # seconds; who only looks holds the lock for microseconds
+TURN_TIMEOUT = 10.0  # seconds, for which a command waits for another one
+_NBD_CLEAR_SOCK = 0xAB04  # linux/nbd.h
+
+
+class Attached(NamedTuple):
+    """A zramd that is attached; `keeper` is 0 when no keeper lives, `data` as in `data_of`."""
+
+    name: str
+    device: str
+    keeper: int
+    data: str
+
+    @property
+    def is_half(self) -> bool:
+        """Whether it is of a keeper that was killed before it had noted the device, and its data."""
+        return not self.keeper and not self.data and read_sys(self.device, "backend") == backend(self.name)
+
+
+def backend(name: str) -> str:
+    """Return what the kernel is told that a device belongs to (it tells since Linux 5.14)."""
+    return f"zramd/{name}"
+
+
+def find(name: str) -> Attached | None:
+    """Return how zramd `name` is attached, None if it is not (yet). Raises OSError, AttachError.
+
+    A keeper that was killed before it had noted its device leaves one that the kernel alone knows of.
+    """
+    try:
+        with trusted.place(_path(name)) as place:
+            fd = place.open()
+    except (FileNotFoundError, NotADirectoryError):
+        return _unnoted(name)
+    except UntrustedError as error:
+        raise AttachError(f"what is attached is not known: {error}") from None
+    try:
+        kept = _is_kept(fd)
+        noted = os.pread(fd, 256, 0).decode().split(" ")
+    except ValueError:
+        noted = []
+    finally:
+        os.close(fd)
+    try:
+        keeper, device, data = noted
+        if not device.removeprefix("/dev/nbd").isdecimal():
+            raise ValueError
+        number = int(keeper) if kept else 0
+    except ValueError:  # a keeper that is only starting, or was killed then
+        return None if kept else _unnoted(name)
+    if not is_connected(device) or read_sys(device, "backend") not in ("", backend(name)):
+        return None if kept else _unnoted(name)
+    return Attached(name, device, number, data.strip())
+
+
+def _is_kept(fd: int) -> bool:
+    """Say whether a keeper lives that has the lock of a record."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+
+
+def _unnoted(name: str) -> Attached | None:
+    """Return the device that the kernel has of a keeper that ended before it could note it, or None."""
+    for block in sorted(os.listdir(SYS_BLOCK)) if os.path.isdir(SYS_BLOCK) else []:
+        device = f"/dev/{block}"
+        if block.startswith("nbd") and is_connected(device) and read_sys(device, "backend") == backend(name):
+            return Attached(name, device, 0, "")
+    return None
+
+
+def name_of(device: str) -> str:
+    """Return the zramd that is attached as `device`, such as /dev/nbd0; '' if none is."""
+    try:
+        files = os.listdir(FOLDER)
+    except OSError:
+        return ""
+    for file in files:
+        name = file.removesuffix(".attached")
+        if name != file:
+            with suppress(OSError):
+                there = find(name)
+                if there and there.device == device:
+                    return name
+    return ""
+
+
+def devices(name: str, disksize: int) -> list[str]:
+    """Return the kernel's devices, such as /dev/nbd0, that are connected to `name`, of `disksize` bytes.
+
+    `zramd attach` tells the kernel whose they are. Of what other programs attach nothing but the size is
+    known: a device of that size may belong to another server.
+    """
+    try:
+        blocks = sorted(os.listdir(SYS_BLOCK))
+    except OSError:
+        return []
+    found = []
+    for device in (f"/dev/{block}" for block in blocks if block.startswith("nbd")):
+        if is_connected(device):
+            owner, size = read_sys(device, "backend"), read_sys(device, "size")
+            same_size = size.isdigit() and int(size) * 512 == disksize
+            if owner == backend(name) or (not owner and same_size):
+                found.append(device)
+    return found
+
+
+def is_connected(device: str) -> bool:
+    """Say whether the kernel has a connection for /dev/nbdN, dead or alive."""
+    return os.path.exists(f"{SYS_BLOCK}/{os.path.basename(device)}/pid")
+
+
+def connection(device: str) -> str:
+    """Return what tells one connection of a device from the next: who made it. '' if there is none."""
+    return read_sys(device, "pid")
+
+
+@contextmanager
+def unobserved(device: str) -> Iterator[Callable[[], None]]:
+    """Keep udev from looking into a device that swap is taken from and that is then disconnected.
+
+    udev reads a block device once a writer such as the swap has closed it, and what it reads while the
+    connection goes away are I/O errors in the kernel's log. It leaves a locked device alone until the lock
+    is gone (systemd's "Locking Block Device Access"). Once the kernel has been told to disconnect, call what
+    this yields: it takes the device's size away, so that udev then finds nothing to read. Not before: it
+    cuts off a device that is connected. The server must be alive: an open may read. Raises OSError.
+    """
+
+    def disconnected() -> None:
+        with suppress(OSError):  # a device that keeps its size is read in vain, no more
+            fcntl.ioctl(fd, _NBD_CLEAR_SOCK)
+
+    fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        end = time.monotonic() + LOCK_TIMEOUT
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # udev itself, while it looks: not for long
+                time.sleep(0.02)
+        yield disconnected
+    finally:
+        os.close(fd)
+
+
+def read_sys(device: str, name: str) -> str:
+    """Return what sysfs says of a device, '' if it does not."""
+    try:
+        with open(f"{SYS_BLOCK}/{os.path.basename(device)}/{name}", errors="surrogateescape") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def data_of(folder: str) -> str:
+    """Return what stands for the data that a server holds, from its run folder; '' if it does not tell.
+
+    Two servers with the same answer hold the same data, one after the other.
+    """
+    try:
+        fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        return rundir.head(rundir.DATA_ID, fd).strip()
+    finally:
+        os.close(fd)
+
+
+class Record:
+    """The file of one attached zramd, locked by this process."""
+
+    def __init__(self, name: str) -> None:
+        """Take the lock. Raises AttachError when a keeper has it, OSError."""
+        self._name = name
+        try:
+            os.close(trusted.open_folder(FOLDER, make=True))
+        except UntrustedError as error:
+            raise AttachError(f"{name} cannot be attached: {error}") from None
+        end = time.monotonic() + LOCK_TIMEOUT
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        while True:
+            self._fd = os.open(_path(name), flags, 0o600)
+            with suppress(BlockingIOError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_there():
+                    return
+            os.close(self._fd)
+            if time.monotonic() > end:
+                raise AttachError(f"{name} is being attached, or is attached already")
+            time.sleep(0.02)
+
+    def write(self, device: str, data: str, *, keeper: int) -> None:
+        """Say what is attached."""
+        rundir.write_whole(self._fd, f"{keeper} {device} {data}\n".encode())
+
+    def remove(self) -> None:
+        """Remove the file, unless somebody has."""
+        if self._is_there():
+            os.unlink(_path(self._name))
+
+    def close(self) -> None:
+        """Let go of it; the file stays."""
+        os.close(self._fd)
+
+    def _is_there(self) -> bool:
+        """Say whether the file has not been removed since it was opened: then it would hold nothing."""
+        return _is_file(self._fd, _path(self._name))
+
+
+@contextmanager
+def turn(name: str) -> Iterator[None]:
+    """Wait until no other command uses the device of `name` for swap or takes it away, and keep others off.
+
+    The keeper's lock on the record is of another kind: it lasts as long as the keeper. What has no record is
+    nobody's. Raises AttachError when it takes too long.
+    """
+    fd = _take_turn(name)
+    try:
+        yield
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _take_turn(name: str) -> int:
+    """Return a descriptor that holds the turn, -1 if there is no record."""
+    end = time.monotonic() + TURN_TIMEOUT
+    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    while True:
+        try:
+            fd = os.open(_path(name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return -1
+        try:
+            with suppress(BlockingIOError):
+                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
+                if _is_file(fd, _path(name)):
+                    return fd
+            if time.monotonic() > end:
+                raise AttachError(
+                    f"{name} is being attached or detached by another command: try again when that is done"
+                )
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        time.sleep(0.02)
+
+
+def remove(name: str) -> None:
+    """Remove the file of what is no longer attached; a keeper that lives removes its own."""
+    end = time.monotonic() + LOCK_TIMEOUT
+    with suppress(FileNotFoundError):
+        while not _remove(_path(name)) and time.monotonic() < end:
+            time.sleep(0.02)
+
+
+def _remove(path: str) -> bool:
+    """Remove a file unless somebody holds its lock; say whether it is gone. Raises FileNotFoundError."""
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_file(fd, path):
+            os.unlink(path)
+        return True
+    except BlockingIOError:  # a keeper, or somebody who only looks whether there is one
+        return False
+    finally:
+        os.close(fd)
+
+
+def _is_file(fd: int, path: str) -> bool:
+    """Say whether `path` is still what `fd` was opened from."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _path(name: str) -> str:
+    """Return the file's path. Raises AttachError for what would lead out of the folder."""
+    if "/" in name or "\0" in name:
+        raise AttachError(f"'{name}' is not a device's name: 'zramd list' shows those that there are")
+    return f"{FOLDER}/{name}.attached"

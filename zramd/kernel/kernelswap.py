@@ -1,0 +1,233 @@
+"""What the kernel uses a device for (/proc/swaps, /proc/mounts), and mkswap, swapon and swapoff."""
+
+import os
+import re
+import stat
+from collections.abc import Callable
+from typing import NamedTuple
+
+from zramd.errors import AttachError, is_shortage
+from zramd.process.steps import step
+
+SWAPS = "/proc/swaps"
+MOUNTS = "/proc/mounts"
+MEMINFO = "/proc/meminfo"
+MIN_FREE_KBYTES = "/proc/sys/vm/min_free_kbytes"
+MIN_FREE = 0.03  # of memory: docs/swapping.md says what for
+PROGRESS_INTERVAL = 0.2  # seconds between two looks at how far swapoff is
+PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"  # ordinary users lack the first ones
+SWAP = "[SWAP]"  # what zramctl shows where the device is not mounted but swapped to
+_OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
+_SWAP = re.compile(rb"([^ \t]+)[ \t]+[^ \t]+[ \t]+([0-9]{1,15})[ \t]+([0-9]{1,15})[ \t]+(-?[0-9]{1,6})")
+
+
+class Swap(NamedTuple):
+    """What the kernel swaps to: sizes in bytes."""
+
+    path: str
+    size: int
+    used: int
+    priority: int
+
+
+def swaps() -> list[Swap]:
+    """Return all that the kernel swaps to now, as /proc/swaps tells. Raises OSError, AttachError."""
+    try:
+        with open(SWAPS, "rb") as file:
+            return parse_swaps(file.read())
+    except FileNotFoundError:  # a kernel without swap
+        return []
+
+
+def parse_swaps(data: bytes) -> list[Swap]:
+    """Return what stands in /proc/swaps. Raises AttachError: a swap that is overlooked would be lost."""
+    found = []
+    for line in data.split(b"\n")[1:]:
+        match = _SWAP.fullmatch(line)
+        if match:
+            found.append(Swap(_path(match[1]), int(match[2]) << 10, int(match[3]) << 10, int(match[4])))
+        elif line.strip():
+            raise AttachError(f"{SWAPS}: '{os.fsdecode(line)}' is not understood: which kernel is this?")
+    return found
+
+
+def _path(escaped: bytes) -> str:
+    """Return a path in which the kernel has written spaces and the like as \\040; any byte may be in it."""
+    return os.fsdecode(_OCTAL.sub(lambda octal: bytes([int(octal[1], 8)]), escaped))
+
+
+def find(device: str) -> Swap | None:
+    """Return how the kernel swaps to `device`, None if it does not."""
+    return next((swap for swap in swaps() if swap.path == device), None)
+
+
+def mounts(device: str) -> list[str]:
+    """Return where `device` or one of its partitions is mounted."""
+    with open(MOUNTS, "rb") as file:
+        return parse_mounts(file.read(), device)
+
+
+def parse_mounts(data: bytes, device: str) -> list[str]:
+    """Return where `device` or one of its partitions is mounted, of what stands in /proc/mounts."""
+    found = []
+    for line in data.split(b"\n"):
+        source, _, rest = line.partition(b" ")
+        place = rest.partition(b" ")[0]
+        if place and re.fullmatch(f"{re.escape(device)}(p[0-9]+)?", _path(source)):
+            found.append(_path(place))
+    return found
+
+
+def uses(device: str) -> list[str]:
+    """Return what `device` is used for: [SWAP], and the folders where it is mounted."""
+    return [*([SWAP] if find(device) else []), *mounts(device)]
+
+
+def available() -> int:
+    """Return the bytes that programs can still get without swapping (MemAvailable)."""
+    return _meminfo("MemAvailable")
+
+
+def set_memory_aside() -> str:
+    """Raise what the kernel sets aside to what a server needs that it swaps to itself (vm.min_free_kbytes).
+
+    Return a sentence that says what was changed, '' if nothing was. Raises AttachError.
+    """
+    wanted = round(_meminfo("MemTotal") * MIN_FREE) >> 10
+    try:
+        with open(MIN_FREE_KBYTES, "r+") as file:
+            before = int(file.read())
+            if before >= wanted:
+                return ""
+            file.seek(0)
+            file.write(str(wanted))
+            file.flush()
+            file.seek(0)
+            if int(file.read()) < wanted:
+                raise OSError(0, "the kernel does not take it")
+    except OSError as error:
+        raise AttachError(f"'{MIN_FREE_KBYTES}' cannot be set to {wanted}: {error.strerror}") from None
+    return f"vm.min_free_kbytes is {wanted} now, it was {before}"
+
+
+def _meminfo(name: str) -> int:
+    with open(MEMINFO) as file:
+        for line in file:
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) << 10
+    raise AttachError(f"{MEMINFO} does not tell {name}")
+
+
+def on(device: str, priority: int, *, options: str = "discard") -> None:
+    """Make `device` a swap device, and swap to it. What it held is lost.
+
+    `options` are swapon's, as in fstab; discard makes the kernel trim what it has freed. Raises AttachError.
+    """
+    settle_queue(device)
+    run("mkswap", device)
+    step("swap.made")
+    run("swapon", "-o", f"pri={priority},{options}".rstrip(","), device)
+
+
+def settle_queue(device: str) -> None:
+    """Tell the kernel that a device does not rotate: to one that does, it sends no discards.
+
+    Raises AttachError.
+    """
+    path = f"/sys/block/{os.path.basename(device)}/queue/rotational"
+    try:
+        with open(path, "r+") as file:
+            if file.read().strip() != "0":
+                file.seek(0)
+                file.write("0")
+    except OSError as error:
+        raise AttachError(f"'{path}' cannot be set to 0: {error.strerror}") from None
+
+
+def off(device: str, *, force: bool = False, progress: Callable[[int, int], None] | None = None) -> None:
+    """Bring back all that is swapped out to `device`, and swap to it no more.
+
+    `progress` is called now and then with the bytes that are still out and those that were. Raises
+    AttachError when there is less memory than must come back (unless `force`) and when swapoff fails, and
+    KeyboardInterrupt, with swapoff ended: then the rest is still out, and the device in use.
+    """
+    swap = find(device)
+    if swap is None:
+        return
+    memory = available()
+    if swap.used > memory and not force:
+        raise AttachError(
+            f"{swap.used >> 20} MiB are swapped out to {device} and only {memory >> 20} MiB of memory are "
+            "available: end programs first, or use --force"
+        )
+    import subprocess
+
+    process = subprocess.Popen(
+        [_program("swapoff"), device],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        process_group=0,  # Ctrl-C is for us to pass on
+    )
+    try:
+        while True:
+            try:
+                _, words = process.communicate(timeout=PROGRESS_INTERVAL)
+                break
+            except subprocess.TimeoutExpired:
+                now = find(device)
+                if progress and now:
+                    progress(now.used, swap.used)
+    except BaseException:
+        process.terminate()  # the kernel's swapoff stops within a page, and the device stays
+        process.communicate()
+        raise
+    if process.returncode:
+        raise AttachError(f"swapoff {device} failed: {_sentence(words)}")
+    if progress:
+        progress(0, swap.used)
+
+
+def find_program(name: str, path: str | None = None) -> str:
+    """Return where a program is in the folders of `path`, by default $PATH, '' if it is in none.
+
+    Raises OSError when that cannot be told for want of something: then it may be there.
+    """
+    for folder in os.get_exec_path({"PATH": path} if path else None):
+        place = os.path.join(folder, name)
+        try:
+            status = os.stat(place)
+        except OSError as error:
+            if is_shortage(error):
+                raise
+        else:
+            if stat.S_ISREG(status.st_mode) and os.access(place, os.X_OK):
+                return place
+    return ""
+
+
+def _program(name: str) -> str:
+    found = find_program(name, PATH)
+    if not found:
+        package = {"nbd-client": "nbd-client", "mkswap": "util-linux"}.get(name, "mount")
+        raise AttachError(f"{name} is not installed: run 'apt-get install {package}' as root")
+    return found
+
+
+def run(name: str, *arguments: str) -> None:
+    """Run a system program, wherever it is. Raises AttachError with what it says when it fails."""
+    import subprocess
+
+    done = subprocess.run(
+        [_program(name), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    if done.returncode:
+        raise AttachError(f"{name} {arguments[-1]} failed: {_sentence(done.stderr)}")
+
+
+def _sentence(words: bytes) -> str:
+    return " ".join(words.decode(errors="replace").split()) or "no reason given"

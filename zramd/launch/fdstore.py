@@ -1,0 +1,62 @@
+"""state=systemd: the memory file that a service manager keeps for us from one server to the next.
+
+The manager gets it once (FDSTORE=1), holds it while no server runs, and passes it to the next one among the
+descriptors from 3 on, after the listening sockets. nbdkit takes all of those for listening sockets; so the
+launcher takes ours out before it becomes nbdkit, and tells the server by the environment where it is.
+"""
+
+import os
+from contextlib import suppress
+
+from zramd.contract.handover import KEPT_FD, SYSTEMD
+from zramd.errors import StateError, ZramdError
+from zramd.process import inherited, notify
+
+_NAME = "zramd-state"
+
+
+def prepare(kept: int) -> None:
+    """Have the server find the memory file `kept`, a new one if it is -1. Raises StateError."""
+    if "NOTIFY_SOCKET" not in os.environ:
+        raise StateError(
+            f"state={SYSTEMD} needs systemd to keep the data: use it in a service with Type=notify and "
+            "FileDescriptorStoreMax=1, or use a file such as /dev/shm/NAME.state"
+        )
+    if kept < 0:
+        kept = inherited.high(os.memfd_create(_NAME, 0), inheritable=True)
+        # Before there is any data in it. No poll: it is always readable, and must stay.
+        try:
+            notify.Manager().store(_NAME, kept)
+        except ZramdError as error:
+            raise StateError(
+                f"state={SYSTEMD}: {error}, so it would not keep the data: start the service again"
+            ) from None
+    os.set_inheritable(kept, True)
+    os.environ[KEPT_FD] = str(kept)
+
+
+def take_out() -> int:
+    """Take the memory file out of the descriptors that were passed to us; return it, -1 if it is not there.
+
+    The sockets among them stay, one after the other from 3 on. Raises UsageError.
+    """
+    numbers = inherited.passed()
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    kept, rest = -1, []
+    for fd, name in zip(numbers, [*names, *[""] * len(numbers)], strict=False):
+        if name != _NAME:
+            rest.append(fd)
+        elif kept < 0:
+            kept = inherited.high(fd, inheritable=True)
+    for place, fd in enumerate(rest, inherited.FIRST):
+        if place != fd:
+            os.dup2(fd, place)
+    for fd in numbers[len(rest) :]:
+        with suppress(OSError):  # it was not passed: what was is told by who looks at it
+            os.close(fd)
+    if rest:
+        os.environ["LISTEN_FDS"] = str(len(rest))
+    else:
+        os.environ.pop("LISTEN_FDS", None)
+        os.environ.pop("LISTEN_PID", None)
+    return kept

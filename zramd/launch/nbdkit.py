@@ -1,0 +1,190 @@
+"""nbdkit's command line: which of its options the user gave after `--`, and what it is started with."""
+
+import os
+import re
+from collections.abc import Collection
+
+import zramd
+from zramd.contract import rundir
+from zramd.errors import UsageError
+
+TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
+if TYPE_CHECKING:
+    from zramd.settings.config import Config
+
+# nbdkit's options that choose another transport than the socket in the run folder.
+TRANSPORTS = {
+    "-p",
+    "--port",
+    "-i",
+    "--ip-addr",
+    "--ipaddr",
+    "-s",
+    "--single",
+    "--stdin",
+    "-U",
+    "--unix",
+    "--vsock",
+}
+PRINTS = {"--help", "--version", "-V", "--dump-plugin", "--dump-config", "--short-options", "--long-options"}
+STANDARD_INPUT = {"-s", "--single", "--stdin"}
+# nbdkit's options whose value is the next word, if it is not attached with '='.
+_SHORT_WITH_VALUE = "DegiPptuU"
+_SHORT_WITHOUT = "46fnorsvV"
+_LONG_WITH_VALUE = {
+    "--debug",
+    "--export",
+    "--export-name",
+    "--exportname",
+    "--filter",
+    "--group",
+    "--ip-addr",
+    "--ipaddr",
+    "--log",
+    "--mask-handshake",
+    "--pid-file",
+    "--pidfile",
+    "--port",
+    "--run",
+    "--selinux-label",
+    "--threads",
+    "--timeout",
+    "--tls",
+    "--tls-certificates",
+    "--tls-psk",
+    "--unix",
+    "--user",
+}
+_LONG_WITHOUT = {
+    "--dump-config",
+    "--dump-plugin",
+    "--exit-with-parent",
+    "--fg",
+    "--foreground",
+    "--help",
+    "--ipv4-only",
+    "--ipv6-only",
+    "--long-options",
+    "--newstyle",
+    "--new-style",
+    "--no-fork",
+    "--no-mc",
+    "--no-mode-conversion",
+    "--no-sr",
+    "--old-style",
+    "--oldstyle",
+    "--print-uri",
+    "--read-only",
+    "--readonly",
+    "--short-options",
+    "--single",
+    "--stdin",
+    "--swap",
+    "--tls-verify-peer",
+    "--verbose",
+    "--version",
+    "--vsock",
+}
+_FILTER_PARAMETER = r"(?s)[A-Za-z][A-Za-z0-9._-]*=.*"
+
+
+class Options:
+    """nbdkit's options as the user gave them after `--`, looked through once."""
+
+    def __init__(self) -> None:
+        self.before: list[str] = []  # options, to stand before the plugin's name
+        self.after: list[str] = []  # filters' parameters, to stand after it
+        self.values: dict[str, str] = {}  # option → its value, '' if it has none
+        self.stray = ""  # a word that is no option's value and no parameter
+        self.incomplete = ""  # an option without the value that it wants
+        self.sockets: list[int] = []  # that a service manager has passed, to be served instead of one of ours
+
+    @property
+    def other_transport(self) -> bool:
+        """Whether something else than the socket in the run folder is served."""
+        return not TRANSPORTS.isdisjoint(self.values) or bool(self.sockets)
+
+
+def read_options(words: list[str], leave_out: Collection[str] = ()) -> Options:
+    """Sort the words that are meant for nbdkit; `leave_out` are options that are not wanted."""
+    options = Options()
+    rest = iter(words)
+    known = True  # whether the last option is: another one may have a value
+    for word in rest:
+        if not word.startswith("-"):
+            if re.fullmatch(_FILTER_PARAMETER, word):
+                options.after.append(word)
+            else:
+                options.before.append(word)
+                options.stray = options.stray or (word if known else "")
+            known = True
+            continue
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            name, value = word[:2], word[2:]
+            wants_value = name[1:] in _SHORT_WITH_VALUE and not value
+        else:
+            name = _full(name)
+            wants_value = name in _LONG_WITH_VALUE and not equals
+        known = name in _LONG_WITH_VALUE | _LONG_WITHOUT or name[1:] in [*_SHORT_WITH_VALUE, *_SHORT_WITHOUT]
+        given = [word]
+        if wants_value:
+            following = next(rest, None)
+            if following is None:
+                options.incomplete = name
+            else:
+                value = following
+                given.append(value)
+        if name not in leave_out:
+            options.before += given
+            options.values[name] = value
+    return options
+
+
+def check(options: Options) -> None:
+    """Raise UsageError for what nbdkit would take for something else than was meant.
+
+    A word by itself, or one that an option lacks, would be its plugin; and of a port's number the C library
+    takes the last 16 bits.
+    """
+    if options.stray:
+        raise UsageError(f"'{options.stray}' is neither an option of nbdkit's nor a filter's key=value")
+    if options.incomplete:
+        raise UsageError(f"nbdkit's option {options.incomplete} wants a value")
+    port = options.values.get("-p", options.values.get("--port", ""))
+    if port.isascii() and port.isdigit() and "--vsock" not in options.values and not _is_port(port):
+        raise UsageError(f"'{port}' is not a port: use 1 to 65535")
+
+
+def _is_port(digits: str) -> bool:
+    return len(digits.lstrip("0")) <= 5 and int(digits) < 1 << 16
+
+
+def _full(name: str) -> str:
+    """Return the long option that is meant: nbdkit takes the beginning of one as well."""
+    known = _LONG_WITH_VALUE | _LONG_WITHOUT
+    meant = [option for option in known if option.startswith(name)]
+    return meant[0] if name not in known and len(meant) == 1 else name
+
+
+def command(settings: "Config", pairs: list[tuple[str, str]], options: Options) -> list[str]:
+    """Return nbdkit's command line."""
+    socket_option = [] if options.other_transport else ["-U", f"{settings.rundir}/{rundir.NBD_SOCKET}"]
+    plugin = ["python", plugin_path(), *_words(settings, pairs)]
+    return ["nbdkit", "-f", *socket_option, *options.before, *plugin, *options.after]
+
+
+def _words(settings: "Config", pairs: list[tuple[str, str]]) -> list[str]:
+    """Return the settings as nbdkit takes them; paths hold wherever the server stands."""
+    from zramd.settings import config
+
+    paths = ("rundir", "state", "metrics_file")
+    return [
+        f"{key}={getattr(settings, name) if (name := config.find(key).name) in paths else value}"
+        for key, value in pairs
+    ]
+
+
+def plugin_path() -> str:
+    """Return where nbdkit_plugin.py is: beside the package, in a checkout as in site-packages."""
+    return os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(zramd.__file__))), "nbdkit_plugin.py")

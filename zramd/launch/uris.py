@@ -1,0 +1,76 @@
+"""The NBD URI of a server, from nbdkit's options: what a client on this machine is given as it stands."""
+
+import os
+import re
+from contextlib import suppress
+
+from zramd.contract import rundir
+
+TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
+if TYPE_CHECKING:
+    from zramd.launch.nbdkit import Options
+    from zramd.settings.config import Config
+
+
+def uri(settings: "Config", options: "Options") -> str:
+    """Return the NBD URI that clients on this machine use, '' if nbdkit's options leave it open."""
+    from urllib.parse import quote
+
+    given = options.values
+    tls = given.get("--tls") == "require"
+    scheme = "nbds" if tls else "nbd"
+    user, parameters = _tls(given) if tls else ("", {})
+    path = given.get("-U", given.get("--unix", ""))
+    if not options.other_transport:
+        path = f"{settings.rundir}/{rundir.NBD_SOCKET}"
+    if path and path != "-":
+        parameters = {"socket": os.path.abspath(path), **parameters}
+        scheme, host = f"{scheme}+unix", ""
+    else:
+        port = _port(given.get("-p", given.get("--port", "10809")))
+        words = {"-p", "--port", "-i", "--ipaddr", "--ip-addr"}
+        if not port or ("--vsock" not in given and words.isdisjoint(given)):
+            return ""
+        host = f"{_host(given)}:{port}"
+        if "--vsock" in given:
+            scheme, host = f"{scheme}+vsock", f"1:{port}"
+    query = "&".join(f"{key}={quote(os.fsencode(value))}" for key, value in parameters.items())
+    user = f"{quote(os.fsencode(user))}@" if user else ""
+    return f"{scheme}://{user}{host}/{settings.name}" + (f"?{query}" if query else "")
+
+
+def _host(given: dict[str, str]) -> str:
+    # localhost need not have an address of IPv6.
+    default = "::1" if "-6" in given or "--ipv6-only" in given else "localhost"
+    host = given.get("-i", given.get("--ipaddr", given.get("--ip-addr", default)))
+    return f"[{host}]" if ":" in host else host
+
+
+def _port(text: str) -> str:
+    """Return a port's number, '' for one that is chosen later or unknown; /etc/services may have its name."""
+    import socket
+
+    try:
+        number = int(text) if re.fullmatch("[0-9]{1,9}", text) else socket.getservbyname(text, "tcp")
+    except (OSError, ValueError):  # ValueError: no text at all
+        return ""
+    return str(number) if number else ""
+
+
+def _tls(given: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """Return the user and the URI's parameters with which a client on this machine is let in."""
+    if "--tls-psk" in given:
+        file = os.path.abspath(given["--tls-psk"])
+        user = ""
+        with suppress(OSError), open(file, errors="surrogateescape") as keys:
+            lines = [line for line in keys if not line.startswith("#")]  # USER:KEY
+            user = next((line.partition(":")[0] for line in lines if ":" in line), "")
+        return user, {"tls-psk-file": file}
+    home = os.environ.get("HOME", "")
+    if "--tls-certificates" in given:
+        folders = [given["--tls-certificates"]]
+    else:  # nbdkit looks there by itself, but clients do not
+        own = [f"{home}/.pki/nbdkit", f"{home}/.config/pki/nbdkit"] if os.geteuid() else []
+        folders = [*own, "/etc/pki/nbdkit"]
+    there = [folder for folder in folders if os.path.exists(f"{folder}/ca-cert.pem")]
+    return "", {"tls-certificates": os.path.abspath(there[0])} if there else {}

@@ -1,0 +1,40 @@
+"""What a server shows of itself in files: the statistics, and which data it holds."""
+
+import time
+
+from zramd.contract.rundir import Rundir
+from zramd.server.metricsfile import MetricsFile
+from zramd.stats import prometheus, stats
+
+REFRESH = 30.0  # seconds after which unchanged files are written again: their age shows that we live
+
+
+class StatsFiles:
+    """The statistics in the run folder, and the metrics beside it if there are any."""
+
+    def __init__(self, rundir: Rundir, metrics_file: MetricsFile | None) -> None:
+        self._rundir = rundir
+        self._metrics_file = metrics_file
+        self.written: dict[str, int] = {}  # the counters that the files show
+        self._written_at = 0.0
+
+    def are_due(self, counters: dict[str, int]) -> bool:
+        """Say whether there is something new to be written, or the files are old."""
+        return counters != self.written or time.monotonic() - self._written_at >= REFRESH
+
+    def write(
+        self, counters: dict[str, int], snapshot: stats.Snapshot, classes: list[stats.ClassRow]
+    ) -> None:
+        """Write the files. Raises RundirError when one of them cannot be written."""
+        publish = self._rundir.publish
+        publish("disksize", f"{snapshot.disksize}\n")
+        publish("mm_stat", stats.mm_stat(snapshot))
+        publish("io_stat", stats.io_stat(snapshot))
+        publish("frag_ratio", stats.frag_ratio(snapshot))
+        publish("stats.json", stats.to_json(snapshot))
+        publish("classes", stats.classes_table(classes))
+        metrics = prometheus.exposition(snapshot, classes)
+        publish("metrics.prom", metrics)
+        if self._metrics_file is not None:
+            self._metrics_file.publish(metrics)
+        self.written, self._written_at = counters, time.monotonic()

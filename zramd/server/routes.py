@@ -1,0 +1,235 @@
+"""What the control socket answers to which path; zramd.server.endpoint has the sockets and HTTP.
+
+GET   /stats /mm_stat /io_stat /classes /classes.json /metrics /health /settings /block/N
+POST  /compact /check /reset /mem_used_max, /sockets PATH: sends those on which clients are accepted
+GET   /save /save/live      the whole device as a stream, see docs/save-format.md
+PUT   /load                 such a stream into an empty device without clients
+PUT   /NAME for each setting that can be changed while the device is served
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+from zramd.errors import ConfigError, CorruptionError, DeviceError, ZramdError, is_shortage, reason, sentence
+from zramd.settings.config import SETTINGS
+from zramd.stats import prometheus, stats
+
+COMPACT_TIMEOUT = 60.0
+TEXT = "text/plain; charset=utf-8"
+_JSON = "application/json"
+_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+_BLOCK = "/block/"
+# Whose answer, or body, is a stream of any length.
+STREAMS_OUT = (("GET", "/save"), ("GET", "/save/live"))
+STREAMS_IN = (("PUT", "/load"),)
+# What takes long, a stream or not.
+LENGTHY = (*STREAMS_OUT, *STREAMS_IN, ("POST", "/compact"), ("POST", "/check"))
+
+
+class Service(Protocol):
+    """What the endpoint shows and steers."""
+
+    def snapshot(self) -> stats.Snapshot: ...
+    def classes(self) -> list[stats.ClassRow]: ...
+    def health(self) -> dict[str, str | int]: ...
+    def settings(self) -> dict[str, Any]: ...
+    def change(self, name: str, text: str) -> Any:
+        """Change a setting and return its value as it is then; raises ConfigError."""
+
+    def compact(self, timeout: float) -> int:
+        """Return the pages freed."""
+
+    def check(self) -> None:
+        """Raise CorruptionError when the device's structures contradict each other."""
+
+    def block(self, number: int) -> dict[str, int | str]:
+        """Return what stands for a block; raises ValueError beyond the device's end."""
+
+    def reset(self) -> bool:
+        """Drop all data; return False, with nothing done, while a client is connected."""
+
+    def reset_mem_used_max(self) -> None: ...
+    def send_sockets(self, path: str) -> None:
+        """Send the listening sockets to who listens at `path`; raises OSError."""
+
+    def save(self, fd: int, *, live: bool) -> None:
+        """Write the device to a descriptor; raises SaveError, OSError once that has begun."""
+
+    def load(self, fd: int, begun: bytes, length: int) -> dict[str, int]:
+        """Fill the device from a descriptor, of which `begun` was read; length of all, -1: up to its end.
+
+        Raises DeviceError when it is not a time for that, SaveError.
+        """
+
+
+class Reply(NamedTuple):
+    """An answer: status code, content type, body, and the methods a 405 allows."""
+
+    status: int
+    content_type: str
+    body: str
+    allow: str = ""
+
+
+class RefusedError(Exception):
+    """The request is answered with an error status."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.reply = Reply(status, TEXT, sentence + "\n")
+
+
+Handler = Callable[[str], Reply]  # from the body, or from what follows in the path, to the answer
+
+
+class Routes:
+    """All paths, answered for one service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._streams: list[str] = []  # those under way: save, load
+        self._routes: dict[str, dict[str, Handler]] = {
+            "/": {"GET": self._index},
+            "/stats": {"GET": self._stats},
+            "/mm_stat": {"GET": self._mm_stat},
+            "/io_stat": {"GET": self._io_stat},
+            "/classes": {"GET": self._classes},
+            "/classes.json": {"GET": self._classes_json},
+            "/metrics": {"GET": self._metrics},
+            "/health": {"GET": self._health},
+            "/settings": {"GET": self._settings},
+            f"{_BLOCK}N": {"GET": self._block},
+            "/compact": {"POST": self._compact},
+            "/check": {"POST": self._check},
+            "/mem_used_max": {"POST": self._mem_used_max},
+            "/reset": {"POST": self._reset},
+            "/sockets": {"POST": self._sockets},
+        }
+        for setting in SETTINGS:
+            if not setting.fixed:
+                self._routes[f"/{setting.name}"] = {"PUT": partial(self._change, setting.name)}
+
+    def answer(self, method: str, path: str, body: bytes) -> Reply:
+        """Return the answer to one request."""
+        text = body.decode(errors="backslashreplace").strip()
+        if path.startswith(_BLOCK):
+            path, text = f"{_BLOCK}N", path[len(_BLOCK) :]
+        methods = self._routes.get(path)
+        if methods is None:
+            return Reply(404, TEXT, f"no such path '{path}'; there are:\n{self._paths()}")
+        handler = methods.get(method)
+        if handler is None:
+            allow = ", ".join(methods)
+            return Reply(405, TEXT, f"{path} takes {allow}, not {method}\n", allow)
+        try:
+            return handler(text)
+        except RefusedError as refused:
+            return refused.reply
+        except Exception as error:
+            return Reply(500, TEXT, f"{sentence(error) or error or type(error).__name__}\n")
+
+    def save(self, fd: int, path: str) -> None:
+        """Answer one of STREAMS_OUT, after the header."""
+        with self._under_way("save"), suppress(ZramdError):  # the stream itself says so
+            self._service.save(fd, live=path.endswith("live"))
+
+    def load(self, fd: int, begun: bytes, length: int) -> Reply:
+        """Return the answer to one of STREAMS_IN, whose body comes from a descriptor."""
+        try:
+            with self._under_way("load"):
+                return _json(self._service.load(fd, begun, length))
+        except DeviceError as error:
+            return Reply(409, TEXT, f"{error}\n")
+        except (ZramdError, MemoryError) as error:
+            return Reply(422, TEXT, f"{error}\n")
+
+    @contextmanager
+    def _under_way(self, what: str) -> Iterator[None]:
+        self._streams.append(what)
+        try:
+            yield
+        finally:
+            self._streams.remove(what)
+
+    def _paths(self) -> str:
+        streams = "".join(f"{method} {path}\n" for method, path in (*STREAMS_OUT, *STREAMS_IN))
+        return streams + "".join(
+            f"{method} {path}\n" for path, methods in self._routes.items() for method in methods
+        )
+
+    def _index(self, text: str) -> Reply:
+        return Reply(200, TEXT, self._paths())
+
+    def _stats(self, text: str) -> Reply:
+        return Reply(200, _JSON, stats.to_json(self._service.snapshot()))
+
+    def _mm_stat(self, text: str) -> Reply:
+        return Reply(200, TEXT, stats.mm_stat(self._service.snapshot()))
+
+    def _io_stat(self, text: str) -> Reply:
+        return Reply(200, TEXT, stats.io_stat(self._service.snapshot()))
+
+    def _classes(self, text: str) -> Reply:
+        return Reply(200, TEXT, stats.classes_table(self._service.classes()))
+
+    def _classes_json(self, text: str) -> Reply:
+        return Reply(200, _JSON, stats.classes_json(self._service.classes()))
+
+    def _metrics(self, text: str) -> Reply:
+        shown = prometheus.exposition(self._service.snapshot(), self._service.classes())
+        return Reply(200, _PROMETHEUS, shown)
+
+    def _health(self, text: str) -> Reply:
+        return _json({**self._service.health(), "streams": self._streams})
+
+    def _settings(self, text: str) -> Reply:
+        return _json(self._service.settings())
+
+    def _block(self, text: str) -> Reply:
+        if not (text.isascii() and text.isdigit() and len(text) < 20):
+            raise RefusedError(400, f"'{text}' is not a block's number: blocks have 4096 bytes, from 0 on")
+        try:
+            return _json(self._service.block(int(text)))
+        except ValueError as error:
+            raise RefusedError(400, str(error)) from None
+
+    def _compact(self, text: str) -> Reply:
+        freed = self._service.compact(COMPACT_TIMEOUT)
+        return _json({"pages_freed": freed, "frag_ratio": round(self._service.snapshot().frag_ratio, 4)})
+
+    def _check(self, text: str) -> Reply:
+        try:
+            self._service.check()
+        except CorruptionError as error:
+            return _json({"sound": False, "fault": str(error)})
+        return _json({"sound": True})
+
+    def _change(self, name: str, text: str) -> Reply:
+        try:
+            return _json({name: self._service.change(name, text)})
+        except ConfigError as error:
+            raise RefusedError(400, str(error)) from None
+
+    def _mem_used_max(self, text: str) -> Reply:
+        self._service.reset_mem_used_max()
+        return _json({"mem_used_max": self._service.snapshot().mem_used_max})
+
+    def _sockets(self, text: str) -> Reply:
+        try:
+            self._service.send_sockets(text)
+        except OSError as error:
+            status = 503 if is_shortage(error) else 400
+            raise RefusedError(status, f"cannot send to '{text}': {reason(error)}") from None
+        return _json({"sent": True})
+
+    def _reset(self, text: str) -> Reply:
+        if not self._service.reset():
+            raise RefusedError(409, "device is in use: disconnect every client before a reset")
+        return _json({"reset": True})
+
+
+def _json(values: dict[str, Any]) -> Reply:
+    return Reply(200, _JSON, json.dumps(values) + "\n")

@@ -1,0 +1,212 @@
+"""The sockets of this process that are nbdkit's: it does not tell, so they are looked for among all files."""
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+import stat
+import sys
+import termios
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+
+from zramd.contract import handover
+from zramd.errors import is_shortage
+
+# Leave at once, also while swapped to: the state stays. Without a state as SIGTERM.
+HAND_OVER = signal.SIGUSR1
+# A client that is silent for a minute is asked whether it is there. After another minute without an answer
+# its connection ends; so does that of a client that takes nothing for two.
+_KEEP_ALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 120_000),  # milliseconds
+)
+
+
+def listening() -> list[int]:
+    """Return the descriptors of the sockets on which clients are accepted, those alone if called early."""
+    found = []
+    for fd, _, sock in _streams():
+        with sock:
+            if _listens(sock):
+                found.append(fd)
+    return found
+
+
+def bound(descriptors: list[int]) -> list[tuple[str, os.stat_result]]:
+    """Return the files of unix sockets that this process has bound itself, each with what it is known by.
+
+    Those that were passed on to us by a service manager are that one's; by a server before, they are ours.
+    """
+    if "LISTEN_FDS" in os.environ and not handover.takes_over():
+        return []
+    found = []
+    for fd in descriptors:
+        with socket.socket(fileno=os.dup(fd)) as sock, suppress(OSError):
+            name = sock.getsockname() if sock.family == socket.AF_UNIX else ""
+            if isinstance(name, str) and name:
+                path = os.path.abspath(name)
+                found.append((path, os.lstat(path)))
+    return found
+
+
+def unlink(files: list[tuple[str, os.stat_result]]) -> None:
+    """Remove what `bound` found, but for what has another file in its place. Never raises."""
+    for path, status in files:
+        with suppress(OSError):
+            if os.path.samestat(os.lstat(path), status):
+                os.unlink(path)
+
+
+def has_filters() -> bool:
+    """Say whether nbdkit was given filters."""
+    with open("/proc/self/cmdline", "rb") as file:
+        return any(word.startswith(b"--fi") for word in file.read().split(b"\0"))
+
+
+def inherited() -> frozenset[int]:
+    """Return the inodes of the sockets that are not clients, seen before nbdkit accepts the first.
+
+    Without a listening socket nbdkit serves its standard input: then what is there is the client.
+    """
+    inodes = set()
+    found = False
+    for _, inode, sock in _streams():
+        with sock:
+            inodes.add(inode)
+            found = found or _listens(sock)
+    return frozenset(inodes) if found else frozenset()
+
+
+def keep_alive(descriptors: list[int]) -> None:
+    """Have the kernel end TCP connections to clients that vanished, among those accepted on these sockets.
+
+    A machine that was switched off would count as a client for ever.
+    """
+    for fd in descriptors:
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            if sock.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
+            for level, option, value in _KEEP_ALIVE:
+                with suppress(OSError):
+                    sock.setsockopt(level, option, value)
+
+
+def shut_clients(others: frozenset[int], how: int) -> int:
+    """Shut every connection of a client, and return how many there still are; `others` are `inherited`."""
+    clients = 0
+    for sock in _clients(others):
+        clients += 1
+        with suppress(OSError):  # it is gone already
+            sock.shutdown(how)
+    return clients
+
+
+def count_clients(others: frozenset[int]) -> int:
+    """Return how many connections of clients there are; `others` are `inherited`."""
+    return sum(1 for _ in _clients(others))
+
+
+@contextmanager
+def clients(others: frozenset[int]) -> Iterator[list[socket.socket]]:
+    """Yield the connections of all clients; until the `with` ends, none of them is closed."""
+    found = []
+    try:
+        for sock in _clients(others):
+            with suppress(OSError):  # no descriptor is left for it
+                found.append(sock.dup())
+        yield found
+    finally:
+        for sock in found:
+            sock.close()
+
+
+def unread(sock: socket.socket) -> int:
+    """Return how many bytes have come that nobody has read yet, 0 if this kind of socket does not tell."""
+    try:
+        return int.from_bytes(fcntl.ioctl(sock, termios.FIONREAD, bytes(4)), sys.byteorder)
+    except OSError:
+        return 0
+
+
+def stop_accepting(descriptors: Iterable[int], number: int) -> None:
+    """Keep nbdkit from accepting clients: new ones queue for the process that has the sockets next.
+
+    nbdkit's main thread may be waiting on the sockets, or about to return with a last client. The signal
+    `number`, which does nothing, has it look again. Once that is handled, no client is accepted any more.
+    """
+    silent, _ = os.pipe2(os.O_CLOEXEC)
+    for fd in descriptors:
+        os.dup2(silent, fd, inheritable=False)
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, number)
+
+
+def send(path: str, descriptors: list[int], text: str) -> None:
+    """Send descriptors, and a text with them, to the socket at `path`. Raises OSError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as to:
+        to.settimeout(1)
+        to.connect(path)
+        socket.send_fds(to, [text.encode()], descriptors)
+
+
+def _clients(others: frozenset[int]) -> Iterator[socket.socket]:
+    """Yield each connection of a client, to be used before the next."""
+    for _, inode, sock in _streams():
+        with sock:
+            if inode not in others and not _listens(sock):
+                yield sock
+
+
+def _streams() -> Iterator[tuple[int, int, socket.socket]]:
+    """Yield number, inode and a duplicate of each stream socket beyond stdin, stdout and stderr.
+
+    The socket itself, if there is none to be had: who leaves has to reach all. Raises OSError for one that
+    cannot be looked at.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        try:
+            status = os.fstat(fd)
+            if fd <= 2 or not stat.S_ISSOCK(status.st_mode):
+                continue
+            sock = _duplicate(fd)
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOTSOCK):
+                raise
+            continue  # closed since it was listed
+        if sock.type == socket.SOCK_STREAM:
+            yield fd, status.st_ino, sock
+        else:
+            sock.close()
+
+
+class _Borrowed(socket.socket):
+    """A socket whose descriptor is somebody else's, and stays open."""
+
+    def close(self) -> None:
+        self.detach()
+
+
+def _duplicate(fd: int) -> socket.socket:
+    try:
+        copy = os.dup(fd)
+    except OSError as error:
+        if not is_shortage(error):
+            raise
+        return _Borrowed(fileno=fd)
+    try:
+        return socket.socket(fileno=copy)
+    except OSError:  # what is left open here is found and duplicated, too, the next time
+        os.close(copy)
+        raise
+
+
+def _listens(sock: socket.socket) -> bool:
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

@@ -1,0 +1,489 @@
+"""Settings: one table feeds the plugin's keys, the launcher's help and README's table.
+
+Read `SETTINGS`, then `parse`, which turns the `key=value` pairs of a command line into a `Config`.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from zramd.contract import rundir
+from zramd.errors import ConfigError
+
+PAGE_SIZE = 4096
+MAX_DISKSIZE = 4 << 40  # the core has the same: handles have 31 bits
+MAX_CLIENTS = 65536
+MAX_ACCELERATION = 65537  # LZ4_ACCELERATION_MAX: lz4 silently clamps what is above
+# sun_path holds 107 bytes and a NUL; control.sock is the longest socket name in the folder.
+MAX_RUNDIR_BYTES = 107 - len("/control.sock")
+
+_SUFFIXES = "KMGTPE"
+_SIZE = re.compile(r"(0x[0-9a-f]+|0[0-7]*|[1-9][0-9]*)(?:([KMGTPE])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+_LZ4 = re.compile(r"lz4(?:\(\s*level\s*=\s*([0-9]{1,9})\s*\))?", re.ASCII)
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+", re.ASCII)
+_BOOLEANS = {"on": True, "yes": True, "true": True, "1": True}
+_BOOLEANS |= {"off": False, "no": False, "false": False, "0": False}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that `text` means, read as the kernel's memparse does.
+
+    Decimal, 0x hexadecimal or 0 octal digits, then K M G T P or E in either case (1024-based), then
+    optionally B or iB. Raises ConfigError when any other character is left.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None or len(text) > 64:
+        raise ConfigError(f"'{text}' is not a size: {_size_hint(text)}")
+    digits, suffix = match.groups()
+    if digits[:2].lower() == "0x":
+        number = int(digits, 16)
+    else:
+        number = int(digits, 8 if digits.startswith("0") else 10)
+    size = number << 10 * (_SUFFIXES.index(suffix.upper()) + 1) if suffix else number
+    if size >= 1 << 64:
+        raise ConfigError(f"'{text}' does not fit in 64 bits")
+    return size
+
+
+def _size_hint(text: str) -> str:
+    """Return what somebody may have meant who wrote something that is no size."""
+    if len(text) <= 64:
+        close = "".join(text.split())
+        if close != text and _SIZE.fullmatch(close):
+            return f"write {close}"
+        match = re.fullmatch(r"([0-9]*[.,][0-9]+)([KMGTPE])(?:i?B)?", close, re.IGNORECASE | re.ASCII)
+        if match:
+            power = _SUFFIXES.index(match[2].upper())
+            whole = round(float(match[1].replace(",", ".")) * 1024)
+            return f"write {whole}{('B' + _SUFFIXES)[power]}"
+        if re.fullmatch(r"[0-9.]+%", close, re.ASCII):
+            return (
+                f"in zramd.conf write zram-size = ram * {close[:-1]} / 100, elsewhere a number such as 512M"
+            )
+    return "use a number with an optional K, M, G, T, P or E, such as 512M"
+
+
+def _disksize(text: str) -> int:
+    size = -(-parse_size(text) // PAGE_SIZE) * PAGE_SIZE
+    if not 0 < size <= MAX_DISKSIZE:
+        raise ConfigError(f"'{text}' is out of range: use more than 0 and at most 4T")
+    return size
+
+
+def _step(text: str) -> int:
+    size = parse_size(text)
+    if not PAGE_SIZE <= size <= 1 << 30:
+        raise ConfigError(f"'{text}' is out of range: use 4K to 1G")
+    return size
+
+
+def _reserve(text: str) -> int:
+    size = parse_size(text)
+    if not 1 << 20 <= size <= 1 << 30:
+        raise ConfigError(f"'{text}' is out of range: use 1M to 1G")
+    return size
+
+
+def _client_limit(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 7 and 1 <= int(text) <= MAX_CLIENTS):
+        raise ConfigError(f"'{text}' is out of range: use 1 to {MAX_CLIENTS} connections")
+    return int(text)
+
+
+def _name(text: str) -> str:
+    if _NAME.fullmatch(text) is None:
+        raise ConfigError(
+            f"'{text}' is not a name: use 1 to 64 letters, digits, _ . or -, not starting with . or -"
+        )
+    return text
+
+
+def _comp_algorithm(text: str) -> str:
+    match = _LZ4.fullmatch(text)
+    if match is None or not 1 <= int(match[1] or 1) <= MAX_ACCELERATION:
+        raise ConfigError(
+            f"'{text}' is not available: use lz4 or lz4(level=N) with N from 1 to {MAX_ACCELERATION}"
+        )
+    return f"lz4(level={int(match[1])})" if match[1] else "lz4"
+
+
+def _absolute(text: str) -> str:
+    path = os.path.abspath(text)
+    try:
+        os.fsencode(path).decode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"'{path}' is no path in this locale: set LC_ALL=C.UTF-8") from None
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"'{path}' is not UTF-8 text, as nbdkit's Python wants it: use another path"
+        ) from None
+    return path
+
+
+def _rundir(text: str) -> str:
+    if not text or "\0" in text:
+        raise ConfigError(f"'{text}' is not a folder")
+    path = _absolute(text)
+    if len(os.fsencode(path)) > MAX_RUNDIR_BYTES:
+        raise ConfigError(f"'{text}' is too long for a socket's path: use at most {MAX_RUNDIR_BYTES} bytes")
+    return path
+
+
+def _metrics_file(text: str) -> str:
+    if "\0" in text or text.endswith("/"):
+        raise ConfigError(
+            f"'{text}' is not a file: use a path that ends in .prom, which node_exporter looks for"
+        )
+    if text and not text.endswith(".prom"):
+        raise ConfigError(f"'{text}' does not end in .prom: node_exporter would not look at it")
+    return _absolute(text) if text else ""
+
+
+def _state(text: str) -> str:
+    if "\0" in text:
+        raise ConfigError(f"'{text}' is not a path")
+    return _absolute(text) if text and text != "systemd" else text
+
+
+def _boolean(text: str) -> bool:
+    try:
+        return _BOOLEANS[text.lower()]
+    except KeyError:
+        raise ConfigError(f"'{text}' is neither on nor off") from None
+
+
+def _pool_full(text: str) -> str:
+    if text.lower() not in ("enospc", "eio"):
+        raise ConfigError(f"'{text}' is not an error number: use enospc or eio")
+    return text.lower()
+
+
+def _swap(text: str) -> str:
+    if text.lower() not in ("other", "local"):
+        raise ConfigError(f"'{text}' is neither other nor local")
+    return text.lower()
+
+
+def _thread_model(text: str) -> str:
+    if text.lower() not in ("auto", "parallel", "serialize_requests"):
+        raise ConfigError(f"'{text}' is not a thread model: use auto, parallel or serialize_requests")
+    return text.lower()
+
+
+def _number(text: str, low: float, high: float, unit: str) -> float:
+    if _NUMBER.fullmatch(text) is None or not low <= float(text) <= high:
+        raise ConfigError(f"'{text}' is out of range: use {low:g} to {high:g} {unit}")
+    return float(text)
+
+
+def _percent(text: str) -> float:
+    return _number(text.removesuffix("%"), 0.1, 100, "percent")
+
+
+def _seconds(text: str) -> float:
+    return _number(text, 0.01, 3600, "seconds")
+
+
+def _seconds_or_never(text: str) -> float:
+    return 0.0 if text == "0" else _seconds(text)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: the name the user writes, how its value is read, and what is told about it."""
+
+    name: str
+    parse: Callable[[str], Any]
+    default: str | None  # as a user would write it; None: required, or computed from others
+    example: str
+    help: str
+    aliases: tuple[str, ...] = ()
+    shown_default: str = ""  # what help and README print where `default` cannot say it
+    fixed: str = ""  # why it cannot be changed while the device is served; "": it can
+
+    @property
+    def default_text(self) -> str:
+        """The default as documentation shows it."""
+        return self.shown_default or self.default or ""
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(
+        "disksize",
+        _disksize,
+        None,
+        "1G",
+        "size of the device in bytes before compression, rounded up to 4096, at most 4T",
+        aliases=("size",),
+        shown_default="required",
+        fixed="clients were told the size when they connected",
+    ),
+    Setting(
+        "name",
+        _name,
+        "zram0",
+        "swap0",
+        "name of the device and of the NBD export",
+        fixed="clients know the device by it",
+    ),
+    Setting(
+        "mem_limit",
+        parse_size,
+        "0",
+        "512M",
+        "most bytes that the pool may take, can be changed later; 0: none",
+    ),
+    Setting(
+        "comp_algorithm",
+        _comp_algorithm,
+        "lz4",
+        "lz4(level=4)",
+        f"compressor; level is lz4's acceleration, 1 to {MAX_ACCELERATION}: higher is faster and larger",
+        fixed="compressors are set up when the device is made",
+    ),
+    Setting(
+        "rundir",
+        _rundir,
+        None,
+        "/run/zramd/swap0",
+        "folder for the sockets and the statistics, closed to other users",
+        shown_default="/run/zramd/NAME as root, else $XDG_RUNTIME_DIR/zramd/NAME",
+        fixed="clients know the sockets in it",
+    ),
+    Setting(
+        "state",
+        _state,
+        "",
+        "/dev/shm/swap0.state",
+        "file on a tmpfs that all data lives in: a server started with it carries on where the last one "
+        "ended, however it ended; systemd: as a service, the service manager keeps it",
+        shown_default="none: the data ends with the server",
+        fixed="the data is in it",
+    ),
+    Setting(
+        "verify",
+        _boolean,
+        "off",
+        "on",
+        "store a checksum with each block and check it on each read: what was changed in memory is an error "
+        "(EIO), never wrong data",
+        fixed="what is stored already has checksums or has none",
+    ),
+    Setting(
+        "pool_full",
+        _pool_full,
+        "enospc",
+        "eio",
+        "error a client gets when mem_limit is reached: enospc or eio",
+        fixed="nbdkit reads it once, when it starts",
+    ),
+    Setting(
+        "swap",
+        _swap,
+        "other",
+        "local",
+        "local: this machine's own kernel swaps to the device: lock all memory, never wait for more; "
+        "other: anybody else does",
+        fixed="its measures are taken before the first client comes",
+    ),
+    Setting(
+        "reserve",
+        _reserve,
+        "8M",
+        "32M",
+        "with swap=local: memory kept ready for pages to come, beside mem_limit, 1M to 1G",
+        fixed="its memory is locked before the first client comes",
+    ),
+    Setting(
+        "thread_model",
+        _thread_model,
+        "auto",
+        "parallel",
+        "parallel: several threads for each client; serialize_requests: one; "
+        "auto: parallel if nbdkit is 1.34 or later",
+        fixed="nbdkit asks for it once, when it starts",
+    ),
+    Setting(
+        "client_limit",
+        _client_limit,
+        "1000",
+        "64",
+        "most connections of clients at once, those that are still being made too; more are cut off",
+    ),
+    Setting("compaction", _boolean, "on", "off", "compact in the background"),
+    Setting(
+        "compaction_threshold",
+        _percent,
+        "2",
+        "10",
+        "percent of the pool's pages that must be freeable before background compaction starts",
+    ),
+    Setting(
+        "compaction_near_limit",
+        _percent,
+        "90",
+        "75",
+        "percent of mem_limit in use from which anything freeable is worth compacting",
+    ),
+    Setting("compaction_interval", _seconds, "1", "0.5", "seconds between two looks at whether to compact"),
+    Setting(
+        "compaction_step", _step, "64K", "256K", "bytes of objects moved before looking at other requests"
+    ),
+    Setting(
+        "stats_interval",
+        _seconds_or_never,
+        "1",
+        "10",
+        "seconds between two looks whether to write the stats files: they are written when a number has "
+        "changed, and every 30 seconds; 0: no files",
+    ),
+    Setting(
+        "metrics_file",
+        _metrics_file,
+        "",
+        "/var/lib/prometheus/node-exporter/swap0.prom",
+        "second metrics.prom, that all users may read, for node_exporter's textfile collector",
+        shown_default="none",
+        fixed="the file is made when the server starts",
+    ),
+    Setting(
+        "endpoint",
+        _boolean,
+        "on",
+        "off",
+        "answer HTTP on control.sock in rundir",
+        fixed="what can be changed is changed over it",
+    ),
+)
+
+_BY_KEY = {key: setting for setting in SETTINGS for key in (setting.name, *setting.aliases)}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting, checked; sizes in bytes, times in seconds, shares in percent."""
+
+    disksize: int
+    name: str
+    mem_limit: int
+    comp_algorithm: str
+    rundir: str
+    state: str
+    verify: bool
+    pool_full: str
+    swap: str
+    reserve: int
+    thread_model: str
+    client_limit: int
+    compaction: bool
+    compaction_threshold: float
+    compaction_near_limit: float
+    compaction_interval: float
+    compaction_step: int
+    stats_interval: float
+    metrics_file: str
+    endpoint: bool
+
+    @property
+    def acceleration(self) -> int:
+        """lz4's acceleration factor, taken from comp_algorithm."""
+        match = _LZ4.fullmatch(self.comp_algorithm)
+        return int(match[1]) if match and match[1] else 1
+
+
+def default_rundir(name: str) -> str:
+    """Return the folder for device `name` when none is given.
+
+    Raises ConfigError for an ordinary user without XDG_RUNTIME_DIR.
+    """
+    if os.geteuid() == 0:
+        return _rundir(f"/run/zramd/{name}")
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if not base:
+        raise ConfigError("no place for the run folder: set XDG_RUNTIME_DIR or give rundir=FOLDER")
+    return _rundir(f"{base}/zramd/{name}")
+
+
+def find(key: str) -> Setting:
+    """Return the setting that `key` (a name or an alias) means; raises ConfigError if there is none."""
+    try:
+        return _BY_KEY[key]
+    except KeyError:
+        pass
+    from difflib import get_close_matches  # only here: it costs the daemon memory for nothing
+
+    close = get_close_matches(key, _BY_KEY, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(s.name for s in SETTINGS)}"
+    raise ConfigError(f"unknown setting '{key}': {hint}")
+
+
+def parse(pairs: Iterable[tuple[str, str]]) -> Config:
+    """Return the Config that the pairs mean, defaults filled in.
+
+    Raises ConfigError, one sentence that quotes the culprit, for an unknown key, a value that cannot be
+    used, a second value for one setting (also through an alias), or a missing disksize.
+    """
+    given: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    for key, text in pairs:
+        setting = find(key)
+        if setting.name in given:
+            raise ConfigError(
+                f"{key}='{text}' is a second value: {setting.name} is already '{given[setting.name]}'"
+            )
+        given[setting.name] = text
+        values[setting.name] = value(setting, text)
+    for setting in SETTINGS:
+        if setting.name not in values and setting.default is not None:
+            values[setting.name] = value(setting, setting.default)
+    if "disksize" not in values:
+        raise ConfigError("disksize is missing: give the size of the device, such as disksize=1G")
+    if values["metrics_file"] and not values["stats_interval"]:
+        raise ConfigError(
+            f"metrics_file='{values['metrics_file']}' would never be written: stats_interval is 0, use 1"
+        )
+    if "rundir" not in values:
+        values["rundir"] = default_rundir(values["name"])
+    _refuse_own_names(values)
+    return Config(**values)
+
+
+def _refuse_own_names(values: dict[str, Any]) -> None:
+    """Raise ConfigError for a file that the server itself makes, replaces and removes in its run folder."""
+    for key in ("state", "metrics_file"):
+        folder, name = os.path.split(values[key])
+        if folder == values["rundir"] and name in rundir.NAMES:
+            raise ConfigError(
+                f"{key}='{values[key]}' is what the server calls a file of its own: use another name"
+            )
+
+
+def value(setting: Setting, text: str) -> Any:
+    """Return what `text` means as the value of a setting; raises ConfigError."""
+    try:
+        return setting.parse(text)
+    except ConfigError as error:
+        raise ConfigError(f"{setting.name}: {error}") from None
+
+
+def markdown_table() -> str:
+    """Return the table of all settings as README shows it."""
+    rows = [("setting", "default", "example", "meaning"), ("---",) * 4]
+    for setting in SETTINGS:
+        names = ", ".join(f"`{name}`" for name in (setting.name, *setting.aliases))
+        shown = setting.shown_default or f"`{setting.default}`"
+        rows.append((names, shown, f"`{setting.name}={setting.example}`", setting.help))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def help_text() -> str:
+    """Return the table of all settings as the command line's help shows it."""
+    width = max(len(setting.name) for setting in SETTINGS)
+    lines = []
+    for setting in SETTINGS:
+        aliases = "".join(f" (also {alias}=)" for alias in setting.aliases)
+        lines.append(f"  {setting.name:<{width}}  {setting.help}{aliases} [{setting.default_text}]\n")
+    return "".join(lines)
