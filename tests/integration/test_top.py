@@ -18,8 +18,8 @@ from support.run import wait_until
 from support.server import Served
 from test_commands import at, refused, zramd
 
-from zramd.commands.listing import human
 from zramd.control import client, samples
+from zramd.control.human import human
 from zramd.top.cells import number
 
 Serve = Callable[..., Served]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from zramd.commands import folder, say
 from zramd.control import client
+from zramd.control.human import human
 from zramd.errors import DeviceError, UsageError
 from zramd.kernel import attached, kernelswap
 
@@ -20,17 +21,6 @@ if TYPE_CHECKING:
     Row: TypeAlias = dict[str, Cell]
 
 TIMEOUT = 2.0  # seconds for each server: one that hangs must not keep the others from being seen
-_LETTERS = "BKMGTPE"
-
-
-def human(size: int) -> str:
-    """Return a size as util-linux does: at most one decimal, a letter for the power of 1024."""
-    power = min(max(size.bit_length() - 1, 0) // 10, 6)
-    whole, rest = divmod(size, 1 << 10 * power)
-    tenths = (rest * 1000 // (1 << 10 * power) + 50) // 100
-    if tenths == 10:
-        whole, tenths = whole + 1, 0
-    return f"{whole}.{tenths}{_LETTERS[power]}" if tenths else f"{whole}{_LETTERS[power]}"
 
 
 class Column:

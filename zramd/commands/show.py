@@ -58,7 +58,7 @@ def classes(arguments: argparse.Namespace) -> int:
 
 def compact(arguments: argparse.Namespace) -> int:
     """Compact until nothing more can be freed, and print what that was."""
-    from zramd.server.routes import COMPACT_TIMEOUT
+    from zramd.contract.rundir import COMPACT_TIMEOUT
 
     served = client.find(arguments.name, arguments.rundir)
     before = served.stats()

@@ -272,7 +272,7 @@ class Top:
         self.lost = ""
 
     def _compact(self) -> None:
-        from zramd.server.routes import COMPACT_TIMEOUT
+        from zramd.contract.rundir import COMPACT_TIMEOUT
 
         if self._compacting:
             return

@@ -15,13 +15,7 @@ A stop that comes meanwhile counts: a server that is stopped removes its pid fil
 crashes) leaves it, and by that the new server knows whether to go on.
 """
 
-import errno
 import os
-from contextlib import suppress
-
-from zramd.errors import RundirError, is_shortage, sentence
-from zramd.process import pidfd
-from zramd.process.steps import step
 
 TAKES_OVER = "ZRAMD_TAKES_OVER"  # in the environment of the new server: `Order`, as words
 MADE = "ZRAMD_RUNDIR_MADE"  # whether zramd made the run folder
@@ -54,53 +48,3 @@ def order(link: int, process: int, leaves_pid: bool) -> str:
 def must_be_left() -> bool:
     """Say whether this process takes over from a server that leaves its pid file, unless it is stopped."""
     return os.environ.get(TAKES_OVER, "").endswith(" 1")
-
-
-def wait() -> None:
-    """Say that we are ready, wait until we are to go on, tell the old server, and wait for its end.
-
-    However long that takes: the old one has been told, and this one must serve when it has gone. Raises
-    RundirError when the command that started us ends before it says "go".
-    """
-    import signal
-
-    from zramd.server import sockets
-
-    link, process = (int(word) for word in os.environ[TAKES_OVER].split()[:2])
-    answer, why = b"", ""
-    try:
-        os.write(link, READY)
-        answer = os.read(link, 1)
-    except OSError as error:  # of a command that has ended there is nothing more to say
-        why = f": {sentence(error)}" if is_shortage(error) else ""
-    if answer != GO:
-        raise RundirError(f"the restart was given up{why}")
-    step("successor.go")
-    with suppress(OSError):  # the command has ended: what it has begun goes on
-        os.write(link, TELLING)
-    with suppress(ProcessLookupError):
-        signal.pidfd_send_signal(process, sockets.HAND_OVER)
-    step("successor.told")
-    pidfd.has_ended(process, None)
-    os.close(process)
-    os.close(link)
-    step("successor.alone")
-
-
-def serving(folder: str) -> None:
-    """Let others have their turn with the server of this run folder: it serves now.
-
-    Raises OSError when the folder cannot be looked at: nobody has his turn until this was called again.
-    """
-    fd = os.environ.get(TURN, "")
-    if fd.isdigit():
-        try:
-            # What another process was given with the same word is not ours to close.
-            is_it = os.path.samestat(os.fstat(int(fd)), os.stat(folder))
-        except OSError as error:
-            if error.errno not in (errno.EBADF, errno.ENOENT):
-                raise
-            is_it = False
-        if is_it:
-            os.close(int(fd))
-    os.environ.pop(TURN, None)

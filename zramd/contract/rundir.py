@@ -26,6 +26,7 @@ from zramd.errors import RundirError, UntrustedError, is_shortage, reason, sente
 PID = "pid"
 NBD_SOCKET = "nbd.sock"
 CONTROL_SOCKET = "control.sock"
+COMPACT_TIMEOUT = 60.0  # seconds that an answer to POST /compact takes at most: the work may go on
 DATA_ID = "data_id"  # names the data that the server holds: the same name, the same data
 STATS_FILES = ("disksize", "mm_stat", "io_stat", "frag_ratio", "stats.json", "classes", "metrics.prom")
 STATE = "state_path"  # where the server's state is: what died with it, and what did not

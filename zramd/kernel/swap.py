@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from zramd.core.system import process, threadstate
 from zramd.errors import SwapError
 from zramd.kernel import kernelswap
-from zramd.server.log import Log as Log  # its first place: who looks for it here finds it
 
 if TYPE_CHECKING:
     from zramd.core.device.device import Device

@@ -13,11 +13,11 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+from zramd.contract.rundir import COMPACT_TIMEOUT
 from zramd.errors import ConfigError, CorruptionError, DeviceError, ZramdError, is_shortage, reason, sentence
 from zramd.settings.config import SETTINGS
 from zramd.stats import prometheus, stats
 
-COMPACT_TIMEOUT = 60.0
 TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"

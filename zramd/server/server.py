@@ -33,7 +33,7 @@ from zramd.errors import (
 from zramd.kernel import swap
 from zramd.process import notify
 from zramd.process.steps import step
-from zramd.server import sockets, state
+from zramd.server import sockets, state, takeover
 from zramd.server.admission import LOOK_AGAIN, Admission
 from zramd.server.compactor import Compactor
 from zramd.server.endpoint import Endpoint
@@ -113,7 +113,7 @@ class Server:
                 MetricsFile(config.metrics_file, config.name)
             if config.swap == "local":
                 swap.protect_process()  # nbdkit does not fork here; `start` then finds it done
-            handover.wait()
+            takeover.wait()
         if handover.must_be_left():  # or it was stopped: then the state is not for us
             self._rundir = Rundir(config.rundir)
         step("server.device")
@@ -455,7 +455,7 @@ class Server:
         self._log.write_to(self._rundir.open_log())
 
     def _give_turn(self) -> None:
-        handover.serving(self.config.rundir)
+        takeover.serving(self.config.rundir)
 
     def _tell_ready(self) -> None:
         self._manager.insist("READY=1", patience=READY_PATIENCE)

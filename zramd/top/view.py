@@ -7,7 +7,7 @@ is zramd.top.terminal's to say.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from zramd.commands.listing import human
+from zramd.control.human import human
 from zramd.control.samples import Rates, Sample, Watch
 from zramd.top.cells import (
     Glyphs,

@@ -37,4 +37,3 @@ cdef class Memory:
     cdef uint64_t *kept(self, uint64_t offset) noexcept nogil
 
 cdef int region_populate(void *start, uint64_t size) noexcept nogil
-cdef void regions_are_locked() noexcept nogil

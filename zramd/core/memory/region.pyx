@@ -35,6 +35,7 @@ from posix.mman cimport (
     munmap,
 )
 
+from zramd.core.system.process cimport memory_is_locked
 from zramd.core.types cimport PAGE_SHIFT, PAGE_SIZE, SPAN_SIZE
 
 import os
@@ -109,7 +110,6 @@ cdef extern from *:
     int64_t lseek(int fd, int64_t offset, int whence) noexcept nogil
 
 cdef uint64_t kernel_page = find_page_size()
-cdef int give_back_advice = MADV_DONTNEED
 
 
 def page_size():
@@ -146,12 +146,6 @@ cdef void secret_free(void *start, uint64_t size) noexcept nogil:
         memset(start, 0, size)
         madvise(start, whole_pages(size), MADV_DODUMP)
         free(start)
-
-
-cdef void regions_are_locked() noexcept nogil:
-    """From now on the process's memory is locked: plain MADV_DONTNEED would refuse to give such pages back."""
-    global give_back_advice
-    give_back_advice = MADV_DONTNEED_LOCKED
 
 
 def filesystem(int fd):
@@ -227,7 +221,7 @@ cdef class Region:
     cdef int release(self, void *start, uint64_t size) noexcept nogil:
         """Give whole pages back to the operating system; they read as zeros afterwards."""
         if self.fd < 0:
-            return madvise(start, size, give_back_advice)
+            return madvise(start, size, MADV_DONTNEED_LOCKED if memory_is_locked() else MADV_DONTNEED)
         return punch_hole(self.fd, self.offset + <uint64_t>(<char *>start - self.base), size)
 
     cdef void clear(self) noexcept nogil:

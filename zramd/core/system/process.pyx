@@ -7,8 +7,6 @@ from libc.errno cimport errno
 
 from cpython.bytearray cimport PyByteArray_AsString
 
-from zramd.core.memory.region cimport regions_are_locked
-
 import os
 
 cdef enum:
@@ -176,6 +174,8 @@ cdef extern from *:
     int MADV_DONTNEED_LOCKED, PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS
     void *MAP_FAILED
 
+cdef bint is_locked = False
+
 
 cdef int fail() except -1:
     raise OSError(errno, os.strerror(errno))
@@ -193,12 +193,18 @@ def is_io_flusher():
     return prctl(PR_GET_IO_FLUSHER, <unsigned long>0, <unsigned long>0, <unsigned long>0, <unsigned long>0) == 1
 
 
+cdef bint memory_is_locked() noexcept nogil:
+    """Whether this process has locked its memory: plain MADV_DONTNEED would refuse to give such pages back."""
+    return is_locked
+
+
 def lock_memory():
     """Lock what is resident, and from now on each page once it is touched: no untouched page is made resident.
 
     Raises OSError: ENOMEM or EPERM beyond RLIMIT_MEMLOCK without CAP_IPC_LOCK, EINVAL when the kernel cannot give locked
     pages back (before Linux 5.18).
     """
+    global is_locked
     cdef void *page
     if mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT):
         fail()
@@ -206,7 +212,7 @@ def lock_memory():
     if page == MAP_FAILED or madvise(page, 4096, MADV_DONTNEED_LOCKED):
         fail()
     munmap(page, 4096)
-    regions_are_locked()
+    is_locked = True
 
 
 def make_resident(size_t start, size_t size):
