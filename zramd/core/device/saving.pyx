@@ -277,6 +277,7 @@ cdef class _Writer(_Stream):
         self._seal(KIND_GIVEN_UP, 0, <uint32_t>strlen(why))
 
     def run(self):
+        """Do it all; the numbers."""
         cdef int rc = 0, priority
         cdef dict numbers
         while not (self.ended and self.moved == self.size):
