@@ -1,4 +1,4 @@
-"""Settings: one table feeds the plugin's keys, the launcher's help and README's table.
+"""Settings: one table feeds the plugin's keys, the launcher's help and docs/reference.md.
 
 Read `SETTINGS`, then `parse`, which turns the `key=value` pairs of a command line into a `Config`.
 """
@@ -201,7 +201,7 @@ class Setting:
     example: str
     help: str
     aliases: tuple[str, ...] = ()
-    shown_default: str = ""  # what help and README print where `default` cannot say it
+    shown_default: str = ""  # what help and docs print where `default` cannot say it
     fixed: str = ""  # why it cannot be changed while the device is served; "": it can
 
     @property
@@ -467,16 +467,6 @@ def value(setting: Setting, text: str) -> Any:
         return setting.parse(text)
     except ConfigError as error:
         raise ConfigError(f"{setting.name}: {error}") from None
-
-
-def markdown_table() -> str:
-    """Return the table of all settings as README shows it."""
-    rows = [("setting", "default", "example", "meaning"), ("---",) * 4]
-    for setting in SETTINGS:
-        names = ", ".join(f"`{name}`" for name in (setting.name, *setting.aliases))
-        shown = setting.shown_default or f"`{setting.default}`"
-        rows.append((names, shown, f"`{setting.name}={setting.example}`", setting.help))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def help_text() -> str:

@@ -1,4 +1,4 @@
-"""Settings: sizes, names, algorithms, duplicates, defaults, and the table in README."""
+"""Settings: sizes, names, algorithms, duplicates, and defaults."""
 
 import subprocess
 import sys
@@ -10,8 +10,6 @@ from support.server import PACKAGE_PARENT
 from zramd.core.device import device
 from zramd.errors import ConfigError
 from zramd.settings import config
-
-README = Path(__file__).parents[3] / "README.md"
 
 
 def parse(**settings: str) -> config.Config:
@@ -243,14 +241,6 @@ def test_table_is_complete() -> None:
         assert setting.help
         assert setting.name in config.help_text()
         parse(**{setting.name: setting.example})  # each example can be used
-
-
-def test_readme_has_the_table() -> None:
-    _, marker, rest = README.read_text().partition("<!-- settings -->\n")
-    table, end, _ = rest.partition("<!-- /settings -->")
-    assert marker
-    assert end
-    assert table.strip() == config.markdown_table().strip()
 
 
 @pytest.mark.parametrize(

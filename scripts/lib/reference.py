@@ -1,0 +1,233 @@
+"""docs/reference.md, as far as it is made from the tables in the code. What people wrote there stays.
+
+Each table stands between `<!-- NAME -->` and `<!-- /NAME -->`. What the code cannot say, the meaning of a
+file or a path, stands here. A thing without its meaning is an error, so nothing new stays undocumented.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+from zramd import commands, errors
+from zramd.contract import rundir
+from zramd.server import routes
+from zramd.settings import config
+from zramd.stats import stats
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "reference.md"
+
+FILES = {
+    "pid": "the server's process number; the server holds a lock on the file as long as it lives",
+    "nbd.sock": "where clients connect (NBD)",
+    "control.sock": "where you ask (HTTP), see [below](#the-control-socket)",
+    "sockets.sock": "there for a moment during `zramd restart`",
+    "log": "what a server started by `zramd start` has to say, at most 1 MiB",
+    "log.1": "what the server before it said, if that one crashed or was restarted",
+    "state_path": "where the state file is, with `state=`",
+    "data_id": "names the data: a new name when the device starts empty, is reset or loaded",
+    "disksize": "size of the device in bytes",
+    "mm_stat": "zram's nine columns, see [below](#zrams-own-files)",
+    "io_stat": "zram's four columns",
+    "frag_ratio": "percent of the pool's pages that payload fills; higher is better",
+    "stats.json": "every number, as `zramd stats NAME --json` prints them",
+    "classes": "zsmalloc's table of size classes",
+    "metrics.prom": "the numbers for Prometheus, see [monitoring](monitoring/README.md)",
+}
+
+PATHS = {
+    "GET /": "every path, one a line",
+    "GET /stats": "every number, as JSON",
+    "GET /mm_stat": "zram's line of nine numbers",
+    "GET /io_stat": "zram's line of four numbers",
+    "GET /classes": "zsmalloc's table of size classes",
+    "GET /classes.json": "the same, as JSON",
+    "GET /metrics": "the numbers for Prometheus",
+    "GET /health": "`status` (`ok` or `degraded`), its `causes`, the compactor, clients, streams under way",
+    "GET /settings": "every setting as it is now, as JSON",
+    "GET /block/N": "what block N of 4096 bytes holds: where its object is, how large, of which class",
+    "GET /save": "the device as a stream ([format](save-format.md)); fails if a client changes it meanwhile",
+    "GET /save/live": "the same while clients write: blocks are from different moments",
+    "PUT /load": "such a stream into an empty device without clients",
+    "POST /compact": "compacts until nothing more can be freed; answers with the pages freed",
+    "POST /check": "walks every structure: `sound`, or the fault",
+    "POST /reset": "drops all data; refused (409) while a client is connected",
+    "POST /mem_used_max": "forgets the peak",
+    "POST /sockets": "sends the listening sockets to the unix socket named in the body, for `zramd restart`",
+}
+
+USERS = {
+    "ZRAMD_ROOT": "a folder that stands for `/` when the configuration and `proc/meminfo` are read",
+    "XDG_RUNTIME_DIR": "where a normal user's run folders are: `$XDG_RUNTIME_DIR/zramd/NAME`",
+    "NO_COLOR": "no colours in `zramd top`",
+    "NOTIFY_SOCKET": "set by systemd: the service manager to report to (`zramd serve` only)",
+    "LISTEN_FDS, LISTEN_PID": "set by systemd: listening sockets to use instead of making one",
+}
+OWN = {
+    "ZRAMD_BACKGROUND": "this server was started by `zramd start`: it has a log and no terminal",
+    "ZRAMD_TAKES_OVER": "this server replaces another one: its link to the command, and the old process",
+    "ZRAMD_RUNDIR_MADE": "zramd made the run folder, so it may remove it",
+    "ZRAMD_TURN": "the descriptor that keeps other commands off until this server serves",
+    "ZRAMD_STATE_FD": "the memory file that the service manager keeps (`state=systemd`)",
+    "ZRAMD_STEPS": "tests: stop at named moments in a server's life",
+    "ZRAMD_CRASH": "tests: die the Nth time at a named point (debug builds only)",
+}
+
+STATUS = {
+    0: "done",
+    1: "it failed, or what you asked about is not well; one sentence on standard error says why",
+    2: "the command line, or a setting in it, is wrong",
+}
+
+
+def table(*head: str, rows: Iterable[Iterable[str]]) -> str:
+    """Return a Markdown table."""
+    every = [head, ("---",) * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in every)
+
+
+def verbs() -> str:
+    """Return the commands with what each is for, as `zramd --help` has them."""
+    return table("command", "what it does", rows=_verbs("", commands.parser()))
+
+
+def _verbs(before: str, parser: Any) -> Iterable[tuple[str, str]]:
+    for action in parser._subparsers._actions:
+        for choice in getattr(action, "_choices_actions", ()):
+            made = action.choices[choice.dest]
+            if made._subparsers:
+                yield from _verbs(f"{before}{choice.dest} ", made)
+            else:
+                yield f"`zramd {before}{choice.dest}`", f"{choice.help}"
+
+
+def settings() -> str:
+    """Return the settings with their defaults."""
+    rows = []
+    for setting in config.SETTINGS:
+        names = ", ".join(f"`{name}`" for name in (setting.name, *setting.aliases))
+        shown = setting.shown_default or f"`{setting.default}`"
+        rows.append((names, shown, f"`{setting.name}={setting.example}`", setting.help))
+    return table("setting", "default", "example", "meaning", rows=rows)
+
+
+def fixed() -> str:
+    """Return the settings that cannot be changed while the device is served, and why."""
+    rows = [(f"`{setting.name}`", setting.fixed) for setting in config.SETTINGS if setting.fixed]
+    return table("setting", "why it stays as it is until the next start or `zramd restart`", rows=rows)
+
+
+def numbers() -> str:
+    """Return every number of stats.json, in its order."""
+    rows = []
+    for number in stats.NUMBERS:
+        metric = f"`zramd_{number.metric}`" if number.metric else ""
+        rows.append((f"`{number.name}`", number.unit, number.meaning, metric))
+    return table("number", "unit", "meaning", "in Prometheus", rows=rows)
+
+
+def columns() -> str:
+    """Return which numbers the lines of mm_stat and io_stat are, found by looking where each comes out."""
+    names = [field.name for field in fields(stats.Counters)]
+    counters: dict[str, Any] = {name: 1000 + place for place, name in enumerate(names)}
+    rest = {field.name: 0 for field in fields(stats.Snapshot) if field.name not in counters}
+    snapshot = stats.Snapshot(**counters, **cast(Any, rest))
+    rows = []
+    for name, line in (("mm_stat", stats.mm_stat(snapshot)), ("io_stat", stats.io_stat(snapshot))):
+        found = [names[int(word) - 1000] for word in line.split()]
+        rows.append((f"`{name}`", " ".join(f"`{one}`" for one in found)))
+    return table("file", "its numbers, in zram's order", rows=rows)
+
+
+def files() -> str:
+    """Return the files of the run folder."""
+    names = [name for name in rundir.NAMES if not name.endswith(".new")]
+    _agree("files of the run folder", names, FILES)
+    return table("file", "what it is", rows=((f"`{name}`", FILES[name]) for name in FILES))
+
+
+def paths() -> str:
+    """Return what the control socket answers to, as it says itself (GET /)."""
+    listed = routes.Routes(cast(Any, None)).answer("GET", "/", b"").body.splitlines()
+    changed = [f"PUT /{setting.name}" for setting in config.SETTINGS if not setting.fixed]
+    rest = [path for path in listed if path not in changed]
+    _agree("paths of the control socket", rest, PATHS)
+    rows = [(f"`{path}`", meaning) for path, meaning in PATHS.items()]
+    shown = " ".join(f"`/{path.partition('/')[2]}`" for path in changed)
+    return table("path", "answer", rows=[*rows, ("`PUT /SETTING`", f"changes one: {shown}")])
+
+
+def statuses() -> str:
+    """Return the exit statuses, and which exceptions of Python's side end with each."""
+    kinds = sorted(_subclasses(errors.ZramdError), key=lambda kind: kind.__name__)
+    rows = []
+    for status, meaning in STATUS.items():
+        names = [f"`{kind.__name__}`" for kind in kinds if status and kind.exit_code == status]
+        rows.append((str(status), meaning, " ".join(names)))
+    _agree("exit statuses", {str(kind.exit_code) for kind in kinds} | {"0"}, {str(one) for one in STATUS})
+    return table("status", "meaning", "exceptions", rows=rows)
+
+
+def _subclasses(kind: type[errors.ZramdError]) -> set[type[errors.ZramdError]]:
+    found = {one for one in kind.__subclasses__() if one.__module__ == errors.__name__}
+    return found | {deeper for one in found for deeper in _subclasses(one)}
+
+
+def environment() -> str:
+    """Return the environment variables that mean something to zramd."""
+    sources = [path for ending in ("py", "pxd", "pyx") for path in (ROOT / "zramd").rglob(f"*.{ending}")]
+    quoted = re.compile(r"[\"'](ZRAMD_[A-Z_]*[A-Z])[\"']")
+    read = {name for path in sources for name in quoted.findall(path.read_text())}
+    _agree("variables", read, {name for name in (*USERS, *OWN) if name.startswith("ZRAMD_")})
+    own = table("between its processes", "meaning", rows=((f"`{name}`", OWN[name]) for name in OWN))
+    return table("variable", "meaning", rows=((f"`{name}`", USERS[name]) for name in USERS)) + "\n" + own
+
+
+def _agree(what: str, found: Iterable[str], described: Iterable[str]) -> None:
+    """Raise SystemExit when something is not described, or something that is described is not there."""
+    found, described = set(found), set(described)
+    if found != described:
+        raise SystemExit(
+            f"{what}: not described here: {', '.join(sorted(found - described)) or 'none'}; "
+            f"described, but not there: {', '.join(sorted(described - found)) or 'none'}"
+        )
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "commands": verbs,
+    "settings": settings,
+    "fixed": fixed,
+    "numbers": numbers,
+    "columns": columns,
+    "files": files,
+    "paths": paths,
+    "statuses": statuses,
+    "environment": environment,
+}
+
+
+def made(text: str) -> str:
+    """Return the page with every table as the code has it now. Raises SystemExit where one has no place."""
+    for name, make in PARTS.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise SystemExit(f"{PAGE.name} needs a place for '{name}': {start.strip()} … {end}")
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}{make()}{end}{rest.partition(end)[2]}"
+    return text
+
+
+def main() -> int:
+    """Write the page again."""
+    before = PAGE.read_text()
+    after = made(before)
+    PAGE.write_text(after)
+    print(f"{PAGE.relative_to(ROOT)}: {'written' if before != after else 'as it was'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
