@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = ("sh", "python", "ini", "xml", "text")
 NEEDS = {"root", "nbd", "qemu", "guest", "libvirt", "network", "systemd", "terminal", "build", "generator"}
-TIMEOUT = 60
+TIMEOUT = 180  # seconds until something hangs
 
 
 class Snippet(NamedTuple):

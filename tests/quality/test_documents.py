@@ -181,3 +181,11 @@ def test_the_walks_are_true(place: str, name: str) -> None:
     assert re.search(made, text) or re.search(rf"^ *{re.escape(last)}\b.*=", text, re.MULTILINE), (
         f"{place} has no {name}"
     )
+
+
+def test_threads_have_the_names_that_they_say() -> None:
+    table = (DOCS / "architecture.md").read_text().partition("| thread | ")[2].partition("\n\n")[0]
+    named = re.findall(r"^\| `([\w-]+)` ", table, re.MULTILINE)
+    assert len(named) > 4
+    text = "".join(path.read_text() for path in (ROOT / "zramd").rglob("*.py"))
+    assert {name for name in named if f'"{name}"' not in text} == set()
