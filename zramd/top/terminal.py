@@ -38,7 +38,7 @@ _STYLES: dict[str, tuple[int | None, int | None, tuple[str, ...]]] = {
     "trim": (109, 4, ()),
     "gain": (71, 2, ()),
     "loss": (179, 3, ()),
-    "empty": (239, None, ("dim",)),
+    "empty": (241, None, ("dim",)),
     # From few to many: as the viridis scale of plots, which gets steadily brighter.
     "heat1": (54, 4, ()),
     "heat2": (61, 4, ()),

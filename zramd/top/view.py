@@ -19,6 +19,7 @@ from zramd.top.cells import (
     fit,
     graph,
     number,
+    plain,
     runs,
     scale_of,
 )
@@ -64,7 +65,7 @@ def header(state: State, sample: Sample, width: int) -> Line:
         what = "the kernel swaps to it" if swap else ", ".join(uses) or "not in use"
         left.append((f"{device}: {what}  ", "good" if swap else ""))
     if not sample.uses:
-        left.append(("not this kernel's swap", "dim"))
+        left.append(("not attached here", "dim"))
     right: Line = [(" PAUSED ", "alert")] if state.paused else []
     if state.keys:
         right.append((f" every {state.interval:g}s", "dim"))
@@ -121,7 +122,7 @@ def blocks(sample: Sample) -> Line:
     stats = sample.stats
     stored = stats["pages_stored"]
     line: Line = [("blocks".ljust(_LABEL), "bold"), (f"{number(stored)} stored", "")]
-    for name, words in (("same_pages", "of one word: no memory"), ("huge_pages", "stored raw")):
+    for name, words in (("same_pages", "same-filled: no memory"), ("huge_pages", "stored raw")):
         share = 100 * stats[name] / stored if stored else 0
         line.append((f"   {number(stats[name])} ({share:.0f}%) {words}", ""))
     return line
@@ -143,6 +144,7 @@ def frag(watch: Watch, width: int, height: int, glyphs: Glyphs) -> list[Line]:
     values = [
         [("frag".ljust(_LABEL), "bold"), (_percent(ratio), "" if ratio is None else _quality(ratio))],
         [("in use".ljust(_LABEL), "dim"), (_percent(None if ratio is None else stats["occupancy"]), "dim")],
+        [("100%: no gaps", "dim")],  # only where there is room: "frag" may sound as if less were better
     ]
     lines: list[Line] = []
     for place, row in enumerate(rows):
@@ -206,8 +208,9 @@ def _quantile(rates: Rates, operation: str, share: float) -> float | None:
     return found.quantile(share) if found else None
 
 
-def compaction(sample: Sample, rates: Rates) -> Line:
+def compaction(sample: Sample, rates: Rates, width: int) -> Line:
     """Return what compaction does, could do, and has done."""
+    objects, pages = (" objects", " pages") if width > 90 else ("", "")
     stats, per_second = sample.stats, rates.per_second
     moved, freed = per_second["objects_migrated"], per_second["pages_compacted"]
     active = "good" if moved else "dim"
@@ -215,7 +218,10 @@ def compaction(sample: Sample, rates: Rates) -> Line:
     freeable = stats["freeable_pages"]
     return [
         ("compact".ljust(_LABEL), "bold"),
-        (f"{number(moved):>5} moved/s  {number(freed):>5} freed/s  {busy:3.0f}% busy", active),
+        (
+            f"{number(moved):>5}{objects} moved/s  {number(freed):>5}{pages} freed/s  {busy:3.0f}% busy",
+            active,
+        ),
         (f"  {number(freeable):>5} freeable", "" if freeable else "dim"),
         (f"  {number(stats['pages_compacted']):>5} in all", "dim"),
     ]
@@ -258,7 +264,11 @@ def heat_map(sample: Sample, rates: Rates, width: int, height: int, glyphs: Glyp
         if glyphs.swatch or glyph not in glyphs.heat[: level - 1]:
             least = human(4 ** (level - 1)).removesuffix("B") + "+" * (level == HEAT_LEVELS)
             heading += [(glyphs.swatch or glyph, f"heat{level}"), (f"{least} ", "dim")]
-    lines = [between(heading, [(f"{'zspages':>8} {'+/-':>6}", "dim")], width)]
+    right: Line = [(f"{'zspages':>8} {'+/-':>6}", "dim")]
+    axes = f"  {glyphs.up} fuller {glyphs.right} larger"
+    if len(plain(heading) + axes + plain(right)) < width:
+        heading.append((axes, "dim"))
+    lines = [between(heading, right, width)]
     for groups in fold(list(totals), height - 2):
         line: Line = [(f"{groups[-1]:>{_MAP_LABEL - 1}} ", "dim")]
         cells = []
@@ -353,7 +363,7 @@ def body(state: State, width: int, height: int, glyphs: Glyphs) -> list[Line]:
         [header(state, sample, width)],
         [*memory(sample, width, glyphs), *([blocks(sample)] if spare >= 5 else [])],
         frag(state.watch, width, tall, glyphs),
-        [*requests(state.watch, width, glyphs), compaction(sample, rates)],
+        [*requests(state.watch, width, glyphs), compaction(sample, rates, width)],
     ]
     lines: list[Line] = []
     for place, group in enumerate(groups):

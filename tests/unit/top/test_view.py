@@ -142,8 +142,9 @@ class TestScreen:
     def test_taller_shows_more(self) -> None:
         assert not any(words.startswith("blocks") for words in text(view.screen(state(), 80, 24, MONO)))
         lines = view.screen(state(device(same_pages=32768, huge_pages=6554)), 80, 40, MONO)
-        words = "blocks  65.5k stored   32.8k (50%) of one word: no memory   6.6k (10%) stored raw"
+        words = "blocks  65.5k stored   32.8k (50%) same-filled: no memory   6.6k (10%) stored raw"
         assert line(lines, "blocks") == words[:80]
+        assert line(lines, "100%: no gaps")
 
 
 class TestHeader:
@@ -157,7 +158,7 @@ class TestHeader:
     @pytest.mark.parametrize(
         ("uses", "words"),
         [
-            ({}, "not this kernel's swap"),
+            ({}, "not attached here"),
             ({"/dev/nbd3": []}, "/dev/nbd3: not in use"),
             ({"/dev/nbd3": ["/mnt"]}, "/dev/nbd3: /mnt"),
         ],
@@ -297,15 +298,28 @@ class TestCompaction:
         old, new = device(), device(objects_migrated=1023, pages_compacted=205, compact_ns=1_620_000_000)
         watch = watched(old, new)
         assert watch.rates is not None
-        shown = view.compaction(new, watch.rates)
+        shown = view.compaction(new, watch.rates, 80)
         words = "compact 1.0k moved/s 200 freed/s 12% busy 2 freeable 205 in all"
         assert " ".join(cells.plain(shown).split()) == words
         assert "moved/s" in styled(shown, "good")
 
+    def test_wide_says_of_what(self) -> None:
+        most = 999_000_000
+        watch = watched(
+            device(),
+            device(objects_migrated=most, pages_compacted=most, compact_ns=most, freeable_pages=most),
+        )
+        assert watch.sample is not None
+        assert watch.rates is not None
+        for width in (80, 90, 91, 200):
+            shown = cells.plain(view.compaction(watch.sample, watch.rates, width))
+            assert ("objects moved/s" in shown) is ("pages freed/s" in shown) is (width > 90)
+            assert len(shown) <= width
+
     def test_rest(self) -> None:
         watch = watched(device(), device())
         assert watch.rates is not None
-        assert "0 moved/s" in styled(view.compaction(device(), watch.rates), "dim")
+        assert "0 moved/s" in styled(view.compaction(device(), watch.rates, 80), "dim")
 
 
 class TestHeatMap:
@@ -350,6 +364,14 @@ class TestHeatMap:
         (_, full, *_) = self.map(one, glyphs=COLOUR)
         assert styled(full, "heat8") == "█" * 30
         assert styled(full, "heat1") == "█" * 30
+
+    @pytest.mark.parametrize("glyphs", [COLOUR, MONO, ASCII])
+    def test_heading_says_what_is_where(self, glyphs: Glyphs) -> None:
+        words = f"{glyphs.up} fuller {glyphs.right} larger"
+        for width in (60, 70, 80, 100):
+            heading = text(self.map(device(), width=width, glyphs=glyphs))[0]
+            assert heading.endswith("zspages    +/-")
+            assert words in heading or ("fuller" not in heading and width < 80), "whole, or not at all"
 
     def test_neighbours_share_a_column(self) -> None:
         one = device()._replace(
