@@ -5,15 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyte
-from conftest import Served
+from support.server import Served
 from test_top import fill
 
-from zramd.client import find
-from zramd.samples import take
+from zramd.control.client import find
+from zramd.control.samples import take
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 
-from picture_tools import samples, screen, top
+from pictures import samples, screen, top
 
 
 def test_drawn_from_samples_as_top_draws_itself(serve: Callable[..., Served], tmp_path: Path) -> None:

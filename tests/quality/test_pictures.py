@@ -1,6 +1,6 @@
 """The pictures of `zramd top` in the README are what the present program draws of tests/quality/top.jsonl.
 
-How that was recorded, and how it is drawn: scripts/pictures --help, scripts/picture_tools/top.py.
+How that was recorded, and how it is drawn: scripts/pictures --help, scripts/pictures/top.py.
 """
 
 import re
@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 
-from picture_tools import samples, top
+from pictures import samples, top
 
 PICTURES = Path(__file__).resolve().parents[2] / "docs" / "pictures"
 NAMES = ["top-light.svg", "top-dark.svg"]

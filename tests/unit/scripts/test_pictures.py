@@ -8,13 +8,13 @@ from xml.etree import ElementTree
 import pyte
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts" / "lib"))
 
-from picture_tools import samples, screen, svg
-from picture_tools.svg import CELL_HEIGHT, CELL_WIDTH, DARK, LIGHT, MARGIN, Theme
-from test_samples import sample
+from pictures import samples, screen, svg
+from pictures.svg import CELL_HEIGHT, CELL_WIDTH, DARK, LIGHT, MARGIN, Theme
+from support.samples import sample
 
-from zramd.samples import Histogram, rates
+from zramd.control.samples import Histogram, rates
 
 TOP = svg.BAR + MARGIN - CELL_HEIGHT // 2
 ENVIRONMENT = {"PATH": "/usr/bin:/bin"}
@@ -120,7 +120,7 @@ class TestShapes:
         assert all(width <= CELL_WIDTH for _, (_, _, width, _) in two)
 
     def test_all_of_a_colour_screen_are_known(self) -> None:
-        from zramd.commands.cells import COLOUR
+        from zramd.top.cells import COLOUR
 
         glyphs = {*"".join(COLOUR)} - {" "}
         assert {glyph for glyph in glyphs if 0x2500 <= ord(glyph) < 0x2600} == set(svg.SHAPES)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from zramd.samples import Histogram, Sample
+from zramd.control.samples import Histogram, Sample
 
 WHOLE = 2  # samples at the end that are kept with their size classes and latencies: what `top` shows of them
 

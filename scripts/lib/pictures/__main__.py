@@ -5,9 +5,9 @@ import sys
 import time
 from pathlib import Path
 
-from picture_tools import record, top
+from pictures import record, top
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 PAGES = ROOT / "build" / "bench" / "corpus-64M"  # scripts/bench keeps its memory pages there too
 
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zramd
-from picture_tools import samples
-from zramd import client, rundir
+from pictures import samples
+from zramd.contract import rundir
+from zramd.control import client
+from zramd.control.samples import Sample, take
+from zramd.control.samples import rates as between
 from zramd.errors import DeviceError, ZramdError
-from zramd.samples import Sample, take
-from zramd.samples import rates as between
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Event
@@ -34,7 +35,7 @@ SHOWN = 80  # samples, one each second: more than the screen is wide
 FILL_TIMEOUT = 60.0  # seconds
 ZEROS = 10  # percent of the pages; of the captured ones none repeats one word
 PACKAGE_PARENT = Path(zramd.__file__).parent.parent
-MAKER = Path(__file__).resolve().parents[1] / "capture_pages"
+MAKER = Path(__file__).resolve().parents[2] / "capture_pages"
 
 
 class NotRecordedError(Exception):

@@ -1,8 +1,8 @@
 """`zramd top` of the device that was recorded, drawn by the program itself on a terminal of a fixed size.
 
-In that terminal runs this module. It hands the samples to zramd.samples, zramd.commands.view and
-zramd.terminal as zramd.commands.top does, but at once, without a server and without waiting: so the screen
-depends on nothing but the samples and the program.
+In that terminal runs this module. It hands the samples to zramd.control.samples, zramd.top.view and
+zramd.top.terminal as zramd.commands.top does, but at once, without a server and without waiting: so the
+screen depends on nothing but the samples and the program.
 """
 
 import os
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import zramd
-from picture_tools import samples
+from pictures import samples
 from zramd.errors import ZramdError
 
 if TYPE_CHECKING:
     from pyte import Screen
 
-SCRIPTS = Path(__file__).resolve().parents[1]
-RECORD = SCRIPTS.parent / "tests" / "quality" / "top.jsonl"
+LIBRARY = Path(__file__).resolve().parents[1]
+RECORD = LIBRARY.parents[1] / "tests" / "quality" / "top.jsonl"
 COLUMNS, ROWS = 100, 30
 INTERVAL = 1.0  # seconds between two samples
 
@@ -30,7 +30,7 @@ class NotDrawnError(Exception):
 
 def pictures(record: Path = RECORD) -> dict[str, str]:
     """Return the pictures of a record by the names of their files. Raises NotDrawnError, OSError."""
-    from picture_tools import svg
+    from pictures import svg
 
     drawn = draw(record)
     *_, last = samples.read(record)
@@ -42,9 +42,9 @@ def pictures(record: Path = RECORD) -> dict[str, str]:
 
 def draw(record: Path) -> "Screen":
     """Return the screen that shows a record. Raises NotDrawnError."""
-    from picture_tools import screen
+    from pictures import screen
 
-    command = [sys.executable, "-P", "-m", "picture_tools.top", str(record)]
+    command = [sys.executable, "-P", "-m", "pictures.top", str(record)]
     drawn, status = screen.run(command, environment(), COLUMNS, ROWS)
     if status:
         # (Its lines may have been wrapped anywhere.)
@@ -56,12 +56,12 @@ def draw(record: Path) -> "Screen":
 def environment() -> dict[str, str]:
     """Return what a program needs to find zramd and these tools, and no setting of the user's."""
     package = Path(zramd.__file__).parent.parent
-    return {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": f"{package}:{SCRIPTS}"}
+    return {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": f"{package}:{LIBRARY}"}
 
 
 def describe(sample: samples.Sample) -> str:
     """Return in words what there is to see, for those who cannot."""
-    from zramd.commands.listing import human
+    from zramd.control.human import human
 
     stats = sample.stats
     return (
@@ -75,9 +75,9 @@ def describe(sample: samples.Sample) -> str:
 def show(taken: Iterator[samples.Sample]) -> None:
     """Draw the last of the samples, after those before it, on this process's terminal."""
     from zramd.commands.top import glyphs
-    from zramd.commands.view import State, screen
-    from zramd.samples import Watch
-    from zramd.terminal import Terminal
+    from zramd.control.samples import Watch
+    from zramd.top.terminal import Terminal
+    from zramd.top.view import State, screen
 
     watch = Watch()
     for sample in taken:
