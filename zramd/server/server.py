@@ -43,7 +43,7 @@ from zramd.server.log import Log, say
 from zramd.server.making import make_device, self_test
 from zramd.server.metricsfile import MetricsFile
 from zramd.server.published import StatsFiles
-from zramd.server.threads import start_thread
+from zramd.core.system.threads import start_thread
 from zramd.server.trouble import Troubles
 from zramd.settings.config import Config, find
 from zramd.settings.config import value as parse_value
