@@ -16,8 +16,8 @@ from support.content import compressible, noise
 
 from zramd import Device, PoolFullError
 from zramd.core.device.device import state_layout
-from zramd.errors import StateError
 from zramd.core.system import threads
+from zramd.errors import StateError
 from zramd.server import state
 
 BLOCK = 4096
