@@ -344,9 +344,10 @@ def elsewhere(guest: Guest) -> None:
     for key, path in paths.items():
         described = f"[zram1]\\nzram-size = 16\\nattach = no\\n{key} = {path}\\n"
         guest.run(f"printf '{described}' >/etc/zramd.conf.d/{key}.conf")
-        assert guest.try_run(f"systemctl start {unit}", SLOW)[0] == 1
+        status, _ = guest.try_run(f"systemctl start {unit}", SLOW)
         guest.run(f"systemctl stop {unit}; systemctl reset-failed {unit}; true", SLOW)
         said = guest.run(f"journalctl -b -u {unit} -o cat", SLOW)
+        assert status == 1, said
         assert re.search(f"{path}'.*: docs/systemd.md, 'Paths'", said), said
         lines = shlex.quote(documented_drop_in(key).replace("\n", "\\n"))  # a command is one line
         guest.run(f"printf %b {lines} >{drop_ins}/{key}.conf")
