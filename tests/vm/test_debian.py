@@ -354,14 +354,14 @@ def elsewhere(guest: Guest) -> None:
         guest.run("systemctl daemon-reload", SLOW)
     guest.run(f"systemctl start {unit}", SLOW)
     device = guest.run("zramd attach zram1", SLOW).strip()
-    guest.run(f"head -c 1M /dev/urandom >/var/tmp/data && dd if=/var/tmp/data of={device} oflag=direct bs=64k")
+    guest.run(f"head -c 1M /dev/urandom >/run/data && dd if=/run/data of={device} oflag=direct bs=64k")
     restarted(guest, f"systemctl restart {unit}", "zram1")
-    guest.run(f"dd if={device} bs=64k count=16 iflag=direct status=none | cmp - /var/tmp/data", SLOW)
+    guest.run(f"dd if={device} bs=64k count=16 iflag=direct status=none | cmp - /run/data", SLOW)
     wait_for(guest, f"grep -c '^zramd_orig_data_bytes.* 1048576' {paths['metrics_file']}", "1", 60)
     guest.run("zramd detach zram1", SLOW)
     guest.run(f"systemctl stop {unit}", SLOW)
     assert guest.run(f"ls {' '.join(paths.values())} 2>/dev/null; true").split() == [paths["state"]]
-    guest.run(f"rm -r {drop_ins} /etc/zramd.conf.d /var/tmp/data {folder} {paths['state']}")
+    guest.run(f"rm -r {drop_ins} /etc/zramd.conf.d /run/data {folder} {paths['state']}")
     guest.run("systemctl daemon-reload", SLOW)
 
 
