@@ -338,9 +338,10 @@ def test_kept(computer: Debian) -> None:
 def elsewhere(guest: Guest) -> None:
     """What zramd.conf has outside the sandbox: refused, and with the documented drop-ins written and kept."""
     folder, unit = "/var/lib/prometheus/node-exporter", "zramd@zram1"
-    paths = {"metrics_file": f"{folder}/zram1.prom", "state": "/run/zram1.state"}
+    paths = {"metrics_file": f"{folder}/zram1.prom", "state": "/srv/ram/zram1.state"}
     drop_ins = f"/etc/systemd/system/{unit}.service.d"
-    guest.run(f"mkdir -p {folder} {drop_ins} /etc/zramd.conf.d; chown 65534:65534 {folder}")
+    guest.run(f"mkdir -p {folder} {drop_ins} /etc/zramd.conf.d /srv/ram; chown 65534:65534 {folder}")
+    guest.run("mount -t tmpfs -o mode=755 none /srv/ram")
     for key, path in paths.items():
         described = f"[zram1]\\nzram-size = 16\\nattach = no\\n{key} = {path}\\n"
         guest.run(f"printf '{described}' >/etc/zramd.conf.d/{key}.conf")
@@ -361,7 +362,7 @@ def elsewhere(guest: Guest) -> None:
     guest.run("zramd detach zram1", SLOW)
     guest.run(f"systemctl stop {unit}", SLOW)
     assert guest.run(f"ls {' '.join(paths.values())} 2>/dev/null; true").split() == [paths["state"]]
-    guest.run(f"rm -r {drop_ins} /etc/zramd.conf.d /run/data {folder} {paths['state']}")
+    guest.run(f"umount /srv/ram; rm -r {drop_ins} /etc/zramd.conf.d /run/data {folder} /srv/ram")
     guest.run("systemctl daemon-reload", SLOW)
 
 
