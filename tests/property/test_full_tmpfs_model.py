@@ -4,8 +4,8 @@ The device is in a process of its own: a page that is touched though there is no
 SIGBUS. Then Hypothesis shows the shortest way there.
 """
 
-import errno
 import ctypes
+import errno
 import multiprocessing
 import os
 import random
