@@ -63,6 +63,7 @@ def _attach(arguments: argparse.Namespace, served: client.Served) -> str:
 
     address = served.file(rundir.NBD_SOCKET)
     there = attached.find(served.name)
+    keeper = 0
     if there and arguments.config and there.data and there.data != attached.data_of(served.path):
         _drop(there, "a server that has ended")
         there = None
@@ -82,13 +83,12 @@ def _attach(arguments: argparse.Namespace, served: client.Served) -> str:
     elif arguments.nbd_client or not _has_netlink():
         device = _by_nbd_client(arguments, served.name, address)
     else:
-        device = f"/dev/nbd{_start_keeper(_job(arguments, served, arguments.device))}"
-    keeper = 0
+        index, keeper = _start_keeper(_job(arguments, served, arguments.device))
+        device = f"/dev/nbd{index}"
     try:
         step("attach.attached")
         with attached.turn(served.name):
             now = attached.find(served.name)
-            keeper = now.keeper if now else 0
             if now is None or now.device != device:
                 raise AttachError(f"{served.name} was detached again before it could be used")
             if not now.keeper and now.data:
@@ -363,8 +363,11 @@ def _job(arguments: argparse.Namespace, served: client.Served, device: int, data
     )
 
 
-def _start_keeper(job: "Job") -> int:
-    """Start the process that attaches and stays, and return the device's index. Raises AttachError."""
+def _start_keeper(job: "Job") -> tuple[int, int]:
+    """Start the process that attaches and stays; return the device's index and its own number.
+
+    Raises AttachError.
+    """
     import subprocess
 
     import zramd
@@ -401,7 +404,7 @@ def _start_keeper(job: "Job") -> int:
         if not job.adopt:
             _undo(job.name, keeper.pid)
         raise AttachError(f"{job.name} cannot be attached: {words or 'its keeper has died'}")
-    return int(words.removeprefix("ok "))
+    return int(words.removeprefix("ok ")), keeper.pid
 
 
 # ---- By nbd-client ---------------------------------------------------------------------------------------
