@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import conftest
 import pytest
+import support.server
 from support.client import NbdSocket
 from support.run import SANITIZED, SEED, run_threads, wait_until
 from support.server import PLUGIN, Served
@@ -230,7 +230,7 @@ class TestFullPoolOfASwap:
         """A server whose next writes are refused, none was yet; and a client that it has met."""
         plugin = tmp_path / "plugin.py"
         plugin.write_text(WITHOUT_RIGHTS)
-        monkeypatch.setattr(conftest, "PLUGIN", plugin)
+        monkeypatch.setattr(support.server, "PLUGIN", plugin)
         monkeypatch.setenv("PYTHONMALLOC", "malloc")
         served = serve(swap="local", reserve="4M", mem_limit="1M")
         client = NbdSocket(served)

@@ -325,8 +325,8 @@ def test_paths_that_a_service_may_write(tmp_path: Path, memory_folder: Path, wha
     assert refused.returncode == 1, refused
     assert "docs/systemd.md, 'Paths'" in refused.stderr
     drop_in = documented_drop_in(what)
-    if what == "state":  # the folder of this test stands for /run
-        drop_in = drop_in.replace("=/run", "=/")
+    if what == "state":  # the folder of this test stands for /srv/ram
+        drop_in = drop_in.replace("=/srv/ram", "=/")
     done = as_service(root, drop_in, [*words, "stats_interval=0.1"])
     assert (done.returncode, done.stderr) == (124, ""), done  # it served until it was ended
     if what == "state":
