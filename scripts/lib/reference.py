@@ -91,17 +91,17 @@ def table(*head: str, rows: Iterable[Iterable[str]]) -> str:
 
 def verbs() -> str:
     """Return the commands with what each is for, as `zramd --help` has them."""
-    return table("command", "what it does", rows=_verbs("", commands.parser()))
+    return table("command", "what it does", rows=_verbs())
 
 
-def _verbs(before: str, parser: Any) -> Iterable[tuple[str, str]]:
-    for action in parser._subparsers._actions:
-        for choice in getattr(action, "_choices_actions", ()):
-            made = action.choices[choice.dest]
-            if made._subparsers:
-                yield from _verbs(f"{before}{choice.dest} ", made)
-            else:
-                yield f"`zramd {before}{choice.dest}`", f"{choice.help}"
+def _verbs() -> Iterable[tuple[str, str]]:
+    for verb, (_, text) in commands.VERBS.items():
+        parts = [
+            (f"`zramd {verb} {choice.dest}`", f"{choice.help}")
+            for action in commands.verb_parser(verb)._actions
+            for choice in getattr(action, "_choices_actions", ())
+        ]
+        yield from parts or [(f"`zramd {verb}`", text)]
 
 
 def settings() -> str:

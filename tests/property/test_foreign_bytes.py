@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from support.run import SCALE
 
 from zramd import Device
-from zramd.commands import main, parser
+from zramd.commands import VERBS, main, verb_parser
 from zramd.control import client
 from zramd.core.device import saving
 from zramd.errors import (
@@ -265,7 +265,7 @@ WORDS = (
 )
 
 
-PARSER = parser()
+PARSERS = {verb: verb_parser(verb) for verb in VERBS}
 
 
 @often(300)
@@ -279,7 +279,7 @@ def test_words(text: str) -> None:
         contextlib.redirect_stdout(quiet),
         contextlib.suppress(SystemExit),
     ):
-        PARSER.parse_args(words)
+        PARSERS.get(words[0], PARSERS["start"]).parse_args(words[1:])
     options = nbdkit.read_options(words)
     found = config.parse([("size", "1G"), ("name", "zram0"), ("rundir", "/run/z")])
     assert nbdkit.command(found, [], options)[0] == "nbdkit"

@@ -1,24 +1,32 @@
 """`zramd attach` and `zramd detach`: a kernel block device for a zramd, and swap on it if asked."""
 
 import argparse
+import json
 import os
 import re
+import select
+import shlex
+import signal
+import subprocess
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from glob import glob
 
-from zramd.commands import add_device, say
+import zramd
+from zramd import trusted
+from zramd.commands import Commands, add_device, say
+from zramd.commands.serve import sudo
 from zramd.contract import rundir
-from zramd.control import client
-from zramd.errors import AttachError, DeviceError, UsageError
+from zramd.control import client, life
+from zramd.errors import AttachError, ConfigError, DeviceError, UsageError
+from zramd.kernel import attached, kernelswap, netlink, swapunit
+from zramd.kernel.attached import Attached
+from zramd.kernel.keeper import Job
+from zramd.process import interrupts, steps
 from zramd.process.steps import step
-
-TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from zramd.commands import Commands
-    from zramd.kernel.attached import Attached
-    from zramd.kernel.keeper import Job
+from zramd.settings import config, devices
 
 PRIORITY = 100  # before any other swap, as zram-generator has it
 DEAD_CONN_TIMEOUT = 120  # seconds
@@ -31,9 +39,6 @@ _DEVICE = re.compile(r"(?:/dev/)?nbd(\d{1,4})")
 
 def attach(arguments: argparse.Namespace) -> int:
     """Attach a device, swap to it if asked, and print its name."""
-    from zramd.control import life
-    from zramd.process import interrupts
-
     if arguments.name is not None:
         arguments.name = client.name_of(arguments.name)
     elif not arguments.rundir:
@@ -59,8 +64,6 @@ def attach(arguments: argparse.Namespace) -> int:
 
 def _attach(arguments: argparse.Namespace, served: client.Served) -> str:
     """Attach a device and swap to it if asked; return its name."""
-    from zramd.kernel import attached, kernelswap
-
     address = served.file(rundir.NBD_SOCKET)
     there = attached.find(served.name)
     if there and arguments.config and there.data and there.data != attached.data_of(served.path):
@@ -103,8 +106,6 @@ def _attach(arguments: argparse.Namespace, served: client.Served) -> str:
 
 def _undo(name: str, keeper: int) -> None:
     """Take away what an attach by `keeper` has left. What went wrong first is what counts."""
-    from zramd.kernel import attached
-
     with suppress(AttachError, OSError):
         there = attached.find(name)
         if there and there.keeper in (0, keeper):
@@ -114,8 +115,6 @@ def _undo(name: str, keeper: int) -> None:
 
 def _stands(name: str) -> str:
     """Return how a device stands, for who interrupts a command."""
-    from zramd.kernel import attached, kernelswap
-
     there = attached.find(name)
     if there is None:
         return f"{name} is not attached"
@@ -126,8 +125,6 @@ def _stands(name: str) -> str:
 
 def _use(arguments: argparse.Namespace, name: str, device: str) -> None:
     """Wait for a device that was attached, and swap to it if asked."""
-    from zramd.kernel import kernelswap, swapunit
-
     _wait(lambda: os.path.exists(device), f"{device} does not appear: is /dev a devtmpfs, or udev running?")
     if arguments.swap and kernelswap.find(device) is None:
         if arguments.config and (changed := kernelswap.set_memory_aside()):
@@ -140,8 +137,6 @@ def _use(arguments: argparse.Namespace, name: str, device: str) -> None:
 
 def _refuse_others(served: client.Served) -> None:
     """Raise AttachError for swap on a server that is not root's: its owner reads what is swapped out."""
-    from zramd import trusted
-
     process = served.process()
     process.close()
     if process.uid:
@@ -151,10 +146,8 @@ def _refuse_others(served: client.Served) -> None:
         )
 
 
-def _drop(there: "Attached", whom: str) -> None:
+def _drop(there: Attached, whom: str) -> None:
     """Detach what an ended server or attach has left. Raises AttachError if it is in use."""
-    from zramd.kernel import kernelswap
-
     use = ["swap"] if kernelswap.find(there.device) else kernelswap.mounts(there.device)
     if use:
         raise AttachError(
@@ -170,8 +163,6 @@ def _configure(arguments: argparse.Namespace) -> bool:
 
     Raises ConfigError.
     """
-    from zramd.settings import devices
-
     try:
         device = devices.find(arguments.name)
     except devices.SkippedError as skipped:
@@ -190,9 +181,6 @@ def _configure(arguments: argparse.Namespace) -> bool:
 
 def _for_others(name: str) -> bool:
     """Say whether zramd.conf leaves it to others to attach a device. Who attached it, detaches it."""
-    from zramd.errors import ConfigError
-    from zramd.settings import devices
-
     try:
         return not devices.find(name).attached
     except ConfigError:
@@ -201,9 +189,6 @@ def _for_others(name: str) -> bool:
 
 def detach(arguments: argparse.Namespace) -> int:
     """Detach a device, swapping off first if told."""
-    from zramd.kernel import attached
-    from zramd.process import interrupts
-
     if arguments.name is not None:
         arguments.name = client.name_of(arguments.name)
         client.must_be_a_name(arguments.name)
@@ -220,13 +205,8 @@ def detach(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _detach(arguments: argparse.Namespace, there: "Attached") -> None:
+def _detach(arguments: argparse.Namespace, there: Attached) -> None:
     """Take a device away, and swap off before if told."""
-    from contextlib import nullcontext
-
-    from zramd.kernel import attached, kernelswap
-    from zramd.process import interrupts
-
     device = there.device
     step("detach.begun")
     swapped = kernelswap.find(device) is not None
@@ -251,10 +231,6 @@ def _detach(arguments: argparse.Namespace, there: "Attached") -> None:
 
 def _must_be_root(verb: str, arguments: argparse.Namespace) -> None:
     """Raise AttachError, which tells another user what root has to run: root looks in another place."""
-    import shlex
-
-    from zramd.commands.serve import sudo
-
     if os.geteuid() == 0:
         return
     words = [verb, *([arguments.name] if arguments.name else [])]
@@ -274,10 +250,6 @@ def _is_on(arguments: argparse.Namespace, option: str) -> bool:
 
 def _own_name(served: client.Served) -> str:
     """Return what a server calls its device: its run folder may have any name. Raises ConfigError."""
-    import json
-
-    from zramd.settings import config
-
     try:
         name = str(served.stats()["name"])
     except DeviceError:  # it has no endpoint, or has ended
@@ -294,10 +266,6 @@ def _must_be_free(device: str) -> None:
 
     It is not opened for that: an open reads from it, and its server may have gone.
     """
-    from glob import glob
-
-    from zramd.kernel import kernelswap
-
     mounts = kernelswap.mounts(device)
     if mounts:
         raise AttachError(f"{device} is mounted on '{mounts[0]}': run 'umount {mounts[0]}' first")
@@ -313,10 +281,6 @@ def _must_be_free(device: str) -> None:
 
 def _has_netlink() -> bool:
     """Load the kernel's NBD client; say whether it can be spoken to by netlink. Raises AttachError."""
-    import subprocess
-
-    from zramd.kernel import kernelswap, netlink
-
     with suppress(netlink.NoFamilyError):  # asking alone makes many kernels load it
         netlink.Kernel().close()
         return True
@@ -344,9 +308,7 @@ def _has_netlink() -> bool:
     return True
 
 
-def _job(arguments: argparse.Namespace, served: client.Served, device: int, data: str = "") -> "Job":
-    from zramd.kernel.keeper import Job
-
+def _job(arguments: argparse.Namespace, served: client.Served, device: int, data: str = "") -> Job:
     timeout = arguments.timeout
     if timeout is None:
         timeout = TIMEOUT if arguments.connections == 1 else TIMEOUT_OF_SEVERAL
@@ -363,13 +325,8 @@ def _job(arguments: argparse.Namespace, served: client.Served, device: int, data
     )
 
 
-def _start_keeper(job: "Job") -> int:
+def _start_keeper(job: Job) -> int:
     """Start the process that attaches and stays, and return the device's index. Raises AttachError."""
-    import subprocess
-
-    import zramd
-    from zramd.process import steps
-
     package = os.path.dirname(os.path.dirname(os.path.abspath(zramd.__file__)))
     environment = {
         "PYTHONPATH": package,
@@ -409,8 +366,6 @@ def _start_keeper(job: "Job") -> int:
 
 def _by_nbd_client(arguments: argparse.Namespace, name: str, address: str) -> str:
     """Attach by the program nbd-client and return the device's name. Raises AttachError."""
-    from zramd.kernel import attached, kernelswap
-
     say(f"attaching by nbd-client: {name} has no keeper, and when its server ends, requests fail")
     device = _free_device() if arguments.device < 0 else f"/dev/nbd{arguments.device}"
     words = ["-unix", address, device, "-b", "4096", "-N", name, "-C", str(arguments.connections)]
@@ -439,18 +394,13 @@ def _free_device() -> str:
 # ---- Both ------------------------------------------------------------------------------------------------
 
 
-def _take_away(there: "Attached") -> None:
+def _take_away(there: Attached) -> None:
     """End a device that nobody uses, and forget it. Raises AttachError."""
     _forget(there.name, there.device, _disconnect(there.device, there))
 
 
-def _disconnect(device: str, there: "Attached | None") -> "Callable[[], bool]":
+def _disconnect(device: str, there: Attached | None) -> Callable[[], bool]:
     """End a device, and tell its keeper to end; return what says whether both have gone."""
-    import select
-    import signal
-
-    from zramd.kernel import attached, kernelswap, netlink
-
     connection = attached.connection(device)
     keeper, ended = -1, select.poll()
     if there and there.keeper:
@@ -481,10 +431,8 @@ def _disconnect(device: str, there: "Attached | None") -> "Callable[[], bool]":
     return gone
 
 
-def _forget(name: str, device: str, gone: "Callable[[], bool]") -> None:
+def _forget(name: str, device: str, gone: Callable[[], bool]) -> None:
     """Wait until the kernel has given the device up and its keeper has ended; remove what was noted of it."""
-    from zramd.kernel import attached, swapunit
-
     _wait(gone, f"{device} is disconnected, but somebody has it open")
     attached.remove(name)
     swapunit.forget(device)
@@ -497,9 +445,7 @@ def _index(device: str) -> int:
     return int(match[1])
 
 
-def _wait(done: "Callable[[], bool]", otherwise: str) -> None:
-    import time
-
+def _wait(done: Callable[[], bool], otherwise: str) -> None:
     end = time.monotonic() + APPEARS
     while not done():
         if time.monotonic() > end:
@@ -507,7 +453,7 @@ def _wait(done: "Callable[[], bool]", otherwise: str) -> None:
         time.sleep(0.02)
 
 
-def _progress(device: str) -> "Callable[[int, int], None] | None":
+def _progress(device: str) -> Callable[[int, int], None] | None:
     """Return what shows on a terminal how far swapoff is; None if there is none."""
     if not sys.stderr.isatty():
         return None
@@ -532,7 +478,7 @@ def _device(text: str) -> int:
     return int(match[1])
 
 
-def _whole(least: int, most: int, what: str) -> "Callable[[str], int]":
+def _whole(least: int, most: int, what: str) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not re.fullmatch(r"-?\d{1,9}", text) or not least <= int(text) <= most:
             raise argparse.ArgumentTypeError(f"'{text}' is not {what} from {least} to {most}")
@@ -547,11 +493,10 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
-def add(commands: "Commands") -> None:
+def add(commands: Commands) -> None:
     """Add the verbs."""
     parser = commands.add_parser(
         "attach",
-        help="make a kernel block device of a running zramd, and swap to it if asked",
         description=(
             "Attach a running device to this machine's kernel and print the block device's name. A small\n"
             "process stays: it connects the kernel again when the server was restarted with the same data.\n"
@@ -618,7 +563,6 @@ def add(commands: "Commands") -> None:
 
     parser = commands.add_parser(
         "detach",
-        help="take the kernel block device away again",
         description="Detach a device from this machine's kernel. Refused while it is mounted or swapped to.",
     )
     add_device(parser)

@@ -1,18 +1,19 @@
 """`zramd config show`, `check` and `import`: what is configured, what is wrong, and taking over others'."""
 
 import argparse
+import json
 import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
-from zramd.commands import say
+from zramd.commands import Commands, say
 from zramd.errors import ConfigError, printable
-
-TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
-if TYPE_CHECKING:
-    from typing import Any
-
-    from zramd.commands import Commands
-    from zramd.settings.devices import Configuration, Device
-    from zramd.settings.foreign import Translation
+from zramd.settings import conffiles, devices, foreign
+from zramd.settings.config import Config
+from zramd.settings.devices import Configuration, Device
+from zramd.settings.foreign import Translation
+from zramd.settings.keys import TWINS
 
 _WRITE_ONE = "write /etc/zramd.conf, as docs/zramd.conf shows"
 _ABOUT_GENERATOR = "read zram-generator's configuration, else zramswap's, instead of zramd's"
@@ -29,12 +30,8 @@ def _must_be_a_file(file: str | None) -> None:
         raise ConfigError("'' is not a file's name: give a FILE, or none for what this machine has")
 
 
-def _translation(file: str | None) -> "Translation":
+def _translation(file: str | None) -> Translation:
     """Return another program's configuration: `file`, else its own. Raises ConfigError for none."""
-    from pathlib import Path
-
-    from zramd.settings import conffiles, foreign
-
     root = conffiles.root_folder()
     paths = [Path(file)] if file is not None else foreign.find(root)
     if not paths:
@@ -42,11 +39,7 @@ def _translation(file: str | None) -> "Translation":
     return foreign.read(paths)
 
 
-def _load(file: str | None, generator: bool) -> "Configuration":
-    from dataclasses import replace
-
-    from zramd.settings import conffiles, devices
-
+def _load(file: str | None, generator: bool) -> Configuration:
     if not generator:
         return devices.load(file=file)
     translation = _translation(file)
@@ -55,10 +48,8 @@ def _load(file: str | None, generator: bool) -> "Configuration":
     return replace(built, notes=(*translation.notes, *built.notes), files=tuple(translation.files))
 
 
-def _values(device: "Device") -> "dict[str, Any]":
+def _values(device: Device) -> dict[str, Any]:
     """Return every value that has an effect on the device, by its key."""
-    from dataclasses import asdict
-
     values: dict[str, Any] = {"attach": device.attach}
     if device.swaps:
         values |= {"swap-priority": device.swap_priority, "options": device.options}
@@ -71,10 +62,8 @@ def _values(device: "Device") -> "dict[str, Any]":
     return values | asdict(device.settings())
 
 
-def _origin(device: "Device", key: str) -> str:
+def _origin(device: Device, key: str) -> str:
     """Return FILE:LINE of what gave `key` its value, '' for a default."""
-    from zramd.settings.keys import TWINS
-
     if key == "name":
         return device.where[""]
     written = [key, *(twin for twin, setting in TWINS.items() if setting == key)]
@@ -82,9 +71,7 @@ def _origin(device: "Device", key: str) -> str:
     return where or ("attach = swap" if key == "swap" and device.swaps else "")
 
 
-def _table(device: "Device") -> str:
-    from zramd.settings.config import Config
-
+def _table(device: Device) -> str:
     rows = []
     for key, value in _values(device).items():
         shown = {True: "on", False: "off"}[value] if isinstance(value, bool) else f"{value}"
@@ -104,7 +91,7 @@ def _table(device: "Device") -> str:
     return "\n".join([head, *(f"  {line.rstrip()}" for line in lines)])
 
 
-def _as_json(device: "Device") -> "dict[str, Any]":
+def _as_json(device: Device) -> dict[str, Any]:
     values = _values(device)
     return {
         "name": device.name,
@@ -116,7 +103,7 @@ def _as_json(device: "Device") -> "dict[str, Any]":
     }
 
 
-def _complain(configuration: "Configuration") -> None:
+def _complain(configuration: Configuration) -> None:
     for problem in configuration.problems:
         say(str(problem))
 
@@ -132,8 +119,6 @@ def show(arguments: argparse.Namespace) -> int:
     else:
         chosen, skipped = [configuration.find(arguments.name)], {}
     if arguments.json:
-        import json
-
         found = {
             "devices": [_as_json(device) for device in chosen],
             "skipped": skipped,
@@ -177,8 +162,6 @@ def check(arguments: argparse.Namespace) -> int:
 
 def import_(arguments: argparse.Namespace) -> int:
     """Print a zramd.conf made from another program's configuration; return 1 if it has errors to mend."""
-    from zramd.settings import conffiles, devices, foreign
-
     _must_be_a_file(arguments.file)
     translation = _translation(arguments.file)
     ram = devices.total_ram(conffiles.root_folder())
@@ -188,11 +171,10 @@ def import_(arguments: argparse.Namespace) -> int:
     return 1 if configuration.problems else 0
 
 
-def add(commands: "Commands") -> None:
+def add(commands: Commands) -> None:
     """Add the verbs."""
     parser = commands.add_parser(
         "config",
-        help="show, check or import the configuration of devices",
         description=("Show and check /etc/zramd.conf and its drop-ins, or make one from another program's."),
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)

@@ -212,7 +212,6 @@ def add(commands: "Commands") -> None:
     """Add the verb."""
     parser = commands.add_parser(
         "list",
-        help="show the devices of this machine (the default)",
         description="Show the devices of this machine that are served, as zramctl shows the kernel's.",
         more=_help,
     )

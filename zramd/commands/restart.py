@@ -5,25 +5,22 @@ All that can fail is done before the old server is asked to leave: see zramd.con
 
 import argparse
 import os
+import signal
 import socket
 import time
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from zramd.commands import add_device, serve
+from zramd.commands import Commands, add_device, serve
 from zramd.contract import handover, rundir
 from zramd.control import client, life, peer
 from zramd.errors import AttachError, DeviceError, RundirError, UsageError, is_shortage, reason
+from zramd.kernel import attached
 from zramd.launch import background, filters, nbdkit
-from zramd.process import inherited, pidfd
+from zramd.process import inherited, interrupts, pidfd
 from zramd.process.steps import step
-
-TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
-if TYPE_CHECKING:
-    from typing import Any
-
-    from zramd.commands import Commands
-    from zramd.settings.config import Config
+from zramd.settings import config
+from zramd.settings.config import Config
 
 LEAVE_TIMEOUT = 10.0  # seconds; a server needs one at most, a busy machine a few
 END_TIMEOUT = 2.0  # seconds; one that does not answer may be stopping
@@ -38,8 +35,6 @@ def restart(arguments: argparse.Namespace) -> int:
 
     Raises DeviceError (with what became of the old server), UsageError, ConfigError.
     """
-    from zramd.process import interrupts
-
     interrupts.interruptible()
     served = client.look(arguments.name, arguments.rundir)
     with (
@@ -55,8 +50,6 @@ def restart(arguments: argparse.Namespace) -> int:
 
 def _replace(served: client.Served, words: list[str], turn: life.Turn) -> tuple[int, float]:
     """Replace the server; return the new one's process and for how many seconds nobody answered."""
-    from zramd.process import interrupts
-
     process = served.process()
     peer.must_be_ours(process, served.name)  # what nbdkit was told is told to the next one
     served.pid = process.pid
@@ -221,8 +214,6 @@ class _Successor:
     """A server that is ready to take over: see zramd.contract.handover."""
 
     def __init__(self, plan: "_Plan", old: _Old, turn: life.Turn) -> None:
-        from zramd.process import interrupts
-
         self._settings = plan.settings
         ours, theirs = socket.socketpair()
         self._link = ours
@@ -295,8 +286,6 @@ class _Successor:
 
     def kill(self) -> None:
         """End it, if it is there."""
-        import signal
-
         if self._process is not None:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._process, signal.SIGKILL)
@@ -305,7 +294,7 @@ class _Successor:
             self.tells = self.tells or handover.TELLING in self._link.recv(16)
 
 
-def _pairs(settings: "dict[str, Any]") -> list[tuple[str, str]]:
+def _pairs(settings: dict[str, Any]) -> list[tuple[str, str]]:
     """Return a server's settings as a user would write them."""
     return [(key, _text(value)) for key, value in settings.items() if value != ""]
 
@@ -318,8 +307,6 @@ def _text(value: object) -> str:
 
 def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str, str]]:
     """Return the settings with those that the user wants otherwise. Raises ConfigError, UsageError."""
-    from zramd.settings import config
-
     before = config.parse(pairs)
     given = [(key, value) for key, _, value in (word.partition("=") for word in words)]
     names = {config.find(key).name for key, _ in given}
@@ -373,7 +360,7 @@ def _told(served: client.Served, process: peer.Process, name: str) -> list[str]:
 class _Plan(NamedTuple):
     """A server that is to take over."""
 
-    settings: "Config"
+    settings: Config
     argv: list[str]
 
 
@@ -382,8 +369,6 @@ def _plan(served: client.Served, line: list[str], pairs: list[tuple[str, str]]) 
 
     Sets the environment for it. Raises ConfigError, DeviceError for a server that is no nbdkit.
     """
-    from zramd.settings import config
-
     words = line[:-1]
     at = next(
         (
@@ -412,8 +397,6 @@ def _drain(name: str, process: int) -> None:
     zramd.server.leaving. A process of its own does it: one that comes too late is stuck until the new server
     answers, and that one waits for us.
     """
-    from zramd.kernel import attached
-
     try:
         found = attached.find(name)
     except (OSError, AttachError):  # whose device it is nobody but root may know
@@ -433,11 +416,10 @@ def _drain(name: str, process: int) -> None:
         os._exit(0)
 
 
-def add(commands: "Commands") -> None:
+def add(commands: Commands) -> None:
     """Add the verb."""
     parser = commands.add_parser(
         "restart",
-        help="put a new server into the place of a running one, with all data",
         usage="zramd restart NAME [key=value ...] [--rundir FOLDER]",
         description="Start a new server, of this version of zramd, in the place of a running one that has a "
         "state; key=value changes settings. Clients connect again by themselves, if they can (qemu's "

@@ -11,28 +11,28 @@ import argparse
 import os
 import re
 import select
+import shlex
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from zramd import __version__
-from zramd.commands import add_device, say
+from zramd.commands import Commands, add_device, say
 from zramd.contract import handover, rundir
 from zramd.control import client, life
-from zramd.errors import DeviceError, RundirError, UsageError, ZramdError, sentence
+from zramd.errors import ConfigError, DeviceError, RundirError, UsageError, ZramdError, sentence
 from zramd.kernel import attached, kernelswap
-from zramd.launch import background
+from zramd.launch import background, fdstore
 from zramd.launch.nbdkit import PRINTS, STANDARD_INPUT, Options, check, command, read_options
 from zramd.launch.uris import uri
-from zramd.process import inherited, pidfd
+from zramd.process import inherited, interrupts, notify, pidfd
 from zramd.process.steps import step
-
-TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
-if TYPE_CHECKING:
-    from zramd.commands import Commands
-    from zramd.settings.config import Config
-    from zramd.settings.devices import Device
+from zramd.settings import config, devices
+from zramd.settings.config import Config
+from zramd.settings.devices import Device
 
 DEFAULT_SIZE = "1G"
 READY_TIMEOUT = 30.0  # seconds after which the watcher gives up: nbdkit says itself what is wrong
@@ -55,9 +55,6 @@ def sudo(words: str) -> str:
 
 def _command(path: str | None = None) -> str:
     """Return how to call zramd: in a checkout it is in .venv, off the PATH (of root: `path`)."""
-    import shlex
-    import shutil
-
     found = shutil.which("zramd") if path is None else shutil.which("zramd", path=path)
     if found and _runs(found):
         return "zramd"
@@ -80,10 +77,8 @@ def _runs(script: str) -> bool:
     return match is None or os.path.exists(match[1])
 
 
-def greeting(settings: "Config", options: Options, pid: int) -> str:
+def greeting(settings: Config, options: Options, pid: int) -> str:
     """Return what the user is told once the server answers: where it is, and three commands to try next."""
-    import shlex
-
     where = uri(settings, options)
     folder = shlex.quote(settings.rundir)
     if not options.other_transport and options.values.get("--tls") != "require":  # the kernel has no TLS
@@ -105,12 +100,12 @@ def greeting(settings: "Config", options: Options, pid: int) -> str:
     )
 
 
-def is_ready(settings: "Config", pid: int) -> bool:
+def is_ready(settings: Config, pid: int) -> bool:
     """Say whether the server that is process `pid` answers: it, and not another one of the same name."""
     return not _why_not_ready(settings, pid)
 
 
-def _why_not_ready(settings: "Config", pid: int) -> str:
+def _why_not_ready(settings: Config, pid: int) -> str:
     """Return why one has to wait for the server that is process `pid`, '' if it answers."""
     try:
         if rundir.holder(settings.rundir) != pid:
@@ -141,7 +136,7 @@ def watch(pid: int, ready: Callable[[], bool], text: str) -> bool:
     return False
 
 
-def _start_watcher(settings: "Config", text: str) -> None:
+def _start_watcher(settings: Config, text: str) -> None:
     """Run `watch` in a process that is nobody's child, so that nbdkit has none that it does not know."""
     pid = os.getpid()
     made = not os.path.lexists(settings.rundir)  # then zramd makes the run folder
@@ -156,7 +151,7 @@ def _start_watcher(settings: "Config", text: str) -> None:
         os._exit(0)
 
 
-def _clear(settings: "Config", pid: int, made: bool) -> None:
+def _clear(settings: Config, pid: int, made: bool) -> None:
     """Remove what a server has left that did not get so far as to serve: nbdkit may end without a word to it.
 
     It does so when it cannot listen, say on a port that is in use. Else that would look like one that died.
@@ -170,13 +165,11 @@ def _clear(settings: "Config", pid: int, made: bool) -> None:
 
 def plan(
     name: str | None, size: str | None, words: list[str], nbdkit_words: list[str]
-) -> "tuple[Config, Options, list[str]]":
+) -> tuple[Config, Options, list[str]]:
     """Return what to serve, nbdkit's own options, and its command line; `words` are key=value settings.
 
     Raises ConfigError, RundirError, UsageError, and ZramdError when nbdkit is missing.
     """
-    from zramd.settings import config
-
     given = (("disksize", size), ("name", name))
     pairs = [(key, value) for key, value in given if value is not None]
     for word in words:
@@ -198,7 +191,7 @@ def plan(
     return settings, options, command(settings, pairs, options)
 
 
-def set_environment(settings: "Config") -> None:
+def set_environment(settings: Config) -> None:
     """Set this process's environment as the server needs it."""
     inherited.for_server()
     # nbdkit hands paths on as UTF-8, whatever the locale, and a service has none: Python could not open them.
@@ -213,12 +206,8 @@ def set_environment(settings: "Config") -> None:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Become nbdkit, serving as told. Returns only by an exception: see `plan`."""
-    from zramd.launch import fdstore
-
     size, words = arguments.size, arguments.settings
     if arguments.config is not None:
-        from zramd.settings import devices
-
         try:
             device = devices.find(arguments.config)
         except devices.SkippedError as skipped:
@@ -245,8 +234,6 @@ def serve(arguments: argparse.Namespace) -> int:
 
 def _not_here(skipped: Exception) -> int:
     """Say that the device is not meant for this machine. To a service manager that is no failure."""
-    from zramd.process import notify
-
     if "NOTIFY_SOCKET" not in os.environ:
         raise skipped
     notify.Manager().insist(f"STATUS={skipped}", "READY=1")
@@ -259,9 +246,6 @@ def start(arguments: argparse.Namespace) -> int:
 
     Raises as `plan`, and DeviceError with the server's reason when it does not get so far.
     """
-    from zramd.process import interrupts
-    from zramd.settings import config
-
     interrupts.interruptible()
 
     inherited.leave_manager()
@@ -303,14 +287,11 @@ def start(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _configured(name: str, *, sized: bool) -> "Device | None":
+def _configured(name: str, *, sized: bool) -> Device | None:
     """Return what zramd.conf has of a device, None if it has nothing and none is needed: a size was given.
 
     Raises ConfigError: where other devices are configured, one of another name is a mistake.
     """
-    from zramd.errors import ConfigError
-    from zramd.settings import devices
-
     configuration = devices.load()
     if configuration.has(name):
         return configuration.find(name)
@@ -322,13 +303,11 @@ def _configured(name: str, *, sized: bool) -> "Device | None":
         raise ConfigError(f"{error}; --size starts one that is not configured") from None
 
 
-def _begin(settings: "Config", argv: list[str], turn: life.Turn, folder: str) -> int:
+def _begin(settings: Config, argv: list[str], turn: life.Turn, folder: str) -> int:
     """Start a server in the background, and return its process number once it answers; if not, it is gone.
 
     It stands in `folder`. Raises DeviceError with its reason.
     """
-    from zramd.process import interrupts
-
     end = time.monotonic() + READY_TIMEOUT
     environment = {**turn.words(), rundir.BACKGROUND: "1"}
     with interrupts.blocked():
@@ -369,10 +348,6 @@ def spawn(
     Nobody's child because nbdkit may ask the kernel to be ended together with its parent. It stands in
     `folder` and has no descriptors of ours; then `prepare` is called in it, which may give it some.
     """
-    import signal
-
-    from zramd.process import interrupts
-
     errors, to_errors = os.pipe()
     numbers, to_numbers = os.pipe()
     child = os.fork()
@@ -448,10 +423,6 @@ def stop(arguments: argparse.Namespace) -> int:
 
     Raises DeviceError when the kernel uses the device, and when the server does not end.
     """
-    import signal
-
-    from zramd.process import interrupts
-
     interrupts.interruptible()
     served = client.look(arguments.name, arguments.rundir)
     outcome = "is not stopped"
@@ -517,8 +488,6 @@ def refuse_in_use(served: client.Served, what: str, more: str = "") -> None:
 
 
 def _settings_help() -> str:
-    from zramd.settings import config
-
     return (
         f"\nsettings [default]:\n{config.help_text()}\n"
         "Sizes take K, M, G, T, P or E. What follows -- goes to nbdkit: a TCP port, TLS, filters.\n"
@@ -533,11 +502,10 @@ def _settings_help() -> str:
     )
 
 
-def add(commands: "Commands") -> None:
+def add(commands: Commands) -> None:
     """Add the verbs."""
     parser = commands.add_parser(
         "start",
-        help="start a server in the background",
         usage="zramd start [NAME] [--size SIZE] [key=value ...] [-- NBDKIT-OPTIONS]",
         description="Serve a compressed device in the background; wait until it answers, print where it is. "
         "What it has to say goes to the file 'log' in its run folder. Without --size, a NAME that "
@@ -552,7 +520,6 @@ def add(commands: "Commands") -> None:
 
     parser = commands.add_parser(
         "stop",
-        help="stop a server; without a state its data is lost",
         description="Stop a server and wait for its end. Without a state its data is lost: then it refuses "
         "while clients are connected. With one it is kept. "
         "Refuses while this machine's kernel swaps to the device or has it mounted.",
@@ -565,7 +532,6 @@ def add(commands: "Commands") -> None:
 
     parser = commands.add_parser(
         "serve",
-        help="serve a device in the foreground, until stopped",
         usage="zramd serve [--config NAME | --name NAME] [--size SIZE] [key=value ...] [-- NBDKIT-OPTIONS]",
         description="Serve a compressed device in the foreground, on a unix socket in the run folder.",
         more=_settings_help,

@@ -17,7 +17,7 @@ import pytest
 from support.numbers import FakeDevice
 from support.server import PACKAGE_PARENT
 
-from zramd.commands import MODULES, Parser, completion, doctor, listing, main, parser
+from zramd.commands import VERBS, Parser, completion, doctor, listing, main, parser, verb_parser
 from zramd.control import client, life
 from zramd.errors import UsageError
 from zramd.kernel import attached, kernelswap
@@ -89,6 +89,28 @@ def test_list_starts_fast(tmp_path: Path) -> None:
     assert not heavy & imported
 
 
+@pytest.mark.parametrize("word", ["--help", "--version", "no-verb"])
+def test_what_needs_no_verb_imports_none(word: str) -> None:
+    code = (
+        "import sys; from zramd import commands\n"
+        f"try: status = commands.main(['{word}'])\nexcept SystemExit as end: status = end.code\n"
+        "print(status, *[name for name in sys.modules if name.startswith('zramd.commands')])"
+    )
+    status = "2" if word == "no-verb" else "0"
+    assert python(code).splitlines()[-1].split() == [status, "zramd.commands"]
+
+
+def test_a_verb_is_imported_when_it_is_called() -> None:
+    code = (
+        "import sys; from zramd import commands; commands.main(['stats', 'nobody'])\n"
+        "print(*[name for name in sys.modules if name.startswith(('zramd.commands', 'zramd.top'))])"
+    )
+    imported = set(python(code).split())
+    assert "zramd.commands.show" in imported
+    modules = {module for module, _ in VERBS.values()}
+    assert not imported & (modules - {"zramd.commands.show", "zramd.commands.doctor"})
+
+
 def test_daemon_does_not_import_the_command_line() -> None:
     plugin = (PACKAGE_PARENT / "nbdkit_plugin.py").read_text()
     names = set(re.findall(r"from (zramd[.\w]*) import|import (zramd[.\w]*)", plugin))
@@ -115,7 +137,7 @@ def test_public_names_are_imported_when_asked_for() -> None:
 
 
 def every_parser() -> dict[str, Parser]:
-    return dict(completion.tree(parser()))
+    return dict(completion.tree())
 
 
 def test_every_module_adds_verbs_that_do_something() -> None:
@@ -123,7 +145,7 @@ def test_every_module_adds_verbs_that_do_something() -> None:
         if path and not any(isinstance(action, argparse._SubParsersAction) for action in found._actions):
             assert callable(found.get_default("run")), path
             assert found.description, path
-    assert len(every_parser()) > len(MODULES)
+    assert len(every_parser()) > len(VERBS)
 
 
 @pytest.mark.parametrize("word", ["-V", "--version", "-h", "--help"])
@@ -211,11 +233,11 @@ def test_wrong(words: list[str], sentence: str, capsys: pytest.CaptureFixture[st
 
 
 def test_settings_may_stand_anywhere() -> None:
-    words = ["start", "a=1", "x", "--size", "1G", "b=", "--", "-t", "4", "c=3"]
-    found = parser().parse_args(words)
+    words = ["a=1", "x", "--size", "1G", "b=", "--", "-t", "4", "c=3"]
+    found = verb_parser("start").parse_args(words)
     assert (found.new_name, found.size, found.settings) == ("x", "1G", ["a=1", "b="])
     assert found.nbdkit_options == ["-t", "4", "c=3"]
-    found = parser().parse_args(["set", "--rundir", "/a=b", "x=1"])
+    found = verb_parser("set").parse_args(["--rundir", "/a=b", "x=1"])
     assert (found.rundir, found.settings) == ("/a=b", ["x=1"])
 
 
@@ -550,7 +572,7 @@ def test_completion_knows_every_verb_and_setting(shell: str) -> None:
                 assert option in script
     assert "mem_limit=" in script
     live = [setting.name for setting in config.SETTINGS if not setting.fixed]
-    set_words = completion.words(every_parser()["set"])
+    set_words = completion.words("set", every_parser()["set"])
     assert [word[:-1] for word in set_words if word.endswith("=")] == live
 
 
@@ -581,10 +603,10 @@ def test_no_memory_is_one_sentence(
 def test_a_library_that_does_not_load_is_told_in_a_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> None:
+    def fail(verb: str) -> None:
         raise ImportError("x.so: cannot map zero-fill pages")
 
-    monkeypatch.setattr("zramd.commands.parser", fail)
+    monkeypatch.setattr("zramd.commands.verb_parser", fail)
     assert main(["list"]) == 1
     assert capsys.readouterr().err == (
         "zramd: cannot be loaded, for want of memory perhaps: x.so: cannot map zero-fill pages\n"

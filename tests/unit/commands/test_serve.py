@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.run import wait_until
 
-from zramd.commands import main, parser, serve
+from zramd.commands import main, serve, verb_parser
 from zramd.contract import rundir
 from zramd.control import life
 from zramd.errors import ConfigError, DeviceError, RundirError, ZramdError
@@ -167,7 +167,7 @@ def no_exec(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def run_serve(*words: str) -> int:
     """Run the verb, so that its errors reach the test."""
-    arguments = parser().parse_args(["serve", *words])
+    arguments = verb_parser("serve").parse_args(words)
     status: int = arguments.run(arguments)
     return status
 
