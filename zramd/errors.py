@@ -198,6 +198,11 @@ def tell(line: str) -> None:
         drop(2)
 
 
+def say(sentence: str) -> None:
+    """Tell the user something beside what a command prints, on standard error."""
+    tell(f"zramd: {printable(sentence)}")
+
+
 def drop(fd: int) -> None:
     """Let what a standard descriptor has not taken yet go nowhere: Python would try it again at its end."""
     null = os.open(os.devnull, os.O_WRONLY)

@@ -251,8 +251,9 @@ class TestStart:
         served = serve()
         served.process.send_signal(signal.SIGSTOP)
         code = (
-            "import sys; from zramd.commands import main, serve; "
-            "serve.STOP_TIMEOUT = serve.LOOK_TIMEOUT = 0.2; sys.exit(main())"
+            "import sys; from zramd.commands import main; from zramd.control import busy; "
+            "from zramd.launch import lifecycle; "
+            "lifecycle.STOP_TIMEOUT = busy.LOOK_TIMEOUT = 0.2; sys.exit(main())"
         )
         done = subprocess.run(
             [sys.executable, "-P", "-c", code, "stop", *at(served)],

@@ -19,8 +19,8 @@ from support.run import talk, wait_until
 from support.run import zramd_command as zramd
 from support.server import PACKAGE_PARENT, PLUGIN, Served
 
-from zramd.commands.restart import LEAVE_TIMEOUT
 from zramd.contract import rundir
+from zramd.launch.takeover import LEAVE_TIMEOUT
 
 Serve = Callable[..., Served]
 BLOCK = 4096

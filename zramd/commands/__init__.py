@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from zramd import __version__
-from zramd.errors import UsageError, ZramdError, drop, printable, reason, sentence, tell
+from zramd.errors import UsageError, ZramdError, drop, printable, reason, say, sentence, tell
 from zramd.process import inherited
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -193,11 +193,6 @@ def folder(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("'' is not a folder: give one, or leave the option out")
     return text
-
-
-def say(sentence: str) -> None:
-    """Tell the user something beside what a command prints, on standard error."""
-    tell(f"zramd: {printable(sentence)}")
 
 
 def parts(of: Parser) -> dict[str, Parser]:

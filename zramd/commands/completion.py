@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from zramd.commands import VERBS, Commands, Parser, parser, parts, verb_parser
-from zramd.commands.listing import COLUMNS
+from zramd.control.columns import COLUMNS
 from zramd.settings import config
 
 # {values}, {verbs}, {nested} and {offers} are put in.

@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from zramd.commands import Commands, say
-from zramd.errors import ConfigError, printable
+from zramd.commands import Commands
+from zramd.errors import ConfigError, printable, say
 from zramd.settings import conffiles, devices, foreign
 from zramd.settings.config import Config
 from zramd.settings.devices import Configuration, Device

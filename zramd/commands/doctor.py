@@ -15,7 +15,7 @@ from zramd import __version__
 from zramd.commands import Commands
 from zramd.control import client
 from zramd.kernel.kernelswap import MIN_FREE, parse_swaps
-from zramd.launch.nbdkit import plugin_path
+from zramd.launch import nbdkit as launcher
 
 OLDEST_NBDKIT = (1, 28)  # calls `cleanup`
 THREADS_NBDKIT = (1, 34)  # survives a client that vanishes while several threads serve it
@@ -60,14 +60,9 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
-def nbdkit_version() -> str:
-    """Return nbdkit's version, '' if it is not there."""
-    return ".".join(str(part) for part in _version(_run("nbdkit", "--version")[1]))
-
-
 def nbdkit() -> Iterator[Finding]:
     """nbdkit, its Python plugin, and whether that can load the core."""
-    version = nbdkit_version()
+    version = launcher.version()
     if not version:
         yield Finding(
             PROBLEM, "nbdkit", "is not installed", "run 'apt-get install nbdkit nbdkit-plugin-python' as root"
@@ -91,7 +86,7 @@ def nbdkit() -> Iterator[Finding]:
         return
     python = _fields(out).get("python_version", "")
     yield Finding(OK, "nbdkit's python plugin", f"made for Python {python}")
-    status, out, err = _run("nbdkit", "python", plugin_path(), "--dump-plugin")
+    status, out, err = _run("nbdkit", "python", launcher.plugin_path(), "--dump-plugin")
     found = _fields(out)
     minor = ".".join(python.split(".")[:2])
     if status:

@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
 from zramd import trusted
-from zramd.commands import Commands, Parser, add_device, say
-from zramd.commands.serve import refuse_in_use
-from zramd.control import client
-from zramd.errors import DeviceError, SaveError, UntrustedError, UsageError, reason, tell
+from zramd.commands import Commands, Parser, add_device
+from zramd.control import busy, client
+from zramd.errors import DeviceError, SaveError, UntrustedError, UsageError, reason, say, tell
 from zramd.kernel import attached, kernelswap
 from zramd.process import inherited, interrupts
 from zramd.process.steps import step
@@ -43,7 +42,7 @@ def save(arguments: argparse.Namespace) -> int:
         if place is not None:
             _check_target(place, arguments.force)
         if not arguments.live:
-            refuse_in_use(served, "save", ", or save it with --live, blocks of different moments")
+            busy.refuse(served, "save", ", or save it with --live, blocks of different moments")
         in_use = _in_use(served)
         numbers = served.stats()
         total = numbers["compr_data_size"] + numbers["pages_stored"] * RECORD

@@ -8,12 +8,12 @@ import time
 from typing import Any
 
 import zramd
-from zramd.commands import Commands, Parser, add_device, say
-from zramd.commands.doctor import nbdkit_version
+from zramd.commands import Commands, Parser, add_device
 from zramd.contract.rundir import COMPACT_TIMEOUT
 from zramd.control import client
-from zramd.errors import DeviceError, UsageError
+from zramd.errors import DeviceError, UsageError, say
 from zramd.kernel import attached, kernelswap
+from zramd.launch import nbdkit
 from zramd.settings import config
 from zramd.stats.stats import NUMBERS
 
@@ -138,7 +138,7 @@ def dump(arguments: argparse.Namespace) -> int:
     served = client.find(arguments.name, arguments.rundir)
     state: dict[str, Any] = {
         "zramd": zramd.__version__,
-        "nbdkit": nbdkit_version() or "not found",
+        "nbdkit": nbdkit.version() or "not found",
         "python": sys.version.split()[0],
         "kernel": " ".join(os.uname()[place] for place in (0, 2, 3, 4)),
         "rundir": served.path,
