@@ -77,6 +77,7 @@ def test_show(root):
     assert ["swap-priority", "7", "/etc/zramd.conf:3"] in lines
     assert ["swap", "local", "attach", "=", "swap"] in lines
     assert ["compaction", "on", "default"] in lines
+    assert ["client_limit", "1000", "default"] in lines  # connections, not bytes
     assert "\nvm: 1 GiB, for others to attach\n" in output
     assert "\noff: no device: zram-size = 0 is 0 here (/etc/zramd.conf:8)\n" in output
     status, output, _ = zramd(root, "show", "vm")

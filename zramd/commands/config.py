@@ -10,7 +10,7 @@ from typing import Any
 from zramd.commands import Commands
 from zramd.errors import ConfigError, printable, say
 from zramd.settings import conffiles, devices, foreign
-from zramd.settings.config import Config
+from zramd.settings.config import SETTINGS
 from zramd.settings.devices import Configuration, Device
 from zramd.settings.foreign import Translation
 from zramd.settings.keys import TWINS
@@ -72,11 +72,11 @@ def _origin(device: Device, key: str) -> str:
 
 
 def _table(device: Device) -> str:
+    sizes = {setting.name for setting in SETTINGS if setting.is_size}
     rows = []
     for key, value in _values(device).items():
         shown = {True: "on", False: "off"}[value] if isinstance(value, bool) else f"{value}"
-        is_size = type(value) is int and key in Config.__annotations__  # a setting's whole numbers are sizes
-        size = _human(value) if is_size and value else ""
+        size = _human(value) if value and key in sizes else ""
         rows.append((key, shown or "-", size, _origin(device, key) or "default"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = (

@@ -205,6 +205,11 @@ class Setting:
     fixed: str = ""  # why it cannot be changed while the device is served; "": it can
 
     @property
+    def is_size(self) -> bool:
+        """Whether the value is a number of bytes."""
+        return self.parse in (parse_size, _disksize, _step, _reserve)
+
+    @property
     def default_text(self) -> str:
         """The default as documentation shows it."""
         return self.shown_default or self.default or ""
