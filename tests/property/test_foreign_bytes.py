@@ -315,6 +315,10 @@ REQUESTS = (
 class Service:
     """A server that has nothing to tell."""
 
+    @property
+    def device(self) -> "Service":
+        return self
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *arguments, **more: self._answer(name, arguments)
 

@@ -19,7 +19,7 @@ from zramd.process import inherited, interrupts, pidfd
 from zramd.settings.config import Config
 
 READY_TIMEOUT = 30.0  # seconds after which the watcher gives up: nbdkit says itself what is wrong
-_TOOK_OVER = "zramd: took over "  # what a server says that does well: zramd.server.making
+_TOOK_OVER = "zramd: took over "  # what a server says that does well: zramd.server.opening
 _BEFORE_REASON = r"nbdkit: (error: )?(.*nbdkit_plugin\.py: \w+: error: )?"
 
 

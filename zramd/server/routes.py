@@ -29,9 +29,24 @@ STREAMS_IN = (("PUT", "/load"),)
 LENGTHY = (*STREAMS_OUT, *STREAMS_IN, ("POST", "/compact"), ("POST", "/check"))
 
 
+class Device(Protocol):
+    """What the endpoint asks of the device itself."""
+
+    def check(self) -> None:
+        """Raise CorruptionError when the device's structures contradict each other."""
+
+    def block(self, number: int) -> dict[str, int | str]:
+        """Return what stands for a block; raises ValueError beyond the device's end."""
+
+    def reset_mem_used_max(self) -> None:
+        """Forget the peak of the pool's size."""
+
+
 class Service(Protocol):
     """What the endpoint shows and steers."""
 
+    @property
+    def device(self) -> Device: ...
     def snapshot(self) -> stats.Snapshot: ...
     def classes(self) -> list[stats.ClassRow]: ...
     def health(self) -> dict[str, str | int]: ...
@@ -42,16 +57,9 @@ class Service(Protocol):
     def compact(self, timeout: float) -> int:
         """Return the pages freed."""
 
-    def check(self) -> None:
-        """Raise CorruptionError when the device's structures contradict each other."""
-
-    def block(self, number: int) -> dict[str, int | str]:
-        """Return what stands for a block; raises ValueError beyond the device's end."""
-
     def reset(self) -> bool:
         """Drop all data; return False, with nothing done, while a client is connected."""
 
-    def reset_mem_used_max(self) -> None: ...
     def send_sockets(self, path: str) -> None:
         """Send the listening sockets to who listens at `path`; raises OSError."""
 
@@ -192,7 +200,7 @@ class Routes:
         if not (text.isascii() and text.isdigit() and len(text) < 20):
             raise RefusedError(400, f"'{text}' is not a block's number: blocks have 4096 bytes, from 0 on")
         try:
-            return _json(self._service.block(int(text)))
+            return _json(self._service.device.block(int(text)))
         except ValueError as error:
             raise RefusedError(400, str(error)) from None
 
@@ -202,7 +210,7 @@ class Routes:
 
     def _check(self, text: str) -> Reply:
         try:
-            self._service.check()
+            self._service.device.check()
         except CorruptionError as error:
             return _json({"sound": False, "fault": str(error)})
         return _json({"sound": True})
@@ -214,7 +222,7 @@ class Routes:
             raise RefusedError(400, str(error)) from None
 
     def _mem_used_max(self, text: str) -> Reply:
-        self._service.reset_mem_used_max()
+        self._service.device.reset_mem_used_max()
         return _json({"mem_used_max": self._service.snapshot().mem_used_max})
 
     def _sockets(self, text: str) -> Reply:

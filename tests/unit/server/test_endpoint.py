@@ -36,6 +36,7 @@ class FakeService:
         self.changed: dict[str, object] = {}
         self.hold = threading.Event()
         self.hold.set()
+        self.device = self
 
     def snapshot(self) -> stats.Snapshot:
         made = stats.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
