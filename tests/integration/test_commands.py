@@ -19,7 +19,7 @@ from support.run import zramd_command as zramd
 from support.server import PACKAGE_PARENT, Served
 
 from zramd.contract import rundir
-from zramd.stats import stats
+from zramd.stats import numbers
 
 Serve = Callable[..., Served]
 BLOCK = 4096
@@ -274,7 +274,7 @@ class TestShow:
         assert line.split()[:2] == ["compression_ratio", "-"]
         fill(served, 50)
         text = said("stats", *at(served))
-        for number in stats.NUMBERS:
+        for number in numbers.NUMBERS:
             (line,) = [line for line in text.splitlines() if line.startswith(f"{number.name} ")]
             assert number.meaning in line
             assert not number.unit or f" {number.unit} " in line

@@ -15,7 +15,7 @@ from zramd.errors import DeviceError, UsageError, say
 from zramd.kernel import attached, kernelswap
 from zramd.launch import nbdkit
 from zramd.settings import config
-from zramd.stats.stats import NUMBERS
+from zramd.stats.numbers import NUMBERS
 
 CHECK_TIMEOUT = 600.0  # seconds; it walks about a million blocks a second
 

@@ -7,7 +7,7 @@ from zramd.core.device.device import Device
 from zramd.process import notify
 from zramd.server.log import say
 from zramd.server.published import StatsFiles
-from zramd.stats import stats
+from zramd.stats import snapshots, texts
 
 STATUS_INTERVAL = 10.0  # seconds between two words on how we are to the service manager, at least
 READY_PATIENCE = 1.0  # seconds for the service manager to take our word, at each try
@@ -21,7 +21,7 @@ class Reports:
         device: Device,
         files: StatsFiles,
         manager: notify.Manager,
-        snapshot: Callable[[], stats.Snapshot],
+        snapshot: Callable[[], snapshots.Snapshot],
     ) -> None:
         self._device = device
         self._files = files
@@ -54,11 +54,11 @@ class Reports:
 
     def write(self) -> None:
         """Write the stats files. Raises RundirError."""
-        self._files.write(self._device.counters(), self._snapshot(), stats.take_classes(self._device))
+        self._files.write(self._device.counters(), self._snapshot(), snapshots.take_classes(self._device))
 
     def status(self) -> None:
         """Tell the service manager what is stored."""
-        self._manager.tell(f"STATUS={stats.sentence(self._snapshot())}")
+        self._manager.tell(f"STATUS={texts.sentence(self._snapshot())}")
         self._told_at = time.monotonic()
         self._told = self._files.written
 

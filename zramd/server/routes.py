@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from zramd.contract.rundir import COMPACT_TIMEOUT
 from zramd.errors import ConfigError, CorruptionError, DeviceError, ZramdError, is_shortage, reason, sentence
 from zramd.settings.config import SETTINGS
-from zramd.stats import prometheus, stats
+from zramd.stats import prometheus, snapshots, texts
 
 TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
@@ -47,8 +47,8 @@ class Service(Protocol):
 
     @property
     def device(self) -> Device: ...
-    def snapshot(self) -> stats.Snapshot: ...
-    def classes(self) -> list[stats.ClassRow]: ...
+    def snapshot(self) -> snapshots.Snapshot: ...
+    def classes(self) -> list[snapshots.ClassRow]: ...
     def health(self) -> dict[str, str | int]: ...
     def settings(self) -> dict[str, Any]: ...
     def change(self, name: str, text: str) -> Any:
@@ -172,19 +172,19 @@ class Routes:
         return Reply(200, TEXT, self._paths())
 
     def _stats(self, text: str) -> Reply:
-        return Reply(200, _JSON, stats.to_json(self._service.snapshot()))
+        return Reply(200, _JSON, texts.to_json(self._service.snapshot()))
 
     def _mm_stat(self, text: str) -> Reply:
-        return Reply(200, TEXT, stats.mm_stat(self._service.snapshot()))
+        return Reply(200, TEXT, texts.mm_stat(self._service.snapshot()))
 
     def _io_stat(self, text: str) -> Reply:
-        return Reply(200, TEXT, stats.io_stat(self._service.snapshot()))
+        return Reply(200, TEXT, texts.io_stat(self._service.snapshot()))
 
     def _classes(self, text: str) -> Reply:
-        return Reply(200, TEXT, stats.classes_table(self._service.classes()))
+        return Reply(200, TEXT, texts.classes_table(self._service.classes()))
 
     def _classes_json(self, text: str) -> Reply:
-        return Reply(200, _JSON, stats.classes_json(self._service.classes()))
+        return Reply(200, _JSON, texts.classes_json(self._service.classes()))
 
     def _metrics(self, text: str) -> Reply:
         shown = prometheus.exposition(self._service.snapshot(), self._service.classes())
@@ -206,7 +206,8 @@ class Routes:
 
     def _compact(self, text: str) -> Reply:
         freed = self._service.compact(COMPACT_TIMEOUT)
-        return _json({"pages_freed": freed, "frag_ratio": round(self._service.snapshot().frag_ratio, 4)})
+        frag_ratio = self._service.snapshot().values["frag_ratio"]
+        return _json({"pages_freed": freed, "frag_ratio": round(frag_ratio, 4)})
 
     def _check(self, text: str) -> Reply:
         try:
@@ -223,7 +224,7 @@ class Routes:
 
     def _mem_used_max(self, text: str) -> Reply:
         self._service.device.reset_mem_used_max()
-        return _json({"mem_used_max": self._service.snapshot().mem_used_max})
+        return _json({"mem_used_max": self._service.snapshot().values["mem_used_max"]})
 
     def _sockets(self, text: str) -> Reply:
         try:

@@ -22,7 +22,7 @@ from zramd.server.trouble import Troubles
 from zramd.server.undone import Undone
 from zramd.settings.config import Config, find
 from zramd.settings.config import value as parse_value
-from zramd.stats import stats
+from zramd.stats import snapshots
 
 STREAM_PATIENCE = 600.0  # seconds that a save or a load may stand still: ssh may ask for a password
 _DATA_ID_FAILS = "data_id is not written"
@@ -74,9 +74,9 @@ class Service:
         with self._clients_lock:
             self.clients -= 1
 
-    def snapshot(self) -> stats.Snapshot:
+    def snapshot(self) -> snapshots.Snapshot:
         """Return all numbers now."""
-        return stats.take(
+        return snapshots.take(
             self.device,
             name=self.config.name,
             comp_algorithm=self.config.comp_algorithm,
@@ -84,9 +84,9 @@ class Service:
             started=self._started,
         )
 
-    def classes(self) -> list[stats.ClassRow]:
+    def classes(self) -> list[snapshots.ClassRow]:
         """Return the table of size classes now."""
-        return stats.take_classes(self.device)
+        return snapshots.take_classes(self.device)
 
     def health(self) -> dict[str, Any]:
         """Return status (ok or degraded), its causes, the compactor's state, number of clients, process."""

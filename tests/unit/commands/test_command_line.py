@@ -23,7 +23,7 @@ from zramd.control.human import human
 from zramd.errors import UsageError
 from zramd.kernel import attached, kernelswap
 from zramd.settings import config
-from zramd.stats import prometheus, stats
+from zramd.stats import numbers, prometheus, snapshots, texts
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -81,7 +81,7 @@ def test_list_starts_fast(tmp_path: Path) -> None:
     server = set(python("import sys, zramd.server.server; print(*sys.modules)").split())
     heavy |= {name for name in server if name.startswith("zramd.")} - SHARED
     assert {
-        "zramd.stats.stats",
+        "zramd.stats.snapshots",
         "zramd.core.device.device",
         "zramd.server.leaving",
         "zramd.server.log",
@@ -304,8 +304,8 @@ def test_table_and_raw() -> None:
 
 
 def test_every_column_has_a_cell() -> None:
-    snapshot = stats.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
-    values = {**json.loads(stats.to_json(snapshot)), "clients": 1, "attached": "", "mountpoint": ""}
+    snapshot = snapshots.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
+    values = {**json.loads(texts.to_json(snapshot)), "clients": 1, "attached": "", "mountpoint": ""}
     cells = {column.name: column.show(column.get(values), False) for column in columns.COLUMNS}
     assert [name for name, cell in cells.items() if not cell] == ["MOUNTPOINT", "ATTACHED"]
     assert (cells["DATA"], cells["COMPR"], cells["TOTAL"]) == ("40K", "6K", "8K")
@@ -371,15 +371,14 @@ def test_stop_is_refused_while_in_use(
 
 
 def test_every_number_has_a_meaning() -> None:
-    snapshot = stats.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
-    names = [number.name for number in stats.NUMBERS]
-    assert sorted(names) == sorted(
-        stats.to_dict(snapshot).keys() - {"name", "version", "comp_algorithm", "pid", "latency"}
-    )
-    for number in stats.NUMBERS:
+    snapshot = snapshots.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
+    names = [number.name for number in numbers.NUMBERS]
+    shown = json.loads(texts.to_json(snapshot))
+    assert sorted(names) == sorted(shown.keys() - {*texts.ABOUT, "latency"})
+    for number in numbers.NUMBERS:
         assert number.meaning.endswith(".")
     text = prometheus.exposition(snapshot, [])
-    metrics = [number for number in stats.NUMBERS if number.metric]
+    metrics = [number for number in numbers.NUMBERS if number.metric]
     assert len({number.metric for number in metrics}) == len(metrics) > 20
     for number in metrics:
         assert f"# HELP zramd_{number.metric} {number.meaning}\n" in text
