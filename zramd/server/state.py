@@ -8,13 +8,12 @@ mapped.
 """
 
 import errno
-import fcntl
 import os
 import struct
 import zlib
 from contextlib import suppress
 
-from zramd import trusted
+from zramd import lockfile, trusted
 from zramd.contract.handover import KEPT_FD, SYSTEMD
 from zramd.core.device.device import state_layout
 from zramd.core.memory.region import filesystem, page_size
@@ -115,12 +114,10 @@ def _remedy(number: int | None) -> str:
 
 def _lock(fd: int, path: str) -> None:
     """Take the lock that says that a server uses the file; a fork shares it, and a kill drops it."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not lockfile.take(fd):
         raise StateError(
             f"state '{path}' is in use by a running server: stop that first, or use another path"
-        ) from None
+        )
 
 
 def _is_empty(fd: int) -> bool:

@@ -49,6 +49,7 @@ SHARED = {
     "zramd.contract.handover",
     "zramd.contract.rundir",
     "zramd.errors",
+    "zramd.lockfile",
     "zramd.kernel",
     "zramd.kernel.kernelswap",
     "zramd.process",
