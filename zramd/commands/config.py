@@ -8,21 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from zramd.commands import Commands
+from zramd.control.human import spelled
 from zramd.errors import ConfigError, printable, say
 from zramd.settings import conffiles, devices, foreign
-from zramd.settings.config import SETTINGS
+from zramd.settings.config import SETTINGS, written
 from zramd.settings.devices import Configuration, Device
 from zramd.settings.foreign import Translation
 from zramd.settings.keys import TWINS
 
 _WRITE_ONE = "write /etc/zramd.conf, as docs/zramd.conf shows"
 _ABOUT_GENERATOR = "read zram-generator's configuration, else zramswap's, instead of zramd's"
-
-
-def _human(size: int) -> str:
-    """Return bytes with the largest unit that leaves at least 1, with at most one decimal."""
-    power = max(0, (size.bit_length() - 1) // 10)
-    return f"{size / 1024**power:.1f}".removesuffix(".0") + f" {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def _must_be_a_file(file: str | None) -> None:
@@ -75,8 +70,8 @@ def _table(device: Device) -> str:
     sizes = {setting.name for setting in SETTINGS if setting.is_size}
     rows = []
     for key, value in _values(device).items():
-        shown = {True: "on", False: "off"}[value] if isinstance(value, bool) else f"{value}"
-        size = _human(value) if value and key in sizes else ""
+        shown = written(value)
+        size = spelled(value) if value and key in sizes else ""
         rows.append((key, shown or "-", size, _origin(device, key) or "default"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = (
@@ -87,7 +82,7 @@ def _table(device: Device) -> str:
         "device": "this machine attaches it",
         "no": "for others to attach",
     }[device.attach]
-    head = f"{device.name}: {_human(device.disksize)}, {what}"
+    head = f"{device.name}: {spelled(device.disksize)}, {what}"
     return "\n".join([head, *(f"  {line.rstrip()}" for line in lines)])
 
 

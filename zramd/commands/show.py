@@ -90,7 +90,7 @@ def change(arguments: argparse.Namespace) -> int:
     served = client.find(arguments.name, arguments.rundir)
     for name, text in pairs:
         answer = served.ask_json("PUT", f"/{name}", text)
-        print(f"{name}={_as_setting(answer[name])}")
+        print(f"{name}={config.written(answer[name])}")
         if name == "mem_limit":
             _say_if_full(served)
     return 0
@@ -104,12 +104,6 @@ def _say_if_full(served: client.Served) -> None:
             f"{used} bytes are in use already: nothing is lost, but writes that need memory fail "
             "until clients have freed some"
         )
-
-
-def _as_setting(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def check(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,6 @@ NBD cannot be spoken to by netlink. zramd.kernel.attached has the records of wha
 import json
 import os
 import re
-import select
 import shlex
 import signal
 import subprocess
@@ -27,7 +26,7 @@ from zramd.kernel import attached, kernelswap, netlink, swapunit
 from zramd.kernel.attached import Attached
 from zramd.kernel.keeper import Job
 from zramd.launch.sudo import sudo
-from zramd.process import interrupts, steps
+from zramd.process import interrupts, pidfd, steps
 from zramd.process.steps import step
 from zramd.settings import config, devices
 from zramd.settings.devices import Device
@@ -453,7 +452,7 @@ def _take_away(there: Attached) -> None:
 def _disconnect(device: str, there: Attached | None) -> Callable[[], bool]:
     """End a device, and tell its keeper to end; return what says whether both have gone."""
     connection = attached.connection(device)
-    keeper, ended = -1, select.poll()
+    keeper = -1
     if there and there.keeper:
         with suppress(ProcessLookupError):
             keeper = os.pidfd_open(there.keeper)
@@ -467,7 +466,6 @@ def _disconnect(device: str, there: Attached | None) -> Callable[[], bool]:
     except netlink.NoFamilyError:
         kernelswap.run("nbd-client", "-d", device)
     if keeper >= 0:
-        ended.register(keeper, select.POLLIN)
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(keeper, signal.SIGTERM)
 
@@ -476,7 +474,7 @@ def _disconnect(device: str, there: Attached | None) -> Callable[[], bool]:
         if connection and attached.connection(device) == connection:
             return False
         if keeper >= 0:
-            ended.poll(APPEARS * 1000)  # it removes its record; one that is late does so later
+            pidfd.has_ended(keeper, APPEARS)  # it removes its record; one that is late does so later
         return True
 
     return gone

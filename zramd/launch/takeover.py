@@ -302,13 +302,7 @@ class _Successor:
 
 def _pairs(settings: dict[str, Any]) -> list[tuple[str, str]]:
     """Return a server's settings as a user would write them."""
-    return [(key, _text(value)) for key, value in settings.items() if value != ""]
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return [(key, config.written(value)) for key, value in settings.items() if value != ""]
 
 
 def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str, str]]:

@@ -474,6 +474,13 @@ def value(setting: Setting, text: str) -> Any:
         raise ConfigError(f"{setting.name}: {error}") from None
 
 
+def written(value: object) -> str:
+    """Return a setting's value as a user writes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def help_text() -> str:
     """Return the table of all settings as the command line's help shows it."""
     width = max(len(setting.name) for setting in SETTINGS)
