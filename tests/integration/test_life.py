@@ -151,7 +151,7 @@ def test_stop_without_a_state(device: Device) -> None:
     assert nbd.ask(nbd.WRITE, 0, BLOCK, b"x" * BLOCK) == 0
     said = device.refused("stop")
     assert said == (
-        "run has no state, and its data would be lost to those who use it (1 connected): "
+        "run has no state, and its clients would lose its data (1 connected): "
         "disconnect them first, or use --force"
     )
     assert nbd.read(0, BLOCK) == b"x" * BLOCK

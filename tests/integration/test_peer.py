@@ -159,7 +159,7 @@ def test_root_and_the_server_of_another_user(his: Path) -> None:
         process.close()
         sentence = refused("restart", "--rundir", run)
         assert sentence == (
-            f"the server of run belongs to {HIM}, and runs what he has it run: do this as that user"
+            f"the server of run belongs to {HIM}, who decides what it runs: do this as that user"
         )
         sentence = refused("attach", "his", "--rundir", run, "--swap")
         assert f"belongs to {HIM}, who could read and change what is swapped out" in sentence

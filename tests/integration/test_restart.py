@@ -483,7 +483,7 @@ def test_in_the_foreground(serve: Serve, memory_folder: Path) -> None:
     done = zramd("restart", "--rundir", served.rundir)
     assert done.returncode == 1
     assert (
-        f"runs in the foreground, not by 'zramd start': end it by 'kill -USR1 {served.process.pid}'"
+        f"runs in the foreground, not by 'zramd start': end it with 'kill -USR1 {served.process.pid}'"
         in done.stderr
     )
     nbd = NbdSocket(served)

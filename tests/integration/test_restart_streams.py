@@ -44,7 +44,7 @@ def refused(served: Started, what: str) -> None:
     """See that a restart is refused, and that the same process serves on."""
     pid = served.pid
     done = served.restart()
-    sentence = f"again goes on as before: a {what} is under way: restart it when that is done"
+    sentence = f"again goes on as before: a {what} is under way: restart when it is done"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"zramd: {sentence}\n")
     assert served.pid == pid
 

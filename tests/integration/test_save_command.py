@@ -156,7 +156,7 @@ def test_save_under_load(serve: Serve, tmp_path: Path) -> None:
     try:
         wait_until(lambda: served.stats()["writes"] > before + 50)
         text = refused("save", *at(served), file)
-        assert "a client changed the device while it was saved: stop who writes to it, or use --live" in text
+        assert "a client changed the device while it was saved: stop what writes to it, or use --live" in text
         assert not [name for name in os.listdir(tmp_path) if name.startswith("saved")]
         said = done("save", "--live", *at(served), file)
     finally:
@@ -541,7 +541,7 @@ def test_the_server_dies_in_a_load(serve: Serve, tmp_path: Path, memory_folder: 
     assert process.wait(20) == 1
     third = serve(**configured)
     assert third.stats()["pages_stored"] == 0
-    assert "was not completed: what it had of it was dropped" in third.log.read_text()
+    assert "was not completed: the part that had arrived was dropped" in third.log.read_text()
     done("load", *at(third), file)
     assert content(third) == content(first)
 

@@ -36,8 +36,8 @@ VERBS = {
     "start": ("zramd.commands.serve", "start a server in the background"),
     "stop": ("zramd.commands.serve", "stop a server; without a state its data is lost"),
     "serve": ("zramd.commands.serve", "serve a device in the foreground, until stopped"),
-    "restart": ("zramd.commands.restart", "put a new server into the place of a running one, with all data"),
-    "stats": ("zramd.commands.show", "print all numbers of a device, with their meaning"),
+    "restart": ("zramd.commands.restart", "replace a running server by a new one, keeping all data"),
+    "stats": ("zramd.commands.show", "print every number of a device with its meaning"),
     "classes": ("zramd.commands.show", "print the table of size classes"),
     "compact": ("zramd.commands.show", "compact the pool now"),
     "set": ("zramd.commands.show", "change settings of a running device"),
@@ -49,25 +49,25 @@ VERBS = {
     "load": ("zramd.commands.saving", "load a saved device into a running one"),
     "attach": (
         "zramd.commands.attach",
-        "make a kernel block device of a running zramd, and swap to it if asked",
+        "make a running device a block device of this kernel, and swap to it if asked",
     ),
     "detach": ("zramd.commands.attach", "take the kernel block device away again"),
     "top": ("zramd.commands.top", "watch a device live on the whole screen"),
-    "doctor": ("zramd.commands.doctor", "see whether this machine is ready"),
+    "doctor": ("zramd.commands.doctor", "check whether this machine is ready"),
     "config": ("zramd.commands.config", "show, check or import the configuration of devices"),
     "install-units": ("zramd.commands.units", "write the systemd units of this installation"),
     "remove-units": ("zramd.commands.units", "remove the systemd units again"),
     "completion": (
         "zramd.commands.completion",
-        "print a script that completes what you type in the shell",
+        "print a completion script for your shell",
     ),
 }
 
 EXIT_STATUS = """\
 exit status:
   0  done
-  1  it went wrong, or what was looked for is wrong: one sentence on standard error says why
-  2  what was written on the command line is wrong
+  1  it failed, or what you asked about is not well: one sentence on standard error says why
+  2  the command line is wrong
 """
 
 
@@ -169,7 +169,9 @@ def _overview() -> str:
     """Return what the help says of the verbs, and of how all of them end."""
     width = max(map(len, VERBS))
     verbs = "".join(f"  {verb:<{width}}  {text}\n" for verb, (_, text) in VERBS.items())
-    return f"\ncommands:\n{verbs}\n'zramd COMMAND --help' tells more. man zramd tells all.\n\n{EXIT_STATUS}"
+    return (
+        f"\ncommands:\n{verbs}\n'zramd COMMAND --help' says more, and man zramd everything.\n\n{EXIT_STATUS}"
+    )
 
 
 def verb_parser(verb: str) -> Parser:
@@ -225,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         say(_why(error))
         return 1
     except ImportError as error:
-        say(f"cannot be loaded, for want of memory perhaps: {error}")
+        say(f"cannot be loaded, perhaps for lack of memory: {error}")
         return 1
     except MemoryError:
         say("not enough memory for this command: free some, or raise 'ulimit -v'")

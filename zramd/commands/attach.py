@@ -69,12 +69,12 @@ def add(commands: Commands) -> None:
         "attach",
         description=(
             "Attach a running device to this machine's kernel and print the block device's name. A small\n"
-            "process stays: it connects the kernel again when the server was restarted with the same data.\n"
-            "What it does it writes to the kernel's log."
+            "process stays and reconnects the kernel after the server was restarted with the same data. It\n"
+            "reports to the kernel's log."
         ),
         more=lambda: (
             "\nWhile the server is away, requests wait. After --dead-conn-timeout new ones fail: programs\n"
-            "whose memory was swapped out get SIGBUS. A server with other data is not used.\n"
+            "whose memory was swapped out get SIGBUS. A server with other data is never used.\n"
         ),
     )
     add_device(parser)
@@ -85,14 +85,14 @@ def add(commands: Commands) -> None:
         "what is attached already stays so",
     )
     parser.add_argument(
-        "--device", type=_device, default=-1, metavar="/dev/nbdN", help="which one [a free one]"
+        "--device", type=_device, default=-1, metavar="/dev/nbdN", help="use this one [a free one]"
     )
     parser.add_argument(
         "--connections",
         type=_whole(1, 16, "a number of connections"),
         default=1,
         metavar="N",
-        help="how many, up to 16 [1]",
+        help="number of connections, up to 16 [1]",
     )
     parser.add_argument(
         "--timeout",
@@ -108,7 +108,7 @@ def add(commands: Commands) -> None:
         type=_whole(0, 1_000_000, "a number of seconds"),
         default=DEAD_CONN_TIMEOUT,
         metavar="S",
-        help=f"seconds for which requests wait for a new server before they fail [{DEAD_CONN_TIMEOUT}]",
+        help=f"seconds that requests wait for a new server before they fail [{DEAD_CONN_TIMEOUT}]",
     )
     parser.add_argument("--swap", action="store_true", help="mkswap and swapon; what the device held is lost")
     parser.add_argument(
@@ -136,16 +136,19 @@ def add(commands: Commands) -> None:
         description="Detach a device from this machine's kernel. Refused while it is mounted or swapped to.",
     )
     add_device(parser)
-    parser.add_argument("--swapoff", action="store_true", help="swap off first; Ctrl-C stops that")
+    parser.add_argument("--swapoff", action="store_true", help="swap off first; Ctrl-C stops it")
     parser.add_argument(
-        "--force", action="store_true", help="swap off even if there is less memory than must come back"
+        "--force",
+        action="store_true",
+        help="swap off even if there is not enough memory for what must come back",
     )
     parser.add_argument(
-        "--if-attached", action="store_true", help="if it is not attached, do nothing, and that is fine"
+        "--if-attached", action="store_true", help="succeed without doing anything if it is not attached"
     )
     parser.add_argument(
         "--config",
         action="store_true",
-        help="nor if /etc/zramd.conf has attach = no for it and no swap is on it: others attached it then",
+        help="likewise if /etc/zramd.conf has attach = no for it and no swap is on it: somebody else "
+        "attached it",
     )
     parser.set_defaults(run=detach)

@@ -185,7 +185,7 @@ def add(commands: Commands) -> None:
     one = verbs.add_parser(
         "check",
         help="print every error",
-        description="Print every error. Status 1: there are some.",
+        description="Print every error; exit status 1 if there is one.",
     )
     one.add_argument("file", nargs="?", metavar="FILE", help="only this file [zramd.conf and its drop-ins]")
     one.add_argument("--generator", action="store_true", help=_ABOUT_GENERATOR)

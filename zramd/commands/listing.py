@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _what_next() -> str:
-    """Return what somebody may do who has no device: on standard error, for scripts read the table."""
+    """Return the hint for a user without devices: on standard error, because scripts read the table."""
     if not client.base():
         return "no place to look for devices: set XDG_RUNTIME_DIR or give --rundir FOLDER"
     configured = sorted(client.configured())
@@ -143,7 +143,9 @@ def add(commands: "Commands") -> None:
     parser.add_argument("-n", "--noheadings", action="store_true", help="print no headings")
     parser.add_argument("-o", "--output", metavar="LIST", help="columns to show; +LIST: more columns")
     parser.add_argument("--output-all", action="store_true", help="show all columns")
-    parser.add_argument("--raw", action="store_true", help="one space between two cells, - for an empty one")
+    parser.add_argument(
+        "--raw", action="store_true", help="separate columns by one space, and print - for an empty one"
+    )
     parser.add_argument("-J", "--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--rundir",
@@ -151,6 +153,6 @@ def add(commands: "Commands") -> None:
         type=folder,
         action="append",
         default=[],
-        help="a device in this run folder",
+        help="show the device in this run folder",
     )
     parser.set_defaults(run=run)

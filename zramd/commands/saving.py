@@ -165,7 +165,7 @@ def _copy(
     except OSError as error:
         raise _cannot("be written", what, error) from None
     except SaveError as error:
-        hint = ": stop who writes to it, or use --live" if "client changed" in str(error) else ""
+        hint = ": stop what writes to it, or use --live" if "client changed" in str(error) else ""
         if "cut off" in str(error) or "cannot be read" in str(error):
             raise DeviceError(
                 f"{served.name} was not saved: its server ended, or gave up, meanwhile"
@@ -373,7 +373,7 @@ def add(commands: Commands) -> None:
         "moment: if a client changes it meanwhile, the save is given up.",
     )
     parser.add_argument(
-        "--live", action="store_true", help="save it although it changes: blocks of different moments"
+        "--live", action="store_true", help="save it while it changes: blocks are from different moments"
     )
     parser.add_argument("--force", action="store_true", help="overwrite a file that is not a saved device")
     parser = _add(
@@ -383,5 +383,5 @@ def add(commands: Commands) -> None:
         "Load a saved device into a running one that is empty, has no clients and is not smaller. "
         "All of it is checked; when something is wrong, the device is left empty.",
     )
-    parser.add_argument("--check", action="store_true", help="only check the file, tell what is in it")
+    parser.add_argument("--check", action="store_true", help="only check the file and say what is in it")
     parser.add_argument("--force", action="store_true", help="drop what the device holds first")

@@ -156,7 +156,7 @@ def dump(arguments: argparse.Namespace) -> int:
 
 
 def block(arguments: argparse.Namespace) -> int:
-    """Print what stands for one block."""
+    """Print what one block holds."""
     if not (arguments.number.isascii() and arguments.number.isdigit()):
         raise UsageError(f"'{arguments.number}' is not a block's number: use 0 or more")
     served = client.find(arguments.name, arguments.rundir)
@@ -262,12 +262,12 @@ def add(commands: Commands) -> None:
     )
     parser = commands.add_parser(
         "debug",
-        description="Look into a device, as those who develop zramd do.",
+        description="Look into a device, for developers of zramd.",
     )
     parts = parser.add_subparsers(dest="part", metavar="PART", required=True)
     parser = parts.add_parser(
         "block",
-        help="what stands for one block",
+        help="show what one block holds",
         description="Print what stands for a block of 4096 bytes: a repeated word, or where its object is.",
     )
     add_device(parser)

@@ -336,7 +336,7 @@ def add(commands: Commands) -> None:
         "--interval",
         metavar="SECONDS",
         type=interval,
-        help=f"how often to look, {INTERVALS[0]:g} to {INTERVALS[-1]:g} [{DEFAULT_INTERVAL:g}]",
+        help=f"seconds between two looks, {INTERVALS[0]:g} to {INTERVALS[-1]:g} [{DEFAULT_INTERVAL:g}]",
     )
     parser.add_argument("-1", "--once", action="store_true", help="print it once, as text, and end")
     parser.set_defaults(run=run)

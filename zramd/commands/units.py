@@ -40,7 +40,7 @@ def add(commands: Commands) -> None:
             description=f"{text.capitalize()}: zramd@.service, zramd-attach@.service, zramd.slice{more}",
         )
         parser.add_argument(
-            "--root", metavar="FOLDER", help="what stands for /, to prepare another system [/]"
+            "--root", metavar="FOLDER", help="the folder that stands for /, to prepare another system [/]"
         )
         parser.add_argument(
             "--prefix",

@@ -32,7 +32,7 @@ LOG = "log"  # what a server in the background has to say once it serves
 OLD_LOG = "log.1"  # and what the one before it said, if that did not stop in its normal way
 SOCKETS = "sockets.sock"  # of a restart, for a moment
 BACKGROUND = "ZRAMD_BACKGROUND"  # in the environment of such a server
-LOCK_TIMEOUT = 1.0  # seconds; who only looks holds the lock for microseconds
+LOCK_TIMEOUT = 1.0  # seconds; a process that only looks holds the lock for microseconds
 _FILES = (DATA_ID, STATE, *STATS_FILES)
 _TEMPORARY = ".new"
 _FIRST = (STATE, DATA_ID, STATE + _TEMPORARY, DATA_ID + _TEMPORARY)  # what a server publishes before all else
@@ -147,7 +147,7 @@ class Rundir:
         """Remove what zramd made in the folder, and the folder if zramd made it and nothing else is in it.
 
         Never raises: it is what a server does last. Its number goes last, and stays if anything else does: by
-        that who comes next knows that these files are a server's.
+        that the next process knows that these files are a server's.
         """
         if self._surely_remove(self._names) and self._surely_remove({PID}) and self.made:
             for _ in range(_TRIES):
@@ -233,7 +233,7 @@ def holder(path: str) -> int | None:
 
 
 def _untold(error: OSError) -> RundirError:
-    return RundirError(f"who serves cannot be told: {sentence(error)}")
+    return RundirError(f"cannot find out which process serves: {sentence(error)}")
 
 
 def is_ours_alone(path: str) -> bool:

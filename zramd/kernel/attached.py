@@ -17,7 +17,7 @@ from zramd.errors import AttachError, UntrustedError
 
 FOLDER = "/run/zramd"  # attaching is root's business, so this is root's folder
 SYS_BLOCK = "/sys/block"
-LOCK_TIMEOUT = 1.0  # seconds; who only looks holds the lock for microseconds
+LOCK_TIMEOUT = 1.0  # seconds; a process that only looks holds the lock for microseconds
 TURN_TIMEOUT = 10.0  # seconds, for which a command waits for another one
 _NBD_CLEAR_SOCK = 0xAB04  # linux/nbd.h
 
@@ -52,7 +52,7 @@ def find(name: str) -> Attached | None:
     except (FileNotFoundError, NotADirectoryError):
         return _unnoted(name)
     except UntrustedError as error:
-        raise AttachError(f"what is attached is not known: {error}") from None
+        raise AttachError(f"cannot find out what is attached: {error}") from None
     try:
         kept = lockfile.is_taken(fd)  # by a keeper that lives
         noted = os.pread(fd, 256, 0).decode().split(" ")
@@ -123,7 +123,10 @@ def is_connected(device: str) -> bool:
 
 
 def connection(device: str) -> str:
-    """Return what tells one connection of a device from the next: who made it. '' if there is none."""
+    """Return what distinguishes one connection of a device from the next: the process that made it.
+
+    '' if there is none.
+    """
     return read_sys(device, "pid")
 
 

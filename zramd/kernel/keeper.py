@@ -1,7 +1,7 @@
 """The process that stays beside an attached kernel device and connects it again when its server restarts.
 
 `zramd attach` starts it, and the device is its doing: it shakes hands with the server, gives the connections
-to the kernel and keeps none. When the kernel tells that connections are dead, or the server's process has
+to the kernel and keeps none. When the kernel reports dead connections, or the server's process has
 ended, it waits for a server that holds the same data, and offers the kernel new connections. Meanwhile the
 kernel lets requests wait, as long as dead_conn_timeout says.
 
@@ -133,7 +133,10 @@ class Keeper:
                 self._reconnect()
 
     def leave(self) -> None:
-        """Take the record away if the device is gone, or goes now; who detaches may have been killed."""
+        """Take the record away if the device is gone, or goes now.
+
+        The command that detaches may have been killed.
+        """
         end = time.monotonic() + LEAVE
         while attached.is_connected(self.device):
             if time.monotonic() > end:  # it lives on without us

@@ -149,7 +149,7 @@ def _undo(name: str, keeper: int) -> None:
 
 
 def _stands(name: str) -> str:
-    """Return how a device stands, for who interrupts a command."""
+    """Return the state of a device, for a user who interrupts a command."""
     there = attached.find(name)
     if there is None:
         return f"{name} is not attached"
@@ -204,7 +204,7 @@ def _configured(name: str) -> Device | None:
         say(str(skipped))
         return None
     if not device.attached:
-        say(f"{device.name} is for others to attach: attach = no")
+        say(f"{device.name} is for others to attach, because it has attach = no")
         return None
     return device
 

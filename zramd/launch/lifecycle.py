@@ -239,6 +239,6 @@ def _refuse_loss(served: client.Served) -> None:
         return
     if clients and not state:
         raise DeviceError(
-            f"{served.name} has no state, and its data would be lost to those who use it "
+            f"{served.name} has no state, and its clients would lose its data "
             f"({clients} connected): disconnect them first, or use --force"
         )

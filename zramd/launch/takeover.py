@@ -258,7 +258,7 @@ class _Successor:
             raise DeviceError(spawn.reason(spawn.read_until(self._errors, time.monotonic() + 1)))
 
     def go(self, old: _Old) -> None:
-        """Let it tell the old server and take over, and return once it answers. Raises DeviceError.
+        """Let it tell the old server to leave, take over, and return once it answers. Raises DeviceError.
 
         An old server that does not leave is waited for by the new one alone, which cannot be told otherwise.
         """
@@ -268,8 +268,8 @@ class _Successor:
             self.tells = self._link.recv(1) == handover.TELLING
         if self.tells and not old.wait(LEAVE_TIMEOUT):
             raise _StillThereError(
-                f"{old.served.name} has not left within {LEAVE_TIMEOUT:g} seconds: look at its process, "
-                f"{old.pid}: the new one, {self.pid}, takes over when it has ended"
+                f"{old.served.name} has not left within {LEAVE_TIMEOUT:g} seconds: look at its process "
+                f"{old.pid}; the new one, {self.pid}, takes over once it has ended"
             )
         # Until it serves, and turns to its log; or ends, and is about to let go of the run folder.
         end = time.monotonic() + spawn.READY_TIMEOUT
@@ -330,7 +330,7 @@ def _refuse_others(served: client.Served, process: peer.Process) -> None:
     if unit.endswith(".service") and any(word.startswith("NOTIFY_SOCKET=") for word in environment):
         raise DeviceError(f"{served.name} is a service: run 'systemctl restart {unit}'")
     raise DeviceError(
-        f"{served.name} runs in the foreground, not by 'zramd start': end it by 'kill -USR1 {served.pid}', "
+        f"{served.name} runs in the foreground, not by 'zramd start': end it with 'kill -USR1 {served.pid}', "
         "which keeps its clients waiting, and start it again with the same settings"
     )
 
@@ -339,7 +339,7 @@ def _refuse_streams(served: client.Served) -> None:
     """Raise DeviceError while the device is saved or loaded: that would be cut off."""
     streams = served.ask_json("GET", "/health").get("streams")  # a server of an older zramd has none
     if streams:
-        raise DeviceError(f"a {' and a '.join(streams)} is under way: restart it when that is done")
+        raise DeviceError(f"a {' and a '.join(streams)} is under way: restart when it is done")
 
 
 def _told(served: client.Served, process: peer.Process, name: str) -> list[str]:

@@ -31,7 +31,7 @@ class Ends:
             try:
                 end()
             except Exception as error:  # what comes after it is to end all the same
-                say(f"not all could be ended: {sentence(error) or repr(error)}")
+                say(f"not everything could be shut down: {sentence(error) or repr(error)}")
 
     def fail(self) -> None:
         """End all, of a server that does not get so far as to serve."""

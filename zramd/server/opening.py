@@ -38,16 +38,16 @@ def make_device(config: Config) -> Device:
     finally:
         os.close(fd)  # the device has one of its own, and the lock with it
     if device.dropped:
-        say(f"a load into state '{path}' was not completed: what it had of it was dropped")
+        say(f"a load into state '{path}' was not completed: the part that had arrived was dropped")
     counters = device.counters()
     if counters["lost_blocks"]:
         say(
-            f"{counters['lost_blocks']} blocks of state '{path}' are lost: what leads to them was "
-            "changed in memory; reading them is an error until they are written again"
+            f"{counters['lost_blocks']} blocks of state '{path}' are lost because the words that lead to "
+            "them changed in memory: reading them is an error until they are written again"
         )
     if counters["recovered_blocks"]:
         say(
             f"took over {counters['recovered_blocks']} blocks from state '{path}' in "
-            f"{counters['recovery_ms']} ms; {counters['leaked_objects']} objects without a block freed"
+            f"{counters['recovery_ms']} ms, and freed {counters['leaked_objects']} objects that no block held"
         )
     return device

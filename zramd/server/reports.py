@@ -36,7 +36,7 @@ class Reports:
         errors = self._device.counters()["checksum_errors"]
         if errors > self._corrupt:
             say(
-                f"{errors - self._corrupt} reads found a block that was changed in memory, the last one "
+                f"{errors - self._corrupt} reads found a block that had changed in memory, most recently "
                 f"block {self._device.corrupt_block}: test this machine's memory, and write the block again"
             )
         self._corrupt = errors

@@ -245,7 +245,7 @@ class Serving:
         return endpoint
 
     def _make_housekeeper(self) -> Housekeeper:
-        """Return who answers the endpoint's callers, writes the stats files, and stops nbdkit on a signal."""
+        """Return what answers callers, writes the stats files, and stops nbdkit on a signal."""
         service, leaving, reports = self.service, self._leaving, self._reports
         admission, undone = service.admission, service.undone
 
@@ -261,8 +261,8 @@ class Serving:
                 lambda: reports.refresh(quiet=leaving.refused),  # then that is what is told
                 stats_interval,
             ),
-            Chore("corruption cannot be told", reports.corruption, stats_interval),
-            Chore("the way out is barred", leaving.try_again, lambda: leaving.refused * SWAPOFF_INTERVAL),
+            Chore("corruption cannot be reported", reports.corruption, stats_interval),
+            Chore("the stop cannot go on", leaving.try_again, lambda: leaving.refused * SWAPOFF_INTERVAL),
         ]
         return Housekeeper(self._wake[0], self._ends.stopping, self._troubles, leaving.obey, chores)
 

@@ -169,7 +169,7 @@ class Service:
                 self._publish_data_id()
 
     def send_sockets(self, path: str) -> None:
-        """Send the sockets on which clients are accepted to who listens at `path`. Raises OSError."""
+        """Send the listening sockets to the process that listens at `path`. Raises OSError."""
         sockets.send(path, self.admission.sockets, "made" if self._rundir.made else "found")
 
     def publish_data_id(self) -> None:

@@ -56,7 +56,7 @@ def open_state(path: str, disksize: int, verify: bool) -> int:
         if filesystem(fd) != _TMPFS:
             raise StateError(
                 f"state '{path}' is not on a tmpfs: use a path such as /dev/shm/NAME or /run/NAME, "
-                "for a disk would be written to all the time, and waited for"
+                "because a disk would be written to, and waited for, all the time"
             )
         layout = _layout(disksize, verify)
         is_new = _is_empty(fd)
@@ -187,7 +187,7 @@ def _accept(fd: int, path: str, layout: dict[str, int]) -> None:
     for name in _FIELDS:
         if found[name] != layout[name]:
             raise StateError(
-                f"state '{path}' is laid out otherwise ({name} is {found[name]}, not {layout[name]}): "
+                f"state '{path}' has another layout ({name} is {found[name]}, not {layout[name]}): "
                 f"use the zramd that made it, {_REMOVE}"
             )
     size = os.fstat(fd).st_size

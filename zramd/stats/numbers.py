@@ -54,7 +54,7 @@ NUMBERS = (
     Number(
         "metadata_bytes",
         "bytes",
-        "Memory beside the pool: slots, handle cells and all else.",
+        "Memory beside the pool: slots, handle cells and everything else.",
         "metadata_bytes",
     ),
     Number("reserve_bytes", "bytes", "Memory kept ready for pages to come.", "reserve_bytes"),
@@ -73,7 +73,7 @@ NUMBERS = (
     Number(
         "frag_ratio",
         "percent",
-        "Share of the pool that payload fills, more is better; all of an empty one.",
+        "Share of the pool's pages that payload fills, higher is better; 100 % when it is empty.",
         "frag_ratio",
         0.01,
         derived=_frag_ratio,
@@ -81,7 +81,7 @@ NUMBERS = (
     Number(
         "occupancy",
         "percent",
-        "Share of the places for objects on resident pages that are in use; all if there are none.",
+        "Share of the places on resident pages that hold an object; 100 % when there are none.",
         "pool_occupancy_ratio",
         0.01,
         derived=_occupancy,
@@ -98,14 +98,14 @@ NUMBERS = (
         "same_pages", "blocks", "Blocks that hold one repeated word and take no pool memory.", "same_pages"
     ),
     Number("huge_pages", "blocks", "Blocks stored raw.", "huge_pages"),
-    Number("huge_pages_since", "blocks", "Blocks stored raw since the start, also those freed since."),
+    Number("huge_pages_since", "blocks", "Blocks stored raw since the start, including those freed since."),
     Number("objs_allocated", "objects", "Places for objects on the pool's resident pages."),
     Number("objs_used", "objects", "Objects in the pool."),
     Number("zspages", "zspages", "Runs of pages that hold the objects."),
     Number(
         "freeable_pages",
         "pages",
-        "Pool memory that a whole compaction would free now, also pages kept for the next writes.",
+        "Pool memory that a whole compaction would free now, including pages kept for the next writes.",
         "freeable_bytes",
         4096,
     ),
@@ -128,14 +128,19 @@ NUMBERS = (
     Number("written_bytes", "bytes", "Bytes that clients have written."),
     Number("requests_inflight", "requests", "Requests being served now.", "requests_inflight"),
     Number("failed_reads", "requests", "Read requests that failed."),
-    Number("failed_writes", "requests", "Write requests that failed, most for want of room."),
+    Number("failed_writes", "requests", "Write requests that failed, mostly for lack of room."),
     Number("invalid_io", "requests", "Requests beyond the device's end."),
     Number("notify_free", "blocks", "Blocks freed by trim and zero.", "freed_blocks_total"),
     Number("reserve_misses", "pages", "Pages that were not ready when needed.", "reserve_misses_total"),
     Number(
         "checksum_errors", "reads", "Reads that found a block changed in memory.", "checksum_errors_total"
     ),
-    Number("lost_blocks", "blocks", "Blocks that nothing leads to any more.", "lost_blocks"),
+    Number(
+        "lost_blocks",
+        "blocks",
+        "Blocks whose place was changed in memory, so that nothing leads to them.",
+        "lost_blocks",
+    ),
     Number("recovered_blocks", "blocks", "Blocks taken over from the state.", "recovered_blocks"),
     Number(
         "leaked_objects", "objects", "Objects without a block, freed at the start.", "recovery_leaked_objects"

@@ -310,10 +310,10 @@ def _axis(sample: Sample, placed: list[tuple[int, int]]) -> Line:
 KEYS = (
     ("q", "quit", "quit; Ctrl-C does too"),
     ("c", "compact", "compact now, until nothing more can be freed"),
-    ("space", "pause", "stand still, and go on"),
+    ("space", "pause", "pause, and continue"),
     ("tab", "device", "the next device; arrows: next and previous"),
-    ("+ -", "interval", "look more seldom or more often"),
-    ("?", "help", "these words, and back"),
+    ("+ -", "interval", "slower, and faster"),
+    ("?", "help", "this help, and back"),
 )
 _MEANINGS = (
     ("stored", "data before compression, and how much of the device that is"),

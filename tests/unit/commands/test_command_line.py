@@ -609,7 +609,7 @@ def test_a_library_that_does_not_load_is_told_in_a_sentence(
     monkeypatch.setattr("zramd.commands.verb_parser", fail)
     assert main(["list"]) == 1
     assert capsys.readouterr().err == (
-        "zramd: cannot be loaded, for want of memory perhaps: x.so: cannot map zero-fill pages\n"
+        "zramd: cannot be loaded, perhaps for lack of memory: x.so: cannot map zero-fill pages\n"
     )
 
 

@@ -94,7 +94,7 @@ def test_refuses_another_version(old: Path) -> None:
 @pytest.mark.parametrize("name", ["slots", "cells", "spans", "span_size", "size_classes", "bytes"])
 def test_refuses_another_layout(old: Path, name: str) -> None:
     with_field(old, name, 12345)
-    refused(old, rf"laid out otherwise \({name} is 12345")
+    refused(old, rf"has another layout \({name} is 12345")
 
 
 def test_refuses_a_damaged_header(old: Path) -> None:

@@ -53,4 +53,4 @@ def test_what_was_begun_last_ends_first(capfd: pytest.CaptureFixture[str]) -> No
     ends.run()
     assert done == ["b", "a"]
     assert ends.failed
-    assert capfd.readouterr().err == "zramd: not all could be ended: no\n"
+    assert capfd.readouterr().err == "zramd: not everything could be shut down: no\n"

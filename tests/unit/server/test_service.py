@@ -32,7 +32,7 @@ def test_change(tmp_path: Path) -> None:
     assert changed.device.mem_limit == changed.config.mem_limit == 12288
     assert changed.change("compaction_threshold", "10%") == 10
     assert changed.settings()["compaction_threshold"] == 10
-    with pytest.raises(ConfigError, match="compaction: 'x' is neither on nor off"):
+    with pytest.raises(ConfigError, match="compaction: 'x' is neither on nor off: use one of them"):
         changed.change("compaction", "x")
     with pytest.raises(ConfigError, match="disksize cannot be changed while the device is served: clients"):
         changed.change("disksize", "2M")

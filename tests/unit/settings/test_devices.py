@@ -197,7 +197,7 @@ def test_memory_within_the_limit(root, text):
         ("timeout = -1", "timeout: '-1' is out of range: use 0 to 1000000 seconds"),
         ("dead-conn-timeout = 1m", "dead-conn-timeout: '1m' is out of range: use 0 to 1000000 seconds"),
         ("connections = 0", "connections: '0' is out of range: use 1 to 16 connections"),
-        ("compaction = maybe", "compaction: 'maybe' is neither on nor off"),
+        ("compaction = maybe", "compaction: 'maybe' is neither on nor off: use one of them"),
         (
             "swap = other",
             "swap: 'other' would let this machine's swap deadlock: use local, or attach = no or device",
