@@ -18,7 +18,7 @@ from support.run import SCALE, SEED
 from support.server import Served
 
 from zramd import Device
-from zramd.server import state
+from zramd.server import statefile
 
 BLOCK = 4096
 KILLS = max(1, int(30 * SCALE))
@@ -89,7 +89,7 @@ def client(served: Served, ledger: Ledger, rnd: random.Random, errors: list[Base
 
 
 def take_over(path: Path, verify: bool) -> Device:
-    fd = state.open_state(str(path), SIZE, verify)
+    fd = statefile.open_state(str(path), SIZE, verify)
     try:
         return Device(SIZE, state=fd, verify=verify)
     finally:

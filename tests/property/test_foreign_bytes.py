@@ -36,7 +36,7 @@ from zramd.errors import (
 )
 from zramd.kernel import attached, kernelswap, netlink
 from zramd.launch import nbdkit, uris
-from zramd.server import endpoint, state
+from zramd.server import endpoint, statefile
 from zramd.server.trouble import Troubles
 from zramd.settings import config, devices, expression, foreign, keys
 
@@ -557,7 +557,7 @@ def test_save_streams(data: bytes) -> None:
 def header() -> tuple[int, bytes]:
     """A state in memory, and how it begins."""
     fd = os.memfd_create("state")
-    made = state.open_state(f"/proc/self/fd/{fd}", 16 * BLOCK, False)
+    made = statefile.open_state(f"/proc/self/fd/{fd}", 16 * BLOCK, False)
     Device(16 * BLOCK, state=made).write(b"x", 0)
     os.close(made)
     return fd, os.pread(fd, 256, 0)
@@ -570,7 +570,7 @@ def test_state_headers(header: tuple[int, bytes], data: st.DataObject) -> None:
     bad = data.draw(foreign_bytes(good, bytes(256), b"ZRAMD"))[:256].ljust(256, b"\0")
     os.pwrite(fd, bad, 0)
     try:
-        made = state.open_state(f"/proc/self/fd/{fd}", 16 * BLOCK, False)
+        made = statefile.open_state(f"/proc/self/fd/{fd}", 16 * BLOCK, False)
     except StateError as error:
         one_sentence(error)
     else:

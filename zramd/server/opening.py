@@ -4,7 +4,7 @@ import os
 
 from zramd.core.device.device import Device
 from zramd.errors import CorruptionError, PoolFullError, StateError
-from zramd.server import state
+from zramd.server import statefile
 from zramd.server.log import say
 from zramd.settings.config import Config
 
@@ -19,7 +19,7 @@ def make_device(config: Config) -> Device:
             acceleration=config.acceleration,
             verify=config.verify,
         )
-    fd = state.open_state(path, config.disksize, config.verify)
+    fd = statefile.open_state(path, config.disksize, config.verify)
     try:
         device = Device(
             config.disksize,

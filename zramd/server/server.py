@@ -20,7 +20,7 @@ from zramd.errors import RundirError
 from zramd.kernel import swap
 from zramd.process import notify
 from zramd.process.steps import step
-from zramd.server import sockets, state, takeover
+from zramd.server import sockets, statefile, takeover
 from zramd.server.admission import LOOK_AGAIN
 from zramd.server.ending import Ends
 from zramd.server.endpoint import Endpoint
@@ -58,7 +58,7 @@ def prepare(config: Config, shutdown: Callable[[], None]) -> "Prepared":
         swap.prepare()
     if handover.takes_over():
         if config.state:
-            state.look(config.state, config.disksize, config.verify)
+            statefile.look(config.state, config.disksize, config.verify)
         if config.metrics_file:
             MetricsFile(config.metrics_file, config.name)
         if config.swap == "local":
