@@ -176,7 +176,7 @@ def test_imports_are_found(tmp_path: Path) -> None:
     python, cython = tmp_path / "a.py", tmp_path / "a.pyx"
     python.write_text(
         "from zramd.settings import config, keys as k\nfrom zramd.errors import ZramdError\n"
-        "def f():\n    import zramd.server.server\nif TYPE_CHECKING:\n    from zramd.top.view import State\n"
+        "def f():\n    import zramd.server.server\nif TYPE_CHECKING:\n    from zramd.top.view import Frame\n"
     )
     assert set(imports(python)) == {
         *("zramd.settings.config", "zramd.settings.keys", "zramd.errors"),

@@ -21,7 +21,7 @@ from zramd.errors import DeviceError, ZramdError
 from zramd.top import cells, view
 from zramd.top.cells import Glyphs
 from zramd.top.terminal import Terminal
-from zramd.top.view import KEYS, State, screen
+from zramd.top.view import KEYS, Frame, screen
 
 INTERVALS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds; what + and - go through
 DEFAULT_INTERVAL = 1.0
@@ -145,7 +145,7 @@ class Top:
             self.lost = f"{self.name} does not answer: waiting for it"
         if now >= self._message_until:
             self._message = ""
-        self.terminal.draw(screen(self.state(), *self.terminal.size(), self._glyphs))
+        self.terminal.draw(screen(self.frame(), *self.terminal.size(), self._glyphs))
         times = [self._message_until] if self._message else []
         if self._asked is not None:
             times.append(self._asked + PATIENCE if not self.lost else now + PATIENCE)
@@ -153,10 +153,10 @@ class Top:
             times.append(self._due)
         return max(min(times, default=now + 60) - now, 0.01)
 
-    def state(self) -> State:
+    def frame(self) -> Frame:
         """Return what the view is to draw."""
         paths = [served.path for served in self._devices]
-        return State(
+        return Frame(
             self.name,
             self.watch,
             self.interval,
@@ -293,8 +293,8 @@ def once(served: client.Served, seconds: float | None) -> int:
     columns = os.environ.get("COLUMNS", "")
     width = min(int(columns), 1000) if columns.isdecimal() else width
     width, height = max(width or 80, view.MIN_WIDTH), 24 if height < 24 else height
-    state = view.State(sample.stats["name"], watch, seconds or 0, keys=False)
-    for line in view.body(state, width, height - 1, glyphs(0)):
+    frame = view.Frame(sample.stats["name"], watch, seconds or 0, keys=False)
+    for line in view.body(frame, width, height - 1, glyphs(0)):
         print(cells.plain(line).rstrip())
     return 0
 
