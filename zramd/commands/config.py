@@ -12,7 +12,7 @@ from zramd.control.human import spelled
 from zramd.errors import ConfigError, printable, say
 from zramd.settings import conffiles, devices, foreign
 from zramd.settings.config import SETTINGS, written
-from zramd.settings.devices import Configuration, Device
+from zramd.settings.devices import Configuration, ConfiguredDevice
 from zramd.settings.foreign import Translation
 from zramd.settings.keys import TWINS
 
@@ -43,7 +43,7 @@ def _load(file: str | None, generator: bool) -> Configuration:
     return replace(built, notes=(*translation.notes, *built.notes), files=tuple(translation.files))
 
 
-def _values(device: Device) -> dict[str, Any]:
+def _values(device: ConfiguredDevice) -> dict[str, Any]:
     """Return every value that has an effect on the device, by its key."""
     values: dict[str, Any] = {"attach": device.attach}
     if device.swaps:
@@ -57,7 +57,7 @@ def _values(device: Device) -> dict[str, Any]:
     return values | asdict(device.settings())
 
 
-def _origin(device: Device, key: str) -> str:
+def _origin(device: ConfiguredDevice, key: str) -> str:
     """Return FILE:LINE of what gave `key` its value, '' for a default."""
     if key == "name":
         return device.where[""]
@@ -66,7 +66,7 @@ def _origin(device: Device, key: str) -> str:
     return where or ("attach = swap" if key == "swap" and device.swaps else "")
 
 
-def _table(device: Device) -> str:
+def _table(device: ConfiguredDevice) -> str:
     sizes = {setting.name for setting in SETTINGS if setting.is_size}
     rows = []
     for key, value in _values(device).items():
@@ -86,7 +86,7 @@ def _table(device: Device) -> str:
     return "\n".join([head, *(f"  {line.rstrip()}" for line in lines)])
 
 
-def _as_json(device: Device) -> dict[str, Any]:
+def _as_json(device: ConfiguredDevice) -> dict[str, Any]:
     values = _values(device)
     return {
         "name": device.name,

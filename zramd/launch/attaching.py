@@ -29,7 +29,7 @@ from zramd.launch.sudo import sudo
 from zramd.process import interrupts, pidfd, steps
 from zramd.process.steps import step
 from zramd.settings import config, devices
-from zramd.settings.devices import Device
+from zramd.settings.devices import ConfiguredDevice
 
 PRIORITY = 100  # before any other swap, as zram-generator has it
 DEAD_CONN_TIMEOUT = 120  # seconds
@@ -193,7 +193,7 @@ def _drop(there: Attached, whom: str) -> None:
     _take_away(there)
 
 
-def _configured(name: str) -> Device | None:
+def _configured(name: str) -> ConfiguredDevice | None:
     """Return what zramd.conf says of a device; None, with a word, if it is not for us to attach.
 
     Raises ConfigError.
@@ -209,7 +209,7 @@ def _configured(name: str) -> Device | None:
     return device
 
 
-def _as_configured(device: Device) -> Wanted:
+def _as_configured(device: ConfiguredDevice) -> Wanted:
     return Wanted(
         connections=device.connections,
         timeout=device.timeout,

@@ -18,7 +18,7 @@ from zramd.process import inherited, interrupts, notify, pidfd
 from zramd.process.steps import step
 from zramd.settings import config, devices
 from zramd.settings.config import Config
-from zramd.settings.devices import Device
+from zramd.settings.devices import ConfiguredDevice
 
 DEFAULT_SIZE = "1G"
 STOP_TIMEOUT = 10.0  # seconds; a server needs one, a busy machine a few
@@ -142,7 +142,7 @@ def start(name: str | None, size: str | None, words: list[str], nbdkit_words: li
     return Started(settings, options, pid)
 
 
-def _configured(name: str, *, sized: bool) -> Device | None:
+def _configured(name: str, *, sized: bool) -> ConfiguredDevice | None:
     """Return what zramd.conf has of a device, None if it has nothing and none is needed: a size was given.
 
     Raises ConfigError: where other devices are configured, one of another name is a mistake.
