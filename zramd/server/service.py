@@ -89,15 +89,15 @@ class Service:
         return snapshots.take_classes(self.device)
 
     def health(self) -> dict[str, Any]:
-        """Return status (ok or degraded), its causes, the compactor's state, number of clients, process."""
-        state = self.compactor.state
+        """Return status (ok or degraded), its causes, the compactor's status, number of clients, process."""
+        compactor = self.compactor.status
         causes = self._troubles.causes()
-        if state.startswith("failed"):
-            causes.append(f"background compaction {state}")
+        if compactor.startswith("failed"):
+            causes.append(f"background compaction {compactor}")
         return {
             "status": "degraded" if causes else "ok",
             "causes": causes,
-            "compactor": state,
+            "compactor": compactor,
             "clients": self.clients,
             "pid": os.getpid(),
             "leaves_pid": 1,  # the file, in a hand-over: see zramd.contract.handover
