@@ -253,7 +253,7 @@ class TestFullPoolOfASwap:
         refused = self.writes(client, range(100, 12_000))
         after = faults_of_threads(served)
         assert refused > 11_000
-        (refills,) = (thread for thread in before if thread.endswith(" zramd-keeper"))
+        (refills,) = (thread for thread in before if thread.endswith(" zramd-refill"))
         after[refills] = before[refills]
         assert after == before
         assert maps.read_text() == mapped

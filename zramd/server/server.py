@@ -38,7 +38,7 @@ from zramd.server.trouble import Troubles
 from zramd.settings.config import Config
 
 SWAPOFF_INTERVAL = 0.5  # seconds between two looks whether swap is off, while a stop waits for it
-KEEPER_NICE = -20  # the reserve is refilled ahead of what ordinary programs do
+REFILLER_NICE = -20  # the reserve is refilled ahead of what ordinary programs do
 AGAIN = 1.0  # seconds between two tries of what could not be done so far
 
 
@@ -159,8 +159,8 @@ class Serving:
         if config.swap == "local":
             swap.protect(device, config.reserve)
             swap.take_priority(swap.BESIDE)  # the threads below inherit it
-            keeper = start_thread("zramd-keeper", self._keep_reserve)
-            ends.add(keeper.join)
+            refiller = start_thread("zramd-refill", self._refill)
+            ends.add(refiller.join)
             ends.add(device.reserve_stop)
         log.start()
         undone.attempt("the pid file is not written", files.rundir.write_pid)
@@ -280,11 +280,11 @@ class Serving:
     def _give_turn(self) -> None:
         takeover.serving(self._config.rundir)
 
-    def _keep_reserve(self) -> None:
-        name_thread("zramd-keeper")
+    def _refill(self) -> None:
+        name_thread("zramd-refill")
         # It needs the processor when requests do, but not what is set aside for them: see swap.take_priority.
         swap.warm_stack()
-        swap.be_ordinary(KEEPER_NICE)
+        swap.be_ordinary(REFILLER_NICE)
         self._device.reserve_keep()
 
     def _housekeep(self) -> None:
