@@ -16,12 +16,12 @@ import pytest
 from support.client import NbdSocket
 from support.run import wait_until
 from support.run import zramd_command as zramd
-from support.server import PACKAGE_PARENT, Served
+from support.server import PACKAGE_PARENT, NbdkitProcess
 
 from zramd.contract import rundir
 from zramd.stats import numbers
 
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 BLOCK = 4096
 
 
@@ -41,11 +41,11 @@ def refused(*words: object, status: int = 1) -> str:
     return done.stderr.removeprefix("zramd: ").rstrip("\n")
 
 
-def at(served: Served) -> tuple[str, str]:
+def at(served: NbdkitProcess) -> tuple[str, str]:
     return "--rundir", str(served.rundir)
 
 
-def fill(served: Served, blocks: int) -> None:
+def fill(served: NbdkitProcess, blocks: int) -> None:
     """Write compressible blocks, one repeated word and noise, and leave."""
     dice = random.Random(1)
     client = NbdSocket(served)

@@ -20,7 +20,7 @@ BLOCK = 4096
 
 
 class Device:
-    """One in a run folder of its own; it looks like support.server.Served to NbdSocket."""
+    """One in a run folder of its own; it looks like support.server.NbdkitProcess to NbdSocket."""
 
     def __init__(self, folder: Path, state: Path) -> None:
         self.name = "alive"

@@ -11,7 +11,7 @@ from support.client import NbdSocket
 from support.content import block_content
 from support.run import wait_until
 from support.run import zramd_command as zramd
-from support.server import Served
+from support.server import NbdkitProcess
 from test_restart import Started
 
 BLOCK = 4096
@@ -26,7 +26,7 @@ def started(tmp_path: Path, memory_folder: Path) -> Iterator[Started]:
     assert zramd("stop", "--rundir", server.rundir).returncode == 0
 
 
-def fill(served: Served | Started) -> None:
+def fill(served: NbdkitProcess | Started) -> None:
     client = NbdSocket(served)  # type: ignore[arg-type]
     for block in range(BLOCKS):
         assert client.ask(client.WRITE, block * BLOCK, BLOCK, block_content(block, 1)) == 0
@@ -49,7 +49,7 @@ def refused(served: Started, what: str) -> None:
     assert served.pid == pid
 
 
-def test_while_it_is_loaded(serve: Callable[..., Served], started: Started, tmp_path: Path) -> None:
+def test_while_it_is_loaded(serve: Callable[..., NbdkitProcess], started: Started, tmp_path: Path) -> None:
     source = serve()
     fill(source)
     file = tmp_path / "saved"

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from support.client import NbdSocket
 from support.run import wait_until
-from support.server import PACKAGE_PARENT, PLUGIN, Served
+from support.server import PACKAGE_PARENT, PLUGIN, NbdkitProcess
 
 from zramd.core.device.device import state_layout
 
 BLOCK = 4096
 SIZE = 64 << 20
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 
 
 def pattern(seed: int) -> bytes:
