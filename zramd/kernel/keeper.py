@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from zramd.contract import rundir
-from zramd.errors import AttachError, RundirError, ZramdError, reason
+from zramd.errors import AttachError, RundirError, SwapError, ZramdError, reason
 from zramd.kernel import attached, netlink, swap
 from zramd.process.steps import step
 
@@ -293,9 +293,11 @@ def main(words: list[str]) -> int:
     try:
         keeper = Keeper(job(words))
         keeper.attach()
+    except SwapError as error:
+        print(error.missing)
+        return 1
     except (ZramdError, OSError) as error:
-        sentence = reason(error) if isinstance(error, OSError) else str(error)
-        print(sentence.removeprefix("swap=local: "))
+        print(reason(error) if isinstance(error, OSError) else error)
         return 1
     try:
         null = os.open(os.devnull, os.O_RDWR)

@@ -134,7 +134,7 @@ def _right(capability: str) -> str:
 
 
 def _refuse(measure: str, reason: object, remedy: str) -> SwapError:
-    return SwapError(f"swap=local: {measure}: {reason}: {remedy}")
+    return SwapError(f"{measure}: {reason}: {remedy}")
 
 
 def _io_flusher() -> None:
