@@ -15,7 +15,8 @@ from zramd import __version__
 from zramd.commands import Commands
 from zramd.control import client
 from zramd.kernel.kernelswap import MIN_FREE, parse_swaps
-from zramd.launch import nbdkit as launcher
+from zramd.launch import installed
+from zramd.launch.nbdkit import plugin_path
 
 OLDEST_NBDKIT = (1, 28)  # calls `cleanup`
 THREADS_NBDKIT = (1, 34)  # survives a client that vanishes while several threads serve it
@@ -62,7 +63,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 def nbdkit() -> Iterator[Finding]:
     """nbdkit, its Python plugin, and whether that can load the core."""
-    version = launcher.version()
+    version = installed.nbdkit_version()
     if not version:
         yield Finding(
             PROBLEM, "nbdkit", "is not installed", "run 'apt-get install nbdkit nbdkit-plugin-python' as root"
@@ -86,7 +87,7 @@ def nbdkit() -> Iterator[Finding]:
         return
     python = _fields(out).get("python_version", "")
     yield Finding(OK, "nbdkit's python plugin", f"made for Python {python}")
-    status, out, err = _run("nbdkit", "python", launcher.plugin_path(), "--dump-plugin")
+    status, out, err = _run("nbdkit", "python", plugin_path(), "--dump-plugin")
     found = _fields(out)
     minor = ".".join(python.split(".")[:2])
     if status:

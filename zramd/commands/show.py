@@ -13,7 +13,7 @@ from zramd.contract.rundir import COMPACT_TIMEOUT
 from zramd.control import client
 from zramd.errors import DeviceError, UsageError, say
 from zramd.kernel import attached, kernelswap
-from zramd.launch import nbdkit
+from zramd.launch import installed
 from zramd.settings import config
 from zramd.stats.numbers import NUMBERS
 
@@ -132,7 +132,7 @@ def dump(arguments: argparse.Namespace) -> int:
     served = client.find(arguments.name, arguments.rundir)
     state: dict[str, Any] = {
         "zramd": zramd.__version__,
-        "nbdkit": nbdkit.version() or "not found",
+        "nbdkit": installed.nbdkit_version() or "not found",
         "python": sys.version.split()[0],
         "kernel": " ".join(os.uname()[place] for place in (0, 2, 3, 4)),
         "rundir": served.path,

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 from collections.abc import Collection
 
 import zramd
@@ -199,20 +198,3 @@ def set_environment(settings: Config) -> None:
         # Python's own allocator asks the kernel for a megabyte whenever it is out of one.
         os.environ["PYTHONMALLOC"] = "malloc"
         os.environ["LD_BIND_NOW"] = "1"
-
-
-def version() -> str:
-    """Return the version of the nbdkit that is installed, '' if there is none."""
-    try:
-        done = subprocess.run(
-            ["nbdkit", "--version"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=30,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    match = re.search(r"[0-9]+(?:\.[0-9]+)+", done.stdout)
-    return match[0] if match else ""

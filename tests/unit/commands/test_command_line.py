@@ -22,6 +22,7 @@ from zramd.control import client, columns, life
 from zramd.control.human import human
 from zramd.errors import UsageError
 from zramd.kernel import attached, kernelswap
+from zramd.launch import installed
 from zramd.settings import config
 from zramd.stats import numbers, prometheus, snapshots, texts
 
@@ -510,7 +511,7 @@ def test_doctor_without_a_run_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 @pytest.mark.parametrize(("version", "level"), [("1.26.1", "problem"), ("1.32.5", "ok"), ("1.48.1", "ok")])
 def test_doctor_looks_at_nbdkits_version(monkeypatch: pytest.MonkeyPatch, version: str, level: str) -> None:
-    monkeypatch.setattr(doctor.launcher, "version", lambda: version)
+    monkeypatch.setattr(installed, "nbdkit_version", lambda: version)
     assert next(doctor.nbdkit()).level == level
 
 
