@@ -5,6 +5,7 @@ SIGBUS. Then Hypothesis shows the shortest way there.
 """
 
 import ctypes
+import errno
 import multiprocessing
 import os
 import random
@@ -57,7 +58,11 @@ class Server:
             os.unlink(f"{self.folder}/filler")
         with open(f"{self.folder}/filler", "wb", buffering=0) as filler:
             while (room := os.statvfs(self.folder).f_bavail - left) > 0:
-                filler.write(bytes(min(room, 256) * BLOCK))
+                try:
+                    filler.write(bytes(min(room, 256) * BLOCK))
+                except OSError as error:  # the reserve's thread has taken it meanwhile
+                    if error.errno != errno.ENOSPC:
+                        raise
 
     def empty(self) -> None:
         with suppress(FileNotFoundError):

@@ -249,6 +249,8 @@ def row(holder: Holder, during: str, at: str, whom: str, what: str, end: str) ->
         for target in targets:
             assert target, f"there is no {whom}"
             os.kill(target, number)
+        if whom == "keeper":
+            _until_alone()
     time.sleep(0.2)
     holder.release()
     if whom == "server" and during in ("swap", "swapoff"):
@@ -275,6 +277,13 @@ def clean(answer: dict[str, Any]) -> None:
     if answer["found"] not in ("nothing",):
         answer["detached"] = run("swapoff")
     answer["after"] = settled("nothing")
+
+
+def _until_alone() -> None:
+    """Wait until no keeper holds the device any more: SIGTERM takes a moment here."""
+    end = time.monotonic() + PATIENCE
+    while (there := attached.find(NAME)) and there.keeper and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def warm() -> None:

@@ -78,7 +78,8 @@ ENDS = """
 * attach  keeper.ready         command   KILL             nothing   killed
   attach  keeper.ready         process   TERM,KILL        nothing   failed
   attach  keeper.ready         server    KILL             attached  done
-  attach  attach.attached      command   INT,TERM,HUP     nothing   interrupted
+* attach  attach.attached      command   TERM             nothing   interrupted
+  attach  attach.attached      command   INT,HUP          nothing   interrupted
   attach  attach.attached      command   KILL             attached  killed
 * attach  attach.attached      keeper    KILL             nothing   failed
   attach  attach.attached      keeper    TERM             nothing   failed

@@ -97,13 +97,11 @@ def _attach(served: client.Served, wanted: Wanted) -> str:
     if there and (whose := _leftover_from(there, served, wanted)):
         _drop(there, whose)
         there = None
-    device = _connect(served, there, wanted)
-    keeper = 0
+    device, keeper = _connect(served, there, wanted)
     try:
         step("attach.attached")
         with attached.turn(served.name):
             now = attached.find(served.name)
-            keeper = now.keeper if now else 0
             if now is None or now.device != device:
                 raise AttachError(f"{served.name} was detached again before it could be used")
             if not now.keeper and now.data:
@@ -123,12 +121,16 @@ def _leftover_from(there: Attached, served: client.Served, wanted: Wanted) -> st
     return "an attach that was killed" if there.is_half else ""
 
 
-def _connect(served: client.Served, there: Attached | None, wanted: Wanted) -> str:
-    """Connect the kernel to a server, unless that is so already; return the device's name."""
+def _connect(served: client.Served, there: Attached | None, wanted: Wanted) -> tuple[str, int]:
+    """Connect the kernel to a server, unless that is so already.
+
+    Return the device's name, and the process number of the keeper if a new device has one, else 0.
+    """
     if there is None:
         if wanted.nbd_client or not _has_netlink():
-            return _by_nbd_client(served, wanted)
-        return f"/dev/nbd{_start_keeper(_job(served, wanted))}"
+            return _by_nbd_client(served, wanted), 0
+        index, keeper = _start_keeper(_job(served, wanted))
+        return f"/dev/nbd{index}", keeper
     if there.data and not there.keeper:
         say(f"{there.device} has lost its keeper: starting another")
         _start_keeper(_job(served, wanted, there))
@@ -136,7 +138,7 @@ def _connect(served: client.Served, there: Attached | None, wanted: Wanted) -> s
         raise AttachError(
             f"{served.name} is attached as {there.device} already: 'zramd detach {served.name}' first"
         )
-    return there.device
+    return there.device, 0
 
 
 def _undo(name: str, keeper: int) -> None:
@@ -374,8 +376,11 @@ def _job(served: client.Served, wanted: Wanted, there: Attached | None = None) -
     )
 
 
-def _start_keeper(job: Job) -> int:
-    """Start the process that attaches and stays, and return the device's index. Raises AttachError."""
+def _start_keeper(job: Job) -> tuple[int, int]:
+    """Start the process that attaches and stays; return the device's index and its own number.
+
+    Raises AttachError.
+    """
     package = os.path.dirname(os.path.dirname(os.path.abspath(zramd.__file__)))
     environment = {
         "PYTHONPATH": package,
@@ -407,7 +412,7 @@ def _start_keeper(job: Job) -> int:
         if not job.adopt:
             _undo(job.name, keeper.pid)
         raise AttachError(f"{job.name} cannot be attached: {words or 'its keeper has died'}")
-    return int(words.removeprefix("ok "))
+    return int(words.removeprefix("ok ")), keeper.pid
 
 
 # ---- By nbd-client --------------------------------------------------------------------------------------
