@@ -57,7 +57,7 @@ try:
     from zramd import __version__
     from zramd.core.device import requests
     from zramd.errors import ZramdError, sentence
-    from zramd.server.server import Server
+    from zramd.server.server import Prepared, Serving, prepare
     from zramd.settings import config as settings
 except (ImportError, OSError, MemoryError) as error:
     # Of a library that is there and does not load the text says which.
@@ -86,7 +86,9 @@ def _format_exception(kind: type[BaseException], error: BaseException, trace: An
 traceback.format_exception = _format_exception  # type: ignore[assignment]
 
 _pairs: list[tuple[str, str]] = []
-_server: Server
+_config: settings.Config
+_prepared: Prepared
+_serving: Serving
 _thread_model = "auto"
 
 
@@ -99,15 +101,14 @@ def config(key: str, value: str) -> None:
 
 
 def config_complete() -> None:
-    global _server, _thread_model
-    parsed = settings.parse(_pairs)
+    global _config, _thread_model
+    _config = settings.parse(_pairs)
     # An nbdkit before 1.34 goes on to send the next extent when it could not send one, to a socket that it
     # has closed: "raw_send_socket: Assertion `sock >= 0' failed". A client that leaves while many are told
     # would end the server so, with everyone's data.
-    full = {"enospc": errno.ENOSPC, "eio": errno.EIO}[parsed.pool_full]
+    full = {"enospc": errno.ENOSPC, "eio": errno.EIO}[_config.pool_full]
     requests.prepare(nbdkit.set_error, full, not hasattr(nbdkit, "disconnect"))
-    _thread_model = parsed.thread_model
-    _server = Server(parsed, nbdkit.shutdown)
+    _thread_model = _config.thread_model
 
 
 def thread_model() -> int:
@@ -122,15 +123,17 @@ def thread_model() -> int:
 
 
 def get_ready() -> None:
-    _server.prepare()
+    global _prepared
+    _prepared = prepare(_config, nbdkit.shutdown)
 
 
 def after_fork() -> None:
-    _server.start()
+    global _serving
+    _serving = _prepared.start()
 
 
 def cleanup() -> None:
-    _server.stop()
+    _serving.stop()
 
 
 def dump_plugin() -> None:
@@ -144,19 +147,19 @@ def dump_plugin() -> None:
 
 
 def preconnect(readonly: bool) -> None:
-    _server.client_connects()
+    _serving.service.client_connects()
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
-    return [(_server.config.name, _description())]
+    return [(_config.name, _description())]
 
 
 def default_export(readonly: bool, is_tls: bool) -> str:
-    return _server.config.name
+    return _config.name
 
 
 def open(readonly: bool) -> Device:
-    name = _server.config.name
+    name = _config.name
     try:
         wanted = nbdkit.export_name()
     except UnicodeDecodeError as error:
@@ -164,12 +167,12 @@ def open(readonly: bool) -> Device:
     if wanted not in ("", name):
         nbdkit.set_error(errno.ENOENT)
         raise ZramdError(f"export '{wanted}' does not exist: use '{name}'")
-    _server.client_opened()
-    return _server.device
+    _serving.service.client_opened()
+    return _prepared.device
 
 
 def close(device: Device) -> None:
-    _server.client_closed()
+    _serving.service.client_closed()
 
 
 def get_size(device: Device) -> int:
@@ -181,7 +184,7 @@ def export_description(device: Device) -> str:
 
 
 def _description() -> str:
-    return f"zramd {__version__}: compressed memory ({_server.config.comp_algorithm})"
+    return f"zramd {__version__}: compressed memory ({_config.comp_algorithm})"
 
 
 def block_size(device: Device) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.run import SEED, wait_until
-from support.server import PACKAGE_PARENT, Served
+from support.server import PACKAGE_PARENT, NbdkitProcess
 from support.steps import Steps
 
 # What the tests start is to be interrupted, also where nohup or a script's & has signals ignored: children
@@ -58,16 +58,16 @@ def seed(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+def serve(tmp_path: Path) -> Iterator[Callable[..., NbdkitProcess]]:
     """Start nbdkit: `serve(*nbdkit_options, **settings)`; the test's end ends it."""
     if shutil.which("nbdkit") is None:
         pytest.skip("nbdkit is not installed")
-    running: list[Served] = []
+    running: list[NbdkitProcess] = []
 
-    def start(*options: str, wait: bool = True, **settings: object) -> Served:
+    def start(*options: str, wait: bool = True, **settings: object) -> NbdkitProcess:
         folder = tmp_path / f"server{len(running)}"
         folder.mkdir(mode=0o700)
-        served = Served(folder, options, settings)
+        served = NbdkitProcess(folder, options, settings)
         running.append(served)
         if wait:
             wait_until(served.is_ready)

@@ -61,7 +61,14 @@ class CorruptionError(ZramdError):
 
 
 class SwapError(ZramdError):
-    """A measure that swap=local asks for cannot be had; the message says which, and the remedy."""
+    """A measure that swap=local asks for cannot be had; the message says which, and the remedy.
+
+    missing: the message for a process that takes the measures without such a setting.
+    """
+
+    def __init__(self, missing: str) -> None:
+        super().__init__(f"swap=local: {missing}")
+        self.missing = missing
 
 
 class StateError(ZramdError):
@@ -196,6 +203,11 @@ def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
     except OSError:
         drop(2)
+
+
+def say(sentence: str) -> None:
+    """Tell the user something beside what a command prints, on standard error."""
+    tell(f"zramd: {printable(sentence)}")
 
 
 def drop(fd: int) -> None:

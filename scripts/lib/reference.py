@@ -7,7 +7,6 @@ file or a path, stands here. A thing without its meaning is an error, so nothing
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,8 @@ from zramd import commands, errors
 from zramd.contract import rundir
 from zramd.server import routes
 from zramd.settings import config
-from zramd.stats import stats
+from zramd.stats import texts
+from zramd.stats.numbers import NUMBERS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "reference.md"
@@ -91,17 +91,17 @@ def table(*head: str, rows: Iterable[Iterable[str]]) -> str:
 
 def verbs() -> str:
     """Return the commands with what each is for, as `zramd --help` has them."""
-    return table("command", "what it does", rows=_verbs("", commands.parser()))
+    return table("command", "what it does", rows=_verbs())
 
 
-def _verbs(before: str, parser: Any) -> Iterable[tuple[str, str]]:
-    for action in parser._subparsers._actions:
-        for choice in getattr(action, "_choices_actions", ()):
-            made = action.choices[choice.dest]
-            if made._subparsers:
-                yield from _verbs(f"{before}{choice.dest} ", made)
-            else:
-                yield f"`zramd {before}{choice.dest}`", f"{choice.help}"
+def _verbs() -> Iterable[tuple[str, str]]:
+    for verb, (_, text) in commands.VERBS.items():
+        parts = [
+            (f"`zramd {verb} {choice.dest}`", f"{choice.help}")
+            for action in commands.verb_parser(verb)._actions
+            for choice in getattr(action, "_choices_actions", ())
+        ]
+        yield from parts or [(f"`zramd {verb}`", text)]
 
 
 def settings() -> str:
@@ -123,22 +123,16 @@ def fixed() -> str:
 def numbers() -> str:
     """Return every number of stats.json, in its order."""
     rows = []
-    for number in stats.NUMBERS:
+    for number in NUMBERS:
         metric = f"`zramd_{number.metric}`" if number.metric else ""
         rows.append((f"`{number.name}`", number.unit, number.meaning, metric))
     return table("number", "unit", "meaning", "in Prometheus", rows=rows)
 
 
 def columns() -> str:
-    """Return which numbers the lines of mm_stat and io_stat are, found by looking where each comes out."""
-    names = [field.name for field in fields(stats.Counters)]
-    counters: dict[str, Any] = {name: 1000 + place for place, name in enumerate(names)}
-    rest = {field.name: 0 for field in fields(stats.Snapshot) if field.name not in counters}
-    snapshot = stats.Snapshot(**counters, **cast(Any, rest))
-    rows = []
-    for name, line in (("mm_stat", stats.mm_stat(snapshot)), ("io_stat", stats.io_stat(snapshot))):
-        found = [names[int(word) - 1000] for word in line.split()]
-        rows.append((f"`{name}`", " ".join(f"`{one}`" for one in found)))
+    """Return which numbers the lines of mm_stat and io_stat are."""
+    files = (("mm_stat", texts.MM_STAT), ("io_stat", texts.IO_STAT))
+    rows = ((f"`{name}`", " ".join(f"`{one}`" for one in found)) for name, found in files)
     return table("file", "its numbers, in zram's order", rows=rows)
 
 

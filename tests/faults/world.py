@@ -20,7 +20,7 @@ from support.run import talk
 
 from zramd import Device
 from zramd.contract import rundir
-from zramd.server import state
+from zramd.server import statefile
 
 BLOCK = 4096
 SIZE = 32 << 20
@@ -374,7 +374,7 @@ class World:
     def check_state(self) -> None:
         """A new server finds everything in the state."""
         assert self.state is not None
-        fd = state.open_state(str(self.state), SIZE, False)
+        fd = statefile.open_state(str(self.state), SIZE, False)
         try:
             device = Device(SIZE, state=fd, verify=False)
         finally:

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from support.client import NbdSocket, bystander
 from support.run import SEED, wait_until
-from support.server import Served
+from support.server import NbdkitProcess
 
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 MIB = 1 << 20
 BLOCK = 4096
 STOP_SECONDS = 10.0  # it is one, on a machine that does nothing else; for ever, if it waits for a client
@@ -257,7 +257,7 @@ class TestRandomBytes:
             assert served.stats()["disksize"] == 64 * MIB
         assert served.log.read_text() == ""
 
-    def quiet(self, served: Served, lines_each: int = 2) -> None:
+    def quiet(self, served: NbdkitProcess, lines_each: int = 2) -> None:
         """The log tells of each bad client in a few lines, and nothing surprised the server itself."""
         log = served.log.read_text()
         print(f"{len(log.splitlines())} lines, {len(log)} bytes in the log for {self.COUNT} connections")
@@ -330,7 +330,7 @@ def _whole(sock: socket.socket, size: int) -> bytes:
     return data
 
 
-def _ask_for_extents(served: Served) -> None:
+def _ask_for_extents(served: NbdkitProcess) -> None:
     """Ask for more extents than a socket holds, take none, and leave."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(10)

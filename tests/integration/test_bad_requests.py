@@ -9,9 +9,9 @@ from functools import partial
 import pytest
 from support.client import NbdSocket, bystander
 from support.run import SEED, run_threads, wait_until
-from support.server import Served
+from support.server import NbdkitProcess
 
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 MIB = 1 << 20
 BLOCK = 4096
 READ, WRITE, FLUSH, TRIM, CACHE = (

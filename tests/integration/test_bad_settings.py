@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from support.client import bystander
-from support.server import PACKAGE_PARENT, PLUGIN, Served
+from support.server import PACKAGE_PARENT, PLUGIN, NbdkitProcess
 
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 NOBODY = 65534
 
 

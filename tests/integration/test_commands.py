@@ -16,12 +16,12 @@ import pytest
 from support.client import NbdSocket
 from support.run import wait_until
 from support.run import zramd_command as zramd
-from support.server import PACKAGE_PARENT, Served
+from support.server import PACKAGE_PARENT, NbdkitProcess
 
 from zramd.contract import rundir
-from zramd.stats import stats
+from zramd.stats import numbers
 
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 BLOCK = 4096
 
 
@@ -41,11 +41,11 @@ def refused(*words: object, status: int = 1) -> str:
     return done.stderr.removeprefix("zramd: ").rstrip("\n")
 
 
-def at(served: Served) -> tuple[str, str]:
+def at(served: NbdkitProcess) -> tuple[str, str]:
     return "--rundir", str(served.rundir)
 
 
-def fill(served: Served, blocks: int) -> None:
+def fill(served: NbdkitProcess, blocks: int) -> None:
     """Write compressible blocks, one repeated word and noise, and leave."""
     dice = random.Random(1)
     client = NbdSocket(served)
@@ -251,8 +251,9 @@ class TestStart:
         served = serve()
         served.process.send_signal(signal.SIGSTOP)
         code = (
-            "import sys; from zramd.commands import main, serve; "
-            "serve.STOP_TIMEOUT = serve.LOOK_TIMEOUT = 0.2; sys.exit(main())"
+            "import sys; from zramd.commands import main; from zramd.control import busy; "
+            "from zramd.launch import lifecycle; "
+            "lifecycle.STOP_TIMEOUT = busy.LOOK_TIMEOUT = 0.2; sys.exit(main())"
         )
         done = subprocess.run(
             [sys.executable, "-P", "-c", code, "stop", *at(served)],
@@ -273,7 +274,7 @@ class TestShow:
         assert line.split()[:2] == ["compression_ratio", "-"]
         fill(served, 50)
         text = said("stats", *at(served))
-        for number in stats.NUMBERS:
+        for number in numbers.NUMBERS:
             (line,) = [line for line in text.splitlines() if line.startswith(f"{number.name} ")]
             assert number.meaning in line
             assert not number.unit or f" {number.unit} " in line

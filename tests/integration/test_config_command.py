@@ -115,7 +115,7 @@ def test_all_errors_are_printed(root):
     errors = (
         "zramd: /etc/zramd.conf:3: unknown key 'swap-prio': did you mean 'swap-priority'?\n"
         "zramd: /etc/zramd.conf:2: zram-size: 'min', character 1: 'min' is a function: write min(a, b, …)\n"
-        "zramd: /etc/zramd.conf:5: compaction: 'perhaps' is neither on nor off\n"
+        "zramd: /etc/zramd.conf:5: compaction: 'perhaps' is neither on nor off: use one of them\n"
     )
     assert zramd(root, "check") == (1, "", errors)
     status, output, found = zramd(root, "show")

@@ -15,10 +15,10 @@ import pytest
 from support.client import NbdSocket
 from support.content import block_content
 from support.run import SCALE, SEED
-from support.server import Served
+from support.server import NbdkitProcess
 
 from zramd import Device
-from zramd.server import state
+from zramd.server import statefile
 
 BLOCK = 4096
 KILLS = max(1, int(30 * SCALE))
@@ -57,7 +57,7 @@ class Ledger:
         self.pending = {}
 
 
-def client(served: Served, ledger: Ledger, rnd: random.Random, errors: list[BaseException]) -> None:
+def client(served: NbdkitProcess, ledger: Ledger, rnd: random.Random, errors: list[BaseException]) -> None:
     """Write, trim and read until the server is gone."""
     try:
         nbd = NbdSocket(served)
@@ -89,7 +89,7 @@ def client(served: Served, ledger: Ledger, rnd: random.Random, errors: list[Base
 
 
 def take_over(path: Path, verify: bool) -> Device:
-    fd = state.open_state(str(path), SIZE, verify)
+    fd = statefile.open_state(str(path), SIZE, verify)
     try:
         return Device(SIZE, state=fd, verify=verify)
     finally:
@@ -98,7 +98,7 @@ def take_over(path: Path, verify: bool) -> Device:
 
 @pytest.mark.timeout(120 + 10 * KILLS)
 def test_a_killed_server_loses_nothing(
-    serve: Callable[..., Served], memory_folder: Path, tmp_path: Path
+    serve: Callable[..., NbdkitProcess], memory_folder: Path, tmp_path: Path
 ) -> None:
     rnd = random.Random(SEED)
     path = memory_folder / "state"

@@ -13,9 +13,9 @@ import pytest
 import support.server
 from support.client import NbdSocket
 from support.run import SANITIZED, SEED, run_threads, wait_until
-from support.server import PLUGIN, Served
+from support.server import PLUGIN, NbdkitProcess
 
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 MIB = 1 << 20
 BLOCK = 4096
 REQUEST = 128 << 10
@@ -31,13 +31,13 @@ exec(compile(open({str(PLUGIN)!r}).read(), {str(PLUGIN)!r}, "exec"))
 """
 
 
-def minor_faults(served: Served) -> int:
+def minor_faults(served: NbdkitProcess) -> int:
     """Page faults of the whole process, threads that have ended too."""
     text = Path(f"/proc/{served.process.pid}/stat").read_text()
     return int(text.rpartition(")")[2].split()[7])  # field 10; the second one may hold blanks
 
 
-def faults_of_threads(served: Served) -> dict[str, int]:
+def faults_of_threads(served: NbdkitProcess) -> dict[str, int]:
     """Page faults of each thread, those in the kernel too, by the thread's number and name."""
     found = {}
     for task in Path(f"/proc/{served.process.pid}/task").iterdir():
@@ -47,7 +47,7 @@ def faults_of_threads(served: Served) -> dict[str, int]:
     return found
 
 
-def requests(served: Served) -> int:
+def requests(served: NbdkitProcess) -> int:
     """Requests answered so far."""
     stats = served.stats()
     return int(sum(stats[kind] for kind in ("reads", "writes", "trims", "zeroes")))
@@ -61,7 +61,7 @@ def compare(what: str, early: int, late: int) -> None:
 
 
 class TestConnections:
-    def serve_clients(self, served: Served, count: int) -> None:
+    def serve_clients(self, served: NbdkitProcess, count: int) -> None:
         """Connect, read one block and leave, `count` times from four threads; then nobody is there."""
 
         def visit(number: int) -> None:
@@ -103,7 +103,7 @@ class TestConnections:
 class Rewriter:
     """Writes a whole device again and again: other data each round, of the same compressed sizes."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: NbdkitProcess) -> None:
         self.served = served
         self.client = NbdSocket(served)
         self.dice = random.Random(SEED)
@@ -170,13 +170,13 @@ class TestRewriting:
         compare(f"compacted, after 1 and {rounds} rounds", early[1], late[1])
         compare(f"left alone, after 1 and {rounds} rounds", early[0], late[0])
 
-    def settled(self, served: Served) -> int:
+    def settled(self, served: NbdkitProcess) -> int:
         """Resident memory when background compaction has done what it finds worth doing."""
         time.sleep(3)  # a look each second: one may compact, the next gives back the pages that were kept
         wait_until(lambda: '"running"' not in served.request("GET", "/health")[1])
         return served.resident()
 
-    def compacted(self, served: Served) -> int:
+    def compacted(self, served: NbdkitProcess) -> int:
         """Resident memory when everything freeable has been freed."""
         assert served.request("POST", "/compact")[0] == 200
         assert served.stats()["freeable_pages"] == 0
@@ -226,7 +226,9 @@ class TestFullPool:
 class TestFullPoolOfASwap:
     """With swap=local a write is refused with what is there: the kernel sends it because memory is short."""
 
-    def full(self, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Served, NbdSocket]:
+    def full(
+        self, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> tuple[NbdkitProcess, NbdSocket]:
         """A server whose next writes are refused, none was yet; and a client that it has met."""
         plugin = tmp_path / "plugin.py"
         plugin.write_text(WITHOUT_RIGHTS)
@@ -253,7 +255,7 @@ class TestFullPoolOfASwap:
         refused = self.writes(client, range(100, 12_000))
         after = faults_of_threads(served)
         assert refused > 11_000
-        (refills,) = (thread for thread in before if thread.endswith(" zramd-keeper"))
+        (refills,) = (thread for thread in before if thread.endswith(" zramd-refill"))
         after[refills] = before[refills]
         assert after == before
         assert maps.read_text() == mapped

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from support.client import NbdSocket
 from support.run import wait_until, zramd_command
-from support.server import PACKAGE_PARENT, Served
+from support.server import PACKAGE_PARENT, NbdkitProcess
 
 NOBODY = 65534
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root can")
 
 

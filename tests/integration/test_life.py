@@ -20,7 +20,7 @@ BLOCK = 4096
 
 
 class Device:
-    """One in a run folder of its own; it looks like support.server.Served to NbdSocket."""
+    """One in a run folder of its own; it looks like support.server.NbdkitProcess to NbdSocket."""
 
     def __init__(self, folder: Path, state: Path) -> None:
         self.name = "alive"
@@ -151,7 +151,7 @@ def test_stop_without_a_state(device: Device) -> None:
     assert nbd.ask(nbd.WRITE, 0, BLOCK, b"x" * BLOCK) == 0
     said = device.refused("stop")
     assert said == (
-        "run has no state, and its data would be lost to those who use it (1 connected): "
+        "run has no state, and its clients would lose its data (1 connected): "
         "disconnect them first, or use --force"
     )
     assert nbd.read(0, BLOCK) == b"x" * BLOCK

@@ -24,14 +24,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.client import NbdSocket
 from support.run import wait_until
-from support.server import Served
+from support.server import NbdkitProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts" / "lib"))
 
 from vm import packages  # noqa: E402
 
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 DOCS = ROOT / "docs/monitoring"
 README = DOCS / "README.md"
 BLOCK = 4096
@@ -65,7 +65,7 @@ def promtool() -> Callable[..., str]:
     return run
 
 
-def work(served: Served) -> None:
+def work(served: NbdkitProcess) -> None:
     """Requests of all kinds, and something to compact."""
     client = NbdSocket(served)
     dice = random.Random(3)
@@ -84,13 +84,13 @@ def work(served: Served) -> None:
 
 
 @pytest.fixture
-def worked(serve: Serve) -> Served:
+def worked(serve: Serve) -> NbdkitProcess:
     served = serve(name="swap0", mem_limit="32M", compaction="off")
     work(served)
     return served
 
 
-def exposition(served: Served) -> str:
+def exposition(served: NbdkitProcess) -> str:
     status, text = served.request("GET", "/metrics")
     assert status == 200
     return text
@@ -105,7 +105,7 @@ def names(text: str) -> set[str]:
 # The exposition
 
 
-def test_promtool_has_nothing_to_say(worked: Served, promtool: Callable[..., str]) -> None:
+def test_promtool_has_nothing_to_say(worked: NbdkitProcess, promtool: Callable[..., str]) -> None:
     assert promtool("check", "metrics", text=exposition(worked)) == ""
 
 
@@ -115,7 +115,7 @@ def test_promtool_would_complain(promtool: Callable[..., str]) -> None:
         promtool("check", "metrics", text="# HELP zramd_x X.\n# TYPE zramd_x counter\nzramd_x 1\n")
 
 
-def test_histogram(worked: Served) -> None:
+def test_histogram(worked: NbdkitProcess) -> None:
     """What clients did is in the buckets, which are cumulative and end with all."""
     stats = worked.stats()
     families = {family.name: family for family in text_string_to_metric_families(exposition(worked))}
@@ -148,7 +148,7 @@ def metrics_table(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_readme_has_the_metrics(worked: Served) -> None:
+def test_readme_has_the_metrics(worked: NbdkitProcess) -> None:
     _, _, rest = README.read_text().partition("<!-- metrics -->\n")
     table, _, _ = rest.partition("<!-- /metrics -->")
     assert table == metrics_table(exposition(worked))
@@ -192,7 +192,7 @@ def test_dashboard_is_whole() -> None:
 
 
 def test_queries_are_right_and_names_exist(
-    worked: Served, promtool: Callable[..., str], tmp_path: Path
+    worked: NbdkitProcess, promtool: Callable[..., str], tmp_path: Path
 ) -> None:
     """Each query as a recording rule: promtool parses them, and a server has what they ask for."""
     asked = queries()

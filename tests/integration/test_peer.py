@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.run import wait_until, zramd_command
-from support.server import PACKAGE_PARENT, Served
+from support.server import PACKAGE_PARENT, NbdkitProcess
 
 from zramd import trusted
 from zramd.control import client, peer
@@ -83,7 +83,7 @@ def test_a_number_that_is_somebody_elses(his: Path, victim: subprocess.Popen[byt
 @needs_root
 @pytest.mark.parametrize("verb", ["stop", "restart"])
 def test_a_socket_that_leads_to_another_server(
-    his: Path, serve: Callable[..., Served], verb: str, memory_folder: Path
+    his: Path, serve: Callable[..., NbdkitProcess], verb: str, memory_folder: Path
 ) -> None:
     """root's own server, or any daemon of root's: he asks root to stop it by a name of his."""
     served = serve(state=memory_folder / "state")
@@ -98,7 +98,7 @@ def test_a_socket_that_leads_to_another_server(
 
 
 @needs_root
-def test_a_link_to_another_device(his: Path, serve: Callable[..., Served]) -> None:
+def test_a_link_to_another_device(his: Path, serve: Callable[..., NbdkitProcess]) -> None:
     served = serve()
     (his / "mine").symlink_to(served.rundir)
     os.chown(his / "mine", NOBODY, NOBODY, follow_symlinks=False)
@@ -159,7 +159,7 @@ def test_root_and_the_server_of_another_user(his: Path) -> None:
         process.close()
         sentence = refused("restart", "--rundir", run)
         assert sentence == (
-            f"the server of run belongs to {HIM}, and runs what he has it run: do this as that user"
+            f"the server of run belongs to {HIM}, who decides what it runs: do this as that user"
         )
         sentence = refused("attach", "his", "--rundir", run, "--swap")
         assert f"belongs to {HIM}, who could read and change what is swapped out" in sentence
@@ -195,7 +195,7 @@ def test_a_server_in_another_pid_namespace(tmp_path: Path, victim: subprocess.Po
 
 
 @pytest.mark.parametrize("endpoint", ["on", "off"])
-def test_who_serves(serve: Callable[..., Served], endpoint: str) -> None:
+def test_who_serves(serve: Callable[..., NbdkitProcess], endpoint: str) -> None:
     served = serve(endpoint=endpoint, wait=False)
     wait_until(lambda: (served.rundir / ("control.sock" if endpoint == "on" else "mm_stat")).exists())
     process = peer.find("zram0", str(served.rundir))
@@ -209,7 +209,7 @@ def test_who_serves(serve: Callable[..., Served], endpoint: str) -> None:
         peer.find("zram0", str(served.rundir))
 
 
-def test_a_server_that_hangs(serve: Callable[..., Served]) -> None:
+def test_a_server_that_hangs(serve: Callable[..., NbdkitProcess]) -> None:
     served = serve()
     served.process.send_signal(signal.SIGSTOP)
     try:
@@ -220,7 +220,7 @@ def test_a_server_that_hangs(serve: Callable[..., Served]) -> None:
         served.process.send_signal(signal.SIGCONT)
 
 
-def test_on_an_older_kernel(serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_an_older_kernel(serve: Callable[..., NbdkitProcess], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without SO_PEERPIDFD the number is taken if that process has the pid file open."""
     served = serve()
     monkeypatch.setattr(peer, "_SO_PEERPIDFD", 9999)
@@ -235,7 +235,7 @@ def test_on_an_older_kernel(serve: Callable[..., Served], monkeypatch: pytest.Mo
     (served.rundir / "away").rename(served.rundir / "pid")
 
 
-def test_no_descriptor_is_left_open(serve: Callable[..., Served]) -> None:
+def test_no_descriptor_is_left_open(serve: Callable[..., NbdkitProcess]) -> None:
     served = serve()
     before = os.listdir("/proc/self/fd")
     peer.find("zram0", str(served.rundir)).close()

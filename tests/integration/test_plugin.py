@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 from support.run import talk, wait_until
-from support.server import PACKAGE_PARENT, PLUGIN, Served
+from support.server import PACKAGE_PARENT, PLUGIN, NbdkitProcess
 
 import zramd
 
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 MIB = 1 << 20
 STOP_SECONDS = 10.0  # it is one, on a machine that does nothing else; for ever, if it waits for a client
 STATS_FILES = ["classes", "disksize", "frag_ratio", "io_stat", "metrics.prom", "mm_stat", "stats.json"]

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from support.run import wait_until
-from support.server import Served
+from support.server import NbdkitProcess
 
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 MIB = 1 << 20
 PAGE = 4096
 TREES = ("/usr/share/doc", "/usr/include", "/usr/lib/python3")  # the first that has enough
@@ -65,7 +65,7 @@ def real_tree(into: Path, room: int) -> None:
         shutil.copyfile(path, into / name)
 
 
-def ratio(served: Served) -> float:
+def ratio(served: NbdkitProcess) -> float:
     """Bytes stored for each byte of the pool; prints it with the rest that matters."""
     stats = served.stats()
     value: float = stats["orig_data_size"] / stats["mem_used_total"]
@@ -87,7 +87,7 @@ def compare(tree: Path, image: Path, out: Path) -> None:
     assert all(path.read_bytes() == back[name].read_bytes() for name, path in there.items())
 
 
-def trim_and_compact(served: Served, handle: Any, dice: random.Random) -> int:
+def trim_and_compact(served: NbdkitProcess, handle: Any, dice: random.Random) -> int:
     """Write noise past the data, trim most of it, compact; return the objects migrated."""
     start, end = handle.get_size() - 16 * MIB, handle.get_size()
     before = served.stats()["objects_migrated"]

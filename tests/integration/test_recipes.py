@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 from support.run import SEED, wait_until
-from support.server import Served
+from support.server import NbdkitProcess
 
 from zramd.settings.config import MAX_DISKSIZE
 
 nbd = pytest.importorskip("nbd")
 
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 MIB = 1 << 20
 BLOCK = 4096
 PRIVATE = 8 * MIB  # at the end of the device: the churn's own
@@ -35,7 +35,7 @@ class Churn:
     What it kept must be what it reads. A process of its own: the recipes in Python need this one's time.
     """
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: NbdkitProcess) -> None:
         self.served = served
         context = multiprocessing.get_context("fork")
         self.rounds = context.Value("i", 0)
@@ -95,7 +95,7 @@ class Churn:
 
 
 @pytest.fixture
-def served(serve: Serve) -> Iterator[Served]:
+def served(serve: Serve) -> Iterator[NbdkitProcess]:
     """A server whose compactor has work to do all the time; afterwards it must be whole."""
     server = serve(disksize=SIZE + PRIVATE, compaction_interval="0.05")
     with Churn(server):
@@ -121,14 +121,14 @@ def run(*command: str, timeout: float = 120) -> str:
     return ran.stdout
 
 
-def front(served: Served, *filters: str, parameters: tuple[str, ...] = (), script: str) -> str:
+def front(served: NbdkitProcess, *filters: str, parameters: tuple[str, ...] = (), script: str) -> str:
     """Run a shell script with $uri a second nbdkit with filters, whose client side is the server."""
     window = ["--filter=offset", "nbd", f"uri={served.uri}", "offset=0", f"range={SIZE}"]
     return run("nbdkit", "-U", "-", *filters, *window, *parameters, "--run", script)
 
 
 class TestNbdcopy:
-    def test_pattern(self, served: Served) -> None:
+    def test_pattern(self, served: NbdkitProcess) -> None:
         """Data that says where it belongs, checked at the first wrong byte."""
         into = f'nbdcopy "$uri" "{served.uri}"'
         run("nbdkit", "-U", "-", "pattern", str(SIZE), "--run", into)
@@ -136,7 +136,7 @@ class TestNbdcopy:
         front(served, script=check)
 
     @pytest.mark.parametrize("percent", [5, 50])
-    def test_sparse_random(self, served: Served, percent: int) -> None:
+    def test_sparse_random(self, served: NbdkitProcess, percent: int) -> None:
         """Holes stay holes both ways; the plugin fails the copy when what comes back is not what it gave."""
         plugin = f"sparse-random {SIZE} seed={SEED} percent={percent} runlength=20000"
         # The window again, so that the copy does not run over the private region.
@@ -146,7 +146,7 @@ class TestNbdcopy:
         assert stored < SIZE * percent / 100 * 1.5 + PRIVATE
         front(served, script=back)
 
-    def test_options(self, served: Served, tmp_path: Path) -> None:
+    def test_options(self, served: NbdkitProcess, tmp_path: Path) -> None:
         """One connection, synchronous, odd request size; then everything at once."""
         original, copy = tmp_path / "original", tmp_path / "copy"
         dice = random.Random(SEED)
@@ -158,7 +158,7 @@ class TestNbdcopy:
 
 
 class TestFio:
-    def fio(self, served: Served, *options: str) -> str:
+    def fio(self, served: NbdkitProcess, *options: str) -> str:
         common = ["--name=job", "--ioengine=nbd", f"--uri={served.uri}", f"--randseed={SEED}"]
         verify = ["--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--buffer_compress_percentage=50"]
         # Else it leaves files in the present folder.
@@ -168,31 +168,31 @@ class TestFio:
         assert "verify" not in text.lower().replace("--verify", ""), text
         return text
 
-    def test_aligned(self, served: Served) -> None:
+    def test_aligned(self, served: NbdkitProcess) -> None:
         self.fio(served, "--rw=randwrite", "--bs=4k", "--iodepth=16", f"--size={SIZE}")
 
-    def test_immediate_read_back(self, served: Served) -> None:
+    def test_immediate_read_back(self, served: NbdkitProcess) -> None:
         self.fio(served, "--rw=randwrite", "--bs=4k", "--iodepth=16", "--size=16M", "--verify_backlog=256")
 
-    def test_odd_sizes(self, served: Served) -> None:
+    def test_odd_sizes(self, served: NbdkitProcess) -> None:
         self.fio(served, "--rw=randwrite", "--bsrange=512-64k", "--iodepth=16", f"--size={SIZE}")
 
-    def test_unaligned(self, served: Served) -> None:
+    def test_unaligned(self, served: NbdkitProcess) -> None:
         # One byte more than 512: no request starts or ends at a block's boundary but by chance.
         self.fio(served, "--rw=randwrite", "--bs=513", "--iodepth=16", "--size=4M", "--offset=1234567")
 
-    def test_connections(self, served: Served) -> None:
+    def test_connections(self, served: NbdkitProcess) -> None:
         jobs = ["--numjobs=4", "--size=16M", "--offset_increment=16M", "--group_reporting=1"]
         self.fio(served, "--rw=randwrite", "--bsrange=1k-32k", "--iodepth=8", *jobs)
 
-    def test_trims_in_between(self, served: Served) -> None:
+    def test_trims_in_between(self, served: NbdkitProcess) -> None:
         """Each block is trimmed, then written, then verified."""
         # Else a trim is in flight together with the write that it belongs before, in no order.
         overlap = ("--iodepth=16", "--serialize_overlap=1", "--size=32M")
         self.fio(served, "--rw=randtrimwrite", "--bs=4k", *overlap)
         assert served.stats()["trims"] > 4096
 
-    def test_random_trims(self, served: Served) -> None:
+    def test_random_trims(self, served: NbdkitProcess) -> None:
         """Trims at random beside verified writes of another region."""
         stop = threading.Event()
         trims = 0
@@ -216,7 +216,7 @@ class TestFio:
 
 
 class TestQemu:
-    def window(self, served: Served) -> str:
+    def window(self, served: NbdkitProcess) -> str:
         """The recipe's region, as qemu names it."""
         return (
             f'json:{{"driver":"raw","offset":0,"size":{SIZE},"discard":"unmap",'
@@ -224,7 +224,7 @@ class TestQemu:
             f'"export":"{served.name}","discard":"unmap"}}}}'
         )
 
-    def test_io(self, served: Served) -> None:
+    def test_io(self, served: NbdkitProcess) -> None:
         script = """
             write -P 0xaa 0 64k
             write -z 4k 4k
@@ -261,7 +261,7 @@ class TestQemu:
         assert "failed" not in text.lower(), text
         assert "error" not in text.lower(), text
 
-    def test_bench_and_compare(self, served: Served, tmp_path: Path) -> None:
+    def test_bench_and_compare(self, served: NbdkitProcess, tmp_path: Path) -> None:
         uri = self.window(served)
         run("qemu-img", "bench", "-w", "-c", "20000", "-d", "16", "-s", "4k", "--pattern=99", uri)
         run("qemu-img", "bench", "-c", "5000", "-d", "16", "-s", "4097", "-S", "8191", uri)
@@ -280,7 +280,7 @@ class TestQemu:
         with pytest.raises(AssertionError, match="Content mismatch"):
             run("qemu-img", "compare", "-f", "raw", str(image), uri)
 
-    def test_map(self, served: Served, tmp_path: Path) -> None:
+    def test_map(self, served: NbdkitProcess, tmp_path: Path) -> None:
         """What qemu takes from the block status: it copies only what is data."""
         handle = served.connect()
         handle.pwrite(os.urandom(MIB), 10 * MIB)
@@ -296,11 +296,11 @@ class TestQemu:
 class TestNbdinfo:
     """Block status of what was never written: there the packaged compressed server dies."""
 
-    def totals(self, served: Served) -> dict[int, int]:
+    def totals(self, served: NbdkitProcess) -> dict[int, int]:
         text = front(served, script='nbdinfo --map --totals --json "$uri"')
         return {entry["type"]: entry["size"] for entry in json.loads(text)}
 
-    def test_never_written(self, served: Served) -> None:
+    def test_never_written(self, served: NbdkitProcess) -> None:
         assert self.totals(served) == {HOLE: SIZE}
 
     def test_large_and_empty(self, serve: Serve) -> None:
@@ -308,7 +308,7 @@ class TestNbdinfo:
         (entry,) = json.loads(run("nbdinfo", "--map", "--totals", "--json", served.uri))
         assert (entry["size"], entry["type"]) == (MAX_DISKSIZE, HOLE)
 
-    def test_written_and_trimmed(self, served: Served) -> None:
+    def test_written_and_trimmed(self, served: NbdkitProcess) -> None:
         handle = served.connect()
         handle.pwrite(os.urandom(16 * MIB), 5 * MIB)
         assert self.totals(served) == {HOLE: SIZE - 16 * MIB, DATA: 16 * MIB}
@@ -318,7 +318,7 @@ class TestNbdinfo:
         handle.trim(SIZE, 0)
         assert self.totals(served) == {HOLE: SIZE}
 
-    def test_features(self, served: Served) -> None:
+    def test_features(self, served: NbdkitProcess) -> None:
         for feature in ("multi-conn", "flush", "fua", "trim", "zero", "fast-zero", "df", "write"):
             run("nbdinfo", "--can", feature, served.uri)
         assert run("nbdinfo", "--list", served.uri).count("export=") == 1
@@ -336,7 +336,7 @@ def block_status(handle: Any, count: int, offset: int, flags: int = 0) -> list[t
 
 
 class TestLibnbd:
-    def test_what_one_writes_another_reads(self, served: Served) -> None:
+    def test_what_one_writes_another_reads(self, served: NbdkitProcess) -> None:
         """Multi-conn's promise, with no flush in between."""
         handles = [served.connect() for _ in range(4)]
         assert all(handle.can_multi_conn() for handle in handles)
@@ -357,7 +357,7 @@ class TestLibnbd:
     @pytest.mark.parametrize("fua", [0, nbd.CMD_FLAG_FUA])
     @pytest.mark.parametrize("fast", [0, nbd.CMD_FLAG_FAST_ZERO])
     @pytest.mark.parametrize("no_hole", [0, nbd.CMD_FLAG_NO_HOLE])
-    def test_zero_with_each_flag(self, served: Served, fua: int, fast: int, no_hole: int) -> None:
+    def test_zero_with_each_flag(self, served: NbdkitProcess, fua: int, fast: int, no_hole: int) -> None:
         handle = served.connect()
         noise = os.urandom(MIB)
         flags = fua | fast | no_hole
@@ -371,7 +371,7 @@ class TestLibnbd:
         assert block_status(handle, 64 << 10, 64 << 10)[0][1] == (ZERO if no_hole else HOLE)
 
     @pytest.mark.parametrize("fua", [0, nbd.CMD_FLAG_FUA])
-    def test_trim_and_flush(self, served: Served, fua: int) -> None:
+    def test_trim_and_flush(self, served: NbdkitProcess, fua: int) -> None:
         handle = served.connect()
         noise = os.urandom(MIB)
         handle.pwrite(noise, 0, fua)
@@ -379,7 +379,7 @@ class TestLibnbd:
         handle.flush()
         assert handle.pread(MIB, 0) == noise[:4096] + bytes(8192) + noise[12288:]
 
-    def test_trim_of_parts_of_blocks(self, served: Served) -> None:
+    def test_trim_of_parts_of_blocks(self, served: NbdkitProcess) -> None:
         """Whole blocks inside go; of the others every byte is the old one or zero."""
         handle = served.connect()
         noise = bytes(random.Random(SEED).randrange(1, 256) for _ in range(32768))
@@ -391,7 +391,7 @@ class TestLibnbd:
         assert now[21000:] == noise[21000:]
         assert all(new in (0, old) for new, old in zip(now, noise, strict=True))
 
-    def test_block_status(self, served: Served) -> None:
+    def test_block_status(self, served: NbdkitProcess) -> None:
         handle = served.connect()
         for block in range(0, 200, 2):
             handle.pwrite(os.urandom(4096), block * 4096)
@@ -407,7 +407,7 @@ class TestLibnbd:
         assert len(block_status(handle, MIB, 0, nbd.CMD_FLAG_REQ_ONE)) == 1
         assert block_status(handle, 1, SIZE - 1)[0][1] == HOLE
 
-    def test_reads_in_one_piece(self, served: Served) -> None:
+    def test_reads_in_one_piece(self, served: NbdkitProcess) -> None:
         handle = served.connect()
         assert handle.get_structured_replies_negotiated()
         noise = os.urandom(3 * MIB)
@@ -423,7 +423,7 @@ class TestLibnbd:
             assert data == noise[1234 - 777 :][: 2 * MIB]
             assert not flags or len(chunks) == 1
 
-    def test_largest_requests(self, served: Served) -> None:
+    def test_largest_requests(self, served: NbdkitProcess) -> None:
         """32 MiB is what the protocol promises, 64 MiB what nbdkit and libnbd take."""
         handle = served.connect()
         dice = random.Random(SEED)
@@ -434,7 +434,7 @@ class TestLibnbd:
         handle.zero(SIZE, 0)
         assert handle.pread(SIZE, 0) == bytes(SIZE)
 
-    def test_any_offset_and_length(self, served: Served) -> None:
+    def test_any_offset_and_length(self, served: NbdkitProcess) -> None:
         """Around a block's boundary: every kind of start and end."""
         handle = served.connect()
         model = bytearray(os.urandom(5 * 4096))
@@ -455,22 +455,22 @@ class TestLibnbd:
 class TestFilters:
     """nbdkit as the client, with its filters in between."""
 
-    def check(self, served: Served, *filters: str, parameters: tuple[str, ...] = ()) -> None:
+    def check(self, served: NbdkitProcess, *filters: str, parameters: tuple[str, ...] = ()) -> None:
         """The pattern through the filters, there and back."""
         words = [f"--filter={name}" for name in filters]
         into = f"nbdkit -U - pattern {SIZE} --run \"nbdcopy \\$uri '$uri'\""
         back = f'nbdcopy "$uri" -- [ nbdkit --exit-with-parent --filter=checkwrite pattern {SIZE} ]'
         front(served, *words, parameters=parameters, script=f"{into} && {back}")
 
-    def test_split(self, served: Served) -> None:
+    def test_split(self, served: NbdkitProcess) -> None:
         self.check(served, "blocksize", parameters=("minblock=4k", "maxdata=24k", "maxlen=8M"))
 
-    def test_errors_that_are_retried(self, served: Served) -> None:
+    def test_errors_that_are_retried(self, served: NbdkitProcess) -> None:
         """The client above the filters sees none of them."""
         again = ("retry-request-retries=20", "retry-request-delay=1")
         self.check(served, "retry-request", "error", parameters=("error-rate=1%", *again))
 
-    def test_delays(self, served: Served) -> None:
+    def test_delays(self, served: NbdkitProcess) -> None:
         self.check(served, "delay", parameters=("delay-read=3ms", "delay-write=3ms"))
 
     def test_server_refuses_parts_of_blocks(self, serve: Serve) -> None:
@@ -570,7 +570,7 @@ def test_races(serve: Serve, region: int) -> None:
     assert served.log.read_text() == ""
 
 
-def race(served: Served, region: int) -> None:
+def race(served: NbdkitProcess, region: int) -> None:
     racers = [Racer(served.connect(), SEED + i, i * region, (i + 1) * region) for i in range(8)]
     until = time.monotonic() + 5
     threads = [threading.Thread(target=racer.run, args=(until,)) for racer in racers]

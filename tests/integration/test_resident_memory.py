@@ -9,7 +9,7 @@ import pytest
 from support.client import NbdSocket
 from support.content import block_content
 from support.run import wait_until
-from support.server import Served
+from support.server import NbdkitProcess
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 
@@ -24,10 +24,10 @@ FREED = 0.65  # of them
 CLOSE = 0.01  # by how much of what the server says the kernel may say more or less
 TABLES = 64 << 10  # bytes: where pages are anonymous, small tables may be in the same mapping
 GIVEN_BACK = 1.0  # seconds from the end of a compaction
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 
 
-def pool(server: Served) -> tuple[int, int]:
+def pool(server: NbdkitProcess) -> tuple[int, int]:
     """Rss and Pss of the pool's pages."""
     layout = state_layout(SIZE)
     return smaps.arena(
@@ -35,7 +35,7 @@ def pool(server: Served) -> tuple[int, int]:
     )
 
 
-def agrees(server: Served, kind: str) -> bool:
+def agrees(server: NbdkitProcess, kind: str) -> bool:
     """Whether the server and the kernel say the same of the pool."""
     used = server.stats()["mem_used_total"]
     tables = TABLES if kind == "anonymous" else 0

@@ -17,12 +17,12 @@ import pytest
 from support.client import NbdSocket
 from support.run import talk, wait_until
 from support.run import zramd_command as zramd
-from support.server import PACKAGE_PARENT, PLUGIN, Served
+from support.server import PACKAGE_PARENT, PLUGIN, NbdkitProcess
 
-from zramd.commands.restart import LEAVE_TIMEOUT
 from zramd.contract import rundir
+from zramd.launch.takeover import LEAVE_TIMEOUT
 
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 BLOCK = 4096
 BLOCKS = 2000
 RESTARTS = 20
@@ -34,7 +34,7 @@ def content(block: int, version: int) -> bytes:
 
 
 class Started:
-    """A server begun by `zramd start`; it looks like support.server.Served to NbdSocket."""
+    """A server begun by `zramd start`; it looks like support.server.NbdkitProcess to NbdSocket."""
 
     def __init__(self, folder: Path, state: Path, *words: str) -> None:
         self.name = "again"
@@ -166,7 +166,7 @@ def all_connect(clients: list[Client], times: int) -> None:
 
 
 class Qemu:
-    """qemu-nbd: connects again by itself, and serves what it has; it looks like support.server.Served."""
+    """qemu-nbd: connects again by itself, serves what it has, and looks like support.server.NbdkitProcess."""
 
     def __init__(self, folder: Path, name: str, server: Path) -> None:
         self.name = name
@@ -483,7 +483,7 @@ def test_in_the_foreground(serve: Serve, memory_folder: Path) -> None:
     done = zramd("restart", "--rundir", served.rundir)
     assert done.returncode == 1
     assert (
-        f"runs in the foreground, not by 'zramd start': end it by 'kill -USR1 {served.process.pid}'"
+        f"runs in the foreground, not by 'zramd start': end it with 'kill -USR1 {served.process.pid}'"
         in done.stderr
     )
     nbd = NbdSocket(served)

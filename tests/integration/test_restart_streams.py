@@ -11,7 +11,7 @@ from support.client import NbdSocket
 from support.content import block_content
 from support.run import wait_until
 from support.run import zramd_command as zramd
-from support.server import Served
+from support.server import NbdkitProcess
 from test_restart import Started
 
 BLOCK = 4096
@@ -26,7 +26,7 @@ def started(tmp_path: Path, memory_folder: Path) -> Iterator[Started]:
     assert zramd("stop", "--rundir", server.rundir).returncode == 0
 
 
-def fill(served: Served | Started) -> None:
+def fill(served: NbdkitProcess | Started) -> None:
     client = NbdSocket(served)  # type: ignore[arg-type]
     for block in range(BLOCKS):
         assert client.ask(client.WRITE, block * BLOCK, BLOCK, block_content(block, 1)) == 0
@@ -44,12 +44,12 @@ def refused(served: Started, what: str) -> None:
     """See that a restart is refused, and that the same process serves on."""
     pid = served.pid
     done = served.restart()
-    sentence = f"again goes on as before: a {what} is under way: restart it when that is done"
+    sentence = f"again goes on as before: a {what} is under way: restart when it is done"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"zramd: {sentence}\n")
     assert served.pid == pid
 
 
-def test_while_it_is_loaded(serve: Callable[..., Served], started: Started, tmp_path: Path) -> None:
+def test_while_it_is_loaded(serve: Callable[..., NbdkitProcess], started: Started, tmp_path: Path) -> None:
     source = serve()
     fill(source)
     file = tmp_path / "saved"

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from support.client import NbdSocket
 from support.run import wait_until
-from support.server import Served
+from support.server import NbdkitProcess
 from support.steps import Steps
 
 from zramd.contract.rundir import DATA_ID
 
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 BLOCK = 4096
 SIZE = 64 << 20
 COMMAND = [sys.executable, "-P", "-m", "zramd"]
@@ -51,11 +51,11 @@ def refused(*words: object, status: int = 1, **more: object) -> str:
     return said[7:-1]
 
 
-def at(served: Served) -> tuple[str, str]:
+def at(served: NbdkitProcess) -> tuple[str, str]:
     return "--rundir", str(served.rundir)
 
 
-def fill(served: Served, size: int = SIZE) -> None:
+def fill(served: NbdkitProcess, size: int = SIZE) -> None:
     """Write noise, what compresses, words, zeros and holes."""
     dice = random.Random(1)
     client = NbdSocket(served)
@@ -73,19 +73,19 @@ def fill(served: Served, size: int = SIZE) -> None:
     leave(served, client)
 
 
-def leave(served: Served, client: NbdSocket) -> None:
+def leave(served: NbdkitProcess, client: NbdSocket) -> None:
     client.close()
     wait_until(lambda: served.clients() == 0)
 
 
-def content(served: Served, size: int = SIZE) -> bytes:
+def content(served: NbdkitProcess, size: int = SIZE) -> bytes:
     client = NbdSocket(served)
     data = b"".join(client.read(start, 1 << 20) for start in range(0, size, 1 << 20))
     leave(served, client)
     return data
 
 
-def held(tmp_path: Path, served: Served) -> "tuple[subprocess.Popen[bytes], int]":
+def held(tmp_path: Path, served: NbdkitProcess) -> "tuple[subprocess.Popen[bytes], int]":
     """A save into a pipe that nobody reads further, and the pipe."""
     reader, writer = os.pipe()
     process = subprocess.Popen(
@@ -156,7 +156,7 @@ def test_save_under_load(serve: Serve, tmp_path: Path) -> None:
     try:
         wait_until(lambda: served.stats()["writes"] > before + 50)
         text = refused("save", *at(served), file)
-        assert "a client changed the device while it was saved: stop who writes to it, or use --live" in text
+        assert "a client changed the device while it was saved: stop what writes to it, or use --live" in text
         assert not [name for name in os.listdir(tmp_path) if name.startswith("saved")]
         said = done("save", "--live", *at(served), file)
     finally:
@@ -452,7 +452,7 @@ def test_load_refusals(serve: Serve, tmp_path: Path) -> None:
     done("save", *at(first), file)
     data = file.read_bytes()
 
-    def load(served: Served, path: Path, *more: str) -> str:
+    def load(served: NbdkitProcess, path: Path, *more: str) -> str:
         text = refused("load", *more, *at(served), path)
         assert served.stats()["pages_stored"] == 0
         return text
@@ -541,7 +541,7 @@ def test_the_server_dies_in_a_load(serve: Serve, tmp_path: Path, memory_folder: 
     assert process.wait(20) == 1
     third = serve(**configured)
     assert third.stats()["pages_stored"] == 0
-    assert "was not completed: what it had of it was dropped" in third.log.read_text()
+    assert "was not completed: the part that had arrived was dropped" in third.log.read_text()
     done("load", *at(third), file)
     assert content(third) == content(first)
 

@@ -103,7 +103,7 @@ def test_unknown_profile_in_the_environment():
     assert "release, debug, coverage, asan, tsan" in result.stderr
 
 
-class Served:
+class ServeScript:
     """A scripts/serve in the background; `output` is its standard output."""
 
     def __init__(self, folder: Path, *arguments: str, command=(SCRIPTS / "serve",), **kwargs):
@@ -152,7 +152,7 @@ def serve(tmp_path):
     def start(*arguments, **kwargs):
         folder = tmp_path / str(len(running))
         folder.mkdir()
-        running.append(Served(folder, *arguments, **kwargs))
+        running.append(ServeScript(folder, *arguments, **kwargs))
         return running[-1]
 
     yield start

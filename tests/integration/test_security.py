@@ -14,10 +14,10 @@ import pytest
 from support.client import NbdSocket
 from support.content import noise
 from support.run import wait_until
-from support.server import Served
+from support.server import NbdkitProcess
 
 NOBODY = 65534
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 
 
 def as_nobody(code: str) -> str:

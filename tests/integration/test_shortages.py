@@ -18,16 +18,16 @@ from pathlib import Path
 import pytest
 from support.client import NbdSocket, bystander
 from support.run import wait_until
-from support.server import PACKAGE_PARENT, PLUGIN, Served
+from support.server import PACKAGE_PARENT, PLUGIN, NbdkitProcess
 
 from zramd.server import sockets
 
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 MIB = 1 << 20
 WRITE = NbdSocket.WRITE
 
 
-def causes(served: Served) -> list[str]:
+def causes(served: NbdkitProcess) -> list[str]:
     """What the server says goes wrong."""
     health = json.loads(served.request("GET", "/health")[1])
     assert health["status"] == ("degraded" if health["causes"] else "ok")
@@ -36,12 +36,12 @@ def causes(served: Served) -> list[str]:
 
 
 @pytest.fixture
-def crowd() -> Iterator[Callable[[Served, int], list[socket.socket]]]:
+def crowd() -> Iterator[Callable[[NbdkitProcess, int], list[socket.socket]]]:
     """Connect many times, and say nothing."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     connected: list[socket.socket] = []
 
-    def connect(served: Served, count: int) -> list[socket.socket]:
+    def connect(served: NbdkitProcess, count: int) -> list[socket.socket]:
         for _ in range(count):
             sock = socket.socket(socket.AF_UNIX)
             sock.setblocking(False)
@@ -56,7 +56,7 @@ def crowd() -> Iterator[Callable[[Served, int], list[socket.socket]]]:
 
 class TestConnections:
     def test_more_than_the_limit(
-        self, serve: Serve, crowd: Callable[[Served, int], list[socket.socket]]
+        self, serve: Serve, crowd: Callable[[NbdkitProcess, int], list[socket.socket]]
     ) -> None:
         served = serve(client_limit="20")
         with bystander(served):
@@ -75,7 +75,7 @@ class TestConnections:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
     @pytest.mark.parametrize("room", [0, 4, 40])
     def test_more_than_the_descriptors(
-        self, serve: Serve, crowd: Callable[[Served, int], list[socket.socket]], room: int, number: int
+        self, serve: Serve, crowd: Callable[[NbdkitProcess, int], list[socket.socket]], room: int, number: int
     ) -> None:
         served = serve()
         with bystander(served):
@@ -161,7 +161,7 @@ class TestStandardError:
         )
         os.close(writer)
         try:
-            served = Served.__new__(Served)
+            served = NbdkitProcess.__new__(NbdkitProcess)
             served.process, served.rundir, served.socket, served.name = (
                 process,
                 rundir,
@@ -236,11 +236,11 @@ import errno, json, os, subprocess, sys, time
 from pathlib import Path
 from support.client import NbdSocket
 from support.run import wait_until, zramd_command as zramd
-from support.server import Served
+from support.server import NbdkitProcess
 folder = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "zramd-test", folder], check=True)
 run = folder / "run"
-served = Served.__new__(Served)
+served = NbdkitProcess.__new__(NbdkitProcess)
 served.rundir, served.socket, served.name = run, run / "nbd.sock", "full"
 
 def health():

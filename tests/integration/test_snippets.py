@@ -181,8 +181,9 @@ def test_xml(snippet: Snippet) -> None:
 def known() -> dict[str, commands.Parser]:
     """The parsers of all verbs; those of a verb of a verb as `config show`."""
     found = {}
-    for name, parser in commands.verbs(commands.parser()).items():
-        inner = commands.verbs(parser)
+    for name in commands.VERBS:
+        parser = commands.verb_parser(name)
+        inner = commands.parts(parser)
         found |= {f"{name} {deeper}": inner[deeper] for deeper in inner} or {name: parser}
     return found
 

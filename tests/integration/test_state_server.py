@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from support.client import NbdSocket
 from support.run import wait_until
-from support.server import PACKAGE_PARENT, PLUGIN, Served
+from support.server import PACKAGE_PARENT, PLUGIN, NbdkitProcess
 
 from zramd.core.device.device import state_layout
 
 BLOCK = 4096
 SIZE = 64 << 20
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 
 
 def pattern(seed: int) -> bytes:
@@ -131,7 +131,7 @@ def test_a_changed_block_is_an_error_that_is_reported(serve: Serve, memory_folde
     os.pwrite(fd, bytes([byte ^ 4]), at)
     assert nbd.ask(nbd.READ, 7 * BLOCK, BLOCK) == 5
     assert served.stats()["checksum_errors"] == 1
-    told = "1 reads found a block that was changed in memory, the last one block 7"
+    told = "1 reads found a block that had changed in memory, most recently block 7"
     wait_until(lambda: told in served.log.read_text())
     os.pwrite(fd, bytes([byte]), at)
     os.close(fd)

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from support.client import NbdSocket
 from support.run import wait_until
-from support.server import Served
+from support.server import NbdkitProcess
 from test_commands import at, refused, zramd
 
 from zramd.control import client, samples
 from zramd.control.human import human
 from zramd.top.cells import number
 
-Serve = Callable[..., Served]
+Serve = Callable[..., NbdkitProcess]
 BLOCK = 4096
 
 
@@ -122,7 +122,7 @@ def tmux(tmp_path: Path) -> Iterator[Tmux]:
         terminal.close()
 
 
-def fill(served: Served, blocks: int = 4000) -> None:
+def fill(served: NbdkitProcess, blocks: int = 4000) -> None:
     """Write blocks of all sizes, and trim two of three, so that there is much to compact."""
     dice = random.Random(1)
     noise = dice.randbytes(1 << 16)
@@ -145,7 +145,7 @@ def groups(tmux: Tmux) -> dict[str, int]:
     return found
 
 
-def told(served: Served) -> dict[str, int]:
+def told(served: NbdkitProcess) -> dict[str, int]:
     """The zspages of each fullness group, by the last line of the server's own table."""
     header, *_, total = served.request("GET", "/classes")[1].splitlines()
     names = header.split()[2:13]
@@ -446,9 +446,7 @@ class TestRefusals:
         tmux.resize(400, 24)
         tmux.type(f"clear; TERM={term} {sys.executable} -m zramd {command}; echo status $?\n")
         tmux.shows("status 2")
-        assert (
-            f"zramd: TERM='{term}' is no terminal that a screen can be drawn on: set TERM to" in tmux.text()
-        )
+        assert f"zramd: TERM='{term}' is not a terminal that can show a screen: set TERM to" in tmux.text()
         assert "Traceback" not in tmux.text()
 
     @pytest.mark.parametrize("text", ["0", "61", "-1", "fast", "nan", "inf", ""])

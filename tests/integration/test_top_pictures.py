@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyte
-from support.server import Served
+from support.server import NbdkitProcess
 from test_top import fill
 
 from zramd.control.client import find
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 from pictures import samples, screen, top
 
 
-def test_drawn_from_samples_as_top_draws_itself(serve: Callable[..., Served], tmp_path: Path) -> None:
+def test_drawn_from_samples_as_top_draws_itself(serve: Callable[..., NbdkitProcess], tmp_path: Path) -> None:
     served = serve(compaction="off", mem_limit="32M")
     fill(served)
     frames: list[str] = []  # the first lines, of which each has another time

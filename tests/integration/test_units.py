@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.server import PACKAGE_PARENT, Served
+from support.server import PACKAGE_PARENT, NbdkitProcess
 
 import zramd
 
@@ -341,7 +341,7 @@ def test_no_core_dump_of_a_service() -> None:
         assert settings_of(text, "LimitCORE") == ["0"]
 
 
-def test_only_a_swap_of_this_machine_is_kept_from_the_oom_killer(serve: Callable[..., Served]) -> None:
+def test_only_a_swap_of_this_machine_is_kept_from_the_oom_killer(serve: Callable[..., NbdkitProcess]) -> None:
     """A device that others fill may take all memory: its server must not be the last to go.
 
     (That of a swap sets it itself: tests/vm/test_debian.py looks.)
@@ -383,7 +383,7 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager
 
 
 def test_ready_and_status(
-    manager: Manager, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+    manager: Manager, serve: Callable[..., NbdkitProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = serve(wait=False, stats_interval="0.1")
     assert manager.next_status() == "0 MiB stored in 0 MiB of memory"
@@ -402,7 +402,7 @@ def test_ready_and_status(
 
 
 def test_a_manager_that_does_not_listen(
-    tmp_path: Path, serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, serve: Callable[..., NbdkitProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
     assert serve().stats()["disksize"] == 64 << 20

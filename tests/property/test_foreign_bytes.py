@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from support.run import SCALE
 
 from zramd import Device
-from zramd.commands import main, parser
+from zramd.commands import VERBS, main, verb_parser
 from zramd.control import client
 from zramd.core.device import saving
 from zramd.errors import (
@@ -36,7 +36,7 @@ from zramd.errors import (
 )
 from zramd.kernel import attached, kernelswap, netlink
 from zramd.launch import nbdkit, uris
-from zramd.server import endpoint, state
+from zramd.server import endpoint, statefile
 from zramd.server.trouble import Troubles
 from zramd.settings import config, devices, expression, foreign, keys
 
@@ -265,7 +265,7 @@ WORDS = (
 )
 
 
-PARSER = parser()
+PARSERS = {verb: verb_parser(verb) for verb in VERBS}
 
 
 @often(300)
@@ -279,7 +279,7 @@ def test_words(text: str) -> None:
         contextlib.redirect_stdout(quiet),
         contextlib.suppress(SystemExit),
     ):
-        PARSER.parse_args(words)
+        PARSERS.get(words[0], PARSERS["start"]).parse_args(words[1:])
     options = nbdkit.read_options(words)
     found = config.parse([("size", "1G"), ("name", "zram0"), ("rundir", "/run/z")])
     assert nbdkit.command(found, [], options)[0] == "nbdkit"
@@ -314,6 +314,10 @@ REQUESTS = (
 
 class Service:
     """A server that has nothing to tell."""
+
+    @property
+    def device(self) -> "Service":
+        return self
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return lambda *arguments, **more: self._answer(name, arguments)
@@ -553,7 +557,7 @@ def test_save_streams(data: bytes) -> None:
 def header() -> tuple[int, bytes]:
     """A state in memory, and how it begins."""
     fd = os.memfd_create("state")
-    made = state.open_state(f"/proc/self/fd/{fd}", 16 * BLOCK, False)
+    made = statefile.open_state(f"/proc/self/fd/{fd}", 16 * BLOCK, False)
     Device(16 * BLOCK, state=made).write(b"x", 0)
     os.close(made)
     return fd, os.pread(fd, 256, 0)
@@ -566,7 +570,7 @@ def test_state_headers(header: tuple[int, bytes], data: st.DataObject) -> None:
     bad = data.draw(foreign_bytes(good, bytes(256), b"ZRAMD"))[:256].ljust(256, b"\0")
     os.pwrite(fd, bad, 0)
     try:
-        made = state.open_state(f"/proc/self/fd/{fd}", 16 * BLOCK, False)
+        made = statefile.open_state(f"/proc/self/fd/{fd}", 16 * BLOCK, False)
     except StateError as error:
         one_sentence(error)
     else:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from zramd import Device, PoolFullError
 from zramd.core.device.device import state_layout
 from zramd.errors import CorruptionError, CorruptObjectError, StateError
-from zramd.server import state
+from zramd.server import statefile
 
 BLOCK = 4096
 BLOCKS = 256
@@ -48,7 +48,7 @@ class Memory:
         self.path = f"/proc/self/fd/{self.fd}"
 
     def take_over(self) -> Device:
-        fd = state.open_state(self.path, SIZE, True)
+        fd = statefile.open_state(self.path, SIZE, True)
         try:
             return Device(SIZE, state=fd, verify=True)
         finally:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from support.run import SEED, wait_until
-from support.server import Served
+from support.server import NbdkitProcess
 
 
 class NbdSocket:
@@ -16,7 +16,7 @@ class NbdSocket:
 
     READ, WRITE, DISCONNECT, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
 
-    def __init__(self, served: Served, timeout: float = 30.0) -> None:
+    def __init__(self, served: NbdkitProcess, timeout: float = 30.0) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(timeout)
         self.sock.connect(str(served.socket))
@@ -70,7 +70,7 @@ class NbdSocket:
 
 
 @contextmanager
-def bystander(served: Served, length: int = 8 << 20) -> Iterator[None]:
+def bystander(served: NbdkitProcess, length: int = 8 << 20) -> Iterator[None]:
     """Another client, which works on the first bytes of the device meanwhile and finds all as it left it."""
     stopping = threading.Event()
     failures: list[BaseException] = []

@@ -16,7 +16,7 @@ PACKAGE_PARENT = Path(zramd.__file__).parent.parent
 PLUGIN = PACKAGE_PARENT / "nbdkit_plugin.py"
 
 
-class Served:
+class NbdkitProcess:
     """A running nbdkit with the plugin; `process.pid` is the process that serves."""
 
     def __init__(self, folder: Path, options: tuple[str, ...], settings: dict[str, object]) -> None:

@@ -79,7 +79,7 @@ def older() -> Path:
 
 
 class Server:
-    """A server on a state, begun by `zramd start`; it looks like support.server.Served to NbdSocket."""
+    """A server on a state, by `zramd start`; it looks like support.server.NbdkitProcess to NbdSocket."""
 
     def __init__(self, package: Path, folder: Path, state: Path, *words: str) -> None:
         self.name = "kept"

@@ -226,7 +226,8 @@ def stop_that_cannot_be(guest: Guest) -> None:
     """What is out does not fit in memory: a stop waits, says for what, and loses nothing."""
     guest.phase("pageout", SLOW)
     guest.run("systemctl stop --no-block zramd@zram0")
-    wait_for(guest, "systemctl show -P StatusText zramd@zram0", "stopping once 'swapoff /dev/nbd0' was run")
+    told = "stopping as soon as 'swapoff /dev/nbd0' has run"
+    wait_for(guest, "systemctl show -P StatusText zramd@zram0", told)
     assert guest.run("systemctl show -P ActiveState zramd@zram0").strip() == "deactivating"
     assert "of memory are available: end programs first" in guest.run(
         "journalctl -u zramd-attach@zram0 -o cat", SLOW

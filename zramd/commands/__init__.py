@@ -1,9 +1,11 @@
-"""The `zramd` command: one module for a few verbs each, and what all verbs share.
+"""The `zramd` command: the table of its verbs, and what all verbs share.
 
-A verb module has `add(commands)`, which adds its parsers and sets `run` on each: a function that takes the
-parsed arguments and returns the exit status. It raises ZramdError for what goes wrong.
+A verb's module is imported when the verb is called; the overall help needs none. The module has
+`add(commands)`, which adds the parsers of its verbs and sets `run` on each: a function that takes the parsed
+arguments and returns the exit status. It raises ZramdError for what goes wrong.
 
-`zramd list` takes longer to import than to work: modules import what is heavy inside their functions.
+`zramd list` takes longer to import than to work: so this module and those that it uses import what is heavy
+inside their functions. All others have their imports at their heads.
 """
 
 import _signal as signal  # type: ignore[import-not-found]  # what that module has too, without the time that it takes to import
@@ -21,34 +23,51 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from zramd import __version__
-from zramd.errors import UsageError, ZramdError, drop, printable, reason, sentence, tell
+from zramd.errors import UsageError, ZramdError, drop, printable, reason, say, sentence, tell
 from zramd.process import inherited
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
     from typing import NoReturn, TypeAlias
 
-    Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
-
-MODULES = (
-    "listing",
-    "serve",
-    "restart",
-    "show",
-    "saving",
-    "attach",
-    "top",
-    "doctor",
-    "config",
-    "units",
-    "completion",
-)
+# Each verb, in the order of the help: the module that has it, and what the help says of it.
+VERBS = {
+    "list": ("zramd.commands.listing", "show the devices of this machine (the default)"),
+    "start": ("zramd.commands.serve", "start a server in the background"),
+    "stop": ("zramd.commands.serve", "stop a server; without a state its data is lost"),
+    "serve": ("zramd.commands.serve", "serve a device in the foreground, until stopped"),
+    "restart": ("zramd.commands.restart", "replace a running server by a new one, keeping all data"),
+    "stats": ("zramd.commands.show", "print every number of a device with its meaning"),
+    "classes": ("zramd.commands.show", "print the table of size classes"),
+    "compact": ("zramd.commands.show", "compact the pool now"),
+    "set": ("zramd.commands.show", "change settings of a running device"),
+    "check": ("zramd.commands.show", "walk every structure of a device"),
+    "reset": ("zramd.commands.show", "drop all data of a device"),
+    "dump": ("zramd.commands.show", "print the whole state as JSON, for a bug report"),
+    "debug": ("zramd.commands.show", "look into a device"),
+    "save": ("zramd.commands.saving", "save a device to a file"),
+    "load": ("zramd.commands.saving", "load a saved device into a running one"),
+    "attach": (
+        "zramd.commands.attach",
+        "make a running device a block device of this kernel, and swap to it if asked",
+    ),
+    "detach": ("zramd.commands.attach", "take the kernel block device away again"),
+    "top": ("zramd.commands.top", "watch a device live on the whole screen"),
+    "doctor": ("zramd.commands.doctor", "check whether this machine is ready"),
+    "config": ("zramd.commands.config", "show, check or import the configuration of devices"),
+    "install-units": ("zramd.commands.units", "write the systemd units of this installation"),
+    "remove-units": ("zramd.commands.units", "remove the systemd units again"),
+    "completion": (
+        "zramd.commands.completion",
+        "print a completion script for your shell",
+    ),
+}
 
 EXIT_STATUS = """\
 exit status:
   0  done
-  1  it went wrong, or what was looked for is wrong: one sentence on standard error says why
-  2  what was written on the command line is wrong
+  1  it failed, or what you asked about is not well: one sentence on standard error says why
+  2  the command line is wrong
 """
 
 
@@ -131,17 +150,35 @@ class Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
+Commands: "TypeAlias" = "argparse._SubParsersAction[Parser]"
+
+
 def parser() -> Parser:
-    """Return the parser of the whole command line."""
+    """Return the parser of what is written in the place of a verb: --help and --version."""
     made = Parser(
         prog="zramd",
+        usage="zramd [-h] [-V] COMMAND ...",
         description="A compressed RAM block device in userspace. Without a command: list.",
-        more=lambda: f"\n'zramd COMMAND --help' tells more. man zramd tells all.\n\n{EXIT_STATUS}",
+        more=_overview,
     )
     made.add_argument("-V", "--version", action="version", version=f"zramd {__version__}")
-    commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in MODULES:
-        import_module(f"zramd.commands.{name}").add(commands)
+    return made
+
+
+def _overview() -> str:
+    """Return what the help says of the verbs, and of how all of them end."""
+    width = max(map(len, VERBS))
+    verbs = "".join(f"  {verb:<{width}}  {text}\n" for verb, (_, text) in VERBS.items())
+    return (
+        f"\ncommands:\n{verbs}\n'zramd COMMAND --help' says more, and man zramd everything.\n\n{EXIT_STATUS}"
+    )
+
+
+def verb_parser(verb: str) -> Parser:
+    """Return the parser of a verb of VERBS; its module is imported for it."""
+    commands = Parser(prog="zramd").add_subparsers()
+    import_module(VERBS[verb][0]).add(commands)
+    made: Parser = commands.choices[verb]
     return made
 
 
@@ -160,13 +197,8 @@ def folder(text: str) -> str:
     return text
 
 
-def say(sentence: str) -> None:
-    """Tell the user something beside what a command prints, on standard error."""
-    tell(f"zramd: {printable(sentence)}")
-
-
-def verbs(of: argparse.ArgumentParser) -> dict[str, Parser]:
-    """Return the parsers of a parser's verbs, by their names."""
+def parts(of: Parser) -> dict[str, Parser]:
+    """Return the parsers of a verb's own verbs by their names, such as `show` of `zramd config`."""
     for action in of._actions:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
@@ -195,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         say(_why(error))
         return 1
     except ImportError as error:
-        say(f"cannot be loaded, for want of memory perhaps: {error}")
+        say(f"cannot be loaded, perhaps for lack of memory: {error}")
         return 1
     except MemoryError:
         say("not enough memory for this command: free some, or raise 'ulimit -v'")
@@ -208,12 +240,11 @@ def _run(words: list[str]) -> int:
     """Do what the words say; return the exit status."""
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "-V", "--version")):
         words = ["list", *words]
-    made = parser()
-    known = verbs(made)
-    _check_verb(words[0], known)
-    arguments, extras = made.parse_known_args(words)
-    if extras:
-        known[words[0]].error(f"unrecognized arguments: {' '.join(extras)}")
+    if words[0].startswith("-"):
+        parser().parse_args(words[:1])  # and ends
+    _check_verb(words[0])
+    made = verb_parser(words[0])
+    arguments = made.parse_args(words[1:])
     status: int = arguments.run(arguments)
     return status
 
@@ -268,11 +299,12 @@ def _as_it_came(error: UnicodeError) -> tuple[bytes, int]:
     return b"".join(raw), error.end
 
 
-def _check_verb(word: str, known: dict[str, Parser]) -> None:
-    if word in known or word.startswith("-"):
+def _check_verb(word: str) -> None:
+    """Raise UsageError for a word that is no verb."""
+    if word in VERBS:
         return
     from difflib import get_close_matches
 
-    close = get_close_matches(word, known, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(known)}"
+    close = get_close_matches(word, VERBS, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(VERBS)}"
     raise UsageError(f"unknown command '{word}': {hint}")

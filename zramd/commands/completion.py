@@ -6,13 +6,12 @@ the script looks up itself: starting Python for each press of the tab key would 
 
 import argparse
 import sys
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from zramd.commands import Commands, Parser
+from zramd.commands import VERBS, Commands, Parser, parser, parts, verb_parser
+from zramd.control.columns import COLUMNS
+from zramd.settings import config
 
 # {values}, {verbs}, {nested} and {offers} are put in.
 # bash and zsh: from $verb and $previous to the words that are offered.
@@ -119,26 +118,21 @@ SHELLS = {
 _BY_METAVAR = {"NAME": "@devices", "FILE": "@files", "FOLDER": "@files"}
 
 
-def words(parser: "Parser") -> list[str]:
+def words(path: str, verb: Parser) -> list[str]:
     """Return what may follow a verb: its own verbs, options, values, and the settings that it takes."""
-    from zramd.commands import verbs
-    from zramd.settings import config
-
-    found = list(verbs(parser))
-    for action in parser._actions:
+    found = [*(parts(verb) if path else VERBS)]
+    for action in verb._actions:
         found += action.option_strings
         if not action.option_strings and action.dest != "new_name":
             found += value_of(action)
-    if parser.takes_settings:
-        live_only = parser.prog.endswith(" set")
+    if verb.takes_settings:
+        live_only = path == "set"
         found += [f"{each.name}=" for each in config.SETTINGS if not (live_only and each.fixed)]
     return found
 
 
 def value_of(action: argparse.Action) -> list[str]:
     """Return what an option's or an argument's value may be, as far as that is known."""
-    from zramd.commands.listing import COLUMNS
-
     if isinstance(action, argparse._SubParsersAction):
         return []
     if action.choices:
@@ -149,29 +143,28 @@ def value_of(action: argparse.Action) -> list[str]:
     return [found] if found else []
 
 
-def tree(parser: "Parser", path: str = "") -> "Iterator[tuple[str, Parser]]":
-    """Yield each verb as it is written, such as 'debug block', with its parser; '' is the whole."""
-    from zramd.commands import verbs
-
-    yield path, parser
-    for name, inner in verbs(parser).items():
-        yield from tree(inner, f"{path} {name}".strip())
+def tree() -> Iterator[tuple[str, Parser]]:
+    """Yield each verb as it is written, such as 'debug block', with its parser; '' is for no verb yet."""
+    yield "", parser()
+    for name in VERBS:
+        verb = verb_parser(name)
+        yield name, verb
+        for part, inner in parts(verb).items():
+            yield f"{name} {part}", inner
 
 
 def script(name: str) -> str:
     """Return the script for a shell."""
-    from zramd.commands import parser
-
     shell = SHELLS[name]
-    found = dict(tree(parser()))
+    found = dict(tree())
 
-    def one_of(texts: "Iterable[str]") -> str:
+    def one_of(texts: Iterable[str]) -> str:
         return shell.one_of.join(f'"{text}"' for text in texts)
 
-    def case(texts: "Iterable[str]", words: list[str]) -> str:
+    def case(texts: Iterable[str], words: list[str]) -> str:
         return shell.case.format(texts=one_of(texts), words=" ".join(words)) + "\n"
 
-    verbs = "".join("        " + case([path], words(inner)) for path, inner in found.items())
+    verbs = "".join("        " + case([path], words(path, inner)) for path, inner in found.items())
     values = "".join(
         "    " + case((f"{path} {option}" for option in action.option_strings), value_of(action))
         for path, inner in found.items()
@@ -189,16 +182,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add(commands: "Commands") -> None:
+def add(commands: Commands) -> None:
     """Add the verb."""
-    parser = commands.add_parser(
+    verb = commands.add_parser(
         "completion",
-        help="print a script that completes what you type in the shell",
         description="Print a script that completes commands, options, devices and settings in the shell: "
         "'zramd completion bash >/etc/bash_completion.d/zramd', "
         "'zramd completion zsh >/usr/local/share/zsh/site-functions/_zramd', "
         "'zramd completion fish >/etc/fish/completions/zramd.fish', "
         "or for the present shell 'source <(zramd completion bash)'.",
     )
-    parser.add_argument("shell", metavar="SHELL", choices=list(SHELLS), help=", ".join(SHELLS))
-    parser.set_defaults(run=run)
+    verb.add_argument("shell", metavar="SHELL", choices=list(SHELLS), help=", ".join(SHELLS))
+    verb.set_defaults(run=run)

@@ -1,27 +1,23 @@
 """`zramd config show`, `check` and `import`: what is configured, what is wrong, and taking over others'."""
 
 import argparse
+import json
 import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
-from zramd.commands import say
-from zramd.errors import ConfigError, printable
-
-TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
-if TYPE_CHECKING:
-    from typing import Any
-
-    from zramd.commands import Commands
-    from zramd.settings.devices import Configuration, Device
-    from zramd.settings.foreign import Translation
+from zramd.commands import Commands
+from zramd.control.human import spelled
+from zramd.errors import ConfigError, printable, say
+from zramd.settings import conffiles, devices, foreign
+from zramd.settings.config import SETTINGS, written
+from zramd.settings.devices import Configuration, ConfiguredDevice
+from zramd.settings.foreign import Translation
+from zramd.settings.keys import TWINS
 
 _WRITE_ONE = "write /etc/zramd.conf, as docs/zramd.conf shows"
 _ABOUT_GENERATOR = "read zram-generator's configuration, else zramswap's, instead of zramd's"
-
-
-def _human(size: int) -> str:
-    """Return bytes with the largest unit that leaves at least 1, with at most one decimal."""
-    power = max(0, (size.bit_length() - 1) // 10)
-    return f"{size / 1024**power:.1f}".removesuffix(".0") + f" {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def _must_be_a_file(file: str | None) -> None:
@@ -29,12 +25,8 @@ def _must_be_a_file(file: str | None) -> None:
         raise ConfigError("'' is not a file's name: give a FILE, or none for what this machine has")
 
 
-def _translation(file: str | None) -> "Translation":
+def _translation(file: str | None) -> Translation:
     """Return another program's configuration: `file`, else its own. Raises ConfigError for none."""
-    from pathlib import Path
-
-    from zramd.settings import conffiles, foreign
-
     root = conffiles.root_folder()
     paths = [Path(file)] if file is not None else foreign.find(root)
     if not paths:
@@ -42,11 +34,7 @@ def _translation(file: str | None) -> "Translation":
     return foreign.read(paths)
 
 
-def _load(file: str | None, generator: bool) -> "Configuration":
-    from dataclasses import replace
-
-    from zramd.settings import conffiles, devices
-
+def _load(file: str | None, generator: bool) -> Configuration:
     if not generator:
         return devices.load(file=file)
     translation = _translation(file)
@@ -55,10 +43,8 @@ def _load(file: str | None, generator: bool) -> "Configuration":
     return replace(built, notes=(*translation.notes, *built.notes), files=tuple(translation.files))
 
 
-def _values(device: "Device") -> "dict[str, Any]":
+def _values(device: ConfiguredDevice) -> dict[str, Any]:
     """Return every value that has an effect on the device, by its key."""
-    from dataclasses import asdict
-
     values: dict[str, Any] = {"attach": device.attach}
     if device.swaps:
         values |= {"swap-priority": device.swap_priority, "options": device.options}
@@ -71,10 +57,8 @@ def _values(device: "Device") -> "dict[str, Any]":
     return values | asdict(device.settings())
 
 
-def _origin(device: "Device", key: str) -> str:
+def _origin(device: ConfiguredDevice, key: str) -> str:
     """Return FILE:LINE of what gave `key` its value, '' for a default."""
-    from zramd.settings.keys import TWINS
-
     if key == "name":
         return device.where[""]
     written = [key, *(twin for twin, setting in TWINS.items() if setting == key)]
@@ -82,14 +66,12 @@ def _origin(device: "Device", key: str) -> str:
     return where or ("attach = swap" if key == "swap" and device.swaps else "")
 
 
-def _table(device: "Device") -> str:
-    from zramd.settings.config import SETTINGS
-
+def _table(device: ConfiguredDevice) -> str:
     sizes = {setting.name for setting in SETTINGS if setting.is_size}
     rows = []
     for key, value in _values(device).items():
-        shown = {True: "on", False: "off"}[value] if isinstance(value, bool) else f"{value}"
-        size = _human(value) if value and key in sizes else ""
+        shown = written(value)
+        size = spelled(value) if value and key in sizes else ""
         rows.append((key, shown or "-", size, _origin(device, key) or "default"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = (
@@ -100,11 +82,11 @@ def _table(device: "Device") -> str:
         "device": "this machine attaches it",
         "no": "for others to attach",
     }[device.attach]
-    head = f"{device.name}: {_human(device.disksize)}, {what}"
+    head = f"{device.name}: {spelled(device.disksize)}, {what}"
     return "\n".join([head, *(f"  {line.rstrip()}" for line in lines)])
 
 
-def _as_json(device: "Device") -> "dict[str, Any]":
+def _as_json(device: ConfiguredDevice) -> dict[str, Any]:
     values = _values(device)
     return {
         "name": device.name,
@@ -116,7 +98,7 @@ def _as_json(device: "Device") -> "dict[str, Any]":
     }
 
 
-def _complain(configuration: "Configuration") -> None:
+def _complain(configuration: Configuration) -> None:
     for problem in configuration.problems:
         say(str(problem))
 
@@ -132,8 +114,6 @@ def show(arguments: argparse.Namespace) -> int:
     else:
         chosen, skipped = [configuration.find(arguments.name)], {}
     if arguments.json:
-        import json
-
         found = {
             "devices": [_as_json(device) for device in chosen],
             "skipped": skipped,
@@ -177,8 +157,6 @@ def check(arguments: argparse.Namespace) -> int:
 
 def import_(arguments: argparse.Namespace) -> int:
     """Print a zramd.conf made from another program's configuration; return 1 if it has errors to mend."""
-    from zramd.settings import conffiles, devices, foreign
-
     _must_be_a_file(arguments.file)
     translation = _translation(arguments.file)
     ram = devices.total_ram(conffiles.root_folder())
@@ -188,11 +166,10 @@ def import_(arguments: argparse.Namespace) -> int:
     return 1 if configuration.problems else 0
 
 
-def add(commands: "Commands") -> None:
+def add(commands: Commands) -> None:
     """Add the verbs."""
     parser = commands.add_parser(
         "config",
-        help="show, check or import the configuration of devices",
         description=("Show and check /etc/zramd.conf and its drop-ins, or make one from another program's."),
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
@@ -208,7 +185,7 @@ def add(commands: "Commands") -> None:
     one = verbs.add_parser(
         "check",
         help="print every error",
-        description="Print every error. Status 1: there are some.",
+        description="Print every error; exit status 1 if there is one.",
     )
     one.add_argument("file", nargs="?", metavar="FILE", help="only this file [zramd.conf and its drop-ins]")
     one.add_argument("--generator", action="store_true", help=_ABOUT_GENERATOR)

@@ -5,17 +5,18 @@ kernel as the client (swap=local).
 """
 
 import argparse
+import json
 import os
 import re
+import subprocess
+from collections.abc import Callable, Iterator
 
+from zramd import __version__
+from zramd.commands import Commands
 from zramd.control import client
 from zramd.kernel.kernelswap import MIN_FREE, parse_swaps
-
-TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from zramd.commands import Commands
+from zramd.launch import installed
+from zramd.launch.nbdkit import plugin_path
 
 OLDEST_NBDKIT = (1, 28)  # calls `cleanup`
 THREADS_NBDKIT = (1, 34)  # survives a client that vanishes while several threads serve it
@@ -45,8 +46,6 @@ class Finding:
 
 def _run(*words: str) -> tuple[int, str, str]:
     """Run a program and return its status and what it printed, on both ways."""
-    import subprocess
-
     try:
         done = subprocess.run(
             words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=30
@@ -62,17 +61,9 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
-def nbdkit_version() -> str:
-    """Return nbdkit's version, '' if it is not there."""
-    return ".".join(str(part) for part in _version(_run("nbdkit", "--version")[1]))
-
-
-def nbdkit() -> "Iterator[Finding]":
+def nbdkit() -> Iterator[Finding]:
     """nbdkit, its Python plugin, and whether that can load the core."""
-    from zramd import __version__
-    from zramd.launch.nbdkit import plugin_path
-
-    version = nbdkit_version()
+    version = installed.nbdkit_version()
     if not version:
         yield Finding(
             PROBLEM, "nbdkit", "is not installed", "run 'apt-get install nbdkit nbdkit-plugin-python' as root"
@@ -122,7 +113,7 @@ def _fields(text: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 
 
-def kernel_nbd(root: str = "") -> "Iterator[Finding]":
+def kernel_nbd(root: str = "") -> Iterator[Finding]:
     """The kernel's NBD client."""
     release = _read(f"{root}/proc/sys/kernel/osrelease")
     modules = f"{root}/lib/modules/{release}"
@@ -141,7 +132,7 @@ def kernel_nbd(root: str = "") -> "Iterator[Finding]":
         )
 
 
-def local_swap(root: str = "") -> "Iterator[Finding]":
+def local_swap(root: str = "") -> Iterator[Finding]:
     """What swap=local needs: the kernel's version, rights, and a limit on locked memory."""
     release = _read(f"{root}/proc/sys/kernel/osrelease")
     if _version(release)[:2] < LOCAL_KERNEL:
@@ -178,7 +169,7 @@ def local_swap(root: str = "") -> "Iterator[Finding]":
         )
 
 
-def swap_settings(root: str = "") -> "Iterator[Finding]":
+def swap_settings(root: str = "") -> Iterator[Finding]:
     """The kernel's settings for swapping, and who else compresses."""
 
     def setting(name: str) -> int | None:
@@ -244,7 +235,7 @@ def _memory_kb(root: str) -> int:
     return 0
 
 
-def run_folder() -> "Iterator[Finding]":
+def run_folder() -> Iterator[Finding]:
     """Where servers put their sockets."""
     folder = client.base()
     if not folder:
@@ -272,7 +263,7 @@ def _read(path: str) -> str:
         return ""
 
 
-CHECKS: "tuple[Callable[[], Iterator[Finding]], ...]" = (
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     nbdkit,
     run_folder,
     kernel_nbd,
@@ -286,8 +277,6 @@ def run(arguments: argparse.Namespace) -> int:
     findings = [finding for look in CHECKS for finding in look()]
     ready = all(finding.level != PROBLEM for finding in findings)
     if arguments.json:
-        import json
-
         print(json.dumps({"ready": ready, "findings": [each.as_dict() for each in findings]}, indent=2))
         return 0 if ready else 1
     width = max(len(finding.name) for finding in findings)
@@ -298,11 +287,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if ready else 1
 
 
-def add(commands: "Commands") -> None:
+def add(commands: Commands) -> None:
     """Add the verb."""
     parser = commands.add_parser(
         "doctor",
-        help="see whether this machine is ready",
         description="See whether this machine is ready to serve devices, and to swap to them. Each finding "
         "is ok, a note (it concerns some uses only) or a problem, with its remedy. "
         "Exit status 1 if there is a problem.",

@@ -1,4 +1,7 @@
-"""Verbs that take a device to a file and back: save, load."""
+"""Verbs that take a device to a file and back: save, load.
+
+What reads a stream is in the compiled core, which is imported only to do so: the help works without it.
+"""
 
 import argparse
 import io
@@ -8,20 +11,16 @@ import socket
 import stat
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
-from zramd.commands import add_device, say
-from zramd.control import client
-from zramd.errors import DeviceError, SaveError, UntrustedError, UsageError, reason, tell
-from zramd.process import inherited
+from zramd import trusted
+from zramd.commands import Commands, Parser, add_device
+from zramd.control import busy, client
+from zramd.errors import DeviceError, SaveError, UntrustedError, UsageError, reason, say, tell
+from zramd.kernel import attached, kernelswap
+from zramd.process import inherited, interrupts
 from zramd.process.steps import step
-
-TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from zramd import trusted
-    from zramd.commands import Commands, Parser
 
 COPY = 1 << 20  # bytes of a pipe that are sent at once
 SHOW_INTERVAL = 0.2  # seconds between two looks at the progress
@@ -32,11 +31,8 @@ _SAVE_ELSEWHERE = "save to a folder of your own, or to - and a pipe"
 
 def save(arguments: argparse.Namespace) -> int:
     """Save a device to a file."""
-    from zramd.commands.serve import refuse_in_use
-    from zramd.process import interrupts
-
     interrupts.interruptible()
-    file = _file(arguments)
+    file = _file(arguments, "save")
     served = client.find(arguments.name, arguments.rundir)
     if file == "-" and 1 in inherited.missing:
         raise UsageError("standard output is closed: a device cannot be saved to it")
@@ -46,7 +42,7 @@ def save(arguments: argparse.Namespace) -> int:
         if place is not None:
             _check_target(place, arguments.force)
         if not arguments.live:
-            refuse_in_use(served, "save", ", or save it with --live, blocks of different moments")
+            busy.refuse(served, "save", ", or save it with --live, blocks of different moments")
         in_use = _in_use(served)
         numbers = served.stats()
         total = numbers["compr_data_size"] + numbers["pages_stored"] * RECORD
@@ -65,13 +61,11 @@ def save(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _place(file: str, remedy: str) -> "Iterator[trusted.Place]":
+def _place(file: str, remedy: str) -> Iterator[trusted.Place]:
     """Yield the place of a file, in a folder that one other user may own: see docs/security.md.
 
     Raises DeviceError if somebody else may put something there, or has done so.
     """
-    from zramd import trusted
-
     try:
         with ExitStack() as stack:
             try:
@@ -88,8 +82,6 @@ def _place(file: str, remedy: str) -> "Iterator[trusted.Place]":
 
 def _in_use(served: client.Served) -> str:
     """Return the warning that a save of a device in use is worth, '' for one that is not."""
-    from zramd.kernel import attached, kernelswap
-
     clients, stats = served.ask_json("GET", "/health").get("clients", 0), served.stats()
     devices = attached.devices(stats["name"], stats["disksize"])
     uses = [use for device in devices for use in kernelswap.uses(device)]
@@ -102,7 +94,7 @@ def _in_use(served: client.Served) -> str:
     )
 
 
-def _check_target(place: "trusted.Place", force: bool) -> None:
+def _check_target(place: trusted.Place, force: bool) -> None:
     """Raise UsageError when something is in the way that is not a saved device; UntrustedError."""
     from zramd.core.device.saving import MAGIC
 
@@ -120,12 +112,8 @@ def _check_target(place: "trusted.Place", force: bool) -> None:
         raise _cannot("be read", file, error) from None
 
 
-def _write(
-    served: client.Served, control: socket.socket, place: "trusted.Place", total: int
-) -> "dict[str, int]":
+def _write(served: client.Served, control: socket.socket, place: trusted.Place, total: int) -> dict[str, int]:
     """Write the stream to a file of its own, and put that in its place once it is whole and on the disk."""
-    from zramd.process import interrupts
-
     file = place.shown
     # One that nobody can guess, nor another save share. The name may be as long as one can be.
     tail = f".{os.urandom(8).hex()}.partial"
@@ -164,8 +152,8 @@ def _copy(
     control: socket.socket,
     fd: int,
     what: str,
-    progress: "Callable[[int], None] | None",
-) -> "dict[str, int]":
+    progress: Callable[[int], None] | None,
+) -> dict[str, int]:
     """Copy a save from the server, checking it on the way."""
     from zramd.core.device import saving
 
@@ -177,7 +165,7 @@ def _copy(
     except OSError as error:
         raise _cannot("be written", what, error) from None
     except SaveError as error:
-        hint = ": stop who writes to it, or use --live" if "client changed" in str(error) else ""
+        hint = ": stop what writes to it, or use --live" if "client changed" in str(error) else ""
         if "cut off" in str(error) or "cannot be read" in str(error):
             raise DeviceError(
                 f"{served.name} was not saved: its server ended, or gave up, meanwhile"
@@ -188,7 +176,7 @@ def _copy(
 
 
 @contextmanager
-def _unblocked(fd: int, how: int) -> "Iterator[int]":
+def _unblocked(fd: int, how: int) -> Iterator[int]:
     """Have a pipe wait in poll, and not in read or write: a Ctrl-C that comes just before that is not seen.
 
     Others may hold the same open pipe, as a shell does: it is opened once more, and what they see stays.
@@ -205,11 +193,8 @@ def _unblocked(fd: int, how: int) -> "Iterator[int]":
 
 def load(arguments: argparse.Namespace) -> int:
     """Load a saved device into a running one, or only check it."""
-
-    from zramd.process import interrupts
-
     interrupts.interruptible()
-    file = _file(arguments)
+    file = _file(arguments, "load")
     if arguments.check:
         return _check(file)
     served = client.find(arguments.name, arguments.rundir)
@@ -277,7 +262,7 @@ def _check(file: str) -> int:
     return 0
 
 
-def _verify(fd: int, file: str) -> "dict[str, int]":
+def _verify(fd: int, file: str) -> dict[str, int]:
     from zramd.core.device import saving
 
     try:
@@ -289,7 +274,7 @@ def _verify(fd: int, file: str) -> "dict[str, int]":
 
 
 @contextmanager
-def _open_trusted(file: str) -> "Iterator[io.FileIO]":
+def _open_trusted(file: str) -> Iterator[io.FileIO]:
     """Yield a file that nobody but its folder's owner may have put there, or standard input."""
     if file == "-":  # what comes by a pipe, the user vouches for
         with _open(file) as source:
@@ -316,12 +301,12 @@ def _open(file: str) -> io.FileIO:
         raise _cannot("be read", file, error) from None
 
 
-def _file(arguments: argparse.Namespace) -> str:
+def _file(arguments: argparse.Namespace, verb: str) -> str:
     """Return FILE: the last word, where NAME is not needed the only one."""
     if arguments.file is None and (arguments.rundir or getattr(arguments, "check", False)):
         arguments.name, arguments.file = None, arguments.name
     if not arguments.file:
-        raise UsageError(f"which file? Write it as in 'zramd {arguments.command} NAME FILE'")
+        raise UsageError(f"which file? Write it as in 'zramd {verb} NAME FILE'")
     file: str = arguments.file
     return file
 
@@ -330,7 +315,7 @@ def _cannot(what: str, file: str, error: OSError) -> DeviceError:
     return DeviceError(f"'{file}' cannot {what}: {reason(error)}")
 
 
-def _progress(what: str, total: int) -> "Callable[[int], None] | None":
+def _progress(what: str, total: int) -> Callable[[int], None] | None:
     """Return what shows the progress on a terminal; None: there is none, or nothing to compare with."""
     if not sys.stderr.isatty() or total <= 0:
         return None
@@ -346,13 +331,13 @@ def _progress(what: str, total: int) -> "Callable[[int], None] | None":
     return show
 
 
-def _end_progress(progress: "Callable[[int], None] | None") -> None:
+def _end_progress(progress: Callable[[int], None] | None) -> None:
     if progress is not None:
         sys.stderr.write("\r\x1b[K")
         sys.stderr.flush()
 
 
-def _summary(found: "dict[str, int]") -> str:
+def _summary(found: dict[str, int]) -> str:
     return f"{found['blocks']} blocks, {found['bytes']} bytes"
 
 
@@ -360,7 +345,7 @@ def _speed(size: int, started: float) -> str:
     return f"{size / max(time.monotonic() - started, 1e-6) / 1e6:.0f} MB/s"
 
 
-def _warn(found: "dict[str, int]") -> None:
+def _warn(found: dict[str, int]) -> None:
     if found["changes"]:
         say(
             f"{found['changes']} requests changed the device while it was saved: "
@@ -370,35 +355,33 @@ def _warn(found: "dict[str, int]") -> None:
         say(f"{found['lost']} blocks are lost: reading them is an error")
 
 
-def _add(commands: "Commands", name: str, run: object, text: str, more: str) -> "Parser":
-    parser = commands.add_parser(name, help=text, description=more)
+def _add(commands: Commands, name: str, run: object, text: str) -> Parser:
+    parser = commands.add_parser(name, description=text)
     add_device(parser)
     parser.add_argument("file", metavar="FILE", nargs="?", help="the file, or - for a pipe")
     parser.set_defaults(run=run)
     return parser
 
 
-def add(commands: "Commands") -> None:
+def add(commands: Commands) -> None:
     """Add the verbs."""
     parser = _add(
         commands,
         "save",
         save,
-        "save a device to a file",
         "Save a whole device to a file, compressed as it stands. The file is as the device was at one "
         "moment: if a client changes it meanwhile, the save is given up.",
     )
     parser.add_argument(
-        "--live", action="store_true", help="save it although it changes: blocks of different moments"
+        "--live", action="store_true", help="save it while it changes: blocks are from different moments"
     )
     parser.add_argument("--force", action="store_true", help="overwrite a file that is not a saved device")
     parser = _add(
         commands,
         "load",
         load,
-        "load a saved device into a running one",
         "Load a saved device into a running one that is empty, has no clients and is not smaller. "
         "All of it is checked; when something is wrong, the device is left empty.",
     )
-    parser.add_argument("--check", action="store_true", help="only check the file, tell what is in it")
+    parser.add_argument("--check", action="store_true", help="only check the file and say what is in it")
     parser.add_argument("--force", action="store_true", help="drop what the device holds first")

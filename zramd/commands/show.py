@@ -1,18 +1,21 @@
 """Verbs that ask one running server: stats, classes, compact, set, check, reset, dump, debug."""
 
 import argparse
+import json
+import os
 import sys
 import time
+from typing import Any
 
-from zramd.commands import add_device, say
+import zramd
+from zramd.commands import Commands, Parser, add_device
+from zramd.contract.rundir import COMPACT_TIMEOUT
 from zramd.control import client
-from zramd.errors import DeviceError, UsageError
-
-TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
-if TYPE_CHECKING:
-    from typing import Any
-
-    from zramd.commands import Commands, Parser
+from zramd.errors import DeviceError, UsageError, say
+from zramd.kernel import attached, kernelswap
+from zramd.launch import installed
+from zramd.settings import config
+from zramd.stats.numbers import NUMBERS
 
 CHECK_TIMEOUT = 600.0  # seconds; it walks about a million blocks a second
 
@@ -24,10 +27,6 @@ def stats(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(text)
         return 0
-    import json
-
-    from zramd.stats.stats import NUMBERS
-
     values = json.loads(text)
     told = [number for number in NUMBERS if number.name in values]  # another version may have fewer
     rows = [(number.name, _shown(values[number.name]), number.unit, number.meaning) for number in told]
@@ -58,8 +57,6 @@ def classes(arguments: argparse.Namespace) -> int:
 
 def compact(arguments: argparse.Namespace) -> int:
     """Compact until nothing more can be freed, and print what that was."""
-    from zramd.contract.rundir import COMPACT_TIMEOUT
-
     served = client.find(arguments.name, arguments.rundir)
     before = served.stats()
     started = time.monotonic()
@@ -80,8 +77,6 @@ def compact(arguments: argparse.Namespace) -> int:
 
 def change(arguments: argparse.Namespace) -> int:
     """Change settings of a running server, all or none of them if one is written wrong."""
-    from zramd.settings import config
-
     if not arguments.settings:
         raise UsageError("nothing to set: write it as in 'zramd set NAME mem_limit=2G'")
     pairs = []
@@ -95,7 +90,7 @@ def change(arguments: argparse.Namespace) -> int:
     served = client.find(arguments.name, arguments.rundir)
     for name, text in pairs:
         answer = served.ask_json("PUT", f"/{name}", text)
-        print(f"{name}={_as_setting(answer[name])}")
+        print(f"{name}={config.written(answer[name])}")
         if name == "mem_limit":
             _say_if_full(served)
     return 0
@@ -109,12 +104,6 @@ def _say_if_full(served: client.Served) -> None:
             f"{used} bytes are in use already: nothing is lost, but writes that need memory fail "
             "until clients have freed some"
         )
-
-
-def _as_setting(value: "Any") -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -140,18 +129,10 @@ def reset(arguments: argparse.Namespace) -> int:
 
 def dump(arguments: argparse.Namespace) -> int:
     """Print everything about a device as one JSON object. What cannot be had is said in its place."""
-    import json
-    import os
-    import sys
-
-    import zramd
-    from zramd.commands.doctor import nbdkit_version
-    from zramd.kernel import attached, kernelswap
-
     served = client.find(arguments.name, arguments.rundir)
     state: dict[str, Any] = {
         "zramd": zramd.__version__,
-        "nbdkit": nbdkit_version() or "not found",
+        "nbdkit": installed.nbdkit_version() or "not found",
         "python": sys.version.split()[0],
         "kernel": " ".join(os.uname()[place] for place in (0, 2, 3, 4)),
         "rundir": served.path,
@@ -175,7 +156,7 @@ def dump(arguments: argparse.Namespace) -> int:
 
 
 def block(arguments: argparse.Namespace) -> int:
-    """Print what stands for one block."""
+    """Print what one block holds."""
     if not (arguments.number.isascii() and arguments.number.isdigit()):
         raise UsageError(f"'{arguments.number}' is not a block's number: use 0 or more")
     served = client.find(arguments.name, arguments.rundir)
@@ -183,8 +164,6 @@ def block(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(text)
         return 0
-    import json
-
     values = json.loads(text)
     print(
         f"block         {values['block']}, bytes {values['block'] * 4096} to {values['block'] * 4096 + 4095}"
@@ -209,33 +188,30 @@ _KINDS = {
 }
 
 
-def _add(commands: "Commands", name: str, run: object, text: str, more: str) -> "Parser":
-    parser = commands.add_parser(name, help=text, description=more)
+def _add(commands: Commands, name: str, run: object, text: str) -> Parser:
+    parser = commands.add_parser(name, description=text)
     add_device(parser)
     parser.set_defaults(run=run)
     return parser
 
 
-def _add_json(parser: "Parser") -> None:
+def _add_json(parser: Parser) -> None:
     parser.add_argument("-J", "--json", action="store_true", help="print JSON")
 
 
 def _live_settings() -> str:
-    from zramd.settings import config
-
     free = "".join(f"  {each.name:<22} {each.help}\n" for each in config.SETTINGS if not each.fixed)
     fixed = "".join(f"  {each.name:<22} {each.fixed}\n" for each in config.SETTINGS if each.fixed)
     return f"\nsettings that can be changed:\n{free}\nand that cannot, and why:\n{fixed}"
 
 
-def add(commands: "Commands") -> None:
+def add(commands: Commands) -> None:
     """Add the verbs."""
     _add_json(
         _add(
             commands,
             "stats",
             stats,
-            "print all numbers of a device, with their meaning",
             "Print every number that a device counts, with its unit and its meaning.",
         )
     )
@@ -244,7 +220,6 @@ def add(commands: "Commands") -> None:
             commands,
             "classes",
             classes,
-            "print the table of size classes",
             "Print zsmalloc's table: for each size class the zspages by fullness, objects, pages, "
             "and the pages that compaction would free.",
         )
@@ -253,13 +228,11 @@ def add(commands: "Commands") -> None:
         commands,
         "compact",
         compact,
-        "compact the pool now",
         "Compact the pool until nothing more can be freed; print what was freed, and the frag ratio "
         "(percent of the pool that payload fills) before and after.",
     )
     parser = commands.add_parser(
         "set",
-        help="change settings of a running device",
         usage="zramd set [--rundir FOLDER] NAME key=value ...",
         description="Change settings of a running device, until it stops.",
         more=_live_settings,
@@ -271,7 +244,6 @@ def add(commands: "Commands") -> None:
         commands,
         "check",
         check,
-        "walk every structure of a device",
         "Let the server walk every structure of the device, and say whether it is sound. "
         "Clients wait meanwhile. Exit status 1 if it is not sound.",
     )
@@ -279,29 +251,26 @@ def add(commands: "Commands") -> None:
         commands,
         "reset",
         reset,
-        "drop all data of a device",
         "Drop all data of a device, and set its counters to 0. Refused while a client is connected.",
     )
     _add(
         commands,
         "dump",
         dump,
-        "print the whole state as JSON, for a bug report",
         "Print the whole state of a device as one JSON object, for a bug report: versions, settings, "
         "numbers, size classes. No data of the device is in it.",
     )
     parser = commands.add_parser(
         "debug",
-        help="look into a device",
-        description="Look into a device, as those who develop zramd do.",
+        description="Look into a device, for developers of zramd.",
     )
     parts = parser.add_subparsers(dest="part", metavar="PART", required=True)
-    parser = _add(
-        parts,
+    parser = parts.add_parser(
         "block",
-        block,
-        "what stands for one block",
-        "Print what stands for a block of 4096 bytes: a repeated word, or where its object is.",
+        help="show what one block holds",
+        description="Print what stands for a block of 4096 bytes: a repeated word, or where its object is.",
     )
+    add_device(parser)
+    parser.set_defaults(run=block)
     parser.add_argument("number", metavar="N", help="the block's number, from 0 on")
     _add_json(parser)

@@ -2,24 +2,26 @@
 
 import argparse
 import os
+import select
+import signal
 import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
-from zramd.commands import add_device
+from zramd.commands import Commands, add_device
 from zramd.contract import rundir
+from zramd.contract.rundir import COMPACT_TIMEOUT
 from zramd.control import client
+from zramd.control.samples import Sample, Watch, take
 from zramd.errors import DeviceError, ZramdError
-
-TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
-
-    from zramd.commands import Commands
-    from zramd.control.samples import Sample
-    from zramd.top.cells import Glyphs
-    from zramd.top.terminal import Terminal
-    from zramd.top.view import State
+from zramd.top import cells, view
+from zramd.top.cells import Glyphs
+from zramd.top.terminal import Terminal
+from zramd.top.view import KEYS, Frame, screen
 
 INTERVALS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds; what + and - go through
 DEFAULT_INTERVAL = 1.0
@@ -47,9 +49,7 @@ class Top:
     while a server takes its time.
     """
 
-    def __init__(self, terminal: "Terminal", served: client.Served, seconds: float) -> None:
-        from collections import deque
-
+    def __init__(self, terminal: Terminal, served: client.Served, seconds: float) -> None:
         self.terminal = terminal
         self.interval = seconds
         self.paused = False
@@ -67,8 +67,6 @@ class Top:
 
     def _show(self, served: client.Served) -> None:
         """Begin with a device."""
-        from zramd.control.samples import Watch
-
         self.served = served
         self.watch = Watch()
         self.lost = ""
@@ -93,9 +91,6 @@ class Top:
 
     def run(self) -> int:
         """Show the device until a key or a signal ends it; return the exit status."""
-        import select
-        import signal
-
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP, signal.SIGWINCH)
         before = {number: signal.signal(number, self._signal) for number in signals}
         try:
@@ -116,8 +111,6 @@ class Top:
         return 128 + self.end if self.end not in (0, signal.SIGINT) else 0
 
     def _signal(self, number: int, frame: object) -> None:
-        import signal
-
         if number == signal.SIGWINCH:
             self._resized = True
         elif number == signal.SIGTSTP:
@@ -132,8 +125,6 @@ class Top:
 
     def _stop(self) -> None:
         """Wait in the background, as Ctrl-Z asks, with the terminal as it was."""
-        import signal
-
         self.stopped = False
         self.terminal.leave()
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -141,8 +132,6 @@ class Top:
 
     def _step(self) -> float:
         """Do what is due, and draw; return the seconds until something is due again."""
-        import time
-
         while self._answers:
             self._answers.popleft()()
         if self._resized:
@@ -156,9 +145,7 @@ class Top:
             self.lost = f"{self.name} does not answer: waiting for it"
         if now >= self._message_until:
             self._message = ""
-        from zramd.top.view import screen
-
-        self.terminal.draw(screen(self.state(), *self.terminal.size(), self._glyphs))
+        self.terminal.draw(screen(self.frame(), *self.terminal.size(), self._glyphs))
         times = [self._message_until] if self._message else []
         if self._asked is not None:
             times.append(self._asked + PATIENCE if not self.lost else now + PATIENCE)
@@ -166,12 +153,10 @@ class Top:
             times.append(self._due)
         return max(min(times, default=now + 60) - now, 0.01)
 
-    def state(self) -> "State":
+    def frame(self) -> Frame:
         """Return what the view is to draw."""
-        from zramd.top.view import State
-
         paths = [served.path for served in self._devices]
-        return State(
+        return Frame(
             self.name,
             self.watch,
             self.interval,
@@ -184,8 +169,6 @@ class Top:
 
     def say(self, words: str) -> None:
         """Show a message for a while."""
-        import time
-
         self._message, self._message_until = words, time.monotonic() + MESSAGE_TIME
 
     def press(self, key: str) -> None:
@@ -224,9 +207,8 @@ class Top:
     # --------------------------------------------------------------------------------------------------------
     # asking servers
 
-    def _start(self, work: "Callable[[], Any]", done: "Callable[[Any], None]") -> None:
+    def _start(self, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
         """Do `work` in a thread; the loop then calls `done` with what it returned, or its ZramdError."""
-        import threading
 
         def run() -> None:
             try:
@@ -241,21 +223,17 @@ class Top:
         threading.Thread(target=run, daemon=True).start()
 
     def _ask(self) -> None:
-        import time
-
-        from zramd.control.samples import take
-
         watch, served = self.watch, self.served
         self._asked = time.monotonic()
 
-        def done(answer: "Sample | ZramdError") -> None:
+        def done(answer: Sample | ZramdError) -> None:
             if self.watch is watch:  # else it is another device's by now
                 self._asked = None
                 self._take(answer)
 
         self._start(lambda: take(client.find(served.name, served.path)), done)
 
-    def _take(self, answer: "Sample | ZramdError") -> None:
+    def _take(self, answer: Sample | ZramdError) -> None:
         if isinstance(answer, ZramdError):
             self._devices = self._others()
             # Whatever it is: the server is away, and may come back.
@@ -272,8 +250,6 @@ class Top:
         self.lost = ""
 
     def _compact(self) -> None:
-        from zramd.contract.rundir import COMPACT_TIMEOUT
-
         if self._compacting:
             return
         self._compacting = True
@@ -281,7 +257,7 @@ class Top:
         self.say(f"compacting {name}")
         self._message_until += COMPACT_TIMEOUT
 
-        def done(answer: "dict[str, Any] | ZramdError") -> None:
+        def done(answer: dict[str, Any] | ZramdError) -> None:
             self._compacting = False
             if isinstance(answer, ZramdError):
                 self.say(str(answer))
@@ -294,10 +270,8 @@ class Top:
         self._start(lambda: served.ask_json("POST", "/compact", timeout=timeout), done)
 
 
-def glyphs(colours: int) -> "Glyphs":
+def glyphs(colours: int) -> Glyphs:
     """Return the characters to draw with, by what standard output can take and how many colours there are."""
-    from zramd.top import cells
-
     # The console's fonts have few of the characters.
     if "utf" not in (sys.stdout.encoding or "").lower() or os.environ.get("TERM") == "linux":
         return cells.ASCII
@@ -306,11 +280,6 @@ def glyphs(colours: int) -> "Glyphs":
 
 def once(served: client.Served, seconds: float | None) -> int:
     """Print the screen once: rates since the server's start, or over some seconds."""
-    import time
-
-    from zramd.control.samples import Watch, take
-    from zramd.top import cells, view
-
     watch = Watch()
     sample = take(served)
     watch.add(sample)
@@ -324,8 +293,8 @@ def once(served: client.Served, seconds: float | None) -> int:
     columns = os.environ.get("COLUMNS", "")
     width = min(int(columns), 1000) if columns.isdecimal() else width
     width, height = max(width or 80, view.MIN_WIDTH), 24 if height < 24 else height
-    state = view.State(sample.stats["name"], watch, seconds or 0, keys=False)
-    for line in view.body(state, width, height - 1, glyphs(0)):
+    frame = view.Frame(sample.stats["name"], watch, seconds or 0, keys=False)
+    for line in view.body(frame, width, height - 1, glyphs(0)):
         print(cells.plain(line).rstrip())
     return 0
 
@@ -341,14 +310,10 @@ def run(arguments: argparse.Namespace) -> int:
         served = client.find(arguments.name, arguments.rundir)
     if arguments.once:
         return once(served, arguments.interval)
-    from zramd.top.terminal import Terminal
-
     return Top(Terminal(), served, arguments.interval or DEFAULT_INTERVAL).run()
 
 
 def _help() -> str:
-    from zramd.top.view import KEYS
-
     keys = "".join(f"  {key:<6}  {meaning}\n" for key, _, meaning in KEYS)
     return f"""
 keys:
@@ -358,11 +323,10 @@ an interval if one is given.
 """
 
 
-def add(commands: "Commands") -> None:
+def add(commands: Commands) -> None:
     """Add the verb."""
     parser = commands.add_parser(
         "top",
-        help="watch a device live on the whole screen",
         description="Watch a device live: memory, fragmentation, requests, compaction, and its size classes.",
         more=_help,
     )
@@ -372,7 +336,7 @@ def add(commands: "Commands") -> None:
         "--interval",
         metavar="SECONDS",
         type=interval,
-        help=f"how often to look, {INTERVALS[0]:g} to {INTERVALS[-1]:g} [{DEFAULT_INTERVAL:g}]",
+        help=f"seconds between two looks, {INTERVALS[0]:g} to {INTERVALS[-1]:g} [{DEFAULT_INTERVAL:g}]",
     )
     parser.add_argument("-1", "--once", action="store_true", help="print it once, as text, and end")
     parser.set_defaults(run=run)

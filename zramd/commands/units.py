@@ -2,28 +2,23 @@
 
 import argparse
 
-TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
-if TYPE_CHECKING:
-    from zramd.commands import Commands
+from zramd.commands import Commands
+from zramd.launch import units
 
 PREFIX = "/usr/local"  # of what an administrator installs; distributions use /usr
 
 
 def install(arguments: argparse.Namespace) -> int:
     """Write the units, an example configuration if there is none, and let systemd read them."""
-    from zramd.launch import units
-
     return units.install(arguments)
 
 
 def remove(arguments: argparse.Namespace) -> int:
     """Remove what `install` has written."""
-    from zramd.launch import units
-
     return units.remove(arguments)
 
 
-def add(commands: "Commands") -> None:
+def add(commands: Commands) -> None:
     """Add the verbs."""
     for name, run, text, more in (
         (
@@ -42,11 +37,10 @@ def add(commands: "Commands") -> None:
     ):
         parser = commands.add_parser(
             name,
-            help=text,
             description=f"{text.capitalize()}: zramd@.service, zramd-attach@.service, zramd.slice{more}",
         )
         parser.add_argument(
-            "--root", metavar="FOLDER", help="what stands for /, to prepare another system [/]"
+            "--root", metavar="FOLDER", help="the folder that stands for /, to prepare another system [/]"
         )
         parser.add_argument(
             "--prefix",

@@ -9,17 +9,15 @@ nothing is written there and nothing removed: it is another server's.
 """
 
 import errno
-import fcntl
 import os
 import re
 import socket
 import stat
-import struct
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 
-from zramd import trusted
+from zramd import lockfile, trusted
 from zramd.contract import handover
 from zramd.errors import RundirError, UntrustedError, is_shortage, reason, sentence
 
@@ -34,7 +32,7 @@ LOG = "log"  # what a server in the background has to say once it serves
 OLD_LOG = "log.1"  # and what the one before it said, if that did not stop in its normal way
 SOCKETS = "sockets.sock"  # of a restart, for a moment
 BACKGROUND = "ZRAMD_BACKGROUND"  # in the environment of such a server
-LOCK_TIMEOUT = 1.0  # seconds; who only looks holds the lock for microseconds
+LOCK_TIMEOUT = 1.0  # seconds; a process that only looks holds the lock for microseconds
 _FILES = (DATA_ID, STATE, *STATS_FILES)
 _TEMPORARY = ".new"
 _FIRST = (STATE, DATA_ID, STATE + _TEMPORARY, DATA_ID + _TEMPORARY)  # what a server publishes before all else
@@ -44,7 +42,6 @@ _ANOTHER = "give a folder of its own, one that is not there yet"
 _SHOWN = frozenset((CONTROL_SOCKET, SOCKETS, *_FILES, *(name + _TEMPORARY for name in _FILES)))
 _OURS = _SHOWN | {NBD_SOCKET, LOG, OLD_LOG}
 NAMES = (PID, *sorted(_OURS))  # all that may be in the folder
-_LOCK = struct.Struct("hhqqi4x")  # struct flock
 
 
 class Rundir:
@@ -137,10 +134,7 @@ class Rundir:
 
     def is_ours(self) -> bool:
         """Say whether the folder at the path is still this one. Raises OSError when that cannot be told."""
-        try:
-            return os.path.samestat(os.fstat(self._folder), os.stat(self.path))
-        except (FileNotFoundError, NotADirectoryError):
-            return False
+        return lockfile.stands_at(self._folder, self.path, follow=True)
 
     def leave(self) -> None:
         """Leave the folder to the server that takes over: it finds the process number that this one had.
@@ -153,7 +147,7 @@ class Rundir:
         """Remove what zramd made in the folder, and the folder if zramd made it and nothing else is in it.
 
         Never raises: it is what a server does last. Its number goes last, and stays if anything else does: by
-        that who comes next knows that these files are a server's.
+        that the next process knows that these files are a server's.
         """
         if self._surely_remove(self._names) and self._surely_remove({PID}) and self.made:
             for _ in range(_TRIES):
@@ -239,7 +233,7 @@ def holder(path: str) -> int | None:
 
 
 def _untold(error: OSError) -> RundirError:
-    return RundirError(f"who serves cannot be told: {sentence(error)}")
+    return RundirError(f"cannot find out which process serves: {sentence(error)}")
 
 
 def is_ours_alone(path: str) -> bool:
@@ -399,9 +393,8 @@ def _take_lock(folder: int, path: str) -> int:
             if not _locked(fd):
                 raise in_use(path, _read_pid(fd))
             # A server that stopped between our open and our lock has unlinked the file: then lock the new.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(PID, dir_fd=folder, follow_symlinks=False)):
-                    return fd
+            if lockfile.stands_at(fd, PID, folder=folder):
+                return fd
         except OSError:
             if is_new and not os.fstat(fd).st_size:
                 os.unlink(PID, dir_fd=folder)
@@ -420,30 +413,18 @@ def _locked(fd: int) -> bool:
     look keep nobody from starting. The second is that of servers before: they know no other, and who looks
     for one of theirs has to take it, for microseconds.
     """
-    try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-    except (BlockingIOError, PermissionError):
+    if not lockfile.ofd_take(fd):
         return False
     end = time.monotonic() + LOCK_TIMEOUT
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.001)
+    while not lockfile.take(fd):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True
 
 
 def _is_locked(fd: int) -> bool:
-    asked = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    if _LOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK:
-        return True
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
+    return lockfile.ofd_is_taken(fd) or lockfile.is_taken(fd)
 
 
 def _read_pid(fd: int) -> int:

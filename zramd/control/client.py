@@ -221,7 +221,7 @@ class _Answer(dict):  # type: ignore[type-arg]
 
     def __missing__(self, key: str) -> object:
         raise DeviceError(
-            f"its server runs another version of zramd, which does not tell '{key}': restart it"
+            f"its server runs another version of zramd, which does not report '{key}': restart it"
         )
 
 

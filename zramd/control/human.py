@@ -11,3 +11,9 @@ def human(size: int) -> str:
     if tenths == 10:
         whole, tenths = whole + 1, 0
     return f"{whole}.{tenths}{_LETTERS[power]}" if tenths else f"{whole}{_LETTERS[power]}"
+
+
+def spelled(size: int) -> str:
+    """Return bytes with the largest unit that leaves at least 1, spelled out, with at most one decimal."""
+    power = max(0, (size.bit_length() - 1) // 10)
+    return f"{size / 1024**power:.1f}".removesuffix(".0") + f" {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

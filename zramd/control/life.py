@@ -4,12 +4,12 @@ The lock is on the run folder itself, so it leaves nothing behind. A command tha
 on: the server keeps others off until it serves, or has ended, also when the command is killed meanwhile.
 """
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from zramd import lockfile
 from zramd.contract import handover, rundir
 from zramd.errors import DeviceError, RundirError, is_shortage, reason, sentence
 from zramd.process import inherited
@@ -33,7 +33,7 @@ class Turn:
     def done(self) -> None:
         """Let others have their turn; the folder goes if it was made for a server that did not come."""
         with suppress(OSError, RundirError):
-            is_ours = os.path.samestat(os.fstat(self.fd), os.stat(self.folder))
+            is_ours = lockfile.stands_at(self.fd, self.folder, follow=True)
             if self.made and is_ours and rundir.holder(self.folder) is None:
                 os.rmdir(self.folder)
         os.close(self.fd)
@@ -73,18 +73,15 @@ def take(folder: str, name: str, make: bool = False) -> Turn:
                 continue  # a server that stopped has just removed it
             raise
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A folder that was removed since we opened it locks nothing.
-            if os.path.samestat(os.fstat(fd), os.stat(folder)):
-                return Turn(folder, inherited.high(fd), made)
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
+            if lockfile.take(fd):
+                if lockfile.stands_at(fd, folder, follow=True):
+                    return Turn(folder, inherited.high(fd), made)
+                continue  # it was removed since we opened it
             if time.monotonic() > end:
                 raise DeviceError(
                     f"{name} is being started, stopped, restarted or attached by another command: "
                     "try again when that is done"
-                ) from None
+                )
             if not waits:
                 step("turn.waits")
                 waits = True
@@ -100,10 +97,7 @@ def is_busy(folder: str) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
+        return lockfile.is_taken(fd)
     finally:
         os.close(fd)
 

@@ -72,7 +72,9 @@ def find(name: str, path: str) -> Process:
             raise
         return process
     except OSError as error:
-        raise DeviceError(f"{name}: who serves '{path}' cannot be told: {sentence(error)}") from None
+        raise DeviceError(
+            f"{name}: cannot find out which process serves '{path}': {sentence(error)}"
+        ) from None
     finally:
         os.close(folder)
 
@@ -81,7 +83,7 @@ def must_be_ours(process: Process, name: str) -> None:
     """Raise DeviceError if the server belongs to another user, who decides what it tells and runs."""
     if process.uid != os.geteuid():
         raise DeviceError(
-            f"the server of {name} belongs to {trusted.user(process.uid)}, and runs what he has it run: "
+            f"the server of {name} belongs to {trusted.user(process.uid)}, who decides what it runs: "
             "do this as that user"
         )
 
@@ -156,7 +158,7 @@ def _check(process: Process, folder: int, name: str, path: str) -> None:
     owner = os.fstat(folder).st_uid
     if process.uid != owner:
         raise DeviceError(
-            f"'{path}' belongs to {trusted.user(owner)}, but who serves there to "
+            f"'{path}' belongs to {trusted.user(owner)}, but the process that serves there belongs to "
             f"{trusted.user(process.uid)}: look what it is"
         )
     if process.pid <= 0 or _namespace(process.pid) not in ("", _namespace(os.getpid())):

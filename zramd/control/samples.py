@@ -1,4 +1,4 @@
-"""What a server tells at one moment, and how fast its counters went from one moment to the next.
+"""One reading of a server's numbers, and the rates between two readings.
 
 watch = Watch()
 watch.add(take(served))      # rates since the server's start

@@ -6,19 +6,18 @@ can be mistaken for one. The kernel has the last word: a device that it no longe
 
 import fcntl
 import os
-import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from zramd import trusted
+from zramd import lockfile, trusted
 from zramd.contract import rundir
 from zramd.errors import AttachError, UntrustedError
 
 FOLDER = "/run/zramd"  # attaching is root's business, so this is root's folder
 SYS_BLOCK = "/sys/block"
-LOCK_TIMEOUT = 1.0  # seconds; who only looks holds the lock for microseconds
+LOCK_TIMEOUT = 1.0  # seconds; a process that only looks holds the lock for microseconds
 TURN_TIMEOUT = 10.0  # seconds, for which a command waits for another one
 _NBD_CLEAR_SOCK = 0xAB04  # linux/nbd.h
 
@@ -53,9 +52,9 @@ def find(name: str) -> Attached | None:
     except (FileNotFoundError, NotADirectoryError):
         return _unnoted(name)
     except UntrustedError as error:
-        raise AttachError(f"what is attached is not known: {error}") from None
+        raise AttachError(f"cannot find out what is attached: {error}") from None
     try:
-        kept = _is_kept(fd)
+        kept = lockfile.is_taken(fd)  # by a keeper that lives
         noted = os.pread(fd, 256, 0).decode().split(" ")
     except ValueError:
         noted = []
@@ -71,15 +70,6 @@ def find(name: str) -> Attached | None:
     if not is_connected(device) or read_sys(device, "backend") not in ("", backend(name)):
         return None if kept else _unnoted(name)
     return Attached(name, device, number, data.strip())
-
-
-def _is_kept(fd: int) -> bool:
-    """Say whether a keeper lives that has the lock of a record."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except BlockingIOError:
-        return True
 
 
 def _unnoted(name: str) -> Attached | None:
@@ -133,7 +123,10 @@ def is_connected(device: str) -> bool:
 
 
 def connection(device: str) -> str:
-    """Return what tells one connection of a device from the next: who made it. '' if there is none."""
+    """Return what distinguishes one connection of a device from the next: the process that made it.
+
+    '' if there is none.
+    """
     return read_sys(device, "pid")
 
 
@@ -155,12 +148,8 @@ def unobserved(device: str) -> Iterator[Callable[[], None]]:
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
         end = time.monotonic() + LOCK_TIMEOUT
-        while time.monotonic() < end:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:  # udev itself, while it looks: not for long
-                time.sleep(0.02)
+        while time.monotonic() < end and not lockfile.take(fd):
+            time.sleep(0.02)  # udev itself has it, while it looks: not for long
         yield disconnected
     finally:
         os.close(fd)
@@ -204,10 +193,8 @@ class Record:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         while True:
             self._fd = os.open(_path(name), flags, 0o600)
-            with suppress(BlockingIOError):
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._is_there():
-                    return
+            if lockfile.take(self._fd) and self._is_there():
+                return
             os.close(self._fd)
             if time.monotonic() > end:
                 raise AttachError(f"{name} is being attached, or is attached already")
@@ -228,7 +215,7 @@ class Record:
 
     def _is_there(self) -> bool:
         """Say whether the file has not been removed since it was opened: then it would hold nothing."""
-        return _is_file(self._fd, _path(self._name))
+        return lockfile.stands_at(self._fd, _path(self._name))
 
 
 @contextmanager
@@ -249,17 +236,14 @@ def turn(name: str) -> Iterator[None]:
 def _take_turn(name: str) -> int:
     """Return a descriptor that holds the turn, -1 if there is no record."""
     end = time.monotonic() + TURN_TIMEOUT
-    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     while True:
         try:
             fd = os.open(_path(name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return -1
         try:
-            with suppress(BlockingIOError):
-                fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
-                if _is_file(fd, _path(name)):
-                    return fd
+            if lockfile.ofd_take(fd) and lockfile.stands_at(fd, _path(name)):
+                return fd
             if time.monotonic() > end:
                 raise AttachError(
                     f"{name} is being attached or detached by another command: try again when that is done"
@@ -283,22 +267,13 @@ def _remove(path: str) -> bool:
     """Remove a file unless somebody holds its lock; say whether it is gone. Raises FileNotFoundError."""
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_file(fd, path):
+        if not lockfile.take(fd):  # a keeper has it, or somebody who only looks whether there is one
+            return False
+        if lockfile.stands_at(fd, path):
             os.unlink(path)
         return True
-    except BlockingIOError:  # a keeper, or somebody who only looks whether there is one
-        return False
     finally:
         os.close(fd)
-
-
-def _is_file(fd: int, path: str) -> bool:
-    """Say whether `path` is still what `fd` was opened from."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
 
 
 def _path(name: str) -> str:

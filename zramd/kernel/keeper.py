@@ -1,7 +1,7 @@
 """The process that stays beside an attached kernel device and connects it again when its server restarts.
 
 `zramd attach` starts it, and the device is its doing: it shakes hands with the server, gives the connections
-to the kernel and keeps none. When the kernel tells that connections are dead, or the server's process has
+to the kernel and keeps none. When the kernel reports dead connections, or the server's process has
 ended, it waits for a server that holds the same data, and offers the kernel new connections. Meanwhile the
 kernel lets requests wait, as long as dead_conn_timeout says.
 
@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from zramd.contract import rundir
-from zramd.errors import AttachError, RundirError, ZramdError, reason
+from zramd.errors import AttachError, RundirError, SwapError, ZramdError, reason
 from zramd.kernel import attached, netlink, swap
 from zramd.process.steps import step
 
@@ -133,7 +133,10 @@ class Keeper:
                 self._reconnect()
 
     def leave(self) -> None:
-        """Take the record away if the device is gone, or goes now; who detaches may have been killed."""
+        """Take the record away if the device is gone, or goes now.
+
+        The command that detaches may have been killed.
+        """
         end = time.monotonic() + LEAVE
         while attached.is_connected(self.device):
             if time.monotonic() > end:  # it lives on without us
@@ -290,9 +293,11 @@ def main(words: list[str]) -> int:
     try:
         keeper = Keeper(job(words))
         keeper.attach()
+    except SwapError as error:
+        print(error.missing)
+        return 1
     except (ZramdError, OSError) as error:
-        sentence = reason(error) if isinstance(error, OSError) else str(error)
-        print(sentence.removeprefix("swap=local: "))
+        print(reason(error) if isinstance(error, OSError) else error)
         return 1
     try:
         null = os.open(os.devnull, os.O_RDWR)

@@ -115,7 +115,7 @@ def _meminfo(name: str) -> int:
         for line in file:
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) << 10
-    raise AttachError(f"{MEMINFO} does not tell {name}")
+    raise AttachError(f"{MEMINFO} does not contain {name}")
 
 
 def on(device: str, priority: int, *, options: str = "discard") -> None:

@@ -110,7 +110,7 @@ def handshake(sock: socket.socket, name: str) -> Export:
     else:
         raise AttachError("the server's answer has no end")
     if size < 0:
-        raise AttachError(f"the server does not tell the size of export '{name}'")
+        raise AttachError(f"the server does not report the size of export '{name}'")
     if size < BLOCK_SIZE or minimum > BLOCK_SIZE:
         raise AttachError(
             f"export '{name}' has {size} bytes in blocks of {minimum} or more: "
@@ -269,7 +269,7 @@ class Kernel:
                 if kind == _INDEX:
                     return _number(value)
         if index is None:
-            raise OSError(errno.EPROTO, "the kernel does not tell which device it took")
+            raise OSError(errno.EPROTO, "the kernel does not say which device it took")
         return index
 
     def reconfigure(self, index: int, fds: list[int], backend: str = "") -> None:
@@ -293,7 +293,7 @@ class Kernel:
         return found
 
     def dead_links(self) -> "DeadLinks":
-        """Return what tells of connections that die from now on. Raises OSError."""
+        """Return a socket that reports connections that die from now on. Raises OSError."""
         return DeadLinks(self._family, self._groups.get("nbd_mc_group", 0))
 
     def _ask(self, family: int, command: int, *content: bytes) -> list[bytes]:
@@ -330,7 +330,7 @@ class Kernel:
                     title = values.get(_GROUP_NAME, b"").rstrip(b"\0").decode(errors="replace")
                     groups[title] = _number(values.get(_GROUP_ID, b""))
         if not family:
-            raise OSError(errno.EPROTO, f"the kernel does not tell the number of '{name}'")
+            raise OSError(errno.EPROTO, f"the kernel does not report the number of '{name}'")
         return family, groups
 
 

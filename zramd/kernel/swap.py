@@ -134,7 +134,7 @@ def _right(capability: str) -> str:
 
 
 def _refuse(measure: str, reason: object, remedy: str) -> SwapError:
-    return SwapError(f"swap=local: {measure}: {reason}: {remedy}")
+    return SwapError(f"{measure}: {reason}: {remedy}")
 
 
 def _io_flusher() -> None:
@@ -233,7 +233,7 @@ def _inherited_priority(device: "Device") -> None:
     try:
         device.inherit_priority()
     except OSError as error:
-        raise _refuse("locks cannot hand on priority", error.strerror, "use a C library that can") from None
+        raise _refuse("locks cannot pass priority on", error.strerror, "use a C library that can") from None
 
 
 def minor_faults() -> int:

@@ -1,18 +1,17 @@
 """What a command does around a server that it begins."""
 
 import os
+import socket
+import stat
 from contextlib import suppress
 
 from zramd.contract import rundir
+from zramd.settings.config import Config
 
 LAST_WORDS = 4096  # bytes of a log in which its last line is looked for
 
-TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
-if TYPE_CHECKING:
-    from zramd.settings.config import Config
 
-
-def refuse_another(settings: "Config") -> None:
+def refuse_another(settings: Config) -> None:
     """Raise RundirError if a server has come while we waited for our turn."""
     pid = rundir.holder(settings.rundir)
     if pid is not None:
@@ -31,9 +30,6 @@ def clear_socket(path: str) -> None:
 
     Nobody listens on such a one, and nbdkit would only say that the address is in use.
     """
-    import socket
-    import stat
-
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         status = os.lstat(path)
         if stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid():

@@ -7,10 +7,9 @@ from collections.abc import Collection
 import zramd
 from zramd.contract import rundir
 from zramd.errors import UsageError
-
-TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
-if TYPE_CHECKING:
-    from zramd.settings.config import Config
+from zramd.process import inherited
+from zramd.settings import config
+from zramd.settings.config import Config
 
 # nbdkit's options that choose another transport than the socket in the run folder.
 TRANSPORTS = {
@@ -167,17 +166,15 @@ def _full(name: str) -> str:
     return meant[0] if name not in known and len(meant) == 1 else name
 
 
-def command(settings: "Config", pairs: list[tuple[str, str]], options: Options) -> list[str]:
+def command(settings: Config, pairs: list[tuple[str, str]], options: Options) -> list[str]:
     """Return nbdkit's command line."""
     socket_option = [] if options.other_transport else ["-U", f"{settings.rundir}/{rundir.NBD_SOCKET}"]
     plugin = ["python", plugin_path(), *_words(settings, pairs)]
     return ["nbdkit", "-f", *socket_option, *options.before, *plugin, *options.after]
 
 
-def _words(settings: "Config", pairs: list[tuple[str, str]]) -> list[str]:
+def _words(settings: Config, pairs: list[tuple[str, str]]) -> list[str]:
     """Return the settings as nbdkit takes them; paths hold wherever the server stands."""
-    from zramd.settings import config
-
     paths = ("rundir", "state", "metrics_file")
     return [
         f"{key}={getattr(settings, name) if (name := config.find(key).name) in paths else value}"
@@ -188,3 +185,16 @@ def _words(settings: "Config", pairs: list[tuple[str, str]]) -> list[str]:
 def plugin_path() -> str:
     """Return where nbdkit_plugin.py is: beside the package, in a checkout as in site-packages."""
     return os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(zramd.__file__))), "nbdkit_plugin.py")
+
+
+def set_environment(settings: Config) -> None:
+    """Set this process's environment as the server needs it."""
+    inherited.for_server()
+    # nbdkit hands paths on as UTF-8, whatever the locale, and a service has none: Python could not open them.
+    os.environ["LC_ALL"] = "C.UTF-8"
+    # One arena for all threads: with an arena each, memory goes on growing for thousands of connections.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+    if settings.swap == "local":
+        # Python's own allocator asks the kernel for a megabyte whenever it is out of one.
+        os.environ["PYTHONMALLOC"] = "malloc"
+        os.environ["LD_BIND_NOW"] = "1"

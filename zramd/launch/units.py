@@ -6,14 +6,20 @@ read or written. What root starts at each boot may belong to nobody else.
 
 import argparse
 import os
+import re
+import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 import zramd
 from zramd import trusted
+from zramd.contract.rundir import replace_file
 from zramd.errors import UnitsError, UntrustedError, UsageError, reason
+from zramd.settings import conffiles, devices
 
 UNITS = ("zramd@.service", "zramd-attach@.service", "zramd.slice")
 MARK = (
@@ -91,9 +97,6 @@ def _places(arguments: argparse.Namespace) -> tuple[Path, Path]:
 
 def _command(root: Path) -> str:
     """Return the path of this installation's command, as a service started from `root` sees it."""
-    import re
-    import sysconfig
-
     command = os.path.realpath(sys.argv[0])
     if os.path.basename(command) != "zramd":  # python -m zramd
         command = f"{sysconfig.get_path('scripts')}/zramd"
@@ -140,8 +143,6 @@ def _inside(path: str, root: Path) -> str:
 
 
 def _runs(command: str) -> bool:
-    import subprocess
-
     environment = {"PATH": os.defpath}
     try:
         done = subprocess.run(
@@ -163,8 +164,6 @@ def _readable(path: str) -> bool:
 
 
 def _install_example(root: Path) -> None:
-    from zramd.settings import devices
-
     found = _configuration(root)
     if found:
         print(f"kept       {found}")
@@ -176,8 +175,6 @@ def _install_example(root: Path) -> None:
 
 def _configuration(root: Path) -> Path | None:
     """Return a file of the configuration that `root` has, if there is one."""
-    from zramd.settings import conffiles, devices
-
     for folder in conffiles.FOLDERS:
         main, drop_ins = root / folder / devices.CONF, root / folder / f"{devices.CONF}.d"
         with suppress(FileNotFoundError, NotADirectoryError), _place(root, main) as place:
@@ -215,8 +212,6 @@ def _read(root: Path, path: Path) -> str | None:
 
 def _write(root: Path, path: Path, text: str) -> None:
     """Replace a file, which everybody may read whatever the umask; as the folders that are made for it."""
-    from zramd.contract.rundir import replace_file
-
     umask = os.umask(0o022)
     try:
         with _place(root, path, make=True) as place:
@@ -247,8 +242,6 @@ def _refuse_in_use(root: Path) -> None:
 
 def _enabled(root: Path) -> set[str]:
     """Return the services of ours that another unit wants."""
-    from fnmatch import fnmatch
-
     found = set()
     for name in _names(root, root / "etc/systemd/system"):
         if name.endswith(".wants"):
@@ -285,8 +278,6 @@ def _live(root: Path) -> bool:
 
 
 def _systemctl(*words: str) -> str:
-    import subprocess
-
     done = subprocess.run(
         ["systemctl", *words], capture_output=True, text=True, errors="replace", check=False
     )

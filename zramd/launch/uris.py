@@ -2,20 +2,17 @@
 
 import os
 import re
+import socket
 from contextlib import suppress
+from urllib.parse import quote
 
 from zramd.contract import rundir
-
-TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
-if TYPE_CHECKING:
-    from zramd.launch.nbdkit import Options
-    from zramd.settings.config import Config
+from zramd.launch.nbdkit import Options
+from zramd.settings.config import Config
 
 
-def uri(settings: "Config", options: "Options") -> str:
+def uri(settings: Config, options: Options) -> str:
     """Return the NBD URI that clients on this machine use, '' if nbdkit's options leave it open."""
-    from urllib.parse import quote
-
     given = options.values
     tls = given.get("--tls") == "require"
     scheme = "nbds" if tls else "nbd"
@@ -48,8 +45,6 @@ def _host(given: dict[str, str]) -> str:
 
 def _port(text: str) -> str:
     """Return a port's number, '' for one that is chosen later or unknown; /etc/services may have its name."""
-    import socket
-
     try:
         number = int(text) if re.fullmatch("[0-9]{1,9}", text) else socket.getservbyname(text, "tcp")
     except (OSError, ValueError):  # ValueError: no text at all

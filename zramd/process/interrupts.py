@@ -20,7 +20,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interruptible() -> None:
-    """Have SIGTERM and SIGHUP clean up as Ctrl-C does; who ignores them, as nohup has it, goes on to."""
+    """Have SIGTERM and SIGHUP clean up as Ctrl-C does.
+
+    A process that ignores them, as under nohup, goes on ignoring them.
+    """
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _interrupt)

@@ -44,7 +44,7 @@ class Arrivals:
         self._since.pop(threading.get_native_id(), None)
 
     def forget_gone(self) -> None:
-        """Forget clients that left during their handshake: nbdkit does not tell us of these."""
+        """Forget clients that left during their handshake, which nbdkit does not report."""
         for thread in list(self._since):
             if not os.path.exists(f"/proc/self/task/{thread}"):
                 self._since.pop(thread, None)
@@ -171,7 +171,7 @@ class Admission:
     WATCH = 1.0  # seconds between two looks
 
     def __init__(self, troubles: Troubles, limit: Callable[[], int], clients: Callable[[], int]) -> None:
-        """`limit` tells how many connections there may be, `clients` how many of them are clients by now."""
+        """`limit` returns the most connections allowed, `clients` how many of them are clients by now."""
         self._troubles = troubles
         self._limit = limit
         self._clients = clients

@@ -140,7 +140,7 @@ class Compactor:
         self.failure = ""
 
     @property
-    def state(self) -> str:
+    def status(self) -> str:
         """One of running, idle, off (only on demand), stopped, or failed with the reason."""
         if self.failure:
             return f"failed: {self.failure}"

@@ -121,9 +121,9 @@ class Leaving:
         self.refused = True  # if it cannot be told, ask again
         devices = " ".join(swap.devices_in_use(self._config.disksize))
         if devices and signals:
-            self._manager.tell(f"STATUS=stopping once 'swapoff {devices}' was run")
+            self._manager.tell(f"STATUS=stopping as soon as 'swapoff {devices}' has run")
             say(
-                f"{devices} is in use as swap: stopping once 'swapoff {devices}' was run "
+                f"{devices} is in use as swap: stopping as soon as 'swapoff {devices}' has run "
                 "(SIGQUIT stops at once and loses what is swapped out)"
             )
         self.refused = bool(devices)
@@ -136,7 +136,7 @@ class Leaving:
             leave()
             return
         except Exception as error:
-            say(f"left without farewell: {sentence(error) or repr(error)}")
+            say(f"ended without letting clients go: {sentence(error) or repr(error)}")
         try:
             self._clean_up()
         finally:  # whatever that raises

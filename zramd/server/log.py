@@ -1,4 +1,4 @@
-"""What the server says on its standard error, so that nobody who serves ever waits for who reads it."""
+"""The server's standard error: no thread that serves ever waits for its reader."""
 
 import errno
 import os
@@ -31,7 +31,7 @@ class Log:
     """Stands between the server and its standard error.
 
     What the process writes to descriptor 2 goes into a pipe that refuses what does not fit. A thread passes
-    it on, of nbdkit's errors at most BURST lines in PERIOD seconds; of the rest it tells the number. (nbdkit
+    it on, of nbdkit's errors at most BURST lines in PERIOD seconds; it reports how many it held back. (nbdkit
     writes a line for each failed request, and to a full pool the kernel sends thousands of them.) What nobody
     reads the thread does not wait for either: BACKLOG bytes are kept, and lines beyond are lost and counted.
     What is written right before the process aborts is passed on all the same.
@@ -75,7 +75,8 @@ class Log:
         os.close(writer)
 
     def write_to(self, fd: int) -> None:
-        """Pass on to a file, of at most LIMIT bytes, from now on: who read so far sees the end.
+        """Pass on to a file, of at most LIMIT bytes, from now on; the reader so far sees the end of the
+        file.
 
         Closes `fd`. Raises OSError.
         """
@@ -184,7 +185,7 @@ class Log:
             return True
 
     def _keep(self, text: bytes) -> None:
-        """Have `text` written when who reads takes it, unless too much waits already."""
+        """Queue `text` for the reader, unless too much is queued already."""
         if len(self._waiting) + len(text) > self.BACKLOG and self._waiting:
             self.lost += text.count(b"\n")
         else:
@@ -227,7 +228,7 @@ class Log:
         return os.write(self._target, data)
 
     def _part(self) -> None:
-        """Pass on what is left in the pipe, to who takes it soon."""
+        """Pass on what is left in the pipe, if the reader takes it soon."""
         with suppress(BlockingIOError):
             while data := os.read(self._pipe, _READ):
                 self._keep(self.filter(data))

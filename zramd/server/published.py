@@ -4,7 +4,7 @@ import time
 
 from zramd.contract.rundir import Rundir
 from zramd.server.metricsfile import MetricsFile
-from zramd.stats import prometheus, stats
+from zramd.stats import prometheus, snapshots, texts
 
 REFRESH = 30.0  # seconds after which unchanged files are written again: their age shows that we live
 
@@ -23,16 +23,16 @@ class StatsFiles:
         return counters != self.written or time.monotonic() - self._written_at >= REFRESH
 
     def write(
-        self, counters: dict[str, int], snapshot: stats.Snapshot, classes: list[stats.ClassRow]
+        self, counters: dict[str, int], snapshot: snapshots.Snapshot, classes: list[snapshots.ClassRow]
     ) -> None:
         """Write the files. Raises RundirError when one of them cannot be written."""
         publish = self._rundir.publish
-        publish("disksize", f"{snapshot.disksize}\n")
-        publish("mm_stat", stats.mm_stat(snapshot))
-        publish("io_stat", stats.io_stat(snapshot))
-        publish("frag_ratio", stats.frag_ratio(snapshot))
-        publish("stats.json", stats.to_json(snapshot))
-        publish("classes", stats.classes_table(classes))
+        publish("disksize", f"{snapshot.values['disksize']}\n")
+        publish("mm_stat", texts.mm_stat(snapshot))
+        publish("io_stat", texts.io_stat(snapshot))
+        publish("frag_ratio", texts.frag_ratio(snapshot))
+        publish("stats.json", texts.to_json(snapshot))
+        publish("classes", texts.classes_table(classes))
         metrics = prometheus.exposition(snapshot, classes)
         publish("metrics.prom", metrics)
         if self._metrics_file is not None:

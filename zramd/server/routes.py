@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from zramd.contract.rundir import COMPACT_TIMEOUT
 from zramd.errors import ConfigError, CorruptionError, DeviceError, ZramdError, is_shortage, reason, sentence
 from zramd.settings.config import SETTINGS
-from zramd.stats import prometheus, stats
+from zramd.stats import prometheus, snapshots, texts
 
 TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
@@ -29,11 +29,26 @@ STREAMS_IN = (("PUT", "/load"),)
 LENGTHY = (*STREAMS_OUT, *STREAMS_IN, ("POST", "/compact"), ("POST", "/check"))
 
 
+class Device(Protocol):
+    """What the endpoint asks of the device itself."""
+
+    def check(self) -> None:
+        """Raise CorruptionError when the device's structures contradict each other."""
+
+    def block(self, number: int) -> dict[str, int | str]:
+        """Return what stands for a block; raises ValueError beyond the device's end."""
+
+    def reset_mem_used_max(self) -> None:
+        """Forget the peak of the pool's size."""
+
+
 class Service(Protocol):
     """What the endpoint shows and steers."""
 
-    def snapshot(self) -> stats.Snapshot: ...
-    def classes(self) -> list[stats.ClassRow]: ...
+    @property
+    def device(self) -> Device: ...
+    def snapshot(self) -> snapshots.Snapshot: ...
+    def classes(self) -> list[snapshots.ClassRow]: ...
     def health(self) -> dict[str, str | int]: ...
     def settings(self) -> dict[str, Any]: ...
     def change(self, name: str, text: str) -> Any:
@@ -42,16 +57,9 @@ class Service(Protocol):
     def compact(self, timeout: float) -> int:
         """Return the pages freed."""
 
-    def check(self) -> None:
-        """Raise CorruptionError when the device's structures contradict each other."""
-
-    def block(self, number: int) -> dict[str, int | str]:
-        """Return what stands for a block; raises ValueError beyond the device's end."""
-
     def reset(self) -> bool:
         """Drop all data; return False, with nothing done, while a client is connected."""
 
-    def reset_mem_used_max(self) -> None: ...
     def send_sockets(self, path: str) -> None:
         """Send the listening sockets to who listens at `path`; raises OSError."""
 
@@ -164,19 +172,19 @@ class Routes:
         return Reply(200, TEXT, self._paths())
 
     def _stats(self, text: str) -> Reply:
-        return Reply(200, _JSON, stats.to_json(self._service.snapshot()))
+        return Reply(200, _JSON, texts.to_json(self._service.snapshot()))
 
     def _mm_stat(self, text: str) -> Reply:
-        return Reply(200, TEXT, stats.mm_stat(self._service.snapshot()))
+        return Reply(200, TEXT, texts.mm_stat(self._service.snapshot()))
 
     def _io_stat(self, text: str) -> Reply:
-        return Reply(200, TEXT, stats.io_stat(self._service.snapshot()))
+        return Reply(200, TEXT, texts.io_stat(self._service.snapshot()))
 
     def _classes(self, text: str) -> Reply:
-        return Reply(200, TEXT, stats.classes_table(self._service.classes()))
+        return Reply(200, TEXT, texts.classes_table(self._service.classes()))
 
     def _classes_json(self, text: str) -> Reply:
-        return Reply(200, _JSON, stats.classes_json(self._service.classes()))
+        return Reply(200, _JSON, texts.classes_json(self._service.classes()))
 
     def _metrics(self, text: str) -> Reply:
         shown = prometheus.exposition(self._service.snapshot(), self._service.classes())
@@ -192,17 +200,18 @@ class Routes:
         if not (text.isascii() and text.isdigit() and len(text) < 20):
             raise RefusedError(400, f"'{text}' is not a block's number: blocks have 4096 bytes, from 0 on")
         try:
-            return _json(self._service.block(int(text)))
+            return _json(self._service.device.block(int(text)))
         except ValueError as error:
             raise RefusedError(400, str(error)) from None
 
     def _compact(self, text: str) -> Reply:
         freed = self._service.compact(COMPACT_TIMEOUT)
-        return _json({"pages_freed": freed, "frag_ratio": round(self._service.snapshot().frag_ratio, 4)})
+        frag_ratio = self._service.snapshot().values["frag_ratio"]
+        return _json({"pages_freed": freed, "frag_ratio": round(frag_ratio, 4)})
 
     def _check(self, text: str) -> Reply:
         try:
-            self._service.check()
+            self._service.device.check()
         except CorruptionError as error:
             return _json({"sound": False, "fault": str(error)})
         return _json({"sound": True})
@@ -214,8 +223,8 @@ class Routes:
             raise RefusedError(400, str(error)) from None
 
     def _mem_used_max(self, text: str) -> Reply:
-        self._service.reset_mem_used_max()
-        return _json({"mem_used_max": self._service.snapshot().mem_used_max})
+        self._service.device.reset_mem_used_max()
+        return _json({"mem_used_max": self._service.snapshot().values["mem_used_max"]})
 
     def _sockets(self, text: str) -> Reply:
         try:

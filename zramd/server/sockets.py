@@ -1,4 +1,4 @@
-"""The sockets of this process that are nbdkit's: it does not tell, so they are looked for among all files."""
+"""nbdkit's sockets in this process. nbdkit does not say which they are, so we search all open files."""
 
 import errno
 import fcntl

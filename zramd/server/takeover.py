@@ -42,7 +42,8 @@ def wait() -> None:
 def serving(folder: str) -> None:
     """Let others have their turn with the server of this run folder: it serves now.
 
-    Raises OSError when the folder cannot be looked at: nobody has his turn until this was called again.
+    Raises OSError when the folder cannot be looked at: no other command gets its turn until this is called
+    again.
     """
     fd = os.environ.get(handover.TURN, "")
     if fd.isdigit():

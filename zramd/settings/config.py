@@ -134,9 +134,7 @@ def _rundir(text: str) -> str:
 
 def _metrics_file(text: str) -> str:
     if "\0" in text or text.endswith("/"):
-        raise ConfigError(
-            f"'{text}' is not a file: use a path that ends in .prom, which node_exporter looks for"
-        )
+        raise ConfigError(f"'{text}' is not a file: use a path that ends in .prom, as node_exporter expects")
     if text and not text.endswith(".prom"):
         raise ConfigError(f"'{text}' does not end in .prom: node_exporter would not look at it")
     return _absolute(text) if text else ""
@@ -152,7 +150,7 @@ def _boolean(text: str) -> bool:
     try:
         return _BOOLEANS[text.lower()]
     except KeyError:
-        raise ConfigError(f"'{text}' is neither on nor off") from None
+        raise ConfigError(f"'{text}' is neither on nor off: use one of them") from None
 
 
 def _pool_full(text: str) -> str:
@@ -239,14 +237,15 @@ SETTINGS: tuple[Setting, ...] = (
         parse_size,
         "0",
         "512M",
-        "most bytes that the pool may take, can be changed later; 0: none",
+        "most bytes the pool may take; 0: no limit",
     ),
     Setting(
         "comp_algorithm",
         _comp_algorithm,
         "lz4",
         "lz4(level=4)",
-        f"compressor; level is lz4's acceleration, 1 to {MAX_ACCELERATION}: higher is faster and larger",
+        f"compressor; level is lz4's acceleration, 1 to {MAX_ACCELERATION}: higher is faster and compresses "
+        "less",
         fixed="compressors are set up when the device is made",
     ),
     Setting(
@@ -263,8 +262,8 @@ SETTINGS: tuple[Setting, ...] = (
         _state,
         "",
         "/dev/shm/swap0.state",
-        "file on a tmpfs that all data lives in: a server started with it carries on where the last one "
-        "ended, however it ended; systemd: as a service, the service manager keeps it",
+        "file on a tmpfs that holds all data: the next server started with it carries on where this one "
+        "ended, however it ended; systemd: in a service, let the service manager keep it",
         shown_default="none: the data ends with the server",
         fixed="the data is in it",
     ),
@@ -273,8 +272,8 @@ SETTINGS: tuple[Setting, ...] = (
         _boolean,
         "off",
         "on",
-        "store a checksum with each block and check it on each read: what was changed in memory is an error "
-        "(EIO), never wrong data",
+        "store a checksum with each block and check it on each read: a block that changed in memory is an "
+        "error (EIO), never wrong data",
         fixed="what is stored already has checksums or has none",
     ),
     Setting(
@@ -282,7 +281,7 @@ SETTINGS: tuple[Setting, ...] = (
         _pool_full,
         "enospc",
         "eio",
-        "error a client gets when mem_limit is reached: enospc or eio",
+        "error that clients get when the pool is full: enospc or eio",
         fixed="nbdkit reads it once, when it starts",
     ),
     Setting(
@@ -290,8 +289,8 @@ SETTINGS: tuple[Setting, ...] = (
         _swap,
         "other",
         "local",
-        "local: this machine's own kernel swaps to the device: lock all memory, never wait for more; "
-        "other: anybody else does",
+        "local: this machine's own kernel swaps to the device, so lock all memory and never wait for more; "
+        "other: anyone else uses it",
         fixed="its measures are taken before the first client comes",
     ),
     Setting(
@@ -316,7 +315,7 @@ SETTINGS: tuple[Setting, ...] = (
         _client_limit,
         "1000",
         "64",
-        "most connections of clients at once, those that are still being made too; more are cut off",
+        "most client connections at once, including those still being made; more are turned away",
     ),
     Setting("compaction", _boolean, "on", "off", "compact in the background"),
     Setting(
@@ -333,7 +332,7 @@ SETTINGS: tuple[Setting, ...] = (
         "75",
         "percent of mem_limit in use from which anything freeable is worth compacting",
     ),
-    Setting("compaction_interval", _seconds, "1", "0.5", "seconds between two looks at whether to compact"),
+    Setting("compaction_interval", _seconds, "1", "0.5", "seconds between checks whether to compact"),
     Setting(
         "compaction_step", _step, "64K", "256K", "bytes of objects moved before looking at other requests"
     ),
@@ -342,15 +341,15 @@ SETTINGS: tuple[Setting, ...] = (
         _seconds_or_never,
         "1",
         "10",
-        "seconds between two looks whether to write the stats files: they are written when a number has "
-        "changed, and every 30 seconds; 0: no files",
+        "seconds between checks whether to write the stats files, which happens when a number has changed, "
+        "and every 30 seconds; 0: no files",
     ),
     Setting(
         "metrics_file",
         _metrics_file,
         "",
         "/var/lib/prometheus/node-exporter/swap0.prom",
-        "second metrics.prom, that all users may read, for node_exporter's textfile collector",
+        "second metrics.prom, readable by all users, for node_exporter's textfile collector",
         shown_default="none",
         fixed="the file is made when the server starts",
     ),
@@ -360,7 +359,7 @@ SETTINGS: tuple[Setting, ...] = (
         "on",
         "off",
         "answer HTTP on control.sock in rundir",
-        fixed="what can be changed is changed over it",
+        fixed="other settings are changed through it",
     ),
 )
 
@@ -462,7 +461,7 @@ def _refuse_own_names(values: dict[str, Any]) -> None:
         folder, name = os.path.split(values[key])
         if folder == values["rundir"] and name in rundir.NAMES:
             raise ConfigError(
-                f"{key}='{values[key]}' is what the server calls a file of its own: use another name"
+                f"{key}='{values[key]}' is the name of a file of the server's own: use another name"
             )
 
 
@@ -472,6 +471,13 @@ def value(setting: Setting, text: str) -> Any:
         return setting.parse(text)
     except ConfigError as error:
         raise ConfigError(f"{setting.name}: {error}") from None
+
+
+def written(value: object) -> str:
+    """Return a setting's value as a user writes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def help_text() -> str:

@@ -34,7 +34,7 @@ class SkippedError(ConfigError):
 
 
 @dataclass(frozen=True)
-class Device:
+class ConfiguredDevice:
     """A configured device; sizes in bytes, times in seconds."""
 
     name: str
@@ -83,7 +83,7 @@ class Device:
 class Configuration:
     """Everything that was read."""
 
-    devices: tuple[Device, ...]  # without those that have problems
+    devices: tuple[ConfiguredDevice, ...]  # without those that have problems
     skipped: dict[str, str]  # name of a section that makes no device here → why
     notes: tuple[str, ...]  # one sentence each, with what to do
     problems: tuple[Problem, ...]
@@ -98,7 +98,7 @@ class Configuration:
         """Whether nothing is there that could be meant: no section, and no error outside of one."""
         return not self.rundirs and not self.problems
 
-    def find(self, name: str) -> Device:
+    def find(self, name: str) -> ConfiguredDevice:
         """Return the device `name`. Raises SkippedError, and ConfigError if it is wrong or not there."""
         name = name.removeprefix("/dev/")
         config.find("name").parse(name)
@@ -118,7 +118,7 @@ class Configuration:
         raise ConfigError(f"there is no device '{name}' in {where}: add a section [{name}] (there: {known})")
 
 
-def find(name: str, root: str | None = None) -> Device:
+def find(name: str, root: str | None = None) -> ConfiguredDevice:
     """Return the configured device `name`, as Configuration.find does."""
     return load(root).find(name)
 
@@ -203,7 +203,7 @@ def build(sections: Sections, ram: int, known: Iterable[Problem] = ()) -> Config
     `known` problems are in the result, too. A section with a problem makes no device; a problem outside of
     sections leaves none.
     """
-    found: list[Device] = []
+    found: list[ConfiguredDevice] = []
     skipped: dict[str, str] = {}
     rundirs: dict[str, str] = {}
     notes: list[str] = []
@@ -224,7 +224,7 @@ def build(sections: Sections, ram: int, known: Iterable[Problem] = ()) -> Config
     return Configuration(devices, skipped, tuple(notes), tuple(problems), (), rundirs)
 
 
-def _check_paths(found: list[Device], problems: list[Problem]) -> None:
+def _check_paths(found: list[ConfiguredDevice], problems: list[Problem]) -> None:
     """Two devices cannot have one folder or file, by whatever path they are told of it."""
     owners: dict[str, tuple[str, str]] = {}  # real path → section and key that have it
     for device in found:
@@ -360,7 +360,7 @@ class _Section:
     def note(self, key: str, text: str) -> None:
         self.notes.append(f"{self.place(key)}: {text}")
 
-    def device(self) -> Device:
+    def device(self) -> ConfiguredDevice:
         parsed = self.parsed
         pairs = {"name": self.name, "disksize": str(parsed["disksize"])}
         if parsed["attach"] == "swap":
@@ -376,7 +376,7 @@ class _Section:
                 and any(key == setting.name for setting in config.SETTINGS)
             ):
                 pairs[key] = entry.value
-        return Device(
+        return ConfiguredDevice(
             name=self.name,
             disksize=parsed["disksize"],
             pairs=tuple(pairs.items()),
@@ -390,7 +390,7 @@ class _Section:
         )
 
 
-def _other_notes(root: Path, configured: bool, devices: tuple[Device, ...]) -> list[str]:
+def _other_notes(root: Path, configured: bool, devices: tuple[ConfiguredDevice, ...]) -> list[str]:
     """Return what is to be said about other programs that make swap on zram."""
     others = (
         (

@@ -8,12 +8,13 @@ import sys
 from itertools import accumulate
 from math import inf
 
-from zramd.stats.stats import NUMBERS, ClassRow, Snapshot, to_dict
+from zramd.stats.numbers import NUMBERS
+from zramd.stats.snapshots import ClassRow, Snapshot
 
 
 def exposition(snapshot: Snapshot, rows: list[ClassRow]) -> str:
     """Return the snapshot in Prometheus' text format 0.0.4. Classes without objects are left out."""
-    s = snapshot
+    s, values = snapshot, snapshot.values
     lines: list[str] = []
 
     def head(name: str, kind: str, meaning: str) -> None:
@@ -28,11 +29,10 @@ def exposition(snapshot: Snapshot, rows: list[ClassRow]) -> str:
         for labels, value in samples:
             sample(name, labels, value)
 
-    def by_op(name: str, meaning: str, **values: int) -> None:
-        samples = [(f',op="{op}"', value) for op, value in values.items()]
+    def by_op(name: str, meaning: str, **numbers: str) -> None:
+        samples = [(f',op="{op}"', values[number]) for op, number in numbers.items()]
         family(f"{name}_total", "counter", meaning, *samples)
 
-    values = to_dict(snapshot)
     for number in NUMBERS:
         value = values[number.name]
         if number.metric and value is not None:
@@ -43,7 +43,7 @@ def exposition(snapshot: Snapshot, rows: list[ClassRow]) -> str:
                 number.meaning,
                 ("", value if number.scale == 1 else value * number.scale),
             )
-    by_op("requests", "Requests served.", read=s.reads, write=s.writes, trim=s.trims, zero=s.zeroes)
+    by_op("requests", "Requests served.", read="reads", write="writes", trim="trims", zero="zeroes")
     head(
         "request_duration_seconds", "histogram", "Time from the start of a request to its end, by operation."
     )
@@ -56,8 +56,8 @@ def exposition(snapshot: Snapshot, rows: list[ClassRow]) -> str:
             sample("request_duration_seconds_bucket", f'{label},le="{shown}"', count)
         sample("request_duration_seconds_sum", label, latency.sum)
         sample("request_duration_seconds_count", label, latency.count)
-    by_op("request_bytes", "Bytes read and written by clients.", read=s.read_bytes, write=s.written_bytes)
-    by_op("request_errors", "Requests that failed.", read=s.failed_reads, write=s.failed_writes)
+    by_op("request_bytes", "Bytes read and written by clients.", read="read_bytes", write="written_bytes")
+    by_op("request_errors", "Requests that failed.", read="failed_reads", write="failed_writes")
     used = [row for row in rows if row.obj_allocated]
     objects = [(f',size="{row.size}"', row.obj_used) for row in used]
     pages = [(f',size="{row.size}"', row.pages_used) for row in used]

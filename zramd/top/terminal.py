@@ -82,7 +82,7 @@ class Terminal:
             self._place = None
         if not self._place or not curses.tigetstr("clear"):
             raise UsageError(
-                f"TERM='{kind}' is no terminal that a screen can be drawn on: set TERM to what it is, "
+                f"TERM='{kind}' is not a terminal that can show a screen: set TERM to what it is, "
                 "such as xterm-256color, or use 'zramd top --once'"
             )
         self.colours = 0 if os.environ.get("NO_COLOR") else max(curses.tigetnum("colors"), 0)

@@ -33,7 +33,7 @@ _BAR_MARGIN = 26  # beside a bar: what it shows, in numbers
 _GRAPH_MARGIN = 6  # beside a graph: what its top and bottom stand for
 
 
-class State(NamedTuple):
+class Frame(NamedTuple):
     """What is to be shown beside the numbers."""
 
     name: str
@@ -51,11 +51,11 @@ class State(NamedTuple):
 # parts of the screen
 
 
-def header(state: State, sample: Sample, width: int) -> Line:
+def header(frame: Frame, sample: Sample, width: int) -> Line:
     """Return the first line: which device, who serves it, and who uses it."""
     stats = sample.stats
     left: Line = [
-        (f" {state.name} ", "title"),
+        (f" {frame.name} ", "title"),
         (f" {human(stats['disksize'])} {stats['comp_algorithm']}  ", ""),
         (f"pid {stats['pid']}  up {clock(stats['uptime'])}  ", "dim"),
         (f"{sample.clients} client{'' if sample.clients == 1 else 's'}  ", "" if sample.clients else "dim"),
@@ -66,9 +66,9 @@ def header(state: State, sample: Sample, width: int) -> Line:
         left.append((f"{device}: {what}  ", "good" if swap else ""))
     if not sample.uses:
         left.append(("not attached here", "dim"))
-    right: Line = [(" PAUSED ", "alert")] if state.paused else []
-    if state.keys:
-        right.append((f" every {state.interval:g}s", "dim"))
+    right: Line = [(" PAUSED ", "alert")] if frame.paused else []
+    if frame.keys:
+        right.append((f" every {frame.interval:g}s", "dim"))
     return between(left, right, width)
 
 
@@ -310,10 +310,10 @@ def _axis(sample: Sample, placed: list[tuple[int, int]]) -> Line:
 KEYS = (
     ("q", "quit", "quit; Ctrl-C does too"),
     ("c", "compact", "compact now, until nothing more can be freed"),
-    ("space", "pause", "stand still, and go on"),
+    ("space", "pause", "pause, and continue"),
     ("tab", "device", "the next device; arrows: next and previous"),
-    ("+ -", "interval", "look more seldom or more often"),
-    ("?", "help", "these words, and back"),
+    ("+ -", "interval", "slower, and faster"),
+    ("?", "help", "this help, and back"),
 )
 _MEANINGS = (
     ("stored", "data before compression, and how much of the device that is"),
@@ -329,15 +329,15 @@ _MEANINGS = (
 )
 
 
-def status(state: State, width: int) -> Line:
+def status(frame: Frame, width: int) -> Line:
     """Return the last line: what has just happened, or which keys there are."""
-    if state.lost:
-        return fit([(f" {state.lost}", "alert")], width, "alert")
-    if state.message:
-        return fit([(f" {state.message}", "message")], width)
+    if frame.lost:
+        return fit([(f" {frame.lost}", "alert")], width, "alert")
+    if frame.message:
+        return fit([(f" {frame.message}", "message")], width)
     line: Line = []
     for key, word, _ in KEYS:
-        words = f"{word} {state.devices[0]}/{state.devices[1]}" if key == "tab" else word
+        words = f"{word} {frame.devices[0]}/{frame.devices[1]}" if key == "tab" else word
         line += [(f" {key} ", "key"), (f" {words} ", "")]
     return fit(line, width)
 
@@ -351,19 +351,19 @@ def help_lines(width: int) -> list[Line]:
     return lines
 
 
-def body(state: State, width: int, height: int, glyphs: Glyphs) -> list[Line]:
+def body(frame: Frame, width: int, height: int, glyphs: Glyphs) -> list[Line]:
     """Return at most `height` lines of numbers: where there is room, with space between their groups."""
-    sample, rates = state.watch.sample, state.watch.rates
+    sample, rates = frame.watch.sample, frame.watch.rates
     if sample is None or rates is None:
         return []
     spare = height - 23  # beyond a terminal of 24 rows
     tall = 2 + min(max(spare - 5, 0), 10)
     gap: list[Line] = [[]]
     groups = [
-        [header(state, sample, width)],
+        [header(frame, sample, width)],
         [*memory(sample, width, glyphs), *([blocks(sample)] if spare >= 5 else [])],
-        frag(state.watch, width, tall, glyphs),
-        [*requests(state.watch, width, glyphs), compaction(sample, rates, width)],
+        frag(frame.watch, width, tall, glyphs),
+        [*requests(frame.watch, width, glyphs), compaction(sample, rates, width)],
     ]
     lines: list[Line] = []
     for place, group in enumerate(groups):
@@ -374,14 +374,14 @@ def body(state: State, width: int, height: int, glyphs: Glyphs) -> list[Line]:
     return lines
 
 
-def screen(state: State, width: int, height: int, glyphs: Glyphs) -> list[Line]:
+def screen(frame: Frame, width: int, height: int, glyphs: Glyphs) -> list[Line]:
     """Return `height` lines of `width` cells, the last one shorter: the corner may make a terminal scroll."""
     if width < MIN_WIDTH or height < MIN_HEIGHT:
         lines: list[Line] = [[(f"{width}x{height} is too small: {MIN_WIDTH}x{MIN_HEIGHT} is needed", "bold")]]
         lines = [*lines, *[[]] * height][: height - 1]
         return [fit(line, width) for line in lines] + [fit([], width - 1)]
-    lines = help_lines(width) if state.help else body(state, width, height - 1, glyphs)
-    if state.lost and not state.help:
+    lines = help_lines(width) if frame.help else body(frame, width, height - 1, glyphs)
+    if frame.lost and not frame.help:
         lines = [*lines[:1], *([("".join(text for text, _ in line), "dim")] for line in lines[1:])]
     lines = [*lines[: height - 1], *[[]] * (height - 1 - len(lines))]
-    return [fit(line, width) for line in lines] + [status(state, width - 1)]
+    return [fit(line, width) for line in lines] + [status(frame, width - 1)]

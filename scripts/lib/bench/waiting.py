@@ -24,7 +24,7 @@ from zramd.core.device import saving
 from zramd.kernel import swap
 from zramd.server.compactor import Compactor
 from zramd.settings import config
-from zramd.stats import stats
+from zramd.stats import snapshots, texts
 
 HOGS = 4
 PAUSE = 0.0002  # seconds between two requests
@@ -123,9 +123,9 @@ def one_processor(seconds: float, size: int) -> dict[str, float]:
     numbers = {"gil": 0.0}
 
     def beside() -> None:
-        snapshot = stats.take(device, name="bench", comp_algorithm="lz4", version="", started=0.0)
-        stats.to_json(snapshot)
-        stats.classes_table(stats.take_classes(device))
+        snapshot = snapshots.take(device, name="bench", comp_algorithm="lz4", version="", started=0.0)
+        texts.to_json(snapshot)
+        texts.classes_table(snapshots.take_classes(device))
         time.sleep(0.002)
 
     def client() -> None:

@@ -77,14 +77,14 @@ def show(taken: Iterator[samples.Sample]) -> None:
     from zramd.commands.top import glyphs
     from zramd.control.samples import Watch
     from zramd.top.terminal import Terminal
-    from zramd.top.view import State, screen
+    from zramd.top.view import Frame, screen
 
     watch = Watch()
     for sample in taken:
         watch.add(sample)
     terminal = Terminal()
-    state = State(sample.stats["name"], watch, INTERVAL)
-    terminal.draw(screen(state, *terminal.size(), glyphs(terminal.colours)))
+    frame = Frame(sample.stats["name"], watch, INTERVAL)
+    terminal.draw(screen(frame, *terminal.size(), glyphs(terminal.colours)))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ import pytest
 from support.numbers import FakeDevice
 from support.server import PACKAGE_PARENT
 
-from zramd.commands import MODULES, Parser, completion, doctor, listing, main, parser
-from zramd.control import client, life
+from zramd.commands import VERBS, Parser, completion, doctor, listing, main, parser, verb_parser
+from zramd.control import client, columns, life
+from zramd.control.human import human
 from zramd.errors import UsageError
 from zramd.kernel import attached, kernelswap
+from zramd.launch import installed
 from zramd.settings import config
-from zramd.stats import prometheus, stats
+from zramd.stats import numbers, prometheus, snapshots, texts
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -48,6 +50,7 @@ SHARED = {
     "zramd.contract.handover",
     "zramd.contract.rundir",
     "zramd.errors",
+    "zramd.lockfile",
     "zramd.kernel",
     "zramd.kernel.kernelswap",
     "zramd.process",
@@ -80,13 +83,34 @@ def test_list_starts_fast(tmp_path: Path) -> None:
     server = set(python("import sys, zramd.server.server; print(*sys.modules)").split())
     heavy |= {name for name in server if name.startswith("zramd.")} - SHARED
     assert {
-        "zramd.stats.stats",
+        "zramd.stats.snapshots",
         "zramd.core.device.device",
         "zramd.server.leaving",
         "zramd.server.log",
     } <= heavy
     assert all(find_spec(name) for name in heavy), "a name that no module has is never imported"
     assert not heavy & imported
+
+
+@pytest.mark.parametrize("word", ["--help", "--version", "no-verb"])
+def test_what_needs_no_verb_imports_none(word: str) -> None:
+    code = (
+        "import sys; from zramd import commands\n"
+        f"try: status = commands.main(['{word}'])\nexcept SystemExit as end: status = end.code\n"
+        "print(status, *[name for name in sys.modules if name.startswith('zramd.commands')])"
+    )
+    status = "2" if word == "no-verb" else "0"
+    assert python(code).splitlines()[-1].split() == [status, "zramd.commands"]
+
+
+def test_a_verb_is_imported_when_it_is_called() -> None:
+    code = (
+        "import sys; from zramd import commands; commands.main(['stats', 'nobody'])\n"
+        "print(*[name for name in sys.modules if name.startswith(('zramd.commands', 'zramd.top'))])"
+    )
+    imported = set(python(code).split())
+    assert "zramd.commands.show" in imported
+    assert imported == {"zramd.commands", "zramd.commands.show"}
 
 
 def test_daemon_does_not_import_the_command_line() -> None:
@@ -115,7 +139,7 @@ def test_public_names_are_imported_when_asked_for() -> None:
 
 
 def every_parser() -> dict[str, Parser]:
-    return dict(completion.tree(parser()))
+    return dict(completion.tree())
 
 
 def test_every_module_adds_verbs_that_do_something() -> None:
@@ -123,7 +147,7 @@ def test_every_module_adds_verbs_that_do_something() -> None:
         if path and not any(isinstance(action, argparse._SubParsersAction) for action in found._actions):
             assert callable(found.get_default("run")), path
             assert found.description, path
-    assert len(every_parser()) > len(MODULES)
+    assert len(every_parser()) > len(VERBS)
 
 
 @pytest.mark.parametrize("word", ["-V", "--version", "-h", "--help"])
@@ -211,11 +235,11 @@ def test_wrong(words: list[str], sentence: str, capsys: pytest.CaptureFixture[st
 
 
 def test_settings_may_stand_anywhere() -> None:
-    words = ["start", "a=1", "x", "--size", "1G", "b=", "--", "-t", "4", "c=3"]
-    found = parser().parse_args(words)
+    words = ["a=1", "x", "--size", "1G", "b=", "--", "-t", "4", "c=3"]
+    found = verb_parser("start").parse_args(words)
     assert (found.new_name, found.size, found.settings) == ("x", "1G", ["a=1", "b="])
     assert found.nbdkit_options == ["-t", "4", "c=3"]
-    found = parser().parse_args(["set", "--rundir", "/a=b", "x=1"])
+    found = verb_parser("set").parse_args(["--rundir", "/a=b", "x=1"])
     assert (found.rundir, found.settings) == ("/a=b", ["x=1"])
 
 
@@ -253,16 +277,16 @@ def test_without_a_place(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     ],
 )
 def test_sizes(size: int, text: str) -> None:
-    assert listing.human(size) == text
+    assert human(size) == text
 
 
 def test_columns() -> None:
     def names(words: str | None, every: bool = False) -> list[str]:
-        return [column.name for column in listing.columns(words, every)]
+        return [column.name for column in columns.columns(words, every)]
 
-    assert names(None) == list(listing.DEFAULT)
+    assert names(None) == list(columns.DEFAULT)
     assert names("pid,Name") == ["PID", "NAME"]
-    assert names("+PID") == [*listing.DEFAULT, "PID"]
+    assert names("+PID") == [*columns.DEFAULT, "PID"]
     zramctl = (
         "NAME DISKSIZE DATA COMPR ALGORITHM STREAMS ZERO-PAGES TOTAL MEM-LIMIT MEM-USED MIGRATED MOUNTPOINT"
     )
@@ -273,7 +297,7 @@ def test_columns() -> None:
 
 
 def test_table_and_raw() -> None:
-    shown = listing.columns("name,data,mountpoint", False)
+    shown = columns.columns("name,data,mountpoint", False)
     rows = [["zram0", "64M", "/mnt/a b"], ["z", "1023.5K", ""]]
     assert listing.table(shown, rows, headings=True) == (
         "NAME     DATA MOUNTPOINT\nzram0     64M /mnt/a b\nz     1023.5K\n"
@@ -282,9 +306,9 @@ def test_table_and_raw() -> None:
 
 
 def test_every_column_has_a_cell() -> None:
-    snapshot = stats.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
-    values = {**json.loads(stats.to_json(snapshot)), "clients": 1, "attached": "", "mountpoint": ""}
-    cells = {column.name: column.show(column.get(values), False) for column in listing.COLUMNS}
+    snapshot = snapshots.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
+    values = {**json.loads(texts.to_json(snapshot)), "clients": 1, "attached": "", "mountpoint": ""}
+    cells = {column.name: column.show(column.get(values), False) for column in columns.COLUMNS}
     assert [name for name, cell in cells.items() if not cell] == ["MOUNTPOINT", "ATTACHED"]
     assert (cells["DATA"], cells["COMPR"], cells["TOTAL"]) == ("40K", "6K", "8K")
     assert (cells["FRAG"], cells["COMP-RATIO"], cells["ZERO-PAGES"]) == ("75.00", "5.00", "3")
@@ -349,15 +373,14 @@ def test_stop_is_refused_while_in_use(
 
 
 def test_every_number_has_a_meaning() -> None:
-    snapshot = stats.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
-    names = [number.name for number in stats.NUMBERS]
-    assert sorted(names) == sorted(
-        stats.to_dict(snapshot).keys() - {"name", "version", "comp_algorithm", "pid", "latency"}
-    )
-    for number in stats.NUMBERS:
+    snapshot = snapshots.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
+    names = [number.name for number in numbers.NUMBERS]
+    shown = json.loads(texts.to_json(snapshot))
+    assert sorted(names) == sorted(shown.keys() - {*texts.ABOUT, "latency"})
+    for number in numbers.NUMBERS:
         assert number.meaning.endswith(".")
     text = prometheus.exposition(snapshot, [])
-    metrics = [number for number in stats.NUMBERS if number.metric]
+    metrics = [number for number in numbers.NUMBERS if number.metric]
     assert len({number.metric for number in metrics}) == len(metrics) > 20
     for number in metrics:
         assert f"# HELP zramd_{number.metric} {number.meaning}\n" in text
@@ -488,7 +511,7 @@ def test_doctor_without_a_run_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 @pytest.mark.parametrize(("version", "level"), [("1.26.1", "problem"), ("1.32.5", "ok"), ("1.48.1", "ok")])
 def test_doctor_looks_at_nbdkits_version(monkeypatch: pytest.MonkeyPatch, version: str, level: str) -> None:
-    monkeypatch.setattr(doctor, "_run", lambda *words: (0, f"nbdkit {version} (nbdkit-1)\n", ""))
+    monkeypatch.setattr(installed, "nbdkit_version", lambda: version)
     assert next(doctor.nbdkit()).level == level
 
 
@@ -550,7 +573,7 @@ def test_completion_knows_every_verb_and_setting(shell: str) -> None:
                 assert option in script
     assert "mem_limit=" in script
     live = [setting.name for setting in config.SETTINGS if not setting.fixed]
-    set_words = completion.words(every_parser()["set"])
+    set_words = completion.words("set", every_parser()["set"])
     assert [word[:-1] for word in set_words if word.endswith("=")] == live
 
 
@@ -581,13 +604,13 @@ def test_no_memory_is_one_sentence(
 def test_a_library_that_does_not_load_is_told_in_a_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail() -> None:
+    def fail(verb: str) -> None:
         raise ImportError("x.so: cannot map zero-fill pages")
 
-    monkeypatch.setattr("zramd.commands.parser", fail)
+    monkeypatch.setattr("zramd.commands.verb_parser", fail)
     assert main(["list"]) == 1
     assert capsys.readouterr().err == (
-        "zramd: cannot be loaded, for want of memory perhaps: x.so: cannot map zero-fill pages\n"
+        "zramd: cannot be loaded, perhaps for lack of memory: x.so: cannot map zero-fill pages\n"
     )
 
 

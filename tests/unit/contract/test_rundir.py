@@ -541,7 +541,7 @@ def test_no_descriptor_to_look_with_does_not_mean_that_nobody_serves(
     held = rundir.Rundir(str(folder))
     with monkeypatch.context() as short:
         short.setattr(os, "open", failing(errno.EMFILE))
-        with pytest.raises(RundirError, match="who serves cannot be told: too many open files"):
+        with pytest.raises(RundirError, match="cannot find out which process serves: too many open files"):
             rundir.holder(str(folder))
         short.setattr(os, "open", failing(errno.EACCES))
         assert rundir.holder(str(folder)) is None

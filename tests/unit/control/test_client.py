@@ -264,6 +264,6 @@ def test_a_want_of_memory_does_not_pass_for_another_namespace(
 
     with monkeypatch.context() as few:
         few.setattr(os, "readlink", short)
-        with pytest.raises(DeviceError, match=r"who serves '.*' cannot be told: .*cannot allocate memory"):
+        with pytest.raises(DeviceError, match=r"which process serves '.*': .*cannot allocate memory"):
             peer.find("b", str(place / "b"))
     live.remove()

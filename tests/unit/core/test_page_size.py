@@ -10,7 +10,7 @@ from support.run import SANITIZED, preloaded
 
 from zramd.core.pool.zsmalloc import CLASSES, layout_sum, size_classes
 from zramd.errors import StateError
-from zramd.server import state
+from zramd.server import statefile
 
 SHIM = Path(__file__).parents[2] / "support" / "shim_pages.c"
 
@@ -179,11 +179,11 @@ def test_zspages_are_whole_pages() -> None:
 def test_a_state_is_tied_to_its_page_size(shims: dict[int, Path], memory_folder: Path) -> None:
     """What a kernel with other pages has laid out is refused in a sentence that says so, both ways."""
     assert len({layout_sum(unit) for unit in (1, 2, 4, 8, 16)}) == 5
-    make = "import sys; from zramd.server import state; state.open_state(sys.argv[1], 1 << 20, False)"
+    make = "import sys; from zramd.server import statefile; statefile.open_state(sys.argv[1], 1 << 20, False)"
     other = memory_folder / "other"
     assert run(shims[16384], make, other).returncode == 0
     with pytest.raises(StateError, match=r"^state .* kernel with pages of 16384 bytes, this one has 4096: "):
-        state.open_state(str(other), 1 << 20, False)
+        statefile.open_state(str(other), 1 << 20, False)
     own = memory_folder / "own"
     assert run(None, make, own).returncode == 0
     refused = run(shims[65536], make, own)

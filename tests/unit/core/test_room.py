@@ -22,14 +22,14 @@ SHIM = Path(__file__).parents[2] / "support" / "shim_madvise.c"
 HEAD = """
 import gc, os, random, subprocess, sys, tempfile
 from zramd import Device, PoolFullError
-from zramd.server import state
+from zramd.server import statefile
 from zramd.core.device import saving
 BLOCK, SIZE = 4096, 8 << 20
 folder = sys.argv[1]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=" + sys.argv[2], "zramd-test", folder], check=True)
 
 def start(verify=False, name="state"):
-    fd = state.open_state(folder + "/" + name, SIZE, verify)
+    fd = statefile.open_state(folder + "/" + name, SIZE, verify)
     try:
         return Device(SIZE, state=fd, verify=verify)
     finally:
@@ -443,9 +443,9 @@ def test_what_starts_can_be_taken_over(memory_folder: Path) -> None:
     code = """
 import os, random, resource, sys
 from zramd import Device
-from zramd.server import state
+from zramd.server import statefile
 path, limit, size, turn = sys.argv[1], int(sys.argv[2]), 64 << 30, sys.argv[3]
-fd = state.open_state(path, size, False)
+fd = statefile.open_state(path, size, False)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 device = Device(size, state=fd, progress=lambda done, total: None)
 rnd = random.Random(1)
@@ -557,8 +557,8 @@ def test_a_reserve_that_cannot_grow_gives_back_what_is_too_much(tmp_path: Path) 
 import threading, time
 device = start()
 device.reserve_start(1 << 20)
-keeper = threading.Thread(target=device.reserve_keep)
-keeper.start()
+refiller = threading.Thread(target=device.reserve_keep)
+refiller.start()
 rnd = random.Random(1)
 for block in range(900):
     device.write(rnd.randbytes(2500).ljust(BLOCK, b"\\0"), block * BLOCK)
@@ -576,7 +576,7 @@ while device.counters()["reserve_bytes"] > 2 << 20 and time.monotonic() < end:
 print(device.counters()["reserve_bytes"] >> 20)
 device.check()
 device.reserve_stop()
-keeper.join()
+refiller.join()
 """
     assert int(in_tmpfs(tmp_path, code)) <= 2
 

@@ -21,7 +21,7 @@ from support.run import SCALE
 from zramd import Device, PoolFullError
 from zramd.core.device import checksum, saving
 from zramd.errors import CorruptObjectError, SaveError
-from zramd.server import state
+from zramd.server import statefile
 
 BLOCK = 4096
 SIZE = 4 << 20
@@ -212,7 +212,7 @@ def test_an_empty_device() -> None:
 def test_lost_blocks(memory_folder: Path) -> None:
     """A block that was changed in memory is lost, and stays so; the others are there."""
     path = memory_folder / "state"
-    fd = state.open_state(str(path), SIZE, True)
+    fd = statefile.open_state(str(path), SIZE, True)
     device = Device(SIZE, state=fd, verify=True)
     os.close(fd)
     data = random.Random(3).randbytes(BLOCK)
@@ -409,7 +409,7 @@ def test_a_load_that_a_crash_ended(memory_folder: Path) -> None:
     data = save(filled())
     child = os.fork()
     if child == 0:
-        device = Device(SIZE, state=state.open_state(path, SIZE, False))
+        device = Device(SIZE, state=statefile.open_state(path, SIZE, False))
         reader, writer = os.pipe()
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1 << 20)
         os.write(writer, data[: 300 << 10])
@@ -417,7 +417,7 @@ def test_a_load_that_a_crash_ended(memory_folder: Path) -> None:
         saving.load(device, reader)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 9
-    fd = state.open_state(path, SIZE, False)
+    fd = statefile.open_state(path, SIZE, False)
     device = Device(SIZE, state=fd)
     assert device.dropped
     assert device.counters()["pages_stored"] == 0

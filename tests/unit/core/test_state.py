@@ -18,7 +18,7 @@ from zramd import Device, PoolFullError
 from zramd.core.device.device import state_layout
 from zramd.core.system import threads
 from zramd.errors import StateError
-from zramd.server import state
+from zramd.server import statefile
 
 BLOCK = 4096
 SIZE = 8 << 20
@@ -26,7 +26,7 @@ SIZE = 8 << 20
 
 def open_device(path: Path, size: int = SIZE, *, verify: bool = False, mem_limit: int = 0) -> Device:
     """As the server does. Forgetting the device leaves the file as a kill would."""
-    fd = state.open_state(str(path), size, verify)
+    fd = statefile.open_state(str(path), size, verify)
     try:
         return Device(size, state=fd, verify=verify, mem_limit=mem_limit)
     finally:
@@ -197,7 +197,7 @@ def test_a_large_state_is_taken_over_by_threads_with_progress(memory_folder: Pat
     stored = device.counters()["pages_stored"]
     del device
     seen: list[tuple[int, int]] = []
-    fd = state.open_state(str(path), size, False)
+    fd = statefile.open_state(str(path), size, False)
     again = Device(size, state=fd, progress=lambda done, total: seen.append((done, total)))
     os.close(fd)
     assert again.counters()["recovered_blocks"] == stored
@@ -230,7 +230,7 @@ def test_threads_that_find_no_memory_to_begin_with_are_not_waited_for(
     del device
     monkeypatch.setattr(_thread, "start_new_thread", begin)
     monkeypatch.setattr(threading, "_start_new_thread", begin)
-    fd = state.open_state(str(path), SIZE, False)
+    fd = statefile.open_state(str(path), SIZE, False)
     again = Device(SIZE, state=fd, progress=progress)
     os.close(fd)
     assert read(again) == model
@@ -240,12 +240,12 @@ def test_threads_that_find_no_memory_to_begin_with_are_not_waited_for(
 FILL_A_SMALL_ONE = """
 import os, random, subprocess, sys
 from zramd import Device, PoolFullError
-from zramd.server import state
+from zramd.server import statefile
 folder, size = sys.argv[1], int(sys.argv[2])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "zramd-test", folder], check=True)
 
 def start():
-    fd = state.open_state(folder + "/state", size, True)
+    fd = statefile.open_state(folder + "/state", size, True)
     device = Device(size, state=fd, verify=True)
     os.close(fd)
     return device
@@ -291,9 +291,9 @@ def test_a_state_without_room_for_its_head_is_none(
     with monkeypatch.context() as short:
         short.setattr(os, "pwrite", full)
         with pytest.raises(StateError, match="cannot be made: no space left on device: make room there"):
-            state.open_state(str(path), 1 << 20, False)
+            statefile.open_state(str(path), 1 << 20, False)
     assert path.stat().st_size == 0
-    os.close(state.open_state(str(path), 2 << 20, False))
+    os.close(statefile.open_state(str(path), 2 << 20, False))
 
 
 def test_a_full_tmpfs_is_a_full_pool(tmp_path: Path) -> None:
@@ -344,9 +344,9 @@ def test_for_the_local_kernel_all_of_a_state_is_mapped(memory_folder: Path) -> N
 
 def test_locked_memory_is_given_back(memory_folder: Path) -> None:
     code = (
-        "import os, sys; from zramd import Device; from zramd.server import state\n"
+        "import os, sys; from zramd import Device; from zramd.server import statefile\n"
         "from zramd.core.system import process\n"
-        f"fd = state.open_state({str(memory_folder / 'state')!r}, {SIZE}, False)\n"
+        f"fd = statefile.open_state({str(memory_folder / 'state')!r}, {SIZE}, False)\n"
         f"device = Device({SIZE}, state=fd)\n"
         "process.lock_memory()\n"
         "device.write(os.urandom(4 << 20), 0)\n"

@@ -17,18 +17,20 @@ from test_state import BLOCK, SIZE, fill, open_device, read
 from zramd import Device
 from zramd.core.device.device import state_layout
 from zramd.errors import CorruptionError, CorruptObjectError, StateError
-from zramd.server import state
+from zramd.server import statefile
 
 
 def header(path: Path) -> bytearray:
     return (
-        bytearray(path.read_bytes()[: state._HEADER.size]) if path.stat().st_size < 1 << 20 else _head(path)
+        bytearray(path.read_bytes()[: statefile._HEADER.size])
+        if path.stat().st_size < 1 << 20
+        else _head(path)
     )
 
 
 def _head(path: Path) -> bytearray:
     with path.open("rb") as file:
-        return bytearray(file.read(state._HEADER.size))
+        return bytearray(file.read(statefile._HEADER.size))
 
 
 def patch(path: Path, at: int, data: bytes) -> None:
@@ -40,7 +42,7 @@ def patch(path: Path, at: int, data: bytes) -> None:
 def with_field(path: Path, name: str, value: int) -> None:
     """Change a field of the header, checksum and all."""
     head = _head(path)
-    at = 24 + 8 * state._FIELDS.index(name) if name != "version" else 16
+    at = 24 + 8 * statefile._FIELDS.index(name) if name != "version" else 16
     head[at : at + 8] = struct.pack("<Q", value)
     head[-8:] = struct.pack("<Q", zlib.crc32(head[:-8]))
     patch(path, 0, head)
@@ -94,7 +96,7 @@ def test_refuses_another_version(old: Path) -> None:
 @pytest.mark.parametrize("name", ["slots", "cells", "spans", "span_size", "size_classes", "bytes"])
 def test_refuses_another_layout(old: Path, name: str) -> None:
     with_field(old, name, 12345)
-    refused(old, rf"laid out otherwise \({name} is 12345")
+    refused(old, rf"has another layout \({name} is 12345")
 
 
 def test_refuses_a_damaged_header(old: Path) -> None:
@@ -113,7 +115,7 @@ def test_refuses_what_is_no_state(memory_folder: Path) -> None:
     path.write_text("precious")
     refused(path, "is not a state of zramd")
     assert path.read_text() == "precious"
-    path.write_bytes(state.MAGIC)
+    path.write_bytes(statefile.MAGIC)
     refused(path, "cut off in its header")
 
 
@@ -130,8 +132,8 @@ def test_refuses_a_second_server(memory_folder: Path) -> None:
 def test_the_lock_goes_with_the_server_and_stays_over_a_fork(memory_folder: Path) -> None:
     path = memory_folder / "state"
     code = (
-        "import os, sys, time; from zramd import Device; from zramd.server import state\n"
-        f"fd = state.open_state({str(path)!r}, {SIZE}, False)\n"
+        "import os, sys, time; from zramd import Device; from zramd.server import statefile\n"
+        f"fd = statefile.open_state({str(path)!r}, {SIZE}, False)\n"
         f"device = Device({SIZE}, state=fd)\n"
         "if os.fork(): os._exit(0)\n"  # as nbdkit does when it becomes a daemon
         "device.write(b'by the child', 0)\n"
@@ -163,7 +165,7 @@ def test_refuses_what_another_user_has_made(memory_folder: Path, mode: int) -> N
     path.chmod(mode)
     os.chown(path, 65534, 65534)
     before = path.stat()
-    for call in (state.open_state, state.look):
+    for call in (statefile.open_state, statefile.look):
         with pytest.raises(StateError, match=f"'{path}' belongs to user .*: use another path"):
             call(str(path), SIZE, False)
     assert path.stat() == before
@@ -204,9 +206,9 @@ def test_refuses_what_cannot_be_opened(memory_folder: Path) -> None:
 def test_refuses_without_permission(memory_folder: Path) -> None:
     if os.geteuid() == 0:
         code = (
-            "import os, sys; from zramd.server import state\n"
+            "import os, sys; from zramd.server import statefile\n"
             "os.setgid(65534); os.setuid(65534)\n"
-            "try: state.open_state(sys.argv[1], 8 << 20, False)\n"
+            "try: statefile.open_state(sys.argv[1], 8 << 20, False)\n"
             "except Exception as error: print(error)"
         )
         memory_folder.chmod(0o755)
@@ -252,7 +254,7 @@ def test_no_header_but_the_right_one_is_accepted(old: Path, data: st.DataObject)
     patch(old, 0, bad)
     same = bytes(_head(old)) == good
     try:
-        fd = state.open_state(str(old), SIZE, False)
+        fd = statefile.open_state(str(old), SIZE, False)
     except StateError:
         assert not same
     else:

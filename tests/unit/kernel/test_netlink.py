@@ -182,8 +182,8 @@ def reply(kind: int, data: bytes = b"", *, length: int | None = None, magic: int
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        (reply(1), "does not tell the size of export 'zram0'"),
-        (reply(3, b"\0\0" + bytes(3)) + reply(1), "does not tell the size"),
+        (reply(1), "does not report the size of export 'zram0'"),
+        (reply(3, b"\0\0" + bytes(3)) + reply(1), "does not report the size"),
         (reply(1, magic=7), "the server's answer is not NBD"),
         (reply(3, length=1 << 30), "the server's answer is not NBD"),
         (reply(1 << 31 | 1), "refuses export 'zram0': it does not know the option GO"),

@@ -120,18 +120,18 @@ def test_locked_memory_is_given_back() -> None:
     code = """
         import os
         from zramd.kernel import swap
-        from zramd.stats import stats
+        from zramd.stats import snapshots
         from zramd.core.system import process
         from zramd.core.device.device import Device
         process.lock_memory()
         device = Device(64 << 20)
-        before = stats.resident_bytes()
+        before = snapshots.resident_bytes()
         for n in range(8192):
             device.write(os.urandom(4096), n * 4096)
-        full = stats.resident_bytes()
+        full = snapshots.resident_bytes()
         device.trim(0, 64 << 20)
         device.trim_stock()
-        print(full - before > 30 << 20, stats.resident_bytes() - before < 1 << 20)
+        print(full - before > 30 << 20, snapshots.resident_bytes() - before < 1 << 20)
     """
     assert in_child(code) == "True True\n"
 

@@ -189,17 +189,17 @@ class TestThread:
 
     def test_stops_at_once(self) -> None:
         compactor = make(FakeDevice(), compaction_interval="3600")
-        assert compactor.state == "stopped"
+        assert compactor.status == "stopped"
         compactor.start()
-        assert compactor.state == "idle"
+        assert compactor.status == "idle"
         compactor.stop()
-        assert compactor.state == "stopped"
+        assert compactor.status == "stopped"
 
     def test_compact_now_takes_all(self) -> None:
         device = FakeDevice(freeable=55)
         compactor = make(device, compaction="off", compaction_interval="3600")
         compactor.start()
-        assert compactor.state == "off"
+        assert compactor.status == "off"
         assert compactor.compact_now(10) == 55
         assert device.budgets[-1] == 0  # after its steps all at once, which borrows: see compact_whole
         assert compactor.compact_now(10) == 0
@@ -210,7 +210,7 @@ class TestThread:
         device = FakeDevice(freeable=5000)
         compactor = make(device, compaction="off", compaction_interval="3600")
         compactor.start()
-        assert compactor.state == "off"
+        assert compactor.status == "off"
         compactor.configure(settings(compaction_step="128K"))
         wait_until(lambda: device.freeable < 100)
         assert set(device.budgets) == {128 << 10}
@@ -265,9 +265,9 @@ class TestThread:
         device.during_step = fail
         compactor = make(device, compaction_interval="0.01")
         compactor.start()
-        wait_until(lambda: compactor.state.startswith("failed: "))
+        wait_until(lambda: compactor.status.startswith("failed: "))
         device.during_step = lambda: None
-        wait_until(lambda: compactor.pages_freed and compactor.state in ("running", "idle"))
+        wait_until(lambda: compactor.pages_freed and compactor.status in ("running", "idle"))
         compactor.stop()
 
     @pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("can't allocate lock")], ids=repr)
@@ -300,7 +300,7 @@ class TestThread:
         compactor = make(device)
         compactor.start()
         compactor._thread.join(10)  # type: ignore[union-attr]
-        assert compactor.state == "failed: ValueError: broken"
+        assert compactor.status == "failed: ValueError: broken"
         assert capfd.readouterr().err == "zramd: background compaction stopped: ValueError: broken\n"
         with pytest.raises(RuntimeError, match="broken"):
             compactor.compact_now(10)

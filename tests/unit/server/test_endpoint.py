@@ -22,7 +22,7 @@ from zramd.errors import CorruptionError
 from zramd.server import endpoint
 from zramd.server.trouble import Troubles
 from zramd.settings import config
-from zramd.stats import stats
+from zramd.stats import snapshots, texts
 
 
 class FakeService:
@@ -36,13 +36,15 @@ class FakeService:
         self.changed: dict[str, object] = {}
         self.hold = threading.Event()
         self.hold.set()
+        self.device = self
 
-    def snapshot(self) -> stats.Snapshot:
-        made = stats.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
-        return dataclasses.replace(made, mem_limit=self.limit, mem_used_max=self.peak)
+    def snapshot(self) -> snapshots.Snapshot:
+        made = snapshots.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
+        changed = {"mem_limit": self.limit, "mem_used_max": self.peak}
+        return dataclasses.replace(made, values=made.values | changed)
 
-    def classes(self) -> list[stats.ClassRow]:
-        return stats.take_classes(FakeDevice())
+    def classes(self) -> list[snapshots.ClassRow]:
+        return snapshots.take_classes(FakeDevice())
 
     def health(self) -> dict[str, str | int]:
         return {"status": "ok", "compactor": "idle"}
@@ -147,9 +149,9 @@ def test_closed_to_others(running: Running) -> None:
 
 def test_get(running: Running) -> None:
     service = running.service
-    assert running.ask("GET", "/mm_stat") == (200, stats.mm_stat(service.snapshot()))
-    assert running.ask("GET", "/io_stat") == (200, stats.io_stat(service.snapshot()))
-    assert running.ask("GET", "/classes") == (200, stats.classes_table(service.classes()))
+    assert running.ask("GET", "/mm_stat") == (200, texts.mm_stat(service.snapshot()))
+    assert running.ask("GET", "/io_stat") == (200, texts.io_stat(service.snapshot()))
+    assert running.ask("GET", "/classes") == (200, texts.classes_table(service.classes()))
     code, text = running.ask("GET", "/metrics")
     assert code == 200
     assert text.startswith("# HELP zramd_")

@@ -50,7 +50,10 @@ TERM = bytes([signal.SIGTERM])
 def test_waits_for_swapoff(used: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     local = leaving(swap="local")
     assert not local.may_leave(TERM)
-    assert "/dev/nbd0 is in use as swap: stopping once 'swapoff /dev/nbd0' was run" in capfd.readouterr().err
+    assert (
+        "/dev/nbd0 is in use as swap: stopping as soon as 'swapoff /dev/nbd0' has run"
+        in capfd.readouterr().err
+    )
     assert not local.may_leave(b"")
     assert capfd.readouterr().err == ""
     used.clear()

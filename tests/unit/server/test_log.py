@@ -55,7 +55,7 @@ def test_a_storm_is_counted() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        b"zramd: /dev/nbd0 is in use as swap: stopping once 'swapoff /dev/nbd0' was run\n",
+        b"zramd: /dev/nbd0 is in use as swap: stopping as soon as 'swapoff /dev/nbd0' has run\n",
         b"nbdkit: debug: accepted connection\n",
         b"nbdkit: python[12]: debug: python: pread count=4096 offset=0\n",
     ],

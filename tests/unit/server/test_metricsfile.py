@@ -10,7 +10,7 @@ from support.numbers import FakeDevice
 
 from zramd.errors import RundirError
 from zramd.server.metricsfile import MetricsFile
-from zramd.stats import prometheus, stats
+from zramd.stats import prometheus, snapshots
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def umask() -> Iterator[None]:
 
 
 def text_of(name: str) -> str:
-    snapshot = stats.take(FakeDevice(), name=name, comp_algorithm="lz4", version="0", started=0.0)
+    snapshot = snapshots.take(FakeDevice(), name=name, comp_algorithm="lz4", version="0", started=0.0)
     return prometheus.exposition(snapshot, [])
 
 

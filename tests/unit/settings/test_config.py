@@ -250,7 +250,7 @@ def test_table_is_complete() -> None:
 def test_the_servers_own_names_in_its_folder(key: str, name: str) -> None:
     """What it replaces and removes there must not be what the user gave it to keep."""
     pairs = [("disksize", "1M"), ("rundir", "/run/x")]
-    with pytest.raises(ConfigError, match="is what the server calls a file of its own: use another name"):
+    with pytest.raises(ConfigError, match="is the name of a file of the server's own: use another name"):
         config.parse([*pairs, (key, f"/run/x/{name}")])
     config.parse([*pairs, (key, f"/run/x/my-{name}")])
     config.parse([*pairs, (key, f"/run/y/{name}")])

@@ -31,7 +31,7 @@ class Root:
             self.write("etc/zramd.conf", text)
         return devices.load(str(self.path))
 
-    def device(self, text: str) -> devices.Device:
+    def device(self, text: str) -> devices.ConfiguredDevice:
         configuration = self.load(text)
         assert configuration.problems == ()
         (device,) = configuration.devices
@@ -48,7 +48,7 @@ def root(tmp_path: Path) -> Root:
 
 def test_an_empty_section_is_zram_generators_default(root):
     device = root.device("[zram0]")
-    assert device == devices.Device(
+    assert device == devices.ConfiguredDevice(
         name="zram0",
         disksize=4 * GIB,
         pairs=(("name", "zram0"), ("disksize", "4294967296"), ("swap", "local")),
@@ -197,7 +197,7 @@ def test_memory_within_the_limit(root, text):
         ("timeout = -1", "timeout: '-1' is out of range: use 0 to 1000000 seconds"),
         ("dead-conn-timeout = 1m", "dead-conn-timeout: '1m' is out of range: use 0 to 1000000 seconds"),
         ("connections = 0", "connections: '0' is out of range: use 1 to 16 connections"),
-        ("compaction = maybe", "compaction: 'maybe' is neither on nor off"),
+        ("compaction = maybe", "compaction: 'maybe' is neither on nor off: use one of them"),
         (
             "swap = other",
             "swap: 'other' would let this machine's swap deadlock: use local, or attach = no or device",
@@ -354,7 +354,9 @@ def test_the_example_shows_the_defaults(root):
     assert full.problems == ()
     assert full.notes == ()
     shown = full.find("zram0")
-    for name in (field.name for field in fields(devices.Device) if field.name not in ("pairs", "where")):
+    for name in (
+        field.name for field in fields(devices.ConfiguredDevice) if field.name not in ("pairs", "where")
+    ):
         assert getattr(shown, name) == getattr(plain, name), name
     assert shown.settings() == plain.settings()
     assert full.find("guest0").attach == "no"

@@ -38,7 +38,7 @@ def test_answer_for_a_device_that_is_no_longer_shown_is_dropped(top: Top) -> Non
     top._show(client.Served("zram1", "/nowhere/zram1", None))
     answers(top)
     assert top.lost == ""
-    assert top.state().name == "zram1"
+    assert top.frame().name == "zram1"
 
 
 def test_server_that_is_away_is_said(top: Top) -> None:
@@ -55,12 +55,12 @@ def test_intervals_have_ends(top: Top) -> None:
 
 
 def test_unknown_keys_do_nothing(top: Top) -> None:
-    before = top.state()
+    before = top.frame()
     for key in ("x", "\x00", "\x1b", "\x1b[5~", "\ufffd"):
         top.press(key)
-    assert top.state() == before
+    assert top.frame() == before
 
 
 def test_no_other_device(top: Top) -> None:
     top.press("next")
-    assert top.state().message == "there is no other device"
+    assert top.frame().message == "there is no other device"

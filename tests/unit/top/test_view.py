@@ -8,7 +8,7 @@ from support.samples import sample
 from zramd.control.samples import Histogram, Sample, Watch
 from zramd.top import cells, view
 from zramd.top.cells import ASCII, COLOUR, MONO, Glyphs
-from zramd.top.view import State
+from zramd.top.view import Frame
 
 MIB = 1 << 20
 GROUPS = ("10%", "20%", "30%", "40%", "50%", "60%", "70%", "80%", "90%", "99%", "100%")
@@ -49,9 +49,9 @@ def watched(*taken: Sample) -> Watch:
     return watch
 
 
-def state(*taken: Sample, **changes: Any) -> State:
+def frame(*taken: Sample, **changes: Any) -> Frame:
     """What `top` hands to the view."""
-    return State("zram0", watched(*taken or (device(),)), 1.0)._replace(**changes)
+    return Frame("zram0", watched(*taken or (device(),)), 1.0)._replace(**changes)
 
 
 def text(lines: list[cells.Line]) -> list[str]:
@@ -88,12 +88,12 @@ class TestScreen:
         self, long_watch: Watch, glyphs: Glyphs, width: int, height: int, changes: dict[str, object]
     ) -> None:
         for drawn in (long_watch, Watch()):
-            lines = text(view.screen(state(watch=drawn, **changes), width, height, glyphs))
+            lines = text(view.screen(frame(watch=drawn, **changes), width, height, glyphs))
             assert [len(words) for words in lines] == [width] * (height - 1) + [width - 1]
 
     @pytest.mark.parametrize(("width", "height"), SIZES)
     def test_everything_is_there(self, width: int, height: int) -> None:
-        lines = text(view.screen(state(), width, height, MONO))
+        lines = text(view.screen(frame(), width, height, MONO))
         firsts = [words.split()[0] for words in lines if words.strip()]
         wanted = [
             "zram0",
@@ -112,13 +112,13 @@ class TestScreen:
 
     def test_ascii_is_ascii(self) -> None:
         for changes in ({}, {"help": True}):
-            assert "".join(text(view.screen(state(**changes), 80, 24, ASCII))).isascii()
+            assert "".join(text(view.screen(frame(**changes), 80, 24, ASCII))).isascii()
 
     def test_too_small_says_so(self) -> None:
-        assert text(view.screen(state(), 59, 24, MONO))[0].startswith("59x24 is too small: 60x16 is needed")
+        assert text(view.screen(frame(), 59, 24, MONO))[0].startswith("59x24 is too small: 60x16 is needed")
 
     def test_80x24_holds_all_groups_and_is_not_cut(self) -> None:
-        lines = text(view.screen(state(device(mem_limit=1000 * MIB, mem_used_total=999 * MIB)), 80, 24, MONO))
+        lines = text(view.screen(frame(device(mem_limit=1000 * MIB, mem_used_total=999 * MIB)), 80, 24, MONO))
         assert [words[:5].strip() for words in lines[11:22]] == list(reversed(GROUPS))
         for words in (lines[1], lines[2], lines[3], lines[9], lines[23]):
             assert words.endswith("  ") or words is lines[23], f"no room was left: {words}"
@@ -131,17 +131,17 @@ class TestScreen:
         assert all(any(words.split()[:1] == key.split()[:1] for words in lines) for key, _, _ in view.KEYS)
 
     def test_lost_server(self) -> None:
-        lines = view.screen(state(lost="the server of zram0 has ended"), 80, 24, COLOUR)
+        lines = view.screen(frame(lost="the server of zram0 has ended"), 80, 24, COLOUR)
         assert "the server of zram0 has ended" in styled(lines[-1], "alert")
         assert "256M" in styled(lines[1], "dim"), "old numbers are not shown as if they were new"
         assert {name for drawn in lines[1:-1] for _, name in drawn} <= {"dim", ""}
 
     def test_message_stands_where_the_keys_were(self) -> None:
-        assert "5 pages freed" in text(view.screen(state(message="5 pages freed"), 80, 24, MONO))[-1]
+        assert "5 pages freed" in text(view.screen(frame(message="5 pages freed"), 80, 24, MONO))[-1]
 
     def test_taller_shows_more(self) -> None:
-        assert not any(words.startswith("blocks") for words in text(view.screen(state(), 80, 24, MONO)))
-        lines = view.screen(state(device(same_pages=32768, huge_pages=6554)), 80, 40, MONO)
+        assert not any(words.startswith("blocks") for words in text(view.screen(frame(), 80, 24, MONO)))
+        lines = view.screen(frame(device(same_pages=32768, huge_pages=6554)), 80, 40, MONO)
         words = "blocks  65.5k stored   32.8k (50%) same-filled: no memory   6.6k (10%) stored raw"
         assert line(lines, "blocks") == words[:80]
         assert line(lines, "100%: no gaps")
@@ -150,7 +150,7 @@ class TestScreen:
 class TestHeader:
     def test_words(self) -> None:
         one = device()._replace(clients=2, uses={"/dev/nbd0": ["[SWAP]"]})
-        shown = cells.plain(view.header(state(one, paused=True), one, 120))
+        shown = cells.plain(view.header(frame(one, paused=True), one, 120))
         words = "zram0  1G lz4  pid 7  up 1:00:00  2 clients  /dev/nbd0: the kernel swaps to it"
         assert shown.strip().startswith(words)
         assert shown.endswith(" PAUSED  every 1s")
@@ -165,10 +165,10 @@ class TestHeader:
     )
     def test_use_by_the_kernel(self, uses: dict[str, list[str]], words: str) -> None:
         one = device()._replace(uses=uses)
-        assert words in cells.plain(view.header(state(one), one, 120))
+        assert words in cells.plain(view.header(frame(one), one, 120))
 
     def test_what_matters_most_stays_when_it_is_narrow(self) -> None:
-        shown = cells.plain(view.header(state(device(), paused=True), device(), 60))
+        shown = cells.plain(view.header(frame(device(), paused=True), device(), 60))
         assert shown.startswith(" zram0 ")
         assert shown.endswith("PAUSED  every 1s")
 

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import pytest
 
 import zramd
-from zramd.commands import attach as command
 from zramd.commands import main
 from zramd.contract import rundir
 from zramd.control import client
 from zramd.errors import AttachError, ConfigError
 from zramd.kernel import attached, keeper, kernelswap
+from zramd.launch import attaching
 from zramd.settings import devices
 
 
@@ -181,9 +181,9 @@ def test_the_service_leaves_what_others_attached(
     monkeypatch.setattr(attached, "unobserved", lambda device: nullcontext(lambda: done.append("emptied")))
     monkeypatch.setattr(kernelswap, "find", lambda device: swap if swapped else None)
     monkeypatch.setattr(kernelswap, "off", lambda device, **_: done.append("swapoff"))
-    monkeypatch.setattr(command, "_must_be_free", lambda device: None)
-    monkeypatch.setattr(command, "_disconnect", lambda device, there: done.append("detach"))
-    monkeypatch.setattr(command, "_forget", lambda name, device, gone: None)
+    monkeypatch.setattr(attaching, "_must_be_free", lambda device: None)
+    monkeypatch.setattr(attaching, "_disconnect", lambda device, there: done.append("detach"))
+    monkeypatch.setattr(attaching, "_forget", lambda name, device, gone: None)
     assert main(["detach", "--config", "--swapoff", "zram0"]) == 0
     assert done == ["swapoff"] * swapped + ["detach"] * detached + ["emptied"] * swapped
 
@@ -199,12 +199,12 @@ def test_neither_name_nor_folder(verb: str, capsys: pytest.CaptureFixture[str]) 
 def test_the_name_that_a_server_has(tmp_path: Path) -> None:
     """A run folder may have any name; what root is told to make a file of may not."""
     served = client.Served("folder", str(tmp_path), 1)
-    assert command._own_name(served) == "folder"
+    assert attaching._own_name(served) == "folder"
     (tmp_path / "stats.json").write_text('{"name": "zram7"}')
-    assert command._own_name(served) == "zram7"
+    assert attaching._own_name(served) == "zram7"
     (tmp_path / "stats.json").write_text('{"name": "../../etc/x"}')
     with pytest.raises(ConfigError, match="is not a name"):
-        command._own_name(served)
+        attaching._own_name(served)
 
 
 def test_a_kernel_device_stands_for_what_is_attached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +238,7 @@ def test_only_the_keeper_is_ended(monkeypatch: pytest.MonkeyPatch, still: bool) 
         def close(self) -> None: ...
 
     monkeypatch.setattr("zramd.kernel.netlink.Kernel", Kernel)
-    gone = command._disconnect("/dev/nbd0", there)
+    gone = attaching._disconnect("/dev/nbd0", there)
     ended = select.poll()
     ended.register(os.pidfd_open(child), select.POLLIN)
     assert bool(ended.poll(5000 if still else 100)) is still

@@ -1,36 +1,12 @@
-"""Makes the device that a server serves, once a small one has shown that the core works here."""
+"""Makes the device that a server serves: an empty one, or one with what its state has."""
 
 import os
 
 from zramd.core.device.device import Device
 from zramd.errors import CorruptionError, PoolFullError, StateError
-from zramd.server import state
+from zramd.server import statefile
 from zramd.server.log import say
 from zramd.settings.config import Config
-
-
-def self_test() -> None:
-    """Store, read, overwrite, drop and compact a few blocks on a tiny device.
-
-    Raises CorruptionError when what comes back is not what was stored.
-    """
-    size = 16 * 4096
-    device = Device(size)
-    raw = bytes((i * i * 31 + i // 7) & 0xFF for i in range(4096))
-    expected = bytearray(size)
-    patterns = (b"\xa5" * 4096, b"zramd selftest, " * 256, raw, b"0123456789abcdef" * 256 * 4)
-    for block, pattern in enumerate(patterns):
-        start = block * 4096 + 100 * block  # most of them straddle blocks
-        device.write(pattern, start)
-        expected[start : start + len(pattern)] = pattern
-    device.trim(4096, 4096)
-    expected[4096:8192] = bytes(4096)
-    device.compact()
-    found = bytearray(size)
-    device.read(found, 0)
-    if found != expected:
-        raise CorruptionError("self-test failed: the device does not return what was written to it")
-    device.check()
 
 
 def make_device(config: Config) -> Device:
@@ -43,7 +19,7 @@ def make_device(config: Config) -> Device:
             acceleration=config.acceleration,
             verify=config.verify,
         )
-    fd = state.open_state(path, config.disksize, config.verify)
+    fd = statefile.open_state(path, config.disksize, config.verify)
     try:
         device = Device(
             config.disksize,
@@ -62,16 +38,16 @@ def make_device(config: Config) -> Device:
     finally:
         os.close(fd)  # the device has one of its own, and the lock with it
     if device.dropped:
-        say(f"a load into state '{path}' was not completed: what it had of it was dropped")
+        say(f"a load into state '{path}' was not completed: the part that had arrived was dropped")
     counters = device.counters()
     if counters["lost_blocks"]:
         say(
-            f"{counters['lost_blocks']} blocks of state '{path}' are lost: what leads to them was "
-            "changed in memory; reading them is an error until they are written again"
+            f"{counters['lost_blocks']} blocks of state '{path}' are lost because the words that lead to "
+            "them changed in memory: reading them is an error until they are written again"
         )
     if counters["recovered_blocks"]:
         say(
             f"took over {counters['recovered_blocks']} blocks from state '{path}' in "
-            f"{counters['recovery_ms']} ms; {counters['leaked_objects']} objects without a block freed"
+            f"{counters['recovery_ms']} ms, and freed {counters['leaked_objects']} objects that no block held"
         )
     return device

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from zramd.commands import restart
 from zramd.control import client, life, peer
 from zramd.errors import DeviceError
+from zramd.launch import takeover
 
 
 @pytest.mark.parametrize("number", [3, 4, 20])
@@ -27,7 +27,7 @@ def test_its_folder_is_not_taken_by_a_socket(tmp_path: Path, number: int) -> Non
             turn = SimpleNamespace(fd=os.open("/", os.O_PATH), words=dict)
             argv = ["sh", "-c", "pwd >said.new; readlink /proc/$$/fd/3 >>said.new; mv said.new said"]
             plan = SimpleNamespace(settings=None, argv=argv)
-            new = restart._Successor(plan, old, turn)  # type: ignore[arg-type]
+            new = takeover._Successor(plan, old, turn)  # type: ignore[arg-type]
             while os.read(new._errors, 4096):
                 pass
         finally:
@@ -49,7 +49,7 @@ def test_one_that_has_ended_is_not_killed_by_its_number(monkeypatch: pytest.Monk
         old.listening = [listening.fileno()]
         turn = SimpleNamespace(fd=os.open("/", os.O_PATH), words=dict)
         plan = SimpleNamespace(settings=None, argv=["true"])
-        new = restart._Successor(plan, old, turn)  # type: ignore[arg-type]
+        new = takeover._Successor(plan, old, turn)  # type: ignore[arg-type]
         while os.read(new._errors, 4096):
             pass
         new.kill()
@@ -74,7 +74,7 @@ def test_a_server_that_ends_while_one_looks_is_said_to_have_ended(tmp_path: Path
             life.turn(str(tmp_path), "a"),
             pytest.raises(DeviceError, match="the server of a has died, and its data with it: "),
         ):
-            restart._told(client.Served("a", str(tmp_path), child), process, name)
+            takeover._told(client.Served("a", str(tmp_path), child), process, name)
     process.close()
     if not reaped:
         os.waitpid(child, 0)

@@ -1,4 +1,4 @@
-"""`zramd serve`: what it runs nbdkit with, what it tells the user, and how it refuses."""
+"""How servers are begun: what nbdkit is run with, what the user is told, and what is refused."""
 
 import errno
 import io
@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from support.run import wait_until
 
-from zramd.commands import main, parser, serve
+from zramd.commands import main, verb_parser
 from zramd.contract import rundir
 from zramd.control import life
 from zramd.errors import ConfigError, DeviceError, RundirError, ZramdError
-from zramd.launch import nbdkit
+from zramd.launch import lifecycle, nbdkit, spawn, watcher
 from zramd.settings import config
 
 
@@ -32,9 +32,9 @@ def test_greeting_names_a_command_that_is_there(
     (tmp_path / "zramd").touch(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", "/nowhere")
-    assert f"{tmp_path}/zramd attach" in serve.greeting(settings, nbdkit.read_options([]), 4711)
+    assert f"{tmp_path}/zramd attach" in watcher.greeting(settings, nbdkit.read_options([]), 4711)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert f"{tmp_path}/zramd" not in serve.greeting(settings, nbdkit.read_options([]), 4711)
+    assert f"{tmp_path}/zramd" not in watcher.greeting(settings, nbdkit.read_options([]), 4711)
 
 
 def test_greeting_of_a_folder_that_was_moved(
@@ -54,22 +54,22 @@ def test_greeting_of_a_folder_that_was_moved(
         (tmp_path / "zramd").chmod(0o755)
         for path in ("/nowhere", str(tmp_path)):
             monkeypatch.setenv("PATH", path)
-            text = serve.greeting(settings, nbdkit.read_options([]), 4711)
+            text = watcher.greeting(settings, nbdkit.read_options([]), 4711)
             assert (f"attach        {tmp_path}/python -P -m zramd attach" in text) == (not runs), head
 
 
 def test_greeting(settings: config.Config) -> None:
-    text = serve.greeting(settings, nbdkit.read_options([]), 4711)
+    text = watcher.greeting(settings, nbdkit.read_options([]), 4711)
     assert "nbd+unix:///zram0?socket=/run/z/nbd.sock" in text
     assert "stats folder  /run/z\n" in text
     assert "zramd attach --rundir /run/z\n" in text
     assert "cat /run/z/mm_stat" in text
     assert "kill 4711" in text
     usual = config.parse([("size", "1G"), ("name", "zram0"), ("rundir", "/run/zramd/zram0")])
-    assert "zramd attach zram0\n" in serve.greeting(usual, nbdkit.read_options(["-t", "4"]), 4711)
-    tls = serve.greeting(settings, nbdkit.read_options(["--tls=require"]), 4711)  # the kernel has none
+    assert "zramd attach zram0\n" in watcher.greeting(usual, nbdkit.read_options(["-t", "4"]), 4711)
+    tls = watcher.greeting(settings, nbdkit.read_options(["--tls=require"]), 4711)  # the kernel has none
     assert "attach        nbdinfo 'nbds+unix:///zram0?socket=/run/z/nbd.sock'\n" in tls
-    assert "attach        nbdinfo nbd://localhost:1/zram0\n" in serve.greeting(
+    assert "attach        nbdinfo nbd://localhost:1/zram0\n" in watcher.greeting(
         settings, nbdkit.read_options(["-p", "1"]), 4711
     )
 
@@ -77,7 +77,7 @@ def test_greeting(settings: config.Config) -> None:
 def test_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", out := io.StringIO())
     answers = iter([False, False, True])
-    serve.watch(os.getpid(), lambda: next(answers), "hello")
+    watcher.watch(os.getpid(), lambda: next(answers), "hello")
     assert out.getvalue() == "hello"
 
 
@@ -87,7 +87,7 @@ def test_watch_ends_with_nbdkit(monkeypatch: pytest.MonkeyPatch) -> None:
     if child == 0:
         os._exit(0)
     os.waitpid(child, 0)
-    serve.watch(child, lambda: False, "hello")
+    watcher.watch(child, lambda: False, "hello")
     assert out.getvalue() == ""
 
 
@@ -104,9 +104,9 @@ def test_is_ready(tmp_path: Path, answer: bytes, ready: bool) -> None:
     """Only the server that was started counts, and it is that one which holds the folder."""
     folder = tmp_path / "run"
     settings = config.parse([("size", "1G"), ("rundir", str(folder))])
-    assert not serve.is_ready(settings, os.getpid())
+    assert not spawn.is_ready(settings, os.getpid())
     held = rundir.Rundir(str(folder))
-    assert not serve.is_ready(settings, os.getpid())
+    assert not spawn.is_ready(settings, os.getpid())
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(folder / "control.sock"))
         listener.listen()
@@ -119,8 +119,8 @@ def test_is_ready(tmp_path: Path, answer: bytes, ready: bool) -> None:
 
         thread = threading.Thread(target=answer_once)
         thread.start()
-        assert not serve.is_ready(settings, os.getpid() + 1)
-        assert serve.is_ready(settings, os.getpid()) is ready
+        assert not spawn.is_ready(settings, os.getpid() + 1)
+        assert spawn.is_ready(settings, os.getpid()) is ready
         thread.join()
     held.remove()
 
@@ -161,13 +161,13 @@ def no_exec(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     ran: list[list[str]] = []
     monkeypatch.setattr("os.execvp", lambda file, argv: ran.append(argv))
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/sbin/{name}")
-    monkeypatch.setattr(serve, "_start_watcher", lambda settings, text: None)
+    monkeypatch.setattr(watcher, "start", lambda settings, text: None)
     return ran
 
 
 def run_serve(*words: str) -> int:
     """Run the verb, so that its errors reach the test."""
-    arguments = parser().parse_args(["serve", *words])
+    arguments = verb_parser("serve").parse_args(words)
     status: int = arguments.run(arguments)
     return status
 
@@ -229,7 +229,7 @@ def test_a_process_that_cannot_be_made_has_no_number(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "fork", fork_once)
     with pytest.raises(DeviceError, match=r"no process can be started for it: .*temporarily unavailable"):
-        serve.spawn(["true"])
+        spawn.spawn(["true"])
 
 
 def test_a_server_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -240,11 +240,11 @@ def test_a_server_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPatc
         numbers.append(pid)
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(serve.pidfd, "open_number", open_number)
+    monkeypatch.setattr(spawn.pidfd, "open_number", open_number)
     settings = config.parse([("disksize", "1M"), ("rundir", str(tmp_path))])
     turn = life.Turn(str(tmp_path), os.open(tmp_path, os.O_RDONLY), False)
     with pytest.raises(OSError, match="Too many open files"):
-        serve._begin(settings, ["sleep", "60"], turn, "/")
+        lifecycle._begin(settings, ["sleep", "60"], turn, "/")
     wait_until(lambda: not os.path.exists(f"/proc/{numbers[0]}"))
     os.close(turn.fd)
 
@@ -264,4 +264,4 @@ def test_a_server_that_cannot_be_watched_is_ended(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_the_reason_of_a_server_that_does_not_start(said: str, reason: str) -> None:
-    assert serve.reason(said) == reason
+    assert spawn.reason(said) == reason

@@ -8,13 +8,12 @@ mapped.
 """
 
 import errno
-import fcntl
 import os
 import struct
 import zlib
 from contextlib import suppress
 
-from zramd import trusted
+from zramd import lockfile, trusted
 from zramd.contract.handover import KEPT_FD, SYSTEMD
 from zramd.core.device.device import state_layout
 from zramd.core.memory.region import filesystem, page_size
@@ -57,7 +56,7 @@ def open_state(path: str, disksize: int, verify: bool) -> int:
         if filesystem(fd) != _TMPFS:
             raise StateError(
                 f"state '{path}' is not on a tmpfs: use a path such as /dev/shm/NAME or /run/NAME, "
-                "for a disk would be written to all the time, and waited for"
+                "because a disk would be written to, and waited for, all the time"
             )
         layout = _layout(disksize, verify)
         is_new = _is_empty(fd)
@@ -115,12 +114,10 @@ def _remedy(number: int | None) -> str:
 
 def _lock(fd: int, path: str) -> None:
     """Take the lock that says that a server uses the file; a fork shares it, and a kill drops it."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not lockfile.take(fd):
         raise StateError(
             f"state '{path}' is in use by a running server: stop that first, or use another path"
-        ) from None
+        )
 
 
 def _is_empty(fd: int) -> bool:
@@ -190,7 +187,7 @@ def _accept(fd: int, path: str, layout: dict[str, int]) -> None:
     for name in _FIELDS:
         if found[name] != layout[name]:
             raise StateError(
-                f"state '{path}' is laid out otherwise ({name} is {found[name]}, not {layout[name]}): "
+                f"state '{path}' has another layout ({name} is {found[name]}, not {layout[name]}): "
                 f"use the zramd that made it, {_REMOVE}"
             )
     size = os.fstat(fd).st_size

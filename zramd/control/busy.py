@@ -1,0 +1,26 @@
+"""Whether this machine's kernel uses a device: then it must not be stopped, nor saved as it stands."""
+
+from zramd.control import client
+from zramd.errors import DeviceError
+from zramd.kernel import attached, kernelswap
+
+LOOK_TIMEOUT = 2.0  # seconds; one that does not answer is stopped all the same
+
+
+def refuse(served: client.Served, what: str, more: str = "") -> None:
+    """Raise DeviceError when this machine's kernel swaps to a device or has it mounted.
+
+    `more` ends the sentence.
+    """
+    try:
+        stats = served.ask_json("GET", "/stats", timeout=LOOK_TIMEOUT)
+        name, size = stats["name"], stats["disksize"]
+    except DeviceError:  # it does not answer: then only what `zramd attach` has made is known
+        name, size = served.name, 0
+    for device in attached.devices(name, size):
+        for use in kernelswap.uses(device):
+            command, what_for = ("swapoff", "swap") if use == kernelswap.SWAP else ("umount", f"'{use}'")
+            raise DeviceError(
+                f"cannot {what} {name}: {device} is in use as {what_for}: "
+                f"run '{command} {device}' first{more}"
+            )

@@ -1,0 +1,416 @@
+"""A new server takes over from a running one, with all data; its clients see only a pause.
+
+All that can fail is done before the old server is asked to leave: see zramd.contract.handover. The old
+server's side is zramd.server.leaving, the new one's zramd.server.takeover.
+"""
+
+import os
+import signal
+import socket
+import time
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from zramd.contract import handover, rundir
+from zramd.control import client, life, peer
+from zramd.errors import AttachError, DeviceError, RundirError, UsageError, is_shortage, reason
+from zramd.kernel import attached
+from zramd.launch import background, filters, nbdkit, spawn
+from zramd.process import inherited, interrupts, pidfd
+from zramd.process.steps import step
+from zramd.settings import config
+from zramd.settings.config import Config
+
+LEAVE_TIMEOUT = 10.0  # seconds; a server needs one at most, a busy machine a few
+END_TIMEOUT = 2.0  # seconds; one that does not answer may be stopping
+_FIRST = 3  # the first descriptor that nbdkit takes for a listening socket
+_SOCKETS_MAX = 16  # of the kind on which clients are accepted
+_KEPT = ("name", "rundir", "state")  # what a restart cannot change, beside what the state says itself
+_PROGRAM = {"-f", "--foreground", "--no-fork"}
+
+
+class Restarted(NamedTuple):
+    """A server that has taken over."""
+
+    name: str
+    pid: int
+    away: float  # seconds for which nobody answered
+
+
+def restart(name: str | None, folder: str | None, words: list[str]) -> Restarted:
+    """Put a new server into the place of a running one; `words` are key=value settings to change.
+
+    Raises DeviceError (with what became of the old server), UsageError, ConfigError.
+    """
+    interrupts.interruptible()
+    served = client.look(name, folder)
+    with (
+        interrupts.told(lambda: f"{served.name} goes on as before"),
+        life.turn(served.path, served.name) as turn,
+    ):
+        step("restart.turn")
+        served.look_again()
+        pid, away = _replace(served, words, turn)
+    return Restarted(served.name, pid, away)
+
+
+def _replace(served: client.Served, words: list[str], turn: life.Turn) -> tuple[int, float]:
+    """Replace the server; return the new one's process and for how many seconds nobody answered."""
+    process = served.process()
+    peer.must_be_ours(process, served.name)  # what nbdkit was told is told to the next one
+    served.pid = process.pid
+    settings = served.ask_json("GET", "/settings")
+    served.name = settings["name"]
+    pairs = _pairs(settings)
+    if not settings.get("state"):
+        raise DeviceError(
+            f"{served.name} has no state, and its data would be lost: stop it and start it with "
+            f"state=/dev/shm/{served.name}.state, then it can be restarted"
+        )
+    _refuse_others(served, process)
+    line = _told(served, process, "cmdline")
+    filters.refuse(served.name, line)
+    plan = _plan(served, line, _override(pairs, words))
+    as_before = _plan(served, line, pairs)
+    old = _Old(served, process)
+    step("restart.sockets")
+    old.take_sockets()
+    new = _Successor(plan, old, turn)
+    try:
+        step("restart.spawned")
+        new.wait_until_ready()
+    except DeviceError as error:
+        raise old.goes_on(f"the new server does not start: {error}") from None
+    except BaseException:
+        new.kill()
+        raise
+    since = time.monotonic()
+    try:
+        step("restart.ready")
+        _refuse_streams(served)
+    except DeviceError as error:
+        if not old.has_ended() or old.was_stopped():
+            new.kill()
+            raise old.goes_on(str(error)) from None
+        # It has died: nobody's stream can be cut off, and the new one has all that it needs.
+    except BaseException:
+        new.kill()
+        raise
+    interrupts.finish()
+    _drain(served.name, old.process)
+    try:
+        new.go(old)
+    except (_StillThereError, _UnseenError):
+        raise
+    except DeviceError as error:
+        new.kill()
+        if not new.tells or not old.wait(LEAVE_TIMEOUT) or old.was_stopped():
+            raise old.goes_on(str(error)) from None
+        _come_back(served, as_before, old, turn, error)
+    return new.pid, time.monotonic() - since
+
+
+def _come_back(
+    served: client.Served, plan: "_Plan", old: "_Old", turn: life.Turn, error: DeviceError
+) -> None:
+    """Start a server as the old one was; the old one has left, and the new one failed. Raises DeviceError."""
+    try:
+        again = _Successor(plan, old, turn)
+        again.wait_until_ready()
+        again.go(old)
+    except DeviceError as worse:
+        raise DeviceError(
+            f"{served.name} is not served: the new server failed ({error}), "
+            f"and so did one as before ({worse}): the data is still in its state: start it with that"
+        ) from None
+    raise DeviceError(f"{served.name} is served as before, by a new process {again.pid}: {error}")
+
+
+class _StillThereError(DeviceError):
+    """The old server has been told to leave, and has not."""
+
+
+class _UnseenError(DeviceError):
+    """The new server has been let go, and cannot be looked at."""
+
+
+class _Old:
+    """The server that is to be replaced, and what of it a new one needs."""
+
+    def __init__(self, served: client.Served, process: peer.Process) -> None:
+        """Raise DeviceError when it has ended meanwhile."""
+        self.served = served
+        self.pid = process.pid
+        self.process = process.fd
+        # A server of an older zramd does not tell.
+        self.leaves_pid = bool(served.ask_json("GET", "/health").get("leaves_pid"))
+        self.listening: list[int] = []
+        self.made = False  # the run folder, by zramd
+        try:
+            # What nbdkit was told in relative paths is relative to this.
+            self.folder = os.open(f"/proc/{self.pid}/cwd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            if is_shortage(error):
+                raise
+            raise _ended(served) from None
+
+    def take_sockets(self) -> None:
+        """Get the sockets on which it accepts clients. Raises DeviceError."""
+        path = self.served.file(rundir.SOCKETS)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as here:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            umask = os.umask(0o177)  # whoever connects gets the server's sockets
+            try:
+                here.bind(path)
+            finally:
+                os.umask(umask)
+            try:
+                here.listen(1)
+                self.served.request("POST", "/sockets", path)
+                with here.accept()[0] as link:
+                    text, self.listening, _, _ = socket.recv_fds(link, 64, _SOCKETS_MAX)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+        for fd in self.listening:
+            os.set_inheritable(fd, False)  # or the new server would have these beside those that it is given
+        if not self.listening:
+            raise DeviceError(f"{self.served.name} serves its standard input: it cannot be restarted")
+        self.made = text == b"made"
+
+    def was_stopped(self) -> bool:
+        """Say whether somebody has stopped it: once it has ended, and if it is new enough to tell."""
+        return self.leaves_pid and not os.path.exists(self.served.file(rundir.PID))
+
+    def goes_on(self, why: str) -> DeviceError:
+        """Return the error that says why the restart has failed, and what became of this server."""
+        if not self.has_ended():
+            return DeviceError(f"{self.served.name} goes on as before: {why}")
+        if self.was_stopped():
+            return DeviceError(f"{self.served.name} was stopped while it was restarted: nobody serves it")
+        try:
+            return _ended(self.served)
+        except RundirError as error:
+            return DeviceError(f"{self.served.name} has left, and {error} ({why})")
+
+    def has_ended(self) -> bool:
+        """Say whether it has ended; one that does not answer may be about to."""
+        try:
+            self.served.request("GET", "/health", timeout=1)
+        except DeviceError:
+            return self.wait(END_TIMEOUT)
+        return False
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for its end; say whether that has come."""
+        return pidfd.has_ended(self.process, seconds)
+
+
+def _ended(served: client.Served) -> DeviceError:
+    """Return the error that says what became of a device whose server has ended. Raises RundirError."""
+    try:
+        served.look_again()
+    except DeviceError as error:
+        return error
+    return DeviceError(f"{served.name} is served by another process now: {served.pid}")
+
+
+class _Successor:
+    """A server that is ready to take over: see zramd.contract.handover."""
+
+    def __init__(self, plan: "_Plan", old: _Old, turn: life.Turn) -> None:
+        self._settings = plan.settings
+        ours, theirs = socket.socketpair()
+        self._link = ours
+        self.tells = False  # it has begun to tell the old one
+        # Above those that nbdkit takes for sockets of its own.
+        kept = (inherited.high(theirs.fileno()), inherited.high(old.process), turn.fd)
+        copies = [inherited.high(fd) for fd in old.listening]
+
+        def prepare() -> None:
+            os.fchdir(old.folder)  # before its number is a socket's
+            for number, fd in enumerate(copies, _FIRST):
+                os.dup2(fd, number)
+            words = turn.words() | {
+                "LISTEN_FDS": str(len(copies)),
+                "LISTEN_PID": str(os.getpid()),
+                handover.TAKES_OVER: handover.order(*kept[:2], old.leaves_pid),
+                rundir.BACKGROUND: "1",
+            }
+            background.give(words | ({handover.MADE: "1"} if old.made else {}), *kept)
+
+        with interrupts.blocked():
+            self.pid, self._process, self._errors = spawn.spawn(plan.argv, prepare)
+        for fd in (*kept[:2], *copies):
+            os.close(fd)
+        theirs.close()
+
+    def wait_until_ready(self) -> None:
+        """Return once it has nothing left to do but to take over. Raises DeviceError with its reason."""
+        self._link.settimeout(spawn.READY_TIMEOUT)
+        try:
+            ready = self._link.recv(1)
+        except TimeoutError:
+            self.kill()
+            raise DeviceError(f"it is not ready within {spawn.READY_TIMEOUT:g} seconds") from None
+        if not ready:
+            raise DeviceError(spawn.reason(spawn.read_until(self._errors, time.monotonic() + 1)))
+
+    def go(self, old: _Old) -> None:
+        """Let it tell the old server to leave, take over, and return once it answers. Raises DeviceError.
+
+        An old server that does not leave is waited for by the new one alone, which cannot be told otherwise.
+        """
+        self._link.settimeout(LEAVE_TIMEOUT)
+        with suppress(OSError):
+            self._link.send(handover.GO)
+            self.tells = self._link.recv(1) == handover.TELLING
+        if self.tells and not old.wait(LEAVE_TIMEOUT):
+            raise _StillThereError(
+                f"{old.served.name} has not left within {LEAVE_TIMEOUT:g} seconds: look at its process "
+                f"{old.pid}; the new one, {self.pid}, takes over once it has ended"
+            )
+        # Until it serves, and turns to its log; or ends, and is about to let go of the run folder.
+        end = time.monotonic() + spawn.READY_TIMEOUT
+        said = spawn.read_until(self._errors, end)
+        while not spawn.is_ready(self._settings, self.pid):
+            if not self._serves(old.served.path) or time.monotonic() >= end:
+                raise DeviceError(spawn.reason(said))
+            time.sleep(0.001)
+
+    def _serves(self, folder: str) -> bool:
+        """Say whether it has the run folder."""
+        end = time.monotonic() + END_TIMEOUT
+        while True:
+            try:
+                return rundir.holder(folder) == self.pid
+            except RundirError as error:
+                if time.monotonic() > end:
+                    raise _UnseenError(f"whether the new server, {self.pid}, serves: {error}") from None
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """End it, if it is there."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._process, signal.SIGKILL)
+        self._link.settimeout(1)
+        with suppress(OSError):  # it may have said more than was waited for
+            self.tells = self.tells or handover.TELLING in self._link.recv(16)
+
+
+def _pairs(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return a server's settings as a user would write them."""
+    return [(key, config.written(value)) for key, value in settings.items() if value != ""]
+
+
+def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str, str]]:
+    """Return the settings with those that the user wants otherwise. Raises ConfigError, UsageError."""
+    before = config.parse(pairs)
+    given = [(key, value) for key, _, value in (word.partition("=") for word in words)]
+    names = {config.find(key).name for key, _ in given}
+    after = [*((key, value) for key, value in pairs if key not in names), *given]
+    parsed = config.parse(after)
+    for name in _KEPT:
+        if getattr(parsed, name) != getattr(before, name):
+            raise UsageError(
+                f"{name}='{getattr(parsed, name)}' would make it another device: a restart keeps "
+                f"{name}={getattr(before, name)}"
+            )
+    return after
+
+
+def _refuse_others(served: client.Served, process: peer.Process) -> None:
+    """Raise DeviceError for a server that another program watches: it would only see its end."""
+    environment = _told(served, process, "environ")
+    if any(word.startswith(f"{rundir.BACKGROUND}=") for word in environment):
+        return
+    unit = _told(served, process, "cgroup")[0].strip().rpartition("/")[2]
+    if unit.endswith(".service") and any(word.startswith("NOTIFY_SOCKET=") for word in environment):
+        raise DeviceError(f"{served.name} is a service: run 'systemctl restart {unit}'")
+    raise DeviceError(
+        f"{served.name} runs in the foreground, not by 'zramd start': end it with 'kill -USR1 {served.pid}', "
+        "which keeps its clients waiting, and start it again with the same settings"
+    )
+
+
+def _refuse_streams(served: client.Served) -> None:
+    """Raise DeviceError while the device is saved or loaded: that would be cut off."""
+    streams = served.ask_json("GET", "/health").get("streams")  # a server of an older zramd has none
+    if streams:
+        raise DeviceError(f"a {' and a '.join(streams)} is under way: restart when it is done")
+
+
+def _told(served: client.Served, process: peer.Process, name: str) -> list[str]:
+    """Return the words that the kernel tells of a process. Raises DeviceError, also if it has just ended."""
+    path = f"/proc/{process.pid}/{name}"
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        if process.ended(0):
+            raise _ended(served) from None
+        raise DeviceError(f"'{path}' cannot be read: {reason(error)}: run this as its owner") from None
+    if process.ended(0):  # it was of a process without memory, or of another one
+        raise _ended(served)
+    return os.fsdecode(data).split("\0")
+
+
+class _Plan(NamedTuple):
+    """A server that is to take over."""
+
+    settings: Config
+    argv: list[str]
+
+
+def _plan(served: client.Served, line: list[str], pairs: list[tuple[str, str]]) -> _Plan:
+    """Return what to start: with nbdkit's options as on the running one's line, but for where it listens.
+
+    Sets the environment for it. Raises ConfigError, DeviceError for a server that is no nbdkit.
+    """
+    words = line[:-1]
+    at = next(
+        (
+            i
+            for i in range(2, len(words))
+            if words[i - 1] == "python" and words[i].endswith("nbdkit_plugin.py")
+        ),
+        0,
+    )
+    if not at:
+        raise DeviceError(f"{served.name} is not served by nbdkit: '{' '.join(words[:4])} …'")
+    keys = {key for setting in config.SETTINGS for key in (setting.name, *setting.aliases)}
+    options = nbdkit.read_options(words[1 : at - 1], leave_out=nbdkit.TRANSPORTS | _PROGRAM)
+    after = [word for word in words[at + 1 :] if word.partition("=")[0] not in keys]
+    settings = config.parse(pairs)
+    nbdkit.set_environment(settings)
+    plugin = ["python", nbdkit.plugin_path(), *(f"{key}={value}" for key, value in pairs)]
+    return _Plan(settings, ["nbdkit", "-f", *options.before, *plugin, *after])
+
+
+def _drain(name: str, process: int) -> None:
+    """Have the kernel's device, if there is one, hold requests back until the server has left.
+
+    A queue that is given another length first waits until all that was sent is answered, and what comes
+    meanwhile waits for it. In such a moment the server can leave without taking a request along: see
+    zramd.server.leaving. A process of its own does it: one that comes too late is stuck until the new server
+    answers, and that one waits for us.
+    """
+    try:
+        found = attached.find(name)
+    except (OSError, AttachError):  # whose device it is nobody but root may know
+        return
+    if found is None or os.fork():
+        return
+    try:
+        length = int(attached.read_sys(found.device, "queue/nr_requests"))
+        end = time.monotonic() + LEAVE_TIMEOUT
+        os.closerange(0, process)  # nobody is to wait for us, or for what we do not need
+        os.closerange(process + 1, os.sysconf("SC_OPEN_MAX"))
+        queue = os.open(f"/sys/block/{os.path.basename(found.device)}/queue/nr_requests", os.O_WRONLY)
+        while not pidfd.has_ended(process) and time.monotonic() < end:
+            for value in (length - 1, length):
+                os.write(queue, b"%d" % value)
+    finally:
+        os._exit(0)

@@ -1,0 +1,203 @@
+"""What a server does for who asks: clients, by nbdkit, and callers of the control socket, by routes."""
+
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+from zramd import __version__
+from zramd.contract.rundir import DATA_ID, Rundir
+from zramd.core.device.device import Device
+from zramd.core.device.saving import load as load_stream
+from zramd.core.device.saving import save as save_stream
+from zramd.errors import ConfigError, DeviceError
+from zramd.process.steps import step
+from zramd.server import sockets
+from zramd.server.admission import Admission
+from zramd.server.compactor import Compactor
+from zramd.server.trouble import Troubles
+from zramd.server.undone import Undone
+from zramd.settings.config import Config, find
+from zramd.settings.config import value as parse_value
+from zramd.stats import snapshots
+
+STREAM_PATIENCE = 600.0  # seconds that a save or a load may stand still: ssh may ask for a password
+_DATA_ID_FAILS = "data_id is not written"
+
+
+class Service:
+    """One device for all who use it: see zramd.server.routes.Service.
+
+    config: the settings as they are now. device: what is served. clients: how many there are.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: Device,
+        rundir: Rundir,
+        troubles: Troubles,
+        wake_up: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`wake_up` has the housekeeper look around: a setting was changed."""
+        self.config = config
+        self.clients = 0
+        self.undone = Undone(troubles)
+        self.admission = Admission(troubles, lambda: self.config.client_limit, lambda: self.clients)
+        self.compactor = Compactor(device, config)
+        self.device = device
+        self._rundir = rundir
+        self._troubles = troubles
+        self._wake_up = wake_up
+        self._started = time.monotonic()
+        self._clients_lock = threading.Lock()
+        self._loading = False
+
+    def client_connects(self) -> None:
+        """Let in a client that has just connected; its own thread calls this. Raises DeviceError."""
+        with self._clients_lock:
+            self.admission.connects()
+
+    def client_opened(self) -> None:
+        """Count a client; waits while the device is being reset, raises DeviceError while it is loaded."""
+        with self._clients_lock:
+            if self._loading:
+                raise DeviceError(f"{self.config.name} is being loaded: connect when that is done")
+            self.clients += 1
+            self.admission.becomes_client()
+
+    def client_closed(self) -> None:
+        """Count a client that left."""
+        with self._clients_lock:
+            self.clients -= 1
+
+    def snapshot(self) -> snapshots.Snapshot:
+        """Return all numbers now."""
+        return snapshots.take(
+            self.device,
+            name=self.config.name,
+            comp_algorithm=self.config.comp_algorithm,
+            version=__version__,
+            started=self._started,
+        )
+
+    def classes(self) -> list[snapshots.ClassRow]:
+        """Return the table of size classes now."""
+        return snapshots.take_classes(self.device)
+
+    def health(self) -> dict[str, Any]:
+        """Return status (ok or degraded), its causes, the compactor's status, number of clients, process."""
+        compactor = self.compactor.status
+        causes = self._troubles.causes()
+        if compactor.startswith("failed"):
+            causes.append(f"background compaction {compactor}")
+        return {
+            "status": "degraded" if causes else "ok",
+            "causes": causes,
+            "compactor": compactor,
+            "clients": self.clients,
+            "pid": os.getpid(),
+            "leaves_pid": 1,  # the file, in a hand-over: see zramd.contract.handover
+        }
+
+    def compact(self, timeout: float) -> int:
+        """Compact now and return the pages freed; raises RuntimeError when the compactor does not run."""
+        return self.compactor.compact_now(timeout)
+
+    def settings(self) -> dict[str, Any]:
+        """Return every setting as it is now."""
+        return asdict(self.config)
+
+    def change(self, name: str, text: str) -> Any:
+        """Change a setting that can be while the device is served; return its value as it is then.
+
+        Raises ConfigError for a value that cannot be used, and for a setting that stays as it is.
+        """
+        setting = find(name)
+        if setting.fixed:
+            raise ConfigError(f"{name} cannot be changed while the device is served: {setting.fixed}")
+        value = parse_value(setting, text)
+        if name == "mem_limit":
+            self.device.mem_limit = value
+            value = self.device.mem_limit  # whole pages
+        with self._clients_lock:  # two changes at once
+            self.config = replace(self.config, **{name: value})
+        self.compactor.configure(self.config)
+        self._wake_up()  # stats_interval
+        return value
+
+    def reset(self) -> bool:
+        """Drop all data and return True, or return False if a client is connected.
+
+        Raises RundirError, with nothing dropped, when what names the data cannot be taken back.
+        """
+        with self._clients_lock:
+            if self.clients or self._loading:
+                return False
+            self._rundir.withdraw(DATA_ID)
+            self.device.reset()
+            self._publish_data_id()
+            return True
+
+    def save(self, fd: int, *, live: bool) -> None:
+        """Write the device to a descriptor; raises SaveError, OSError."""
+        step("server.saves")
+        save_stream(self.device, fd, live=live, patience=STREAM_PATIENCE)
+
+    def load(self, fd: int, begun: bytes, length: int) -> dict[str, int]:
+        """Fill the empty device from a descriptor; raises ZramdError, MemoryError."""
+        if not begun and length:
+            _await_data(fd, STREAM_PATIENCE)  # meanwhile clients may come
+        with self._clients_lock:
+            if self._loading:
+                raise DeviceError("the device is being loaded already")
+            if self.clients:
+                raise DeviceError("the device is in use: disconnect every client before a load")
+            if self.device.counters()["pages_stored"]:
+                raise DeviceError("the device is not empty: --force drops what it holds")
+            self._rundir.withdraw(DATA_ID)
+            self._loading = True
+        try:
+            step("server.loads")
+            return load_stream(self.device, fd, begun=begun, length=length, patience=STREAM_PATIENCE)
+        finally:
+            with self._clients_lock:
+                self._loading = False
+                self._publish_data_id()
+
+    def send_sockets(self, path: str) -> None:
+        """Send the listening sockets to the process that listens at `path`. Raises OSError."""
+        sockets.send(path, self.admission.sockets, "made" if self._rundir.made else "found")
+
+    def publish_data_id(self) -> None:
+        """Tell which data the device holds, at the start. Raises RundirError for what is no shortage."""
+        self.undone.attempt(_DATA_ID_FAILS, self._write_data_id, self._write_data_id_later)
+
+    def _publish_data_id(self) -> None:
+        """Tell which data the device holds, by which a client knows it again; soon, if that fails now.
+
+        A kernel that swaps must not be connected to a server that holds other data than the one that died. So
+        before data goes, its name is taken back: without one nobody knows which it is.
+        """
+        try:
+            self._write_data_id()
+        except Exception as error:
+            self.undone.failed(_DATA_ID_FAILS, error, self._write_data_id_later)
+
+    def _write_data_id(self) -> None:
+        self._rundir.publish(DATA_ID, self.device.data_id + "\n")
+
+    def _write_data_id_later(self) -> None:
+        with self._clients_lock:  # no reset comes between
+            if not self._loading:  # else the load does it
+                self._write_data_id()
+
+
+def _await_data(fd: int, seconds: float) -> None:
+    """Wait until something comes from a descriptor, or its end."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    poll.poll(seconds * 1000)
