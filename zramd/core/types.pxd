@@ -17,7 +17,7 @@ A span and the number of its zspage are the same number, so an obj leads to its 
 
     obj ──>> SPAN_SHIFT──> zspages[span] ──class_index──> classes[i].size ──> chunk number
 
-Slots, cells, payloads and the class of each span are the truth (see "crash rule" in zsmalloc.pyx); everything else can
+Slots, cells, payloads and the class of each span are the truth (see "crash rule" in pool.pyx); everything else can
 be rebuilt from them, which recovery.pyx does.
 They hold offsets and numbers, no pointers, so they mean the same wherever they are mapped.
 """
@@ -46,6 +46,7 @@ cdef enum:
     MAX_CHUNKS = 2048           # SPAN_SIZE / MIN_CHUNK: most chunks in a zspage
     MAPPED_CHUNKS = 64          # zspages of no more chunks have a bitmap of those in use, others a list of the free ones
     NO_CHUNK = 0xFFFF
+    CELLS_SLACK = 1 << 17       # handles beyond max_objects: objects that are written but not yet published by their owner
 
     # Fullness groups: 0 %, then up to 10, 20, … 90, 99 %, and 100 %, as zsmalloc has them since Linux 6.4.
     GROUP_EMPTY = 0

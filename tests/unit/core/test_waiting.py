@@ -20,7 +20,7 @@ from support.run import SANITIZED, preloaded
 
 from zramd import Device, PoolFullError
 from zramd.core.device import saving
-from zramd.core.pool.zsmalloc import CLASSES
+from zramd.core.pool.size_classes import CLASSES
 from zramd.errors import SaveError
 
 BLOCK = 4096

@@ -3,8 +3,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from zramd.core.system.latency cimport latency
 from zramd.core.system.locks cimport pthread_mutex_t
 from zramd.core.memory.region cimport Memory, Region
+from zramd.core.pool.pool cimport Pool
 from zramd.core.types cimport BLOCK_SIZE
-from zramd.core.pool.zsmalloc cimport Zsmalloc
 
 cdef extern from *:
     """
@@ -58,7 +58,7 @@ cdef class Blocks:
     cdef uint64_t count
     cdef int acceleration
     cdef bint verify
-    cdef Zsmalloc pool
+    cdef Pool pool
     cdef Region slot_table
     cdef uint64_t *slots                    # atomic words, each changed under its stripe only
     cdef Region touches

@@ -36,6 +36,9 @@ from zramd.core.system.locks cimport (
     store_release,
 )
 from zramd.core.memory.region cimport KEPT_DEVICE, Memory, Region, secret_alloc, secret_free, whole_pages
+from zramd.core.pool.compaction cimport make_room
+from zramd.core.pool.faults cimport find_pool_fault, find_zspage_fault
+from zramd.core.pool.pool cimport Pool
 from zramd.core.types cimport (
     BLOCK_SIZE,
     PAGE_SHIFT,
@@ -48,7 +51,6 @@ from zramd.core.types cimport (
     SLOTS_PER_PAGE,
     slot_handle,
 )
-from zramd.core.pool.zsmalloc cimport Zsmalloc
 
 cdef extern from *:
     """
@@ -82,7 +84,7 @@ cdef class Blocks:
         self.slots = <uint64_t *>self.slot_table.base
         self.touches = Region(self.slot_table.size // PAGE_SIZE + 1)
         self.touched = <uint8_t *>self.touches.base
-        self.pool = Zsmalloc(count, memory=memory)
+        self.pool = Pool(count, memory)
 
     def __dealloc__(self):
         cdef scratch *s
@@ -148,7 +150,7 @@ cdef class Blocks:
         """Store a block that is one word repeated; the slot that stands for it. Errors as _store that waits."""
         cdef bint in_vain = False
         cdef int rc = self._store_word(block, word, slot)
-        while rc and self.pool.make_room(rc, &in_vain):
+        while rc and make_room(self.pool, rc, &in_vain):
             rc = self._store_word(block, word, slot)
         return rc
 
@@ -170,7 +172,7 @@ cdef class Blocks:
         cdef int rc = self._store_payload(block, payload, size, slot)
         if rc == -ENOSPC:
             counter_add(&self.n.limit_compactions, 1)
-        while rc and self.pool.make_room(rc, &in_vain):
+        while rc and make_room(self.pool, rc, &in_vain):
             rc = self._store_payload(block, payload, size, slot)
         return rc
 
@@ -292,7 +294,7 @@ cdef class Blocks:
         """_slot_is_ready, after compaction if need be. The caller holds no lock."""
         cdef bint in_vain = False
         cdef int rc = self._slot_is_ready(block)
-        while rc and self.pool.make_room(rc, &in_vain):
+        while rc and make_room(self.pool, rc, &in_vain):
             rc = self._slot_is_ready(block)
         return rc
 
@@ -333,7 +335,7 @@ cdef class Blocks:
         if rc == -ENOSPC:
             counter_add(&self.n.limit_compactions, 1)
         # Room is made without the stripe, on which readers of other blocks may wait: then the block may be another.
-        while rc and self.pool.make_room(rc, &in_vain):
+        while rc and make_room(self.pool, rc, &in_vain):
             rc = self._merge(block, at, src, n, s)
         return rc
 
@@ -418,7 +420,7 @@ cdef class Blocks:
         if w.block < self.count:
             return self._find_slot_fault(w, where)
         if w.span < load_relaxed_32(&self.pool.arena.top):
-            return self.pool.find_zspage_fault(&w.span, PIECE_CHUNKS, where)
+            return find_zspage_fault(self.pool, &w.span, PIECE_CHUNKS, where)
         w.done = True
         return self._find_count_fault(where)
 
@@ -488,4 +490,4 @@ cdef class Blocks:
             return "the counters differ from the slots"
         if stored - lost - same + words != self.pool.cells_used:
             return "the slots' handles are not as many as the cells in use"
-        return self.pool.find_fault(where, words)
+        return find_pool_fault(self.pool, where, words)

@@ -3,7 +3,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from zramd.core.device.blocks cimport Blocks, counters, op
 from zramd.core.system.gate cimport gate
 from zramd.core.memory.region cimport Memory
-from zramd.core.pool.zsmalloc cimport Zsmalloc
+from zramd.core.pool.pool cimport Pool
 
 cdef struct state_words:
     # Kept, and not reset.
@@ -16,7 +16,7 @@ cdef class Device:
     cdef readonly uint64_t disksize         # bytes
     cdef uint64_t blocks
     cdef Blocks table
-    cdef Zsmalloc pool                      # the table's
+    cdef Pool pool                          # the table's
     cdef counters *n                        # the table's
     cdef Memory memory
     cdef gate gate
@@ -46,5 +46,4 @@ cdef class Device:
     cdef int _read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _zero(self, uint64_t offset, uint64_t length, uint64_t slot, bint exact) noexcept nogil
     cdef uint64_t _extent(self, uint64_t offset, uint64_t end, int *kind) noexcept nogil
-    cdef uint64_t _requests(self, op kind) noexcept nogil
     cdef str culprit(self, int rc, uint64_t offset, uint64_t length)

@@ -4,7 +4,7 @@
 
 Requests pass the gate side by side; check and reset have the device alone. A long request makes way between two blocks:
 it leaves the gate and enters it again when somebody wants it closed. A request that fails leaves each block with its old
-content or its new. What a block is made of is known to blocks.pyx, where an object is to zsmalloc.pyx.
+content or its new. What a block is made of is known to blocks.pyx, where an object is to pool.pyx.
 
 Lock order: gate, then those of blocks.pyx.
 """
@@ -16,7 +16,8 @@ from libc.string cimport memcpy, memset
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 
-from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, Blocks, is_touched, op, scratch, walk
+from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, OPS, Blocks, is_touched, op, scratch, walk
+from zramd.core.device.numbers cimport describe_block, requests, table_latencies, table_stats
 from zramd.core.system.gate cimport (
     gate_close,
     gate_enter,
@@ -26,7 +27,7 @@ from zramd.core.system.gate cimport (
     gate_open,
     gate_release,
 )
-from zramd.core.system.latency cimport BUCKETS, FIRST_BOUND, clock_now, latency_add, latency_count, use_ticks
+from zramd.core.system.latency cimport BUCKETS, FIRST_BOUND, clock_now, latency_add, use_ticks
 from zramd.core.system.locks cimport (
     counter_add,
     counter_sub,
@@ -36,31 +37,25 @@ from zramd.core.system.locks cimport (
     owned_add,
     pthread_mutex_destroy,
     pthread_mutex_init,
-    pthread_mutex_lock,
-    pthread_mutex_unlock,
 )
 from zramd.core.system.process cimport be_calm, be_urgent
 from zramd.core.device.recovery cimport Recovery
 from zramd.core.memory.region cimport KEPT_STATE, Memory
+from zramd.core.pool.compaction cimport compact_begin, compact_end, compact_run, compact_whole, freeable_pages, trim
+from zramd.core.pool.zsmalloc cimport pool_stats, pool_table
 from zramd.core.types cimport (
     BLOCK_SHIFT,
     BLOCK_SIZE,
     PAGE_SHIFT,
     PAGE_SIZE,
-    SLOT_LOST,
     SLOT_SAME,
-    SLOT_SIZE_MASK,
     SLOTS_PER_PAGE,
-    SPAN_SHIFT,
-    SPAN_SIZE,
-    cell_obj,
     slot_handle,
 )
-from zramd.core.pool.zsmalloc cimport size_class
 
 import os
 
-from zramd.core.pool.zsmalloc import pool_layout
+from zramd.core.pool.size_classes import pool_layout
 from zramd.errors import CorruptionError, error_from
 
 MAX_DISKSIZE = 4 << 40      # bytes: 2**30 blocks; handles have 31 bits
@@ -136,7 +131,7 @@ cdef class Device:
                 self.dropped = True
         # A limit that was changed at work stays, until another one is asked for than the last time.
         if self.kept.limit_asked == mem_limit + 1:
-            self.pool.mem_limit = self.kept.limit
+            self.pool.set_mem_limit(self.kept.limit)
         else:
             self.mem_limit = mem_limit
             self.kept.limit_asked = mem_limit + 1
@@ -467,7 +462,7 @@ cdef class Device:
         cdef int priority
         with nogil:
             priority = be_calm()
-            freed = self.pool.compact_run(budget, <uint64_t>-1) if budget else self.pool.compact_whole()
+            freed = compact_run(self.pool, budget, <uint64_t>-1) if budget else compact_whole(self.pool)
             be_urgent(priority)
         return freed
 
@@ -477,7 +472,7 @@ cdef class Device:
         cdef int priority
         with nogil:
             priority = be_calm()
-            n = self.pool.trim()
+            n = trim(self.pool)
             be_urgent(priority)
         return n
 
@@ -519,57 +514,33 @@ cdef class Device:
     def pressure(self):
         """What the compactor looks at: (freeable pages, pages used, mem_limit in pages or 0, requests done, in flight)."""
         return (
-            self.pool.freeable_pages(),
+            freeable_pages(self.pool),
             load_relaxed(&self.pool.arena.pages),
             load_relaxed(&self.pool.arena.limit),
-            self._requests(OP_READ) + self._requests(OP_WRITE) + self._requests(OP_TRIM) + self._requests(OP_ZERO),
+            sum([requests(self.table, <op>kind) for kind in range(OPS)]),
             load_relaxed(&self.gate.inside),
         )
 
     @property
     def mem_limit(self):
         """Most bytes of pages the pool may use, 0: no limit; what is stored already stays when it is lowered."""
-        return self.pool.mem_limit
+        return self.pool.mem_limit()
 
     @mem_limit.setter
     def mem_limit(self, uint64_t limit):
-        self.pool.mem_limit = limit
+        self.pool.set_mem_limit(limit)
         self.kept.limit = limit
 
     def counters(self):
         """Every number that is kept, by the names of the statistics, as a dict of ints. Nothing is waited for."""
-        stats = self.pool.stats()
-        stats |= {
+        return pool_stats(self.pool) | table_stats(self.table) | {
             "disksize": self.disksize,
-            "orig_data_size": load_relaxed(&self.n.pages_stored) << BLOCK_SHIFT,
-            "compr_data_size": load_relaxed(&self.n.compr_data_size),
-            "pages_stored": load_relaxed(&self.n.pages_stored),
-            "same_pages": load_relaxed(&self.n.same_pages),
-            "huge_pages": load_relaxed(&self.n.huge_pages),
-            "huge_pages_since": load_relaxed(&self.n.huge_pages_since),
-            "failed_reads": load_relaxed(&self.n.failed_reads),
-            "failed_writes": load_relaxed(&self.n.failed_writes),
-            "invalid_io": load_relaxed(&self.n.invalid_io),
-            "notify_free": load_relaxed(&self.n.notify_free),
-            "reads": self._requests(OP_READ),
-            "writes": self._requests(OP_WRITE),
-            "trims": self._requests(OP_TRIM),
-            "zeroes": self._requests(OP_ZERO),
-            "read_bytes": load_relaxed(&self.n.read_bytes),
-            "written_bytes": load_relaxed(&self.n.written_bytes),
-            "limit_compactions": load_relaxed(&self.n.limit_compactions),
             "recovery_ms": self.recovery_ms,
             "recovered_blocks": self.recovered_blocks,
             "leaked_objects": self.leaked_objects,
             "lost_blocks": self.lost_blocks,
-            "checksum_errors": load_relaxed(&self.n.checksum_errors),
             "requests_inflight": load_relaxed(&self.gate.inside),
-            "metadata_bytes": self.table.metadata_bytes(),
         }
-        return stats
-
-    cdef uint64_t _requests(self, op kind) noexcept nogil:
-        return latency_count(&self.n.latencies[<int>kind])
 
     @property
     def latency_bounds(self):
@@ -578,16 +549,11 @@ cdef class Device:
 
     def latencies(self):
         """How long requests took, failed ones too: by operation (their nanoseconds together, requests in each bucket)."""
-        cdef int kind, i
-        found = {}
-        for kind, name in enumerate(("read", "write", "trim", "zero")):
-            counts = tuple([load_relaxed(&self.n.latencies[kind].buckets[i]) for i in range(BUCKETS)])
-            found[name] = (load_relaxed(&self.n.latencies[kind].sum), counts)
-        return found
+        return table_latencies(self.table)
 
     def classes(self):
         """zsmalloc's table, see Zsmalloc.table."""
-        return self.pool.table()
+        return pool_table(self.pool)
 
     def block(self, uint64_t number):
         """What stands for a block, as a dict. `kind` is hole, same (one repeated word), lz4, raw, or lost.
@@ -597,55 +563,14 @@ cdef class Device:
         (chunks used and in all), zspage_pages (resident ones). An object may move at any time.
         Raises ValueError beyond the device's end; CorruptionError.
         """
-        cdef uint64_t slot, handle, obj = 0, word = 0
-        cdef char *payload
-        cdef uint32_t span = 0, inuse = 0, resident = 0
-        cdef size_class *c = NULL
-        cdef int rc = 0
         if number >= self.blocks:
             raise ValueError(f"block {number} is not on the device, which has blocks 0 to {self.blocks - 1}")
         with nogil:
             gate_hold(&self.gate)
-            pthread_mutex_lock(&self.table.stripes[number % STRIPES])
-            slot = self.table.get(number)
-            handle = slot_handle(slot)
-            if slot & SLOT_SAME:
-                word = self.pool.word_read(handle) if handle else 0
-            elif slot and slot != SLOT_LOST:
-                rc = self.pool.obj_begin(handle, &payload)
-                if rc == 0:
-                    obj = cell_obj(load_relaxed(&self.pool.cells[handle]))
-                    span = obj >> SPAN_SHIFT
-                    c = &self.pool.classes[self.pool.zspages[span].class_index]
-                    pthread_mutex_lock(&c.lock)
-                    inuse = self.pool.zspages[span].inuse
-                    resident = self.pool.arena.committed[span]
-                    pthread_mutex_unlock(&c.lock)
-                    self.pool.obj_end(handle)
-            pthread_mutex_unlock(&self.table.stripes[number % STRIPES])
+        try:
+            return describe_block(self.table, number)
+        finally:
             gate_release(&self.gate)
-        if rc:
-            raise CorruptionError(f"a slot's handle is not live (at {number})")
-        if slot == 0:
-            return {"block": number, "kind": "hole"}
-        if slot == SLOT_LOST:
-            return {"block": number, "kind": "lost"}
-        if slot & SLOT_SAME:
-            return {"block": number, "kind": "same", "word": word, "handle": handle}
-        return {
-            "block": number,
-            "kind": "raw" if slot & SLOT_SIZE_MASK == BLOCK_SIZE else "lz4",
-            "handle": handle,
-            "payload_bytes": slot & SLOT_SIZE_MASK,
-            "obj": obj,
-            "zspage": span,
-            "chunk": (obj & (SPAN_SIZE - 1)) // c.size,
-            "class_index": <uint64_t>(c - &self.pool.classes[0]),
-            "class_size": c.size,
-            "zspage_inuse": inuse,
-            "zspage_objs": c.objs,
-            "zspage_pages": int(resident).bit_count(),
-        }
 
     def reset_mem_used_max(self):
         """Forget the peak: mem_used_max starts again from what is used now."""
@@ -661,12 +586,12 @@ cdef class Device:
         self._name_data()  # first: what is left after a crash is not what was there before
         with nogil:
             gate_close(&self.gate)
-            self.pool.compact_begin()
+            compact_begin(self.pool)
             owned_add(&self.epoch, 1)
             self.table.clear()
             if load_relaxed(&self.pool.arena.reserve):
                 rc = self.table.populate()
-            self.pool.compact_end()
+            compact_end(self.pool)
             gate_open(&self.gate)
         if rc:
             raise error_from(rc, "the data is dropped, but the tables of an empty device are not resident")
@@ -685,9 +610,9 @@ cdef class Device:
             priority = be_calm()
             while wrong == NULL and not w.done:
                 gate_close(&self.gate)
-                self.pool.compact_begin()
+                compact_begin(self.pool)
                 wrong = self.table.find_fault(&w, &where)
-                self.pool.compact_end()
+                compact_end(self.pool)
                 gate_open(&self.gate)
                 if not w.done:
                     nap()       # who waits at the gate is only woken up by that, and is not to find it closed once more

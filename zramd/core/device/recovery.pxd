@@ -3,7 +3,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from zramd.core.memory.arena cimport Arena
 from zramd.core.device.blocks cimport Blocks
 from zramd.core.memory.region cimport Region
-from zramd.core.pool.zsmalloc cimport Zsmalloc, size_class
+from zramd.core.pool.pool cimport Pool
+from zramd.core.pool.size_classes cimport size_class
 
 cdef enum:
     MENDS = 4096
@@ -16,7 +17,7 @@ cdef enum step:
 
 cdef class Recovery:
     cdef Blocks table
-    cdef Zsmalloc pool
+    cdef Pool pool
     cdef Arena arena
     cdef Region slot_table
     cdef uint64_t *slots

@@ -25,6 +25,8 @@ from zramd.core.device.blocks cimport Blocks
 from zramd.core.system.checks cimport FILL_FREED, zr_crash_point, zr_fill, zr_poison, zr_unpoison
 from zramd.core.system.locks cimport counter_add, load_relaxed, store_relaxed
 from zramd.core.memory.region cimport Region, whole_pages
+from zramd.core.pool.size_classes cimport is_mapped, pages_below, pages_of_chunk, size_class
+from zramd.core.pool.zspages cimport zspage_link
 from zramd.core.types cimport (
     BLOCK_SIZE,
     CELL_LIVE,
@@ -47,7 +49,6 @@ from zramd.core.types cimport (
     slot_handle,
     zspage,
 )
-from zramd.core.pool.zsmalloc cimport is_mapped, pages_below, pages_of_chunk, size_class
 
 import os
 import time
@@ -534,7 +535,7 @@ cdef class Recovery:
             c.inuse += self.pool.zspages[span].inuse
             c.committed += bits_set(self.arena.committed[span])
             pages += bits_set(self.arena.committed[span])
-            self.pool._link(c, span)
+            zspage_link(self.pool, c, span)
         # What is beyond was ready, but never in use.
         self.arena.spans.release(self.arena.base + (<uint64_t>self.arena.top << SPAN_SHIFT),
                                  <uint64_t>(self.arena.span_count - self.arena.top) << SPAN_SHIFT)

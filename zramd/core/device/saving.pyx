@@ -19,6 +19,7 @@ from zramd.core.device.checksum cimport crc_of
 from zramd.core.device.codec cimport decode
 from zramd.core.device.blocks cimport OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, is_touched
 from zramd.core.device.device cimport Device
+from zramd.core.device.numbers cimport requests
 from zramd.core.system.gate cimport gate_close, gate_hold, gate_open, gate_release
 from zramd.core.system.locks cimport (
     load_relaxed,
@@ -170,7 +171,8 @@ cdef class _Writer(_Stream):
 
     cdef uint64_t _changes(self) noexcept nogil:
         """Requests that changed the device so far."""
-        return self.device._requests(OP_WRITE) + self.device._requests(OP_TRIM) + self.device._requests(OP_ZERO)
+        return (requests(self.device.table, OP_WRITE) + requests(self.device.table, OP_TRIM)
+                + requests(self.device.table, OP_ZERO))
 
     cdef int _step(self) noexcept nogil:
         """Write a few frames; 0 or -errno."""

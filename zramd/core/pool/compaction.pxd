@@ -1,0 +1,21 @@
+"""Compaction: functions over a Pool."""
+
+from libc.stdint cimport uint64_t
+
+from zramd.core.pool.pool cimport Pool
+from zramd.core.system.locks cimport lock_counted, pthread_mutex_unlock
+
+cdef inline void compact_begin(Pool pool) noexcept nogil:
+    """Be the only one who compacts, or who may look at zspages that are off their lists, until compact_end."""
+    lock_counted(&pool.compact_lock, &pool.compact_waiters)
+
+cdef inline void compact_end(Pool pool) noexcept nogil:
+    pthread_mutex_unlock(&pool.compact_lock)
+
+cdef uint64_t freeable_pages(Pool pool) noexcept nogil
+cdef uint64_t whole_freeable_pages(Pool pool) noexcept nogil
+cdef uint64_t compact_run(Pool pool, uint64_t budget, uint64_t enough) noexcept nogil
+cdef uint64_t compact_whole(Pool pool) noexcept nogil
+cdef uint64_t give_back(Pool pool) noexcept nogil
+cdef uint64_t trim(Pool pool) noexcept nogil
+cdef bint make_room(Pool pool, int rc, bint *in_vain) noexcept nogil

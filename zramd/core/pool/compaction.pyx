@@ -1,0 +1,558 @@
+"""Compaction: objects of part-filled zspages are moved together, so that zspages, and the last pages of others, get empty.
+
+    src  |7 ##|    |9 ##|    |    dst  |1 ##|3 ##|    |4 ##|        cells[7]: obj in src -> obj in dst
+            └───────── a move ────────────────^
+
+The emptiest zspage of a class is emptied into the fullest. What stays part-filled then is tightened: its objects are moved
+to its first pages. In the end the last pages of one class may be lent to smaller ones.
+Nothing here is seen from above: a handle stays, only its cell is changed. For locks, pins and crashes see pool.pyx.
+"""
+
+from libc.errno cimport EBUSY, EDQUOT, ENOSPC
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from zramd.core.pool.chunks cimport chunk_give, chunk_take, last_used, mapped_room, next_used, spare_drop, unused_pages
+from zramd.core.pool.pool cimport Pool
+from zramd.core.pool.size_classes cimport LENT_OUT, STUCK, is_mapped, lock_class, pages_below, size_class
+from zramd.core.pool.zspages cimport (
+    SIFT_TRIES,
+    find_room,
+    freeable,
+    pages_wanted,
+    zspage_gone,
+    zspage_link,
+    zspage_regroup,
+    zspage_unlink,
+)
+from zramd.core.system.bits cimport bits_set, bits_set_64, lowest_bit_64
+from zramd.core.system.checks cimport zr_crash_point, zr_poison
+from zramd.core.system.latency cimport system_now
+from zramd.core.system.locks cimport (
+    compare_swap,
+    counter_add,
+    give_way,
+    let_in,
+    load_relaxed,
+    load_relaxed_32,
+    nap,
+    owned_add,
+    owned_sub,
+    pthread_mutex_unlock,
+    store_relaxed,
+    store_release,
+)
+from zramd.core.types cimport (
+    CELL_LENT,
+    CELL_LIVE,
+    CELL_PIN,
+    GROUP_EMPTY,
+    GROUP_FULL,
+    HEADER_SIZE,
+    MAX_CLASSES,
+    NIL,
+    NO_CHUNK,
+    PAGE_SHIFT,
+    SPAN_SHIFT,
+    cell_obj,
+    zspage,
+)
+
+cdef enum:
+    ROOM_TURNS = 10000      # the same of one who waits for room that others are in the way of
+    EMPTIEST_TRIES = 32     # zspages of a fullness group that are compared
+    BORROW_SHIFT = 4        # a borrowed chunk is at most 1/16 larger than the object's own
+
+
+cdef uint64_t freeable_pages(Pool pool) noexcept nogil:
+    """Pages that moving objects within their classes would free: what is worth starting for, and going on."""
+    cdef uint64_t n = 0
+    cdef uint32_t i
+    for i in range(pool.huge):
+        n += freeable(pool, &pool.classes[i])
+    return n
+
+
+cdef uint64_t whole_freeable_pages(Pool pool) noexcept nogil:
+    """Pages that compact_whole would free now: those, what can be lent then, and what is kept for the next write."""
+    return (freeable_pages(pool) + borrowable(pool) + load_relaxed(&pool.arena.stock)
+            + load_relaxed_32(&pool.spares))
+
+
+cdef uint64_t borrowable(Pool pool) noexcept nogil:
+    """Pages that _borrow would free after compact_run: its steps, with the numbers of objects alone."""
+    cdef uint32_t last[MAX_CLASSES]     # objects in each class's part-filled zspage
+    cdef uint32_t i, index, wanted
+    cdef uint64_t n = 0
+    cdef size_class *c
+    if load_relaxed(&pool.arena.reserve):
+        return 0
+    for i in range(pool.huge):
+        last[i] = <uint32_t>(load_relaxed(&pool.classes[i].inuse) % pool.classes[i].objs)
+    for i in range(pool.huge):
+        index = pool.huge - 1 - i
+        c = &pool.classes[index]
+        while last[index] and not load_relaxed(&c.stuck) & LENT_OUT:
+            wanted = last_page_chunks(c, last[index])
+            if not fill_larger(pool, index, wanted, last):
+                break
+            n += pages_below(c, last[index]) - pages_below(c, last[index] - wanted)
+            last[index] -= wanted
+    return n
+
+
+cdef bint fill_larger(Pool pool, uint32_t index, uint32_t wanted, uint32_t *last) noexcept nogil:
+    """Count `wanted` objects of a class into what larger ones have to spare; False, and nothing is done: too little."""
+    cdef size_class *c = &pool.classes[index]
+    cdef size_class *d
+    cdef uint32_t room[MAX_CLASSES]
+    cdef uint32_t i = index
+    while wanted:
+        i += 1
+        d = &pool.classes[i]
+        if i == pool.huge or d.size - c.size > c.size >> BORROW_SHIFT:
+            return False
+        room[i] = 0
+        if last[i]:
+            room[i] = min(min((pages_below(d, last[i]) << PAGE_SHIFT) // d.size, d.objs) - last[i], wanted)
+        wanted -= room[i]
+    while i > index:
+        last[i] = (last[i] + room[i]) % pool.classes[i].objs
+        i -= 1
+    return True
+
+
+cdef uint64_t compact_run(Pool pool, uint64_t budget, uint64_t enough) noexcept nogil:
+    """Compact until about budget bytes were moved, enough pages freed, or nothing is freeable; the pages freed.
+
+    First whole zspages, as zsmalloc does, largest class first: the fewest copies for each page freed. Then the last
+    pages of those that stay part-filled, which cost more: after aging 4 times as much (docs/benchmarks.md).
+    """
+    cdef uint64_t freed = 0, start
+    cdef uint32_t i
+    cdef bint whole
+    compact_begin(pool)
+    # Who needs a page now is let in at once, but lets nobody in itself until it has it.
+    pool.gives_way = enough == <uint64_t>-1
+    start = system_now()
+    for whole in range(1, -1, -1):
+        i = pool.huge
+        while i and budget and freed < enough:
+            freed += compact_class(pool, i - 1, &budget, enough - freed, whole)
+            if is_wanted(pool):
+                give_way(&pool.compact_lock, &pool.compact_waiters)
+                pool.gives_way = enough == <uint64_t>-1
+            else:
+                i -= 1
+    counter_add(&pool.n.compact_ns, system_now() - start)
+    if freed:
+        counter_add(&pool.n.pages_compacted, freed)
+        counter_add(&pool.n.num_compactions, 1)
+    compact_end(pool)
+    return freed
+
+
+cdef bint is_wanted(Pool pool) noexcept nogil:
+    """Whether who compacts is to let others in who want to."""
+    return pool.gives_way and load_relaxed_32(&pool.compact_waiters)
+
+
+cdef uint64_t compact_whole(Pool pool) noexcept nogil:
+    """Compact until nothing is freeable, borrow, and give back what is kept for the next write.
+
+    The pages freed by all of it: by as many mem_used_total falls, and as many were whole_freeable_pages before.
+    """
+    cdef uint64_t freed = compact_run(pool, <uint64_t>-1, <uint64_t>-1), borrowed = 0
+    cdef uint32_t i
+    compact_begin(pool)
+    if load_relaxed(&pool.arena.reserve) == 0:
+        for i in range(pool.huge, 0, -1):
+            borrowed += borrow(pool, i - 1)
+            if load_relaxed_32(&pool.compact_waiters):
+                give_way(&pool.compact_lock, &pool.compact_waiters)
+    borrowed += give_back(pool)
+    counter_add(&pool.n.pages_compacted, borrowed)
+    compact_end(pool)
+    return freed + borrowed
+
+
+cdef bint is_worth_moving(Pool pool, size_class *c, bint whole) noexcept nogil:
+    """Whether compacting the class frees a page; with whole, a whole zspage (zsmalloc's zs_can_compact)."""
+    return freeable(pool, c) and (
+        not whole or load_relaxed(&c.zspages) * c.objs - load_relaxed(&c.inuse) >= c.objs)
+
+
+cdef uint64_t compact_class(Pool pool, uint32_t index, uint64_t *budget, uint64_t enough, bint whole) noexcept nogil:
+    """Move objects from the emptiest zspage into the fullest while that frees pages; the pages freed.
+
+    With whole, only while it frees whole zspages. Else what stays part-filled is tightened. Both are off their lists
+    meanwhile, so that the lock can be dropped whenever someone waits for it: nobody allocates from them, and who
+    frees an object in them leaves them alone otherwise.
+    """
+    cdef size_class *c = &pool.classes[index]
+    cdef uint32_t src = NIL, dst = NIL, chunk = 0, group, next, retries = 2
+    cdef uint64_t freed = 0, grown = 0, before, undone = load_relaxed(&pool.undone)
+    # Only chunks whose pages are there can be moved into: with a reserve, and once the limit is reached.
+    cdef bint resident = load_relaxed(&pool.arena.reserve) != 0
+    cdef int rc
+    if not is_worth_moving(pool, c, whole):
+        return 0
+    lock_class(c)
+    while freed < enough and budget[0] and not is_wanted(pool):
+        if dst == NIL and is_worth_moving(pool, c, whole):
+            dst = isolate_fullest(pool, c, resident)
+            if dst == NIL and src != NIL and resident and retries:
+                # The source itself may be the only one with room: let it be the next destination.
+                retries -= 1
+                freed += putback(pool, c, src)
+                src = NIL
+                continue
+        if src == NIL and dst != NIL and is_worth_moving(pool, c, whole):
+            src = isolate_emptiest(pool, c)
+            chunk = 0
+        if src == NIL or dst == NIL:
+            break
+        chunk = next_used(pool, c, src, chunk)
+        while chunk < pool.zspages[src].fresh:
+            before = c.committed
+            rc = move_object(pool, c, src, chunk, c, dst, resident)
+            grown += c.committed - before
+            if rc and rc != -EBUSY:
+                resident = resident or pool.zspages[dst].inuse < c.objs
+                freed += putback(pool, c, dst)
+                dst = NIL
+                break
+            if rc == 0:
+                budget[0] -= min(c.size, budget[0])
+            chunk = next_used(pool, c, src, chunk + 1)
+            if budget[0] == 0 or load_relaxed_32(&c.waiters) or is_wanted(pool):
+                break
+        if pool.zspages[src].inuse == 0:
+            freed += zspage_gone(pool, c, src)
+            pthread_mutex_unlock(&c.lock)
+            pool.arena.give(src, False)
+            src = NIL
+            lock_class(c)
+        elif chunk == pool.zspages[src].fresh:
+            break       # somebody holds a pin in there: come back later
+        elif load_relaxed_32(&c.waiters):
+            give_way(&c.lock, &c.waiters)
+    freed += putback(pool, c, src) + putback(pool, c, dst)
+    for group in range(GROUP_FULL if whole else GROUP_EMPTY + 1, GROUP_FULL):
+        src = c.heads[group]
+        while src != NIL and freed - min(freed, grown) < enough and budget[0] and freeable(pool, c):
+            if load_relaxed_32(&c.waiters) or is_wanted(pool):
+                counter_add(&pool.undone, 1)
+                src = NIL
+                break
+            next = pool.zspages[src].next
+            freed += tighten(pool, c, src, budget, False)
+            src = next
+    freed -= min(freed, grown)
+    if freed == 0 and not whole and budget[0] and load_relaxed(&pool.undone) == undone and not is_wanted(pool):
+        store_relaxed(&c.stuck, c.stuck | STUCK)
+    pthread_mutex_unlock(&c.lock)
+    let_in(&c.waiters)
+    return freed
+
+
+cdef uint32_t isolate_fullest(Pool pool, size_class *c, bint resident) noexcept nogil:
+    """Unlist the fullest zspage that has room, with resident room without another page; NIL when there is none.
+
+    With resident the lock may be dropped meanwhile.
+    """
+    cdef uint32_t group = GROUP_FULL - 1, span, tries = SIFT_TRIES
+    while group > GROUP_EMPTY:
+        span = find_room(pool, c, group, &tries) if resident else c.heads[group]
+        if span != NIL:
+            zspage_unlink(pool, c, span)
+            return span
+        if tries:
+            group -= 1
+        else:
+            give_way(&c.lock, &c.waiters)
+            group = GROUP_FULL - 1
+            tries = SIFT_TRIES
+    return NIL
+
+
+cdef uint32_t isolate_emptiest(Pool pool, size_class *c) noexcept nogil:
+    """Unlist the emptiest zspage, of those at the head of the lowest group that has one: fewer objects to move."""
+    cdef uint32_t group, span, best, tries = EMPTIEST_TRIES
+    for group in range(GROUP_EMPTY + 1, GROUP_FULL):
+        best = span = c.heads[group]
+        while span != NIL and tries:
+            if pool.zspages[span].inuse < pool.zspages[best].inuse:
+                best = span
+            span = pool.zspages[span].next
+            tries -= 1
+        if best != NIL:
+            zspage_unlink(pool, c, best)
+            return best
+    return NIL
+
+
+cdef uint32_t putback(Pool pool, size_class *c, uint32_t span) noexcept nogil:
+    """List an isolated zspage again, or let it go if its last object was freed meanwhile; the pages freed."""
+    cdef uint32_t freed = 0
+    if span != NIL:
+        if pool.zspages[span].inuse:
+            zspage_link(pool, c, span)
+        else:
+            freed = zspage_gone(pool, c, span)
+            pool.arena.give(span, False)
+    return freed
+
+
+cdef uint64_t tighten(Pool pool, size_class *c, uint32_t span, uint64_t *budget, bint always) noexcept nogil:
+    """Give back the last pages of a zspage, after moving what is on them to its first; the pages freed.
+
+    always: also where that frees none. At most half a zspage is copied, with the class lock held.
+    """
+    cdef uint64_t before = c.committed
+    cdef uint32_t wanted = pages_wanted(pool, c, pool.zspages[span].inuse), unused
+    # (A span of the reserve has resident pages beyond those that were used.)
+    if bits_set(pool.arena.committed[span]) <= wanted and not always:
+        return 0
+    if pool.zspages[span].dry:
+        zspage_regroup(pool, c, span)      # it may get room
+    pack(pool, c, span, budget)
+    if is_mapped(c):
+        unused = unused_pages(pool, c, span, ~<uint32_t>0)
+        if load_relaxed(&pool.arena.reserve):
+            unused &= ~<uint32_t>0 << wanted
+    else:
+        unused = ~<uint32_t>0 << pages_wanted(pool, c, pool.zspages[span].fresh)
+    owned_sub(&c.committed, pool.arena.decommit(span, unused))
+    return before - min(before, c.committed)
+
+
+cdef void pack(Pool pool, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil:
+    """Move the objects of a zspage to its first pages."""
+    if is_mapped(c):
+        pack_mapped(pool, c, span, budget)
+    else:
+        pack_list(pool, c, span, budget)
+
+
+cdef void pack_list(Pool pool, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil:
+    """Move the objects of a zspage to its first pages."""
+    cdef zspage *z = &pool.zspages[span]
+    cdef uint32_t enough = (pages_below(c, z.inuse) << PAGE_SHIFT) // c.size    # chunks on the pages that stay
+    cdef uint32_t chunk, header
+    list_chunks(pool, c, span)
+    chunk = last_used(pool, c, span, z.fresh)
+    while chunk != NIL and chunk >= enough and budget[0]:
+        if z.free >= enough or move_object(pool, c, span, chunk, c, span, True):
+            break
+        budget[0] -= min(c.size, budget[0])
+        # The lowest free chunk is to be the first of the list, not this one.
+        memcpy(&header, pool.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size, HEADER_SIZE)
+        z.free = <uint16_t>(header >> 1)
+        chunk = last_used(pool, c, span, chunk)
+    list_chunks(pool, c, span)
+
+
+cdef void pack_mapped(Pool pool, size_class *c, uint32_t span, uint64_t *budget) noexcept nogil:
+    """Move the objects of a zspage to its first pages, some of which may have to be resident again first."""
+    cdef zspage *z = &pool.zspages[span]
+    cdef uint64_t room
+    cdef uint32_t chunk = last_used(pool, c, span, c.objs)
+    cdef uint32_t missing = ((1 << pages_below(c, z.inuse)) - 1) & ~<uint32_t>pool.arena.committed[span]
+    cdef int n
+    if missing and load_relaxed(&pool.arena.reserve) == 0:
+        # Each of them is written below: the first chunks are all in use then.
+        n = pool.arena.commit(span, missing)
+        owned_add(&c.committed, max(n, 0))
+    while chunk != NIL and budget[0]:
+        room = mapped_room(pool, c, span)
+        if room == 0 or lowest_bit_64(room) > chunk or move_object(pool, c, span, chunk, c, span, True):
+            break
+        budget[0] -= min(c.size, budget[0])
+        chunk = last_used(pool, c, span, chunk)
+
+
+cdef uint64_t borrow(Pool pool, uint32_t index) noexcept nogil:
+    """Empty the last pages of a class's part-filled zspage into chunks of somewhat larger classes; the pages freed.
+
+    Those chunks are free and on resident pages, so that they cost nothing now. A class's last page is half empty
+    on average, and so is each of the larger ones': 0.6 % of a pool of 36 MB (docs/density.md). Larger classes were
+    seen to before, so their pages stay. The class lock is held for a few copies.
+    """
+    cdef size_class *c = &pool.classes[index]
+    cdef uint32_t span, wanted
+    cdef uint64_t freed = 0, budget = <uint64_t>-1
+    lock_class(c)
+    span = isolate_emptiest(pool, c)
+    if span != NIL and pool.zspages[span].inuse:
+        freed = tighten(pool, c, span, &budget, True)
+    while span != NIL and pool.zspages[span].inuse:
+        wanted = last_page_chunks(c, pool.zspages[span].inuse)
+        # Nothing is moved unless it frees the page.
+        if lend(pool, index, span, wanted, False) < wanted or lend(pool, index, span, wanted, True) < wanted:
+            break
+        if pool.zspages[span].inuse:
+            freed += tighten(pool, c, span, &budget, False)
+    freed += putback(pool, c, span)
+    store_relaxed(&c.stuck, c.stuck | LENT_OUT)
+    pthread_mutex_unlock(&c.lock)
+    return freed
+
+
+cdef uint32_t last_page_chunks(size_class *c, uint32_t chunks) noexcept nogil:
+    """Of the first so many chunks of a zspage those that are not whole on the pages before their last."""
+    return chunks - ((pages_below(c, chunks) - c.unit) << PAGE_SHIFT) // c.size
+
+
+cdef uint32_t lend(Pool pool, uint32_t index, uint32_t span, uint32_t wanted, bint move) noexcept nogil:
+    """Find chunks of larger classes for the last `wanted` objects of a zspage, and move them there if told; how many."""
+    cdef size_class *c = &pool.classes[index]
+    cdef size_class *d
+    cdef uint32_t found = 0, i, dst, group, room, chunk = pool.zspages[span].fresh
+    for i in range(index + 1, pool.huge):
+        d = &pool.classes[i]
+        if found == wanted or d.size - c.size > c.size >> BORROW_SHIFT:
+            break
+        lock_class(d)
+        dst = NIL
+        for group in range(GROUP_FULL - 1, GROUP_EMPTY, -1):
+            if d.heads[group] != NIL:
+                dst = d.heads[group]
+                break
+        if dst != NIL:
+            if is_mapped(d):
+                room = bits_set_64(mapped_room(pool, d, dst))
+            else:
+                room = (bits_set(pool.arena.committed[dst]) << PAGE_SHIFT) // d.size
+                room = min(room, d.objs) - min(<uint32_t>pool.zspages[dst].inuse, room)
+            while room and found < wanted:
+                if move:
+                    chunk = last_used(pool, c, span, chunk)
+                    if chunk == NIL or move_object(pool, c, span, chunk, d, dst, True):
+                        wanted = found      # the page stays: do not move more
+                        break
+                room -= 1
+                found += 1
+            zspage_regroup(pool, d, dst)
+        pthread_mutex_unlock(&d.lock)
+    return found
+
+
+cdef void list_chunks(Pool pool, size_class *c, uint32_t span) noexcept nogil:
+    """List the free chunks of a zspage again, lowest first; those above the last object are as never used."""
+    cdef zspage *z = &pool.zspages[span]
+    cdef char *start
+    cdef uint32_t chunk, header, i, last = z.fresh
+    z.free = NO_CHUNK
+    z.fresh = 0
+    for i in range(last):
+        chunk = last - 1 - i
+        start = pool.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size
+        memcpy(&header, start, HEADER_SIZE)
+        if header & 1:
+            z.fresh = <uint16_t>max(<uint32_t>z.fresh, chunk + 1)
+        elif z.fresh:
+            header = <uint32_t>z.free << 1
+            memcpy(start, &header, HEADER_SIZE)
+            z.free = <uint16_t>chunk
+        else:
+            zr_poison(start, c.size)
+
+
+cdef int move_object(Pool pool, size_class *c, uint32_t src, uint32_t chunk, size_class *d, uint32_t dst,
+                     bint resident) noexcept nogil:
+    """Move an object of class c to a zspage of class d, which is c or a larger one; both are locked.
+
+    -EBUSY: its pin is held, or it was lent to c already, so that no object creeps up class by class; or what
+    chunk_take says.
+    """
+    cdef uint64_t obj = (<uint64_t>src << SPAN_SHIFT) + chunk * c.size, handle, cell
+    cdef char *old = pool.arena.base + obj
+    cdef char *new
+    cdef uint32_t header
+    cdef int room
+    memcpy(&header, old, HEADER_SIZE)
+    handle = header >> 1
+    if handle >= load_relaxed(&pool.cells_top):
+        return -EBUSY
+    cell = load_relaxed(&pool.cells[handle])
+    if cell_obj(cell) != obj or not cell & CELL_LIVE or (d != c and cell & CELL_LENT):
+        return -EBUSY
+    if cell & CELL_PIN or not compare_swap(&pool.cells[handle], cell, cell | CELL_PIN):
+        counter_add(&pool.undone, 1)
+        return -EBUSY
+    zr_crash_point("move-pinned")
+    room = chunk_take(pool, d, dst, handle, resident)
+    if room < 0:
+        store_release(&pool.cells[handle], cell)
+        return room
+    zr_crash_point("move-chunk-taken")
+    new = pool.arena.base + (<uint64_t>dst << SPAN_SHIFT) + room * d.size
+    memcpy(new + HEADER_SIZE, old + HEADER_SIZE, c.size - HEADER_SIZE)
+    zr_crash_point("move-copied")
+    cell = cell ^ obj ^ <uint64_t>(new - pool.arena.base)
+    store_release(&pool.cells[handle], cell if d == c else cell | CELL_LENT)
+    zr_crash_point("move-cell-stored")
+    chunk_give(pool, c, src, chunk)
+    zr_crash_point("move-source-freed")
+    counter_add(&pool.n.objects_migrated, 1)
+    counter_add(&pool.n.bytes_migrated, c.size)
+    return 0
+
+
+cdef uint64_t give_back(Pool pool) noexcept nogil:
+    """Give resident pages that hold nothing (the stock, and the spare pages of huge) back; how many there were."""
+    cdef size_class *c = &pool.classes[pool.huge]
+    cdef uint64_t n = pool.arena.trim_stock()
+    cdef uint32_t span, gone
+    lock_class(c)
+    while pool.spares:
+        span = pool.spare[pool.spares - 1]
+        spare_drop(pool, pool.spares - 1)
+        # Entries of the same span come to 0 the second time.
+        gone = pool.arena.decommit(span, ~<uint32_t>pool.zspages[span].used)
+        owned_sub(&c.committed, gone)
+        n += gone
+    pthread_mutex_unlock(&c.lock)
+    return n
+
+
+cdef uint64_t trim(Pool pool) noexcept nogil:
+    """give_back, while nobody compacts or checks."""
+    cdef uint64_t n
+    compact_begin(pool)
+    n = give_back(pool)
+    compact_end(pool)
+    return n
+
+
+cdef bint make_room(Pool pool, int rc, bint *in_vain) noexcept nogil:
+    """Whether to try again what failed with rc: after -ENOSPC or -EDQUOT, as long as there are pages to free.
+
+    And once more when there are none, which is noted in in_vain[0], False to begin with: others may have freed some
+    after the try. The caller holds no pin and no lock of the pool.
+    """
+    if rc != -ENOSPC and rc != -EDQUOT or in_vain[0]:
+        return False
+    in_vain[0] = not free_some(pool, rc)
+    return True
+
+
+cdef bint free_some(Pool pool, int rc) noexcept nogil:
+    """Free pages by whatever means there are; False when there is nothing to free."""
+    cdef uint64_t limit, undone
+    if give_back(pool):
+        return True
+    for _ in range(ROOM_TURNS):
+        undone = load_relaxed(&pool.undone)
+        if compact_run(pool, <uint64_t>-1, 1):
+            return True
+        # Somebody else made room while this thread waited for compact_lock. A chunk touches 2 pages at most.
+        # (Of the state's file system nobody knows who took it.)
+        limit = load_relaxed(&pool.arena.limit)
+        if rc == -ENOSPC and (limit == 0 or load_relaxed(&pool.arena.pages) + 2 * pool.arena.unit <= limit):
+            return True
+        if load_relaxed(&pool.undone) == undone:
+            return False
+        nap()       # somebody was in the way where there was something to free
+    return False
