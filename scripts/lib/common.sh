@@ -51,6 +51,7 @@ test_packages=(
     e2fsprogs      # a real file system to put on a device
     curl           # reads the control socket as a user would
     gnutls-bin     # makes certificates for TLS
+    strace         # counts a server's system calls
     tmux           # a terminal for zramd top
     zsh            # and fish: shells to complete commands in
     fish
@@ -59,7 +60,6 @@ vm_packages=(
     qemu-system-x86 # runs the virtual machine
     busybox-static  # the guest's shell
     nbd-client      # attaches the kernel's NBD device
-    strace          # counts the server's system calls in the guest
     e2fsprogs       # makes the guests' root images
     mmdebstrap      # makes a Debian out of packages
 )

@@ -27,7 +27,7 @@ FILES = {
     "sockets.sock": "there for a moment during `zramd restart`",
     "log": "what a server started by `zramd start` has to say, at most 1 MiB",
     "log.1": "what the server before it said, if that one crashed or was restarted",
-    "state_path": "where the state file is, with `state=`",
+    "state_path": "where the state file is; empty without `state=`",
     "data_id": "names the data: a new name when the device starts empty, is reset or loaded",
     "disksize": "size of the device in bytes",
     "mm_stat": "zram's nine columns, see [below](#zrams-own-files)",

@@ -199,7 +199,7 @@ class TestFullPool:
 class TestEndpointAndFiles:
     def test_files_follow(self, serve: Serve) -> None:
         served = serve(stats_interval="0.05")
-        others = ["control.sock", "data_id", "nbd.sock", "pid"]
+        others = ["control.sock", "data_id", "nbd.sock", "pid", "state_path"]
         assert sorted(os.listdir(served.rundir)) == sorted([*STATS_FILES, *others])
         assert (served.rundir / "pid").read_text() == f"{served.process.pid}\n"
         handle = served.connect()
@@ -225,7 +225,7 @@ class TestEndpointAndFiles:
         wait_until(served.socket.exists)
         handle = served.connect()
         handle.pwrite(b"x" * 4096, 0)
-        assert sorted(os.listdir(served.rundir)) == ["data_id", "nbd.sock", "pid"]
+        assert sorted(os.listdir(served.rundir)) == ["data_id", "nbd.sock", "pid", "state_path"]
         assert served.stop() < STOP_SECONDS
         assert not served.rundir.exists()
 

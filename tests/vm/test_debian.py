@@ -344,22 +344,24 @@ def elsewhere(guest: Guest) -> None:
     for key, path in paths.items():
         described = f"[zram1]\\nzram-size = 16\\nattach = no\\n{key} = {path}\\n"
         guest.run(f"printf '{described}' >/etc/zramd.conf.d/{key}.conf")
-        assert guest.try_run(f"systemctl start {unit}", SLOW)[0] == 1
+        status, _ = guest.try_run(f"systemctl start {unit}", SLOW)
         guest.run(f"systemctl stop {unit}; systemctl reset-failed {unit}; true", SLOW)
         said = guest.run(f"journalctl -b -u {unit} -o cat", SLOW)
+        assert status == 1, said
         assert re.search(f"{path}'.*: docs/systemd.md, 'Paths'", said), said
-        guest.run(f"printf %s {shlex.quote(documented_drop_in(key))} >{drop_ins}/{key}.conf")
+        lines = shlex.quote(documented_drop_in(key).replace("\n", "\\n"))  # a command is one line
+        guest.run(f"printf %b {lines} >{drop_ins}/{key}.conf")
         guest.run("systemctl daemon-reload", SLOW)
     guest.run(f"systemctl start {unit}", SLOW)
     device = guest.run("zramd attach zram1", SLOW).strip()
-    guest.run(f"head -c 1M /dev/urandom >/root/data && dd if=/root/data of={device} oflag=direct bs=64k")
+    guest.run(f"head -c 1M /dev/urandom >/run/data && dd if=/run/data of={device} oflag=direct bs=64k")
     restarted(guest, f"systemctl restart {unit}", "zram1")
-    guest.run(f"dd if={device} bs=64k count=16 iflag=direct status=none | cmp - /root/data", SLOW)
+    guest.run(f"dd if={device} bs=64k count=16 iflag=direct status=none | cmp - /run/data", SLOW)
     wait_for(guest, f"grep -c '^zramd_orig_data_bytes.* 1048576' {paths['metrics_file']}", "1", 60)
     guest.run("zramd detach zram1", SLOW)
     guest.run(f"systemctl stop {unit}", SLOW)
     assert guest.run(f"ls {' '.join(paths.values())} 2>/dev/null; true").split() == [paths["state"]]
-    guest.run(f"rm -r {drop_ins} /etc/zramd.conf.d /root/data {folder} {paths['state']}")
+    guest.run(f"rm -r {drop_ins} /etc/zramd.conf.d /run/data {folder} {paths['state']}")
     guest.run("systemctl daemon-reload", SLOW)
 
 

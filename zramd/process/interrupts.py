@@ -1,5 +1,6 @@
 """What SIGINT, SIGTERM and SIGHUP do to a command: it takes back what it has begun, or it finishes it."""
 
+import atexit
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,7 +27,9 @@ def interruptible() -> None:
 
 
 def finish() -> None:
-    """From now on let no signal keep this command from finishing what it has begun."""
+    """From now on let no signal keep this command from finishing what it has begun, and from saying so."""
+    # When Python ends it gives signals their own meaning back, and one that came then would be the status.
+    atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, SIGNALS)
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, frame: None)  # children would inherit SIG_IGN

@@ -12,9 +12,9 @@ from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from zramd.core.system.process import name_thread
+from zramd.core.system.threads import start_thread
 from zramd.errors import is_shortage, sentence
 from zramd.server.log import say
-from zramd.server.threads import start_thread
 from zramd.settings.config import Config
 
 MIN_FREEABLE = 16  # pages: below this a run is not worth waking the caches for

@@ -15,9 +15,9 @@ import threading
 import time
 from contextlib import suppress
 
+from zramd.core.system.threads import start_thread
 from zramd.errors import ZramdError, is_shortage
 from zramd.server.routes import LENGTHY, STREAMS_IN, STREAMS_OUT, TEXT, RefusedError, Reply, Routes, Service
-from zramd.server.threads import start_thread
 from zramd.server.trouble import Troubles
 
 MAX_CONNECTIONS = 16

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from zramd.core.system import process
-from zramd.server.threads import start_thread
+from zramd.core.system.threads import start_thread
 
 _READ = 16 << 10  # bytes
 _CHUNK = select.PIPE_BUF  # a pipe that can be written to takes as much at once

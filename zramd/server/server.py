@@ -22,6 +22,7 @@ from zramd.core.device.device import Device
 from zramd.core.device.saving import load as load_stream
 from zramd.core.device.saving import save as save_stream
 from zramd.core.system.process import at_failing_exit, dump_little, name_thread
+from zramd.core.system.threads import start_thread
 from zramd.errors import (
     ConfigError,
     DeviceError,
@@ -43,7 +44,6 @@ from zramd.server.log import Log, say
 from zramd.server.making import make_device, self_test
 from zramd.server.metricsfile import MetricsFile
 from zramd.server.published import StatsFiles
-from zramd.server.threads import start_thread
 from zramd.server.trouble import Troubles
 from zramd.settings.config import Config, find
 from zramd.settings.config import value as parse_value

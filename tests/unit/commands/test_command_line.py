@@ -606,3 +606,15 @@ def test_an_interrupt_while_it_is_loaded_prints_nothing(tmp_path: Path, entry: s
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_after_the_work_is_done_changes_no_status(number: int) -> None:
+    """It comes when Python has put its own handlers away: when what modules hold is dropped."""
+    code = (
+        "import os; from zramd import interrupts; interrupts.finish()\n"
+        f"class Last: __del__ = lambda self, kill=os.kill, me=os.getpid(): kill(me, {int(number)})\n"
+        "last = Last()"
+    )
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)}
+    assert subprocess.run([sys.executable, "-P", "-c", code], env=env, check=False).returncode == 0

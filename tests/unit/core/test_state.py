@@ -16,8 +16,9 @@ from support.content import compressible, noise
 
 from zramd import Device, PoolFullError
 from zramd.core.device.device import state_layout
+from zramd.core.system import threads
 from zramd.errors import StateError
-from zramd.server import state, threads
+from zramd.server import state
 
 BLOCK = 4096
 SIZE = 8 << 20

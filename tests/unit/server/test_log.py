@@ -262,7 +262,7 @@ def test_a_want_of_memory_to_wait_with_is_told(tmp_path: Path, file: bool) -> No
         log = Log()
         log.start()
         if {file}:
-            log.write_to(path)
+            log.write_to(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
         class Short:
             def register(self, *about): pass
             def poll(self, *about): raise OSError(12, "Cannot allocate memory")

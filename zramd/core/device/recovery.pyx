@@ -55,7 +55,7 @@ import time
 from contextlib import suppress
 
 from zramd.errors import CorruptionError, error_from
-from zramd.server.threads import start_thread
+from zramd.core.system.threads import start_thread
 
 cdef extern from *:
     """

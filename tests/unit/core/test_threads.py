@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from zramd.server import threads
+from zramd.core.system import threads
 
 
 def test_it_works_and_ends() -> None:

@@ -1,4 +1,4 @@
-"""Starts the server's threads."""
+"""Starts threads, none of which is waited for where memory is short."""
 
 import _thread
 import sys
