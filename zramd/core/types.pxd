@@ -9,8 +9,7 @@ obj     an object's location: its chunk's offset in the arena, in bytes. Chunks 
 cell    one 64-bit word of the handle table: check << CELL_CHECK_SHIFT | obj | CELL_LENT | CELL_LIVE | CELL_PIN, or a
         same-filled block's word.
 handle  a cell's index, from 1; never a location, so moving an object rewrites one cell and nobody notices.
-slot    one 64-bit word a block: check << SLOT_CHECK_SHIFT | handle << SLOT_HANDLE_SHIFT | payload bytes; with SLOT_SAME
-        (no object) more of the check in place of the bytes; 0: never written, or freed.
+slot    one 64-bit word a block: the handle of its object, and the bytes of the payload; see device/slots.pxd.
 check   with verify: half of the object's checksum; 0 without.
 
 A span and the number of its zspage are the same number, so an obj leads to its zspage with one shift:
@@ -37,7 +36,7 @@ cdef enum:
     SPAN_SIZE = 65536
     SPAN_LENGTHS = 17           # a zspage has 1 to SPAN_PAGES pages
 
-    HEADER_SIZE = 4             # handle << 1 | 1; a handle has 31 bits, so a pool holds 2**31 - 1 objects
+    HEADER_SIZE = 4             # see header_of; a handle has 31 bits, so a pool holds 2**31 - 1 objects
     CHUNK_ALIGN = 8             # the low 3 bits of an obj are free for the cell's tags
     MIN_CHUNK = 32
     CLASS_DELTA = 8             # spacing of size classes up to FINE_CHUNK before merging, twice as much above
@@ -59,13 +58,8 @@ cdef enum:
     CELL_LIVE = 2               # the cell holds an obj; clear: the cell is on the free list
     CELL_LENT = 4               # the object is in a chunk of a larger class than its own
     CELL_TAGS = 7
+    CELL_TAG_BITS = 3           # of a free cell, the next free one is above
     CELL_CHECK_SHIFT = 48       # the cell's half of the checksum is above: obj has 47 bits at most
-
-    SLOT_SIZE_MASK = 0x1FFF     # payload bytes, 1 to 4096
-    SLOT_SAME = 0x2000          # one 64-bit word repeated: it stands in the handle's cell, handle 0 is the word 0
-    SLOT_LOST = 0x4000          # the whole slot: what it led to was changed in memory, reading it is an error
-    SLOT_HANDLE_SHIFT = 16
-    SLOT_CHECK_SHIFT = 48       # the slot's half of the checksum is above
 
 cdef enum:
     NIL = 0x7FFFFFFF            # no span: end of a list
@@ -83,8 +77,33 @@ cdef struct zspage:
     uint8_t group
     uint8_t dry                 # listed, and no free chunk is on resident pages: behind those of which that is not known
 
+cdef inline uint64_t pages_of(uint64_t size) noexcept nogil:
+    """How many pages so many bytes take."""
+    return (size >> PAGE_SHIFT) + (size & (PAGE_SIZE - 1) != 0)
+
 cdef inline uint64_t cell_obj(uint64_t cell) noexcept nogil:
     return cell << (64 - CELL_CHECK_SHIFT) >> (64 - CELL_CHECK_SHIFT) & ~<uint64_t>CELL_TAGS
 
-cdef inline uint64_t slot_handle(uint64_t slot) noexcept nogil:
-    return slot << (64 - SLOT_CHECK_SHIFT) >> (64 - SLOT_CHECK_SHIFT + SLOT_HANDLE_SHIFT)
+cdef inline uint64_t free_cell(uint64_t next) noexcept nogil:
+    """A free cell, with the next one on the list; 0: it is the last."""
+    return next << CELL_TAG_BITS
+
+cdef inline uint64_t next_cell(uint64_t cell) noexcept nogil:
+    return cell >> CELL_TAG_BITS
+
+cdef inline uint32_t header_of(uint64_t handle) noexcept nogil:
+    """What the chunk of an object begins with."""
+    return <uint32_t>handle << 1 | 1
+
+cdef inline uint32_t free_header(uint32_t next) noexcept nogil:
+    """What a free chunk begins with, where they are on a list: the next one, NO_CHUNK at the end."""
+    return next << 1
+
+cdef inline bint header_is_live(uint32_t header) noexcept nogil:
+    return header & 1
+
+cdef inline uint32_t header_handle(uint32_t header) noexcept nogil:
+    return header >> 1
+
+cdef inline uint32_t header_next(uint32_t header) noexcept nogil:
+    return header >> 1

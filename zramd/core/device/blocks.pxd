@@ -79,8 +79,9 @@ cdef class Blocks:
     cdef int store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil
     cdef int _store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil
     cdef int store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil
-    cdef uint64_t _same_slot(self, uint64_t block, uint64_t word) noexcept nogil
+    cdef uint64_t _same_slot(self, uint64_t block, uint64_t word, uint64_t handle) noexcept nogil
     cdef int _load(self, uint64_t block, uint64_t slot, char *content) noexcept nogil
+    cdef uint64_t word_of(self, uint64_t slot) noexcept nogil
     cdef bint word_is_sound(self, uint64_t block, uint64_t slot, uint64_t word) noexcept nogil
     cdef bint object_is_sound(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil
     cdef bint checksum_agrees(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil
@@ -95,7 +96,7 @@ cdef class Blocks:
     cdef int merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
     cdef int _merge(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil
-    cdef int zero_block(self, uint64_t block, uint64_t slot) noexcept nogil
+    cdef int zero_block(self, uint64_t block, bint hole) noexcept nogil
     cdef int populate(self) noexcept nogil
     cdef void clear(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil

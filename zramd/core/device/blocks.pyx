@@ -22,6 +22,20 @@ from libc.string cimport memcpy, memset
 from zramd.core.system.checks cimport zr_crash_point
 from zramd.core.device.checksum cimport checksum
 from zramd.core.device.codec cimport decode, encode, fill, same_filled, state_size
+from zramd.core.device.slots cimport (
+    HOLE,
+    LOST,
+    RAW,
+    SAME,
+    block_kind,
+    has_object,
+    object_slot,
+    same_slot,
+    slot_bytes,
+    slot_check,
+    slot_handle,
+    slot_kind,
+)
 from zramd.core.system.locks cimport (
     counter_add,
     load_acquire,
@@ -43,13 +57,8 @@ from zramd.core.types cimport (
     BLOCK_SIZE,
     PAGE_SHIFT,
     PAGE_SIZE,
-    SLOT_CHECK_SHIFT,
-    SLOT_HANDLE_SHIFT,
-    SLOT_LOST,
-    SLOT_SAME,
-    SLOT_SIZE_MASK,
     SLOTS_PER_PAGE,
-    slot_handle,
+    pages_of,
 )
 
 cdef extern from *:
@@ -160,7 +169,7 @@ cdef class Blocks:
         cdef int rc = 0
         if word:
             rc = self.pool.word_alloc(word, &handle)
-        slot[0] = self._same_slot(block, word) | handle << SLOT_HANDLE_SHIFT
+        slot[0] = self._same_slot(block, word, handle)
         return rc
 
     cdef int store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
@@ -190,47 +199,46 @@ cdef class Blocks:
         zr_crash_point("payload-written")
         self.pool.obj_publish(handle, check >> 16)
         zr_crash_point("object-published")
-        slot[0] = <uint64_t>(check & 0xFFFF) << SLOT_CHECK_SHIFT | handle << SLOT_HANDLE_SHIFT | size
+        slot[0] = object_slot(handle, size, check & 0xFFFF)
         return 0
 
-    cdef uint64_t _same_slot(self, uint64_t block, uint64_t word) noexcept nogil:
-        """The slot of a block that is one word repeated, but for its handle."""
-        cdef uint64_t check
-        if not self.verify:
-            return SLOT_SAME
-        check = checksum(<const char *>&word, sizeof(word), block)
-        # Half of it is where others have their size.
-        return SLOT_SAME | (check & 0xFFFF) << SLOT_CHECK_SHIFT | check >> 16 & SLOT_SIZE_MASK
+    cdef uint64_t _same_slot(self, uint64_t block, uint64_t word, uint64_t handle) noexcept nogil:
+        """The slot of a block that is one word repeated."""
+        return same_slot(handle, checksum(<const char *>&word, sizeof(word), block) if self.verify else 0)
 
     cdef int _load(self, uint64_t block, uint64_t slot, char *content) noexcept nogil:
         """The content that a block's slot stands for; 0 or -EIO."""
         cdef uint64_t handle = slot_handle(slot), word
-        cdef uint32_t size = slot & SLOT_SIZE_MASK
         cdef char *payload
         cdef int rc = -EIO
-        if slot == 0:
+        cdef block_kind what = slot_kind(slot)
+        if what == HOLE:
             memset(content, 0, BLOCK_SIZE)
             return 0
-        if slot & SLOT_SAME:
-            word = self.pool.word_read(handle) if handle else 0
+        if what == SAME:
+            word = self.word_of(slot)
             if self.word_is_sound(block, slot, word):
                 fill(content, word)
                 rc = 0
-        elif self.pool.obj_begin(handle, &payload) == 0:
+        elif what != LOST and self.pool.obj_begin(handle, &payload) == 0:
             if self.object_is_sound(block, slot, payload):
-                rc = decode(payload, size, content)
+                rc = decode(payload, slot_bytes(slot), content)
             self.pool.obj_end(handle)
         if rc:
             counter_add(&self.n.checksum_errors, 1)
             store_relaxed(&self.n.corrupt_block, block + 1)
         return rc
 
+    cdef inline uint64_t word_of(self, uint64_t slot) noexcept nogil:
+        """The word that a slot of one stands for."""
+        cdef uint64_t handle = slot_handle(slot)
+        return self.pool.word_read(handle) if handle else 0
+
     cdef inline bint word_is_sound(self, uint64_t block, uint64_t slot, uint64_t word) noexcept nogil:
-        return not self.verify or slot == (
-            self._same_slot(block, word) | slot_handle(slot) << SLOT_HANDLE_SHIFT)
+        return not self.verify or slot == self._same_slot(block, word, slot_handle(slot))
 
     cdef inline bint object_is_sound(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil:
-        cdef uint32_t size = slot & SLOT_SIZE_MASK
+        cdef uint32_t size = slot_bytes(slot)
         if size > BLOCK_SIZE or not self.pool.obj_fits(payload, size):
             return False
         if not self.verify:
@@ -239,17 +247,16 @@ cdef class Blocks:
 
     cdef inline bint checksum_agrees(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil:
         """Whether a payload whose pages are there is what the slot and its cell have the checksum of."""
-        cdef uint32_t check = checksum(payload, slot & SLOT_SIZE_MASK, block)
-        return check == (self.pool.obj_check(slot_handle(slot)) << 16 | slot >> SLOT_CHECK_SHIFT)
+        cdef uint32_t check = checksum(payload, slot_bytes(slot), block)
+        return check == (self.pool.obj_check(slot_handle(slot)) << 16 | slot_check(slot))
 
     cdef void _free(self, uint64_t block, uint64_t slot) noexcept nogil:
         """Free what a block's slot stood for, once no block holds the slot."""
         cdef uint64_t handle = slot_handle(slot)
-        if not slot & SLOT_SAME:
-            if slot:
-                self.pool.obj_free(handle)
+        if has_object(slot):
+            self.pool.obj_free(handle)
         # A wrong slot must not free another block's word.
-        elif handle and self.word_is_sound(block, slot, self.pool.word_read(handle)):
+        elif slot_kind(slot) == SAME and handle and self.word_is_sound(block, slot, self.pool.word_read(handle)):
             self.pool.word_free(handle)
 
     cdef uint64_t get(self, uint64_t block) noexcept nogil:
@@ -300,15 +307,15 @@ cdef class Blocks:
 
     cdef void _count(self, uint64_t slot, uint64_t n) noexcept nogil:
         """Count a block's slot as stored (n: 1), or as stored no more (n: -1)."""
-        cdef uint64_t size = slot & SLOT_SIZE_MASK
-        if slot == 0:
+        cdef block_kind what = slot_kind(slot)
+        if what == HOLE:
             return
         counter_add(&self.n.pages_stored, n)
-        if slot & SLOT_SAME:
+        if what == SAME:
             counter_add(&self.n.same_pages, n)
-            return
-        counter_add(&self.n.compr_data_size, n * size)
-        if size == BLOCK_SIZE:
+        elif what != LOST:
+            counter_add(&self.n.compr_data_size, n * slot_bytes(slot))
+        if what == RAW:
             counter_add(&self.n.huge_pages, n)
             if n == 1:
                 counter_add(&self.n.huge_pages_since, 1)
@@ -316,8 +323,8 @@ cdef class Blocks:
     cdef void prefetch(self, uint64_t block) noexcept nogil:
         """Ask the cache for the object of a block."""
         cdef uint64_t slot = self.get(block)
-        if slot and not slot & SLOT_SAME:
-            self.pool.obj_prefetch(slot_handle(slot), slot & SLOT_SIZE_MASK)
+        if has_object(slot):
+            self.pool.obj_prefetch(slot_handle(slot), slot_bytes(slot))
 
     cdef int write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil:
         cdef uint64_t slot
@@ -368,11 +375,11 @@ cdef class Blocks:
             memcpy(dst, s.page + at, n)
         return rc
 
-    cdef int zero_block(self, uint64_t block, uint64_t slot) noexcept nogil:
-        """Make a block a hole (slot 0) or allocated zeros (SLOT_SAME)."""
-        if slot == 0 and self.get(block) == 0:
+    cdef int zero_block(self, uint64_t block, bint hole) noexcept nogil:
+        """Make a block a hole, or allocated zeros."""
+        if hole and self.get(block) == 0:
             return 0
-        return self.put(block, self._same_slot(block, 0) if slot else 0, False)
+        return self.put(block, 0 if hole else self._same_slot(block, 0, 0), False)
 
     # --------------------------------------------------------------------------------------------------------
     # all of them
@@ -404,7 +411,7 @@ cdef class Blocks:
         """Resident bytes beside the pool's pages."""
         return (
             (load_relaxed(&self.touched_pages) << PAGE_SHIFT)
-            + (self.count // SLOTS_PER_PAGE + PAGE_SIZE) // PAGE_SIZE * PAGE_SIZE
+            + (pages_of(self.count // SLOTS_PER_PAGE + 1) << PAGE_SHIFT)
             + load_relaxed(&self.scratch_count) * self.scratch_size
             + sizeof(self.stripes)
             + self.pool.metadata_bytes()
@@ -426,7 +433,8 @@ cdef class Blocks:
 
     cdef const char *_find_slot_fault(self, walk *w, uint64_t *where) noexcept nogil:
         """Look whether some slots lead to what they stand for."""
-        cdef uint64_t block, slot, handle, obj_size, left = PIECE_SLOTS
+        cdef uint64_t block, slot, handle, left = PIECE_SLOTS
+        cdef uint32_t size
         cdef const char *wrong
         cdef char *payload
         while left and w.block < self.count:
@@ -438,17 +446,15 @@ cdef class Blocks:
             w.block += 1
             slot = self.slots[block]
             handle = slot_handle(slot)
-            obj_size = slot & SLOT_SIZE_MASK
-            if slot == 0 or slot == SLOT_LOST:
-                continue
-            if slot & SLOT_SAME:
-                if not self.word_is_sound(block, slot, self.pool.word_read(handle) if handle else 0):
-                    return "a slot's checksum differs from its word"
+            size = slot_bytes(slot)
+            if slot_kind(slot) == SAME and not self.word_is_sound(block, slot, self.word_of(slot)):
+                return "a slot's checksum differs from its word"
+            if not has_object(slot):
                 continue
             if self.pool.obj_begin(handle, &payload):
                 return "a slot's handle is not live"
             wrong = NULL
-            if obj_size == 0 or obj_size > self.pool.obj_capacity(handle):
+            if size == 0 or size > self.pool.obj_capacity(handle):
                 wrong = "a slot's size does not fit its object"
             elif not self.object_is_sound(block, slot, payload):
                 wrong = "a slot's checksum differs from its object"
@@ -464,6 +470,7 @@ cdef class Blocks:
         """
         cdef uint64_t block, slot, touched = 0
         cdef uint64_t stored = 0, lost = 0, same = 0, words = 0, huge = 0, compr = 0
+        cdef block_kind what
         where[0] = 0
         for block in range(self.count // SLOTS_PER_PAGE + 1):
             touched += self.touched[block]
@@ -476,15 +483,14 @@ cdef class Blocks:
                 continue
             slot = self.slots[block]
             block += 1
-            stored += slot != 0
-            if slot == SLOT_LOST:
-                lost += 1
-            elif slot & SLOT_SAME:
-                same += 1
-                words += slot_handle(slot) != 0
-            else:
-                compr += slot & SLOT_SIZE_MASK
-                huge += slot & SLOT_SIZE_MASK == BLOCK_SIZE
+            what = slot_kind(slot)
+            stored += what != HOLE
+            lost += what == LOST
+            same += what == SAME
+            words += what == SAME and slot_handle(slot) != 0
+            huge += what == RAW
+            if has_object(slot):
+                compr += slot_bytes(slot)
         if (stored != self.n.pages_stored or same != self.n.same_pages or compr != self.n.compr_data_size
                 or huge != self.n.huge_pages):
             return "the counters differ from the slots"

@@ -44,6 +44,6 @@ cdef class Device:
     cdef void _end(self, op kind, uint64_t began) noexcept nogil
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil
-    cdef int _zero(self, uint64_t offset, uint64_t length, uint64_t slot, bint exact) noexcept nogil
+    cdef int _zero(self, uint64_t offset, uint64_t length, bint hole, bint exact) noexcept nogil
     cdef uint64_t _extent(self, uint64_t offset, uint64_t end, int *kind) noexcept nogil
     cdef str culprit(self, int rc, uint64_t offset, uint64_t length)

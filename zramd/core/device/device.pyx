@@ -18,6 +18,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 
 from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, OPS, Blocks, is_touched, op, scratch, walk
 from zramd.core.device.numbers cimport describe_block, requests, table_latencies, table_stats
+from zramd.core.device.slots cimport is_zeros
 from zramd.core.system.gate cimport (
     gate_close,
     gate_enter,
@@ -46,11 +47,8 @@ from zramd.core.pool.zsmalloc cimport pool_stats, pool_table
 from zramd.core.types cimport (
     BLOCK_SHIFT,
     BLOCK_SIZE,
-    PAGE_SHIFT,
-    PAGE_SIZE,
-    SLOT_SAME,
     SLOTS_PER_PAGE,
-    slot_handle,
+    pages_of,
 )
 
 import os
@@ -263,8 +261,8 @@ cdef class Device:
             counter_add(&self.n.read_bytes, length)
         return rc
 
-    cdef int _zero(self, uint64_t offset, uint64_t length, uint64_t slot, bint exact) noexcept nogil:
-        """Zero a range with slot 0 or SLOT_SAME. Parts of blocks at its ends: zeroed if exact, else left as they are."""
+    cdef int _zero(self, uint64_t offset, uint64_t length, bint hole, bint exact) noexcept nogil:
+        """Make the blocks of a range holes, or allocated zeros. Parts of blocks at its ends: zeroed if exact, else left."""
         cdef uint64_t done = 0, block, skip
         cdef uint32_t at, n, steps = 0
         cdef int rc = 0
@@ -279,16 +277,16 @@ cdef class Device:
             block = (offset + done) >> BLOCK_SHIFT
             at = (offset + done) & (BLOCK_SIZE - 1)
             n = min(<uint64_t>(BLOCK_SIZE - at), length - done)
-            if n == BLOCK_SIZE and slot == 0 and not is_touched(&self.table.touched[block // SLOTS_PER_PAGE]):
+            if n == BLOCK_SIZE and hole and not is_touched(&self.table.touched[block // SLOTS_PER_PAGE]):
                 # A client trims whole devices: go over what was never written a page of slots at a time.
                 skip = min(SLOTS_PER_PAGE - block % SLOTS_PER_PAGE, (length - done) >> BLOCK_SHIFT)
                 counter_add(&self.n.notify_free, skip)
                 done += skip << BLOCK_SHIFT
                 continue
             if n == BLOCK_SIZE:
-                rc = self.table.zero_block(block, slot)
+                rc = self.table.zero_block(block, hole)
                 counter_add(&self.n.notify_free, 1)
-            elif exact and (self.table.get(block) or slot):
+            elif exact and (self.table.get(block) or not hole):
                 rc = self.table.merge_block(block, at, NULL, n, s)
             done += n
         if s != NULL:
@@ -306,7 +304,7 @@ cdef class Device:
         kind[0] = -1
         while block < last:
             slot = self.table.get(block)
-            this = STATE_HOLE | STATE_ZERO if slot == 0 else STATE_ZERO if slot & SLOT_SAME and slot_handle(slot) == 0 else 0
+            this = STATE_HOLE | STATE_ZERO if slot == 0 else STATE_ZERO if is_zeros(slot) else 0
             if kind[0] < 0:
                 kind[0] = this
             if this != kind[0]:
@@ -354,7 +352,7 @@ cdef class Device:
         if not self._fits(offset, length):
             return -EINVAL
         began = self._begin()
-        self._zero(offset, length, 0, False)
+        self._zero(offset, length, True, False)
         self._end(OP_TRIM, began)
         return 0
 
@@ -364,7 +362,7 @@ cdef class Device:
         if not self._fits(offset, length):
             return -EINVAL
         began = self._begin()
-        rc = self._zero(offset, length, 0 if may_trim else SLOT_SAME, True)
+        rc = self._zero(offset, length, may_trim, True)
         if rc:
             counter_add(&self.n.failed_writes, 1)
         self._end(OP_ZERO, began)
@@ -496,7 +494,7 @@ cdef class Device:
             rc = self.table.populate()
             gate_open(&self.gate)
             if rc == 0:
-                rc = self.pool.arena.reserve_start((size >> PAGE_SHIFT) + (size & (PAGE_SIZE - 1) != 0))
+                rc = self.pool.arena.reserve_start(pages_of(size))
         if rc:
             who = "file system of the state is too full" if rc == -EDQUOT else "system refuses memory"
             raise MemoryError(f"the {who} for the tables or for a reserve of {size} bytes")

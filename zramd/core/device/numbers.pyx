@@ -6,10 +6,11 @@ Nothing here is counted: that is done where it happens.
 from libc.stdint cimport uint64_t
 
 from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, Blocks
+from zramd.core.device.slots cimport HOLE, LOST, RAW, SAME, block_kind, has_object, slot_bytes, slot_handle, slot_kind
 from zramd.core.pool.zsmalloc cimport object_place, place
 from zramd.core.system.latency cimport BUCKETS
 from zramd.core.system.locks cimport load_relaxed, pthread_mutex_lock, pthread_mutex_unlock
-from zramd.core.types cimport BLOCK_SHIFT, BLOCK_SIZE, SLOT_LOST, SLOT_SAME, SLOT_SIZE_MASK, slot_handle
+from zramd.core.types cimport BLOCK_SHIFT
 
 from zramd.errors import CorruptionError
 
@@ -51,31 +52,32 @@ cdef dict table_latencies(Blocks table):
 
 cdef dict describe_block(Blocks table, uint64_t number):
     """See Device.block. Nobody resets the table meanwhile."""
-    cdef uint64_t slot, handle, word = 0
+    cdef uint64_t slot, word = 0
+    cdef block_kind what
     cdef place at
     cdef int rc = 0
     with nogil:
         pthread_mutex_lock(&table.stripes[number % STRIPES])
         slot = table.get(number)
-        handle = slot_handle(slot)
-        if slot & SLOT_SAME:
-            word = table.pool.word_read(handle) if handle else 0
-        elif slot and slot != SLOT_LOST:
-            rc = object_place(table.pool, handle, &at)
+        what = slot_kind(slot)
+        if what == SAME:
+            word = table.word_of(slot)
+        elif has_object(slot):
+            rc = object_place(table.pool, slot_handle(slot), &at)
         pthread_mutex_unlock(&table.stripes[number % STRIPES])
     if rc:
         raise CorruptionError(f"a slot's handle is not live (at {number})")
-    if slot == 0:
+    if what == HOLE:
         return {"block": number, "kind": "hole"}
-    if slot == SLOT_LOST:
+    if what == LOST:
         return {"block": number, "kind": "lost"}
-    if slot & SLOT_SAME:
-        return {"block": number, "kind": "same", "word": word, "handle": handle}
+    if what == SAME:
+        return {"block": number, "kind": "same", "word": word, "handle": slot_handle(slot)}
     return {
         "block": number,
-        "kind": "raw" if slot & SLOT_SIZE_MASK == BLOCK_SIZE else "lz4",
-        "handle": handle,
-        "payload_bytes": slot & SLOT_SIZE_MASK,
+        "kind": "raw" if what == RAW else "lz4",
+        "handle": slot_handle(slot),
+        "payload_bytes": slot_bytes(slot),
         "obj": at.obj,
         "zspage": at.span,
         "chunk": at.chunk,

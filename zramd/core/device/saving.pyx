@@ -20,6 +20,7 @@ from zramd.core.device.codec cimport decode
 from zramd.core.device.blocks cimport OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, is_touched
 from zramd.core.device.device cimport Device
 from zramd.core.device.numbers cimport requests
+from zramd.core.device.slots cimport SAME, SLOT_LOST, SLOT_SAME, has_object, slot_bytes, slot_handle, slot_kind
 from zramd.core.system.gate cimport gate_close, gate_hold, gate_open, gate_release
 from zramd.core.system.locks cimport (
     load_relaxed,
@@ -30,15 +31,7 @@ from zramd.core.system.locks cimport (
 )
 from zramd.core.system.process cimport be_calm, be_urgent
 from zramd.core.memory.region cimport secret_alloc, secret_free
-from zramd.core.types cimport (
-    BLOCK_SHIFT,
-    BLOCK_SIZE,
-    SLOT_LOST,
-    SLOT_SAME,
-    SLOT_SIZE_MASK,
-    SLOTS_PER_PAGE,
-    slot_handle,
-)
+from zramd.core.types cimport BLOCK_SHIFT, BLOCK_SIZE, SLOTS_PER_PAGE
 
 import os
 import time
@@ -225,12 +218,12 @@ cdef class _Writer(_Stream):
             return 0
         pthread_mutex_lock(&self.device.table.stripes[block % STRIPES])
         slot = self.device.table.get(block)
-        size = slot & SLOT_SIZE_MASK
-        if slot & SLOT_SAME:
-            word = self.device.pool.word_read(slot_handle(slot)) if slot_handle(slot) else 0
+        size = slot_bytes(slot)
+        if slot_kind(slot) == SAME:
+            word = self.device.table.word_of(slot)
             if self.device.table.word_is_sound(block, slot, word):
                 what = SLOT_SAME
-        elif slot and self.device.pool.obj_begin(slot_handle(slot), &payload) == 0:
+        elif has_object(slot) and self.device.pool.obj_begin(slot_handle(slot), &payload) == 0:
             if size and self.device.table.object_is_sound(block, slot, payload):
                 memcpy(out + 8, payload, size)
                 what = size

@@ -21,6 +21,7 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.mman cimport PROT_READ, PROT_WRITE, mprotect
 
+from zramd.core.system.bits cimport bits_set, lowest_bit, lowest_run
 from zramd.core.system.checks cimport zr_assert, zr_crash_point, zr_forget, zr_poison
 from zramd.core.system.locks cimport (
     compare_swap,
@@ -44,18 +45,8 @@ from zramd.core.system.locks cimport (
 from zramd.core.memory.region cimport KEPT_ARENA, Memory, Region, page_unit, region_populate, whole_pages
 from zramd.core.types cimport NIL, PAGE_SHIFT, PAGE_SIZE, SPAN_LENGTHS, SPAN_PAGES, SPAN_SHIFT
 
-cdef extern from *:
-    """
-    #include <unistd.h>
-    #define zr_popcount(x) __builtin_popcount(x)
-    /* The lowest run of neighbours among the bits of a mask that is not 0. */
-    #define zr_lowest_run(x) ((x) & ~((x) + ((x) & -(x))))
-    #define zr_lowest(x) ((uint64_t)__builtin_ctz(x))
-    """
-    int zr_popcount(unsigned int x) noexcept nogil
-    uint32_t zr_lowest_run(uint32_t x) noexcept nogil
-    uint64_t zr_lowest(unsigned int x) noexcept nogil
-    int usleep(unsigned int microseconds) noexcept nogil
+cdef extern from "<unistd.h>" nogil:
+    int usleep(unsigned int microseconds)
 
 cdef enum:
     STOCK_PAGES = 64        # 256 KiB: covers what 16 workers empty and start between two looks of the compactor
@@ -106,7 +97,7 @@ cdef class Arena:
             if self.warm != NIL:
                 span = self.warm
                 self.warm = self.links[span]
-                counter_sub(&self.stock, zr_popcount(self.committed[span]))
+                counter_sub(&self.stock, bits_set(self.committed[span]))
             else:
                 span = self._cold_take()
         pthread_mutex_unlock(&self.lock)
@@ -143,7 +134,7 @@ cdef class Arena:
 
     cdef void give(self, uint32_t span, bint keep) noexcept nogil:
         """Take a span back. With keep, its pages stay resident while the stock has room for them."""
-        cdef int resident = zr_popcount(self.committed[span])
+        cdef int resident = bits_set(self.committed[span])
         if load_relaxed(&self.reserve):
             self._ready_give(span)
             return
@@ -171,7 +162,7 @@ cdef class Arena:
         if not mask & ~<uint32_t>self.committed[span]:
             return 0
         fresh = self.whole(mask) & ~<uint32_t>self.committed[span]
-        n = zr_popcount(fresh)
+        n = bits_set(fresh)
         if not self._charge(n):
             return -ENOSPC
         rc = self.make_ready(span, fresh, True)
@@ -205,9 +196,9 @@ cdef class Arena:
         cdef uint32_t run
         cdef int rc = 0
         while mask and rc == 0 and self.spans.fd >= 0:
-            run = zr_lowest_run(mask)
-            start = self.base + (<uint64_t>span << SPAN_SHIFT) + (zr_lowest(run) << PAGE_SHIFT)
-            size = <uint64_t>zr_popcount(run) << PAGE_SHIFT
+            run = lowest_run(mask)
+            start = self.base + (<uint64_t>span << SPAN_SHIFT) + (lowest_bit(run) << PAGE_SHIFT)
+            size = <uint64_t>bits_set(run) << PAGE_SHIFT
             rc = self.spans.touch(start, size) if unused else self.spans.ready(start, size)
             mask ^= run
         return rc
@@ -234,7 +225,7 @@ cdef class Arena:
         cdef int n
         if self.unit > 1:
             gone &= ~self.whole(self.committed[span] & ~gone)
-        n = zr_popcount(gone)
+        n = bits_set(gone)
         self._release(span, gone)
         if gone:
             zr_crash_point("page-given-back")
@@ -246,8 +237,8 @@ cdef class Arena:
         cdef char *base = self.base + (<uint64_t>span << SPAN_SHIFT)
         cdef uint32_t run
         while mask:
-            run = zr_lowest_run(mask)
-            self.spans.release(base + (zr_lowest(run) << PAGE_SHIFT), <uint64_t>zr_popcount(run) << PAGE_SHIFT)
+            run = lowest_run(mask)
+            self.spans.release(base + (lowest_bit(run) << PAGE_SHIFT), <uint64_t>bits_set(run) << PAGE_SHIFT)
             mask ^= run
 
     cdef uint64_t trim_stock(self) noexcept nogil:
@@ -258,7 +249,7 @@ cdef class Arena:
         while self.warm != NIL:
             span = self.warm
             self.warm = self.links[span]
-            counter_sub(&self.stock, zr_popcount(self.committed[span]))
+            counter_sub(&self.stock, bits_set(self.committed[span]))
             # Not with the lock held: STOCK_PAGES take 20 microseconds, those of a state 60.
             pthread_mutex_unlock(&self.lock)
             n += self.decommit(span, self.committed[span])
@@ -431,7 +422,7 @@ cdef class Arena:
     cdef void _ready_give(self, uint32_t span) noexcept nogil:
         """Take a span back into the reserve; what is too much there the keeper gives back."""
         pthread_mutex_lock(&self.lock)
-        counter_sub(&self.pages, zr_popcount(self.committed[span]))
+        counter_sub(&self.pages, bits_set(self.committed[span]))
         self._ready_push(span)
         pthread_mutex_unlock(&self.lock)
 
@@ -439,18 +430,18 @@ cdef class Arena:
         cdef uint32_t span = self.ready[npages]
         self.ready[npages] = self.links[span]
         owned_sub_32(&self.ready_count[npages], 1)
-        counter_sub(&self.ready_pages, zr_popcount(self.committed[span]))
+        counter_sub(&self.ready_pages, bits_set(self.committed[span]))
         return span
 
     cdef void _ready_push(self, uint32_t span) noexcept nogil:
         """List a free span by its length; one with gaps, which huge zspages have, is only to be given back."""
         cdef uint32_t mask = self.committed[span], n = 0
         if mask & (mask + 1) == 0:
-            n = zr_popcount(mask)
+            n = bits_set(mask)
         self.links[span] = self.ready[n]
         self.ready[n] = span
         owned_add_32(&self.ready_count[n], 1)
-        counter_add(&self.ready_pages, zr_popcount(mask))
+        counter_add(&self.ready_pages, bits_set(mask))
         if self.keeper_sleeps and self.ready_count[n] > 2 * self._ready_wanted(n):
             pthread_cond_signal(&self.work)
 
@@ -506,7 +497,7 @@ cdef class Arena:
             where[0] = span
             if self.committed[span] != self.whole(self.committed[span]):
                 return "a span has a part of a page"
-            pages += zr_popcount(self.committed[span])
+            pages += bits_set(self.committed[span])
         span = self.warm
         while span != NIL:
             where[0] = span
@@ -515,7 +506,7 @@ cdef class Arena:
                 return "the list of warm spans is broken"
             if self.committed[span] == 0:
                 return "a warm span has no resident page"
-            stock += zr_popcount(self.committed[span])
+            stock += bits_set(self.committed[span])
             span = self.links[span]
         span = self.cold
         while span != NIL:
@@ -536,7 +527,7 @@ cdef class Arena:
                     return "a list of the reserve is broken"
                 if n and self.committed[span] != (1 << n) - 1:
                     return "a ready span has not the pages of its length"
-                ready += zr_popcount(self.committed[span])
+                ready += bits_set(self.committed[span])
                 span = self.links[span]
             if count != self.ready_count[n]:
                 return "the count of a list of the reserve differs from the list"

@@ -35,6 +35,7 @@ from posix.mman cimport (
     munmap,
 )
 
+from zramd.core.system.advice cimport MADV_DONTNEED_LOCKED, MADV_POPULATE_WRITE
 from zramd.core.system.process cimport memory_is_locked
 from zramd.core.types cimport PAGE_SHIFT, PAGE_SIZE, SPAN_SIZE
 
@@ -54,12 +55,6 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include <sys/vfs.h>
     #include <unistd.h>
-    #ifndef MADV_POPULATE_WRITE
-    #define MADV_POPULATE_WRITE 23      /* Linux 5.14 */
-    #endif
-    #ifndef MADV_DONTNEED_LOCKED
-    #define MADV_DONTNEED_LOCKED 24     /* Linux 5.18 */
-    #endif
     #ifndef SEEK_DATA
     #define SEEK_DATA 3
     #define SEEK_HOLE 4
@@ -99,7 +94,7 @@ cdef extern from *:
         return fstatfs(fd, &s) ? -1 : (long)s.f_type & 0xFFFFFFFF;
     }
     """
-    int MADV_NOHUGEPAGE, MADV_DONTDUMP, MADV_DODUMP, MADV_POPULATE_WRITE, MADV_DONTNEED_LOCKED, SEEK_DATA, SEEK_HOLE
+    int MADV_NOHUGEPAGE, MADV_DONTDUMP, MADV_DODUMP, SEEK_DATA, SEEK_HOLE
     int posix_memalign(void **start, size_t alignment, size_t size) noexcept nogil
     int take_room(int fd, uint64_t offset, uint64_t size) noexcept nogil
     int fault_in(void *p) noexcept nogil

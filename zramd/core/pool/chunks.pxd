@@ -9,7 +9,15 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from zramd.core.pool.pool cimport SPARES, Pool
-from zramd.core.pool.size_classes cimport LENT_OUT, all_chunks, chunks_of_page, is_mapped, pages_of_chunk, size_class
+from zramd.core.pool.size_classes cimport (
+    LENT_OUT,
+    all_chunks,
+    chunks_of_page,
+    is_huge,
+    is_mapped,
+    pages_of_chunk,
+    size_class,
+)
 from zramd.core.system.bits cimport highest_bit_64, lowest_bit, lowest_bit_64
 from zramd.core.system.checks cimport FILL_FREED, FILL_FRESH, zr_fill, zr_poison, zr_unpoison
 from zramd.core.system.locks cimport load_relaxed, owned_add, owned_add_32, owned_sub, owned_sub_32, store_relaxed
@@ -20,10 +28,28 @@ from zramd.core.types cimport (
     NO_CHUNK,
     NO_ZSPAGE,
     PAGE_SHIFT,
-    PAGE_SIZE,
     SPAN_SHIFT,
+    free_header,
+    header_is_live,
+    header_next,
+    header_of,
     zspage,
 )
+
+cdef inline char *chunk_at(Pool pool, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil:
+    return pool.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size
+
+cdef inline uint32_t header_at(Pool pool, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil:
+    cdef uint32_t header
+    memcpy(&header, chunk_at(pool, c, span, chunk), HEADER_SIZE)
+    return header
+
+cdef inline void set_header(char *start, uint32_t header) noexcept nogil:
+    memcpy(start, &header, HEADER_SIZE)
+
+cdef inline bint is_resident(Pool pool, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil:
+    """Whether all pages that a chunk touches are."""
+    return not pages_of_chunk(c, chunk) & ~<uint32_t>pool.arena.committed[span]
 
 cdef inline int list_take(Pool pool, size_class *c, uint32_t span, bint resident) noexcept nogil:
     """Take the first chunk off the free list, its pages are there already; else one that was never used."""
@@ -32,16 +58,16 @@ cdef inline int list_take(Pool pool, size_class *c, uint32_t span, bint resident
     cdef int rc
     if z.free != NO_CHUNK:
         chunk = z.free
-        memcpy(&header, pool.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size, HEADER_SIZE)
-        next = header >> 1
-        if header & 1 or (next != NO_CHUNK and next >= z.fresh):
+        header = header_at(pool, c, span, chunk)
+        next = header_next(header)
+        if header_is_live(header) or (next != NO_CHUNK and next >= z.fresh):
             # The link was overwritten in memory. What follows it is lost until the next start.
             z.free = NO_CHUNK
             return -ENOSPC
         z.free = <uint16_t>next
         return <int>chunk
     chunk = z.fresh
-    if chunk == c.objs or (resident and pages_of_chunk(c, chunk) & ~<uint32_t>pool.arena.committed[span]):
+    if chunk == c.objs or (resident and not is_resident(pool, c, span, chunk)):
         return -ENOSPC
     rc = chunk_commit(pool, c, span, chunk)
     if rc:
@@ -55,11 +81,11 @@ cdef inline int mapped_take(Pool pool, size_class *c, uint32_t span, bint reside
     cdef uint64_t free = ~z.used & all_chunks(c), bits = free & chunks_below(pool, c, span)
     cdef uint32_t chunk, i
     cdef int rc
-    while bits and pages_of_chunk(c, lowest_bit_64(bits)) & ~<uint32_t>pool.arena.committed[span]:
+    while bits and not is_resident(pool, c, span, lowest_bit_64(bits)):
         bits &= bits - 1
     if bits:
         chunk = lowest_bit_64(bits)
-        for i in range(pool.spares if c.size == PAGE_SIZE else 0):
+        for i in range(pool.spares if is_huge(c) else 0):
             if pool.spare[i] == span:
                 spare_drop(pool, i)
                 break
@@ -80,15 +106,13 @@ cdef inline int chunk_take(Pool pool, size_class *c, uint32_t span, uint64_t han
     """
     cdef zspage *z = &pool.zspages[span]
     cdef char *start
-    cdef uint32_t header
     cdef int chunk = mapped_take(pool, c, span, resident) if is_mapped(c) else list_take(pool, c, span, resident)
     if chunk < 0:
         return chunk
-    start = pool.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size
+    start = chunk_at(pool, c, span, chunk)
     zr_unpoison(start, c.size)
-    if c.size != PAGE_SIZE:
-        header = <uint32_t>handle << 1 | 1
-        memcpy(start, &header, HEADER_SIZE)
+    if not is_huge(c):
+        set_header(start, header_of(handle))
         zr_fill(start + HEADER_SIZE, FILL_FRESH, c.size - HEADER_SIZE)
     z.inuse += 1
     owned_add(&c.inuse, 1)
@@ -96,7 +120,7 @@ cdef inline int chunk_take(Pool pool, size_class *c, uint32_t span, uint64_t han
 
 cdef inline int chunk_commit(Pool pool, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil:
     """Count the pages of a chunk as resident; 0, or what Arena.commit says."""
-    cdef char *last = pool.arena.base + (<uint64_t>span << SPAN_SHIFT) + (chunk + 1) * c.size - 1
+    cdef char *last = chunk_at(pool, c, span, chunk + 1) - 1
     cdef int n = pool.arena.commit(span, pages_of_chunk(c, chunk))
     if n < 0:
         return n
@@ -120,7 +144,7 @@ cdef inline uint64_t mapped_room(Pool pool, size_class *c, uint32_t span) noexce
     """Bitmap of the free chunks whose pages are resident."""
     cdef uint64_t bits = ~pool.zspages[span].used & chunks_below(pool, c, span), room = 0
     while bits:
-        if not pages_of_chunk(c, lowest_bit_64(bits)) & ~<uint32_t>pool.arena.committed[span]:
+        if is_resident(pool, c, span, lowest_bit_64(bits)):
             room |= bits & -bits
         bits &= bits - 1
     return room
@@ -128,15 +152,13 @@ cdef inline uint64_t mapped_room(Pool pool, size_class *c, uint32_t span) noexce
 cdef inline bint chunk_holds(Pool pool, size_class *c, uint32_t span, uint32_t chunk, uint64_t handle) noexcept nogil:
     """Whether a chunk holds the object of handle, as far as it tells."""
     cdef zspage *z = &pool.zspages[span]
-    cdef uint32_t header
     if z.group == NO_ZSPAGE or &pool.classes[z.class_index] != c or chunk >= z.fresh:
         return False
     if is_mapped(c) and not z.used >> chunk & 1:
         return False
-    if c.size == PAGE_SIZE:
+    if is_huge(c):
         return True
-    memcpy(&header, pool.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size, HEADER_SIZE)
-    return header == (<uint32_t>handle << 1 | 1)
+    return header_at(pool, c, span, chunk) == header_of(handle)
 
 cdef inline void spare_add(Pool pool, uint32_t span) noexcept nogil:
     pool.spare[pool.spares] = span
@@ -169,8 +191,7 @@ cdef inline void spare_page(Pool pool, size_class *c, uint32_t span, uint32_t pa
 
 cdef inline void chunk_give(Pool pool, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil:
     cdef zspage *z = &pool.zspages[span]
-    cdef char *start = pool.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size
-    cdef uint32_t header = <uint32_t>z.free << 1
+    cdef char *start = chunk_at(pool, c, span, chunk)
     z.inuse -= 1
     owned_sub(&c.inuse, 1)
     store_relaxed(&c.stuck, 0)
@@ -178,10 +199,10 @@ cdef inline void chunk_give(Pool pool, size_class *c, uint32_t span, uint32_t ch
     if is_mapped(c):
         z.used &= ~(<uint64_t>1 << chunk)
         zr_poison(start, c.size)
-        if c.size == PAGE_SIZE:
+        if is_huge(c):
             spare_page(pool, c, span, chunk)
         return
-    memcpy(start, &header, HEADER_SIZE)
+    set_header(start, free_header(z.free))
     # The first 8 bytes hold the link, which is ours to read.
     zr_poison(start + CHUNK_ALIGN, c.size - CHUNK_ALIGN)
     z.free = <uint16_t>chunk
@@ -189,28 +210,22 @@ cdef inline void chunk_give(Pool pool, size_class *c, uint32_t span, uint32_t ch
 cdef inline uint32_t next_used(Pool pool, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil:
     """The first chunk from `chunk` on that holds an object, or fresh."""
     cdef zspage *z = &pool.zspages[span]
-    cdef uint32_t header = 0
     if z.inuse == 0 or chunk >= z.fresh:
         return z.fresh
     if is_mapped(c):
         return lowest_bit_64(z.used >> chunk << chunk) if z.used >> chunk else z.fresh
-    while chunk < z.fresh:
-        memcpy(&header, pool.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size, HEADER_SIZE)
-        if header & 1:
-            break
+    while chunk < z.fresh and not header_is_live(header_at(pool, c, span, chunk)):
         chunk += 1
     return chunk
 
 cdef inline uint32_t last_used(Pool pool, size_class *c, uint32_t span, uint32_t end) noexcept nogil:
     """The last chunk below `end` that holds an object, or NIL."""
     cdef uint64_t bits
-    cdef uint32_t header = 0
     if is_mapped(c):
         bits = pool.zspages[span].used & (all_chunks(c) if end == c.objs else (<uint64_t>1 << end) - 1)
         return highest_bit_64(bits) if bits else <uint32_t>NIL
     while end:
         end -= 1
-        memcpy(&header, pool.arena.base + (<uint64_t>span << SPAN_SHIFT) + end * c.size, HEADER_SIZE)
-        if header & 1:
+        if header_is_live(header_at(pool, c, span, end)):
             return end
     return NIL

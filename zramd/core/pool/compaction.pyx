@@ -12,7 +12,18 @@ from libc.errno cimport EBUSY, EDQUOT, ENOSPC
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from zramd.core.pool.chunks cimport chunk_give, chunk_take, last_used, mapped_room, next_used, spare_drop, unused_pages
+from zramd.core.pool.chunks cimport (
+    chunk_at,
+    chunk_give,
+    chunk_take,
+    header_at,
+    last_used,
+    mapped_room,
+    next_used,
+    set_header,
+    spare_drop,
+    unused_pages,
+)
 from zramd.core.pool.pool cimport Pool
 from zramd.core.pool.size_classes cimport LENT_OUT, STUCK, is_mapped, lock_class, pages_below, size_class
 from zramd.core.pool.zspages cimport (
@@ -53,8 +64,11 @@ from zramd.core.types cimport (
     NIL,
     NO_CHUNK,
     PAGE_SHIFT,
-    SPAN_SHIFT,
     cell_obj,
+    free_header,
+    header_handle,
+    header_is_live,
+    header_next,
     zspage,
 )
 
@@ -339,7 +353,7 @@ cdef void pack_list(Pool pool, size_class *c, uint32_t span, uint64_t *budget) n
     """Move the objects of a zspage to its first pages."""
     cdef zspage *z = &pool.zspages[span]
     cdef uint32_t enough = (pages_below(c, z.inuse) << PAGE_SHIFT) // c.size    # chunks on the pages that stay
-    cdef uint32_t chunk, header
+    cdef uint32_t chunk
     list_chunks(pool, c, span)
     chunk = last_used(pool, c, span, z.fresh)
     while chunk != NIL and chunk >= enough and budget[0]:
@@ -347,8 +361,7 @@ cdef void pack_list(Pool pool, size_class *c, uint32_t span, uint64_t *budget) n
             break
         budget[0] -= min(c.size, budget[0])
         # The lowest free chunk is to be the first of the list, not this one.
-        memcpy(&header, pool.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size, HEADER_SIZE)
-        z.free = <uint16_t>(header >> 1)
+        z.free = <uint16_t>header_next(header_at(pool, c, span, chunk))
         chunk = last_used(pool, c, span, chunk)
     list_chunks(pool, c, span)
 
@@ -442,18 +455,16 @@ cdef void list_chunks(Pool pool, size_class *c, uint32_t span) noexcept nogil:
     """List the free chunks of a zspage again, lowest first; those above the last object are as never used."""
     cdef zspage *z = &pool.zspages[span]
     cdef char *start
-    cdef uint32_t chunk, header, i, last = z.fresh
+    cdef uint32_t chunk, i, last = z.fresh
     z.free = NO_CHUNK
     z.fresh = 0
     for i in range(last):
         chunk = last - 1 - i
-        start = pool.arena.base + (<uint64_t>span << SPAN_SHIFT) + chunk * c.size
-        memcpy(&header, start, HEADER_SIZE)
-        if header & 1:
+        start = chunk_at(pool, c, span, chunk)
+        if header_is_live(header_at(pool, c, span, chunk)):
             z.fresh = <uint16_t>max(<uint32_t>z.fresh, chunk + 1)
         elif z.fresh:
-            header = <uint32_t>z.free << 1
-            memcpy(start, &header, HEADER_SIZE)
+            set_header(start, free_header(z.free))
             z.free = <uint16_t>chunk
         else:
             zr_poison(start, c.size)
@@ -466,13 +477,10 @@ cdef int move_object(Pool pool, size_class *c, uint32_t src, uint32_t chunk, siz
     -EBUSY: its pin is held, or it was lent to c already, so that no object creeps up class by class; or what
     chunk_take says.
     """
-    cdef uint64_t obj = (<uint64_t>src << SPAN_SHIFT) + chunk * c.size, handle, cell
-    cdef char *old = pool.arena.base + obj
+    cdef char *old = chunk_at(pool, c, src, chunk)
     cdef char *new
-    cdef uint32_t header
+    cdef uint64_t obj = old - pool.arena.base, handle = header_handle(header_at(pool, c, src, chunk)), cell
     cdef int room
-    memcpy(&header, old, HEADER_SIZE)
-    handle = header >> 1
     if handle >= load_relaxed(&pool.cells_top):
         return -EBUSY
     cell = load_relaxed(&pool.cells[handle])
@@ -487,7 +495,7 @@ cdef int move_object(Pool pool, size_class *c, uint32_t src, uint32_t chunk, siz
         store_release(&pool.cells[handle], cell)
         return room
     zr_crash_point("move-chunk-taken")
-    new = pool.arena.base + (<uint64_t>dst << SPAN_SHIFT) + room * d.size
+    new = chunk_at(pool, d, dst, room)
     memcpy(new + HEADER_SIZE, old + HEADER_SIZE, c.size - HEADER_SIZE)
     zr_crash_point("move-copied")
     cell = cell ^ obj ^ <uint64_t>(new - pool.arena.base)

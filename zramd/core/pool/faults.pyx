@@ -3,9 +3,9 @@
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from zramd.core.pool.chunks cimport next_used
+from zramd.core.pool.chunks cimport header_at, is_resident, next_used
 from zramd.core.pool.pool cimport Pool
-from zramd.core.pool.size_classes cimport all_chunks, fullness, is_mapped, pages_of_chunk, size_class
+from zramd.core.pool.size_classes cimport all_chunks, fullness, is_huge, is_mapped, size_class
 from zramd.core.pool.zspages cimport has_resident_room
 from zramd.core.system.bits cimport bits_set
 from zramd.core.system.locks cimport load_relaxed, load_relaxed_32
@@ -20,6 +20,10 @@ from zramd.core.types cimport (
     NO_ZSPAGE,
     SPAN_SHIFT,
     cell_obj,
+    header_handle,
+    header_is_live,
+    header_next,
+    next_cell,
     zspage,
 )
 
@@ -55,7 +59,7 @@ cdef const char *find_pool_fault(Pool pool, uint64_t *where, uint64_t words) noe
         listed += 1
         if handle >= pool.cells_top or listed > pool.cells_top or pool.cells[handle] & CELL_TAGS:
             return "the list of free cells is broken"
-        handle = pool.cells[handle] >> 3
+        handle = next_cell(pool.cells[handle])
     where[0] = 0
     if listed + pool.cells_used + 1 != pool.cells_top:
         return "cells in use and free cells do not add up"
@@ -108,7 +112,7 @@ cdef const char *find_class_fault(Pool pool, uint32_t index, uint64_t *where) no
                 return "a zspage that may have room is behind one that has none"
             inuse += z.inuse
             committed += bits_set(pool.arena.committed[span])
-            if index == pool.huge:
+            if is_huge(c):
                 unused = bits_set(pool.arena.committed[span] & ~pool.arena.whole(<uint32_t>z.used))
                 for i in range(pool.spares):
                     unused -= pool.spare[i] == span
@@ -140,9 +144,9 @@ cdef const char *find_one_zspage_fault(Pool pool, uint32_t index, uint32_t span)
     chunk = next_used(pool, c, span, 0)
     while chunk < z.fresh:
         live += 1
-        if pages_of_chunk(c, chunk) & ~<uint32_t>pool.arena.committed[span]:
+        if not is_resident(pool, c, span, chunk):
             return "a chunk in use is on a page that is not resident"
-        if index != pool.huge:
+        if not is_huge(c):
             wrong = find_chunk_fault(pool, c, obj + chunk * c.size)
             if wrong != NULL:
                 return wrong
@@ -158,12 +162,12 @@ cdef const char *find_one_zspage_fault(Pool pool, uint32_t index, uint32_t span)
         unused += 1
         if chunk >= z.fresh or unused > z.fresh:
             return "the free list of a zspage is broken"
-        if pages_of_chunk(c, chunk) & ~<uint32_t>pool.arena.committed[span]:
+        if not is_resident(pool, c, span, chunk):
             return "a chunk on the free list is on a page that is not resident"
-        memcpy(&header, pool.arena.base + obj + chunk * c.size, HEADER_SIZE)
-        if header & 1:
+        header = header_at(pool, c, span, chunk)
+        if header_is_live(header):
             return "an allocated chunk is on the free list"
-        chunk = header >> 1
+        chunk = header_next(header)
     if unused + z.inuse != z.fresh:
         return "a free chunk is not on the free list"
     return NULL
@@ -173,11 +177,11 @@ cdef const char *find_chunk_fault(Pool pool, size_class *c, uint64_t obj) noexce
     cdef uint32_t header
     cdef uint64_t cell
     memcpy(&header, pool.arena.base + obj, HEADER_SIZE)
-    if not header & 1:
+    if not header_is_live(header):
         return "a chunk in use has the header of a free one"
-    if header >> 1 == 0 or header >> 1 >= pool.cells_top:
+    if header_handle(header) == 0 or header_handle(header) >= pool.cells_top:
         return "a header names no cell"
-    cell = pool.cells[header >> 1]
+    cell = pool.cells[header_handle(header)]
     if cell_obj(cell) != obj or not cell & CELL_LIVE:
         return "a header's cell does not point back"
     return NULL

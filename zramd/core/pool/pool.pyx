@@ -40,8 +40,8 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from zramd.core.memory.arena cimport Arena, pages_load
 from zramd.core.memory.region cimport KEPT_PAGES, KEPT_POOL, Memory, Region, page_unit, whole_pages
-from zramd.core.pool.chunks cimport chunk_give, chunk_holds, chunk_take, spare_add
-from zramd.core.pool.size_classes cimport is_mapped, lock_class, size_class
+from zramd.core.pool.chunks cimport chunk_at, chunk_give, chunk_holds, chunk_take, spare_add
+from zramd.core.pool.size_classes cimport is_huge, is_mapped, lock_class, size_class
 from zramd.core.pool.zspages cimport (
     SIFT_TRIES,
     find_room,
@@ -51,7 +51,7 @@ from zramd.core.pool.zspages cimport (
     zspage_regroup,
     zspage_unlink,
 )
-from zramd.core.system.bits cimport bits_set
+from zramd.core.system.bits cimport bits_set, prefetch
 from zramd.core.system.checks cimport zr_assert, zr_crash_point
 from zramd.core.system.locks cimport (
     compare_swap,
@@ -97,16 +97,13 @@ from zramd.core.types cimport (
     SPAN_SHIFT,
     SPAN_SIZE,
     cell_obj,
+    free_cell,
+    next_cell,
+    pages_of,
     zspage,
 )
 
 from zramd.core.pool.size_classes import CLASSES
-
-cdef extern from *:
-    """
-    #define prefetch(p) __builtin_prefetch(p)
-    """
-    void prefetch(const void *p) noexcept nogil
 
 cdef enum:
     PIN_SPINS = 200         # about a decompression; then let the holder of the pin run
@@ -183,7 +180,7 @@ cdef class Pool:
             next = load_relaxed(&self.cells[handle])
             if next & CELL_TAGS:
                 handle = 0      # overwritten in memory: what follows it is lost until the next start
-            self.cells_free = next >> 3 if handle and next >> 3 < self.cells_top else 0
+            self.cells_free = next_cell(next) if handle and next_cell(next) < self.cells_top else 0
         if handle == 0:
             if self.cells_top > self.max_objects + CELLS_SLACK:
                 rc = -ENOMEM
@@ -203,7 +200,7 @@ cdef class Pool:
 
     cdef void _cell_give(self, uint64_t handle) noexcept nogil:
         pthread_mutex_lock(&self.cells_lock)
-        store_release(&self.cells[handle], self.cells_free << 3)
+        store_release(&self.cells[handle], free_cell(self.cells_free))
         self.cells_free = handle
         owned_sub(&self.cells_used, 1)
         pthread_mutex_unlock(&self.cells_lock)
@@ -278,7 +275,7 @@ cdef class Pool:
         cdef int chunk = -ENOSPC
         cdef char *start
         lock_class(c)
-        if index == self.huge and self.spares:
+        if is_huge(c) and self.spares:
             span = self.spare[self.spares - 1]
             chunk = chunk_take(self, c, <uint32_t>span, handle, False)
         if chunk < 0:
@@ -295,10 +292,10 @@ cdef class Pool:
                     self.arena.give(<uint32_t>span, False)
         if chunk >= 0:
             zspage_regroup(self, c, <uint32_t>span)
-            start = self.arena.base + (span << SPAN_SHIFT) + chunk * c.size
+            start = chunk_at(self, c, <uint32_t>span, chunk)
             zr_crash_point("chunk-taken")
             store_release(&self.cells[handle], <uint64_t>(start - self.arena.base) | CELL_LIVE | CELL_PIN)
-            payload[0] = start if index == self.huge else start + HEADER_SIZE
+            payload[0] = start if is_huge(c) else start + HEADER_SIZE
             zr_crash_point("cell-stored")
         pthread_mutex_unlock(&c.lock)
         if chunk >= 0:
@@ -312,7 +309,7 @@ cdef class Pool:
         cdef int chunk = -ENOSPC
         # All pages of huge zspages are alike, and those that are resident are in use, or spare. But of larger pages of the
         # kernel a part may be in use.
-        cdef bint may_have_room = c.size != PAGE_SIZE or c.unit > 1
+        cdef bint may_have_room = not is_huge(c) or c.unit > 1
         # With a reserve, a new zspage from there is better than the pages that a part-filled one has not.
         if load_relaxed(&self.arena.reserve):
             return self._resident_take(c, handle, span) if may_have_room else chunk
@@ -368,10 +365,10 @@ cdef class Pool:
         store_relaxed_16(&z.class_index, <uint16_t>index)    # _await_mover looks at it without a lock
         self.span_class[span] = <uint8_t>(index + 1)
         zr_crash_point("class-stored")
-        if index == self.huge and c.unit > 1:
+        if is_huge(c) and c.unit > 1:
             if not load_relaxed(&self.arena.reserve):
                 self.arena.decommit(<uint32_t>span, ~<uint32_t>0)
-        elif index == self.huge:
+        elif is_huge(c):
             for page in range(SPAN_PAGES):
                 if self.arena.committed[span] >> page & 1:
                     if self.spares < SPARES:
@@ -456,7 +453,7 @@ cdef class Pool:
         if self.zspages[span].group != ISOLATED:
             if self.zspages[span].inuse:
                 zspage_regroup(self, c, span)
-                if is_mapped(c) and index != self.huge:
+                if is_mapped(c) and not is_huge(c):
                     give_pages(self, c, span, chunk)
             else:
                 zspage_unlink(self, c, span)
@@ -520,7 +517,7 @@ cdef class Pool:
     cdef void set_mem_limit(self, uint64_t limit) noexcept nogil:
         """Rounded up to pages. Raising and lowering it takes effect at once."""
         cdef uint32_t i
-        store_relaxed(&self.arena.limit, (limit >> PAGE_SHIFT) + (1 if limit & (PAGE_SIZE - 1) else 0))
+        store_relaxed(&self.arena.limit, pages_of(limit))
         # Who compacts now had the old one: what it tries in vain may be worth a try.
         counter_add(&self.undone, 1)
         for i in range(self.class_count):

@@ -28,6 +28,10 @@ cdef inline bint is_mapped(size_class *c) noexcept nogil:
     """Whether zspages of the class have a bitmap of the chunks in use, not a list of the free ones."""
     return c.objs <= MAPPED_CHUNKS
 
+cdef inline bint is_huge(size_class *c) noexcept nogil:
+    """Whether it is the class of raw blocks: a page each, without a header."""
+    return c.size == PAGE_SIZE
+
 cdef inline uint32_t pages_below(size_class *c, uint32_t chunks) noexcept nogil:
     """Pages that the first chunks of a zspage need."""
     return (((chunks * c.size + PAGE_SIZE - 1) >> PAGE_SHIFT) + c.unit - 1) & ~(c.unit - 1)

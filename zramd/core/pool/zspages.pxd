@@ -5,13 +5,13 @@ In a header for the same reason as chunks.pxd.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from zramd.core.pool.chunks cimport mapped_room, spare_drop, unused_pages
+from zramd.core.pool.chunks cimport is_resident, mapped_room, spare_drop, unused_pages
 from zramd.core.pool.pool cimport Pool
-from zramd.core.pool.size_classes cimport STUCK, fullness, is_mapped, pages_below, pages_of_chunk, size_class
+from zramd.core.pool.size_classes cimport STUCK, fullness, is_huge, is_mapped, pages_below, pages_of_chunk, size_class
 from zramd.core.system.bits cimport bits_set
 from zramd.core.system.checks cimport zr_assert
 from zramd.core.system.locks cimport load_relaxed, owned_add, owned_sub
-from zramd.core.types cimport GROUP_FULL, ISOLATED, NIL, NO_CHUNK, NO_ZSPAGE, PAGE_SIZE, zspage
+from zramd.core.types cimport GROUP_FULL, ISOLATED, NIL, NO_CHUNK, NO_ZSPAGE, zspage
 
 cdef enum:
     SIFT_TRIES = 64         # zspages that are looked at for room on resident pages before others get the class lock: 10 us
@@ -72,7 +72,7 @@ cdef inline uint32_t zspage_gone(Pool pool, size_class *c, uint32_t span) noexce
     """Take an empty, unlisted zspage out of its class; how many resident pages it had. Then arena.give the span."""
     cdef uint32_t pages = bits_set(pool.arena.committed[span]), i = 0
     zr_assert(pool.zspages[span].inuse == 0)
-    while c.size == PAGE_SIZE and i < pool.spares:
+    while is_huge(c) and i < pool.spares:
         if pool.spare[i] == span:
             spare_drop(pool, i)
         else:
@@ -87,7 +87,7 @@ cdef inline bint has_resident_room(Pool pool, size_class *c, uint32_t span) noex
     cdef zspage *z = &pool.zspages[span]
     if is_mapped(c):
         return mapped_room(pool, c, span) != 0
-    return z.free != NO_CHUNK or not pages_of_chunk(c, z.fresh) & ~<uint32_t>pool.arena.committed[span]
+    return z.free != NO_CHUNK or is_resident(pool, c, span, z.fresh)
 
 cdef inline uint32_t find_room(Pool pool, size_class *c, uint32_t group, uint32_t *tries) noexcept nogil:
     """The first zspage of a fullness group with room on resident pages; NIL: none, or tries[0] are used up.
@@ -120,7 +120,7 @@ cdef inline uint64_t freeable(Pool pool, size_class *c) noexcept nogil:
     """
     cdef uint64_t inuse = load_relaxed(&c.inuse), limit = load_relaxed(&pool.arena.limit), best, part
     cdef bint full = limit and load_relaxed(&pool.arena.pages) + 2 * c.unit > limit
-    if c.size == PAGE_SIZE or inuse == 0 or (
+    if is_huge(c) or inuse == 0 or (
             load_relaxed(&c.stuck) & STUCK and (full or load_relaxed(&pool.arena.reserve))):
         return 0
     best = inuse // c.objs * c.pages
