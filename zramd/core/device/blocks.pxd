@@ -1,5 +1,6 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from zramd.core.system.gate cimport gate
 from zramd.core.system.latency cimport latency
 from zramd.core.system.locks cimport pthread_mutex_t
 from zramd.core.memory.region cimport Memory, Region
@@ -100,6 +101,7 @@ cdef class Blocks:
     cdef int populate(self) noexcept nogil
     cdef void clear(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil
-    cdef const char *find_fault(self, walk *w, uint64_t *where) noexcept nogil
+    cdef const char *find_fault(self, gate *closed, uint64_t *where) noexcept nogil
+    cdef const char *_find_piece_fault(self, walk *w, uint64_t *where) noexcept nogil
     cdef const char *_find_slot_fault(self, walk *w, uint64_t *where) noexcept nogil
     cdef const char *_find_count_fault(self, uint64_t *where) noexcept nogil

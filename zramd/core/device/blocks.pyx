@@ -36,12 +36,14 @@ from zramd.core.device.slots cimport (
     slot_handle,
     slot_kind,
 )
+from zramd.core.system.gate cimport gate, gate_close, gate_open
 from zramd.core.system.locks cimport (
     counter_add,
     load_acquire,
     load_relaxed,
     load_relaxed_32,
     mutex_inherit,
+    nap,
     pthread_mutex_destroy,
     pthread_mutex_init,
     pthread_mutex_lock,
@@ -50,7 +52,7 @@ from zramd.core.system.locks cimport (
     store_release,
 )
 from zramd.core.memory.region cimport KEPT_DEVICE, Memory, Region, secret_alloc, secret_free, whole_pages
-from zramd.core.pool.compaction cimport make_room
+from zramd.core.pool.compaction cimport compact_begin, compact_end, make_room
 from zramd.core.pool.faults cimport find_pool_fault, find_zspage_fault
 from zramd.core.pool.pool cimport Pool
 from zramd.core.types cimport (
@@ -417,9 +419,24 @@ cdef class Blocks:
             + self.pool.metadata_bytes()
         )
 
-    cdef const char *find_fault(self, walk *w, uint64_t *where) noexcept nogil:
-        """A piece of a walk over every structure, until w.done; NULL, or what is wrong, with a block, handle or span in
-        where[0]. Nobody else may be here, but between two pieces they may.
+    cdef const char *find_fault(self, gate *closed, uint64_t *where) noexcept nogil:
+        """Walk every structure, piece by piece with the gate closed; NULL, or what is wrong, with a block, handle or span
+        in where[0]."""
+        cdef const char *wrong = NULL
+        cdef walk w
+        memset(&w, 0, sizeof(w))
+        while wrong == NULL and not w.done:
+            gate_close(closed)
+            compact_begin(self.pool)
+            wrong = self._find_piece_fault(&w, where)
+            compact_end(self.pool)
+            gate_open(closed)
+            if not w.done:
+                nap()       # who waits at the gate is only woken up by that, and is not to find it closed once more
+        return wrong
+
+    cdef const char *_find_piece_fault(self, walk *w, uint64_t *where) noexcept nogil:
+        """A piece of that walk, until w.done. Nobody else may be here, but between two pieces they may.
 
         First each slot with its object, then each zspage with its chunks: what is right or wrong by itself. Last, and at
         one moment, all that is counted and listed.

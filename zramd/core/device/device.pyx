@@ -12,11 +12,11 @@ Lock order: gate, then those of blocks.pyx.
 cimport cython
 from libc.errno cimport EDQUOT, EINVAL, EIO, ENOMEM
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 
-from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, OPS, Blocks, is_touched, op, scratch, walk
+from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, OPS, Blocks, is_touched, op, scratch
 from zramd.core.device.numbers cimport describe_block, requests, table_latencies, table_stats
 from zramd.core.device.slots cimport is_zeros
 from zramd.core.system.gate cimport (
@@ -34,7 +34,6 @@ from zramd.core.system.locks cimport (
     counter_sub,
     load_relaxed,
     mutex_inherit,
-    nap,
     owned_add,
     pthread_mutex_destroy,
     pthread_mutex_init,
@@ -68,6 +67,18 @@ cdef enum:
     # NBD's block status flags
     STATE_HOLE = 1
     STATE_ZERO = 2
+
+cdef inline piece pieces_of(uint64_t offset, uint64_t length) noexcept nogil:
+    """A walk over a range that is to begin with Device._next."""
+    cdef piece p
+    p.offset = offset
+    p.end = offset + length
+    p.block = p.at = p.size = p.steps = 0
+    return p
+
+cdef inline bint has_parts(uint64_t offset, uint64_t length) noexcept nogil:
+    """Whether a range begins or ends within a block."""
+    return ((offset | length) & (BLOCK_SIZE - 1)) != 0
 
 
 cdef int time_by_ticks() except -1:
@@ -109,6 +120,7 @@ cdef class Device:
     def __cinit__(self, uint64_t disksize, *, uint64_t mem_limit=0, int acceleration=1, int state=-1,
                   bint verify=False, progress=None):
         cdef Memory memory
+        cdef Recovery recovery
         pthread_mutex_init(&self.gate.lock, NULL)
         if not 0 < disksize <= <uint64_t>MAX_DISKSIZE:
             raise ValueError(f"disksize {disksize} is out of range: 1 to {MAX_DISKSIZE} bytes")
@@ -122,7 +134,9 @@ cdef class Device:
         if state >= 0:
             if os.fstat(state).st_size != memory.end:
                 raise ValueError(f"a state of {os.fstat(state).st_size} bytes is not one of {memory.end} bytes")
-            self._take_over(progress)
+            recovery = Recovery(self.table)
+            recovery.run(progress)
+            self.recovered = recovery.numbers()
             if self.kept.loading:
                 self.reset()
                 self.kept.loading = 0
@@ -147,20 +161,6 @@ cdef class Device:
         was taken over. A device begins with a new one when it is empty, reset, or loaded."""
         return f"{self.kept.data_id[1]:016x}{self.kept.data_id[0]:016x}"
 
-    def _take_over(self, progress):
-        """Rebuild from the state all that is not in it."""
-        cdef Recovery recovery = Recovery(self.table)
-        recovery.run(progress)
-        self.n.pages_stored = recovery.stored
-        self.n.compr_data_size = recovery.compr
-        self.n.same_pages = recovery.same
-        self.n.huge_pages = recovery.huge
-        self.table.touched_pages = recovery.slot_pages
-        self.recovery_ms = recovery.milliseconds
-        self.recovered_blocks = recovery.stored
-        self.leaked_objects = recovery.leaked
-        self.lost_blocks = recovery.lost
-
     def __dealloc__(self):
         pthread_mutex_destroy(&self.gate.lock)
 
@@ -177,20 +177,13 @@ cdef class Device:
     # --------------------------------------------------------------------------------------------------------
     # whole requests: 0 or -errno of the first block that failed; blocks before it are done
 
-    cdef void _enter_gate(self) noexcept nogil:
-        """At work until _leave_gate: check and reset wait for it, the compactor makes way."""
-        gate_enter(&self.gate)
-
-    cdef void _leave_gate(self) noexcept nogil:
-        gate_leave(&self.gate)
-
     cdef void _make_way(self, uint32_t *steps, bint changes) noexcept nogil:
         """Between two blocks of a request: let others have the gate, and now and then the processor."""
         if gate_is_closed(&self.gate):
             if changes:
                 counter_add(&self.unfinished, 1)
-            self._leave_gate()
-            self._enter_gate()
+            gate_leave(&self.gate)
+            gate_enter(&self.gate)
             if changes:
                 counter_sub(&self.unfinished, 1)
         steps[0] += 1
@@ -198,33 +191,45 @@ cdef class Device:
             sched_yield()   # to real-time threads: this one would have it for 100 ms before one that is as urgent
 
     cdef uint64_t _begin(self) noexcept nogil:
-        """Enter the gate for a request; when it came. Waiting at the gate is part of what the client waits for."""
+        """Enter the gate for a request; when it came. Waiting at the gate is part of what the client waits for.
+
+        At work until _end: check and reset wait for it, the compactor makes way.
+        """
         cdef uint64_t began = clock_now()
-        self._enter_gate()
+        gate_enter(&self.gate)
         return began
 
     cdef void _end(self, op kind, uint64_t began) noexcept nogil:
         """Count a request, failed or not, and leave the gate: reset is never between the two."""
         latency_add(&self.n.latencies[<int>kind], began)
-        self._leave_gate()
+        gate_leave(&self.gate)
+
+    cdef bint _next(self, piece *p, bint changes) noexcept nogil:
+        """Go on to the next piece of a range: a block, or the part of one at an end; False: that was the last.
+
+        Between two pieces others are let in.
+        """
+        p.offset += p.size
+        if p.offset >= p.end:
+            return False
+        if p.size:
+            self._make_way(&p.steps, changes)
+        p.block = p.offset >> BLOCK_SHIFT
+        p.at = p.offset & (BLOCK_SIZE - 1)
+        p.size = min(<uint64_t>(BLOCK_SIZE - p.at), p.end - p.offset)
+        return True
 
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil:
-        cdef uint64_t done = 0
-        cdef uint32_t at, n, steps = 0
+        cdef piece p = pieces_of(offset, length)
         cdef int rc = 0
         cdef scratch *s = self.table.scratch_take()
         if s == NULL:
             rc = -ENOMEM
-        while done < length and rc == 0:
-            at = (offset + done) & (BLOCK_SIZE - 1)
-            n = min(<uint64_t>(BLOCK_SIZE - at), length - done)
-            if n == BLOCK_SIZE:
-                rc = self.table.write_block((offset + done) >> BLOCK_SHIFT, src + done, s)
+        while rc == 0 and self._next(&p, True):
+            if p.size == BLOCK_SIZE:
+                rc = self.table.write_block(p.block, src + (p.offset - offset), s)
             else:
-                rc = self.table.merge_block((offset + done) >> BLOCK_SHIFT, at, src + done, n, s)
-            done += n
-            if done < length:
-                self._make_way(&steps, True)
+                rc = self.table.merge_block(p.block, p.at, src + (p.offset - offset), p.size, s)
         if s != NULL:
             self.table.scratch_give(s)
         if rc:
@@ -234,25 +239,19 @@ cdef class Device:
         return rc
 
     cdef int _read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil:
-        cdef uint64_t done = 0
-        cdef uint32_t at, n, steps = 0
+        cdef piece p = pieces_of(offset, length)
         cdef int rc = 0
         cdef scratch *s = NULL
-        if (offset | length) & (BLOCK_SIZE - 1):
+        if has_parts(offset, length):
             s = self.table.scratch_take()
             if s == NULL:
                 rc = -ENOMEM
-        while done < length and rc == 0:
-            at = (offset + done) & (BLOCK_SIZE - 1)
-            n = min(<uint64_t>(BLOCK_SIZE - at), length - done)
+        while rc == 0 and self._next(&p, False):
             # Objects of neighbouring blocks are anywhere, so the processor cannot guess which is next: 6 % on 128K reads.
             # (For what a write replaces it gained nothing.)
-            if done + n < length:
-                self.table.prefetch(((offset + done) >> BLOCK_SHIFT) + 1)
-            rc = self.table.read_block((offset + done) >> BLOCK_SHIFT, at, dst + done, n, s)
-            done += n
-            if done < length:
-                self._make_way(&steps, False)
+            if p.offset + p.size < p.end:
+                self.table.prefetch(p.block + 1)
+            rc = self.table.read_block(p.block, p.at, dst + (p.offset - offset), p.size, s)
         if s != NULL:
             self.table.scratch_give(s)
         if rc:
@@ -263,32 +262,25 @@ cdef class Device:
 
     cdef int _zero(self, uint64_t offset, uint64_t length, bint hole, bint exact) noexcept nogil:
         """Make the blocks of a range holes, or allocated zeros. Parts of blocks at its ends: zeroed if exact, else left."""
-        cdef uint64_t done = 0, block, skip
-        cdef uint32_t at, n, steps = 0
+        cdef piece p = pieces_of(offset, length)
+        cdef uint64_t holes
         cdef int rc = 0
         cdef scratch *s = NULL
-        if exact and (offset | length) & (BLOCK_SIZE - 1):
+        if exact and has_parts(offset, length):
             s = self.table.scratch_take()
             if s == NULL:
                 return -ENOMEM
-        while done < length and rc == 0:
-            if done:
-                self._make_way(&steps, True)
-            block = (offset + done) >> BLOCK_SHIFT
-            at = (offset + done) & (BLOCK_SIZE - 1)
-            n = min(<uint64_t>(BLOCK_SIZE - at), length - done)
-            if n == BLOCK_SIZE and hole and not is_touched(&self.table.touched[block // SLOTS_PER_PAGE]):
+        while rc == 0 and self._next(&p, True):
+            if p.size == BLOCK_SIZE and hole and not is_touched(&self.table.touched[p.block // SLOTS_PER_PAGE]):
                 # A client trims whole devices: go over what was never written a page of slots at a time.
-                skip = min(SLOTS_PER_PAGE - block % SLOTS_PER_PAGE, (length - done) >> BLOCK_SHIFT)
-                counter_add(&self.n.notify_free, skip)
-                done += skip << BLOCK_SHIFT
-                continue
-            if n == BLOCK_SIZE:
-                rc = self.table.zero_block(block, hole)
+                holes = min(SLOTS_PER_PAGE - p.block % SLOTS_PER_PAGE, (p.end - p.offset) >> BLOCK_SHIFT)
+                counter_add(&self.n.notify_free, holes)
+                p.size = <uint32_t>(holes << BLOCK_SHIFT)
+            elif p.size == BLOCK_SIZE:
+                rc = self.table.zero_block(p.block, hole)
                 counter_add(&self.n.notify_free, 1)
-            elif exact and (self.table.get(block) or not hole):
-                rc = self.table.merge_block(block, at, NULL, n, s)
-            done += n
+            elif exact and (self.table.get(p.block) or not hole):
+                rc = self.table.merge_block(p.block, p.at, NULL, p.size, s)
         if s != NULL:
             self.table.scratch_give(s)
         return rc
@@ -441,9 +433,9 @@ cdef class Device:
             with nogil:
                 at, n = offset, 0
                 while at < end and n < min(left, <int>EXTENTS_AT_ONCE):
-                    self._enter_gate()
+                    gate_enter(&self.gate)
                     at = stops[n] = self._extent(at, end, &kinds[n])
-                    self._leave_gate()
+                    gate_leave(&self.gate)
                     n += 1
             for i in range(n):
                 extents.append((offset, stops[i] - offset, kinds[i]))
@@ -531,14 +523,9 @@ cdef class Device:
 
     def counters(self):
         """Every number that is kept, by the names of the statistics, as a dict of ints. Nothing is waited for."""
-        return pool_stats(self.pool) | table_stats(self.table) | {
-            "disksize": self.disksize,
-            "recovery_ms": self.recovery_ms,
-            "recovered_blocks": self.recovered_blocks,
-            "leaked_objects": self.leaked_objects,
-            "lost_blocks": self.lost_blocks,
-            "requests_inflight": load_relaxed(&self.gate.inside),
-        }
+        cdef dict recovered = self.recovered
+        own = {"disksize": self.disksize, "requests_inflight": load_relaxed(&self.gate.inside)}
+        return pool_stats(self.pool) | table_stats(self.table) | recovered | own
 
     @property
     def latency_bounds(self):
@@ -600,20 +587,11 @@ cdef class Device:
         Requests wait for a piece of the walk, and at its end for the counts and lists.
         """
         cdef uint64_t where = 0
-        cdef const char *wrong = NULL
-        cdef walk w
+        cdef const char *wrong
         cdef int priority
-        memset(&w, 0, sizeof(w))
         with nogil:
             priority = be_calm()
-            while wrong == NULL and not w.done:
-                gate_close(&self.gate)
-                compact_begin(self.pool)
-                wrong = self.table.find_fault(&w, &where)
-                compact_end(self.pool)
-                gate_open(&self.gate)
-                if not w.done:
-                    nap()       # who waits at the gate is only woken up by that, and is not to find it closed once more
+            wrong = self.table.find_fault(&self.gate, &where)
             be_urgent(priority)
         if wrong != NULL:
             raise CorruptionError(f"{wrong.decode()} (at {where})")

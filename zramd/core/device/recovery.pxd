@@ -15,6 +15,13 @@ cdef enum step:
     SCAN_SLOTS
     REBUILD_SPANS
 
+cdef struct recovery_numbers:
+    # By the names of the statistics.
+    uint64_t recovery_ms
+    uint64_t recovered_blocks
+    uint64_t leaked_objects
+    uint64_t lost_blocks
+
 cdef class Recovery:
     cdef Blocks table
     cdef Pool pool
@@ -54,6 +61,7 @@ cdef class Recovery:
     cdef uint64_t leaked
     cdef uint64_t milliseconds
 
+    cdef recovery_numbers numbers(self)
     cdef void _find_top(self) noexcept nogil
     cdef uint64_t _fill_holes(self, Region table, uint64_t end) noexcept nogil
     cdef void _find_pages(self, uint32_t first, uint32_t last) noexcept nogil

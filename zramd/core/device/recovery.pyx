@@ -22,18 +22,8 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from zramd.core.device.blocks cimport Blocks
-from zramd.core.device.slots cimport (
-    HOLE,
-    LOST,
-    RAW,
-    SAME,
-    SLOT_LOST,
-    block_kind,
-    has_object,
-    slot_bytes,
-    slot_handle,
-    slot_kind,
-)
+from zramd.core.device.slots cimport HOLE, LOST, RAW, SAME, SLOT_LOST
+from zramd.core.device.slots cimport block_kind, has_object, slot_bytes, slot_handle, slot_kind
 from zramd.core.system.bits cimport bits_set, prefetch
 from zramd.core.system.checks cimport FILL_FREED, zr_crash_point, zr_fill, zr_poison, zr_unpoison
 from zramd.core.system.locks cimport counter_add, load_relaxed, store_relaxed
@@ -151,7 +141,15 @@ cdef class Recovery:
             self._list_cells()
             self._give_back_slots()
             zr_crash_point("recovered")
+        self.table.n.pages_stored = self.stored
+        self.table.n.compr_data_size = self.compr
+        self.table.n.same_pages = self.same
+        self.table.n.huge_pages = self.huge
+        self.table.touched_pages = self.slot_pages
         self.milliseconds = <uint64_t>((time.monotonic() - started) * 1000)
+
+    cdef recovery_numbers numbers(self):
+        return recovery_numbers(self.milliseconds, self.stored, self.leaked, self.lost)
 
     def _look_failed(self):
         if self.failed:
