@@ -211,7 +211,7 @@ class Compactor:
             # On demand means everything, and at once.
             if now.freeable and not self._policy.fruitless:
                 return 0.0
-            freed = self._device.compact()  # what the steps leave: see compact_whole in compaction.pyx
+            freed = self._device.compact()  # what the steps leave: see compact_whole in lending.pyx
             self.pages_freed += freed
             self._run_freed += freed
             self._answer(asked)

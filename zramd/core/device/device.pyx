@@ -41,7 +41,8 @@ from zramd.core.system.locks cimport (
 from zramd.core.system.process cimport be_calm, be_urgent
 from zramd.core.device.recovery cimport Recovery
 from zramd.core.memory.region cimport KEPT_STATE, Memory
-from zramd.core.pool.compaction cimport compact_begin, compact_end, compact_run, compact_whole, freeable_pages, trim
+from zramd.core.pool.compaction cimport compact_begin, compact_end, compact_run, freeable_pages, trim
+from zramd.core.pool.lending cimport compact_whole
 from zramd.core.pool.zsmalloc cimport pool_stats, pool_table
 from zramd.core.types cimport (
     BLOCK_SHIFT,

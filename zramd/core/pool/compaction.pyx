@@ -4,7 +4,7 @@
             └───────── a move ────────────────^
 
 The emptiest zspage of a class is emptied into the fullest. What stays part-filled then is tightened: its objects are moved
-to its first pages. In the end the last pages of one class may be lent to smaller ones.
+to its first pages. What can be had over the bounds of classes is in lending.pyx.
 Nothing here is seen from above: a handle stays, only its cell is changed. For locks, pins and crashes see pool.pyx.
 """
 
@@ -25,7 +25,7 @@ from zramd.core.pool.chunks cimport (
     unused_pages,
 )
 from zramd.core.pool.pool cimport Pool
-from zramd.core.pool.size_classes cimport LENT_OUT, STUCK, is_mapped, lock_class, pages_below, size_class
+from zramd.core.pool.size_classes cimport STUCK, is_mapped, lock_class, pages_below, size_class
 from zramd.core.pool.zspages cimport (
     SIFT_TRIES,
     find_room,
@@ -36,7 +36,7 @@ from zramd.core.pool.zspages cimport (
     zspage_regroup,
     zspage_unlink,
 )
-from zramd.core.system.bits cimport bits_set, bits_set_64, lowest_bit_64
+from zramd.core.system.bits cimport bits_set, lowest_bit_64
 from zramd.core.system.checks cimport zr_crash_point, zr_poison
 from zramd.core.system.latency cimport system_now
 from zramd.core.system.locks cimport (
@@ -60,7 +60,6 @@ from zramd.core.types cimport (
     GROUP_EMPTY,
     GROUP_FULL,
     HEADER_SIZE,
-    MAX_CLASSES,
     NIL,
     NO_CHUNK,
     PAGE_SHIFT,
@@ -75,7 +74,25 @@ from zramd.core.types cimport (
 cdef enum:
     ROOM_TURNS = 10000      # the same of one who waits for room that others are in the way of
     EMPTIEST_TRIES = 32     # zspages of a fullness group that are compared
-    BORROW_SHIFT = 4        # a borrowed chunk is at most 1/16 larger than the object's own
+
+cdef enum outcome:
+    SOURCE_EMPTY
+    TARGET_FULL             # or its places have no pages, and get none
+    SOURCE_HELD             # somebody has the pins of what is left
+    WANTED                  # by others; or the budget is used up
+
+cdef struct class_run:
+    # The compaction of one class.
+    uint64_t *budget        # bytes that may still be moved
+    uint64_t enough         # pages
+    bint whole
+    bint resident           # only chunks whose pages are there can be moved into: with a reserve, and at the limit
+    uint32_t src            # off their lists; NIL: there is none yet
+    uint32_t dst
+    uint32_t chunk          # of src: what is to be moved next
+    uint32_t retries
+    uint64_t freed          # pages
+    uint64_t grown          # pages that became resident
 
 
 cdef uint64_t freeable_pages(Pool pool) noexcept nogil:
@@ -85,55 +102,6 @@ cdef uint64_t freeable_pages(Pool pool) noexcept nogil:
     for i in range(pool.huge):
         n += freeable(pool, &pool.classes[i])
     return n
-
-
-cdef uint64_t whole_freeable_pages(Pool pool) noexcept nogil:
-    """Pages that compact_whole would free now: those, what can be lent then, and what is kept for the next write."""
-    return (freeable_pages(pool) + borrowable(pool) + load_relaxed(&pool.arena.stock)
-            + load_relaxed_32(&pool.spares))
-
-
-cdef uint64_t borrowable(Pool pool) noexcept nogil:
-    """Pages that _borrow would free after compact_run: its steps, with the numbers of objects alone."""
-    cdef uint32_t last[MAX_CLASSES]     # objects in each class's part-filled zspage
-    cdef uint32_t i, index, wanted
-    cdef uint64_t n = 0
-    cdef size_class *c
-    if load_relaxed(&pool.arena.reserve):
-        return 0
-    for i in range(pool.huge):
-        last[i] = <uint32_t>(load_relaxed(&pool.classes[i].inuse) % pool.classes[i].objs)
-    for i in range(pool.huge):
-        index = pool.huge - 1 - i
-        c = &pool.classes[index]
-        while last[index] and not load_relaxed(&c.stuck) & LENT_OUT:
-            wanted = last_page_chunks(c, last[index])
-            if not fill_larger(pool, index, wanted, last):
-                break
-            n += pages_below(c, last[index]) - pages_below(c, last[index] - wanted)
-            last[index] -= wanted
-    return n
-
-
-cdef bint fill_larger(Pool pool, uint32_t index, uint32_t wanted, uint32_t *last) noexcept nogil:
-    """Count `wanted` objects of a class into what larger ones have to spare; False, and nothing is done: too little."""
-    cdef size_class *c = &pool.classes[index]
-    cdef size_class *d
-    cdef uint32_t room[MAX_CLASSES]
-    cdef uint32_t i = index
-    while wanted:
-        i += 1
-        d = &pool.classes[i]
-        if i == pool.huge or d.size - c.size > c.size >> BORROW_SHIFT:
-            return False
-        room[i] = 0
-        if last[i]:
-            room[i] = min(min((pages_below(d, last[i]) << PAGE_SHIFT) // d.size, d.objs) - last[i], wanted)
-        wanted -= room[i]
-    while i > index:
-        last[i] = (last[i] + room[i]) % pool.classes[i].objs
-        i -= 1
-    return True
 
 
 cdef uint64_t compact_run(Pool pool, uint64_t budget, uint64_t enough) noexcept nogil:
@@ -171,25 +139,6 @@ cdef bint is_wanted(Pool pool) noexcept nogil:
     return pool.gives_way and load_relaxed_32(&pool.compact_waiters)
 
 
-cdef uint64_t compact_whole(Pool pool) noexcept nogil:
-    """Compact until nothing is freeable, borrow, and give back what is kept for the next write.
-
-    The pages freed by all of it: by as many mem_used_total falls, and as many were whole_freeable_pages before.
-    """
-    cdef uint64_t freed = compact_run(pool, <uint64_t>-1, <uint64_t>-1), borrowed = 0
-    cdef uint32_t i
-    compact_begin(pool)
-    if load_relaxed(&pool.arena.reserve) == 0:
-        for i in range(pool.huge, 0, -1):
-            borrowed += borrow(pool, i - 1)
-            if load_relaxed_32(&pool.compact_waiters):
-                give_way(&pool.compact_lock, &pool.compact_waiters)
-    borrowed += give_back(pool)
-    counter_add(&pool.n.pages_compacted, borrowed)
-    compact_end(pool)
-    return freed + borrowed
-
-
 cdef bint is_worth_moving(Pool pool, size_class *c, bint whole) noexcept nogil:
     """Whether compacting the class frees a page; with whole, a whole zspage (zsmalloc's zs_can_compact)."""
     return freeable(pool, c) and (
@@ -204,70 +153,112 @@ cdef uint64_t compact_class(Pool pool, uint32_t index, uint64_t *budget, uint64_
     frees an object in them leaves them alone otherwise.
     """
     cdef size_class *c = &pool.classes[index]
-    cdef uint32_t src = NIL, dst = NIL, chunk = 0, group, next, retries = 2
-    cdef uint64_t freed = 0, grown = 0, before, undone = load_relaxed(&pool.undone)
-    # Only chunks whose pages are there can be moved into: with a reserve, and once the limit is reached.
-    cdef bint resident = load_relaxed(&pool.arena.reserve) != 0
-    cdef int rc
+    cdef uint64_t undone = load_relaxed(&pool.undone)
+    cdef class_run run
+    cdef outcome why
     if not is_worth_moving(pool, c, whole):
         return 0
+    run.budget = budget
+    run.enough = enough
+    run.whole = whole
+    run.resident = load_relaxed(&pool.arena.reserve) != 0
+    run.src = run.dst = NIL
+    run.retries = 2
+    run.freed = run.grown = 0
     lock_class(c)
-    while freed < enough and budget[0] and not is_wanted(pool):
-        if dst == NIL and is_worth_moving(pool, c, whole):
-            dst = isolate_fullest(pool, c, resident)
-            if dst == NIL and src != NIL and resident and retries:
-                # The source itself may be the only one with room: let it be the next destination.
-                retries -= 1
-                freed += putback(pool, c, src)
-                src = NIL
-                continue
-        if src == NIL and dst != NIL and is_worth_moving(pool, c, whole):
-            src = isolate_emptiest(pool, c)
-            chunk = 0
-        if src == NIL or dst == NIL:
-            break
-        chunk = next_used(pool, c, src, chunk)
-        while chunk < pool.zspages[src].fresh:
-            before = c.committed
-            rc = move_object(pool, c, src, chunk, c, dst, resident)
-            grown += c.committed - before
-            if rc and rc != -EBUSY:
-                resident = resident or pool.zspages[dst].inuse < c.objs
-                freed += putback(pool, c, dst)
-                dst = NIL
-                break
-            if rc == 0:
-                budget[0] -= min(c.size, budget[0])
-            chunk = next_used(pool, c, src, chunk + 1)
-            if budget[0] == 0 or load_relaxed_32(&c.waiters) or is_wanted(pool):
-                break
-        if pool.zspages[src].inuse == 0:
-            freed += zspage_gone(pool, c, src)
-            pthread_mutex_unlock(&c.lock)
-            pool.arena.give(src, False)
-            src = NIL
-            lock_class(c)
-        elif chunk == pool.zspages[src].fresh:
-            break       # somebody holds a pin in there: come back later
-        elif load_relaxed_32(&c.waiters):
+    while run.freed < enough and budget[0] and not is_wanted(pool) and open_pair(pool, c, &run):
+        why = drain(pool, c, &run)
+        if why == SOURCE_EMPTY:
+            give_source(pool, c, &run)
+            continue
+        if why == SOURCE_HELD:
+            break       # come back later
+        if why == TARGET_FULL:
+            put_target_back(pool, c, &run)
+        if load_relaxed_32(&c.waiters):
             give_way(&c.lock, &c.waiters)
-    freed += putback(pool, c, src) + putback(pool, c, dst)
-    for group in range(GROUP_FULL if whole else GROUP_EMPTY + 1, GROUP_FULL):
-        src = c.heads[group]
-        while src != NIL and freed - min(freed, grown) < enough and budget[0] and freeable(pool, c):
-            if load_relaxed_32(&c.waiters) or is_wanted(pool):
-                counter_add(&pool.undone, 1)
-                src = NIL
-                break
-            next = pool.zspages[src].next
-            freed += tighten(pool, c, src, budget, False)
-            src = next
-    freed -= min(freed, grown)
-    if freed == 0 and not whole and budget[0] and load_relaxed(&pool.undone) == undone and not is_wanted(pool):
-        store_relaxed(&c.stuck, c.stuck | STUCK)
+    run.freed += putback(pool, c, run.src) + putback(pool, c, run.dst)
+    if not whole:
+        tighten_all(pool, c, &run)
+        if gain(&run) == 0 and budget[0] and load_relaxed(&pool.undone) == undone and not is_wanted(pool):
+            store_relaxed(&c.stuck, c.stuck | STUCK)
     pthread_mutex_unlock(&c.lock)
     let_in(&c.waiters)
-    return freed
+    return gain(&run)
+
+
+cdef inline uint64_t gain(class_run *run) noexcept nogil:
+    """The pages freed, less those that had to be made resident for it."""
+    return run.freed - min(run.freed, run.grown)
+
+
+cdef bint open_pair(Pool pool, size_class *c, class_run *run) noexcept nogil:
+    """Have a zspage to move from and one to move into, the emptiest and the fullest; False: that would free nothing."""
+    if run.dst == NIL and is_worth_moving(pool, c, run.whole):
+        run.dst = isolate_fullest(pool, c, run.resident)
+        if run.dst == NIL and run.src != NIL and run.resident and run.retries:
+            # The source itself may be the only one with room: let it be the next destination.
+            run.retries -= 1
+            run.freed += putback(pool, c, run.src)
+            run.src = NIL
+            if run.freed < run.enough and is_worth_moving(pool, c, run.whole):
+                run.dst = isolate_fullest(pool, c, run.resident)
+    if run.src == NIL and run.dst != NIL and is_worth_moving(pool, c, run.whole):
+        run.src = isolate_emptiest(pool, c)
+        run.chunk = 0
+    return run.src != NIL and run.dst != NIL
+
+
+cdef outcome drain(Pool pool, size_class *c, class_run *run) noexcept nogil:
+    """Move objects from the source into the target until there is a reason to stop, which is returned."""
+    cdef uint64_t before
+    cdef int rc
+    run.chunk = next_used(pool, c, run.src, run.chunk)
+    while run.chunk < pool.zspages[run.src].fresh:
+        before = c.committed
+        rc = move_object(pool, c, run.src, run.chunk, c, run.dst, run.resident)
+        run.grown += c.committed - before
+        if rc and rc != -EBUSY:
+            return TARGET_FULL
+        if rc == 0:
+            run.budget[0] -= min(c.size, run.budget[0])
+        run.chunk = next_used(pool, c, run.src, run.chunk + 1)
+        if run.budget[0] == 0 or load_relaxed_32(&c.waiters) or is_wanted(pool):
+            break
+    if pool.zspages[run.src].inuse == 0:
+        return SOURCE_EMPTY
+    return SOURCE_HELD if run.chunk == pool.zspages[run.src].fresh else WANTED
+
+
+cdef void give_source(Pool pool, size_class *c, class_run *run) noexcept nogil:
+    """Give the span of the source, which is empty, back. The lock is dropped meanwhile."""
+    cdef uint32_t span = run.src
+    run.freed += zspage_gone(pool, c, span)
+    run.src = NIL
+    pthread_mutex_unlock(&c.lock)
+    pool.arena.give(span, False)
+    lock_class(c)
+
+
+cdef void put_target_back(Pool pool, size_class *c, class_run *run) noexcept nogil:
+    """List the target again. If there is a place in it, that has no page, and the limit, or the file, refuses one."""
+    run.resident = run.resident or pool.zspages[run.dst].inuse < c.objs
+    run.freed += putback(pool, c, run.dst)
+    run.dst = NIL
+
+
+cdef void tighten_all(Pool pool, size_class *c, class_run *run) noexcept nogil:
+    """Tighten the part-filled zspages, the emptiest first, while that frees pages and nobody waits."""
+    cdef uint32_t group, span, next
+    for group in range(GROUP_EMPTY + 1, GROUP_FULL):
+        span = c.heads[group]
+        while span != NIL and gain(run) < run.enough and run.budget[0] and freeable(pool, c):
+            if load_relaxed_32(&c.waiters) or is_wanted(pool):
+                counter_add(&pool.undone, 1)
+                break
+            next = pool.zspages[span].next
+            run.freed += tighten(pool, c, span, run.budget, False)
+            span = next
 
 
 cdef uint32_t isolate_fullest(Pool pool, size_class *c, bint resident) noexcept nogil:
@@ -383,72 +374,6 @@ cdef void pack_mapped(Pool pool, size_class *c, uint32_t span, uint64_t *budget)
             break
         budget[0] -= min(c.size, budget[0])
         chunk = last_used(pool, c, span, chunk)
-
-
-cdef uint64_t borrow(Pool pool, uint32_t index) noexcept nogil:
-    """Empty the last pages of a class's part-filled zspage into chunks of somewhat larger classes; the pages freed.
-
-    Those chunks are free and on resident pages, so that they cost nothing now. A class's last page is half empty
-    on average, and so is each of the larger ones': 0.6 % of a pool of 36 MB (docs/density.md). Larger classes were
-    seen to before, so their pages stay. The class lock is held for a few copies.
-    """
-    cdef size_class *c = &pool.classes[index]
-    cdef uint32_t span, wanted
-    cdef uint64_t freed = 0, budget = <uint64_t>-1
-    lock_class(c)
-    span = isolate_emptiest(pool, c)
-    if span != NIL and pool.zspages[span].inuse:
-        freed = tighten(pool, c, span, &budget, True)
-    while span != NIL and pool.zspages[span].inuse:
-        wanted = last_page_chunks(c, pool.zspages[span].inuse)
-        # Nothing is moved unless it frees the page.
-        if lend(pool, index, span, wanted, False) < wanted or lend(pool, index, span, wanted, True) < wanted:
-            break
-        if pool.zspages[span].inuse:
-            freed += tighten(pool, c, span, &budget, False)
-    freed += putback(pool, c, span)
-    store_relaxed(&c.stuck, c.stuck | LENT_OUT)
-    pthread_mutex_unlock(&c.lock)
-    return freed
-
-
-cdef uint32_t last_page_chunks(size_class *c, uint32_t chunks) noexcept nogil:
-    """Of the first so many chunks of a zspage those that are not whole on the pages before their last."""
-    return chunks - ((pages_below(c, chunks) - c.unit) << PAGE_SHIFT) // c.size
-
-
-cdef uint32_t lend(Pool pool, uint32_t index, uint32_t span, uint32_t wanted, bint move) noexcept nogil:
-    """Find chunks of larger classes for the last `wanted` objects of a zspage, and move them there if told; how many."""
-    cdef size_class *c = &pool.classes[index]
-    cdef size_class *d
-    cdef uint32_t found = 0, i, dst, group, room, chunk = pool.zspages[span].fresh
-    for i in range(index + 1, pool.huge):
-        d = &pool.classes[i]
-        if found == wanted or d.size - c.size > c.size >> BORROW_SHIFT:
-            break
-        lock_class(d)
-        dst = NIL
-        for group in range(GROUP_FULL - 1, GROUP_EMPTY, -1):
-            if d.heads[group] != NIL:
-                dst = d.heads[group]
-                break
-        if dst != NIL:
-            if is_mapped(d):
-                room = bits_set_64(mapped_room(pool, d, dst))
-            else:
-                room = (bits_set(pool.arena.committed[dst]) << PAGE_SHIFT) // d.size
-                room = min(room, d.objs) - min(<uint32_t>pool.zspages[dst].inuse, room)
-            while room and found < wanted:
-                if move:
-                    chunk = last_used(pool, c, span, chunk)
-                    if chunk == NIL or move_object(pool, c, span, chunk, d, dst, True):
-                        wanted = found      # the page stays: do not move more
-                        break
-                room -= 1
-                found += 1
-            zspage_regroup(pool, d, dst)
-        pthread_mutex_unlock(&d.lock)
-    return found
 
 
 cdef void list_chunks(Pool pool, size_class *c, uint32_t span) noexcept nogil:

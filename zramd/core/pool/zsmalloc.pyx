@@ -12,15 +12,9 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
 from zramd.core.memory.region cimport Memory
-from zramd.core.pool.compaction cimport (
-    compact_begin,
-    compact_end,
-    compact_run,
-    compact_whole,
-    make_room,
-    whole_freeable_pages,
-)
+from zramd.core.pool.compaction cimport compact_begin, compact_end, compact_run, make_room
 from zramd.core.pool.faults cimport find_pool_fault, find_zspage_fault
+from zramd.core.pool.lending cimport compact_whole, whole_freeable_pages
 from zramd.core.pool.pool cimport Pool
 from zramd.core.pool.size_classes cimport lock_class, size_class
 from zramd.core.pool.zspages cimport freeable
