@@ -82,7 +82,9 @@ cdef class Pool:
     cdef int _pin(self, uint64_t handle, uint64_t *obj) noexcept nogil
     cdef void _await_mover(self, uint64_t cell) noexcept nogil
     cdef int _obj_alloc(self, uint32_t index, uint64_t handle, char **payload) noexcept nogil
-    cdef int _part_filled_take(self, size_class *c, uint64_t handle, int64_t *span) noexcept nogil
-    cdef int _resident_take(self, size_class *c, uint64_t handle, int64_t *span) noexcept nogil
+    cdef int _spare_take(self, size_class *c, uint64_t handle, uint32_t *span) noexcept nogil
+    cdef int _new_take(self, size_class *c, uint32_t index, uint64_t handle, uint32_t *span) noexcept nogil
+    cdef int _part_filled_take(self, size_class *c, uint64_t handle, uint32_t *span) noexcept nogil
+    cdef int _resident_take(self, size_class *c, uint64_t handle, uint32_t *span) noexcept nogil
     cdef int64_t _zspage_new(self, size_class *c, uint32_t index) noexcept nogil
     cdef int _class_is_ready(self, uint32_t span) noexcept nogil

@@ -271,28 +271,18 @@ cdef class Pool:
 
     cdef int _obj_alloc(self, uint32_t index, uint64_t handle, char **payload) noexcept nogil:
         cdef size_class *c = &self.classes[index]
-        cdef int64_t span = -ENOSPC
-        cdef int chunk = -ENOSPC
+        cdef uint32_t span = NIL
+        cdef int chunk
         cdef char *start
         lock_class(c)
-        if is_huge(c) and self.spares:
-            span = self.spare[self.spares - 1]
-            chunk = chunk_take(self, c, <uint32_t>span, handle, False)
+        chunk = self._spare_take(c, handle, &span)
         if chunk < 0:
             chunk = self._part_filled_take(c, handle, &span)
         if chunk < 0:
-            span = self._zspage_new(c, index)
-            if span < 0:
-                chunk = <int>span
-            else:
-                chunk = chunk_take(self, c, <uint32_t>span, handle, False)
-                if chunk < 0:
-                    zspage_unlink(self, c, <uint32_t>span)
-                    zspage_gone(self, c, <uint32_t>span)
-                    self.arena.give(<uint32_t>span, False)
+            chunk = self._new_take(c, index, handle, &span)
         if chunk >= 0:
-            zspage_regroup(self, c, <uint32_t>span)
-            start = chunk_at(self, c, <uint32_t>span, chunk)
+            zspage_regroup(self, c, span)
+            start = chunk_at(self, c, span, chunk)
             zr_crash_point("chunk-taken")
             store_release(&self.cells[handle], <uint64_t>(start - self.arena.base) | CELL_LIVE | CELL_PIN)
             payload[0] = start if is_huge(c) else start + HEADER_SIZE
@@ -303,7 +293,28 @@ cdef class Pool:
         let_in(&c.waiters)      # who is refused tries again at once
         return chunk
 
-    cdef int _part_filled_take(self, size_class *c, uint64_t handle, int64_t *span) noexcept nogil:
+    cdef int _spare_take(self, size_class *c, uint64_t handle, uint32_t *span) noexcept nogil:
+        """A spare page, for a huge object; or -ENOSPC."""
+        if not is_huge(c) or self.spares == 0:
+            return -ENOSPC
+        span[0] = self.spare[self.spares - 1]
+        return chunk_take(self, c, span[0], handle, False)
+
+    cdef int _new_take(self, size_class *c, uint32_t index, uint64_t handle, uint32_t *span) noexcept nogil:
+        """The first chunk of a new zspage; or what _zspage_new and chunk_take say."""
+        cdef int64_t fresh = self._zspage_new(c, index)
+        cdef int chunk
+        if fresh < 0:
+            return <int>fresh
+        span[0] = <uint32_t>fresh
+        chunk = chunk_take(self, c, span[0], handle, False)
+        if chunk < 0:
+            zspage_unlink(self, c, span[0])
+            zspage_gone(self, c, span[0])
+            self.arena.give(span[0], False)
+        return chunk
+
+    cdef int _part_filled_take(self, size_class *c, uint64_t handle, uint32_t *span) noexcept nogil:
         """A chunk of a part-filled zspage, the fullest first, so that the emptiest get empty by themselves; or -ENOSPC."""
         cdef uint32_t group, candidate, tries = ROOM_TRIES
         cdef int chunk = -ENOSPC
@@ -325,7 +336,7 @@ cdef class Pool:
                 candidate = self.zspages[candidate].next
         return self._resident_take(c, handle, span) if tries < ROOM_TRIES and may_have_room else chunk
 
-    cdef int _resident_take(self, size_class *c, uint64_t handle, int64_t *span) noexcept nogil:
+    cdef int _resident_take(self, size_class *c, uint64_t handle, uint32_t *span) noexcept nogil:
         """A chunk on resident pages of the fullest zspage that has one; or -ENOSPC. The lock may be dropped meanwhile."""
         cdef uint32_t group = GROUP_FULL - 1, candidate, tries
         cdef bint reserve = load_relaxed(&self.arena.reserve) != 0
