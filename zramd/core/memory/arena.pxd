@@ -61,6 +61,13 @@ cdef class Arena:
     cdef void reserve_keep(self) noexcept nogil
     cdef void reserve_stop(self) noexcept nogil
     cdef int _keep_one(self) noexcept nogil
+    cdef uint32_t _scarcest(self) noexcept nogil
+    cdef uint32_t _too_many(self) noexcept nogil
+    cdef int _make_one(self, uint32_t span, uint32_t npages) noexcept nogil
+    cdef void _return_one(self, uint32_t npages) noexcept nogil
+    cdef void _work_begin(self) noexcept nogil
+    cdef void _work_end(self) noexcept nogil
+    cdef void _cold_give(self, uint32_t span) noexcept nogil
     cdef int _populate_used(self) noexcept nogil
     cdef int _populate(self, uint32_t span, uint32_t npages) noexcept nogil
     cdef void _note_demand(self, uint32_t npages) noexcept nogil

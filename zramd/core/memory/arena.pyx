@@ -123,6 +123,11 @@ cdef class Arena:
                 owned_add_32(&self.top, 1)
         return span
 
+    cdef void _cold_give(self, uint32_t span) noexcept nogil:
+        """List a free span without resident pages. The lock is held."""
+        self.links[span] = self.cold
+        self.cold = span
+
     cdef int grow(self, uint32_t writable) noexcept nogil:
         """Make the spans below writable so; 0, or -1. The lock is held."""
         cdef char *start = self.base + (<uint64_t>self.writable << SPAN_SHIFT)
@@ -147,8 +152,7 @@ cdef class Arena:
             self.warm = span
             counter_add(&self.stock, resident)
         else:
-            self.links[span] = self.cold
-            self.cold = span
+            self._cold_give(span)
         pthread_mutex_unlock(&self.lock)
 
     cdef int commit(self, uint32_t span, uint32_t mask) noexcept nogil:
@@ -331,43 +335,68 @@ cdef class Arena:
         Where none can be had, what there is too much of still goes back. The lock is held, and dropped for the parts that
         may wait.
         """
-        cdef uint32_t n, least = 0, mask
-        cdef int64_t span = -1
-        cdef int rc = 0
+        cdef uint32_t n = self._scarcest()
+        cdef int64_t span = self._cold_take() if n else -1
+        cdef int rc = self._make_one(<uint32_t>span, n) if span >= 0 else 0
+        if rc > 0:
+            return rc
+        n = self._too_many()
+        if n < SPAN_LENGTHS:
+            self._return_one(n)
+            return 1
+        return rc
+
+    cdef uint32_t _scarcest(self) noexcept nogil:
+        """The length of spans of which the smallest part of what is wanted is ready; 0: there are enough of all."""
+        cdef uint32_t n, least = 0
         for n in range(1, SPAN_LENGTHS):
             if self.ready_count[n] < self._ready_wanted(n) and (
                     least == 0 or self.ready_count[n] * self._ready_wanted(least)
                     < self.ready_count[least] * self._ready_wanted(n)):
                 least = n
-        if least:
-            span = self._cold_take()
-        if span >= 0:
-            self.keeper_works = True
-            pthread_mutex_unlock(&self.lock)
-            rc = self._populate(<uint32_t>span, least)
-            pthread_mutex_lock(&self.lock)
-            self.keeper_works = False
-            if rc > 0:
-                self.committed[span] = <uint16_t>((1 << least) - 1)
-                self._ready_push(<uint32_t>span)
-                return rc
-            self.links[span] = self.cold
-            self.cold = <uint32_t>span
+        return least
+
+    cdef uint32_t _too_many(self) noexcept nogil:
+        """A length of spans of which there are too many; SPAN_LENGTHS: there is none.
+
+        Twice of what is wanted before any is given back: overwriting empties as many zspages as it starts.
+        """
+        cdef uint32_t n
         for n in range(SPAN_LENGTHS):
-            # Twice of what is wanted before any is given back: overwriting empties as many zspages as it starts.
             if self.ready_count[n] > 2 * self._ready_wanted(n):
-                span = self._ready_pop(n)
-                mask = self.committed[span]
-                self.committed[span] = 0
-                self.keeper_works = True
-                pthread_mutex_unlock(&self.lock)
-                self._release(<uint32_t>span, mask)
-                pthread_mutex_lock(&self.lock)
-                self.keeper_works = False
-                self.links[span] = self.cold
-                self.cold = <uint32_t>span
-                return 1
+                return n
+        return SPAN_LENGTHS
+
+    cdef int _make_one(self, uint32_t span, uint32_t npages) noexcept nogil:
+        """Make the first pages of a span that is on no list resident; what _populate says. Then it is ready, or cold."""
+        cdef int rc
+        self._work_begin()
+        rc = self._populate(span, npages)
+        self._work_end()
+        if rc > 0:
+            self.committed[span] = <uint16_t>((1 << npages) - 1)
+            self._ready_push(span)
+        else:
+            self._cold_give(span)
         return rc
+
+    cdef void _return_one(self, uint32_t npages) noexcept nogil:
+        """Give the pages of a ready span of a length back."""
+        cdef uint32_t span = self._ready_pop(npages), mask = self.committed[span]
+        self.committed[span] = 0
+        self._work_begin()
+        self._release(span, mask)
+        self._work_end()
+        self._cold_give(span)
+
+    cdef void _work_begin(self) noexcept nogil:
+        """Drop the lock for what may wait, while this thread has a span that is on no list."""
+        self.keeper_works = True
+        pthread_mutex_unlock(&self.lock)
+
+    cdef void _work_end(self) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        self.keeper_works = False
 
     cdef int _populate_used(self) noexcept nogil:
         """Map the pages in use, so that a lock on all memory holds them: those of a state are somewhere else yet.
