@@ -253,7 +253,7 @@ class TestFullPoolOfASwap:
         refused = self.writes(client, range(100, 12_000))
         after = faults_of_threads(served)
         assert refused > 11_000
-        (refills,) = (thread for thread in before if thread.endswith(" zramd-keeper"))
+        (refills,) = (thread for thread in before if thread.endswith(" zramd-refill"))
         after[refills] = before[refills]
         assert after == before
         assert maps.read_text() == mapped
@@ -272,6 +272,6 @@ class TestFullPoolOfASwap:
             )
             assert self.writes(client, range(100, 1000)) > 600
             strace.terminate()
-        (refills,) = (task.name for task in tasks.iterdir() if "keeper" in (task / "comm").read_text())
+        (refills,) = (task.name for task in tasks.iterdir() if "refill" in (task / "comm").read_text())
         lines = calls.read_text().splitlines()
         assert [line for line in lines if line.split()[0] != refills] == []

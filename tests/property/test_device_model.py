@@ -50,7 +50,7 @@ class DeviceModel(RuleBasedStateMachine):
         self.verify = False
         self.device = Device(SIZE)
         self.model = bytearray(SIZE)
-        self.keeper: threading.Thread | None = None
+        self.refiller: threading.Thread | None = None
 
     @initialize(
         full=st.booleans(), reserve=st.booleans(), kept=st.booleans(), verify=st.booleans(), data=st.data()
@@ -63,24 +63,24 @@ class DeviceModel(RuleBasedStateMachine):
         self.device = self.make()
         if reserve:
             self.device.reserve_start(SIZE // 4)
-            self.keeper = threading.Thread(target=self.device.reserve_keep)
-            self.keeper.start()
+            self.refiller = threading.Thread(target=self.device.reserve_keep)
+            self.refiller.start()
         if full:
             self.write((0, SIZE), data)
 
     def make(self) -> Device:
         return Device(SIZE, state=self.fd, verify=self.verify)
 
-    def stop_keeper(self) -> None:
-        if self.keeper is not None:
+    def stop_refiller(self) -> None:
+        if self.refiller is not None:
             self.device.reserve_stop()
-            self.keeper.join()
-            self.keeper = None
+            self.refiller.join()
+            self.refiller = None
 
     @precondition(lambda self: self.fd >= 0)
     @rule()
     def take_over(self) -> None:
-        self.stop_keeper()
+        self.stop_refiller()
         before = self.device.counters()
         self.device = self.make()
         after = self.device.counters()
@@ -183,7 +183,7 @@ class DeviceModel(RuleBasedStateMachine):
         assert counters["mem_used_max"] >= counters["mem_used_total"]
 
     def teardown(self) -> None:
-        self.stop_keeper()
+        self.stop_refiller()
         if self.fd >= 0:
             os.close(self.fd)
         now = bytearray(SIZE)

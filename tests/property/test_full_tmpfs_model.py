@@ -46,7 +46,7 @@ class Server:
         self.fd = os.open(f"{folder}/state", os.O_RDWR | os.O_CREAT, 0o600)
         os.ftruncate(self.fd, state_layout(SIZE)["bytes"])
         self.device: Device
-        self.keeper: threading.Thread | None = None
+        self.refiller: threading.Thread | None = None
 
     def make(self, verify: bool) -> None:
         self.device = Device(SIZE, state=self.fd, verify=verify)
@@ -70,14 +70,14 @@ class Server:
 
     def reserve_start(self, size: int) -> None:
         self.device.reserve_start(size)
-        self.keeper = threading.Thread(target=self.device.reserve_keep)
-        self.keeper.start()
+        self.refiller = threading.Thread(target=self.device.reserve_keep)
+        self.refiller.start()
 
     def reserve_stop(self) -> None:
-        if self.keeper is not None:
+        if self.refiller is not None:
             self.device.reserve_stop()
-            self.keeper.join()
-            self.keeper = None
+            self.refiller.join()
+            self.refiller = None
 
     def save_and_load(self, left: int) -> bool:
         """Whether the device is again what was saved; else it is empty: `left` pages were not enough."""
@@ -185,7 +185,7 @@ class FullTmpfsModel(DeviceModel):
         self.device.call("server", "make", self.verify)
         return self.device
 
-    def stop_keeper(self) -> None:
+    def stop_refiller(self) -> None:
         self.device.call("server", "reserve_stop")
 
     def refused(self) -> None:

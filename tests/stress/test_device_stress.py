@@ -24,13 +24,13 @@ def reserve(device: Device, size: int) -> Iterator[None]:
         yield
         return
     device.reserve_start(size)
-    keeper = threading.Thread(target=device.reserve_keep)
-    keeper.start()
+    refiller = threading.Thread(target=device.reserve_keep)
+    refiller.start()
     try:
         yield
     finally:
         device.reserve_stop()
-        keeper.join()
+        refiller.join()
 
 
 @pytest.mark.parametrize("ready", [0, 1 << 20])

@@ -52,7 +52,7 @@ from zramd.stats import stats
 SWAPOFF_INTERVAL = 0.5  # seconds between two looks whether swap is off, while a stop waits for it
 STATUS_INTERVAL = 10.0  # seconds between two words on how we are to the service manager, at least
 STREAM_PATIENCE = 600.0  # seconds that a save or a load may stand still: ssh may ask for a password
-KEEPER_NICE = -20  # the reserve is refilled ahead of what ordinary programs do
+REFILLER_NICE = -20  # the reserve is refilled ahead of what ordinary programs do
 READY_PATIENCE = 1.0  # seconds for the service manager to take our word, at each try
 _DATA_ID_FAILS = "data_id is not written"
 AGAIN = 1.0  # seconds between two tries of what could not be done so far
@@ -87,7 +87,7 @@ class Server:
         self._undone: dict[str, Callable[[], None]] = {}
         self._undone_lock = threading.Lock()
         self._admission = Admission(self._troubles, lambda: self.config.client_limit, lambda: self._clients)
-        self._keeper: threading.Thread | None = None
+        self._refiller: threading.Thread | None = None
         self._corrupt = 0
         self._manager = notify.Manager()
         self._told: dict[str, int] = {}
@@ -146,7 +146,7 @@ class Server:
             if self.config.swap == "local":
                 swap.protect(self.device, self.config.reserve)
                 swap.take_priority(swap.BESIDE)  # the threads below inherit it
-                self._keeper = start_thread("zramd-keeper", self._keep_reserve)
+                self._refiller = start_thread("zramd-refill", self._keep_reserve)
             self._log.start()
             self._try("the pid file is not written", self._rundir.write_pid)
             step("server.published")
@@ -218,8 +218,8 @@ class Server:
             ends += [self._wake_up, self._housekeeping.join]
         if self._compactor is not None:
             ends.append(self._compactor.stop)
-        if self._keeper is not None:
-            ends += [self.device.reserve_stop, self._keeper.join]
+        if self._refiller is not None:
+            ends += [self.device.reserve_stop, self._refiller.join]
         if self._endpoint is not None:
             ends.append(self._endpoint.close)
         for end in (*ends, self._remove_files, self._log.stop):
@@ -466,10 +466,10 @@ class Server:
         sockets.send(path, self._admission.sockets, "made" if self._rundir.made else "found")
 
     def _keep_reserve(self) -> None:
-        name_thread("zramd-keeper")
+        name_thread("zramd-refill")
         # It needs the processor when requests do, but not what is set aside for them: see swap.take_priority.
         swap.warm_stack()
-        swap.be_ordinary(KEEPER_NICE)
+        swap.be_ordinary(REFILLER_NICE)
         self.device.reserve_keep()
 
     def _make_housekeeper(self, leaving: Leaving) -> Housekeeper:

@@ -9,7 +9,7 @@ from zramd.core.device.device import state_layout
 
 FAULTS_WANTED = 0.01  # page faults for each request: the server's own housekeeping may have one now and then
 CLOSE = 0.01  # by how much of what the server says of its pool the kernel may say more or less
-SLACK = 256 << 10  # bytes: what else lies next to it; the keeper goes on meanwhile
+SLACK = 256 << 10  # bytes: what else lies next to it; the refiller goes on meanwhile
 SECONDS = 6  # of load while system calls are counted
 # By these a program gets memory from the kernel or changes what is mapped.
 MEMORY_CALLS = ("brk", "mmap", "mremap", "munmap", "mprotect", "clone", "clone3")
@@ -24,7 +24,7 @@ def measure(session: Session) -> None:
     after, late = session.attachment.stats(), session.beat()
     requests = sum(after[key] - before[key] for key in ("reads", "writes", "trims", "zeroes"))
     faults = late["daemon_minor"] + late["daemon_major"] - early["daemon_minor"] - early["daemon_major"]
-    # What the keeper makes ready ahead of need is not counted as faults: the kernel does it in one call.
+    # What the refiller makes ready ahead of need is not counted as faults: the kernel does it in one call.
     misses = after["reserve_misses"] - before["reserve_misses"]
     result.requests = {"requests": requests, "faults": faults, "reserve_misses": misses}
     per_request = faults / max(requests, 1)

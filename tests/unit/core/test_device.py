@@ -443,13 +443,13 @@ def test_what_cannot_be_freed_is_not_tried_again() -> None:
     for seed in range(40):
         device = Device(4096 * BLOCK, mem_limit=3 << 20)
         device.reserve_start(1 << 20)
-        keeper = threading.Thread(target=device.reserve_keep)
-        keeper.start()
+        refiller = threading.Thread(target=device.reserve_keep)
+        refiller.start()
         try:
             fill_and_compact(device, random.Random(seed))
         finally:
             device.reserve_stop()
-            keeper.join()
+            refiller.join()
         device.check()
 
 

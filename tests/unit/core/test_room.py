@@ -557,8 +557,8 @@ def test_a_reserve_that_cannot_grow_gives_back_what_is_too_much(tmp_path: Path) 
 import threading, time
 device = start()
 device.reserve_start(1 << 20)
-keeper = threading.Thread(target=device.reserve_keep)
-keeper.start()
+refiller = threading.Thread(target=device.reserve_keep)
+refiller.start()
 rnd = random.Random(1)
 for block in range(900):
     device.write(rnd.randbytes(2500).ljust(BLOCK, b"\\0"), block * BLOCK)
@@ -576,7 +576,7 @@ while device.counters()["reserve_bytes"] > 2 << 20 and time.monotonic() < end:
 print(device.counters()["reserve_bytes"] >> 20)
 device.check()
 device.reserve_stop()
-keeper.join()
+refiller.join()
 """
     assert int(in_tmpfs(tmp_path, code)) <= 2
 

@@ -231,8 +231,8 @@ def test_every_lock_hands_priority_on(tmp_path: Path) -> None:
         device.inherit_priority()
         taken = looked_at.value, without.value
         device.reserve_start(1 << 20)
-        keeper = threading.Thread(target=device.reserve_keep)
-        keeper.start()
+        refiller = threading.Thread(target=device.reserve_keep)
+        refiller.start()
         dice = random.Random(1)
         for block in range(0, 2048, 3):
             content = dice.randbytes(dice.choice((8, 300, 700, 2900, 4096)))
@@ -257,7 +257,7 @@ def test_every_lock_hands_priority_on(tmp_path: Path) -> None:
             saving.load(device, stream.fileno())
         device.counters(), device.classes(), device.pressure()
         device.reserve_stop()
-        keeper.join()
+        refiller.join()
         print(looked_at.value - taken[0] > 10_000, without.value - taken[1])
     """
     found = subprocess.run(
@@ -428,10 +428,10 @@ def test_every_thread_has_the_priority_of_its_work(tmp_path: Path) -> None:
         def tasks():
             return os.listdir("/proc/self/task")
 
-        while not {"zramd", "zramd-compactor", "zramd-log", "zramd-keeper"} <= set(map(name, tasks())):
+        while not {"zramd", "zramd-compactor", "zramd-log", "zramd-refill"} <= set(map(name, tasks())):
             time.sleep(0.01)
-        keeper, = (int(task) for task in tasks() if name(task) == "zramd-keeper")
-        while os.sched_getscheduler(keeper) != os.SCHED_OTHER:
+        refiller, = (int(task) for task in tasks() if name(task) == "zramd-refill")
+        while os.sched_getscheduler(refiller) != os.SCHED_OTHER:
             time.sleep(0.01)
         before = tasks()
         client = threading.Thread(target=time.sleep, args=(60,), daemon=True)
@@ -444,7 +444,7 @@ def test_every_thread_has_the_priority_of_its_work(tmp_path: Path) -> None:
         for role, task in sorted(names.items()):
             policy = {os.SCHED_OTHER: "ordinary", os.SCHED_RR: "real-time"}[os.sched_getscheduler(task)]
             print(role, policy, os.sched_getparam(task).sched_priority)
-        print("nice", os.getpriority(os.PRIO_PROCESS, names["zramd-keeper"]))
+        print("nice", os.getpriority(os.PRIO_PROCESS, names["zramd-refill"]))
         server.stop()
     """
     found = subprocess.run(
@@ -462,7 +462,7 @@ def test_every_thread_has_the_priority_of_its_work(tmp_path: Path) -> None:
         "main real-time 2",
         "zramd real-time 1",
         "zramd-compactor real-time 1",
-        "zramd-keeper ordinary 0",
         "zramd-log real-time 1",
+        "zramd-refill ordinary 0",
         "nice -20",
     ]

@@ -194,10 +194,10 @@ def test_a_thread_dies_loudly(capfd: pytest.CaptureFixture[str], monkeypatch: py
         raise ZeroDivisionError("by zero")
 
     monkeypatch.setattr(threading, "excepthook", made._thread_failed)
-    thread = threading.Thread(target=fail, name="zramd-keeper")
+    thread = threading.Thread(target=fail, name="zramd-refill")
     thread.start()
     thread.join()
-    text = "zramd-keeper has ended: ZeroDivisionError: by zero"
+    text = "zramd-refill has ended: ZeroDivisionError: by zero"
     assert capfd.readouterr().err == f"zramd: {text}\n"
     assert made.health()["causes"] == [text]
 

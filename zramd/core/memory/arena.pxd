@@ -32,7 +32,7 @@ cdef class Arena:
     cdef uint64_t *pages_max            # atomic: the most there ever were; kept
     cdef uint64_t limit                 # atomic: most pages there may be, 0: no limit
 
-    # The reserve: free spans that the keeper makes resident ahead of need. Guarded by lock.
+    # The reserve: free spans that the refiller makes resident ahead of need. Guarded by lock.
     cdef uint64_t reserve               # atomic: pages to keep ready, 0: there is no reserve
     cdef uint32_t ready[SPAN_LENGTHS]   # [n]: free spans whose first n pages are resident; [0]: spans to be given back
     cdef uint32_t ready_count[SPAN_LENGTHS]
@@ -40,10 +40,10 @@ cdef class Arena:
     cdef uint64_t demand_sum
     cdef uint64_t ready_pages           # atomic: resident pages of those spans; not among `pages`
     cdef uint64_t misses                # atomic: pages that a request had to make resident by itself
-    cdef pthread_cond_t work            # something for the keeper to do
-    cdef bint keeper_sleeps
-    cdef bint keeper_works              # it has a span on no list
-    cdef bint keeper_ends
+    cdef pthread_cond_t work            # something for the refiller to do
+    cdef bint refiller_sleeps
+    cdef bint refiller_works              # it has a span on no list
+    cdef bint refiller_ends
     cdef char *records                  # the owner's record of each span, made resident along with it
     cdef uint32_t record_size
     cdef uint32_t records_ready         # spans below this one have resident records

@@ -10,7 +10,7 @@ free span keeps its pages for a while (the stock): a first touch takes 1.8 us an
 more than a block's decompression, and steady overwriting empties and starts zspages all the time.
 
 A server that its own kernel swaps to must never need memory while it takes a page in: there may be none until it has. So
-it can have a reserve: free spans of each length, resident ahead of need. A thread of its own (the keeper) fills it and
+it can have a reserve: free spans of each length, resident ahead of need. A thread of its own (the refiller) fills it and
 gives back what is too much; no lock is held while it does, so when it has to wait for memory nobody waits for it.
 Requests take spans from the reserve and return them there, without a system call.
 """
@@ -51,8 +51,8 @@ cdef extern from "<unistd.h>" nogil:
 cdef enum:
     STOCK_PAGES = 64        # 256 KiB: covers what 16 workers empty and start between two looks of the compactor
     GROW_SPANS = 512        # address space becomes writable 16 MiB at a time: strict overcommit charges what is writable
-    RECORD_SPANS = 1024     # spans whose records the keeper makes resident at once
-    RETRY_US = 10000        # until the keeper asks again when the system refused memory
+    RECORD_SPANS = 1024     # spans whose records the refiller makes resident at once
+    RETRY_US = 10000        # until the refiller asks again when the system refused memory
 
 
 @cython.final
@@ -287,26 +287,26 @@ cdef class Arena:
         return rc
 
     cdef void reserve_keep(self) noexcept nogil:
-        """The keeper: keep the reserve full and no fuller until reserve_stop."""
+        """The refiller: keep the reserve full and no fuller until reserve_stop."""
         cdef int rc
         pthread_mutex_lock(&self.lock)
-        while not self.keeper_ends:
+        while not self.refiller_ends:
             rc = self._keep_one()
             if rc == 0:
-                self.keeper_sleeps = True
+                self.refiller_sleeps = True
                 pthread_cond_wait(&self.work, &self.lock)
-                self.keeper_sleeps = False
+                self.refiller_sleeps = False
             elif rc < 0:
                 pthread_mutex_unlock(&self.lock)
                 usleep(RETRY_US)
                 pthread_mutex_lock(&self.lock)
-        self.keeper_ends = False
+        self.refiller_ends = False
         pthread_mutex_unlock(&self.lock)
 
     cdef void reserve_stop(self) noexcept nogil:
-        """Make the keeper return; what is ready stays so."""
+        """Make the refiller return; what is ready stays so."""
         pthread_mutex_lock(&self.lock)
-        self.keeper_ends = True
+        self.refiller_ends = True
         pthread_cond_signal(&self.work)
         pthread_mutex_unlock(&self.lock)
 
@@ -391,12 +391,12 @@ cdef class Arena:
 
     cdef void _work_begin(self) noexcept nogil:
         """Drop the lock for what may wait, while this thread has a span that is on no list."""
-        self.keeper_works = True
+        self.refiller_works = True
         pthread_mutex_unlock(&self.lock)
 
     cdef void _work_end(self) noexcept nogil:
         pthread_mutex_lock(&self.lock)
-        self.keeper_works = False
+        self.refiller_works = False
 
     cdef int _populate_used(self) noexcept nogil:
         """Map the pages in use, so that a lock on all memory holds them: those of a state are somewhere else yet.
@@ -438,7 +438,7 @@ cdef class Arena:
         """
         cdef uint32_t i, n
         self._note_demand(npages)
-        if self.keeper_sleeps and self.ready_count[npages] <= self._ready_wanted(npages) // 2:
+        if self.refiller_sleeps and self.ready_count[npages] <= self._ready_wanted(npages) // 2:
             pthread_cond_signal(&self.work)
         for i in range(1, SPAN_LENGTHS):
             n = npages + i - 1 if npages + i <= SPAN_LENGTHS else SPAN_LENGTHS - i
@@ -449,7 +449,7 @@ cdef class Arena:
         return -ENOMEM
 
     cdef void _ready_give(self, uint32_t span) noexcept nogil:
-        """Take a span back into the reserve; what is too much there the keeper gives back."""
+        """Take a span back into the reserve; what is too much there the refiller gives back."""
         pthread_mutex_lock(&self.lock)
         counter_sub(&self.pages, bits_set(self.committed[span]))
         self._ready_push(span)
@@ -471,7 +471,7 @@ cdef class Arena:
         self.ready[n] = span
         owned_add_32(&self.ready_count[n], 1)
         counter_add(&self.ready_pages, bits_set(mask))
-        if self.keeper_sleeps and self.ready_count[n] > 2 * self._ready_wanted(n):
+        if self.refiller_sleeps and self.ready_count[n] > 2 * self._ready_wanted(n):
             pthread_cond_signal(&self.work)
 
     # --------------------------------------------------------------------------------------------------------
@@ -480,7 +480,7 @@ cdef class Arena:
         """Forget every span and give all pages back. Nobody else may hold one; the records are gone already."""
         cdef uint32_t n
         pthread_mutex_lock(&self.lock)
-        while self.keeper_works:
+        while self.refiller_works:
             pthread_mutex_unlock(&self.lock)
             nap()
             pthread_mutex_lock(&self.lock)
@@ -562,7 +562,7 @@ cdef class Arena:
                 return "the count of a list of the reserve differs from the list"
             listed += count
         where[0] = 0
-        if used + listed + self.keeper_works != self.top:
+        if used + listed + self.refiller_works != self.top:
             return "a span is neither free nor in use"
         if ready != load_relaxed(&self.ready_pages):
             return "the count of the reserve differs from its spans' bitmaps"

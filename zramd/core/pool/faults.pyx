@@ -92,7 +92,7 @@ cdef const char *find_class_fault(Pool pool, uint32_t index, uint64_t *where) no
     cdef size_class *c = &pool.classes[index]
     cdef uint64_t count, inuse = 0, committed = 0, zspages = 0
     cdef uint32_t group, span, prev, unused, i
-    cdef uint32_t top = load_relaxed_32(&pool.arena.top)    # the keeper may be taking spans meanwhile
+    cdef uint32_t top = load_relaxed_32(&pool.arena.top)    # the refiller may be taking spans meanwhile
     cdef zspage *z
     for group in range(GROUPS):
         count = 0

@@ -134,7 +134,7 @@ cdef inline uint64_t freeable(Pool pool, size_class *c) noexcept nogil:
 cdef inline void give_pages(Pool pool, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil:
     """Give the pages back that nothing but a freed chunk was on, where much of the class is free.
 
-    The keeper of a reserve wants them: there they wait for compaction.
+    The refiller of a reserve wants them: there they wait for compaction.
     """
     cdef uint64_t used = pool.zspages[span].used
     cdef uint32_t unused

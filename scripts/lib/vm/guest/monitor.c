@@ -45,23 +45,23 @@ static int faults(const char *path, unsigned long *minor, unsigned long *major)
     return fields && sscanf(fields + 1, " %*c %*d %*d %*d %*d %*d %*u %lu %*u %lu", minor, major) == 2;
 }
 
-/* Take off what the keeper has: it makes memory ready ahead of need, and that counts as page faults too. */
-static void without_keeper(int pid, unsigned long *minor, unsigned long *major)
+/* Take off what the refiller has: it makes memory ready ahead of need, and that counts as page faults too. */
+static void without_refiller(int pid, unsigned long *minor, unsigned long *major)
 {
     char path[280], name[32];
-    unsigned long keeper_minor, keeper_major;
+    unsigned long refiller_minor, refiller_major;
     struct dirent *task;
 
     snprintf(path, sizeof path, "/proc/%d/task", pid);
     DIR *tasks = opendir(path);
     while (tasks && (task = readdir(tasks))) {
         snprintf(path, sizeof path, "/proc/%d/task/%.16s/comm", pid, task->d_name);
-        if (read_file(path, name, sizeof name) <= 0 || strcmp(name, "zramd-keeper\n"))
+        if (read_file(path, name, sizeof name) <= 0 || strcmp(name, "zramd-refill\n"))
             continue;
         snprintf(path, sizeof path, "/proc/%d/task/%.16s/stat", pid, task->d_name);
-        if (faults(path, &keeper_minor, &keeper_major)) {
-            *minor -= keeper_minor;
-            *major -= keeper_major;
+        if (faults(path, &refiller_minor, &refiller_major)) {
+            *minor -= refiller_minor;
+            *major -= refiller_major;
         }
     }
     if (tasks)
@@ -85,7 +85,7 @@ static size_t add_daemon(size_t used, const char *rundir)
     snprintf(path, sizeof path, "/proc/%d/stat", pid);
     int alive = faults(path, &minor, &major);
     if (alive)
-        without_keeper(pid, &minor, &major);
+        without_refiller(pid, &minor, &major);
     return used + snprintf(line + used, sizeof line - used,
                            ", \"daemon_pid\": %d, \"daemon_alive\": %s, \"daemon_minor\": %lu, \"daemon_major\": %lu",
                            pid, alive ? "true" : "false", minor, major);
