@@ -6,11 +6,11 @@ zspage  the smallest run of pages that holds a whole number of chunks of one siz
 chunk   one place in a zspage; allocated, it holds a header and an object, free, the link to the next free chunk.
 object  a stored payload: compressed bytes, or a raw block (huge).
 obj     an object's location: its chunk's offset in the arena, in bytes. Chunks are CHUNK_ALIGN aligned.
-cell    one 64-bit word of the handle table: check << CELL_CHECK_SHIFT | obj | CELL_LENT | CELL_LIVE | CELL_PIN, or a
+cell    one 64-bit word of the handle table: sum << CELL_SUM_SHIFT | obj | CELL_LENT | CELL_LIVE | CELL_PIN, or a
         same-filled block's word.
 handle  a cell's index, from 1; never a location, so moving an object rewrites one cell and nobody notices.
 slot    one 64-bit word a block: the handle of its object, and the bytes of the payload; see device/slots.pxd.
-check   with verify: half of the object's checksum; 0 without.
+sum     with verify: half of the object's checksum; 0 without.
 
 A span and the number of its zspage are the same number, so an obj leads to its zspage with one shift:
 
@@ -59,7 +59,7 @@ cdef enum:
     CELL_LENT = 4               # the object is in a chunk of a larger class than its own
     CELL_TAGS = 7
     CELL_TAG_BITS = 3           # of a free cell, the next free one is above
-    CELL_CHECK_SHIFT = 48       # the cell's half of the checksum is above: obj has 47 bits at most
+    CELL_SUM_SHIFT = 48       # the cell's half of the checksum is above: obj has 47 bits at most
 
 cdef enum:
     NIL = 0x7FFFFFFF            # no span: end of a list
@@ -82,7 +82,7 @@ cdef inline uint64_t pages_of(uint64_t size) noexcept nogil:
     return (size >> PAGE_SHIFT) + (size & (PAGE_SIZE - 1) != 0)
 
 cdef inline uint64_t cell_obj(uint64_t cell) noexcept nogil:
-    return cell << (64 - CELL_CHECK_SHIFT) >> (64 - CELL_CHECK_SHIFT) & ~<uint64_t>CELL_TAGS
+    return cell << (64 - CELL_SUM_SHIFT) >> (64 - CELL_SUM_SHIFT) & ~<uint64_t>CELL_TAGS
 
 cdef inline uint64_t free_cell(uint64_t next) noexcept nogil:
     """A free cell, with the next one on the list; 0: it is the last."""

@@ -32,9 +32,11 @@ from zramd.core.device.slots cimport (
     object_slot,
     same_slot,
     slot_bytes,
-    slot_check,
     slot_handle,
     slot_kind,
+    slot_sum,
+    sum_high,
+    sum_low,
 )
 from zramd.core.system.gate cimport gate, gate_close, gate_open
 from zramd.core.system.locks cimport (
@@ -190,18 +192,18 @@ cdef class Blocks:
     cdef int _store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
         """store_payload, if there is room now."""
         cdef uint64_t handle = 0
-        cdef uint32_t check = 0
+        cdef uint32_t sum = 0
         cdef char *place
         cdef int rc = self.pool.obj_alloc(size, &handle, &place)
         if rc:
             return rc
         if self.verify:
-            check = checksum(payload, size, block)
+            sum = checksum(payload, size, block)
         memcpy(place, payload, size)
         zr_crash_point("payload-written")
-        self.pool.obj_publish(handle, check >> 16)
+        self.pool.obj_publish(handle, sum_high(sum))
         zr_crash_point("object-published")
-        slot[0] = object_slot(handle, size, check & 0xFFFF)
+        slot[0] = object_slot(handle, size, sum)
         return 0
 
     cdef uint64_t _same_slot(self, uint64_t block, uint64_t word, uint64_t handle) noexcept nogil:
@@ -249,8 +251,8 @@ cdef class Blocks:
 
     cdef inline bint checksum_agrees(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil:
         """Whether a payload whose pages are there is what the slot and its cell have the checksum of."""
-        cdef uint32_t check = checksum(payload, slot_bytes(slot), block)
-        return check == (self.pool.obj_check(slot_handle(slot)) << 16 | slot_check(slot))
+        cdef uint32_t sum = checksum(payload, slot_bytes(slot), block)
+        return sum_low(sum) == slot_sum(slot) and sum_high(sum) == self.pool.obj_sum(slot_handle(slot))
 
     cdef void _free(self, uint64_t block, uint64_t slot) noexcept nogil:
         """Free what a block's slot stood for, once no block holds the slot."""

@@ -18,7 +18,7 @@ cdef enum:
     SLOT_SAME = 0x2000
     SLOT_LOST = 0x4000          # the whole slot
     SLOT_HANDLE_SHIFT = 16
-    SLOT_CHECK_SHIFT = 48       # the slot's half of the checksum is above
+    SLOT_SUM_SHIFT = 48       # the slot's half of the checksum is above
 
 cdef enum block_kind:
     HOLE
@@ -27,16 +27,24 @@ cdef enum block_kind:
     LZ4
     RAW
 
+cdef inline uint64_t sum_low(uint32_t sum) noexcept nogil:
+    """The half of a checksum that is in the slot."""
+    return sum & 0xFFFF
+
+cdef inline uint64_t sum_high(uint32_t sum) noexcept nogil:
+    """The half that is in the cell."""
+    return sum >> 16
+
 cdef inline uint64_t slot_handle(uint64_t slot) noexcept nogil:
-    return slot << (64 - SLOT_CHECK_SHIFT) >> (64 - SLOT_CHECK_SHIFT + SLOT_HANDLE_SHIFT)
+    return slot << (64 - SLOT_SUM_SHIFT) >> (64 - SLOT_SUM_SHIFT + SLOT_HANDLE_SHIFT)
 
 cdef inline uint32_t slot_bytes(uint64_t slot) noexcept nogil:
     """Payload bytes of a slot with an object; a bit that changed in memory may have made them too many."""
     return slot & SLOT_SIZE_MASK
 
-cdef inline uint64_t slot_check(uint64_t slot) noexcept nogil:
+cdef inline uint64_t slot_sum(uint64_t slot) noexcept nogil:
     """The slot's half of the checksum of its object."""
-    return slot >> SLOT_CHECK_SHIFT
+    return slot >> SLOT_SUM_SHIFT
 
 cdef inline block_kind slot_kind(uint64_t slot) noexcept nogil:
     if slot == 0:
@@ -55,10 +63,10 @@ cdef inline bint is_zeros(uint64_t slot) noexcept nogil:
     """Whether a block is the word 0 repeated, and not a hole."""
     return slot & SLOT_SAME and slot_handle(slot) == 0
 
-cdef inline uint64_t object_slot(uint64_t handle, uint32_t size, uint64_t check) noexcept nogil:
-    """A slot with an object of size bytes; check: 16 bits to keep in it."""
-    return check << SLOT_CHECK_SHIFT | handle << SLOT_HANDLE_SHIFT | size
+cdef inline uint64_t object_slot(uint64_t handle, uint32_t size, uint32_t sum) noexcept nogil:
+    """A slot with an object of size bytes; sum: its checksum, or 0, of which the cell keeps the other half."""
+    return sum_low(sum) << SLOT_SUM_SHIFT | handle << SLOT_HANDLE_SHIFT | size
 
-cdef inline uint64_t same_slot(uint64_t handle, uint64_t check) noexcept nogil:
-    """A slot that stands for a word; check: 32 bits, of which the lower 29 are kept."""
-    return SLOT_SAME | (check & 0xFFFF) << SLOT_CHECK_SHIFT | handle << SLOT_HANDLE_SHIFT | check >> 16 & SLOT_SIZE_MASK
+cdef inline uint64_t same_slot(uint64_t handle, uint32_t sum) noexcept nogil:
+    """A slot that stands for a word; sum: its checksum, or 0, of which the lower 29 bits are kept."""
+    return SLOT_SAME | sum_low(sum) << SLOT_SUM_SHIFT | handle << SLOT_HANDLE_SHIFT | sum_high(sum) & SLOT_SIZE_MASK

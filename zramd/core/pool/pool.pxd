@@ -55,8 +55,8 @@ cdef class Pool:
     cdef int obj_alloc(self, uint32_t size, uint64_t *handle, char **payload) noexcept nogil
     cdef int obj_begin(self, uint64_t handle, char **payload) noexcept nogil
     cdef void obj_end(self, uint64_t handle) noexcept nogil
-    cdef void obj_publish(self, uint64_t handle, uint64_t check) noexcept nogil
-    cdef uint64_t obj_check(self, uint64_t handle) noexcept nogil
+    cdef void obj_publish(self, uint64_t handle, uint64_t sum) noexcept nogil
+    cdef uint64_t obj_sum(self, uint64_t handle) noexcept nogil
     cdef bint obj_fits(self, const char *payload, uint32_t size) noexcept nogil
     cdef bint obj_is_there(self, const char *payload, uint32_t size) noexcept nogil
     cdef int obj_free(self, uint64_t handle) noexcept nogil

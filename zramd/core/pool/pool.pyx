@@ -78,7 +78,7 @@ from zramd.core.system.locks cimport (
 )
 from zramd.core.types cimport (
     CELLS_SLACK,
-    CELL_CHECK_SHIFT,
+    CELL_SUM_SHIFT,
     CELL_LIVE,
     CELL_PIN,
     CELL_TAGS,
@@ -416,15 +416,15 @@ cdef class Pool:
         zr_assert((cell & CELL_PIN) != 0)
         store_release(&self.cells[handle], cell & ~<uint64_t>CELL_PIN)
 
-    cdef void obj_publish(self, uint64_t handle, uint64_t check) noexcept nogil:
-        """obj_end of an object that was written just now; check: 16 bits to keep for it."""
+    cdef void obj_publish(self, uint64_t handle, uint64_t sum) noexcept nogil:
+        """obj_end of an object that was written just now; sum: 16 bits to keep for it."""
         cdef uint64_t cell = load_relaxed(&self.cells[handle])
         zr_assert((cell & CELL_PIN) != 0)
-        store_release(&self.cells[handle], cell_obj(cell) | CELL_LIVE | check << CELL_CHECK_SHIFT)
+        store_release(&self.cells[handle], cell_obj(cell) | CELL_LIVE | sum << CELL_SUM_SHIFT)
 
-    cdef uint64_t obj_check(self, uint64_t handle) noexcept nogil:
+    cdef uint64_t obj_sum(self, uint64_t handle) noexcept nogil:
         """What obj_publish was given for a pinned object."""
-        return load_relaxed(&self.cells[handle]) >> CELL_CHECK_SHIFT
+        return load_relaxed(&self.cells[handle]) >> CELL_SUM_SHIFT
 
     cdef bint obj_fits(self, const char *payload, uint32_t size) noexcept nogil:
         """Whether size bytes are there to be read, wherever payload leads."""

@@ -184,7 +184,7 @@ cdef class Zsmalloc:
         if rc:
             raise error_from(rc, f"read of handle {handle}")
         try:
-            all = self.pool.obj_check(number)
+            all = self.pool.obj_sum(number)
             if not 0 <= size <= all:
                 raise ValueError(f"read of {size} bytes from handle {handle}, which has {all}")
             return PyBytes_FromStringAndSize(payload, size or all)
@@ -204,7 +204,7 @@ cdef class Zsmalloc:
                 rc = self.pool.obj_begin(number, &payload)
             if rc:
                 raise error_from(rc, f"write to handle {handle}")
-            all = self.pool.obj_check(number)
+            all = self.pool.obj_sum(number)
             if <uint64_t>view.len <= all:
                 memcpy(payload, view.buf, view.len)
             self.pool.obj_end(number)
