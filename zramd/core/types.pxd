@@ -66,13 +66,13 @@ cdef enum:
 
 cdef struct zspage:
     # Guarded by the lock of its class; 32 bytes for 64 KiB of span.
-    uint64_t used               # with a bitmap: the chunks in use; a free one need not be resident
+    uint64_t used_map           # with a bitmap: the chunks in use; a free one need not be resident
     uint32_t prev               # neighbours in the list of its fullness group, as span numbers
     uint32_t next
     uint16_t inuse              # chunks that hold an object
     # With a list: chunks in use + chunks on the list == fresh. With a bitmap: all chunks.
     uint16_t fresh              # chunks below this one were used at least once; those above need not be resident
-    uint16_t free               # head of the free list, NO_CHUNK at its end
+    uint16_t first_free         # head of the free list, NO_CHUNK at its end
     uint16_t class_index
     uint8_t group
     uint8_t dry                 # listed, and no free chunk is on resident pages: behind those of which that is not known

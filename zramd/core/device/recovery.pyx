@@ -361,7 +361,7 @@ cdef class Recovery:
     cdef uint64_t *_live_bits(self, uint32_t span, size_class *c) noexcept nogil:
         """Where it is noted which chunks of a zspage slots lead to: a bit for each."""
         if is_mapped(c):
-            return &self.pool.zspages[span].used
+            return &self.pool.zspages[span].used_map
         return <uint64_t *>self.live.base + <uint64_t>self.pool.zspages[span].next * (SPAN_CHUNKS // 64)
 
     # --------------------------------------------------------------------------------------------------------
@@ -470,7 +470,7 @@ cdef class Recovery:
         # (Spans of a reserve have pages, and no class.)
         if index and index <= self.pool.class_count:
             z.class_index = <uint16_t>(index - 1)
-            z.free = NO_CHUNK
+            z.first_free = NO_CHUNK
             c = &self.pool.classes[index - 1]
             for chunk in range(c.objs):
                 if bit_is_set(self._live_bits(span, c), chunk):
@@ -498,10 +498,10 @@ cdef class Recovery:
                 zr_unpoison(start, c.size)
             elif not is_mapped(c) and c.objs - 1 - chunk < z.fresh:
                 zr_unpoison(start, CHUNK_ALIGN)
-                header = free_header(z.free)
+                header = free_header(z.first_free)
                 memcpy(start, &header, HEADER_SIZE)
                 zr_fill(start + HEADER_SIZE, FILL_FREED, CHUNK_ALIGN - HEADER_SIZE)
-                z.free = <uint16_t>(c.objs - 1 - chunk)
+                z.first_free = <uint16_t>(c.objs - 1 - chunk)
 
     # --------------------------------------------------------------------------------------------------------
     # 3: lists

@@ -56,15 +56,15 @@ cdef inline int list_take(Pool pool, size_class *c, uint32_t span, bint resident
     cdef zspage *z = &pool.zspages[span]
     cdef uint32_t chunk, header, next
     cdef int rc
-    if z.free != NO_CHUNK:
-        chunk = z.free
+    if z.first_free != NO_CHUNK:
+        chunk = z.first_free
         header = header_at(pool, c, span, chunk)
         next = header_next(header)
         if header_is_live(header) or (next != NO_CHUNK and next >= z.fresh):
             # The link was overwritten in memory. What follows it is lost until the next start.
-            z.free = NO_CHUNK
+            z.first_free = NO_CHUNK
             return -ENOSPC
-        z.free = <uint16_t>next
+        z.first_free = <uint16_t>next
         return <int>chunk
     chunk = z.fresh
     if chunk == c.objs or (resident and not is_resident(pool, c, span, chunk)):
@@ -78,7 +78,7 @@ cdef inline int list_take(Pool pool, size_class *c, uint32_t span, bint resident
 cdef inline int mapped_take(Pool pool, size_class *c, uint32_t span, bint resident) noexcept nogil:
     """Mark a chunk in the bitmap: the lowest free one whose pages are resident, else the lowest."""
     cdef zspage *z = &pool.zspages[span]
-    cdef uint64_t free = ~z.used & all_chunks(c), bits = free & chunks_below(pool, c, span)
+    cdef uint64_t free_map = ~z.used_map & all_chunks(c), bits = free_map & chunks_below(pool, c, span)
     cdef uint32_t chunk, i
     cdef int rc
     while bits and not is_resident(pool, c, span, lowest_bit_64(bits)):
@@ -89,14 +89,14 @@ cdef inline int mapped_take(Pool pool, size_class *c, uint32_t span, bint reside
             if pool.spare[i] == span:
                 spare_drop(pool, i)
                 break
-    elif free and not resident:
-        chunk = lowest_bit_64(free)
+    elif free_map and not resident:
+        chunk = lowest_bit_64(free_map)
         rc = chunk_commit(pool, c, span, chunk)
         if rc:
             return rc
     else:
         return -ENOSPC
-    z.used |= <uint64_t>1 << chunk
+    z.used_map |= <uint64_t>1 << chunk
     return <int>chunk
 
 cdef inline int chunk_take(Pool pool, size_class *c, uint32_t span, uint64_t handle, bint resident) noexcept nogil:
@@ -142,7 +142,7 @@ cdef inline uint64_t chunks_below(Pool pool, size_class *c, uint32_t span) noexc
 
 cdef inline uint64_t mapped_room(Pool pool, size_class *c, uint32_t span) noexcept nogil:
     """Bitmap of the free chunks whose pages are resident."""
-    cdef uint64_t bits = ~pool.zspages[span].used & chunks_below(pool, c, span), room = 0
+    cdef uint64_t bits = ~pool.zspages[span].used_map & chunks_below(pool, c, span), room = 0
     while bits:
         if is_resident(pool, c, span, lowest_bit_64(bits)):
             room |= bits & -bits
@@ -154,7 +154,7 @@ cdef inline bint chunk_holds(Pool pool, size_class *c, uint32_t span, uint32_t c
     cdef zspage *z = &pool.zspages[span]
     if z.group == NO_ZSPAGE or &pool.classes[z.class_index] != c or chunk >= z.fresh:
         return False
-    if is_mapped(c) and not z.used >> chunk & 1:
+    if is_mapped(c) and not z.used_map >> chunk & 1:
         return False
     if is_huge(c):
         return True
@@ -174,7 +174,7 @@ cdef inline uint32_t unused_pages(Pool pool, size_class *c, uint32_t span, uint3
     cdef uint32_t unused = 0
     pages &= pool.arena.committed[span]
     while pages:
-        if not pool.zspages[span].used & chunks_of_page(c, lowest_bit(pages)):
+        if not pool.zspages[span].used_map & chunks_of_page(c, lowest_bit(pages)):
             unused |= pages & -pages
         pages &= pages - 1
     return unused
@@ -197,15 +197,15 @@ cdef inline void chunk_give(Pool pool, size_class *c, uint32_t span, uint32_t ch
     store_relaxed(&c.stuck, 0)
     zr_fill(start, FILL_FREED, c.size)
     if is_mapped(c):
-        z.used &= ~(<uint64_t>1 << chunk)
+        z.used_map &= ~(<uint64_t>1 << chunk)
         zr_poison(start, c.size)
         if is_huge(c):
             spare_page(pool, c, span, chunk)
         return
-    set_header(start, free_header(z.free))
+    set_header(start, free_header(z.first_free))
     # The first 8 bytes hold the link, which is ours to read.
     zr_poison(start + CHUNK_ALIGN, c.size - CHUNK_ALIGN)
-    z.free = <uint16_t>chunk
+    z.first_free = <uint16_t>chunk
 
 cdef inline uint32_t next_used(Pool pool, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil:
     """The first chunk from `chunk` on that holds an object, or fresh."""
@@ -213,7 +213,7 @@ cdef inline uint32_t next_used(Pool pool, size_class *c, uint32_t span, uint32_t
     if z.inuse == 0 or chunk >= z.fresh:
         return z.fresh
     if is_mapped(c):
-        return lowest_bit_64(z.used >> chunk << chunk) if z.used >> chunk else z.fresh
+        return lowest_bit_64(z.used_map >> chunk << chunk) if z.used_map >> chunk else z.fresh
     while chunk < z.fresh and not header_is_live(header_at(pool, c, span, chunk)):
         chunk += 1
     return chunk
@@ -222,7 +222,7 @@ cdef inline uint32_t last_used(Pool pool, size_class *c, uint32_t span, uint32_t
     """The last chunk below `end` that holds an object, or NIL."""
     cdef uint64_t bits
     if is_mapped(c):
-        bits = pool.zspages[span].used & (all_chunks(c) if end == c.objs else (<uint64_t>1 << end) - 1)
+        bits = pool.zspages[span].used_map & (all_chunks(c) if end == c.objs else (<uint64_t>1 << end) - 1)
         return highest_bit_64(bits) if bits else <uint32_t>NIL
     while end:
         end -= 1

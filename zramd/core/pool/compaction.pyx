@@ -348,11 +348,11 @@ cdef void pack_list(Pool pool, size_class *c, uint32_t span, uint64_t *budget) n
     list_chunks(pool, c, span)
     chunk = last_used(pool, c, span, z.fresh)
     while chunk != NIL and chunk >= enough and budget[0]:
-        if z.free >= enough or move_object(pool, c, span, chunk, c, span, True):
+        if z.first_free >= enough or move_object(pool, c, span, chunk, c, span, True):
             break
         budget[0] -= min(c.size, budget[0])
         # The lowest free chunk is to be the first of the list, not this one.
-        z.free = <uint16_t>header_next(header_at(pool, c, span, chunk))
+        z.first_free = <uint16_t>header_next(header_at(pool, c, span, chunk))
         chunk = last_used(pool, c, span, chunk)
     list_chunks(pool, c, span)
 
@@ -381,7 +381,7 @@ cdef void list_chunks(Pool pool, size_class *c, uint32_t span) noexcept nogil:
     cdef zspage *z = &pool.zspages[span]
     cdef char *start
     cdef uint32_t chunk, i, last = z.fresh
-    z.free = NO_CHUNK
+    z.first_free = NO_CHUNK
     z.fresh = 0
     for i in range(last):
         chunk = last - 1 - i
@@ -389,8 +389,8 @@ cdef void list_chunks(Pool pool, size_class *c, uint32_t span) noexcept nogil:
         if header_is_live(header_at(pool, c, span, chunk)):
             z.fresh = <uint16_t>max(<uint32_t>z.fresh, chunk + 1)
         elif z.fresh:
-            set_header(start, free_header(z.free))
-            z.free = <uint16_t>chunk
+            set_header(start, free_header(z.first_free))
+            z.first_free = <uint16_t>chunk
         else:
             zr_poison(start, c.size)
 
@@ -443,7 +443,7 @@ cdef uint64_t give_back(Pool pool) noexcept nogil:
         span = pool.spare[pool.spares - 1]
         spare_drop(pool, pool.spares - 1)
         # Entries of the same span come to 0 the second time.
-        gone = pool.arena.decommit(span, ~<uint32_t>pool.zspages[span].used)
+        gone = pool.arena.decommit(span, ~<uint32_t>pool.zspages[span].used_map)
         owned_sub(&c.committed, gone)
         n += gone
     pthread_mutex_unlock(&c.lock)

@@ -113,7 +113,7 @@ cdef const char *find_class_fault(Pool pool, uint32_t index, uint64_t *where) no
             inuse += z.inuse
             committed += bits_set(pool.arena.committed[span])
             if is_huge(c):
-                unused = bits_set(pool.arena.committed[span] & ~pool.arena.whole(<uint32_t>z.used))
+                unused = bits_set(pool.arena.committed[span] & ~pool.arena.whole(<uint32_t>z.used_map))
                 for i in range(pool.spares):
                     unused -= pool.spare[i] == span
                 if unused and (c.unit == 1 or not load_relaxed(&pool.arena.reserve)):
@@ -139,7 +139,7 @@ cdef const char *find_one_zspage_fault(Pool pool, uint32_t index, uint32_t span)
     cdef uint64_t obj = <uint64_t>span << SPAN_SHIFT
     cdef uint32_t chunk, header, live = 0, unused = 0
     cdef const char *wrong
-    if z.fresh > c.objs or z.inuse > z.fresh or (is_mapped(c) and (z.fresh != c.objs or z.used & ~all_chunks(c))):
+    if z.fresh > c.objs or z.inuse > z.fresh or (is_mapped(c) and (z.fresh != c.objs or z.used_map & ~all_chunks(c))):
         return "a zspage has more chunks than fit"
     chunk = next_used(pool, c, span, 0)
     while chunk < z.fresh:
@@ -154,10 +154,10 @@ cdef const char *find_one_zspage_fault(Pool pool, uint32_t index, uint32_t span)
     if live != z.inuse:
         return "the count of a zspage differs from its headers"
     if is_mapped(c):
-        if z.free != NO_CHUNK:
+        if z.first_free != NO_CHUNK:
             return "a zspage with a bitmap has a free list"
         return NULL
-    chunk = z.free
+    chunk = z.first_free
     while chunk != NO_CHUNK:
         unused += 1
         if chunk >= z.fresh or unused > z.fresh:

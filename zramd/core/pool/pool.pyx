@@ -370,9 +370,9 @@ cdef class Pool:
             return rc
         z = &self.zspages[span]
         z.inuse = 0
-        z.used = 0
+        z.used_map = 0
         z.fresh = <uint16_t>c.objs if is_mapped(c) else 0
-        z.free = NO_CHUNK
+        z.first_free = NO_CHUNK
         store_relaxed_16(&z.class_index, <uint16_t>index)    # _await_mover looks at it without a lock
         self.span_class[span] = <uint8_t>(index + 1)
         zr_crash_point("class-stored")

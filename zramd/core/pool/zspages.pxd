@@ -87,7 +87,7 @@ cdef inline bint has_resident_room(Pool pool, size_class *c, uint32_t span) noex
     cdef zspage *z = &pool.zspages[span]
     if is_mapped(c):
         return mapped_room(pool, c, span) != 0
-    return z.free != NO_CHUNK or is_resident(pool, c, span, z.fresh)
+    return z.first_free != NO_CHUNK or is_resident(pool, c, span, z.fresh)
 
 cdef inline uint32_t find_room(Pool pool, size_class *c, uint32_t group, uint32_t *tries) noexcept nogil:
     """The first zspage of a fullness group with room on resident pages; NIL: none, or tries[0] are used up.
@@ -136,7 +136,7 @@ cdef inline void give_pages(Pool pool, size_class *c, uint32_t span, uint32_t ch
 
     The refiller of a reserve wants them: there they wait for compaction.
     """
-    cdef uint64_t used = pool.zspages[span].used
+    cdef uint64_t used = pool.zspages[span].used_map
     cdef uint32_t unused
     if (used << 1 & used >> 1) >> chunk & 1:
         return      # both neighbours are in use, and each page has a part of one of them
