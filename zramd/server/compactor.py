@@ -46,7 +46,7 @@ class Compactable(Protocol):
 
     def pressure(self) -> tuple[int, int, int, int, int]: ...
     def compact(self, budget: int = 0) -> int: ...
-    def trim_stock(self) -> int: ...
+    def release_stock(self) -> int: ...
 
 
 class Policy:
@@ -227,7 +227,7 @@ class Compactor:
         if now.busy_since(before):
             self._trimmed = False
         elif not self._trimmed:
-            self._device.trim_stock()
+            self._device.release_stock()
             self._trimmed = True
 
     def _rest(self, seconds: float) -> None:

@@ -130,7 +130,7 @@ def test_locked_memory_is_given_back() -> None:
             device.write(os.urandom(4096), n * 4096)
         full = stats.resident_bytes()
         device.trim(0, 64 << 20)
-        device.trim_stock()
+        device.release_stock()
         print(full - before > 30 << 20, stats.resident_bytes() - before < 1 << 20)
     """
     assert in_child(code) == "True True\n"

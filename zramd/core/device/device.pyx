@@ -41,7 +41,7 @@ from zramd.core.system.locks cimport (
 from zramd.core.system.process cimport be_calm, be_urgent
 from zramd.core.device.recovery cimport Recovery
 from zramd.core.memory.region cimport KEPT_STATE, Memory
-from zramd.core.pool.compaction cimport compact_begin, compact_end, compact_run, freeable_pages, trim
+from zramd.core.pool.compaction cimport compact_begin, compact_end, compact_run, freeable_pages, release_stock_alone
 from zramd.core.pool.lending cimport compact_whole
 from zramd.core.pool.zsmalloc cimport pool_stats, pool_table
 from zramd.core.types cimport (
@@ -447,7 +447,7 @@ cdef class Device:
     def compact(self, uint64_t budget=0):
         """Move about budget bytes of objects, 0: until nothing is freeable; returns the number of pages freed.
 
-        A real-time thread is an ordinary one meanwhile, here and in trim_stock and check.
+        A real-time thread is an ordinary one meanwhile, here and in release_stock and check.
         """
         cdef uint64_t freed
         cdef int priority
@@ -457,13 +457,13 @@ cdef class Device:
             be_urgent(priority)
         return freed
 
-    def trim_stock(self):
+    def release_stock(self):
         """Give the empty pages that are kept for the next write back to the operating system; returns how many."""
         cdef uint64_t n
         cdef int priority
         with nogil:
             priority = be_calm()
-            n = trim(self.pool)
+            n = release_stock_alone(self.pool)
             be_urgent(priority)
         return n
 

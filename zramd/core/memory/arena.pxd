@@ -56,7 +56,7 @@ cdef class Arena:
     cdef int commit(self, uint32_t span, uint32_t mask) noexcept nogil
     cdef int decommit(self, uint32_t span, uint32_t mask) noexcept nogil
     cdef void _release(self, uint32_t span, uint32_t mask) noexcept nogil
-    cdef uint64_t trim_stock(self) noexcept nogil
+    cdef uint64_t release_stock(self) noexcept nogil
     cdef int reserve_start(self, uint64_t pages) noexcept nogil
     cdef void reserve_keep(self) noexcept nogil
     cdef void reserve_stop(self) noexcept nogil

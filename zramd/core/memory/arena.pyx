@@ -245,7 +245,7 @@ cdef class Arena:
             self.spans.release(base + (lowest_bit(run) << PAGE_SHIFT), <uint64_t>bits_set(run) << PAGE_SHIFT)
             mask ^= run
 
-    cdef uint64_t trim_stock(self) noexcept nogil:
+    cdef uint64_t release_stock(self) noexcept nogil:
         """Give the pages of all free spans back; how many there were."""
         cdef uint64_t n = 0
         cdef uint32_t span

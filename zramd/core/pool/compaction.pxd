@@ -15,8 +15,8 @@ cdef inline void compact_end(Pool pool) noexcept nogil:
 
 cdef uint64_t freeable_pages(Pool pool) noexcept nogil
 cdef uint64_t compact_run(Pool pool, uint64_t budget, uint64_t enough) noexcept nogil
-cdef uint64_t give_back(Pool pool) noexcept nogil
-cdef uint64_t trim(Pool pool) noexcept nogil
+cdef uint64_t release_stock(Pool pool) noexcept nogil
+cdef uint64_t release_stock_alone(Pool pool) noexcept nogil
 cdef bint make_room(Pool pool, int rc, bint *in_vain) noexcept nogil
 
 # what lending needs of it; the class's lock is held

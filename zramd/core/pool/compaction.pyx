@@ -433,10 +433,10 @@ cdef int move_object(Pool pool, size_class *c, uint32_t src, uint32_t chunk, siz
     return 0
 
 
-cdef uint64_t give_back(Pool pool) noexcept nogil:
+cdef uint64_t release_stock(Pool pool) noexcept nogil:
     """Give resident pages that hold nothing (the stock, and the spare pages of huge) back; how many there were."""
     cdef size_class *c = &pool.classes[pool.huge]
-    cdef uint64_t n = pool.arena.trim_stock()
+    cdef uint64_t n = pool.arena.release_stock()
     cdef uint32_t span, gone
     lock_class(c)
     while pool.spares:
@@ -450,11 +450,11 @@ cdef uint64_t give_back(Pool pool) noexcept nogil:
     return n
 
 
-cdef uint64_t trim(Pool pool) noexcept nogil:
-    """give_back, while nobody compacts or checks."""
+cdef uint64_t release_stock_alone(Pool pool) noexcept nogil:
+    """release_stock, while nobody compacts or checks."""
     cdef uint64_t n
     compact_begin(pool)
-    n = give_back(pool)
+    n = release_stock(pool)
     compact_end(pool)
     return n
 
@@ -474,7 +474,7 @@ cdef bint make_room(Pool pool, int rc, bint *in_vain) noexcept nogil:
 cdef bint free_some(Pool pool, int rc) noexcept nogil:
     """Free pages by whatever means there are; False when there is nothing to free."""
     cdef uint64_t limit, undone
-    if give_back(pool):
+    if release_stock(pool):
         return True
     for _ in range(ROOM_TURNS):
         undone = load_relaxed(&pool.undone)

@@ -13,10 +13,10 @@ from zramd.core.pool.compaction cimport (
     compact_end,
     compact_run,
     freeable_pages,
-    give_back,
     isolate_emptiest,
     move_object,
     putback,
+    release_stock,
     tighten,
 )
 from zramd.core.pool.pool cimport Pool
@@ -99,7 +99,7 @@ cdef uint64_t compact_whole(Pool pool) noexcept nogil:
             borrowed += borrow(pool, i - 1)
             if load_relaxed_32(&pool.compact_waiters):
                 give_way(&pool.compact_lock, &pool.compact_waiters)
-    borrowed += give_back(pool)
+    borrowed += release_stock(pool)
     counter_add(&pool.n.pages_compacted, borrowed)
     compact_end(pool)
     return freed + borrowed
