@@ -89,8 +89,8 @@ cdef class Blocks:
     cdef void _free(self, uint64_t block, uint64_t slot) noexcept nogil
     cdef uint64_t get(self, uint64_t block) noexcept nogil
     cdef int put(self, uint64_t block, uint64_t slot, bint held) noexcept nogil
-    cdef int _slot_is_ready(self, uint64_t block) noexcept nogil
-    cdef int _make_slot_ready(self, uint64_t block) noexcept nogil
+    cdef int _slot_take_room(self, uint64_t block) noexcept nogil
+    cdef int _slot_make_room(self, uint64_t block) noexcept nogil
     cdef void _count(self, uint64_t slot, uint64_t n) noexcept nogil
     cdef void prefetch(self, uint64_t block) noexcept nogil
     cdef int write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil

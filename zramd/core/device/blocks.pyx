@@ -278,7 +278,7 @@ cdef class Blocks:
         cdef uint64_t gone = slot
         cdef int rc = 0
         if slot:
-            rc = self._slot_is_ready(block) if held else self._make_slot_ready(block)
+            rc = self._slot_take_room(block) if held else self._slot_make_room(block)
         if not held:
             pthread_mutex_lock(&self.stripes[block % STRIPES])
         if rc == 0:
@@ -292,21 +292,21 @@ cdef class Blocks:
         self._free(block, gone)
         return rc
 
-    cdef int _slot_is_ready(self, uint64_t block) noexcept nogil:
-        """Before a slot that is not 0 is stored: see Region.ready. Several threads may ask for the same page."""
+    cdef int _slot_take_room(self, uint64_t block) noexcept nogil:
+        """Before a slot that is not 0 is stored: see Region.take_room. Several threads may ask for the same page."""
         cdef int rc = 0
         if not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
-            rc = self.slot_table.ready(&self.slots[block], sizeof(uint64_t))
+            rc = self.slot_table.take_room(&self.slots[block], sizeof(uint64_t))
             if rc == 0 and touch(&self.touched[block // SLOTS_PER_PAGE]):
                 counter_add(&self.touched_pages, 1)
         return rc
 
-    cdef int _make_slot_ready(self, uint64_t block) noexcept nogil:
-        """_slot_is_ready, after compaction if need be. The caller holds no lock."""
+    cdef int _slot_make_room(self, uint64_t block) noexcept nogil:
+        """_slot_take_room, after compaction if need be. The caller holds no lock."""
         cdef bint in_vain = False
-        cdef int rc = self._slot_is_ready(block)
+        cdef int rc = self._slot_take_room(block)
         while rc and make_room(self.pool, rc, &in_vain):
-            rc = self._slot_is_ready(block)
+            rc = self._slot_take_room(block)
         return rc
 
     cdef void _count(self, uint64_t slot, uint64_t n) noexcept nogil:
@@ -339,7 +339,7 @@ cdef class Blocks:
         """Write n bytes (zeros when src is NULL) at a place in a block: its other bytes stay."""
         # First: were there no room for it once the object has taken some, each try would free that, and take it again.
         cdef bint in_vain = False
-        cdef int rc = self._make_slot_ready(block)
+        cdef int rc = self._slot_make_room(block)
         if rc:
             return rc
         rc = self._merge(block, at, src, n, s)

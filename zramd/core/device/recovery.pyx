@@ -213,7 +213,7 @@ cdef class Recovery:
             start = end
             end = self.pool.span_classes.size
         self._fill_holes(self.pool.span_classes, self.top)
-        self.pool.classes_ready = whole_pages(self.top)
+        self.pool.classes_populated = whole_pages(self.top)
 
     cdef uint64_t _fill_holes(self, Region table, uint64_t end) noexcept nogil:
         """Make ready what lies between the parts of a table, up to end, that the file has; where the last of them ends."""
@@ -221,7 +221,7 @@ cdef class Recovery:
         cdef int rc = 0
         while rc == 0 and table.next_extent(&start, &stop):
             if start > last:
-                rc = table.ready(table.base + last, start - last)
+                rc = table.take_room(table.base + last, start - last)
             last = start = stop
             stop = end
         if rc:
@@ -242,7 +242,7 @@ cdef class Recovery:
     cdef bint _has_pages(self, uint32_t span, uint32_t pages) noexcept nogil:
         """Make sure that some pages of a span may be touched."""
         cdef uint32_t missing = pages & ~<uint32_t>self.arena.committed[span]
-        cdef int rc = self.arena.make_ready(span, missing, False) if missing else 0
+        cdef int rc = self.arena.take_room(span, missing, False) if missing else 0
         if rc:
             self.failed = rc
         return rc == 0
@@ -568,7 +568,7 @@ cdef class Recovery:
         self.pool.cells_used = self.handles
         # Cells beyond are as new.
         used_end = whole_pages(top * sizeof(uint64_t))
-        self.pool.cells_ready = min(used_end, last) // sizeof(uint64_t)
+        self.pool.cells_populated = min(used_end, last) // sizeof(uint64_t)
         for handle in range(top, min(used_end, last) // sizeof(uint64_t)):
             store_relaxed(&self.pool.cells[handle], 0)
         if last > used_end:

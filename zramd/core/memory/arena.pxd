@@ -46,12 +46,12 @@ cdef class Arena:
     cdef bint refiller_ends
     cdef char *records                  # the owner's record of each span, made resident along with it
     cdef uint32_t record_size
-    cdef uint32_t records_ready         # spans below this one have resident records
+    cdef uint32_t records_populated      # spans below this one have resident records
 
     cdef int64_t take(self, uint32_t npages) noexcept nogil
     cdef void give(self, uint32_t span, bint keep) noexcept nogil
     cdef uint32_t whole(self, uint32_t mask) noexcept nogil
-    cdef int make_ready(self, uint32_t span, uint32_t mask, bint unused) noexcept nogil
+    cdef int take_room(self, uint32_t span, uint32_t mask, bint unused) noexcept nogil
     cdef bint _charge(self, uint64_t n) noexcept nogil
     cdef int commit(self, uint32_t span, uint32_t mask) noexcept nogil
     cdef int decommit(self, uint32_t span, uint32_t mask) noexcept nogil

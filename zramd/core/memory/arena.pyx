@@ -169,7 +169,7 @@ cdef class Arena:
         n = bits_set(fresh)
         if not self._charge(n):
             return -ENOSPC
-        rc = self.make_ready(span, fresh, True)
+        rc = self.take_room(span, fresh, True)
         if rc:
             self._release(span, fresh)
             counter_sub(&self.pages, n)
@@ -190,8 +190,8 @@ cdef class Arena:
             one <<= self.unit
         return found
 
-    cdef int make_ready(self, uint32_t span, uint32_t mask, bint unused) noexcept nogil:
-        """Before pages are touched for the first time: see Region.ready. There may be gaps between them.
+    cdef int take_room(self, uint32_t span, uint32_t mask, bint unused) noexcept nogil:
+        """Before pages are touched for the first time: see Region.take_room. There may be gaps between them.
 
         unused: whatever is on them is not needed.
         """
@@ -203,7 +203,7 @@ cdef class Arena:
             run = lowest_run(mask)
             start = self.base + (<uint64_t>span << SPAN_SHIFT) + (lowest_bit(run) << PAGE_SHIFT)
             size = <uint64_t>bits_set(run) << PAGE_SHIFT
-            rc = self.spans.touch(start, size) if unused else self.spans.ready(start, size)
+            rc = self.spans.touch(start, size) if unused else self.spans.take_room(start, size)
             mask ^= run
         return rc
 
@@ -415,7 +415,7 @@ cdef class Arena:
         """Make a span's first pages and its records resident; 1, -ENOMEM or -EDQUOT."""
         cdef uint32_t first, count
         cdef int rc
-        if span >= self.records_ready:
+        if span >= self.records_populated:
             first = span // RECORD_SPANS * RECORD_SPANS
             count = min(<uint32_t>RECORD_SPANS, self.span_count - first)
             if (region_populate(self.committed + first, count * sizeof(uint16_t))
@@ -423,7 +423,7 @@ cdef class Arena:
                     or region_populate(self.records + <uint64_t>first * self.record_size,
                                        <uint64_t>count * self.record_size)):
                 return -ENOMEM
-            owned_add_32(&self.records_ready, first + count - self.records_ready)
+            owned_add_32(&self.records_populated, first + count - self.records_populated)
         if region_populate(self.base + (<uint64_t>span << SPAN_SHIFT), npages << PAGE_SHIFT):
             rc = self.spans.refusal()
             self._release(span, (1 << npages) - 1)
@@ -489,7 +489,7 @@ cdef class Arena:
             owned_sub_32(&self.ready_count[n], self.ready_count[n])
         store_relaxed(&self.ready_pages, 0)
         store_relaxed(&self.misses, 0)
-        owned_sub_32(&self.records_ready, self.records_ready)
+        owned_sub_32(&self.records_populated, self.records_populated)
         if self.writable:
             self.spans.release(self.base, <uint64_t>self.writable << SPAN_SHIFT)
         zr_poison(self.base, <uint64_t>self.top << SPAN_SHIFT)
@@ -507,7 +507,7 @@ cdef class Arena:
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes of the two tables, counted in whole pages."""
-        cdef uint64_t top = max(load_relaxed_32(&self.top), load_relaxed_32(&self.records_ready))
+        cdef uint64_t top = max(load_relaxed_32(&self.top), load_relaxed_32(&self.records_populated))
         return whole_pages(top * sizeof(uint16_t)) + whole_pages(top * sizeof(uint32_t))
 
     cdef const char *check(self, uint64_t used, uint64_t *where) noexcept nogil:

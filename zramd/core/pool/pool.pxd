@@ -23,8 +23,8 @@ cdef class Pool:
     cdef uint64_t max_objects
     cdef uint32_t class_count
     cdef uint32_t max_payload           # largest object that is not huge
-    cdef uint64_t cells_ready           # atomic: cells below this one are on pages that are there
-    cdef uint64_t classes_ready         # atomic: the classes of spans below this one, too
+    cdef uint64_t cells_populated       # atomic: cells below this one are on pages that are there
+    cdef uint64_t classes_populated     # atomic: the classes of spans below this one, too
     cdef Memory memory
     cdef Arena arena
     cdef uint32_t huge                  # number of the huge class: the last
@@ -87,4 +87,4 @@ cdef class Pool:
     cdef int _part_filled_take(self, size_class *c, uint64_t handle, uint32_t *span) noexcept nogil
     cdef int _resident_take(self, size_class *c, uint64_t handle, uint32_t *span) noexcept nogil
     cdef int64_t _zspage_new(self, size_class *c, uint32_t index) noexcept nogil
-    cdef int _class_is_ready(self, uint32_t span) noexcept nogil
+    cdef int _class_take_room(self, uint32_t span) noexcept nogil

@@ -184,11 +184,11 @@ cdef class Pool:
         if handle == 0:
             if self.cells_top > self.max_objects + CELLS_SLACK:
                 rc = -ENOMEM
-            elif self.cells_top >= self.cells_ready:
-                rc = self.cell_table.ready(&self.cells[self.cells_top], sizeof(uint64_t))
+            elif self.cells_top >= self.cells_populated:
+                rc = self.cell_table.take_room(&self.cells[self.cells_top], sizeof(uint64_t))
                 if rc == 0:
                     next = whole_pages((self.cells_top + 1) * sizeof(uint64_t)) // sizeof(uint64_t)
-                    store_relaxed(&self.cells_ready, next)
+                    store_relaxed(&self.cells_populated, next)
             if rc == 0:
                 handle = self.cells_top
                 owned_add(&self.cells_top, 1)
@@ -209,7 +209,7 @@ cdef class Pool:
         """Wait for the pin of an object; its location, or -ENOENT when the handle is not live."""
         cdef uint64_t cell
         cdef uint32_t spins = 0, turns = 0
-        if handle == 0 or handle >= load_relaxed(&self.cells_ready):
+        if handle == 0 or handle >= load_relaxed(&self.cells_populated):
             return -ENOENT
         while True:
             cell = load_acquire(&self.cells[handle])
@@ -364,7 +364,7 @@ cdef class Pool:
         cdef int rc
         if span < 0:
             return span
-        rc = self._class_is_ready(<uint32_t>span)
+        rc = self._class_take_room(<uint32_t>span)
         if rc:
             self.arena.give(<uint32_t>span, False)
             return rc
@@ -391,14 +391,14 @@ cdef class Pool:
         zspage_link(self, c, <uint32_t>span)
         return span
 
-    cdef int _class_is_ready(self, uint32_t span) noexcept nogil:
-        """Before a span's class is stored: see Region.ready. Spans are handed out lowest first."""
-        cdef uint64_t first = load_relaxed(&self.classes_ready), end = whole_pages(<uint64_t>span + 1)
+    cdef int _class_take_room(self, uint32_t span) noexcept nogil:
+        """Before a span's class is stored: see Region.take_room. Spans are handed out lowest first."""
+        cdef uint64_t first = load_relaxed(&self.classes_populated), end = whole_pages(<uint64_t>span + 1)
         cdef int rc = 0
         if span >= first:
-            rc = self.span_classes.ready(&self.span_class[first], end - first)
+            rc = self.span_classes.take_room(&self.span_class[first], end - first)
             if rc == 0:
-                store_relaxed(&self.classes_ready, end)     # several threads: the lower one of theirs is true as well
+                store_relaxed(&self.classes_populated, end)     # several threads: the lower one of theirs is true as well
         return rc
 
     cdef int obj_begin(self, uint64_t handle, char **payload) noexcept nogil:
@@ -488,7 +488,7 @@ cdef class Pool:
         """Ask the cache for the first size bytes of an object. Only a hint: nothing is pinned or even looked at."""
         cdef uint64_t obj = 0
         cdef uint32_t at
-        if handle < load_relaxed(&self.cells_ready):
+        if handle < load_relaxed(&self.cells_populated):
             obj = cell_obj(load_relaxed(&self.cells[handle]))
         if obj >> SPAN_SHIFT < self.arena.span_count:
             for at in range(0, size, 64):
@@ -503,7 +503,7 @@ cdef class Pool:
         return rc
 
     cdef uint64_t word_read(self, uint64_t handle) noexcept nogil:
-        return load_acquire(&self.cells[handle]) if handle < load_relaxed(&self.cells_ready) else 0
+        return load_acquire(&self.cells[handle]) if handle < load_relaxed(&self.cells_populated) else 0
 
     cdef void word_free(self, uint64_t handle) noexcept nogil:
         if handle < load_relaxed(&self.cells_top):
@@ -542,10 +542,10 @@ cdef class Pool:
         cdef uint64_t cells = min(self.max_objects + PAGE_SIZE, self.max_objects + CELLS_SLACK + 1)
         cdef int rc = self.cell_table.populate(cells * sizeof(uint64_t))
         if rc == 0:
-            store_relaxed(&self.cells_ready, max(cells, self.cells_ready))
+            store_relaxed(&self.cells_populated, max(cells, self.cells_populated))
             rc = self.span_classes.populate(self.arena.span_count)
         if rc == 0:
-            store_relaxed(&self.classes_ready, self.arena.span_count)
+            store_relaxed(&self.classes_populated, self.arena.span_count)
         return rc
 
     cdef void clear(self) noexcept nogil:
@@ -570,9 +570,9 @@ cdef class Pool:
         zr_crash_point("pool-cleared")
         pthread_mutex_lock(&self.cells_lock)
         self.span_classes.clear()
-        store_relaxed(&self.classes_ready, 0)
+        store_relaxed(&self.classes_populated, 0)
         self.cell_table.clear()
-        store_relaxed(&self.cells_ready, 0)
+        store_relaxed(&self.cells_populated, 0)
         store_relaxed(&self.cells_top, 1)
         store_relaxed(&self.cells_used, 0)
         self.cells_free = 0
@@ -585,7 +585,7 @@ cdef class Pool:
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes beside the arena's pages: cells, zspages, tables, counters, this object."""
-        cdef uint64_t zspages = max(load_relaxed_32(&self.arena.top), load_relaxed_32(&self.arena.records_ready))
-        return (whole_pages(load_relaxed(&self.cells_ready) * sizeof(uint64_t)) + whole_pages(zspages * sizeof(zspage))
+        cdef uint64_t zspages = max(load_relaxed_32(&self.arena.top), load_relaxed_32(&self.arena.records_populated))
+        return (whole_pages(load_relaxed(&self.cells_populated) * sizeof(uint64_t)) + whole_pages(zspages * sizeof(zspage))
                 + whole_pages(zspages) + whole_pages(KEPT_PAGES << PAGE_SHIFT)
                 + self.arena.metadata_bytes() + sizeof(self.classes) + sizeof(self.class_of))
