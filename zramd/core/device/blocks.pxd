@@ -70,7 +70,7 @@ cdef class Blocks:
     cdef scratch *scratches                 # those not in use, last in first out
     cdef uint64_t scratch_count             # atomic: all
     cdef uint32_t scratch_size
-    cdef counters *n
+    cdef counters *counters
 
     cdef int inherit_priority(self) noexcept nogil
     cdef scratch *scratch_take(self) noexcept nogil

@@ -92,7 +92,7 @@ cdef class Blocks:
         self.acceleration = acceleration
         self.verify = verify
         self.scratch_size = <uint32_t>whole_pages(sizeof(scratch) + state_size())
-        self.n = <counters *>memory.kept(KEPT_DEVICE)
+        self.counters = <counters *>memory.kept(KEPT_DEVICE)
         self.slot_table = memory.region(count * sizeof(uint64_t), True)
         self.slots = <uint64_t *>self.slot_table.base
         self.touches = Region(self.slot_table.size // PAGE_SIZE + 1)
@@ -184,7 +184,7 @@ cdef class Blocks:
         cdef bint in_vain = False
         cdef int rc = self._store_payload(block, payload, size, slot)
         if rc == -ENOSPC:
-            counter_add(&self.n.limit_compactions, 1)
+            counter_add(&self.counters.limit_compactions, 1)
         while rc and make_room(self.pool, rc, &in_vain):
             rc = self._store_payload(block, payload, size, slot)
         return rc
@@ -229,8 +229,8 @@ cdef class Blocks:
                 rc = decode(payload, slot_bytes(slot), content)
             self.pool.obj_end(handle)
         if rc:
-            counter_add(&self.n.checksum_errors, 1)
-            store_relaxed(&self.n.corrupt_block, block + 1)
+            counter_add(&self.counters.checksum_errors, 1)
+            store_relaxed(&self.counters.corrupt_block, block + 1)
         return rc
 
     cdef inline uint64_t word_of(self, uint64_t slot) noexcept nogil:
@@ -314,15 +314,15 @@ cdef class Blocks:
         cdef block_kind what = slot_kind(slot)
         if what == HOLE:
             return
-        counter_add(&self.n.pages_stored, n)
+        counter_add(&self.counters.pages_stored, n)
         if what == SAME:
-            counter_add(&self.n.same_pages, n)
+            counter_add(&self.counters.same_pages, n)
         elif what != LOST:
-            counter_add(&self.n.compr_data_size, n * slot_bytes(slot))
+            counter_add(&self.counters.compr_data_size, n * slot_bytes(slot))
         if what == RAW:
-            counter_add(&self.n.huge_pages, n)
+            counter_add(&self.counters.huge_pages, n)
             if n == 1:
-                counter_add(&self.n.huge_pages_since, 1)
+                counter_add(&self.counters.huge_pages_since, 1)
 
     cdef void prefetch(self, uint64_t block) noexcept nogil:
         """Ask the cache for the object of a block."""
@@ -344,7 +344,7 @@ cdef class Blocks:
             return rc
         rc = self._merge(block, at, src, n, s)
         if rc == -ENOSPC:
-            counter_add(&self.n.limit_compactions, 1)
+            counter_add(&self.counters.limit_compactions, 1)
         # Room is made without the stripe, on which readers of other blocks may wait: then the block may be another.
         while rc and make_room(self.pool, rc, &in_vain):
             rc = self._merge(block, at, src, n, s)
@@ -408,7 +408,7 @@ cdef class Blocks:
         self.touches.clear()
         store_relaxed(&self.touched_pages, 0)
         for i in range(sizeof(counters) // sizeof(uint64_t)):
-            store_relaxed(<uint64_t *>self.n + i, 0)
+            store_relaxed(<uint64_t *>self.counters + i, 0)
         self.pool.clear()
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
@@ -510,8 +510,8 @@ cdef class Blocks:
             huge += what == RAW
             if has_object(slot):
                 compr += slot_bytes(slot)
-        if (stored != self.n.pages_stored or same != self.n.same_pages or compr != self.n.compr_data_size
-                or huge != self.n.huge_pages):
+        if (stored != self.counters.pages_stored or same != self.counters.same_pages
+                or compr != self.counters.compr_data_size or huge != self.counters.huge_pages):
             return "the counters differ from the slots"
         if stored - lost - same + words != self.pool.cells_used:
             return "the slots' handles are not as many as the cells in use"

@@ -1,6 +1,6 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from zramd.core.device.blocks cimport Blocks, counters, op
+from zramd.core.device.blocks cimport Blocks, op
 from zramd.core.device.recovery cimport recovery_numbers
 from zramd.core.system.gate cimport gate
 from zramd.core.memory.region cimport Memory
@@ -27,7 +27,6 @@ cdef class Device:
     cdef uint64_t blocks
     cdef Blocks table
     cdef Pool pool                          # the table's
-    cdef counters *n                        # the table's
     cdef Memory memory
     cdef gate gate
     cdef uint64_t unfinished                # atomic: requests that left the gate in the middle of changing the device

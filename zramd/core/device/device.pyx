@@ -131,7 +131,6 @@ cdef class Device:
         self.kept = <state_words *>memory.kept(KEPT_STATE)
         self.table = Blocks(self.blocks, memory, acceleration, verify)
         self.pool = self.table.pool
-        self.n = self.table.n
         if state >= 0:
             if os.fstat(state).st_size != memory.end:
                 raise ValueError(f"a state of {os.fstat(state).st_size} bytes is not one of {memory.end} bytes")
@@ -202,7 +201,7 @@ cdef class Device:
 
     cdef void _end(self, op kind, uint64_t began) noexcept nogil:
         """Count a request, failed or not, and leave the gate: reset is never between the two."""
-        latency_add(&self.n.latencies[<int>kind], began)
+        latency_add(&self.table.counters.latencies[<int>kind], began)
         gate_leave(&self.gate)
 
     cdef bint _next(self, piece *p, bint changes) noexcept nogil:
@@ -234,9 +233,9 @@ cdef class Device:
         if s != NULL:
             self.table.scratch_give(s)
         if rc:
-            counter_add(&self.n.failed_writes, 1)
+            counter_add(&self.table.counters.failed_writes, 1)
         else:
-            counter_add(&self.n.written_bytes, length)
+            counter_add(&self.table.counters.written_bytes, length)
         return rc
 
     cdef int _read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil:
@@ -256,9 +255,9 @@ cdef class Device:
         if s != NULL:
             self.table.scratch_give(s)
         if rc:
-            counter_add(&self.n.failed_reads, 1)
+            counter_add(&self.table.counters.failed_reads, 1)
         else:
-            counter_add(&self.n.read_bytes, length)
+            counter_add(&self.table.counters.read_bytes, length)
         return rc
 
     cdef int _zero(self, uint64_t offset, uint64_t length, bint hole, bint exact) noexcept nogil:
@@ -275,11 +274,11 @@ cdef class Device:
             if p.size == BLOCK_SIZE and hole and not is_touched(&self.table.touched[p.block // SLOTS_PER_PAGE]):
                 # A client trims whole devices: go over what was never written a page of slots at a time.
                 holes = min(SLOTS_PER_PAGE - p.block % SLOTS_PER_PAGE, (p.end - p.offset) >> BLOCK_SHIFT)
-                counter_add(&self.n.notify_free, holes)
+                counter_add(&self.table.counters.notify_free, holes)
                 p.size = <uint32_t>(holes << BLOCK_SHIFT)
             elif p.size == BLOCK_SIZE:
                 rc = self.table.zero_block(p.block, hole)
-                counter_add(&self.n.notify_free, 1)
+                counter_add(&self.table.counters.notify_free, 1)
             elif exact and (self.table.get(p.block) or not hole):
                 rc = self.table.merge_block(p.block, p.at, NULL, p.size, s)
         if s != NULL:
@@ -316,7 +315,7 @@ cdef class Device:
     cdef bint _fits(self, uint64_t offset, uint64_t length) noexcept nogil:
         """Whether a range is on the device; one that is not is counted."""
         if offset > self.disksize or length > self.disksize - offset:
-            counter_add(&self.n.invalid_io, 1)
+            counter_add(&self.table.counters.invalid_io, 1)
             return False
         return True
 
@@ -357,7 +356,7 @@ cdef class Device:
         began = self._begin()
         rc = self._zero(offset, length, may_trim, True)
         if rc:
-            counter_add(&self.n.failed_writes, 1)
+            counter_add(&self.table.counters.failed_writes, 1)
         self._end(OP_ZERO, began)
         return rc
 
@@ -365,7 +364,7 @@ cdef class Device:
     # for Python
     cdef str culprit(self, int rc, uint64_t offset, uint64_t length):
         """Which block of a range that was read does not match its checksum, as the end of a sentence."""
-        cdef uint64_t block = load_relaxed(&self.n.corrupt_block) - 1
+        cdef uint64_t block = load_relaxed(&self.table.counters.corrupt_block) - 1
         if rc != -EIO or not offset >> BLOCK_SHIFT <= block <= (offset + length) >> BLOCK_SHIFT:
             return ""
         return f", block {block}"
@@ -373,7 +372,7 @@ cdef class Device:
     @property
     def corrupt_block(self):
         """The last block that could not be read because its object was changed in memory; -1: there was none."""
-        return <int64_t>load_relaxed(&self.n.corrupt_block) - 1
+        return <int64_t>load_relaxed(&self.table.counters.corrupt_block) - 1
 
     def read(self, buf, uint64_t offset):
         """Fill a writable buffer from offset. Raises CorruptObjectError; ValueError beyond the device's end."""

@@ -7,7 +7,7 @@ from zramd.core.system.latency cimport latency_count
 
 cdef inline uint64_t requests(Blocks table, op kind) noexcept nogil:
     """How many requests of a kind were served, failed ones too."""
-    return latency_count(&table.n.latencies[<int>kind])
+    return latency_count(&table.counters.latencies[<int>kind])
 
 cdef dict table_stats(Blocks table)
 cdef dict table_latencies(Blocks table)

@@ -18,24 +18,24 @@ from zramd.errors import CorruptionError
 cdef dict table_stats(Blocks table):
     """The numbers of a table by the names of the statistics, as a dict of ints."""
     return {
-        "orig_data_size": load_relaxed(&table.n.pages_stored) << BLOCK_SHIFT,
-        "compr_data_size": load_relaxed(&table.n.compr_data_size),
-        "pages_stored": load_relaxed(&table.n.pages_stored),
-        "same_pages": load_relaxed(&table.n.same_pages),
-        "huge_pages": load_relaxed(&table.n.huge_pages),
-        "huge_pages_since": load_relaxed(&table.n.huge_pages_since),
-        "failed_reads": load_relaxed(&table.n.failed_reads),
-        "failed_writes": load_relaxed(&table.n.failed_writes),
-        "invalid_io": load_relaxed(&table.n.invalid_io),
-        "notify_free": load_relaxed(&table.n.notify_free),
+        "orig_data_size": load_relaxed(&table.counters.pages_stored) << BLOCK_SHIFT,
+        "compr_data_size": load_relaxed(&table.counters.compr_data_size),
+        "pages_stored": load_relaxed(&table.counters.pages_stored),
+        "same_pages": load_relaxed(&table.counters.same_pages),
+        "huge_pages": load_relaxed(&table.counters.huge_pages),
+        "huge_pages_since": load_relaxed(&table.counters.huge_pages_since),
+        "failed_reads": load_relaxed(&table.counters.failed_reads),
+        "failed_writes": load_relaxed(&table.counters.failed_writes),
+        "invalid_io": load_relaxed(&table.counters.invalid_io),
+        "notify_free": load_relaxed(&table.counters.notify_free),
         "reads": requests(table, OP_READ),
         "writes": requests(table, OP_WRITE),
         "trims": requests(table, OP_TRIM),
         "zeroes": requests(table, OP_ZERO),
-        "read_bytes": load_relaxed(&table.n.read_bytes),
-        "written_bytes": load_relaxed(&table.n.written_bytes),
-        "limit_compactions": load_relaxed(&table.n.limit_compactions),
-        "checksum_errors": load_relaxed(&table.n.checksum_errors),
+        "read_bytes": load_relaxed(&table.counters.read_bytes),
+        "written_bytes": load_relaxed(&table.counters.written_bytes),
+        "limit_compactions": load_relaxed(&table.counters.limit_compactions),
+        "checksum_errors": load_relaxed(&table.counters.checksum_errors),
         "metadata_bytes": table.metadata_bytes(),
     }
 
@@ -45,8 +45,8 @@ cdef dict table_latencies(Blocks table):
     cdef int kind, i
     found = {}
     for kind, name in enumerate(("read", "write", "trim", "zero")):
-        counts = tuple([load_relaxed(&table.n.latencies[kind].buckets[i]) for i in range(BUCKETS)])
-        found[name] = (load_relaxed(&table.n.latencies[kind].sum), counts)
+        counts = tuple([load_relaxed(&table.counters.latencies[kind].buckets[i]) for i in range(BUCKETS)])
+        found[name] = (load_relaxed(&table.counters.latencies[kind].sum), counts)
     return found
 
 

@@ -141,10 +141,10 @@ cdef class Recovery:
             self._list_cells()
             self._give_back_slots()
             zr_crash_point("recovered")
-        self.table.n.pages_stored = self.stored
-        self.table.n.compr_data_size = self.compr
-        self.table.n.same_pages = self.same
-        self.table.n.huge_pages = self.huge
+        self.table.counters.pages_stored = self.stored
+        self.table.counters.compr_data_size = self.compr
+        self.table.counters.same_pages = self.same
+        self.table.counters.huge_pages = self.huge
         self.table.touched_pages = self.slot_pages
         self.milliseconds = <uint64_t>((time.monotonic() - started) * 1000)
 

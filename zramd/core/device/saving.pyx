@@ -235,16 +235,16 @@ cdef class _Writer(_Stream):
         if what <= BLOCK_SIZE and decode(out + 8, what, self.page):
             what = SLOT_LOST
         put(out, block << 16 | what)
-        self.n.blocks += 1
+        self.counted.blocks += 1
         if what == SLOT_LOST:
-            self.n.lost += 1
+            self.counted.lost += 1
             return 8
         if what == SLOT_SAME:
-            self.n.same += 1
+            self.counted.same += 1
             put(out + 8, word)
             return 16
-        self.n.payload_bytes += what
-        self.n.raw += what == BLOCK_SIZE
+        self.counted.payload_bytes += what
+        self.counted.raw += what == BLOCK_SIZE
         return 8 + what
 
     cdef void _finish(self) noexcept nogil:
@@ -261,7 +261,7 @@ cdef class _Writer(_Stream):
         elif self.changes and not self.live:
             self._give_up("a client changed the device while it was saved")
         else:
-            at = put(put(put(at, self.n.blocks), self.n.payload_bytes), self.changes)
+            at = put(put(put(at, self.counted.blocks), self.counted.payload_bytes), self.changes)
             memcpy(at, &self.total, 4)
             self._seal(KIND_END, 0, END_BYTES)
 
@@ -286,7 +286,7 @@ cdef class _Writer(_Stream):
                 raise OSError(-rc, os.strerror(-rc))
         if self.gave_up != NULL:
             raise SaveError(self.gave_up.decode())
-        numbers = self.n
+        numbers = self.counted
         return numbers | {"changes": self.changes, "bytes": self.at}
 
 
@@ -445,14 +445,14 @@ cdef class _Reader(_Stream):
         """Count a block that is right, and store it if there is a device."""
         cdef uint64_t slot = SLOT_LOST
         cdef int rc = 0
-        self.n.blocks += 1
+        self.counted.blocks += 1
         if what == SLOT_LOST:
-            self.n.lost += 1
+            self.counted.lost += 1
         elif what == SLOT_SAME:
-            self.n.same += 1
+            self.counted.same += 1
         else:
-            self.n.payload_bytes += what
-            self.n.raw += what == BLOCK_SIZE
+            self.counted.payload_bytes += what
+            self.counted.raw += what == BLOCK_SIZE
         if self.device is None:
             return 0
         if what == SLOT_SAME:
@@ -465,7 +465,7 @@ cdef class _Reader(_Stream):
 
     cdef int _end(self) noexcept nogil:
         cdef const char *body = self.buffer + FRAME_BYTES
-        if (long_at(body) != self.n.blocks or long_at(body + 8) != self.n.payload_bytes
+        if (long_at(body) != self.counted.blocks or long_at(body + 8) != self.counted.payload_bytes
                 or word_at(body + 24) != self.total):
             return self._fail("chunks are missing, or not its own")
         self.changes = long_at(body + 16)
@@ -498,7 +498,7 @@ cdef class _Reader(_Stream):
             if rc == 0:
                 self._fail("something follows its end")
             raise self._error(rc if rc else WRONG)
-        numbers = self.n
+        numbers = self.counted
         return numbers | {
             "disksize": self.disksize, "saved_at": self.saved_at, "changes": self.changes, "bytes": self.at,
         }
@@ -536,7 +536,7 @@ def load(Device device, int fd, *, bytes begun=b"", length=-1, patience=-1):
     """
     cdef _Reader reader = _Reader(
         fd, -1, device, begun, <uint64_t>-1 if length < 0 else length, <int>(patience * 1000))
-    if load_relaxed(&device.n.pages_stored):
+    if load_relaxed(&device.table.counters.pages_stored):
         raise SaveError("the device is not empty")
     device._name_data()
     with nogil:
@@ -547,7 +547,7 @@ def load(Device device, int fd, *, bytes begun=b"", length=-1, patience=-1):
     try:
         return reader.run(None)
     except BaseException:
-        if load_relaxed(&device.n.pages_stored):
+        if load_relaxed(&device.table.counters.pages_stored):
             device.reset()
         raise
     finally:

@@ -126,10 +126,10 @@ cdef uint64_t compact_run(Pool pool, uint64_t budget, uint64_t enough) noexcept 
                 pool.gives_way = enough == <uint64_t>-1
             else:
                 i -= 1
-    counter_add(&pool.n.compact_ns, system_now() - start)
+    counter_add(&pool.counters.compact_ns, system_now() - start)
     if freed:
-        counter_add(&pool.n.pages_compacted, freed)
-        counter_add(&pool.n.num_compactions, 1)
+        counter_add(&pool.counters.pages_compacted, freed)
+        counter_add(&pool.counters.num_compactions, 1)
     compact_end(pool)
     return freed
 
@@ -428,8 +428,8 @@ cdef int move_object(Pool pool, size_class *c, uint32_t src, uint32_t chunk, siz
     zr_crash_point("move-cell-stored")
     chunk_give(pool, c, src, chunk)
     zr_crash_point("move-source-freed")
-    counter_add(&pool.n.objects_migrated, 1)
-    counter_add(&pool.n.bytes_migrated, c.size)
+    counter_add(&pool.counters.objects_migrated, 1)
+    counter_add(&pool.counters.bytes_migrated, c.size)
     return 0
 
 

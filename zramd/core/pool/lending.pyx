@@ -100,7 +100,7 @@ cdef uint64_t compact_whole(Pool pool) noexcept nogil:
             if load_relaxed_32(&pool.compact_waiters):
                 give_way(&pool.compact_lock, &pool.compact_waiters)
     borrowed += release_stock(pool)
-    counter_add(&pool.n.pages_compacted, borrowed)
+    counter_add(&pool.counters.pages_compacted, borrowed)
     compact_end(pool)
     return freed + borrowed
 

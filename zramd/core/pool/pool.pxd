@@ -49,7 +49,7 @@ cdef class Pool:
     cdef pthread_mutex_t compact_lock   # one compactor at a time
     cdef uint32_t compact_waiters       # atomic: threads that want it
     cdef bint gives_way                 # whether who compacts now lets them in; compact_lock's
-    cdef pool_counters *n
+    cdef pool_counters *counters
 
     # objects: each returns 0 or -errno. alloc and begin pin the object until end.
     cdef int obj_alloc(self, uint32_t size, uint64_t *handle, char **payload) noexcept nogil

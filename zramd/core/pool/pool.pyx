@@ -130,7 +130,7 @@ cdef class Pool:
         self.max_objects = max_objects
         self._make_classes()
         self.memory = memory
-        self.n = <pool_counters *>memory.kept(KEPT_POOL)
+        self.counters = <pool_counters *>memory.kept(KEPT_POOL)
         # Each zspage holds one object at least, so there are never more zspages than objects.
         self.span_classes = memory.region(self.max_objects + CELLS_SLACK, True)
         self.span_class = <uint8_t *>self.span_classes.base
@@ -577,11 +577,11 @@ cdef class Pool:
         store_relaxed(&self.cells_used, 0)
         self.cells_free = 0
         pthread_mutex_unlock(&self.cells_lock)
-        store_relaxed(&self.n.pages_compacted, 0)
-        store_relaxed(&self.n.objects_migrated, 0)
-        store_relaxed(&self.n.num_compactions, 0)
-        store_relaxed(&self.n.compact_ns, 0)
-        store_relaxed(&self.n.bytes_migrated, 0)
+        store_relaxed(&self.counters.pages_compacted, 0)
+        store_relaxed(&self.counters.objects_migrated, 0)
+        store_relaxed(&self.counters.num_compactions, 0)
+        store_relaxed(&self.counters.compact_ns, 0)
+        store_relaxed(&self.counters.bytes_migrated, 0)
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes beside the arena's pages: cells, zspages, tables, counters, this object."""
