@@ -25,22 +25,23 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
     PAGE_SHIFT = 12
-    PAGE_SIZE = 4096
+    PAGE_SIZE = 1 << PAGE_SHIFT
     BLOCK_SHIFT = 12
-    BLOCK_SIZE = 4096
-    SLOTS_PER_PAGE = 512
+    BLOCK_SIZE = 1 << BLOCK_SHIFT
+    SLOTS_PER_PAGE = PAGE_SIZE >> 3     # of 8 bytes
 
     # Longest zspage: as long as the page bitmaps allow. See docs/density.md.
     SPAN_PAGES = 16
-    SPAN_SHIFT = 16             # log2(SPAN_PAGES * PAGE_SIZE)
-    SPAN_SIZE = 65536
-    SPAN_LENGTHS = 17           # a zspage has 1 to SPAN_PAGES pages
+    SPAN_SHIFT = PAGE_SHIFT + 4     # log2(SPAN_PAGES * PAGE_SIZE)
+    SPAN_SIZE = 1 << SPAN_SHIFT
+    SPAN_LENGTHS = SPAN_PAGES + 1   # a zspage has 1 to SPAN_PAGES pages
 
     HEADER_SIZE = 4             # see header_of; a handle has 31 bits, so a pool holds 2**31 - 1 objects
     CHUNK_ALIGN = 8             # the low 3 bits of an obj are free for the cell's tags
     MIN_CHUNK = 32
     CLASS_DELTA = 8             # spacing of size classes up to FINE_CHUNK before merging, twice as much above
     FINE_CHUNK = 768
+    CLASS_SIZES = 513           # PAGE_SIZE / CLASS_DELTA + 1
     MAX_CLASSES = 255           # span_class holds their number + 1 in a byte
     MAX_CHUNKS = 2048           # SPAN_SIZE / MIN_CHUNK: most chunks in a zspage
     MAPPED_CHUNKS = 64          # zspages of no more chunks have a bitmap of those in use, others a list of the free ones

@@ -4,8 +4,9 @@ import zlib
 
 import pytest
 
-from zramd.core.device.device import state_layout
+from zramd.core.device.device import MAX_DISKSIZE, state_layout
 from zramd.core.pool.size_classes import CLASSES, layout_sum, size_classes
+from zramd.settings import config
 
 
 def test_the_size_classes_are_those_of_every_state() -> None:
@@ -31,3 +32,8 @@ def test_a_state_is_laid_out_as_ever() -> None:
         "span_size": 65536,
         "bytes": 25775509504,
     }
+
+
+def test_settings_and_core_agree_on_the_largest_device() -> None:
+    """The settings are read where the core is not loaded: both have the number."""
+    assert config.MAX_DISKSIZE == MAX_DISKSIZE

@@ -19,7 +19,7 @@ from libc.errno cimport EIO, ENOSPC
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from zramd.core.system.checks cimport zr_crash_point
+from zramd.core.system.checks cimport zr_assert_held, zr_crash_point, zr_static_assert
 from zramd.core.device.checksum cimport checksum
 from zramd.core.device.codec cimport decode, encode, fill, same_filled, state_size
 from zramd.core.device.slots cimport (
@@ -27,6 +27,7 @@ from zramd.core.device.slots cimport (
     LOST,
     RAW,
     SAME,
+    SLOT_SIZE_MASK,
     block_kind,
     has_object,
     object_slot,
@@ -53,7 +54,16 @@ from zramd.core.system.locks cimport (
     store_relaxed,
     store_release,
 )
-from zramd.core.memory.region cimport KEPT_DEVICE, Memory, Region, secret_alloc, secret_free, whole_pages
+from zramd.core.memory.region cimport (
+    KEPT_DEVICE,
+    KEPT_PAGES,
+    KEPT_STATE,
+    Memory,
+    Region,
+    secret_alloc,
+    secret_free,
+    whole_pages,
+)
 from zramd.core.pool.compaction cimport compact_begin, compact_end, make_room
 from zramd.core.pool.faults cimport find_pool_fault, find_zspage_fault
 from zramd.core.pool.pool cimport Pool
@@ -85,6 +95,9 @@ cdef class Blocks:
 
     def __cinit__(self, uint64_t count, Memory memory not None, int acceleration, bint verify):
         cdef uint32_t i
+        zr_static_assert(sizeof(counters) <= KEPT_STATE + KEPT_PAGES * <int>PAGE_SIZE - KEPT_DEVICE)
+        zr_static_assert(BLOCK_SIZE == PAGE_SIZE)
+        zr_static_assert(<int>SLOT_SIZE_MASK >= <int>BLOCK_SIZE)
         for i in range(STRIPES):
             pthread_mutex_init(&self.stripes[i], NULL)
         pthread_mutex_init(&self.scratch_lock, NULL)
@@ -216,6 +229,7 @@ cdef class Blocks:
         cdef char *payload
         cdef int rc = -EIO
         cdef block_kind what = slot_kind(slot)
+        zr_assert_held(&self.stripes[block % STRIPES])
         if what == HOLE:
             memset(content, 0, BLOCK_SIZE)
             return 0
@@ -281,6 +295,7 @@ cdef class Blocks:
             rc = self._slot_take_room(block) if held else self._slot_make_room(block)
         if not held:
             pthread_mutex_lock(&self.stripes[block % STRIPES])
+        zr_assert_held(&self.stripes[block % STRIPES])
         if rc == 0:
             gone = self.get(block)
             if slot or gone:

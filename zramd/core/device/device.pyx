@@ -19,6 +19,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, OPS, Blocks, is_touched, op, scratch
 from zramd.core.device.numbers cimport describe_block, requests, table_latencies, table_stats
 from zramd.core.device.slots cimport is_zeros
+from zramd.core.system.checks cimport zr_static_assert
 from zramd.core.system.gate cimport (
     gate_close,
     gate_enter,
@@ -40,7 +41,7 @@ from zramd.core.system.locks cimport (
 )
 from zramd.core.system.process cimport be_calm, be_urgent
 from zramd.core.device.recovery cimport Recovery
-from zramd.core.memory.region cimport KEPT_STATE, Memory
+from zramd.core.memory.region cimport KEPT_POOL, KEPT_STATE, Memory
 from zramd.core.pool.compaction cimport compact_begin, compact_end, compact_run, freeable_pages, release_stock_alone
 from zramd.core.pool.lending cimport compact_whole
 from zramd.core.pool.zsmalloc cimport pool_stats, pool_table
@@ -122,6 +123,7 @@ cdef class Device:
                   bint verify=False, progress=None):
         cdef Memory memory
         cdef Recovery recovery
+        zr_static_assert(sizeof(state_words) <= KEPT_POOL - KEPT_STATE)
         pthread_mutex_init(&self.gate.lock, NULL)
         if not 0 < disksize <= <uint64_t>MAX_DISKSIZE:
             raise ValueError(f"disksize {disksize} is out of range: 1 to {MAX_DISKSIZE} bytes")

@@ -22,7 +22,7 @@ from libc.string cimport memset
 from posix.mman cimport PROT_READ, PROT_WRITE, mprotect
 
 from zramd.core.system.bits cimport bits_set, lowest_bit, lowest_run
-from zramd.core.system.checks cimport zr_assert, zr_crash_point, zr_forget, zr_poison
+from zramd.core.system.checks cimport zr_assert, zr_assert_held, zr_crash_point, zr_forget, zr_poison
 from zramd.core.system.locks cimport (
     compare_swap,
     counter_add,
@@ -110,6 +110,7 @@ cdef class Arena:
     cdef int64_t _cold_take(self) noexcept nogil:
         """A free span without resident pages, or -ENOMEM. The lock is held."""
         cdef int64_t span = -ENOMEM
+        zr_assert_held(&self.lock)
         if self.cold != NIL:
             span = self.cold
             self.cold = self.links[span]
@@ -125,6 +126,7 @@ cdef class Arena:
 
     cdef void _cold_give(self, uint32_t span) noexcept nogil:
         """List a free span without resident pages. The lock is held."""
+        zr_assert_held(&self.lock)
         self.links[span] = self.cold
         self.cold = span
 
@@ -163,6 +165,7 @@ cdef class Arena:
         """
         cdef uint32_t fresh
         cdef int n, rc
+        zr_assert(mask >> SPAN_PAGES == 0 and span < load_relaxed_32(&self.top))
         if not mask & ~<uint32_t>self.committed[span]:
             return 0
         fresh = self.whole(mask) & ~<uint32_t>self.committed[span]
@@ -457,6 +460,7 @@ cdef class Arena:
 
     cdef uint32_t _ready_pop(self, uint32_t npages) noexcept nogil:
         cdef uint32_t span = self.ready[npages]
+        zr_assert_held(&self.lock)
         self.ready[npages] = self.links[span]
         owned_sub_32(&self.ready_count[npages], 1)
         counter_sub(&self.ready_pages, bits_set(self.committed[span]))
@@ -465,6 +469,7 @@ cdef class Arena:
     cdef void _ready_push(self, uint32_t span) noexcept nogil:
         """List a free span by its length; one with gaps, which huge zspages have, is only to be given back."""
         cdef uint32_t mask = self.committed[span], n = 0
+        zr_assert_held(&self.lock)
         if mask & (mask + 1) == 0:
             n = bits_set(mask)
         self.links[span] = self.ready[n]

@@ -19,7 +19,7 @@ from zramd.core.pool.size_classes cimport (
     size_class,
 )
 from zramd.core.system.bits cimport highest_bit_64, lowest_bit, lowest_bit_64
-from zramd.core.system.checks cimport FILL_FREED, FILL_FRESH, zr_fill, zr_poison, zr_unpoison
+from zramd.core.system.checks cimport FILL_FREED, FILL_FRESH, zr_assert, zr_assert_held, zr_fill, zr_poison, zr_unpoison
 from zramd.core.system.locks cimport load_relaxed, owned_add, owned_add_32, owned_sub, owned_sub_32, store_relaxed
 from zramd.core.types cimport (
     CHUNK_ALIGN,
@@ -107,8 +107,10 @@ cdef inline int chunk_take(Pool pool, size_class *c, uint32_t span, uint64_t han
     cdef zspage *z = &pool.zspages[span]
     cdef char *start
     cdef int chunk = mapped_take(pool, c, span, resident) if is_mapped(c) else list_take(pool, c, span, resident)
+    zr_assert_held(&c.lock)
     if chunk < 0:
         return chunk
+    zr_assert(<uint32_t>chunk < c.objs and is_resident(pool, c, span, chunk))
     start = chunk_at(pool, c, span, chunk)
     zr_unpoison(start, c.size)
     if not is_huge(c):
@@ -192,6 +194,8 @@ cdef inline void spare_page(Pool pool, size_class *c, uint32_t span, uint32_t pa
 cdef inline void chunk_give(Pool pool, size_class *c, uint32_t span, uint32_t chunk) noexcept nogil:
     cdef zspage *z = &pool.zspages[span]
     cdef char *start = chunk_at(pool, c, span, chunk)
+    zr_assert_held(&c.lock)
+    zr_assert(z.inuse and chunk < z.fresh and chunk < c.objs)
     z.inuse -= 1
     owned_sub(&c.inuse, 1)
     store_relaxed(&c.stuck, 0)

@@ -37,7 +37,7 @@ from zramd.core.pool.zspages cimport (
     zspage_unlink,
 )
 from zramd.core.system.bits cimport bits_set, lowest_bit_64
-from zramd.core.system.checks cimport zr_crash_point, zr_poison
+from zramd.core.system.checks cimport zr_assert, zr_assert_held, zr_crash_point, zr_poison
 from zramd.core.system.latency cimport system_now
 from zramd.core.system.locks cimport (
     compare_swap,
@@ -60,6 +60,7 @@ from zramd.core.types cimport (
     GROUP_EMPTY,
     GROUP_FULL,
     HEADER_SIZE,
+    ISOLATED,
     NIL,
     NO_CHUNK,
     PAGE_SHIFT,
@@ -156,6 +157,7 @@ cdef uint64_t compact_class(Pool pool, uint32_t index, uint64_t *budget, uint64_
     cdef uint64_t undone = load_relaxed(&pool.undone)
     cdef class_run run
     cdef outcome why
+    zr_assert_held(&pool.compact_lock)
     if not is_worth_moving(pool, c, whole):
         return 0
     run.budget = budget
@@ -406,6 +408,9 @@ cdef int move_object(Pool pool, size_class *c, uint32_t src, uint32_t chunk, siz
     cdef char *new
     cdef uint64_t obj = old - pool.arena.base, handle = header_handle(header_at(pool, c, src, chunk)), cell
     cdef int room
+    zr_assert_held(&c.lock)
+    zr_assert_held(&d.lock)
+    zr_assert(src == dst or pool.zspages[src].group == ISOLATED)
     if handle >= load_relaxed(&pool.cells_top):
         return -EBUSY
     cell = load_relaxed(&pool.cells[handle])

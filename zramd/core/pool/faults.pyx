@@ -8,6 +8,7 @@ from zramd.core.pool.pool cimport Pool
 from zramd.core.pool.size_classes cimport all_chunks, fullness, is_huge, is_mapped, size_class
 from zramd.core.pool.zspages cimport has_resident_room
 from zramd.core.system.bits cimport bits_set
+from zramd.core.system.checks cimport zr_assert_held
 from zramd.core.system.locks cimport load_relaxed, load_relaxed_32
 from zramd.core.types cimport (
     CELL_LIVE,
@@ -37,6 +38,7 @@ cdef const char *find_pool_fault(Pool pool, uint64_t *where, uint64_t words) noe
     cdef const char *wrong = NULL
     cdef uint64_t objects = 0, zspages = 0, listed = 0, handle
     cdef uint32_t i, spans_used
+    zr_assert_held(&pool.compact_lock)
     for i in range(pool.class_count):
         wrong = find_class_fault(pool, i, where)
         if wrong != NULL:

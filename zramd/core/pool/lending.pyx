@@ -23,6 +23,7 @@ from zramd.core.pool.pool cimport Pool
 from zramd.core.pool.size_classes cimport LENT_OUT, is_mapped, lock_class, pages_below, size_class
 from zramd.core.pool.zspages cimport zspage_regroup
 from zramd.core.system.bits cimport bits_set, bits_set_64
+from zramd.core.system.checks cimport zr_assert_held
 from zramd.core.system.locks cimport (
     counter_add,
     give_way,
@@ -120,6 +121,7 @@ cdef uint64_t borrow(Pool pool, uint32_t index) noexcept nogil:
     cdef size_class *c = &pool.classes[index]
     cdef uint32_t span, wanted
     cdef uint64_t freed = 0, budget = <uint64_t>-1
+    zr_assert_held(&pool.compact_lock)
     lock_class(c)
     span = isolate_emptiest(pool, c)
     if span != NIL and pool.zspages[span].inuse:

@@ -6,7 +6,7 @@ from zramd.core.memory.arena cimport Arena
 from zramd.core.memory.region cimport Memory, Region
 from zramd.core.pool.size_classes cimport size_class
 from zramd.core.system.locks cimport pthread_mutex_t
-from zramd.core.types cimport MAX_CLASSES, zspage
+from zramd.core.types cimport CLASS_SIZES, MAX_CLASSES, zspage
 
 cdef enum:
     SPARES = 32             # pages of huge objects kept for the next one: overwriting raw blocks would else fault each time
@@ -29,7 +29,7 @@ cdef class Pool:
     cdef Arena arena
     cdef uint32_t huge                  # number of the huge class: the last
     cdef size_class classes[MAX_CLASSES]
-    cdef uint8_t class_of[513]          # chunk bytes / CLASS_DELTA, rounded up -> class
+    cdef uint8_t class_of[CLASS_SIZES]  # chunk bytes / CLASS_DELTA, rounded up -> class
     cdef Region records
     cdef zspage *zspages                # one per span of the arena
     cdef Region span_classes

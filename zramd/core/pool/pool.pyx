@@ -39,7 +39,7 @@ from libc.errno cimport EINVAL, ENOENT, ENOMEM, ENOSPC
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from zramd.core.memory.arena cimport Arena, pages_load
-from zramd.core.memory.region cimport KEPT_PAGES, KEPT_POOL, Memory, Region, page_unit, whole_pages
+from zramd.core.memory.region cimport KEPT_ARENA, KEPT_PAGES, KEPT_POOL, Memory, Region, page_unit, whole_pages
 from zramd.core.pool.chunks cimport chunk_at, chunk_give, chunk_holds, chunk_take, spare_add
 from zramd.core.pool.size_classes cimport is_huge, is_mapped, lock_class, size_class
 from zramd.core.pool.zspages cimport (
@@ -52,7 +52,7 @@ from zramd.core.pool.zspages cimport (
     zspage_unlink,
 )
 from zramd.core.system.bits cimport bits_set, prefetch
-from zramd.core.system.checks cimport zr_assert, zr_crash_point
+from zramd.core.system.checks cimport zr_assert, zr_assert_held, zr_crash_point, zr_static_assert
 from zramd.core.system.locks cimport (
     compare_swap,
     counter_add,
@@ -78,9 +78,9 @@ from zramd.core.system.locks cimport (
 )
 from zramd.core.types cimport (
     CELLS_SLACK,
-    CELL_SUM_SHIFT,
     CELL_LIVE,
     CELL_PIN,
+    CELL_SUM_SHIFT,
     CELL_TAGS,
     CLASS_DELTA,
     GROUPS,
@@ -121,6 +121,7 @@ cdef class Pool:
 
     def __cinit__(self, max_objects, Memory memory not None):
         cdef uint32_t i
+        zr_static_assert(sizeof(pool_counters) <= KEPT_ARENA - KEPT_POOL)
         for i in range(MAX_CLASSES):
             pthread_mutex_init(&self.classes[i].lock, NULL)
         pthread_mutex_init(&self.cells_lock, NULL)
@@ -199,6 +200,7 @@ cdef class Pool:
         return rc
 
     cdef void _cell_give(self, uint64_t handle) noexcept nogil:
+        zr_assert(handle and handle < load_relaxed(&self.cells_top))
         pthread_mutex_lock(&self.cells_lock)
         store_release(&self.cells[handle], free_cell(self.cells_free))
         self.cells_free = handle
@@ -552,6 +554,7 @@ cdef class Pool:
         """Forget every object and give all memory back. Nobody else may have an object; compact_lock is held."""
         cdef uint32_t i, g
         cdef size_class *c
+        zr_assert_held(&self.compact_lock)
         for i in range(self.class_count):
             c = &self.classes[i]
             lock_class(c)

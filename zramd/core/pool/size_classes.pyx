@@ -1,21 +1,45 @@
 """Size classes: which there are, how long the zspages of each are, and what a state must agree on."""
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from zramd.core.memory.region cimport HEAD_SIZE, page_unit, whole_pages
+from zramd.core.system.checks cimport zr_static_assert
 from zramd.core.types cimport (
     CELLS_SLACK,
+    CELL_TAGS,
+    CELL_TAG_BITS,
+    CHUNK_ALIGN,
     CLASS_DELTA,
+    CLASS_SIZES,
     FINE_CHUNK,
+    GROUPS,
+    ISOLATED,
+    MAPPED_CHUNKS,
+    MAX_CHUNKS,
     MAX_CLASSES,
     MIN_CHUNK,
+    NO_CHUNK,
     PAGE_SIZE,
     SPAN_PAGES,
     SPAN_SHIFT,
     SPAN_SIZE,
+    zspage,
 )
 
 import zlib
+
+# What must agree, the compiler looks at. (Each comparison by itself: of two, Cython does not make a constant.)
+zr_static_assert(sizeof(zspage) == 32)
+zr_static_assert(SPAN_SIZE == SPAN_PAGES * PAGE_SIZE)
+zr_static_assert(SPAN_PAGES <= 8 * sizeof(uint16_t))        # Arena.committed
+zr_static_assert(MAPPED_CHUNKS <= 8 * sizeof(uint64_t))     # zspage.used_map
+zr_static_assert(MAX_CHUNKS * MIN_CHUNK == SPAN_SIZE)
+zr_static_assert(MAX_CHUNKS < NO_CHUNK)
+zr_static_assert((CLASS_SIZES - 1) * CLASS_DELTA == PAGE_SIZE)
+zr_static_assert(MAX_CLASSES < 1 << 8 * sizeof(uint8_t))    # Pool.span_class holds their number + 1
+zr_static_assert(GROUPS < ISOLATED)
+zr_static_assert(CELL_TAGS == (1 << CELL_TAG_BITS) - 1)
+zr_static_assert(CELL_TAGS < CHUNK_ALIGN)
 
 
 cdef void geometry(uint32_t size, uint32_t unit, uint32_t *pages, uint32_t *objs) noexcept nogil:

@@ -9,19 +9,24 @@ from zramd.core.pool.chunks cimport is_resident, mapped_room, spare_drop, unused
 from zramd.core.pool.pool cimport Pool
 from zramd.core.pool.size_classes cimport STUCK, fullness, is_huge, is_mapped, pages_below, pages_of_chunk, size_class
 from zramd.core.system.bits cimport bits_set
-from zramd.core.system.checks cimport zr_assert
+from zramd.core.system.checks cimport zr_assert, zr_assert_held
 from zramd.core.system.locks cimport load_relaxed, owned_add, owned_sub
-from zramd.core.types cimport GROUP_FULL, ISOLATED, NIL, NO_CHUNK, NO_ZSPAGE, zspage
+from zramd.core.types cimport GROUPS, GROUP_EMPTY, GROUP_FULL, ISOLATED, NIL, NO_CHUNK, NO_ZSPAGE, zspage
 
 cdef enum:
     SIFT_TRIES = 64         # zspages that are looked at for room on resident pages before others get the class lock: 10 us
     TAIL_PAGES = 2          # unused pages that the last zspage of a class keeps where there is a reserve
     SLACK_SHIFT = 3         # a page goes back by itself once 1/8 of its class is freeable, or overwriting would thrash
 
+cdef inline bint is_unlisted(zspage *z) noexcept nogil:
+    """Whether a zspage is on no list. (One that was never used has the zeros of a fresh record.)"""
+    return z.group == ISOLATED or z.group == NO_ZSPAGE or z.group == GROUP_EMPTY
+
 cdef inline void zspage_link(Pool pool, size_class *c, uint32_t span) noexcept nogil:
     """List a zspage in its fullness group."""
     cdef zspage *z = &pool.zspages[span]
     cdef uint32_t group = fullness(c, z)
+    zr_assert(is_unlisted(z))
     z.group = <uint8_t>group
     z.dry = False
     z.prev = NIL
@@ -37,6 +42,8 @@ cdef inline void zspage_link_dry(Pool pool, size_class *c, uint32_t span) noexce
     """List a zspage behind those of its fullness group that may have room on resident pages: it has none."""
     cdef zspage *z = &pool.zspages[span]
     cdef uint32_t group = fullness(c, z)
+    zr_assert_held(&c.lock)
+    zr_assert(is_unlisted(z))
     z.group = <uint8_t>group
     z.dry = True
     z.next = NIL
@@ -50,6 +57,8 @@ cdef inline void zspage_link_dry(Pool pool, size_class *c, uint32_t span) noexce
 
 cdef inline void zspage_unlink(Pool pool, size_class *c, uint32_t span) noexcept nogil:
     cdef zspage *z = &pool.zspages[span]
+    zr_assert_held(&c.lock)
+    zr_assert(z.group < GROUPS)
     if z.prev != NIL:
         pool.zspages[z.prev].next = z.next
     else:
@@ -71,7 +80,8 @@ cdef inline void zspage_regroup(Pool pool, size_class *c, uint32_t span) noexcep
 cdef inline uint32_t zspage_gone(Pool pool, size_class *c, uint32_t span) noexcept nogil:
     """Take an empty, unlisted zspage out of its class; how many resident pages it had. Then arena.give the span."""
     cdef uint32_t pages = bits_set(pool.arena.committed[span]), i = 0
-    zr_assert(pool.zspages[span].inuse == 0)
+    zr_assert_held(&c.lock)
+    zr_assert(pool.zspages[span].inuse == 0 and pool.zspages[span].group == ISOLATED)
     while is_huge(c) and i < pool.spares:
         if pool.spare[i] == span:
             spare_drop(pool, i)
