@@ -529,7 +529,7 @@ def save(Device device, int fd, *, bint live=False, patience=-1):
 
 
 def load(Device device, int fd, *, bytes begun=b"", length=-1, patience=-1):
-    """Fill an empty device, that nobody else uses, from a descriptor: the numbers as from check.
+    """Fill an empty device, that nobody else uses, from a descriptor: the numbers as from verify_stream.
 
     begun: what was read of it already; length: bytes of it, -1: to its end. Whatever is raised, the device is empty
     then. Raises SaveError; PoolFullError when there is no room, MemoryError when the system refuses memory.
@@ -554,7 +554,7 @@ def load(Device device, int fd, *, bytes begun=b"", length=-1, patience=-1):
         store_release(&device.kept.loading, 0)
 
 
-def check(int fd, *, int copy=-1, progress=None):
+def verify_stream(int fd, *, int copy=-1, progress=None):
     """Read a saved device from a descriptor, check all of it, and write it to another one if there is one.
 
     Returns disksize, saved_at (seconds since 1970), blocks, and of them same, raw, lost; payload_bytes, changes, bytes.
