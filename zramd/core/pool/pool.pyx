@@ -103,7 +103,7 @@ from zramd.core.types cimport (
     zspage,
 )
 
-from zramd.core.pool.size_classes import CLASSES
+from zramd.core.pool.size_classes import CLASSES as _CLASSES
 
 cdef enum:
     PIN_SPINS = 200         # about a decompression; then let the holder of the pin run
@@ -154,11 +154,11 @@ cdef class Pool:
     cdef void _make_classes(self):
         """Fill classes and class_of."""
         cdef uint32_t size, i, g
-        self.class_count = len(CLASSES)
+        self.class_count = len(_CLASSES)
         self.huge = self.class_count - 1
-        self.max_payload = <uint32_t>CLASSES[self.huge - 1][0] - HEADER_SIZE
+        self.max_payload = <uint32_t>_CLASSES[self.huge - 1][0] - HEADER_SIZE
         for i in range(self.class_count):
-            self.classes[i].size, self.classes[i].pages, self.classes[i].objs = CLASSES[i]
+            self.classes[i].size, self.classes[i].pages, self.classes[i].objs = _CLASSES[i]
             self.classes[i].unit = page_unit()
             for g in range(GROUPS):
                 self.classes[i].heads[g] = self.classes[i].tails[g] = NIL
