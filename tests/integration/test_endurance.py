@@ -274,6 +274,6 @@ class TestFullPoolOfASwap:
             )
             assert self.writes(client, range(100, 1000)) > 600
             strace.terminate()
-        (refills,) = (task.name for task in tasks.iterdir() if "keeper" in (task / "comm").read_text())
+        (refills,) = (task.name for task in tasks.iterdir() if "refill" in (task / "comm").read_text())
         lines = calls.read_text().splitlines()
         assert [line for line in lines if line.split()[0] != refills] == []

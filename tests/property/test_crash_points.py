@@ -82,7 +82,7 @@ def operations(seed: int) -> Iterator[Operation]:
         elif kind == 18:
             yield (lambda device: device.compact(), nothing)
         else:
-            yield (lambda device: device.trim_stock(), nothing)
+            yield (lambda device: device.release_stock(), nothing)
 
 
 def run(fd: int, verify: bool, seed: int, point: str, visit: int) -> tuple[int, int, int]:

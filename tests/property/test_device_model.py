@@ -162,8 +162,8 @@ class DeviceModel(RuleBasedStateMachine):
         self.device.compact(budget)
 
     @rule()
-    def trim_stock(self) -> None:
-        self.device.trim_stock()
+    def release_stock(self) -> None:
+        self.device.release_stock()
 
     @rule(pages=st.one_of(st.just(0), st.integers(1, BLOCKS)))
     def set_limit(self, pages: int) -> None:

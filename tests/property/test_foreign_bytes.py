@@ -536,7 +536,7 @@ def test_save_streams(data: bytes) -> None:
     try:
         os.pwrite(fd, data, 0)
         try:
-            told = saving.check(fd)
+            told = saving.verify_stream(fd)
         except SaveError as error:
             one_sentence(error)
             told = None

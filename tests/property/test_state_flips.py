@@ -150,7 +150,7 @@ def use(device: Device, model: bytearray, rnd: random.Random, memory: Memory | N
                 model[span.start + 100 : span.start + 104] = b"part"
         else:
             device.compact()
-            device.trim_stock()
+            device.release_stock()
     read_all(device, model)
     with suppress(CorruptionError):
         device.check()

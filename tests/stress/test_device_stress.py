@@ -88,7 +88,7 @@ def test_owned_blocks_with_compaction(limit: int, ready: int) -> None:
             device.counters()
             device.classes()
             if rnd.random() < 0.1:
-                device.trim_stock()
+                device.release_stock()
             if rnd.random() < 0.05:
                 device.check()
 
@@ -212,7 +212,7 @@ def test_reset_and_limits_under_load(ready: int) -> None:
 
     def watch() -> None:
         while not done.is_set():
-            device.trim_stock()
+            device.release_stock()
             device.counters()
             device.pressure()
 

@@ -55,7 +55,7 @@ def work(fd: int, told: mmap.mmap, versions: list[int], seed: int) -> None:
         threading.Thread(target=worker, args=(me,), daemon=True).start()
     while True:
         device.compact(65536)
-        device.trim_stock()
+        device.release_stock()
 
 
 @pytest.mark.timeout(120 + 10 * KILLS)

@@ -72,7 +72,7 @@ class Writers:
     def _disturb(self) -> None:
         while not self._done.is_set():
             self.device.compact()
-            self.device.trim_stock()
+            self.device.release_stock()
             self.device.check()
 
 
@@ -159,7 +159,7 @@ def test_loads_that_others_watch() -> None:
         try:
             while not done.is_set():
                 device.compact(65536)
-                device.trim_stock()
+                device.release_stock()
                 device.counters()
                 device.block(dice.randrange(SIZE // BLOCK))
                 device.read(buffer, dice.randrange(SIZE // BLOCK) * BLOCK)

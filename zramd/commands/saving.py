@@ -159,7 +159,7 @@ def _copy(
 
     try:
         with _unblocked(fd, os.O_WRONLY) as target:
-            return saving.check(control.fileno(), copy=target, progress=progress)
+            return saving.verify_stream(control.fileno(), copy=target, progress=progress)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -268,7 +268,7 @@ def _verify(fd: int, file: str) -> dict[str, int]:
     try:
         size = os.fstat(fd).st_size
         with _unblocked(fd, os.O_RDONLY) as source:
-            return saving.check(source, progress=_progress("checked", size))
+            return saving.verify_stream(source, progress=_progress("checked", size))
     except SaveError as error:
         raise DeviceError(f"'{file}' cannot be used: {error}") from None
 

@@ -46,7 +46,7 @@ class Compactable(Protocol):
 
     def pressure(self) -> tuple[int, int, int, int, int]: ...
     def compact(self, budget: int = 0) -> int: ...
-    def trim_stock(self) -> int: ...
+    def release_stock(self) -> int: ...
 
 
 class Policy:
@@ -211,7 +211,7 @@ class Compactor:
             # On demand means everything, and at once.
             if now.freeable and not self._policy.fruitless:
                 return 0.0
-            freed = self._device.compact()  # what the steps leave: see compact_whole in zsmalloc.pyx
+            freed = self._device.compact()  # what the steps leave: see compact_whole in lending.pyx
             self.pages_freed += freed
             self._run_freed += freed
             self._answer(asked)
@@ -227,7 +227,7 @@ class Compactor:
         if now.busy_since(before):
             self._trimmed = False
         elif not self._trimmed:
-            self._device.trim_stock()
+            self._device.release_stock()
             self._trimmed = True
 
     def _rest(self, seconds: float) -> None:

@@ -17,7 +17,7 @@ from zramd import lockfile, trusted
 from zramd.contract.handover import KEPT_FD, SYSTEMD
 from zramd.core.device.device import state_layout
 from zramd.core.memory.region import filesystem, page_size
-from zramd.core.pool.zsmalloc import layout_sum
+from zramd.core.pool.size_classes import layout_sum
 from zramd.errors import StateError, UntrustedError, reason
 
 MAGIC = b"zramd state\n\0\x1a\xff\x00"

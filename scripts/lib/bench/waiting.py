@@ -202,7 +202,7 @@ def at_the_limit(seconds: float, size: int) -> dict[str, float]:
     kept = [first + dice.randrange(2, 15) for first in range(0, blocks, per_zspage)]
     for block in set(range(blocks)) - set(kept):
         device.trim(block * BLOCK, BLOCK)
-    device.trim_stock()
+    device.release_stock()
     device.mem_limit = device.counters()["mem_used_total"]
     # Real-time, so that no other program is waited for; with pauses, or the kernel makes one of 50 ms.
     device.inherit_priority()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.results import NotMeasuredError, Row, at_most
 from bench.setup import GIB, MIB, Setup
-from zramd.core.pool.zsmalloc import CLASSES
+from zramd.core.pool.size_classes import CLASSES
 
 COPY_SOURCE = Path(__file__).with_name("slow_copy.c")
 COPY_MS = 2

@@ -239,7 +239,7 @@ def test_reset_and_peak() -> None:
     for block in range(500):
         device.write(noise(block), block * BLOCK)
     device.trim(0, 4 << 20)
-    device.trim_stock()
+    device.release_stock()
     assert device.counters()["mem_used_max"] == 500 * BLOCK
     device.reset_mem_used_max()
     assert device.counters()["mem_used_max"] == device.counters()["mem_used_total"] == 0

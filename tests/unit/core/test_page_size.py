@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.run import SANITIZED, preloaded
 
-from zramd.core.pool.zsmalloc import CLASSES, layout_sum, size_classes
+from zramd.core.pool.size_classes import CLASSES, layout_sum, size_classes
 from zramd.errors import StateError
 from zramd.server import statefile
 

@@ -137,7 +137,7 @@ def load(device: Device, data: bytes, **more: object) -> dict[str, int]:
 def check(data: bytes) -> dict[str, int]:
     fd = opened(data)
     try:
-        return saving.check(fd)
+        return saving.verify_stream(fd)
     finally:
         os.close(fd)
 
@@ -544,7 +544,7 @@ def test_a_signal_that_comes_before_the_wait_ends_it() -> None:
     thread.start()
     try:
         with pytest.raises(EndedError):
-            saving.check(source, copy=writer)
+            saving.verify_stream(source, copy=writer)
         assert not late.is_set()
     finally:
         done.set()

@@ -84,7 +84,7 @@ def test_a_device_is_as_it_was(memory_folder: Path, verify: bool) -> None:
     again.check()
     assert read(again) == model
     again.trim(0, SIZE)
-    again.trim_stock()
+    again.release_stock()
     again.check()
     assert again.counters()["mem_used_total"] == 0
 
@@ -134,7 +134,7 @@ def test_the_file_holds_what_the_statistics_say(memory_folder: Path) -> None:
     agrees()
     assert tables() <= device.counters()["metadata_bytes"]
     device.trim(0, 64 << 20)
-    device.trim_stock()
+    device.release_stock()
     assert device.counters()["mem_used_total"] == 0
     agrees()
     device.reset()
@@ -351,7 +351,7 @@ def test_locked_memory_is_given_back(memory_folder: Path) -> None:
         "process.lock_memory()\n"
         "device.write(os.urandom(4 << 20), 0)\n"
         "full = os.fstat(fd).st_blocks\n"
-        "device.trim(0, 4 << 20); device.trim_stock()\n"
+        "device.trim(0, 4 << 20); device.release_stock()\n"
         "assert device.counters()['mem_used_total'] == 0\n"
         "print(full, os.fstat(fd).st_blocks)"
     )

@@ -20,7 +20,7 @@ from support.run import SANITIZED, preloaded
 
 from zramd import Device, PoolFullError
 from zramd.core.device import saving
-from zramd.core.pool.zsmalloc import CLASSES
+from zramd.core.pool.size_classes import CLASSES
 from zramd.errors import SaveError
 
 BLOCK = 4096
@@ -133,7 +133,7 @@ def test_a_part_write_without_room_holds_no_stripe(library: Path) -> None:
         same = 1111
         stored[same] = dice.randbytes(2000) + bytes(2096)
         device.write(stored[same], same * 4096)
-        device.trim_stock()
+        device.release_stock()
         device.mem_limit = device.counters()["mem_used_total"]
         mover = hold()
         part_write = start(device.write, dice.randbytes(3900), (same + 256) * 4096 + 100)
@@ -153,14 +153,14 @@ def test_a_part_write_without_room_holds_no_stripe(library: Path) -> None:
 def test_room_that_others_made_is_found(library: Path) -> None:
     """As many writes as there are pages to be freed, all refused before the first is."""
     code = """
-        device.trim_stock()
+        device.release_stock()
         twin = Device(64 << 20)
         dice = random.Random(1)
         for block in range(600):
             twin.write(dice.randbytes(290) + bytes(4096 - 290), block * 4096)
         for block in dice.sample(range(600), 400):
             twin.trim(block * 4096, 4096)
-        twin.trim_stock()
+        twin.release_stock()
         twin.mem_limit = twin.counters()["mem_used_total"]
         pages = twin.compact(1 << 30)
 
@@ -243,7 +243,7 @@ def test_every_lock_hands_priority_on(tmp_path: Path) -> None:
         device.compact(1 << 16)
         device.compact()
         device.mem_limit = 1 << 20
-        device.trim_stock()
+        device.release_stock()
         device.read(bytearray(SIZE), 0)
         device.zero(1000, 5000)
         device.block(0)
@@ -327,7 +327,7 @@ def fill_with_holes(zspages: int) -> tuple[Device, list[int]]:
     kept = sorted(block for first in range(0, blocks, 17) for block in (first + 3, first + 10))
     for block in set(range(blocks)) - set(kept):
         device.trim(block * BLOCK, BLOCK)
-    device.trim_stock()
+    device.release_stock()
     return device, kept
 
 

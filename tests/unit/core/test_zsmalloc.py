@@ -7,7 +7,6 @@ import pytest
 from zramd import Device, HandleError, PoolFullError, Zsmalloc
 
 PAGE = 4096
-SPAN = 8 * PAGE
 HEADER = 4
 
 

@@ -40,8 +40,8 @@ def test_protected_process_needs_no_more_pages() -> None:
         from zramd.core.device.device import Device
         device = Device(64 << 20)
         swap.protect(device, 24 << 20)
-        keeper = threading.Thread(target=device.reserve_keep)
-        keeper.start()
+        refiller = threading.Thread(target=device.reserve_keep)
+        refiller.start()
         rnd = random.Random(1)
         pages = [rnd.randbytes(size) + bytes(4096 - size) for size in range(100, 4096, 37)]
         def write(count):
@@ -65,7 +65,7 @@ def test_protected_process_needs_no_more_pages() -> None:
                 break
         device.check()
         device.reserve_stop()
-        keeper.join()
+        refiller.join()
         print("used", device.counters()["mem_used_total"])
     """
     assert in_child(code) == "misses 0\nused 0\n"
@@ -130,7 +130,7 @@ def test_locked_memory_is_given_back() -> None:
             device.write(os.urandom(4096), n * 4096)
         full = snapshots.resident_bytes()
         device.trim(0, 64 << 20)
-        device.trim_stock()
+        device.release_stock()
         print(full - before > 30 << 20, snapshots.resident_bytes() - before < 1 << 20)
     """
     assert in_child(code) == "True True\n"

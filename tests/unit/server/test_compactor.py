@@ -47,7 +47,7 @@ class FakeDevice:
         self.used -= freed
         return freed
 
-    def trim_stock(self) -> int:
+    def release_stock(self) -> int:
         self.trims += 1
         return 0
 

@@ -1,10 +1,11 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from zramd.core.system.gate cimport gate
 from zramd.core.system.latency cimport latency
 from zramd.core.system.locks cimport pthread_mutex_t
 from zramd.core.memory.region cimport Memory, Region
+from zramd.core.pool.pool cimport Pool
 from zramd.core.types cimport BLOCK_SIZE
-from zramd.core.pool.zsmalloc cimport Zsmalloc
 
 cdef extern from *:
     """
@@ -58,7 +59,7 @@ cdef class Blocks:
     cdef uint64_t count
     cdef int acceleration
     cdef bint verify
-    cdef Zsmalloc pool
+    cdef Pool pool
     cdef Region slot_table
     cdef uint64_t *slots                    # atomic words, each changed under its stripe only
     cdef Region touches
@@ -69,7 +70,7 @@ cdef class Blocks:
     cdef scratch *scratches                 # those not in use, last in first out
     cdef uint64_t scratch_count             # atomic: all
     cdef uint32_t scratch_size
-    cdef counters *n
+    cdef counters *counters
 
     cdef int inherit_priority(self) noexcept nogil
     cdef scratch *scratch_take(self) noexcept nogil
@@ -79,26 +80,28 @@ cdef class Blocks:
     cdef int store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil
     cdef int _store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil
     cdef int store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil
-    cdef uint64_t _same_slot(self, uint64_t block, uint64_t word) noexcept nogil
+    cdef uint64_t _same_slot(self, uint64_t block, uint64_t word, uint64_t handle) noexcept nogil
     cdef int _load(self, uint64_t block, uint64_t slot, char *content) noexcept nogil
+    cdef uint64_t word_of(self, uint64_t slot) noexcept nogil
     cdef bint word_is_sound(self, uint64_t block, uint64_t slot, uint64_t word) noexcept nogil
     cdef bint object_is_sound(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil
     cdef bint checksum_agrees(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil
     cdef void _free(self, uint64_t block, uint64_t slot) noexcept nogil
     cdef uint64_t get(self, uint64_t block) noexcept nogil
     cdef int put(self, uint64_t block, uint64_t slot, bint held) noexcept nogil
-    cdef int _slot_is_ready(self, uint64_t block) noexcept nogil
-    cdef int _make_slot_ready(self, uint64_t block) noexcept nogil
+    cdef int _slot_take_room(self, uint64_t block) noexcept nogil
+    cdef int _slot_make_room(self, uint64_t block) noexcept nogil
     cdef void _count(self, uint64_t slot, uint64_t n) noexcept nogil
     cdef void prefetch(self, uint64_t block) noexcept nogil
     cdef int write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil
     cdef int merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
     cdef int _merge(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil
-    cdef int zero_block(self, uint64_t block, uint64_t slot) noexcept nogil
+    cdef int zero_block(self, uint64_t block, bint hole) noexcept nogil
     cdef int populate(self) noexcept nogil
     cdef void clear(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil
-    cdef const char *find_fault(self, walk *w, uint64_t *where) noexcept nogil
+    cdef const char *find_fault(self, gate *closed, uint64_t *where) noexcept nogil
+    cdef const char *_find_piece_fault(self, walk *w, uint64_t *where) noexcept nogil
     cdef const char *_find_slot_fault(self, walk *w, uint64_t *where) noexcept nogil
     cdef const char *_find_count_fault(self, uint64_t *where) noexcept nogil

@@ -19,15 +19,34 @@ from libc.errno cimport EIO, ENOSPC
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from zramd.core.system.checks cimport zr_crash_point
+from zramd.core.system.checks cimport zr_assert_held, zr_crash_point, zr_static_assert
 from zramd.core.device.checksum cimport checksum
 from zramd.core.device.codec cimport decode, encode, fill, same_filled, state_size
+from zramd.core.device.slots cimport (
+    HOLE,
+    LOST,
+    RAW,
+    SAME,
+    SLOT_SIZE_MASK,
+    block_kind,
+    has_object,
+    object_slot,
+    same_slot,
+    slot_bytes,
+    slot_handle,
+    slot_kind,
+    slot_sum,
+    sum_high,
+    sum_low,
+)
+from zramd.core.system.gate cimport gate, gate_close, gate_open
 from zramd.core.system.locks cimport (
     counter_add,
     load_acquire,
     load_relaxed,
     load_relaxed_32,
     mutex_inherit,
+    nap,
     pthread_mutex_destroy,
     pthread_mutex_init,
     pthread_mutex_lock,
@@ -35,20 +54,26 @@ from zramd.core.system.locks cimport (
     store_relaxed,
     store_release,
 )
-from zramd.core.memory.region cimport KEPT_DEVICE, Memory, Region, secret_alloc, secret_free, whole_pages
+from zramd.core.memory.region cimport (
+    KEPT_DEVICE,
+    KEPT_PAGES,
+    KEPT_STATE,
+    Memory,
+    Region,
+    secret_alloc,
+    secret_free,
+    whole_pages,
+)
+from zramd.core.pool.compaction cimport compact_begin, compact_end, make_room
+from zramd.core.pool.faults cimport find_pool_fault, find_zspage_fault
+from zramd.core.pool.pool cimport Pool
 from zramd.core.types cimport (
     BLOCK_SIZE,
     PAGE_SHIFT,
     PAGE_SIZE,
-    SLOT_CHECK_SHIFT,
-    SLOT_HANDLE_SHIFT,
-    SLOT_LOST,
-    SLOT_SAME,
-    SLOT_SIZE_MASK,
     SLOTS_PER_PAGE,
-    slot_handle,
+    pages_of,
 )
-from zramd.core.pool.zsmalloc cimport Zsmalloc
 
 cdef extern from *:
     """
@@ -70,6 +95,9 @@ cdef class Blocks:
 
     def __cinit__(self, uint64_t count, Memory memory not None, int acceleration, bint verify):
         cdef uint32_t i
+        zr_static_assert(sizeof(counters) <= KEPT_STATE + KEPT_PAGES * <int>PAGE_SIZE - KEPT_DEVICE)
+        zr_static_assert(BLOCK_SIZE == PAGE_SIZE)
+        zr_static_assert(<int>SLOT_SIZE_MASK >= <int>BLOCK_SIZE)
         for i in range(STRIPES):
             pthread_mutex_init(&self.stripes[i], NULL)
         pthread_mutex_init(&self.scratch_lock, NULL)
@@ -77,12 +105,12 @@ cdef class Blocks:
         self.acceleration = acceleration
         self.verify = verify
         self.scratch_size = <uint32_t>whole_pages(sizeof(scratch) + state_size())
-        self.n = <counters *>memory.kept(KEPT_DEVICE)
+        self.counters = <counters *>memory.kept(KEPT_DEVICE)
         self.slot_table = memory.region(count * sizeof(uint64_t), True)
         self.slots = <uint64_t *>self.slot_table.base
         self.touches = Region(self.slot_table.size // PAGE_SIZE + 1)
         self.touched = <uint8_t *>self.touches.base
-        self.pool = Zsmalloc(count, memory=memory)
+        self.pool = Pool(count, memory)
 
     def __dealloc__(self):
         cdef scratch *s
@@ -148,7 +176,7 @@ cdef class Blocks:
         """Store a block that is one word repeated; the slot that stands for it. Errors as _store that waits."""
         cdef bint in_vain = False
         cdef int rc = self._store_word(block, word, slot)
-        while rc and self.pool.make_room(rc, &in_vain):
+        while rc and make_room(self.pool, rc, &in_vain):
             rc = self._store_word(block, word, slot)
         return rc
 
@@ -158,7 +186,7 @@ cdef class Blocks:
         cdef int rc = 0
         if word:
             rc = self.pool.word_alloc(word, &handle)
-        slot[0] = self._same_slot(block, word) | handle << SLOT_HANDLE_SHIFT
+        slot[0] = self._same_slot(block, word, handle)
         return rc
 
     cdef int store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
@@ -169,66 +197,66 @@ cdef class Blocks:
         cdef bint in_vain = False
         cdef int rc = self._store_payload(block, payload, size, slot)
         if rc == -ENOSPC:
-            counter_add(&self.n.limit_compactions, 1)
-        while rc and self.pool.make_room(rc, &in_vain):
+            counter_add(&self.counters.limit_compactions, 1)
+        while rc and make_room(self.pool, rc, &in_vain):
             rc = self._store_payload(block, payload, size, slot)
         return rc
 
     cdef int _store_payload(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
         """store_payload, if there is room now."""
         cdef uint64_t handle = 0
-        cdef uint32_t check = 0
+        cdef uint32_t sum = 0
         cdef char *place
         cdef int rc = self.pool.obj_alloc(size, &handle, &place)
         if rc:
             return rc
         if self.verify:
-            check = checksum(payload, size, block)
+            sum = checksum(payload, size, block)
         memcpy(place, payload, size)
         zr_crash_point("payload-written")
-        self.pool.obj_publish(handle, check >> 16)
+        self.pool.obj_publish(handle, sum_high(sum))
         zr_crash_point("object-published")
-        slot[0] = <uint64_t>(check & 0xFFFF) << SLOT_CHECK_SHIFT | handle << SLOT_HANDLE_SHIFT | size
+        slot[0] = object_slot(handle, size, sum)
         return 0
 
-    cdef uint64_t _same_slot(self, uint64_t block, uint64_t word) noexcept nogil:
-        """The slot of a block that is one word repeated, but for its handle."""
-        cdef uint64_t check
-        if not self.verify:
-            return SLOT_SAME
-        check = checksum(<const char *>&word, sizeof(word), block)
-        # Half of it is where others have their size.
-        return SLOT_SAME | (check & 0xFFFF) << SLOT_CHECK_SHIFT | check >> 16 & SLOT_SIZE_MASK
+    cdef uint64_t _same_slot(self, uint64_t block, uint64_t word, uint64_t handle) noexcept nogil:
+        """The slot of a block that is one word repeated."""
+        return same_slot(handle, checksum(<const char *>&word, sizeof(word), block) if self.verify else 0)
 
     cdef int _load(self, uint64_t block, uint64_t slot, char *content) noexcept nogil:
         """The content that a block's slot stands for; 0 or -EIO."""
         cdef uint64_t handle = slot_handle(slot), word
-        cdef uint32_t size = slot & SLOT_SIZE_MASK
         cdef char *payload
         cdef int rc = -EIO
-        if slot == 0:
+        cdef block_kind what = slot_kind(slot)
+        zr_assert_held(&self.stripes[block % STRIPES])
+        if what == HOLE:
             memset(content, 0, BLOCK_SIZE)
             return 0
-        if slot & SLOT_SAME:
-            word = self.pool.word_read(handle) if handle else 0
+        if what == SAME:
+            word = self.word_of(slot)
             if self.word_is_sound(block, slot, word):
                 fill(content, word)
                 rc = 0
-        elif self.pool.obj_begin(handle, &payload) == 0:
+        elif what != LOST and self.pool.obj_begin(handle, &payload) == 0:
             if self.object_is_sound(block, slot, payload):
-                rc = decode(payload, size, content)
+                rc = decode(payload, slot_bytes(slot), content)
             self.pool.obj_end(handle)
         if rc:
-            counter_add(&self.n.checksum_errors, 1)
-            store_relaxed(&self.n.corrupt_block, block + 1)
+            counter_add(&self.counters.checksum_errors, 1)
+            store_relaxed(&self.counters.corrupt_block, block + 1)
         return rc
 
+    cdef inline uint64_t word_of(self, uint64_t slot) noexcept nogil:
+        """The word that a slot of one stands for."""
+        cdef uint64_t handle = slot_handle(slot)
+        return self.pool.word_read(handle) if handle else 0
+
     cdef inline bint word_is_sound(self, uint64_t block, uint64_t slot, uint64_t word) noexcept nogil:
-        return not self.verify or slot == (
-            self._same_slot(block, word) | slot_handle(slot) << SLOT_HANDLE_SHIFT)
+        return not self.verify or slot == self._same_slot(block, word, slot_handle(slot))
 
     cdef inline bint object_is_sound(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil:
-        cdef uint32_t size = slot & SLOT_SIZE_MASK
+        cdef uint32_t size = slot_bytes(slot)
         if size > BLOCK_SIZE or not self.pool.obj_fits(payload, size):
             return False
         if not self.verify:
@@ -237,17 +265,16 @@ cdef class Blocks:
 
     cdef inline bint checksum_agrees(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil:
         """Whether a payload whose pages are there is what the slot and its cell have the checksum of."""
-        cdef uint32_t check = checksum(payload, slot & SLOT_SIZE_MASK, block)
-        return check == (self.pool.obj_check(slot_handle(slot)) << 16 | slot >> SLOT_CHECK_SHIFT)
+        cdef uint32_t sum = checksum(payload, slot_bytes(slot), block)
+        return sum_low(sum) == slot_sum(slot) and sum_high(sum) == self.pool.obj_sum(slot_handle(slot))
 
     cdef void _free(self, uint64_t block, uint64_t slot) noexcept nogil:
         """Free what a block's slot stood for, once no block holds the slot."""
         cdef uint64_t handle = slot_handle(slot)
-        if not slot & SLOT_SAME:
-            if slot:
-                self.pool.obj_free(handle)
+        if has_object(slot):
+            self.pool.obj_free(handle)
         # A wrong slot must not free another block's word.
-        elif handle and self.word_is_sound(block, slot, self.pool.word_read(handle)):
+        elif slot_kind(slot) == SAME and handle and self.word_is_sound(block, slot, self.pool.word_read(handle)):
             self.pool.word_free(handle)
 
     cdef uint64_t get(self, uint64_t block) noexcept nogil:
@@ -265,9 +292,10 @@ cdef class Blocks:
         cdef uint64_t gone = slot
         cdef int rc = 0
         if slot:
-            rc = self._slot_is_ready(block) if held else self._make_slot_ready(block)
+            rc = self._slot_take_room(block) if held else self._slot_make_room(block)
         if not held:
             pthread_mutex_lock(&self.stripes[block % STRIPES])
+        zr_assert_held(&self.stripes[block % STRIPES])
         if rc == 0:
             gone = self.get(block)
             if slot or gone:
@@ -279,43 +307,43 @@ cdef class Blocks:
         self._free(block, gone)
         return rc
 
-    cdef int _slot_is_ready(self, uint64_t block) noexcept nogil:
-        """Before a slot that is not 0 is stored: see Region.ready. Several threads may ask for the same page."""
+    cdef int _slot_take_room(self, uint64_t block) noexcept nogil:
+        """Before a slot that is not 0 is stored: see Region.take_room. Several threads may ask for the same page."""
         cdef int rc = 0
         if not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
-            rc = self.slot_table.ready(&self.slots[block], sizeof(uint64_t))
+            rc = self.slot_table.take_room(&self.slots[block], sizeof(uint64_t))
             if rc == 0 and touch(&self.touched[block // SLOTS_PER_PAGE]):
                 counter_add(&self.touched_pages, 1)
         return rc
 
-    cdef int _make_slot_ready(self, uint64_t block) noexcept nogil:
-        """_slot_is_ready, after compaction if need be. The caller holds no lock."""
+    cdef int _slot_make_room(self, uint64_t block) noexcept nogil:
+        """_slot_take_room, after compaction if need be. The caller holds no lock."""
         cdef bint in_vain = False
-        cdef int rc = self._slot_is_ready(block)
-        while rc and self.pool.make_room(rc, &in_vain):
-            rc = self._slot_is_ready(block)
+        cdef int rc = self._slot_take_room(block)
+        while rc and make_room(self.pool, rc, &in_vain):
+            rc = self._slot_take_room(block)
         return rc
 
     cdef void _count(self, uint64_t slot, uint64_t n) noexcept nogil:
         """Count a block's slot as stored (n: 1), or as stored no more (n: -1)."""
-        cdef uint64_t size = slot & SLOT_SIZE_MASK
-        if slot == 0:
+        cdef block_kind what = slot_kind(slot)
+        if what == HOLE:
             return
-        counter_add(&self.n.pages_stored, n)
-        if slot & SLOT_SAME:
-            counter_add(&self.n.same_pages, n)
-            return
-        counter_add(&self.n.compr_data_size, n * size)
-        if size == BLOCK_SIZE:
-            counter_add(&self.n.huge_pages, n)
+        counter_add(&self.counters.pages_stored, n)
+        if what == SAME:
+            counter_add(&self.counters.same_pages, n)
+        elif what != LOST:
+            counter_add(&self.counters.compr_data_size, n * slot_bytes(slot))
+        if what == RAW:
+            counter_add(&self.counters.huge_pages, n)
             if n == 1:
-                counter_add(&self.n.huge_pages_since, 1)
+                counter_add(&self.counters.huge_pages_since, 1)
 
     cdef void prefetch(self, uint64_t block) noexcept nogil:
         """Ask the cache for the object of a block."""
         cdef uint64_t slot = self.get(block)
-        if slot and not slot & SLOT_SAME:
-            self.pool.obj_prefetch(slot_handle(slot), slot & SLOT_SIZE_MASK)
+        if has_object(slot):
+            self.pool.obj_prefetch(slot_handle(slot), slot_bytes(slot))
 
     cdef int write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil:
         cdef uint64_t slot
@@ -326,14 +354,14 @@ cdef class Blocks:
         """Write n bytes (zeros when src is NULL) at a place in a block: its other bytes stay."""
         # First: were there no room for it once the object has taken some, each try would free that, and take it again.
         cdef bint in_vain = False
-        cdef int rc = self._make_slot_ready(block)
+        cdef int rc = self._slot_make_room(block)
         if rc:
             return rc
         rc = self._merge(block, at, src, n, s)
         if rc == -ENOSPC:
-            counter_add(&self.n.limit_compactions, 1)
+            counter_add(&self.counters.limit_compactions, 1)
         # Room is made without the stripe, on which readers of other blocks may wait: then the block may be another.
-        while rc and self.pool.make_room(rc, &in_vain):
+        while rc and make_room(self.pool, rc, &in_vain):
             rc = self._merge(block, at, src, n, s)
         return rc
 
@@ -366,11 +394,11 @@ cdef class Blocks:
             memcpy(dst, s.page + at, n)
         return rc
 
-    cdef int zero_block(self, uint64_t block, uint64_t slot) noexcept nogil:
-        """Make a block a hole (slot 0) or allocated zeros (SLOT_SAME)."""
-        if slot == 0 and self.get(block) == 0:
+    cdef int zero_block(self, uint64_t block, bint hole) noexcept nogil:
+        """Make a block a hole, or allocated zeros."""
+        if hole and self.get(block) == 0:
             return 0
-        return self.put(block, self._same_slot(block, 0) if slot else 0, False)
+        return self.put(block, 0 if hole else self._same_slot(block, 0, 0), False)
 
     # --------------------------------------------------------------------------------------------------------
     # all of them
@@ -395,22 +423,37 @@ cdef class Blocks:
         self.touches.clear()
         store_relaxed(&self.touched_pages, 0)
         for i in range(sizeof(counters) // sizeof(uint64_t)):
-            store_relaxed(<uint64_t *>self.n + i, 0)
+            store_relaxed(<uint64_t *>self.counters + i, 0)
         self.pool.clear()
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes beside the pool's pages."""
         return (
             (load_relaxed(&self.touched_pages) << PAGE_SHIFT)
-            + (self.count // SLOTS_PER_PAGE + PAGE_SIZE) // PAGE_SIZE * PAGE_SIZE
+            + (pages_of(self.count // SLOTS_PER_PAGE + 1) << PAGE_SHIFT)
             + load_relaxed(&self.scratch_count) * self.scratch_size
             + sizeof(self.stripes)
             + self.pool.metadata_bytes()
         )
 
-    cdef const char *find_fault(self, walk *w, uint64_t *where) noexcept nogil:
-        """A piece of a walk over every structure, until w.done; NULL, or what is wrong, with a block, handle or span in
-        where[0]. Nobody else may be here, but between two pieces they may.
+    cdef const char *find_fault(self, gate *closed, uint64_t *where) noexcept nogil:
+        """Walk every structure, piece by piece with the gate closed; NULL, or what is wrong, with a block, handle or span
+        in where[0]."""
+        cdef const char *wrong = NULL
+        cdef walk w
+        memset(&w, 0, sizeof(w))
+        while wrong == NULL and not w.done:
+            gate_close(closed)
+            compact_begin(self.pool)
+            wrong = self._find_piece_fault(&w, where)
+            compact_end(self.pool)
+            gate_open(closed)
+            if not w.done:
+                nap()       # who waits at the gate is only woken up by that, and is not to find it closed once more
+        return wrong
+
+    cdef const char *_find_piece_fault(self, walk *w, uint64_t *where) noexcept nogil:
+        """A piece of that walk, until w.done. Nobody else may be here, but between two pieces they may.
 
         First each slot with its object, then each zspage with its chunks: what is right or wrong by itself. Last, and at
         one moment, all that is counted and listed.
@@ -418,13 +461,14 @@ cdef class Blocks:
         if w.block < self.count:
             return self._find_slot_fault(w, where)
         if w.span < load_relaxed_32(&self.pool.arena.top):
-            return self.pool.find_zspage_fault(&w.span, PIECE_CHUNKS, where)
+            return find_zspage_fault(self.pool, &w.span, PIECE_CHUNKS, where)
         w.done = True
         return self._find_count_fault(where)
 
     cdef const char *_find_slot_fault(self, walk *w, uint64_t *where) noexcept nogil:
         """Look whether some slots lead to what they stand for."""
-        cdef uint64_t block, slot, handle, obj_size, left = PIECE_SLOTS
+        cdef uint64_t block, slot, handle, left = PIECE_SLOTS
+        cdef uint32_t size
         cdef const char *wrong
         cdef char *payload
         while left and w.block < self.count:
@@ -436,17 +480,15 @@ cdef class Blocks:
             w.block += 1
             slot = self.slots[block]
             handle = slot_handle(slot)
-            obj_size = slot & SLOT_SIZE_MASK
-            if slot == 0 or slot == SLOT_LOST:
-                continue
-            if slot & SLOT_SAME:
-                if not self.word_is_sound(block, slot, self.pool.word_read(handle) if handle else 0):
-                    return "a slot's checksum differs from its word"
+            size = slot_bytes(slot)
+            if slot_kind(slot) == SAME and not self.word_is_sound(block, slot, self.word_of(slot)):
+                return "a slot's checksum differs from its word"
+            if not has_object(slot):
                 continue
             if self.pool.obj_begin(handle, &payload):
                 return "a slot's handle is not live"
             wrong = NULL
-            if obj_size == 0 or obj_size > self.pool.obj_capacity(handle):
+            if size == 0 or size > self.pool.obj_capacity(handle):
                 wrong = "a slot's size does not fit its object"
             elif not self.object_is_sound(block, slot, payload):
                 wrong = "a slot's checksum differs from its object"
@@ -462,6 +504,7 @@ cdef class Blocks:
         """
         cdef uint64_t block, slot, touched = 0
         cdef uint64_t stored = 0, lost = 0, same = 0, words = 0, huge = 0, compr = 0
+        cdef block_kind what
         where[0] = 0
         for block in range(self.count // SLOTS_PER_PAGE + 1):
             touched += self.touched[block]
@@ -474,18 +517,17 @@ cdef class Blocks:
                 continue
             slot = self.slots[block]
             block += 1
-            stored += slot != 0
-            if slot == SLOT_LOST:
-                lost += 1
-            elif slot & SLOT_SAME:
-                same += 1
-                words += slot_handle(slot) != 0
-            else:
-                compr += slot & SLOT_SIZE_MASK
-                huge += slot & SLOT_SIZE_MASK == BLOCK_SIZE
-        if (stored != self.n.pages_stored or same != self.n.same_pages or compr != self.n.compr_data_size
-                or huge != self.n.huge_pages):
+            what = slot_kind(slot)
+            stored += what != HOLE
+            lost += what == LOST
+            same += what == SAME
+            words += what == SAME and slot_handle(slot) != 0
+            huge += what == RAW
+            if has_object(slot):
+                compr += slot_bytes(slot)
+        if (stored != self.counters.pages_stored or same != self.counters.same_pages
+                or compr != self.counters.compr_data_size or huge != self.counters.huge_pages):
             return "the counters differ from the slots"
         if stored - lost - same + words != self.pool.cells_used:
             return "the slots' handles are not as many as the cells in use"
-        return self.pool.find_fault(where, words)
+        return find_pool_fault(self.pool, where, words)

@@ -1,9 +1,10 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from zramd.core.device.blocks cimport Blocks, counters, op
+from zramd.core.device.blocks cimport Blocks, op
+from zramd.core.device.recovery cimport recovery_numbers
 from zramd.core.system.gate cimport gate
 from zramd.core.memory.region cimport Memory
-from zramd.core.pool.zsmalloc cimport Zsmalloc
+from zramd.core.pool.pool cimport Pool
 
 cdef struct state_words:
     # Kept, and not reset.
@@ -12,21 +13,26 @@ cdef struct state_words:
     uint64_t data_id[2]         # random: names what the device holds, from when it was last empty; 0: none yet
     uint64_t loading            # a saved device is being loaded: what is there is not all of it
 
+cdef struct piece:
+    # What a request does next of its range of bytes.
+    uint64_t offset
+    uint64_t end                # of the range
+    uint64_t block
+    uint32_t at                 # where in the block
+    uint32_t size
+    uint32_t steps              # pieces so far
+
 cdef class Device:
     cdef readonly uint64_t disksize         # bytes
     cdef uint64_t blocks
     cdef Blocks table
-    cdef Zsmalloc pool                      # the table's
-    cdef counters *n                        # the table's
+    cdef Pool pool                          # the table's
     cdef Memory memory
     cdef gate gate
     cdef uint64_t unfinished                # atomic: requests that left the gate in the middle of changing the device
     cdef bint urgent                        # real-time threads make requests
     cdef state_words *kept
-    cdef uint64_t recovery_ms
-    cdef uint64_t recovered_blocks
-    cdef uint64_t leaked_objects
-    cdef uint64_t lost_blocks
+    cdef recovery_numbers recovered         # zeros: nothing was taken over
     cdef uint64_t epoch                     # atomic: how often the data was replaced as a whole, by reset or load
     cdef readonly bint dropped              # the state held a device that was loaded in part: it was reset
 
@@ -37,14 +43,12 @@ cdef class Device:
     cdef int serve_zero(self, uint64_t offset, uint64_t length, bint may_trim) noexcept nogil
 
     cdef bint _fits(self, uint64_t offset, uint64_t length) noexcept nogil
-    cdef void _enter_gate(self) noexcept nogil
-    cdef void _leave_gate(self) noexcept nogil
     cdef void _make_way(self, uint32_t *steps, bint changes) noexcept nogil
     cdef uint64_t _begin(self) noexcept nogil
     cdef void _end(self, op kind, uint64_t began) noexcept nogil
+    cdef bint _next(self, piece *p, bint changes) noexcept nogil
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil
-    cdef int _zero(self, uint64_t offset, uint64_t length, uint64_t slot, bint exact) noexcept nogil
+    cdef int _zero(self, uint64_t offset, uint64_t length, bint hole, bint exact) noexcept nogil
     cdef uint64_t _extent(self, uint64_t offset, uint64_t end, int *kind) noexcept nogil
-    cdef uint64_t _requests(self, op kind) noexcept nogil
     cdef str culprit(self, int rc, uint64_t offset, uint64_t length)

@@ -4,7 +4,7 @@
 
 Requests pass the gate side by side; check and reset have the device alone. A long request makes way between two blocks:
 it leaves the gate and enters it again when somebody wants it closed. A request that fails leaves each block with its old
-content or its new. What a block is made of is known to blocks.pyx, where an object is to zsmalloc.pyx.
+content or its new. What a block is made of is known to blocks.pyx, where an object is to pool.pyx.
 
 Lock order: gate, then those of blocks.pyx.
 """
@@ -12,11 +12,14 @@ Lock order: gate, then those of blocks.pyx.
 cimport cython
 from libc.errno cimport EDQUOT, EINVAL, EIO, ENOMEM
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 
-from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, Blocks, is_touched, op, scratch, walk
+from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, OPS, Blocks, is_touched, op, scratch
+from zramd.core.device.numbers cimport describe_block, requests, table_latencies, table_stats
+from zramd.core.device.slots cimport is_zeros
+from zramd.core.system.checks cimport zr_static_assert
 from zramd.core.system.gate cimport (
     gate_close,
     gate_enter,
@@ -26,41 +29,32 @@ from zramd.core.system.gate cimport (
     gate_open,
     gate_release,
 )
-from zramd.core.system.latency cimport BUCKETS, FIRST_BOUND, clock_now, latency_add, latency_count, use_ticks
+from zramd.core.system.latency cimport BUCKETS, FIRST_BOUND, clock_now, latency_add, use_ticks
 from zramd.core.system.locks cimport (
     counter_add,
     counter_sub,
     load_relaxed,
     mutex_inherit,
-    nap,
     owned_add,
     pthread_mutex_destroy,
     pthread_mutex_init,
-    pthread_mutex_lock,
-    pthread_mutex_unlock,
 )
 from zramd.core.system.process cimport be_calm, be_urgent
 from zramd.core.device.recovery cimport Recovery
-from zramd.core.memory.region cimport KEPT_STATE, Memory
+from zramd.core.memory.region cimport KEPT_POOL, KEPT_STATE, Memory
+from zramd.core.pool.compaction cimport compact_begin, compact_end, compact_run, freeable_pages, release_stock_alone
+from zramd.core.pool.lending cimport compact_whole
+from zramd.core.pool.zsmalloc cimport pool_stats, pool_table
 from zramd.core.types cimport (
     BLOCK_SHIFT,
     BLOCK_SIZE,
-    PAGE_SHIFT,
-    PAGE_SIZE,
-    SLOT_LOST,
-    SLOT_SAME,
-    SLOT_SIZE_MASK,
     SLOTS_PER_PAGE,
-    SPAN_SHIFT,
-    SPAN_SIZE,
-    cell_obj,
-    slot_handle,
+    pages_of,
 )
-from zramd.core.pool.zsmalloc cimport size_class
 
 import os
 
-from zramd.core.pool.zsmalloc import pool_layout
+from zramd.core.pool.size_classes import pool_layout
 from zramd.errors import CorruptionError, error_from
 
 MAX_DISKSIZE = 4 << 40      # bytes: 2**30 blocks; handles have 31 bits
@@ -75,6 +69,18 @@ cdef enum:
     # NBD's block status flags
     STATE_HOLE = 1
     STATE_ZERO = 2
+
+cdef inline piece pieces_of(uint64_t offset, uint64_t length) noexcept nogil:
+    """A walk over a range that is to begin with Device._next."""
+    cdef piece p
+    p.offset = offset
+    p.end = offset + length
+    p.block = p.at = p.size = p.steps = 0
+    return p
+
+cdef inline bint has_parts(uint64_t offset, uint64_t length) noexcept nogil:
+    """Whether a range begins or ends within a block."""
+    return ((offset | length) & (BLOCK_SIZE - 1)) != 0
 
 
 cdef int time_by_ticks() except -1:
@@ -116,6 +122,8 @@ cdef class Device:
     def __cinit__(self, uint64_t disksize, *, uint64_t mem_limit=0, int acceleration=1, int state=-1,
                   bint verify=False, progress=None):
         cdef Memory memory
+        cdef Recovery recovery
+        zr_static_assert(sizeof(state_words) <= KEPT_POOL - KEPT_STATE)
         pthread_mutex_init(&self.gate.lock, NULL)
         if not 0 < disksize <= <uint64_t>MAX_DISKSIZE:
             raise ValueError(f"disksize {disksize} is out of range: 1 to {MAX_DISKSIZE} bytes")
@@ -125,18 +133,19 @@ cdef class Device:
         self.kept = <state_words *>memory.kept(KEPT_STATE)
         self.table = Blocks(self.blocks, memory, acceleration, verify)
         self.pool = self.table.pool
-        self.n = self.table.n
         if state >= 0:
             if os.fstat(state).st_size != memory.end:
                 raise ValueError(f"a state of {os.fstat(state).st_size} bytes is not one of {memory.end} bytes")
-            self._take_over(progress)
+            recovery = Recovery(self.table)
+            recovery.run(progress)
+            self.recovered = recovery.numbers()
             if self.kept.loading:
                 self.reset()
                 self.kept.loading = 0
                 self.dropped = True
         # A limit that was changed at work stays, until another one is asked for than the last time.
         if self.kept.limit_asked == mem_limit + 1:
-            self.pool.mem_limit = self.kept.limit
+            self.pool.set_mem_limit(self.kept.limit)
         else:
             self.mem_limit = mem_limit
             self.kept.limit_asked = mem_limit + 1
@@ -154,20 +163,6 @@ cdef class Device:
         was taken over. A device begins with a new one when it is empty, reset, or loaded."""
         return f"{self.kept.data_id[1]:016x}{self.kept.data_id[0]:016x}"
 
-    def _take_over(self, progress):
-        """Rebuild from the state all that is not in it."""
-        cdef Recovery recovery = Recovery(self.table)
-        recovery.run(progress)
-        self.n.pages_stored = recovery.stored
-        self.n.compr_data_size = recovery.compr
-        self.n.same_pages = recovery.same
-        self.n.huge_pages = recovery.huge
-        self.table.touched_pages = recovery.slot_pages
-        self.recovery_ms = recovery.milliseconds
-        self.recovered_blocks = recovery.stored
-        self.leaked_objects = recovery.leaked
-        self.lost_blocks = recovery.lost
-
     def __dealloc__(self):
         pthread_mutex_destroy(&self.gate.lock)
 
@@ -184,20 +179,13 @@ cdef class Device:
     # --------------------------------------------------------------------------------------------------------
     # whole requests: 0 or -errno of the first block that failed; blocks before it are done
 
-    cdef void _enter_gate(self) noexcept nogil:
-        """At work until _leave_gate: check and reset wait for it, the compactor makes way."""
-        gate_enter(&self.gate)
-
-    cdef void _leave_gate(self) noexcept nogil:
-        gate_leave(&self.gate)
-
     cdef void _make_way(self, uint32_t *steps, bint changes) noexcept nogil:
         """Between two blocks of a request: let others have the gate, and now and then the processor."""
         if gate_is_closed(&self.gate):
             if changes:
                 counter_add(&self.unfinished, 1)
-            self._leave_gate()
-            self._enter_gate()
+            gate_leave(&self.gate)
+            gate_enter(&self.gate)
             if changes:
                 counter_sub(&self.unfinished, 1)
         steps[0] += 1
@@ -205,97 +193,96 @@ cdef class Device:
             sched_yield()   # to real-time threads: this one would have it for 100 ms before one that is as urgent
 
     cdef uint64_t _begin(self) noexcept nogil:
-        """Enter the gate for a request; when it came. Waiting at the gate is part of what the client waits for."""
+        """Enter the gate for a request; when it came. Waiting at the gate is part of what the client waits for.
+
+        At work until _end: check and reset wait for it, the compactor makes way.
+        """
         cdef uint64_t began = clock_now()
-        self._enter_gate()
+        gate_enter(&self.gate)
         return began
 
     cdef void _end(self, op kind, uint64_t began) noexcept nogil:
         """Count a request, failed or not, and leave the gate: reset is never between the two."""
-        latency_add(&self.n.latencies[<int>kind], began)
-        self._leave_gate()
+        latency_add(&self.table.counters.latencies[<int>kind], began)
+        gate_leave(&self.gate)
+
+    cdef bint _next(self, piece *p, bint changes) noexcept nogil:
+        """Go on to the next piece of a range: a block, or the part of one at an end; False: that was the last.
+
+        Between two pieces others are let in.
+        """
+        p.offset += p.size
+        if p.offset >= p.end:
+            return False
+        if p.size:
+            self._make_way(&p.steps, changes)
+        p.block = p.offset >> BLOCK_SHIFT
+        p.at = p.offset & (BLOCK_SIZE - 1)
+        p.size = min(<uint64_t>(BLOCK_SIZE - p.at), p.end - p.offset)
+        return True
 
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil:
-        cdef uint64_t done = 0
-        cdef uint32_t at, n, steps = 0
+        cdef piece p = pieces_of(offset, length)
         cdef int rc = 0
         cdef scratch *s = self.table.scratch_take()
         if s == NULL:
             rc = -ENOMEM
-        while done < length and rc == 0:
-            at = (offset + done) & (BLOCK_SIZE - 1)
-            n = min(<uint64_t>(BLOCK_SIZE - at), length - done)
-            if n == BLOCK_SIZE:
-                rc = self.table.write_block((offset + done) >> BLOCK_SHIFT, src + done, s)
+        while rc == 0 and self._next(&p, True):
+            if p.size == BLOCK_SIZE:
+                rc = self.table.write_block(p.block, src + (p.offset - offset), s)
             else:
-                rc = self.table.merge_block((offset + done) >> BLOCK_SHIFT, at, src + done, n, s)
-            done += n
-            if done < length:
-                self._make_way(&steps, True)
+                rc = self.table.merge_block(p.block, p.at, src + (p.offset - offset), p.size, s)
         if s != NULL:
             self.table.scratch_give(s)
         if rc:
-            counter_add(&self.n.failed_writes, 1)
+            counter_add(&self.table.counters.failed_writes, 1)
         else:
-            counter_add(&self.n.written_bytes, length)
+            counter_add(&self.table.counters.written_bytes, length)
         return rc
 
     cdef int _read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil:
-        cdef uint64_t done = 0
-        cdef uint32_t at, n, steps = 0
+        cdef piece p = pieces_of(offset, length)
         cdef int rc = 0
         cdef scratch *s = NULL
-        if (offset | length) & (BLOCK_SIZE - 1):
+        if has_parts(offset, length):
             s = self.table.scratch_take()
             if s == NULL:
                 rc = -ENOMEM
-        while done < length and rc == 0:
-            at = (offset + done) & (BLOCK_SIZE - 1)
-            n = min(<uint64_t>(BLOCK_SIZE - at), length - done)
+        while rc == 0 and self._next(&p, False):
             # Objects of neighbouring blocks are anywhere, so the processor cannot guess which is next: 6 % on 128K reads.
             # (For what a write replaces it gained nothing.)
-            if done + n < length:
-                self.table.prefetch(((offset + done) >> BLOCK_SHIFT) + 1)
-            rc = self.table.read_block((offset + done) >> BLOCK_SHIFT, at, dst + done, n, s)
-            done += n
-            if done < length:
-                self._make_way(&steps, False)
+            if p.offset + p.size < p.end:
+                self.table.prefetch(p.block + 1)
+            rc = self.table.read_block(p.block, p.at, dst + (p.offset - offset), p.size, s)
         if s != NULL:
             self.table.scratch_give(s)
         if rc:
-            counter_add(&self.n.failed_reads, 1)
+            counter_add(&self.table.counters.failed_reads, 1)
         else:
-            counter_add(&self.n.read_bytes, length)
+            counter_add(&self.table.counters.read_bytes, length)
         return rc
 
-    cdef int _zero(self, uint64_t offset, uint64_t length, uint64_t slot, bint exact) noexcept nogil:
-        """Zero a range with slot 0 or SLOT_SAME. Parts of blocks at its ends: zeroed if exact, else left as they are."""
-        cdef uint64_t done = 0, block, skip
-        cdef uint32_t at, n, steps = 0
+    cdef int _zero(self, uint64_t offset, uint64_t length, bint hole, bint exact) noexcept nogil:
+        """Make the blocks of a range holes, or allocated zeros. Parts of blocks at its ends: zeroed if exact, else left."""
+        cdef piece p = pieces_of(offset, length)
+        cdef uint64_t holes
         cdef int rc = 0
         cdef scratch *s = NULL
-        if exact and (offset | length) & (BLOCK_SIZE - 1):
+        if exact and has_parts(offset, length):
             s = self.table.scratch_take()
             if s == NULL:
                 return -ENOMEM
-        while done < length and rc == 0:
-            if done:
-                self._make_way(&steps, True)
-            block = (offset + done) >> BLOCK_SHIFT
-            at = (offset + done) & (BLOCK_SIZE - 1)
-            n = min(<uint64_t>(BLOCK_SIZE - at), length - done)
-            if n == BLOCK_SIZE and slot == 0 and not is_touched(&self.table.touched[block // SLOTS_PER_PAGE]):
+        while rc == 0 and self._next(&p, True):
+            if p.size == BLOCK_SIZE and hole and not is_touched(&self.table.touched[p.block // SLOTS_PER_PAGE]):
                 # A client trims whole devices: go over what was never written a page of slots at a time.
-                skip = min(SLOTS_PER_PAGE - block % SLOTS_PER_PAGE, (length - done) >> BLOCK_SHIFT)
-                counter_add(&self.n.notify_free, skip)
-                done += skip << BLOCK_SHIFT
-                continue
-            if n == BLOCK_SIZE:
-                rc = self.table.zero_block(block, slot)
-                counter_add(&self.n.notify_free, 1)
-            elif exact and (self.table.get(block) or slot):
-                rc = self.table.merge_block(block, at, NULL, n, s)
-            done += n
+                holes = min(SLOTS_PER_PAGE - p.block % SLOTS_PER_PAGE, (p.end - p.offset) >> BLOCK_SHIFT)
+                counter_add(&self.table.counters.notify_free, holes)
+                p.size = <uint32_t>(holes << BLOCK_SHIFT)
+            elif p.size == BLOCK_SIZE:
+                rc = self.table.zero_block(p.block, hole)
+                counter_add(&self.table.counters.notify_free, 1)
+            elif exact and (self.table.get(p.block) or not hole):
+                rc = self.table.merge_block(p.block, p.at, NULL, p.size, s)
         if s != NULL:
             self.table.scratch_give(s)
         return rc
@@ -311,7 +298,7 @@ cdef class Device:
         kind[0] = -1
         while block < last:
             slot = self.table.get(block)
-            this = STATE_HOLE | STATE_ZERO if slot == 0 else STATE_ZERO if slot & SLOT_SAME and slot_handle(slot) == 0 else 0
+            this = STATE_HOLE | STATE_ZERO if slot == 0 else STATE_ZERO if is_zeros(slot) else 0
             if kind[0] < 0:
                 kind[0] = this
             if this != kind[0]:
@@ -330,7 +317,7 @@ cdef class Device:
     cdef bint _fits(self, uint64_t offset, uint64_t length) noexcept nogil:
         """Whether a range is on the device; one that is not is counted."""
         if offset > self.disksize or length > self.disksize - offset:
-            counter_add(&self.n.invalid_io, 1)
+            counter_add(&self.table.counters.invalid_io, 1)
             return False
         return True
 
@@ -359,7 +346,7 @@ cdef class Device:
         if not self._fits(offset, length):
             return -EINVAL
         began = self._begin()
-        self._zero(offset, length, 0, False)
+        self._zero(offset, length, True, False)
         self._end(OP_TRIM, began)
         return 0
 
@@ -369,9 +356,9 @@ cdef class Device:
         if not self._fits(offset, length):
             return -EINVAL
         began = self._begin()
-        rc = self._zero(offset, length, 0 if may_trim else SLOT_SAME, True)
+        rc = self._zero(offset, length, may_trim, True)
         if rc:
-            counter_add(&self.n.failed_writes, 1)
+            counter_add(&self.table.counters.failed_writes, 1)
         self._end(OP_ZERO, began)
         return rc
 
@@ -379,7 +366,7 @@ cdef class Device:
     # for Python
     cdef str culprit(self, int rc, uint64_t offset, uint64_t length):
         """Which block of a range that was read does not match its checksum, as the end of a sentence."""
-        cdef uint64_t block = load_relaxed(&self.n.corrupt_block) - 1
+        cdef uint64_t block = load_relaxed(&self.table.counters.corrupt_block) - 1
         if rc != -EIO or not offset >> BLOCK_SHIFT <= block <= (offset + length) >> BLOCK_SHIFT:
             return ""
         return f", block {block}"
@@ -387,7 +374,7 @@ cdef class Device:
     @property
     def corrupt_block(self):
         """The last block that could not be read because its object was changed in memory; -1: there was none."""
-        return <int64_t>load_relaxed(&self.n.corrupt_block) - 1
+        return <int64_t>load_relaxed(&self.table.counters.corrupt_block) - 1
 
     def read(self, buf, uint64_t offset):
         """Fill a writable buffer from offset. Raises CorruptObjectError; ValueError beyond the device's end."""
@@ -448,9 +435,9 @@ cdef class Device:
             with nogil:
                 at, n = offset, 0
                 while at < end and n < min(left, <int>EXTENTS_AT_ONCE):
-                    self._enter_gate()
+                    gate_enter(&self.gate)
                     at = stops[n] = self._extent(at, end, &kinds[n])
-                    self._leave_gate()
+                    gate_leave(&self.gate)
                     n += 1
             for i in range(n):
                 extents.append((offset, stops[i] - offset, kinds[i]))
@@ -461,23 +448,23 @@ cdef class Device:
     def compact(self, uint64_t budget=0):
         """Move about budget bytes of objects, 0: until nothing is freeable; returns the number of pages freed.
 
-        A real-time thread is an ordinary one meanwhile, here and in trim_stock and check.
+        A real-time thread is an ordinary one meanwhile, here and in release_stock and check.
         """
         cdef uint64_t freed
         cdef int priority
         with nogil:
             priority = be_calm()
-            freed = self.pool.compact_run(budget, <uint64_t>-1) if budget else self.pool.compact_whole()
+            freed = compact_run(self.pool, budget, <uint64_t>-1) if budget else compact_whole(self.pool)
             be_urgent(priority)
         return freed
 
-    def trim_stock(self):
+    def release_stock(self):
         """Give the empty pages that are kept for the next write back to the operating system; returns how many."""
         cdef uint64_t n
         cdef int priority
         with nogil:
             priority = be_calm()
-            n = self.pool.trim()
+            n = release_stock_alone(self.pool)
             be_urgent(priority)
         return n
 
@@ -501,7 +488,7 @@ cdef class Device:
             rc = self.table.populate()
             gate_open(&self.gate)
             if rc == 0:
-                rc = self.pool.arena.reserve_start((size >> PAGE_SHIFT) + (size & (PAGE_SIZE - 1) != 0))
+                rc = self.pool.arena.reserve_start(pages_of(size))
         if rc:
             who = "file system of the state is too full" if rc == -EDQUOT else "system refuses memory"
             raise MemoryError(f"the {who} for the tables or for a reserve of {size} bytes")
@@ -519,57 +506,28 @@ cdef class Device:
     def pressure(self):
         """What the compactor looks at: (freeable pages, pages used, mem_limit in pages or 0, requests done, in flight)."""
         return (
-            self.pool.freeable_pages(),
+            freeable_pages(self.pool),
             load_relaxed(&self.pool.arena.pages),
             load_relaxed(&self.pool.arena.limit),
-            self._requests(OP_READ) + self._requests(OP_WRITE) + self._requests(OP_TRIM) + self._requests(OP_ZERO),
+            sum([requests(self.table, <op>kind) for kind in range(OPS)]),
             load_relaxed(&self.gate.inside),
         )
 
     @property
     def mem_limit(self):
         """Most bytes of pages the pool may use, 0: no limit; what is stored already stays when it is lowered."""
-        return self.pool.mem_limit
+        return self.pool.mem_limit()
 
     @mem_limit.setter
     def mem_limit(self, uint64_t limit):
-        self.pool.mem_limit = limit
+        self.pool.set_mem_limit(limit)
         self.kept.limit = limit
 
     def counters(self):
         """Every number that is kept, by the names of the statistics, as a dict of ints. Nothing is waited for."""
-        stats = self.pool.stats()
-        stats |= {
-            "disksize": self.disksize,
-            "orig_data_size": load_relaxed(&self.n.pages_stored) << BLOCK_SHIFT,
-            "compr_data_size": load_relaxed(&self.n.compr_data_size),
-            "pages_stored": load_relaxed(&self.n.pages_stored),
-            "same_pages": load_relaxed(&self.n.same_pages),
-            "huge_pages": load_relaxed(&self.n.huge_pages),
-            "huge_pages_since": load_relaxed(&self.n.huge_pages_since),
-            "failed_reads": load_relaxed(&self.n.failed_reads),
-            "failed_writes": load_relaxed(&self.n.failed_writes),
-            "invalid_io": load_relaxed(&self.n.invalid_io),
-            "notify_free": load_relaxed(&self.n.notify_free),
-            "reads": self._requests(OP_READ),
-            "writes": self._requests(OP_WRITE),
-            "trims": self._requests(OP_TRIM),
-            "zeroes": self._requests(OP_ZERO),
-            "read_bytes": load_relaxed(&self.n.read_bytes),
-            "written_bytes": load_relaxed(&self.n.written_bytes),
-            "limit_compactions": load_relaxed(&self.n.limit_compactions),
-            "recovery_ms": self.recovery_ms,
-            "recovered_blocks": self.recovered_blocks,
-            "leaked_objects": self.leaked_objects,
-            "lost_blocks": self.lost_blocks,
-            "checksum_errors": load_relaxed(&self.n.checksum_errors),
-            "requests_inflight": load_relaxed(&self.gate.inside),
-            "metadata_bytes": self.table.metadata_bytes(),
-        }
-        return stats
-
-    cdef uint64_t _requests(self, op kind) noexcept nogil:
-        return latency_count(&self.n.latencies[<int>kind])
+        cdef dict recovered = self.recovered
+        own = {"disksize": self.disksize, "requests_inflight": load_relaxed(&self.gate.inside)}
+        return pool_stats(self.pool) | table_stats(self.table) | recovered | own
 
     @property
     def latency_bounds(self):
@@ -578,16 +536,11 @@ cdef class Device:
 
     def latencies(self):
         """How long requests took, failed ones too: by operation (their nanoseconds together, requests in each bucket)."""
-        cdef int kind, i
-        found = {}
-        for kind, name in enumerate(("read", "write", "trim", "zero")):
-            counts = tuple([load_relaxed(&self.n.latencies[kind].buckets[i]) for i in range(BUCKETS)])
-            found[name] = (load_relaxed(&self.n.latencies[kind].sum), counts)
-        return found
+        return table_latencies(self.table)
 
     def classes(self):
         """zsmalloc's table, see Zsmalloc.table."""
-        return self.pool.table()
+        return pool_table(self.pool)
 
     def block(self, uint64_t number):
         """What stands for a block, as a dict. `kind` is hole, same (one repeated word), lz4, raw, or lost.
@@ -597,55 +550,14 @@ cdef class Device:
         (chunks used and in all), zspage_pages (resident ones). An object may move at any time.
         Raises ValueError beyond the device's end; CorruptionError.
         """
-        cdef uint64_t slot, handle, obj = 0, word = 0
-        cdef char *payload
-        cdef uint32_t span = 0, inuse = 0, resident = 0
-        cdef size_class *c = NULL
-        cdef int rc = 0
         if number >= self.blocks:
             raise ValueError(f"block {number} is not on the device, which has blocks 0 to {self.blocks - 1}")
         with nogil:
             gate_hold(&self.gate)
-            pthread_mutex_lock(&self.table.stripes[number % STRIPES])
-            slot = self.table.get(number)
-            handle = slot_handle(slot)
-            if slot & SLOT_SAME:
-                word = self.pool.word_read(handle) if handle else 0
-            elif slot and slot != SLOT_LOST:
-                rc = self.pool.obj_begin(handle, &payload)
-                if rc == 0:
-                    obj = cell_obj(load_relaxed(&self.pool.cells[handle]))
-                    span = obj >> SPAN_SHIFT
-                    c = &self.pool.classes[self.pool.zspages[span].class_index]
-                    pthread_mutex_lock(&c.lock)
-                    inuse = self.pool.zspages[span].inuse
-                    resident = self.pool.arena.committed[span]
-                    pthread_mutex_unlock(&c.lock)
-                    self.pool.obj_end(handle)
-            pthread_mutex_unlock(&self.table.stripes[number % STRIPES])
+        try:
+            return describe_block(self.table, number)
+        finally:
             gate_release(&self.gate)
-        if rc:
-            raise CorruptionError(f"a slot's handle is not live (at {number})")
-        if slot == 0:
-            return {"block": number, "kind": "hole"}
-        if slot == SLOT_LOST:
-            return {"block": number, "kind": "lost"}
-        if slot & SLOT_SAME:
-            return {"block": number, "kind": "same", "word": word, "handle": handle}
-        return {
-            "block": number,
-            "kind": "raw" if slot & SLOT_SIZE_MASK == BLOCK_SIZE else "lz4",
-            "handle": handle,
-            "payload_bytes": slot & SLOT_SIZE_MASK,
-            "obj": obj,
-            "zspage": span,
-            "chunk": (obj & (SPAN_SIZE - 1)) // c.size,
-            "class_index": <uint64_t>(c - &self.pool.classes[0]),
-            "class_size": c.size,
-            "zspage_inuse": inuse,
-            "zspage_objs": c.objs,
-            "zspage_pages": int(resident).bit_count(),
-        }
 
     def reset_mem_used_max(self):
         """Forget the peak: mem_used_max starts again from what is used now."""
@@ -661,12 +573,12 @@ cdef class Device:
         self._name_data()  # first: what is left after a crash is not what was there before
         with nogil:
             gate_close(&self.gate)
-            self.pool.compact_begin()
+            compact_begin(self.pool)
             owned_add(&self.epoch, 1)
             self.table.clear()
             if load_relaxed(&self.pool.arena.reserve):
                 rc = self.table.populate()
-            self.pool.compact_end()
+            compact_end(self.pool)
             gate_open(&self.gate)
         if rc:
             raise error_from(rc, "the data is dropped, but the tables of an empty device are not resident")
@@ -677,20 +589,11 @@ cdef class Device:
         Requests wait for a piece of the walk, and at its end for the counts and lists.
         """
         cdef uint64_t where = 0
-        cdef const char *wrong = NULL
-        cdef walk w
+        cdef const char *wrong
         cdef int priority
-        memset(&w, 0, sizeof(w))
         with nogil:
             priority = be_calm()
-            while wrong == NULL and not w.done:
-                gate_close(&self.gate)
-                self.pool.compact_begin()
-                wrong = self.table.find_fault(&w, &where)
-                self.pool.compact_end()
-                gate_open(&self.gate)
-                if not w.done:
-                    nap()       # who waits at the gate is only woken up by that, and is not to find it closed once more
+            wrong = self.table.find_fault(&self.gate, &where)
             be_urgent(priority)
         if wrong != NULL:
             raise CorruptionError(f"{wrong.decode()} (at {where})")

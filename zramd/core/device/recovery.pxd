@@ -3,7 +3,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from zramd.core.memory.arena cimport Arena
 from zramd.core.device.blocks cimport Blocks
 from zramd.core.memory.region cimport Region
-from zramd.core.pool.zsmalloc cimport Zsmalloc, size_class
+from zramd.core.pool.pool cimport Pool
+from zramd.core.pool.size_classes cimport size_class
 
 cdef enum:
     MENDS = 4096
@@ -14,9 +15,16 @@ cdef enum step:
     SCAN_SLOTS
     REBUILD_SPANS
 
+cdef struct recovery_numbers:
+    # By the names of the statistics.
+    uint64_t recovery_ms
+    uint64_t recovered_blocks
+    uint64_t leaked_objects
+    uint64_t lost_blocks
+
 cdef class Recovery:
     cdef Blocks table
-    cdef Zsmalloc pool
+    cdef Pool pool
     cdef Arena arena
     cdef Region slot_table
     cdef uint64_t *slots
@@ -53,6 +61,7 @@ cdef class Recovery:
     cdef uint64_t leaked
     cdef uint64_t milliseconds
 
+    cdef recovery_numbers numbers(self)
     cdef void _find_top(self) noexcept nogil
     cdef uint64_t _fill_holes(self, Region table, uint64_t end) noexcept nogil
     cdef void _find_pages(self, uint32_t first, uint32_t last) noexcept nogil

@@ -22,11 +22,15 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from zramd.core.device.blocks cimport Blocks
+from zramd.core.device.slots cimport HOLE, LOST, RAW, SAME, SLOT_LOST
+from zramd.core.device.slots cimport block_kind, has_object, slot_bytes, slot_handle, slot_kind
+from zramd.core.system.bits cimport bits_set, prefetch
 from zramd.core.system.checks cimport FILL_FREED, zr_crash_point, zr_fill, zr_poison, zr_unpoison
 from zramd.core.system.locks cimport counter_add, load_relaxed, store_relaxed
 from zramd.core.memory.region cimport Region, whole_pages
+from zramd.core.pool.size_classes cimport is_huge, is_mapped, pages_below, pages_of_chunk, size_class
+from zramd.core.pool.zspages cimport zspage_link
 from zramd.core.types cimport (
-    BLOCK_SIZE,
     CELL_LIVE,
     CELL_PIN,
     CHUNK_ALIGN,
@@ -36,18 +40,16 @@ from zramd.core.types cimport (
     NO_ZSPAGE,
     PAGE_SHIFT,
     PAGE_SIZE,
-    SLOT_LOST,
-    SLOT_SAME,
-    SLOT_SIZE_MASK,
     SLOTS_PER_PAGE,
     SPAN_PAGES,
     SPAN_SHIFT,
     SPAN_SIZE,
     cell_obj,
-    slot_handle,
+    free_cell,
+    free_header,
+    header_of,
     zspage,
 )
-from zramd.core.pool.zsmalloc cimport is_mapped, pages_below, pages_of_chunk, size_class
 
 import os
 import time
@@ -69,16 +71,12 @@ cdef extern from *:
     #define bit_clear(bits, n) \
         ((void)__atomic_fetch_and(&(bits)[(n) / 64], ~((uint64_t)1 << (n) % 64), __ATOMIC_RELAXED))
     #define fetch_add(p, n) __atomic_fetch_add((p), (n), __ATOMIC_RELAXED)
-    #define bits_set(x) ((uint32_t)__builtin_popcount(x))
-    #define prefetch(p) __builtin_prefetch(p)
     """
     uint32_t peek(const void *p) noexcept nogil
     bint bit_is_set(uint64_t *bits, uint64_t n) noexcept nogil
     bint bit_set(uint64_t *bits, uint64_t n) noexcept nogil     # whether it was set already
     void bit_clear(uint64_t *bits, uint64_t n) noexcept nogil
     uint64_t fetch_add(uint64_t *p, uint64_t n) noexcept nogil
-    uint32_t bits_set(uint32_t x) noexcept nogil
-    void prefetch(const void *p) noexcept nogil
 
 cdef enum:
     PIECE_PAGES = 64                # pages of slots in a piece of work: 32768 blocks
@@ -143,7 +141,15 @@ cdef class Recovery:
             self._list_cells()
             self._give_back_slots()
             zr_crash_point("recovered")
+        self.table.counters.pages_stored = self.stored
+        self.table.counters.compr_data_size = self.compr
+        self.table.counters.same_pages = self.same
+        self.table.counters.huge_pages = self.huge
+        self.table.touched_pages = self.slot_pages
         self.milliseconds = <uint64_t>((time.monotonic() - started) * 1000)
+
+    cdef recovery_numbers numbers(self):
+        return recovery_numbers(self.milliseconds, self.stored, self.leaked, self.lost)
 
     def _look_failed(self):
         if self.failed:
@@ -207,7 +213,7 @@ cdef class Recovery:
             start = end
             end = self.pool.span_classes.size
         self._fill_holes(self.pool.span_classes, self.top)
-        self.pool.classes_ready = whole_pages(self.top)
+        self.pool.classes_populated = whole_pages(self.top)
 
     cdef uint64_t _fill_holes(self, Region table, uint64_t end) noexcept nogil:
         """Make ready what lies between the parts of a table, up to end, that the file has; where the last of them ends."""
@@ -215,7 +221,7 @@ cdef class Recovery:
         cdef int rc = 0
         while rc == 0 and table.next_extent(&start, &stop):
             if start > last:
-                rc = table.ready(table.base + last, start - last)
+                rc = table.take_room(table.base + last, start - last)
             last = start = stop
             stop = end
         if rc:
@@ -236,7 +242,7 @@ cdef class Recovery:
     cdef bint _has_pages(self, uint32_t span, uint32_t pages) noexcept nogil:
         """Make sure that some pages of a span may be touched."""
         cdef uint32_t missing = pages & ~<uint32_t>self.arena.committed[span]
-        cdef int rc = self.arena.make_ready(span, missing, False) if missing else 0
+        cdef int rc = self.arena.take_room(span, missing, False) if missing else 0
         if rc:
             self.failed = rc
         return rc == 0
@@ -259,6 +265,7 @@ cdef class Recovery:
         """Go over a page of slots; whether there was one in use."""
         cdef uint64_t batch_end, slot, handle, obj, b, n
         cdef uint64_t stored = 0, same = 0, huge = 0, compr = 0, handles = 0
+        cdef block_kind what
         cdef const char *wrong
         while block < end:
             batch_end = min(block + BATCH, end)
@@ -269,15 +276,16 @@ cdef class Recovery:
             for b in range(block, batch_end if self.verify else block):
                 slot = self.slots[b]
                 handle = slot_handle(slot)
-                if handle < self.cells_end and not slot & SLOT_SAME:
+                if handle < self.cells_end and has_object(slot):
                     obj = cell_obj(self.pool.cells[handle])
                     if obj >> SPAN_SHIFT < self.top:
                         prefetch(self.arena.base + obj)
             for block in range(block, batch_end):
                 slot = self.slots[block]
-                if slot == 0:
+                what = slot_kind(slot)
+                if what == HOLE:
                     continue
-                wrong = NULL if slot == SLOT_LOST else self._scan_slot(block, slot)
+                wrong = NULL if what == LOST else self._scan_slot(block, slot)
                 if wrong != NULL:
                     n = fetch_add(&self.lost_now, 1) if self.verify else LOST
                     if n >= LOST:
@@ -286,17 +294,16 @@ cdef class Recovery:
                         self.wrong = wrong
                         return True
                     self.lost_blocks[n] = block
-                    slot = SLOT_LOST
+                    what = LOST
                 stored += 1
-                if slot == SLOT_LOST:
+                if what == LOST:
                     counter_add(&self.lost, 1)
                     continue
                 handles += slot_handle(slot) != 0
-                if slot & SLOT_SAME:
-                    same += 1
-                else:
-                    compr += slot & SLOT_SIZE_MASK
-                    huge += slot & SLOT_SIZE_MASK == BLOCK_SIZE
+                same += what == SAME
+                huge += what == RAW
+                if what != SAME:
+                    compr += slot_bytes(slot)
             block = batch_end
         counter_add(&self.stored, stored)
         counter_add(&self.same, same)
@@ -308,13 +315,14 @@ cdef class Recovery:
     cdef const char *_scan_slot(self, uint64_t block, uint64_t slot) noexcept nogil:
         """Follow a slot to its chunk and mark it as live; NULL, or what is wrong."""
         cdef uint64_t handle = slot_handle(slot), cell, obj, n
-        cdef uint32_t size = slot & SLOT_SIZE_MASK, index, offset, span
+        cdef uint32_t size = slot_bytes(slot), index, offset, span
+        cdef bint is_word = slot_kind(slot) == SAME
         cdef size_class *c
-        if handle == 0 and slot & SLOT_SAME:
+        if handle == 0 and is_word:
             return NULL
         if handle == 0 or handle >= self.cells_end:
             return "its slot holds no handle"
-        if slot & SLOT_SAME:
+        if is_word:
             if bit_set(<uint64_t *>self.used.base, handle) and not self._is_rightful(block, slot):
                 return "its slot holds the handle of another block"
             return NULL
@@ -330,7 +338,7 @@ cdef class Recovery:
         offset = obj & (SPAN_SIZE - 1)
         if offset % c.size or offset // c.size >= c.objs:
             return "its object is not where one of its size class can be"
-        if size == 0 or size > (PAGE_SIZE if c.size == PAGE_SIZE else c.size - HEADER_SIZE):
+        if size == 0 or size > (PAGE_SIZE if is_huge(c) else c.size - HEADER_SIZE):
             return "its object is larger than its size class"
         if not self._has_pages(span, pages_of_chunk(c, offset // c.size)):
             return NULL
@@ -342,8 +350,8 @@ cdef class Recovery:
             bit_clear(<uint64_t *>self.used.base, handle)
             return "its object is that of another block"
         # Reading the headers takes as long as all else: each page of the pool is mapped for it.
-        if not cell & CELL_PIN and (not self.verify or c.size == PAGE_SIZE
-                                    or peek(self.arena.base + obj) == (<uint32_t>handle << 1 | 1)):
+        if not cell & CELL_PIN and (not self.verify or is_huge(c)
+                                    or peek(self.arena.base + obj) == header_of(handle)):
             return NULL
         n = fetch_add(&self.mend_count, 1)
         if n < MENDS:
@@ -353,7 +361,7 @@ cdef class Recovery:
     cdef uint64_t *_live_bits(self, uint32_t span, size_class *c) noexcept nogil:
         """Where it is noted which chunks of a zspage slots lead to: a bit for each."""
         if is_mapped(c):
-            return &self.pool.zspages[span].used
+            return &self.pool.zspages[span].used_map
         return <uint64_t *>self.live.base + <uint64_t>self.pool.zspages[span].next * (SPAN_CHUNKS // 64)
 
     # --------------------------------------------------------------------------------------------------------
@@ -365,11 +373,11 @@ cdef class Recovery:
         Its pages may be touched.
         """
         cdef uint64_t handle = slot_handle(slot), cell = self.pool.cells[handle], n
-        cdef uint32_t size = slot & SLOT_SIZE_MASK
+        cdef uint32_t size = slot_bytes(slot)
         cdef char *payload
         if not self.verify:
             return False
-        if slot & SLOT_SAME:
+        if slot_kind(slot) == SAME:
             if not self.table.word_is_sound(block, slot, cell):
                 return False
         else:
@@ -405,7 +413,7 @@ cdef class Recovery:
         """Undo what _scan_slot and _scan_page did for a block, but for what is now another's."""
         cdef uint64_t slot = self.slots[block], handle = slot_handle(slot), obj = cell_obj(self.pool.cells[handle]), i
         cdef uint32_t span = <uint32_t>(obj >> SPAN_SHIFT)
-        cdef bint handle_stays = False, object_stays = False, chunk_stays = (slot & SLOT_SAME) != 0
+        cdef bint handle_stays = False, object_stays = False, chunk_stays = not has_object(slot)
         cdef size_class *c
         if self.lost_now >= LOST:
             self.wrong_block = block
@@ -415,15 +423,14 @@ cdef class Recovery:
         self.lost_now += 1
         self.lost += 1
         self.handles -= 1
-        if slot & SLOT_SAME:
-            self.same -= 1
-        else:
-            self.compr -= slot & SLOT_SIZE_MASK
-            self.huge -= slot & SLOT_SIZE_MASK == BLOCK_SIZE
+        self.same -= slot_kind(slot) == SAME
+        self.huge -= slot_kind(slot) == RAW
+        if has_object(slot):
+            self.compr -= slot_bytes(slot)
         for i in range(min(self.dispute_count, <uint64_t>LOST)):
             if self._same_handle(block, self.disputed[i]):
                 handle_stays = True
-                object_stays = object_stays or not self.slots[self.disputed[i]] & SLOT_SAME
+                object_stays = object_stays or has_object(self.slots[self.disputed[i]])
             chunk_stays = chunk_stays or self._same_chunk(block, self.disputed[i])
         if not chunk_stays:
             c = &self.pool.classes[self.pool.span_class[span] - 1]
@@ -446,7 +453,7 @@ cdef class Recovery:
 
     cdef bint _same_chunk(self, uint64_t block, uint64_t other) noexcept nogil:
         cdef uint64_t slot = self.slots[block], rival = self.slots[other]
-        return not (slot | rival) & SLOT_SAME and (
+        return has_object(slot) and has_object(rival) and (
             cell_obj(self.pool.cells[slot_handle(slot)]) == cell_obj(self.pool.cells[slot_handle(rival)]))
 
     # --------------------------------------------------------------------------------------------------------
@@ -463,7 +470,7 @@ cdef class Recovery:
         # (Spans of a reserve have pages, and no class.)
         if index and index <= self.pool.class_count:
             z.class_index = <uint16_t>(index - 1)
-            z.free = NO_CHUNK
+            z.first_free = NO_CHUNK
             c = &self.pool.classes[index - 1]
             for chunk in range(c.objs):
                 if bit_is_set(self._live_bits(span, c), chunk):
@@ -491,10 +498,10 @@ cdef class Recovery:
                 zr_unpoison(start, c.size)
             elif not is_mapped(c) and c.objs - 1 - chunk < z.fresh:
                 zr_unpoison(start, CHUNK_ALIGN)
-                header = <uint32_t>z.free << 1
+                header = free_header(z.first_free)
                 memcpy(start, &header, HEADER_SIZE)
                 zr_fill(start + HEADER_SIZE, FILL_FREED, CHUNK_ALIGN - HEADER_SIZE)
-                z.free = <uint16_t>(c.objs - 1 - chunk)
+                z.first_free = <uint16_t>(c.objs - 1 - chunk)
 
     # --------------------------------------------------------------------------------------------------------
     # 3: lists
@@ -512,7 +519,7 @@ cdef class Recovery:
             cell = self.pool.cells[handle] & ~<uint64_t>CELL_PIN
             store_relaxed(&self.pool.cells[handle], cell)
             if self.pool.zspages[cell_obj(cell) >> SPAN_SHIFT].class_index != self.pool.huge:
-                header = <uint32_t>handle << 1 | 1
+                header = header_of(handle)
                 memcpy(self.arena.base + cell_obj(cell), &header, HEADER_SIZE)
 
     cdef void _list_zspages(self) noexcept nogil:
@@ -534,7 +541,7 @@ cdef class Recovery:
             c.inuse += self.pool.zspages[span].inuse
             c.committed += bits_set(self.arena.committed[span])
             pages += bits_set(self.arena.committed[span])
-            self.pool._link(c, span)
+            zspage_link(self.pool, c, span)
         # What is beyond was ready, but never in use.
         self.arena.spans.release(self.arena.base + (<uint64_t>self.arena.top << SPAN_SHIFT),
                                  <uint64_t>(self.arena.span_count - self.arena.top) << SPAN_SHIFT)
@@ -555,13 +562,13 @@ cdef class Recovery:
             end = self.pool.cell_table.size
         for handle in range(1, top):
             if not bit_is_set(<uint64_t *>self.used.base, top - handle):
-                store_relaxed(&self.pool.cells[top - handle], self.pool.cells_free << 3)
+                store_relaxed(&self.pool.cells[top - handle], free_cell(self.pool.cells_free))
                 self.pool.cells_free = top - handle
         self.pool.cells_top = top
         self.pool.cells_used = self.handles
         # Cells beyond are as new.
         used_end = whole_pages(top * sizeof(uint64_t))
-        self.pool.cells_ready = min(used_end, last) // sizeof(uint64_t)
+        self.pool.cells_populated = min(used_end, last) // sizeof(uint64_t)
         for handle in range(top, min(used_end, last) // sizeof(uint64_t)):
             store_relaxed(&self.pool.cells[handle], 0)
         if last > used_end:

@@ -37,7 +37,7 @@ cdef class _Stream:
     cdef uint32_t total     # CRC-32C of the CRCs of all frames before
     cdef int patience       # milliseconds that nothing may move, -1: for ever
     cdef int waited         # of those, since something moved
-    cdef tally n
+    cdef tally counted
     cdef uint64_t next      # the next block that may come
     cdef char page[BLOCK_SIZE]
 

@@ -10,6 +10,8 @@ def save(device: Device, fd: int, *, live: bool = False, patience: float = -1) -
 def load(
     device: Device, fd: int, *, begun: bytes = b"", length: int = -1, patience: float = -1
 ) -> dict[str, int]: ...
-def check(fd: int, *, copy: int = -1, progress: Callable[[int], object] | None = None) -> dict[str, int]: ...
+def verify_stream(
+    fd: int, *, copy: int = -1, progress: Callable[[int], object] | None = None
+) -> dict[str, int]: ...
 
 __test__: dict[str, Any]

@@ -19,6 +19,8 @@ from zramd.core.device.checksum cimport crc_of
 from zramd.core.device.codec cimport decode
 from zramd.core.device.blocks cimport OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, is_touched
 from zramd.core.device.device cimport Device
+from zramd.core.device.numbers cimport requests
+from zramd.core.device.slots cimport SAME, SLOT_LOST, SLOT_SAME, has_object, slot_bytes, slot_handle, slot_kind
 from zramd.core.system.gate cimport gate_close, gate_hold, gate_open, gate_release
 from zramd.core.system.locks cimport (
     load_relaxed,
@@ -29,15 +31,7 @@ from zramd.core.system.locks cimport (
 )
 from zramd.core.system.process cimport be_calm, be_urgent
 from zramd.core.memory.region cimport secret_alloc, secret_free
-from zramd.core.types cimport (
-    BLOCK_SHIFT,
-    BLOCK_SIZE,
-    SLOT_LOST,
-    SLOT_SAME,
-    SLOT_SIZE_MASK,
-    SLOTS_PER_PAGE,
-    slot_handle,
-)
+from zramd.core.types cimport BLOCK_SHIFT, BLOCK_SIZE, SLOTS_PER_PAGE
 
 import os
 import time
@@ -170,7 +164,8 @@ cdef class _Writer(_Stream):
 
     cdef uint64_t _changes(self) noexcept nogil:
         """Requests that changed the device so far."""
-        return self.device._requests(OP_WRITE) + self.device._requests(OP_TRIM) + self.device._requests(OP_ZERO)
+        return (requests(self.device.table, OP_WRITE) + requests(self.device.table, OP_TRIM)
+                + requests(self.device.table, OP_ZERO))
 
     cdef int _step(self) noexcept nogil:
         """Write a few frames; 0 or -errno."""
@@ -223,12 +218,12 @@ cdef class _Writer(_Stream):
             return 0
         pthread_mutex_lock(&self.device.table.stripes[block % STRIPES])
         slot = self.device.table.get(block)
-        size = slot & SLOT_SIZE_MASK
-        if slot & SLOT_SAME:
-            word = self.device.pool.word_read(slot_handle(slot)) if slot_handle(slot) else 0
+        size = slot_bytes(slot)
+        if slot_kind(slot) == SAME:
+            word = self.device.table.word_of(slot)
             if self.device.table.word_is_sound(block, slot, word):
                 what = SLOT_SAME
-        elif slot and self.device.pool.obj_begin(slot_handle(slot), &payload) == 0:
+        elif has_object(slot) and self.device.pool.obj_begin(slot_handle(slot), &payload) == 0:
             if size and self.device.table.object_is_sound(block, slot, payload):
                 memcpy(out + 8, payload, size)
                 what = size
@@ -240,16 +235,16 @@ cdef class _Writer(_Stream):
         if what <= BLOCK_SIZE and decode(out + 8, what, self.page):
             what = SLOT_LOST
         put(out, block << 16 | what)
-        self.n.blocks += 1
+        self.counted.blocks += 1
         if what == SLOT_LOST:
-            self.n.lost += 1
+            self.counted.lost += 1
             return 8
         if what == SLOT_SAME:
-            self.n.same += 1
+            self.counted.same += 1
             put(out + 8, word)
             return 16
-        self.n.payload_bytes += what
-        self.n.raw += what == BLOCK_SIZE
+        self.counted.payload_bytes += what
+        self.counted.raw += what == BLOCK_SIZE
         return 8 + what
 
     cdef void _finish(self) noexcept nogil:
@@ -266,7 +261,7 @@ cdef class _Writer(_Stream):
         elif self.changes and not self.live:
             self._give_up("a client changed the device while it was saved")
         else:
-            at = put(put(put(at, self.n.blocks), self.n.payload_bytes), self.changes)
+            at = put(put(put(at, self.counted.blocks), self.counted.payload_bytes), self.changes)
             memcpy(at, &self.total, 4)
             self._seal(KIND_END, 0, END_BYTES)
 
@@ -291,7 +286,7 @@ cdef class _Writer(_Stream):
                 raise OSError(-rc, os.strerror(-rc))
         if self.gave_up != NULL:
             raise SaveError(self.gave_up.decode())
-        numbers = self.n
+        numbers = self.counted
         return numbers | {"changes": self.changes, "bytes": self.at}
 
 
@@ -450,14 +445,14 @@ cdef class _Reader(_Stream):
         """Count a block that is right, and store it if there is a device."""
         cdef uint64_t slot = SLOT_LOST
         cdef int rc = 0
-        self.n.blocks += 1
+        self.counted.blocks += 1
         if what == SLOT_LOST:
-            self.n.lost += 1
+            self.counted.lost += 1
         elif what == SLOT_SAME:
-            self.n.same += 1
+            self.counted.same += 1
         else:
-            self.n.payload_bytes += what
-            self.n.raw += what == BLOCK_SIZE
+            self.counted.payload_bytes += what
+            self.counted.raw += what == BLOCK_SIZE
         if self.device is None:
             return 0
         if what == SLOT_SAME:
@@ -470,7 +465,7 @@ cdef class _Reader(_Stream):
 
     cdef int _end(self) noexcept nogil:
         cdef const char *body = self.buffer + FRAME_BYTES
-        if (long_at(body) != self.n.blocks or long_at(body + 8) != self.n.payload_bytes
+        if (long_at(body) != self.counted.blocks or long_at(body + 8) != self.counted.payload_bytes
                 or word_at(body + 24) != self.total):
             return self._fail("chunks are missing, or not its own")
         self.changes = long_at(body + 16)
@@ -503,7 +498,7 @@ cdef class _Reader(_Stream):
             if rc == 0:
                 self._fail("something follows its end")
             raise self._error(rc if rc else WRONG)
-        numbers = self.n
+        numbers = self.counted
         return numbers | {
             "disksize": self.disksize, "saved_at": self.saved_at, "changes": self.changes, "bytes": self.at,
         }
@@ -534,14 +529,14 @@ def save(Device device, int fd, *, bint live=False, patience=-1):
 
 
 def load(Device device, int fd, *, bytes begun=b"", length=-1, patience=-1):
-    """Fill an empty device, that nobody else uses, from a descriptor: the numbers as from check.
+    """Fill an empty device, that nobody else uses, from a descriptor: the numbers as from verify_stream.
 
     begun: what was read of it already; length: bytes of it, -1: to its end. Whatever is raised, the device is empty
     then. Raises SaveError; PoolFullError when there is no room, MemoryError when the system refuses memory.
     """
     cdef _Reader reader = _Reader(
         fd, -1, device, begun, <uint64_t>-1 if length < 0 else length, <int>(patience * 1000))
-    if load_relaxed(&device.n.pages_stored):
+    if load_relaxed(&device.table.counters.pages_stored):
         raise SaveError("the device is not empty")
     device._name_data()
     with nogil:
@@ -552,14 +547,14 @@ def load(Device device, int fd, *, bytes begun=b"", length=-1, patience=-1):
     try:
         return reader.run(None)
     except BaseException:
-        if load_relaxed(&device.n.pages_stored):
+        if load_relaxed(&device.table.counters.pages_stored):
             device.reset()
         raise
     finally:
         store_release(&device.kept.loading, 0)
 
 
-def check(int fd, *, int copy=-1, progress=None):
+def verify_stream(int fd, *, int copy=-1, progress=None):
     """Read a saved device from a descriptor, check all of it, and write it to another one if there is one.
 
     Returns disksize, saved_at (seconds since 1970), blocks, and of them same, raw, lost; payload_bytes, changes, bytes.

@@ -32,7 +32,7 @@ cdef class Arena:
     cdef uint64_t *pages_max            # atomic: the most there ever were; kept
     cdef uint64_t limit                 # atomic: most pages there may be, 0: no limit
 
-    # The reserve: free spans that the keeper makes resident ahead of need. Guarded by lock.
+    # The reserve: free spans that the refiller makes resident ahead of need. Guarded by lock.
     cdef uint64_t reserve               # atomic: pages to keep ready, 0: there is no reserve
     cdef uint32_t ready[SPAN_LENGTHS]   # [n]: free spans whose first n pages are resident; [0]: spans to be given back
     cdef uint32_t ready_count[SPAN_LENGTHS]
@@ -40,27 +40,34 @@ cdef class Arena:
     cdef uint64_t demand_sum
     cdef uint64_t ready_pages           # atomic: resident pages of those spans; not among `pages`
     cdef uint64_t misses                # atomic: pages that a request had to make resident by itself
-    cdef pthread_cond_t work            # something for the keeper to do
-    cdef bint keeper_sleeps
-    cdef bint keeper_works              # it has a span on no list
-    cdef bint keeper_ends
+    cdef pthread_cond_t work            # something for the refiller to do
+    cdef bint refiller_sleeps
+    cdef bint refiller_works              # it has a span on no list
+    cdef bint refiller_ends
     cdef char *records                  # the owner's record of each span, made resident along with it
     cdef uint32_t record_size
-    cdef uint32_t records_ready         # spans below this one have resident records
+    cdef uint32_t records_populated      # spans below this one have resident records
 
     cdef int64_t take(self, uint32_t npages) noexcept nogil
     cdef void give(self, uint32_t span, bint keep) noexcept nogil
     cdef uint32_t whole(self, uint32_t mask) noexcept nogil
-    cdef int make_ready(self, uint32_t span, uint32_t mask, bint unused) noexcept nogil
+    cdef int take_room(self, uint32_t span, uint32_t mask, bint unused) noexcept nogil
     cdef bint _charge(self, uint64_t n) noexcept nogil
     cdef int commit(self, uint32_t span, uint32_t mask) noexcept nogil
     cdef int decommit(self, uint32_t span, uint32_t mask) noexcept nogil
     cdef void _release(self, uint32_t span, uint32_t mask) noexcept nogil
-    cdef uint64_t trim_stock(self) noexcept nogil
+    cdef uint64_t release_stock(self) noexcept nogil
     cdef int reserve_start(self, uint64_t pages) noexcept nogil
     cdef void reserve_keep(self) noexcept nogil
     cdef void reserve_stop(self) noexcept nogil
     cdef int _keep_one(self) noexcept nogil
+    cdef uint32_t _scarcest(self) noexcept nogil
+    cdef uint32_t _too_many(self) noexcept nogil
+    cdef int _make_one(self, uint32_t span, uint32_t npages) noexcept nogil
+    cdef void _return_one(self, uint32_t npages) noexcept nogil
+    cdef void _work_begin(self) noexcept nogil
+    cdef void _work_end(self) noexcept nogil
+    cdef void _cold_give(self, uint32_t span) noexcept nogil
     cdef int _populate_used(self) noexcept nogil
     cdef int _populate(self, uint32_t span, uint32_t npages) noexcept nogil
     cdef void _note_demand(self, uint32_t npages) noexcept nogil

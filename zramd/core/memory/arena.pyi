@@ -4,7 +4,7 @@ from zramd.core.memory.region import Memory
 
 @final
 class Arena:
-    """Reserved address space in spans, and the count of its resident pages. For zsmalloc only."""
+    """Reserved address space in spans, and the count of its resident pages. For the pool only."""
 
     span_count: int
     def __new__(cls, span_count: int, memory: Memory) -> Arena: ...

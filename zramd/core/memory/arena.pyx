@@ -10,7 +10,7 @@ free span keeps its pages for a while (the stock): a first touch takes 1.8 us an
 more than a block's decompression, and steady overwriting empties and starts zspages all the time.
 
 A server that its own kernel swaps to must never need memory while it takes a page in: there may be none until it has. So
-it can have a reserve: free spans of each length, resident ahead of need. A thread of its own (the keeper) fills it and
+it can have a reserve: free spans of each length, resident ahead of need. A thread of its own (the refiller) fills it and
 gives back what is too much; no lock is held while it does, so when it has to wait for memory nobody waits for it.
 Requests take spans from the reserve and return them there, without a system call.
 """
@@ -21,7 +21,8 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.mman cimport PROT_READ, PROT_WRITE, mprotect
 
-from zramd.core.system.checks cimport zr_assert, zr_crash_point, zr_forget, zr_poison
+from zramd.core.system.bits cimport bits_set, lowest_bit, lowest_run
+from zramd.core.system.checks cimport zr_assert, zr_assert_held, zr_crash_point, zr_forget, zr_poison
 from zramd.core.system.locks cimport (
     compare_swap,
     counter_add,
@@ -44,24 +45,14 @@ from zramd.core.system.locks cimport (
 from zramd.core.memory.region cimport KEPT_ARENA, Memory, Region, page_unit, region_populate, whole_pages
 from zramd.core.types cimport NIL, PAGE_SHIFT, PAGE_SIZE, SPAN_LENGTHS, SPAN_PAGES, SPAN_SHIFT
 
-cdef extern from *:
-    """
-    #include <unistd.h>
-    #define zr_popcount(x) __builtin_popcount(x)
-    /* The lowest run of neighbours among the bits of a mask that is not 0. */
-    #define zr_lowest_run(x) ((x) & ~((x) + ((x) & -(x))))
-    #define zr_lowest(x) ((uint64_t)__builtin_ctz(x))
-    """
-    int zr_popcount(unsigned int x) noexcept nogil
-    uint32_t zr_lowest_run(uint32_t x) noexcept nogil
-    uint64_t zr_lowest(unsigned int x) noexcept nogil
-    int usleep(unsigned int microseconds) noexcept nogil
+cdef extern from "<unistd.h>" nogil:
+    int usleep(unsigned int microseconds)
 
 cdef enum:
     STOCK_PAGES = 64        # 256 KiB: covers what 16 workers empty and start between two looks of the compactor
     GROW_SPANS = 512        # address space becomes writable 16 MiB at a time: strict overcommit charges what is writable
-    RECORD_SPANS = 1024     # spans whose records the keeper makes resident at once
-    RETRY_US = 10000        # until the keeper asks again when the system refused memory
+    RECORD_SPANS = 1024     # spans whose records the refiller makes resident at once
+    RETRY_US = 10000        # until the refiller asks again when the system refused memory
 
 
 @cython.final
@@ -106,7 +97,7 @@ cdef class Arena:
             if self.warm != NIL:
                 span = self.warm
                 self.warm = self.links[span]
-                counter_sub(&self.stock, zr_popcount(self.committed[span]))
+                counter_sub(&self.stock, bits_set(self.committed[span]))
             else:
                 span = self._cold_take()
         pthread_mutex_unlock(&self.lock)
@@ -119,6 +110,7 @@ cdef class Arena:
     cdef int64_t _cold_take(self) noexcept nogil:
         """A free span without resident pages, or -ENOMEM. The lock is held."""
         cdef int64_t span = -ENOMEM
+        zr_assert_held(&self.lock)
         if self.cold != NIL:
             span = self.cold
             self.cold = self.links[span]
@@ -132,6 +124,12 @@ cdef class Arena:
                 owned_add_32(&self.top, 1)
         return span
 
+    cdef void _cold_give(self, uint32_t span) noexcept nogil:
+        """List a free span without resident pages. The lock is held."""
+        zr_assert_held(&self.lock)
+        self.links[span] = self.cold
+        self.cold = span
+
     cdef int grow(self, uint32_t writable) noexcept nogil:
         """Make the spans below writable so; 0, or -1. The lock is held."""
         cdef char *start = self.base + (<uint64_t>self.writable << SPAN_SHIFT)
@@ -143,7 +141,7 @@ cdef class Arena:
 
     cdef void give(self, uint32_t span, bint keep) noexcept nogil:
         """Take a span back. With keep, its pages stay resident while the stock has room for them."""
-        cdef int resident = zr_popcount(self.committed[span])
+        cdef int resident = bits_set(self.committed[span])
         if load_relaxed(&self.reserve):
             self._ready_give(span)
             return
@@ -156,8 +154,7 @@ cdef class Arena:
             self.warm = span
             counter_add(&self.stock, resident)
         else:
-            self.links[span] = self.cold
-            self.cold = span
+            self._cold_give(span)
         pthread_mutex_unlock(&self.lock)
 
     cdef int commit(self, uint32_t span, uint32_t mask) noexcept nogil:
@@ -168,13 +165,14 @@ cdef class Arena:
         """
         cdef uint32_t fresh
         cdef int n, rc
+        zr_assert(mask >> SPAN_PAGES == 0 and span < load_relaxed_32(&self.top))
         if not mask & ~<uint32_t>self.committed[span]:
             return 0
         fresh = self.whole(mask) & ~<uint32_t>self.committed[span]
-        n = zr_popcount(fresh)
+        n = bits_set(fresh)
         if not self._charge(n):
             return -ENOSPC
-        rc = self.make_ready(span, fresh, True)
+        rc = self.take_room(span, fresh, True)
         if rc:
             self._release(span, fresh)
             counter_sub(&self.pages, n)
@@ -195,8 +193,8 @@ cdef class Arena:
             one <<= self.unit
         return found
 
-    cdef int make_ready(self, uint32_t span, uint32_t mask, bint unused) noexcept nogil:
-        """Before pages are touched for the first time: see Region.ready. There may be gaps between them.
+    cdef int take_room(self, uint32_t span, uint32_t mask, bint unused) noexcept nogil:
+        """Before pages are touched for the first time: see Region.take_room. There may be gaps between them.
 
         unused: whatever is on them is not needed.
         """
@@ -205,10 +203,10 @@ cdef class Arena:
         cdef uint32_t run
         cdef int rc = 0
         while mask and rc == 0 and self.spans.fd >= 0:
-            run = zr_lowest_run(mask)
-            start = self.base + (<uint64_t>span << SPAN_SHIFT) + (zr_lowest(run) << PAGE_SHIFT)
-            size = <uint64_t>zr_popcount(run) << PAGE_SHIFT
-            rc = self.spans.touch(start, size) if unused else self.spans.ready(start, size)
+            run = lowest_run(mask)
+            start = self.base + (<uint64_t>span << SPAN_SHIFT) + (lowest_bit(run) << PAGE_SHIFT)
+            size = <uint64_t>bits_set(run) << PAGE_SHIFT
+            rc = self.spans.touch(start, size) if unused else self.spans.take_room(start, size)
             mask ^= run
         return rc
 
@@ -234,7 +232,7 @@ cdef class Arena:
         cdef int n
         if self.unit > 1:
             gone &= ~self.whole(self.committed[span] & ~gone)
-        n = zr_popcount(gone)
+        n = bits_set(gone)
         self._release(span, gone)
         if gone:
             zr_crash_point("page-given-back")
@@ -246,11 +244,11 @@ cdef class Arena:
         cdef char *base = self.base + (<uint64_t>span << SPAN_SHIFT)
         cdef uint32_t run
         while mask:
-            run = zr_lowest_run(mask)
-            self.spans.release(base + (zr_lowest(run) << PAGE_SHIFT), <uint64_t>zr_popcount(run) << PAGE_SHIFT)
+            run = lowest_run(mask)
+            self.spans.release(base + (lowest_bit(run) << PAGE_SHIFT), <uint64_t>bits_set(run) << PAGE_SHIFT)
             mask ^= run
 
-    cdef uint64_t trim_stock(self) noexcept nogil:
+    cdef uint64_t release_stock(self) noexcept nogil:
         """Give the pages of all free spans back; how many there were."""
         cdef uint64_t n = 0
         cdef uint32_t span
@@ -258,7 +256,7 @@ cdef class Arena:
         while self.warm != NIL:
             span = self.warm
             self.warm = self.links[span]
-            counter_sub(&self.stock, zr_popcount(self.committed[span]))
+            counter_sub(&self.stock, bits_set(self.committed[span]))
             # Not with the lock held: STOCK_PAGES take 20 microseconds, those of a state 60.
             pthread_mutex_unlock(&self.lock)
             n += self.decommit(span, self.committed[span])
@@ -292,26 +290,26 @@ cdef class Arena:
         return rc
 
     cdef void reserve_keep(self) noexcept nogil:
-        """The keeper: keep the reserve full and no fuller until reserve_stop."""
+        """The refiller: keep the reserve full and no fuller until reserve_stop."""
         cdef int rc
         pthread_mutex_lock(&self.lock)
-        while not self.keeper_ends:
+        while not self.refiller_ends:
             rc = self._keep_one()
             if rc == 0:
-                self.keeper_sleeps = True
+                self.refiller_sleeps = True
                 pthread_cond_wait(&self.work, &self.lock)
-                self.keeper_sleeps = False
+                self.refiller_sleeps = False
             elif rc < 0:
                 pthread_mutex_unlock(&self.lock)
                 usleep(RETRY_US)
                 pthread_mutex_lock(&self.lock)
-        self.keeper_ends = False
+        self.refiller_ends = False
         pthread_mutex_unlock(&self.lock)
 
     cdef void reserve_stop(self) noexcept nogil:
-        """Make the keeper return; what is ready stays so."""
+        """Make the refiller return; what is ready stays so."""
         pthread_mutex_lock(&self.lock)
-        self.keeper_ends = True
+        self.refiller_ends = True
         pthread_cond_signal(&self.work)
         pthread_mutex_unlock(&self.lock)
 
@@ -340,43 +338,68 @@ cdef class Arena:
         Where none can be had, what there is too much of still goes back. The lock is held, and dropped for the parts that
         may wait.
         """
-        cdef uint32_t n, least = 0, mask
-        cdef int64_t span = -1
-        cdef int rc = 0
+        cdef uint32_t n = self._scarcest()
+        cdef int64_t span = self._cold_take() if n else -1
+        cdef int rc = self._make_one(<uint32_t>span, n) if span >= 0 else 0
+        if rc > 0:
+            return rc
+        n = self._too_many()
+        if n < SPAN_LENGTHS:
+            self._return_one(n)
+            return 1
+        return rc
+
+    cdef uint32_t _scarcest(self) noexcept nogil:
+        """The length of spans of which the smallest part of what is wanted is ready; 0: there are enough of all."""
+        cdef uint32_t n, least = 0
         for n in range(1, SPAN_LENGTHS):
             if self.ready_count[n] < self._ready_wanted(n) and (
                     least == 0 or self.ready_count[n] * self._ready_wanted(least)
                     < self.ready_count[least] * self._ready_wanted(n)):
                 least = n
-        if least:
-            span = self._cold_take()
-        if span >= 0:
-            self.keeper_works = True
-            pthread_mutex_unlock(&self.lock)
-            rc = self._populate(<uint32_t>span, least)
-            pthread_mutex_lock(&self.lock)
-            self.keeper_works = False
-            if rc > 0:
-                self.committed[span] = <uint16_t>((1 << least) - 1)
-                self._ready_push(<uint32_t>span)
-                return rc
-            self.links[span] = self.cold
-            self.cold = <uint32_t>span
+        return least
+
+    cdef uint32_t _too_many(self) noexcept nogil:
+        """A length of spans of which there are too many; SPAN_LENGTHS: there is none.
+
+        Twice of what is wanted before any is given back: overwriting empties as many zspages as it starts.
+        """
+        cdef uint32_t n
         for n in range(SPAN_LENGTHS):
-            # Twice of what is wanted before any is given back: overwriting empties as many zspages as it starts.
             if self.ready_count[n] > 2 * self._ready_wanted(n):
-                span = self._ready_pop(n)
-                mask = self.committed[span]
-                self.committed[span] = 0
-                self.keeper_works = True
-                pthread_mutex_unlock(&self.lock)
-                self._release(<uint32_t>span, mask)
-                pthread_mutex_lock(&self.lock)
-                self.keeper_works = False
-                self.links[span] = self.cold
-                self.cold = <uint32_t>span
-                return 1
+                return n
+        return SPAN_LENGTHS
+
+    cdef int _make_one(self, uint32_t span, uint32_t npages) noexcept nogil:
+        """Make the first pages of a span that is on no list resident; what _populate says. Then it is ready, or cold."""
+        cdef int rc
+        self._work_begin()
+        rc = self._populate(span, npages)
+        self._work_end()
+        if rc > 0:
+            self.committed[span] = <uint16_t>((1 << npages) - 1)
+            self._ready_push(span)
+        else:
+            self._cold_give(span)
         return rc
+
+    cdef void _return_one(self, uint32_t npages) noexcept nogil:
+        """Give the pages of a ready span of a length back."""
+        cdef uint32_t span = self._ready_pop(npages), mask = self.committed[span]
+        self.committed[span] = 0
+        self._work_begin()
+        self._release(span, mask)
+        self._work_end()
+        self._cold_give(span)
+
+    cdef void _work_begin(self) noexcept nogil:
+        """Drop the lock for what may wait, while this thread has a span that is on no list."""
+        self.refiller_works = True
+        pthread_mutex_unlock(&self.lock)
+
+    cdef void _work_end(self) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        self.refiller_works = False
 
     cdef int _populate_used(self) noexcept nogil:
         """Map the pages in use, so that a lock on all memory holds them: those of a state are somewhere else yet.
@@ -395,7 +418,7 @@ cdef class Arena:
         """Make a span's first pages and its records resident; 1, -ENOMEM or -EDQUOT."""
         cdef uint32_t first, count
         cdef int rc
-        if span >= self.records_ready:
+        if span >= self.records_populated:
             first = span // RECORD_SPANS * RECORD_SPANS
             count = min(<uint32_t>RECORD_SPANS, self.span_count - first)
             if (region_populate(self.committed + first, count * sizeof(uint16_t))
@@ -403,7 +426,7 @@ cdef class Arena:
                     or region_populate(self.records + <uint64_t>first * self.record_size,
                                        <uint64_t>count * self.record_size)):
                 return -ENOMEM
-            owned_add_32(&self.records_ready, first + count - self.records_ready)
+            owned_add_32(&self.records_populated, first + count - self.records_populated)
         if region_populate(self.base + (<uint64_t>span << SPAN_SHIFT), npages << PAGE_SHIFT):
             rc = self.spans.refusal()
             self._release(span, (1 << npages) - 1)
@@ -418,7 +441,7 @@ cdef class Arena:
         """
         cdef uint32_t i, n
         self._note_demand(npages)
-        if self.keeper_sleeps and self.ready_count[npages] <= self._ready_wanted(npages) // 2:
+        if self.refiller_sleeps and self.ready_count[npages] <= self._ready_wanted(npages) // 2:
             pthread_cond_signal(&self.work)
         for i in range(1, SPAN_LENGTHS):
             n = npages + i - 1 if npages + i <= SPAN_LENGTHS else SPAN_LENGTHS - i
@@ -429,29 +452,31 @@ cdef class Arena:
         return -ENOMEM
 
     cdef void _ready_give(self, uint32_t span) noexcept nogil:
-        """Take a span back into the reserve; what is too much there the keeper gives back."""
+        """Take a span back into the reserve; what is too much there the refiller gives back."""
         pthread_mutex_lock(&self.lock)
-        counter_sub(&self.pages, zr_popcount(self.committed[span]))
+        counter_sub(&self.pages, bits_set(self.committed[span]))
         self._ready_push(span)
         pthread_mutex_unlock(&self.lock)
 
     cdef uint32_t _ready_pop(self, uint32_t npages) noexcept nogil:
         cdef uint32_t span = self.ready[npages]
+        zr_assert_held(&self.lock)
         self.ready[npages] = self.links[span]
         owned_sub_32(&self.ready_count[npages], 1)
-        counter_sub(&self.ready_pages, zr_popcount(self.committed[span]))
+        counter_sub(&self.ready_pages, bits_set(self.committed[span]))
         return span
 
     cdef void _ready_push(self, uint32_t span) noexcept nogil:
         """List a free span by its length; one with gaps, which huge zspages have, is only to be given back."""
         cdef uint32_t mask = self.committed[span], n = 0
+        zr_assert_held(&self.lock)
         if mask & (mask + 1) == 0:
-            n = zr_popcount(mask)
+            n = bits_set(mask)
         self.links[span] = self.ready[n]
         self.ready[n] = span
         owned_add_32(&self.ready_count[n], 1)
-        counter_add(&self.ready_pages, zr_popcount(mask))
-        if self.keeper_sleeps and self.ready_count[n] > 2 * self._ready_wanted(n):
+        counter_add(&self.ready_pages, bits_set(mask))
+        if self.refiller_sleeps and self.ready_count[n] > 2 * self._ready_wanted(n):
             pthread_cond_signal(&self.work)
 
     # --------------------------------------------------------------------------------------------------------
@@ -460,7 +485,7 @@ cdef class Arena:
         """Forget every span and give all pages back. Nobody else may hold one; the records are gone already."""
         cdef uint32_t n
         pthread_mutex_lock(&self.lock)
-        while self.keeper_works:
+        while self.refiller_works:
             pthread_mutex_unlock(&self.lock)
             nap()
             pthread_mutex_lock(&self.lock)
@@ -469,7 +494,7 @@ cdef class Arena:
             owned_sub_32(&self.ready_count[n], self.ready_count[n])
         store_relaxed(&self.ready_pages, 0)
         store_relaxed(&self.misses, 0)
-        owned_sub_32(&self.records_ready, self.records_ready)
+        owned_sub_32(&self.records_populated, self.records_populated)
         if self.writable:
             self.spans.release(self.base, <uint64_t>self.writable << SPAN_SHIFT)
         zr_poison(self.base, <uint64_t>self.top << SPAN_SHIFT)
@@ -487,7 +512,7 @@ cdef class Arena:
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes of the two tables, counted in whole pages."""
-        cdef uint64_t top = max(load_relaxed_32(&self.top), load_relaxed_32(&self.records_ready))
+        cdef uint64_t top = max(load_relaxed_32(&self.top), load_relaxed_32(&self.records_populated))
         return whole_pages(top * sizeof(uint16_t)) + whole_pages(top * sizeof(uint32_t))
 
     cdef const char *check(self, uint64_t used, uint64_t *where) noexcept nogil:
@@ -506,7 +531,7 @@ cdef class Arena:
             where[0] = span
             if self.committed[span] != self.whole(self.committed[span]):
                 return "a span has a part of a page"
-            pages += zr_popcount(self.committed[span])
+            pages += bits_set(self.committed[span])
         span = self.warm
         while span != NIL:
             where[0] = span
@@ -515,7 +540,7 @@ cdef class Arena:
                 return "the list of warm spans is broken"
             if self.committed[span] == 0:
                 return "a warm span has no resident page"
-            stock += zr_popcount(self.committed[span])
+            stock += bits_set(self.committed[span])
             span = self.links[span]
         span = self.cold
         while span != NIL:
@@ -536,13 +561,13 @@ cdef class Arena:
                     return "a list of the reserve is broken"
                 if n and self.committed[span] != (1 << n) - 1:
                     return "a ready span has not the pages of its length"
-                ready += zr_popcount(self.committed[span])
+                ready += bits_set(self.committed[span])
                 span = self.links[span]
             if count != self.ready_count[n]:
                 return "the count of a list of the reserve differs from the list"
             listed += count
         where[0] = 0
-        if used + listed + self.keeper_works != self.top:
+        if used + listed + self.refiller_works != self.top:
             return "a span is neither free nor in use"
         if ready != load_relaxed(&self.ready_pages):
             return "the count of the reserve differs from its spans' bitmaps"

@@ -20,7 +20,7 @@ cdef class Region:
     cdef uint64_t offset            # in the file
 
     cdef void _advise(self) noexcept nogil
-    cdef int ready(self, void *start, uint64_t size) noexcept nogil
+    cdef int take_room(self, void *start, uint64_t size) noexcept nogil
     cdef int touch(self, char *start, uint64_t size) noexcept nogil
     cdef int refusal(self) noexcept nogil
     cdef int populate(self, uint64_t size) noexcept nogil

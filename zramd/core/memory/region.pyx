@@ -6,9 +6,9 @@ follow each other behind its head:
     | header page | kept words (counters) … | slots | classes of spans | cells | arena |
     0             4K                        64K
 
-Only what was written may be read, and only what is ready written: touching a hole of a file's mapping allocates the page,
-and ends the process (SIGBUS) where the file system has no room for it. Region.ready asks first, or Region.touch, which costs
-next to nothing.
+Only what was written may be read, and only what has room may be written: touching a hole of a file's mapping allocates the
+page, and ends the process (SIGBUS) where the file system has no room for it. Region.take_room asks first, or Region.touch,
+which costs next to nothing.
 
 A page is the kernel's: 4096 bytes, on some machines 16 or 64 KiB. What is counted in pages elsewhere are pieces of 4096
 bytes; page_unit says how many of them the kernel gives and takes back together.
@@ -35,6 +35,7 @@ from posix.mman cimport (
     munmap,
 )
 
+from zramd.core.system.advice cimport MADV_DONTNEED_LOCKED, MADV_POPULATE_WRITE
 from zramd.core.system.process cimport memory_is_locked
 from zramd.core.types cimport PAGE_SHIFT, PAGE_SIZE, SPAN_SIZE
 
@@ -54,12 +55,6 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include <sys/vfs.h>
     #include <unistd.h>
-    #ifndef MADV_POPULATE_WRITE
-    #define MADV_POPULATE_WRITE 23      /* Linux 5.14 */
-    #endif
-    #ifndef MADV_DONTNEED_LOCKED
-    #define MADV_DONTNEED_LOCKED 24     /* Linux 5.18 */
-    #endif
     #ifndef SEEK_DATA
     #define SEEK_DATA 3
     #define SEEK_HOLE 4
@@ -70,7 +65,7 @@ cdef extern from *:
         return (int)syscall(SYS_fallocate, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size);
     }
     /* What the file gets it keeps, even if nobody touches it; the file does not grow. */
-    static int take_room(int fd, uint64_t offset, uint64_t size)
+    static int allocate_room(int fd, uint64_t offset, uint64_t size)
     {
         return (int)syscall(SYS_fallocate, fd, FALLOC_FL_KEEP_SIZE, offset, size);
     }
@@ -99,9 +94,9 @@ cdef extern from *:
         return fstatfs(fd, &s) ? -1 : (long)s.f_type & 0xFFFFFFFF;
     }
     """
-    int MADV_NOHUGEPAGE, MADV_DONTDUMP, MADV_DODUMP, MADV_POPULATE_WRITE, MADV_DONTNEED_LOCKED, SEEK_DATA, SEEK_HOLE
+    int MADV_NOHUGEPAGE, MADV_DONTDUMP, MADV_DODUMP, SEEK_DATA, SEEK_HOLE
     int posix_memalign(void **start, size_t alignment, size_t size) noexcept nogil
-    int take_room(int fd, uint64_t offset, uint64_t size) noexcept nogil
+    int allocate_room(int fd, uint64_t offset, uint64_t size) noexcept nogil
     int fault_in(void *p) noexcept nogil
     uint64_t find_page_size() noexcept nogil
     int punch_hole(int fd, uint64_t offset, uint64_t size) noexcept nogil
@@ -182,7 +177,7 @@ cdef class Region:
         # What other programs stored is not for a core dump, and gigabytes would be written before a restart.
         madvise(self.base, self.size, MADV_DONTDUMP)
 
-    cdef int ready(self, void *start, uint64_t size) noexcept nogil:
+    cdef int take_room(self, void *start, uint64_t size) noexcept nogil:
         """Before pages are touched for the first time: 0; -EDQUOT, the file's file system has no room for them; -ENOMEM.
 
         Touching them would end the process (SIGBUS).
@@ -191,21 +186,21 @@ cdef class Region:
         if self.fd < 0 or region_populate(start, size) == 0:
             return 0
         if errno == EINVAL:     # before Linux 5.14
-            rc = take_room(self.fd, self.offset + <uint64_t>(<char *>start - self.base), size)
+            rc = allocate_room(self.fd, self.offset + <uint64_t>(<char *>start - self.base), size)
             while rc and errno == EINTR:
-                rc = take_room(self.fd, self.offset + <uint64_t>(<char *>start - self.base), size)
+                rc = allocate_room(self.fd, self.offset + <uint64_t>(<char *>start - self.base), size)
             if rc == 0:
                 return 0
         return self.refusal()
 
     cdef int touch(self, char *start, uint64_t size) noexcept nogil:
-        """As ready, of whole pages that hold nothing yet: something is written to each."""
+        """As take_room, of whole pages that hold nothing yet: something is written to each."""
         cdef uint64_t done = 0
         if self.fd >= 0:
             while done < size and fault_in(start + done) == 0:
                 done += kernel_page
             if done < size:
-                return self.ready(start, size)
+                return self.take_room(start, size)
         return 0
 
     cdef int refusal(self) noexcept nogil:
@@ -275,7 +270,7 @@ cdef class Memory:
             return
         if os.fstat(fd).st_size < HEAD_SIZE:
             raise ValueError(f"a file of {os.fstat(fd).st_size} bytes is not a state")
-        rc = self.head.ready(self.head.base + KEPT_STATE, KEPT_PAGES * PAGE_SIZE)
+        rc = self.head.take_room(self.head.base + KEPT_STATE, KEPT_PAGES * PAGE_SIZE)
         if rc:
             raise error_from(rc, "the state's first pages")
 

@@ -5,11 +5,6 @@ from _typeshed import ReadableBuffer
 from zramd.core.memory.region import Memory
 
 CHECK_LEVEL: int
-CLASSES: list[tuple[int, int, int]]
-
-def size_classes(unit: int) -> list[tuple[int, int, int]]: ...
-def layout_sum(unit: int) -> int: ...
-def pool_layout(max_objects: int) -> dict[str, int]: ...
 
 @final
 class Zsmalloc:

@@ -1,14 +1,20 @@
 """Assertions and what the memory checkers are told. ZRAMD_CHECK is set by the build profile:
 
 0 release   nothing is compiled in.
-2 asan      zr_assert, and the free parts of the arena are poisoned for AddressSanitizer, which cannot see into a mapping.
-3 debug     zr_assert, and fresh and freed memory is filled: a payload of D0 was never written, one of DF is gone.
+2 asan      zr_assert and zr_assert_held, and the free parts of the arena are poisoned for AddressSanitizer, which
+            cannot see into a mapping.
+3 debug     these, and fresh and freed memory is filled: a payload of D0 was never written, one of DF is gone.
             zr_crash_point(name): with ZRAMD_CRASH=name:N in the environment the process kills itself the Nth time
             that it comes there, in the middle of a change that must survive it.
 """
 
+from zramd.core.system.locks cimport pthread_mutex_t
+
 cdef extern from *:
     """
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
     #include <stdio.h>
     #include <stdlib.h>
     #include <string.h>
@@ -18,9 +24,19 @@ cdef extern from *:
     #if ZRAMD_CHECK
     #define zr_fail(x) (fprintf(stderr, "zramd: %s:%d: assertion failed: %s\\n", __FILE__, __LINE__, x), abort())
     #define zr_assert(x) ((x) ? (void)0 : zr_fail(#x))
+    #ifdef __GLIBC__
+    #include <pthread.h>
+    #include <unistd.h>
+    /* (Asked of the system each time: a fork changes it.) */
+    #define zr_assert_held(lock) zr_assert((lock)->__data.__owner == gettid())
+    #else
+    #define zr_assert_held(lock) ((void)(lock))
+    #endif
     #else
     #define zr_assert(x) ((void)0)
+    #define zr_assert_held(lock) ((void)0)
     #endif
+    #define zr_static_assert(x) _Static_assert(x, #x)
     #ifdef __SANITIZE_ADDRESS__
     #include <sanitizer/asan_interface.h>
     #define zr_poison(p, n) __asan_poison_memory_region((p), (n))
@@ -69,6 +85,8 @@ cdef extern from *:
     enum:
         ZRAMD_CHECK
     void zr_assert(bint condition) noexcept nogil
+    void zr_assert_held(pthread_mutex_t *lock) noexcept nogil           # by this thread
+    void zr_static_assert(bint condition) noexcept nogil                # looked at by the compiler
     void zr_poison(void *start, size_t size) noexcept nogil
     void zr_unpoison(void *start, size_t size) noexcept nogil
     void zr_forget(void *start, size_t size) noexcept nogil

@@ -69,7 +69,8 @@ cdef extern from *:
     #endif
     #define bit_length(n) ((n) ? 64 - __builtin_clzll(n) : 0)
     """
-    uint64_t clock_now() noexcept nogil             # ns
+    uint64_t system_now() noexcept nogil            # ns, monotonic
+    uint64_t clock_now() noexcept nogil             # the same, cheaper where it can be
     void use_ticks() noexcept
     int bit_length(uint64_t n) noexcept nogil
 

@@ -7,6 +7,8 @@ from libc.errno cimport errno
 
 from cpython.bytearray cimport PyByteArray_AsString
 
+from zramd.core.system.advice cimport MADV_DONTNEED_LOCKED
+
 import os
 
 cdef enum:
@@ -31,9 +33,6 @@ cdef extern from *:
     #ifndef PR_SET_IO_FLUSHER
     #define PR_SET_IO_FLUSHER 57    /* Linux 5.6 */
     #define PR_GET_IO_FLUSHER 58
-    #endif
-    #ifndef MADV_DONTNEED_LOCKED
-    #define MADV_DONTNEED_LOCKED 24 /* Linux 5.18 */
     #endif
 
     /* Not inlined, so that the bytes are taken from the stack and given back at once. */
@@ -171,7 +170,7 @@ cdef extern from *:
     int PR_SET_IO_FLUSHER, PR_GET_IO_FLUSHER, PR_SET_NAME
     int MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT
     int M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-    int MADV_DONTNEED_LOCKED, PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS
+    int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS
     void *MAP_FAILED
 
 cdef bint is_locked = False

@@ -24,7 +24,7 @@ cdef extern from *:
 
     static __thread int thread_is_kept;
     static pthread_key_t kept_key;
-    static kept_state *ended_threads;   /* atomic: pushed by ending threads, taken whole by keepers */
+    static kept_state *ended_threads;   /* atomic: pushed by ending threads, taken whole by the next thread */
 
     static void thread_ended(void *value)
     {

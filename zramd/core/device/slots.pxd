@@ -1,0 +1,72 @@
+"""What stands for a block: its slot, one 64-bit word. Nobody else takes one apart.
+
+    63            48 47                          16 15  14   13   12                0
+    |  half a sum   |           handle             |   |LOST|SAME|  payload bytes    |
+
+The payload of an object is what a block was compressed to, or all of it (raw). With SAME the block is one word
+repeated, and there is no object: the word is in the handle's cell, handle 0 is the word 0, and where others have the size
+is more of the sum. All of it 0 is a hole: a block that was never written, or freed. LOST alone: what the slot led to was
+changed in memory, and reading the block is an error.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from zramd.core.types cimport BLOCK_SIZE
+
+cdef enum:
+    SLOT_SIZE_MASK = 0x1FFF     # payload bytes, 1 to 4096
+    SLOT_SAME = 0x2000
+    SLOT_LOST = 0x4000          # the whole slot
+    SLOT_HANDLE_SHIFT = 16
+    SLOT_SUM_SHIFT = 48       # the slot's half of the checksum is above
+
+cdef enum block_kind:
+    HOLE
+    SAME
+    LOST
+    LZ4
+    RAW
+
+cdef inline uint64_t sum_low(uint32_t sum) noexcept nogil:
+    """The half of a checksum that is in the slot."""
+    return sum & 0xFFFF
+
+cdef inline uint64_t sum_high(uint32_t sum) noexcept nogil:
+    """The half that is in the cell."""
+    return sum >> 16
+
+cdef inline uint64_t slot_handle(uint64_t slot) noexcept nogil:
+    return slot << (64 - SLOT_SUM_SHIFT) >> (64 - SLOT_SUM_SHIFT + SLOT_HANDLE_SHIFT)
+
+cdef inline uint32_t slot_bytes(uint64_t slot) noexcept nogil:
+    """Payload bytes of a slot with an object; a bit that changed in memory may have made them too many."""
+    return slot & SLOT_SIZE_MASK
+
+cdef inline uint64_t slot_sum(uint64_t slot) noexcept nogil:
+    """The slot's half of the checksum of its object."""
+    return slot >> SLOT_SUM_SHIFT
+
+cdef inline block_kind slot_kind(uint64_t slot) noexcept nogil:
+    if slot == 0:
+        return HOLE
+    if slot & SLOT_SAME:
+        return SAME
+    if slot == SLOT_LOST:
+        return LOST
+    return RAW if slot_bytes(slot) == BLOCK_SIZE else LZ4
+
+cdef inline bint has_object(uint64_t slot) noexcept nogil:
+    """Whether a slot's handle is that of an object."""
+    return slot != 0 and not slot & SLOT_SAME and slot != SLOT_LOST
+
+cdef inline bint is_zeros(uint64_t slot) noexcept nogil:
+    """Whether a block is the word 0 repeated, and not a hole."""
+    return slot & SLOT_SAME and slot_handle(slot) == 0
+
+cdef inline uint64_t object_slot(uint64_t handle, uint32_t size, uint32_t sum) noexcept nogil:
+    """A slot with an object of size bytes; sum: its checksum, or 0, of which the cell keeps the other half."""
+    return sum_low(sum) << SLOT_SUM_SHIFT | handle << SLOT_HANDLE_SHIFT | size
+
+cdef inline uint64_t same_slot(uint64_t handle, uint32_t sum) noexcept nogil:
+    """A slot that stands for a word; sum: its checksum, or 0, of which the lower 29 bits are kept."""
+    return SLOT_SAME | sum_low(sum) << SLOT_SUM_SHIFT | handle << SLOT_HANDLE_SHIFT | sum_high(sum) & SLOT_SIZE_MASK

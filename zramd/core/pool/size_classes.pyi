@@ -1,0 +1,9 @@
+from typing import Any
+
+CLASSES: list[tuple[int, int, int]]
+
+def size_classes(unit: int) -> list[tuple[int, int, int]]: ...
+def layout_sum(unit: int) -> int: ...
+def pool_layout(max_objects: int) -> dict[str, int]: ...
+
+__test__: dict[str, Any]
