@@ -97,6 +97,8 @@ ENDS = """
   swap    swap.made            second    swapoff          nothing   done         done
   swap    swap.made            second    attach           swapped   done         failed
   swap    swap.made            server    KILL             swapped   done
+  swap    swap.made            second    stop             swapped   done         failed
+  swap    swap.made            second    restart          swapped   done         done
 * swap    attach.used          command   TERM             swapped   interrupted
   swap    attach.used          command   INT,HUP          swapped   interrupted
   swap    attach.used          command   KILL             swapped   killed

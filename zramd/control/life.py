@@ -31,17 +31,23 @@ class Turn:
         return {handover.TURN: str(self.fd), **({handover.MADE: "1"} if self.made else {})}
 
     def done(self) -> None:
-        """Let others have their turn; the folder goes if it was made for a server that did not come."""
+        """Let others have their turn, unless that is so already.
+
+        The folder goes if it was made for a server that did not come.
+        """
+        if self.fd < 0:
+            return
         with suppress(OSError, RundirError):
             is_ours = lockfile.stands_at(self.fd, self.folder, follow=True)
             if self.made and is_ours and rundir.holder(self.folder) is None:
                 os.rmdir(self.folder)
         os.close(self.fd)
+        self.fd = -1
 
 
 @contextmanager
 def turn(folder: str, name: str, make: bool = False) -> Iterator[Turn]:
-    """Wait until nobody else begins or ends the server in a run folder, and keep others off until the end.
+    """Wait until nobody else begins or ends the server in a run folder, and keep others off until `done`.
 
     With `make` the folder is made if it is not there. Raises DeviceError when it takes too long or the folder
     cannot be had, RundirError.

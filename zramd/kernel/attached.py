@@ -233,6 +233,18 @@ def turn(name: str) -> Iterator[None]:
             os.close(fd)
 
 
+def is_busy(name: str) -> bool:
+    """Say whether a command has its turn with the device of `name`. Only root can tell: False to others."""
+    try:
+        fd = os.open(_path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return lockfile.ofd_is_taken(fd)
+    finally:
+        os.close(fd)
+
+
 def _take_turn(name: str) -> int:
     """Return a descriptor that holds the turn, -1 if there is no record."""
     end = time.monotonic() + TURN_TIMEOUT

@@ -81,18 +81,18 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
     interrupts.interruptible()
     served = client.look(name, folder)
     # Until it is attached, the server must neither leave nor be replaced: it is known by its data.
-    with interrupts.told(lambda: _stands(served.name)), life.turn(served.path, served.name):
+    with interrupts.told(lambda: _stands(served.name)), life.turn(served.path, served.name) as turn:
         served.look_again()
         if name is None:
             served.name = _own_name(served)
         if wanted.swap:
             _refuse_others(served)
         step("attach.turn")
-        return _attach(served, wanted)
+        return _attach(served, wanted, turn)
 
 
-def _attach(served: client.Served, wanted: Wanted) -> str:
-    """Attach a device and swap to it if asked; return its name."""
+def _attach(served: client.Served, wanted: Wanted, turn: life.Turn) -> str:
+    """Attach a device and swap to it if asked; return its name. The server's turn is given back meanwhile."""
     there = attached.find(served.name)
     if there and (whose := _leftover_from(there, served, wanted)):
         _drop(there, whose)
@@ -106,6 +106,9 @@ def _attach(served: client.Served, wanted: Wanted) -> str:
                 raise AttachError(f"{served.name} was detached again before it could be used")
             if not now.keeper and now.data:
                 raise AttachError(f"the keeper of {served.name} has died: it is not attached")
+            # From here on swapon may wait for a server that has died: whoever starts the next one must get
+            # past us. A stop still does not: it looks whether an attach is under way (zramd.control.busy).
+            turn.done()
             _use(served.name, device, wanted)
     except BaseException:
         if not there and kernelswap.find(device) is None:  # half an attachment would be nobody's
