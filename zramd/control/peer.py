@@ -154,14 +154,16 @@ def _files(pid: int) -> "Iterator[os.stat_result | None]":
 
 
 def _check(process: Process, folder: int, name: str, path: str) -> None:
-    """Raise DeviceError unless the process is the folder's owner's, and of our PID namespace."""
+    """Raise DeviceError unless the process is the folder's owner's, and of our PID namespace; OSError."""
     owner = os.fstat(folder).st_uid
     if process.uid != owner:
         raise DeviceError(
             f"'{path}' belongs to {trusted.user(owner)}, but the process that serves there belongs to "
             f"{trusted.user(process.uid)}: look what it is"
         )
-    if process.pid <= 0 or _namespace(process.pid) not in ("", _namespace(os.getpid())):
+    # Our own we may always know.
+    ours = os.readlink("/proc/self/ns/pid")
+    if process.pid <= 0 or _namespace(process.pid) not in ("", ours):
         raise DeviceError(
             f"{name} is served in another PID namespace, in a container perhaps: use zramd in there"
         )

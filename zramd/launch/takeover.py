@@ -152,7 +152,7 @@ class _Old:
         except OSError as error:
             if is_shortage(error):
                 raise
-            raise _ended(served) from None
+            raise _kept_back(served, process, f"/proc/{self.pid}/cwd", error) from None
 
     def take_sockets(self) -> None:
         """Get the sockets on which it accepts clients. Raises DeviceError."""
@@ -263,9 +263,12 @@ class _Successor:
         An old server that does not leave is waited for by the new one alone, which cannot be told otherwise.
         """
         self._link.settimeout(LEAVE_TIMEOUT)
-        with suppress(OSError):
+        try:
             self._link.send(handover.GO)
             self.tells = self._link.recv(1) == handover.TELLING
+        except OSError as error:
+            if is_shortage(error):  # else it has died: what it said last is the reason
+                raise DeviceError(f"the new server cannot be told: {reason(error)}") from None
         if self.tells and not old.wait(LEAVE_TIMEOUT):
             raise _StillThereError(
                 f"{old.served.name} has not left within {LEAVE_TIMEOUT:g} seconds: look at its process "
@@ -349,12 +352,17 @@ def _told(served: client.Served, process: peer.Process, name: str) -> list[str]:
         with open(path, "rb") as file:
             data = file.read()
     except OSError as error:
-        if process.ended(0):
-            raise _ended(served) from None
-        raise DeviceError(f"'{path}' cannot be read: {reason(error)}: run this as its owner") from None
+        raise _kept_back(served, process, path, error) from None
     if process.ended(0):  # it was of a process without memory, or of another one
         raise _ended(served)
     return os.fsdecode(data).split("\0")
+
+
+def _kept_back(served: client.Served, process: peer.Process, path: str, error: OSError) -> DeviceError:
+    """Return the error for what the kernel does not tell of a process. Raises RundirError."""
+    if process.ended(0):
+        return _ended(served)
+    return DeviceError(f"'{path}' cannot be read: {reason(error)}: run this as its owner")
 
 
 class _Plan(NamedTuple):
