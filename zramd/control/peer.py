@@ -154,7 +154,7 @@ def _files(pid: int) -> "Iterator[os.stat_result | None]":
 
 
 def _check(process: Process, folder: int, name: str, path: str) -> None:
-    """Raise DeviceError unless the process is the folder's owner's, and of our PID namespace; OSError."""
+    """Raise DeviceError unless the process is the folder's owner's and of our PID namespace; OSError."""
     owner = os.fstat(folder).st_uid
     if process.uid != owner:
         raise DeviceError(
