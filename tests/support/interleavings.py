@@ -1,11 +1,11 @@
-"""Threads on one device or one pool, one interleaving a seed; a program: `python interleavings.py FIRST COUNT`.
+"""Threads on one device or one pool, one interleaving a seed: `python interleavings.py FIRST COUNT`.
 
-Where schedule.c is preloaded (debug builds), the seed decides which thread goes on at each named point and lock, so
-that it repeats what happened, step by step. Elsewhere the same threads run side by side.
+Where schedule.c is preloaded (debug builds), the seed decides which thread goes on at each named point and
+lock, so that it repeats what happened, step by step. Elsewhere the same threads run side by side.
 With TRACE instead of COUNT: prints the steps of one seed.
 
-Whatever was written is looked for again: each read must find a content that its block can have had at some moment of
-the read. At the end every block is read, and all structures are checked.
+Whatever was written is looked for again: each read must find a content that its block can have had at some
+moment of the read. At the end every block is read, and all structures are checked.
 """
 
 import ctypes
@@ -126,7 +126,7 @@ class Disk:
 
 
 class Heap:
-    """A pool that is looked at. A handle is freed by the thread that took it out of `slots`; any may read it."""
+    """A pool that is looked at. Who takes a handle out of `slots` frees it; any may read it meanwhile."""
 
     def __init__(self, dice: random.Random) -> None:
         self.pool = Zsmalloc(1000)

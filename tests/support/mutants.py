@@ -4,15 +4,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKEND = "scripts/lib/backend"
 
 
-def build(folder: Path, edits: dict[str, list[tuple[str, str]]]) -> Path:
-    """Build the debug profile of a copy of the source, in which each `old` of a file is `new`; the package's folder.
+def build(folder: Path, edits: dict[str, list[tuple[str, str]]], added: Iterable[Path] = ()) -> Path:
+    """Build the debug profile of a copy of the source, with parts of it replaced; the package's folder.
 
+    edits: files in zramd/core, with what is replaced by what. added: modules to put there.
     Only what was changed is compiled, if the checkout's own debug build is of the present source.
     """
     shutil.copytree(ROOT / "zramd", folder / "zramd", ignore=shutil.ignore_patterns("__pycache__"))
@@ -28,6 +30,8 @@ def build(folder: Path, edits: dict[str, list[tuple[str, str]]]) -> Path:
             assert text.count(old) == 1, f"{name} has changed, so this fault cannot be made: {old!r}"
             text = text.replace(old, new)
         file.write_text(text)
+    for module in added:
+        shutil.copy2(module, folder / "zramd" / "core")
     run_build(folder, "debug")
     return folder / "build" / "debug"
 

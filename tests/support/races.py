@@ -1,8 +1,71 @@
-"""Races that the core's locks, pins and order keep away: what puts each back. See docs/hacking.md, "Finding a race"."""
+"""Races that the core's locks, pins and order keep away, and what puts each back (docs/hacking.md)."""
 
 Edits = dict[str, list[tuple[str, str]]]  # file in zramd/core -> (old text, new text)
 
+# The first three are one of each module: they are always tried.
 RACES: dict[str, Edits] = {
+    # What the slot stands for is gone while the slot can still be read.
+    "an object is freed before its slot is changed": {
+        "device/blocks.pyx": [
+            (
+                """            gone = self.get(block)
+            if slot or gone:
+""",
+                """            gone = self.get(block)
+            pthread_mutex_unlock(&self.stripes[block % STRIPES])
+            self._free(block, gone)
+            pthread_mutex_lock(&self.stripes[block % STRIPES])
+            if slot or gone:
+""",
+            ),
+            (
+                """        pthread_mutex_unlock(&self.stripes[block % STRIPES])
+        self._free(block, gone)
+        return rc
+""",
+                """        pthread_mutex_unlock(&self.stripes[block % STRIPES])
+        return rc
+""",
+            ),
+        ]
+    },
+    # Between the look at the cell and the pin somebody else pins the object, or frees it.
+    "a mover does not look again when it pins": {
+        "pool/compaction.pyx": [
+            (
+                """    if cell & CELL_PIN or not compare_swap(&pool.cells[handle], cell, cell | CELL_PIN):
+        counter_add(&pool.undone, 1)
+        return -EBUSY
+""",
+                """    if cell & CELL_PIN:
+        counter_add(&pool.undone, 1)
+        return -EBUSY
+    store_release(&pool.cells[handle], cell | CELL_PIN)
+""",
+            )
+        ]
+    },
+    # Two get the same handle.
+    "a free cell is taken without the lock": {
+        "pool/pool.pyx": [
+            (
+                """        cdef int rc = 0
+        pthread_mutex_lock(&self.cells_lock)
+        handle = self.cells_free
+""",
+                """        cdef int rc = 0
+        handle = self.cells_free
+""",
+            ),
+            (
+                """            owned_add(&self.cells_used, 1)
+        pthread_mutex_unlock(&self.cells_lock)
+""",
+                """            owned_add(&self.cells_used, 1)
+""",
+            ),
+        ]
+    },
     # A slot is looked at, its object is freed, and another one gets the handle before it is pinned.
     "a block is read without its stripe's lock": {
         "device/blocks.pyx": [
@@ -45,47 +108,6 @@ RACES: dict[str, Edits] = {
             ),
         ]
     },
-    # What the slot stands for is gone while the slot can still be read.
-    "an object is freed before its slot is changed": {
-        "device/blocks.pyx": [
-            (
-                """            gone = self.get(block)
-            if slot or gone:
-""",
-                """            gone = self.get(block)
-            pthread_mutex_unlock(&self.stripes[block % STRIPES])
-            self._free(block, gone)
-            pthread_mutex_lock(&self.stripes[block % STRIPES])
-            if slot or gone:
-""",
-            ),
-            (
-                """        pthread_mutex_unlock(&self.stripes[block % STRIPES])
-        self._free(block, gone)
-        return rc
-""",
-                """        pthread_mutex_unlock(&self.stripes[block % STRIPES])
-        return rc
-""",
-            ),
-        ]
-    },
-    # Between the look at the cell and the pin somebody else pins the object, or frees it.
-    "a mover does not look again when it pins": {
-        "pool/compaction.pyx": [
-            (
-                """    if cell & CELL_PIN or not compare_swap(&pool.cells[handle], cell, cell | CELL_PIN):
-        counter_add(&pool.undone, 1)
-        return -EBUSY
-""",
-                """    if cell & CELL_PIN:
-        counter_add(&pool.undone, 1)
-        return -EBUSY
-    store_release(&pool.cells[handle], cell | CELL_PIN)
-""",
-            )
-        ]
-    },
     # What is written to the old place after the copy is lost; what is read there may be overwritten.
     "a mover does not mind a pin": {
         "pool/compaction.pyx": [
@@ -115,27 +137,6 @@ RACES: dict[str, Edits] = {
     zr_point(points.move_copied)
 """,
             )
-        ]
-    },
-    # Two get the same handle.
-    "a free cell is taken without the lock": {
-        "pool/pool.pyx": [
-            (
-                """        cdef int rc = 0
-        pthread_mutex_lock(&self.cells_lock)
-        handle = self.cells_free
-""",
-                """        cdef int rc = 0
-        handle = self.cells_free
-""",
-            ),
-            (
-                """            owned_add(&self.cells_used, 1)
-        pthread_mutex_unlock(&self.cells_lock)
-""",
-                """            owned_add(&self.cells_used, 1)
-""",
-            ),
         ]
     },
     # Its mover has it in hand, and lists it again, or gives it back a second time.
