@@ -32,7 +32,7 @@ POINTS = sorted(
     {
         name
         for path in SOURCE.rglob("*.pyx")
-        for name in re.findall(r'zr_point\(points\.(\w+)\)', path.read_text())
+        for name in re.findall(r"zr_point\(points\.(\w+)\)", path.read_text())
     }
 )
 assert POINTS, "the core's modules are elsewhere"

@@ -25,7 +25,7 @@ SUPPORT = ROOT / "tests" / "support"
 POINTS = ROOT / "zramd" / "core" / "system" / "points.pxd"
 PACKAGES = Path(zramd.__file__).parents[1]
 SEEDS = int(500 * SCALE) if CHECK_LEVEL >= 3 else int(50 * SCALE)
-ENOUGH = 2000  # seeds in which each of the known races is found: it takes about 100 at most
+ENOUGH = 2000  # seeds in which each of the known races is found: it takes about 300 at most
 TRIED = list(RACES) if SCALE > 1 else list(RACES)[:3]  # each takes a build
 
 # Only where a device is reset, or its state taken over.

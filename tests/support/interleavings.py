@@ -16,12 +16,15 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from zramd import Device, HandleError, PoolFullError, Zsmalloc
 
 BLOCK = 4096
 BLOCKS = 80  # of the device; most of what they hold goes before the threads begin
 HOT = 10  # blocks that all threads use
+SHARED = 2  # blocks behind those, of which each thread has a part
+PART = BLOCK // 4
 OPERATIONS = 16  # of each thread
 WORKERS = 3  # beside the one that compacts
 # Few sizes, so that all meet in few classes: with lists of free chunks, with bitmaps, raw blocks.
@@ -59,7 +62,8 @@ class Disk:
     def __init__(self, dice: random.Random) -> None:
         self.blocks = [Block() for _ in range(BLOCKS)]
         self.clock = itertools.count(1)
-        self.device = Device(BLOCKS * BLOCK, verify=dice.random() < 0.5)
+        self.parts: dict[tuple[int, int], bytes] = {}
+        self.device = Device((BLOCKS + SHARED) * BLOCK, verify=dice.random() < 0.5)
         for number in range(HOT, BLOCKS):
             self.write(number, content(dice))
         for number in dice.sample(range(HOT, BLOCKS), BLOCKS * 2 // 3):
@@ -92,34 +96,52 @@ class Disk:
         self.device.read(found, number * BLOCK)
         assert found in self.blocks[number].allowed(began), f"block {number} reads {bytes(found[:32]).hex()}"
 
+    def write_part(self, number: int, me: int, data: bytes) -> None:
+        """Write what only this thread writes, in a block of which others write other parts."""
+        try:
+            self.device.write(data, number * BLOCK + me * PART)
+            self.parts[number, me] = data
+        except PoolFullError:
+            pass
+        self.read_part(number, me)
+
+    def read_part(self, number: int, me: int) -> None:
+        found = bytearray(PART)
+        self.device.read(found, number * BLOCK + me * PART)
+        assert found == self.parts.get((number, me), bytes(PART)), f"block {number} has lost part {me}"
+
     def end(self) -> None:
         self.device.check()
         for number in range(BLOCKS):
             self.read(number)
-        self.device.trim(0, BLOCKS * BLOCK)
+        for number, me in self.parts:
+            self.read_part(number, me)
+        self.device.trim(0, (BLOCKS + SHARED) * BLOCK)
         self.device.compact()
         self.device.check()
         assert self.device.counters()["mem_used_total"] == 0
 
-    def worker(self, dice: random.Random) -> None:
+    def worker(self, dice: random.Random, me: int) -> None:
         for _ in range(OPERATIONS):
             number = dice.randrange(HOT) if dice.random() < 0.7 else dice.randrange(BLOCKS)
-            kind = dice.randrange(8)
+            kind = dice.randrange(10)
             if kind < 3:
                 self.read(number)
             elif kind < 6:
                 self.write(number, content(dice))
-            else:
+            elif kind < 8:
                 self.trim(number)
+            else:
+                self.write_part(BLOCKS + dice.randrange(SHARED), me, dice.randbytes(8) * (PART // 8))
 
     def mover(self, dice: random.Random) -> None:
         for _ in range(OPERATIONS // 2):
             kind = dice.randrange(8)
-            if kind < 3:
+            if kind < 2:
                 self.device.compact()
-            elif kind < 6:
+            elif kind < 5:
                 self.device.compact(dice.randrange(1, 20000))
-            elif kind == 6:
+            elif kind < 7:
                 self.device.release_stock()
             else:
                 self.device.check()
@@ -148,7 +170,7 @@ class Heap:
         self.pool.write(handle, data)
         return handle, data
 
-    def worker(self, dice: random.Random) -> None:
+    def worker(self, dice: random.Random, _me: int) -> None:
         for _ in range(OPERATIONS):
             number = dice.randrange(SLOTS)
             kind = dice.randrange(8)
@@ -201,7 +223,7 @@ class Heap:
 
 def content(dice: random.Random) -> bytes:
     """A block: one word repeated, compressible, or raw."""
-    size = dice.choice((0, *SIZES))
+    size = dice.choice((0, *SIZES, BLOCK))
     return dice.randbytes(8) * 512 if size == 0 else dice.randbytes(size) + bytes(BLOCK - size)
 
 
@@ -268,11 +290,9 @@ def play(schedule: Schedule, seed: int) -> None:
     dice = random.Random(seed)
     scene = (Disk, Heap)[seed % 2](dice)
 
-    def part(work: Callable[[random.Random], None]) -> Work:
-        own = random.Random(dice.randrange(1 << 32))
-        return lambda: work(own)
-
-    schedule.run(seed, [part(scene.mover), *[part(scene.worker) for _ in range(WORKERS)]])
+    seeds = [random.Random(dice.randrange(1 << 32)) for _ in range(WORKERS + 1)]
+    works = [partial(scene.worker, seeds[me], me) for me in range(WORKERS)]
+    schedule.run(seed, [partial(scene.mover, seeds[WORKERS]), *works])
     scene.end()
 
 

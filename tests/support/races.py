@@ -189,4 +189,23 @@ RACES: dict[str, Edits] = {
             )
         ]
     },
+    # What another thread has written to the block meanwhile is lost.
+    "a part is written without the stripe's lock in between": {
+        "device/blocks.pyx": [
+            (
+                """        rc = self._load(block, self.get(block), s.page)
+        if rc == 0:
+""",
+                """        rc = self._load(block, self.get(block), s.page)
+        pthread_mutex_unlock(&self.stripes[block % STRIPES])
+        pthread_mutex_lock(&self.stripes[block % STRIPES])
+        if rc == 0:
+""",
+            )
+        ]
+    },
+    # It meets changes that are half done.
+    "a check does not wait for requests": {
+        "system/gate.pxd": [("    while ordered_load(&g.inside):\n", "    while False:\n")]
+    },
 }

@@ -74,7 +74,8 @@ cdef extern from *:
         nanosleep(&time, NULL);
     }
     #if defined(ZRAMD_CHECK) && ZRAMD_CHECK >= 3
-    /* A scheduler that runs one thread at a time decides at these, too; none would go on after a real wait. See points.pxd. */
+    /* A scheduler that runs one thread at a time decides here, too: a real wait would be for a thread that it holds. See
+       points.pxd. */
     int zr_schedule_lock(pthread_mutex_t *lock) __attribute__((weak));
     int zr_schedule_trylock(pthread_mutex_t *lock) __attribute__((weak));
     int zr_schedule_unlock(pthread_mutex_t *lock) __attribute__((weak));
