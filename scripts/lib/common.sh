@@ -55,6 +55,7 @@ test_packages=(
     tmux           # a terminal for zramd top
     zsh            # and fish: shells to complete commands in
     fish
+    systemtap-sdt-dev # <sys/sdt.h>: with it the release build has probes; a build needs none
 )
 vm_packages=(
     qemu-system-x86 # runs the virtual machine
@@ -67,7 +68,8 @@ vm_packages=(
     libxml2-utils   # the check's own tool
 )
 check_packages=(
-    shellcheck # lints the scripts
+    shellcheck        # lints the scripts
+    systemtap-sdt-dev # for the release build, which is then the tests' too
 )
 
 # need_packages serve|test|vm|check: installs what is missing (root), or says how to (anyone else).

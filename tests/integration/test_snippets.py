@@ -33,7 +33,10 @@ from zramd.settings import config, keys
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = ("sh", "python", "ini", "xml", "text")
-NEEDS = {"root", "nbd", "qemu", "guest", "libvirt", "network", "systemd", "terminal", "build", "generator"}
+NEEDS = {
+    *("root", "nbd", "qemu", "guest", "libvirt", "network", "systemd", "terminal"),
+    *("build", "generator", "tracer"),
+}
 TIMEOUT = 180  # seconds until something hangs
 
 

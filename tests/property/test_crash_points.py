@@ -32,12 +32,12 @@ POINTS = sorted(
     {
         name
         for path in SOURCE.rglob("*.pyx")
-        for name in re.findall(r'zr_crash_point\("(.+?)"\)', path.read_text())
+        for name in re.findall(r"zr_point\(points\.(\w+)\)", path.read_text())
     }
 )
 assert POINTS, "the core's modules are elsewhere"
-IN_RESET = {"slots-cleared", "pool-cleared"}
-ONCE = {"spans-rebuilt", "recovered", *IN_RESET}  # in the life of the process
+IN_RESET = {"slots_cleared", "pool_cleared"}
+ONCE = {"spans_rebuilt", "recovered", *IN_RESET}  # in the life of the process
 
 Change = Callable[[bytearray], None]
 Operation = tuple[Callable[[Device], object], Change]
@@ -147,7 +147,7 @@ def test_killed_at(point: str, verify: bool) -> None:
         del device
     if point not in IN_RESET:
         assert leaked <= len(VISITS), "one kill leaks one object at most"
-    if CHECK_LEVEL >= 3 and point in ("object-published", "slot-stored", "free-pinned"):
+    if CHECK_LEVEL >= 3 and point in ("object_published", "slot_stored", "free_pinned"):
         assert leaked
     os.close(fd)
 

@@ -19,7 +19,9 @@ from libc.errno cimport EIO, ENOSPC
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from zramd.core.system.checks cimport zr_assert_held, zr_crash_point, zr_static_assert
+from zramd.core.system.checks cimport zr_assert_held, zr_static_assert
+from zramd.core.system cimport points
+from zramd.core.system.points cimport zr_point
 from zramd.core.device.checksum cimport checksum
 from zramd.core.device.codec cimport decode, encode, fill, same_filled, state_size
 from zramd.core.device.slots cimport (
@@ -213,9 +215,9 @@ cdef class Blocks:
         if self.verify:
             sum = checksum(payload, size, block)
         memcpy(place, payload, size)
-        zr_crash_point("payload-written")
+        zr_point(points.payload_written)
         self.pool.obj_publish(handle, sum_high(sum))
-        zr_crash_point("object-published")
+        zr_point(points.object_published)
         slot[0] = object_slot(handle, size, sum)
         return 0
 
@@ -230,6 +232,7 @@ cdef class Blocks:
         cdef int rc = -EIO
         cdef block_kind what = slot_kind(slot)
         zr_assert_held(&self.stripes[block % STRIPES])
+        zr_point(points.slot_seen)
         if what == HOLE:
             memset(content, 0, BLOCK_SIZE)
             return 0
@@ -300,7 +303,7 @@ cdef class Blocks:
             gone = self.get(block)
             if slot or gone:
                 store_release(&self.slots[block], slot)
-                zr_crash_point("slot-stored")
+                zr_point(points.slot_stored)
                 self._count(slot, 1)
                 self._count(gone, <uint64_t>-1)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
@@ -419,7 +422,7 @@ cdef class Blocks:
         """Forget all content and all counts. Nobody else may be here; the pool's compact_lock is held."""
         cdef size_t i
         self.slot_table.clear()
-        zr_crash_point("slots-cleared")
+        zr_point(points.slots_cleared)
         self.touches.clear()
         store_relaxed(&self.touched_pages, 0)
         for i in range(sizeof(counters) // sizeof(uint64_t)):

@@ -25,8 +25,10 @@ from zramd.core.device.blocks cimport Blocks
 from zramd.core.device.slots cimport HOLE, LOST, RAW, SAME, SLOT_LOST
 from zramd.core.device.slots cimport block_kind, has_object, slot_bytes, slot_handle, slot_kind
 from zramd.core.system.bits cimport bits_set, prefetch
-from zramd.core.system.checks cimport FILL_FREED, zr_crash_point, zr_fill, zr_poison, zr_unpoison
+from zramd.core.system.checks cimport FILL_FREED, zr_fill, zr_poison, zr_unpoison
 from zramd.core.system.locks cimport counter_add, load_relaxed, store_relaxed
+from zramd.core.system cimport points
+from zramd.core.system.points cimport zr_point
 from zramd.core.memory.region cimport Region, whole_pages
 from zramd.core.pool.size_classes cimport is_huge, is_mapped, pages_below, pages_of_chunk, size_class
 from zramd.core.pool.zspages cimport zspage_link
@@ -135,12 +137,12 @@ cdef class Recovery:
         self._in_parallel(REBUILD_SPANS, span_pieces, progress, span_pieces + slot_pieces, total)
         self._look_failed()
         with nogil:
-            zr_crash_point("spans-rebuilt")
+            zr_point(points.spans_rebuilt)
             self._mend()
             self._list_zspages()
             self._list_cells()
             self._give_back_slots()
-            zr_crash_point("recovered")
+            zr_point(points.recovered)
         self.table.counters.pages_stored = self.stored
         self.table.counters.compr_data_size = self.compr
         self.table.counters.same_pages = self.same

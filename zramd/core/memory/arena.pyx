@@ -21,8 +21,9 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.mman cimport PROT_READ, PROT_WRITE, mprotect
 
+from zramd.core.system cimport points
 from zramd.core.system.bits cimport bits_set, lowest_bit, lowest_run
-from zramd.core.system.checks cimport zr_assert, zr_assert_held, zr_crash_point, zr_forget, zr_poison
+from zramd.core.system.checks cimport zr_assert, zr_assert_held, zr_forget, zr_poison
 from zramd.core.system.locks cimport (
     compare_swap,
     counter_add,
@@ -42,6 +43,7 @@ from zramd.core.system.locks cimport (
     pthread_mutex_unlock,
     store_relaxed,
 )
+from zramd.core.system.points cimport zr_point
 from zramd.core.memory.region cimport KEPT_ARENA, Memory, Region, page_unit, region_populate, whole_pages
 from zramd.core.types cimport NIL, PAGE_SHIFT, PAGE_SIZE, SPAN_LENGTHS, SPAN_PAGES, SPAN_SHIFT
 
@@ -235,7 +237,7 @@ cdef class Arena:
         n = bits_set(gone)
         self._release(span, gone)
         if gone:
-            zr_crash_point("page-given-back")
+            zr_point(points.page_given_back)
         pages_store(&self.committed[span], <uint16_t>(self.committed[span] & ~gone))
         counter_sub(&self.pages, n)
         return n

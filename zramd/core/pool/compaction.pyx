@@ -36,8 +36,9 @@ from zramd.core.pool.zspages cimport (
     zspage_regroup,
     zspage_unlink,
 )
+from zramd.core.system cimport points
 from zramd.core.system.bits cimport bits_set, lowest_bit_64
-from zramd.core.system.checks cimport zr_assert, zr_assert_held, zr_crash_point, zr_poison
+from zramd.core.system.checks cimport zr_assert, zr_assert_held, zr_poison
 from zramd.core.system.latency cimport system_now
 from zramd.core.system.locks cimport (
     compare_swap,
@@ -53,6 +54,7 @@ from zramd.core.system.locks cimport (
     store_relaxed,
     store_release,
 )
+from zramd.core.system.points cimport zr_point
 from zramd.core.types cimport (
     CELL_LENT,
     CELL_LIVE,
@@ -416,23 +418,24 @@ cdef int move_object(Pool pool, size_class *c, uint32_t src, uint32_t chunk, siz
     cell = load_relaxed(&pool.cells[handle])
     if cell_obj(cell) != obj or not cell & CELL_LIVE or (d != c and cell & CELL_LENT):
         return -EBUSY
+    zr_point(points.move_seen)
     if cell & CELL_PIN or not compare_swap(&pool.cells[handle], cell, cell | CELL_PIN):
         counter_add(&pool.undone, 1)
         return -EBUSY
-    zr_crash_point("move-pinned")
+    zr_point(points.move_pinned)
     room = chunk_take(pool, d, dst, handle, resident)
     if room < 0:
         store_release(&pool.cells[handle], cell)
         return room
-    zr_crash_point("move-chunk-taken")
+    zr_point(points.move_chunk_taken)
     new = chunk_at(pool, d, dst, room)
     memcpy(new + HEADER_SIZE, old + HEADER_SIZE, c.size - HEADER_SIZE)
-    zr_crash_point("move-copied")
+    zr_point(points.move_copied)
     cell = cell ^ obj ^ <uint64_t>(new - pool.arena.base)
     store_release(&pool.cells[handle], cell if d == c else cell | CELL_LENT)
-    zr_crash_point("move-cell-stored")
+    zr_point(points.move_cell_stored)
     chunk_give(pool, c, src, chunk)
-    zr_crash_point("move-source-freed")
+    zr_point(points.move_source_freed)
     counter_add(&pool.counters.objects_migrated, 1)
     counter_add(&pool.counters.bytes_migrated, c.size)
     return 0

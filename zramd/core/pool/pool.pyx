@@ -28,7 +28,7 @@ what it points to: alloc: class of the span, header, payload, cell, (slot); move
 (slot), chunk, cell. The cell of an object being written is pinned, and no slot holds its handle yet; the scan takes its
 chunk back. A span changes its class only when no slot leads there. (A kill keeps what one processor has stored, in its
 order; the compiler keeps the order because each step ends with store_release, which has a fence for it.)
-zr_crash_point marks each step; tests/property/test_crash_points.py dies at each.
+zr_point marks each step; tests/property/test_crash_points.py dies at each.
 
 What a word of the file says is not trusted with memory beyond the file's own: a handle, an obj or a link that a flipped
 bit has made wrong is refused, or leads to an object whose checksum differs.
@@ -51,8 +51,9 @@ from zramd.core.pool.zspages cimport (
     zspage_regroup,
     zspage_unlink,
 )
+from zramd.core.system cimport points
 from zramd.core.system.bits cimport bits_set, prefetch
-from zramd.core.system.checks cimport zr_assert, zr_assert_held, zr_crash_point, zr_static_assert
+from zramd.core.system.checks cimport zr_assert, zr_assert_held, zr_static_assert
 from zramd.core.system.locks cimport (
     compare_swap,
     counter_add,
@@ -76,6 +77,7 @@ from zramd.core.system.locks cimport (
     store_relaxed_16,
     store_release,
 )
+from zramd.core.system.points cimport zr_point
 from zramd.core.types cimport (
     CELLS_SLACK,
     CELL_LIVE,
@@ -181,6 +183,7 @@ cdef class Pool:
             next = load_relaxed(&self.cells[handle])
             if next & CELL_TAGS:
                 handle = 0      # overwritten in memory: what follows it is lost until the next start
+            zr_point(points.cell_free_seen)
             self.cells_free = next_cell(next) if handle and next_cell(next) < self.cells_top else 0
         if handle == 0:
             if self.cells_top > self.max_objects + CELLS_SLACK:
@@ -217,6 +220,7 @@ cdef class Pool:
             cell = load_acquire(&self.cells[handle])
             if not cell & CELL_LIVE:
                 return -ENOENT
+            zr_point(points.cell_seen)
             if not cell & CELL_PIN and compare_swap(&self.cells[handle], cell, cell | CELL_PIN):
                 obj[0] = cell_obj(cell)
                 if obj[0] >> SPAN_SHIFT < load_relaxed_32(&self.arena.top):
@@ -265,7 +269,7 @@ cdef class Pool:
         rc = self._cell_take(handle)
         if rc:
             return rc
-        zr_crash_point("cell-taken")
+        zr_point(points.cell_taken)
         rc = self._obj_alloc(index, handle[0], payload)
         if rc:
             self._cell_give(handle[0])
@@ -285,10 +289,10 @@ cdef class Pool:
         if chunk >= 0:
             zspage_regroup(self, c, span)
             start = chunk_at(self, c, span, chunk)
-            zr_crash_point("chunk-taken")
+            zr_point(points.chunk_taken)
             store_release(&self.cells[handle], <uint64_t>(start - self.arena.base) | CELL_LIVE | CELL_PIN)
             payload[0] = start if is_huge(c) else start + HEADER_SIZE
-            zr_crash_point("cell-stored")
+            zr_point(points.cell_stored)
         pthread_mutex_unlock(&c.lock)
         if chunk >= 0:
             return 0
@@ -377,7 +381,7 @@ cdef class Pool:
         z.first_free = NO_CHUNK
         store_relaxed_16(&z.class_index, <uint16_t>index)    # _await_mover looks at it without a lock
         self.span_class[span] = <uint8_t>(index + 1)
-        zr_crash_point("class-stored")
+        zr_point(points.class_stored)
         if is_huge(c) and c.unit > 1:
             if not load_relaxed(&self.arena.reserve):
                 self.arena.decommit(<uint32_t>span, ~<uint32_t>0)
@@ -408,6 +412,7 @@ cdef class Pool:
         cdef uint64_t obj
         cdef int rc = self._pin(handle, &obj)
         if rc == 0:
+            zr_point(points.object_pinned)
             payload[0] = self.arena.base + obj
             if self.zspages[obj >> SPAN_SHIFT].class_index != self.huge:
                 payload[0] += HEADER_SIZE
@@ -451,7 +456,7 @@ cdef class Pool:
         cdef int rc = self._pin(handle, &obj)
         if rc:
             return rc
-        zr_crash_point("free-pinned")
+        zr_point(points.free_pinned)
         span = obj >> SPAN_SHIFT
         index = self.zspages[span].class_index
         c = &self.classes[index]
@@ -462,7 +467,7 @@ cdef class Pool:
             self.obj_end(handle)
             return -ENOENT
         chunk_give(self, c, span, chunk)
-        zr_crash_point("chunk-freed")
+        zr_point(points.chunk_freed)
         if self.zspages[span].group != ISOLATED:
             if self.zspages[span].inuse:
                 zspage_regroup(self, c, span)
@@ -475,9 +480,9 @@ cdef class Pool:
         pthread_mutex_unlock(&c.lock)
         if empty:
             self.arena.give(span, True)
-        zr_crash_point("span-freed")
+        zr_point(points.span_freed)
         self._cell_give(handle)
-        zr_crash_point("cell-freed")
+        zr_point(points.cell_freed)
         return 0
 
     cdef uint32_t obj_capacity(self, uint64_t handle) noexcept nogil:
@@ -501,7 +506,7 @@ cdef class Pool:
         cdef int rc = self._cell_take(handle)
         if rc == 0:
             store_release(&self.cells[handle[0]], word)
-            zr_crash_point("word-stored")
+            zr_point(points.word_stored)
         return rc
 
     cdef uint64_t word_read(self, uint64_t handle) noexcept nogil:
@@ -510,7 +515,7 @@ cdef class Pool:
     cdef void word_free(self, uint64_t handle) noexcept nogil:
         if handle < load_relaxed(&self.cells_top):
             self._cell_give(handle)
-        zr_crash_point("word-freed")
+        zr_point(points.word_freed)
 
     # --------------------------------------------------------------------------------------------------------
     # the pool as a whole
@@ -570,7 +575,7 @@ cdef class Pool:
             pthread_mutex_unlock(&c.lock)
         self.records.clear()
         self.arena.reset()
-        zr_crash_point("pool-cleared")
+        zr_point(points.pool_cleared)
         pthread_mutex_lock(&self.cells_lock)
         self.span_classes.clear()
         store_relaxed(&self.classes_populated, 0)

@@ -4,8 +4,7 @@
 2 asan      zr_assert and zr_assert_held, and the free parts of the arena are poisoned for AddressSanitizer, which
             cannot see into a mapping.
 3 debug     these, and fresh and freed memory is filled: a payload of D0 was never written, one of DF is gone.
-            zr_crash_point(name): with ZRAMD_CRASH=name:N in the environment the process kills itself the Nth time
-            that it comes there, in the middle of a change that must survive it.
+            Named points, where a test may end the process or have another thread go on: see points.pxd.
 """
 
 from zramd.core.system.locks cimport pthread_mutex_t
@@ -66,20 +65,8 @@ cdef extern from *:
     #endif
     #if ZRAMD_CHECK >= 3
     #define zr_fill(p, c, n) memset((p), (c), (n))
-    #include <signal.h>
-    #include <unistd.h>
-    static inline void zr_crash(const char *name, unsigned long *visits)
-    {
-        const char *wanted = getenv("ZRAMD_CRASH");
-        size_t length = strlen(name);
-        if (wanted && !strncmp(wanted, name, length) && wanted[length] == ':'
-                && __atomic_add_fetch(visits, 1, __ATOMIC_RELAXED) == strtoul(wanted + length + 1, NULL, 10))
-            kill(getpid(), SIGKILL);
-    }
-    #define zr_crash_point(name) ({ static unsigned long visits; zr_crash((name), &visits); })
     #else
     #define zr_fill(p, c, n) ((void)(p))
-    #define zr_crash_point(name) ((void)0)
     #endif
     """
     enum:
@@ -91,7 +78,6 @@ cdef extern from *:
     void zr_unpoison(void *start, size_t size) noexcept nogil
     void zr_forget(void *start, size_t size) noexcept nogil
     void zr_fill(void *start, int byte, size_t size) noexcept nogil
-    void zr_crash_point(const char *name) noexcept nogil
 
 cdef enum:
     FILL_FRESH = 0xD0

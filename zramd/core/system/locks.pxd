@@ -73,6 +73,18 @@ cdef extern from *:
         struct timespec time = {0, 50000};
         nanosleep(&time, NULL);
     }
+    #if defined(ZRAMD_CHECK) && ZRAMD_CHECK >= 3
+    /* A scheduler that runs one thread at a time decides here, too: a real wait would be for a thread that it holds. See
+       points.pxd. */
+    int zr_schedule_lock(pthread_mutex_t *lock) __attribute__((weak));
+    int zr_schedule_trylock(pthread_mutex_t *lock) __attribute__((weak));
+    int zr_schedule_unlock(pthread_mutex_t *lock) __attribute__((weak));
+    void zr_schedule_nap(void) __attribute__((weak));
+    #define pthread_mutex_lock(lock) (zr_schedule_lock ? zr_schedule_lock : (pthread_mutex_lock))(lock)
+    #define pthread_mutex_trylock(lock) (zr_schedule_trylock ? zr_schedule_trylock : (pthread_mutex_trylock))(lock)
+    #define pthread_mutex_unlock(lock) (zr_schedule_unlock ? zr_schedule_unlock : (pthread_mutex_unlock))(lock)
+    #define nap() (zr_schedule_nap ? zr_schedule_nap : (nap))()
+    #endif
     """
     uint64_t load_relaxed(uint64_t *p) noexcept nogil
     uint64_t load_acquire(uint64_t *p) noexcept nogil

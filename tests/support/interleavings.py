@@ -1,0 +1,317 @@
+"""Threads on one device or one pool, one interleaving a seed: `python interleavings.py FIRST COUNT`.
+
+Where schedule.c is preloaded (debug builds), the seed decides which thread goes on at each named point and
+lock, so that it repeats what happened, step by step. Elsewhere the same threads run side by side.
+With TRACE instead of COUNT: prints the steps of one seed.
+
+Whatever was written is looked for again: each read must find a content that its block can have had at some
+moment of the read. At the end every block is read, and all structures are checked.
+"""
+
+import ctypes
+import itertools
+import os
+import random
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from zramd import Device, HandleError, PoolFullError, Zsmalloc
+
+BLOCK = 4096
+BLOCKS = 80  # of the device; most of what they hold goes before the threads begin
+HOT = 10  # blocks that all threads use
+SHARED = 2  # blocks behind those, of which each thread has a part
+PART = BLOCK // 4
+OPERATIONS = 16  # of each thread
+WORKERS = 3  # beside the one that compacts
+# Few sizes, so that all meet in few classes: with lists of free chunks, with bitmaps, raw blocks.
+SIZES = (90, 600, 1500, 3000, BLOCK)
+SLOTS = 40
+
+Work = Callable[[], None]
+
+
+@dataclass
+class Write:
+    """A content of a block, and when it was written."""
+
+    content: bytes
+    began: int
+    ended: float = float("inf")
+
+
+@dataclass
+class Block:
+    """What was written to a block."""
+
+    writes: list[Write] = field(default_factory=lambda: [Write(bytes(BLOCK), 0, 0)])
+
+    def allowed(self, began: int) -> list[bytes]:
+        """What a read that began then, and ends now, may find."""
+        # What was over when a write began that was over when the read began is gone.
+        last = max(w.began for w in self.writes if w.ended <= began)
+        return [w.content for w in self.writes if w.ended >= last]
+
+
+class Disk:
+    """A device that is looked at."""
+
+    def __init__(self, dice: random.Random) -> None:
+        self.blocks = [Block() for _ in range(BLOCKS)]
+        self.clock = itertools.count(1)
+        self.parts: dict[tuple[int, int], bytes] = {}
+        self.device = Device((BLOCKS + SHARED) * BLOCK, verify=dice.random() < 0.5)
+        for number in range(HOT, BLOCKS):
+            self.write(number, content(dice))
+        for number in dice.sample(range(HOT, BLOCKS), BLOCKS * 2 // 3):
+            self.trim(number)
+        for number in range(HOT):
+            self.write(number, content(dice))
+        if dice.random() < 0.3:
+            # So little room that who writes has to compact.
+            self.device.mem_limit = self.device.counters()["mem_used_total"] + dice.randrange(3) * BLOCK
+
+    def _change(self, number: int, data: bytes, work: Callable[[], object]) -> None:
+        block = self.blocks[number]
+        write = Write(data, next(self.clock))
+        block.writes.append(write)
+        try:
+            work()
+            write.ended = next(self.clock)
+        except PoolFullError:
+            block.writes.remove(write)
+
+    def write(self, number: int, data: bytes) -> None:
+        self._change(number, data, lambda: self.device.write(data, number * BLOCK))
+
+    def trim(self, number: int) -> None:
+        self._change(number, bytes(BLOCK), lambda: self.device.trim(number * BLOCK, BLOCK))
+
+    def read(self, number: int) -> None:
+        began = next(self.clock)
+        found = bytearray(BLOCK)
+        self.device.read(found, number * BLOCK)
+        assert found in self.blocks[number].allowed(began), f"block {number} reads {bytes(found[:32]).hex()}"
+
+    def write_part(self, number: int, me: int, data: bytes) -> None:
+        """Write what only this thread writes, in a block of which others write other parts."""
+        try:
+            self.device.write(data, number * BLOCK + me * PART)
+            self.parts[number, me] = data
+        except PoolFullError:
+            pass
+        self.read_part(number, me)
+
+    def read_part(self, number: int, me: int) -> None:
+        found = bytearray(PART)
+        self.device.read(found, number * BLOCK + me * PART)
+        assert found == self.parts.get((number, me), bytes(PART)), f"block {number} has lost part {me}"
+
+    def end(self) -> None:
+        self.device.check()
+        for number in range(BLOCKS):
+            self.read(number)
+        for number, me in self.parts:
+            self.read_part(number, me)
+        self.device.trim(0, (BLOCKS + SHARED) * BLOCK)
+        self.device.compact()
+        self.device.check()
+        assert self.device.counters()["mem_used_total"] == 0
+
+    def worker(self, dice: random.Random, me: int) -> None:
+        for _ in range(OPERATIONS):
+            number = dice.randrange(HOT) if dice.random() < 0.7 else dice.randrange(BLOCKS)
+            kind = dice.randrange(10)
+            if kind < 3:
+                self.read(number)
+            elif kind < 6:
+                self.write(number, content(dice))
+            elif kind < 8:
+                self.trim(number)
+            else:
+                self.write_part(BLOCKS + dice.randrange(SHARED), me, dice.randbytes(8) * (PART // 8))
+
+    def mover(self, dice: random.Random) -> None:
+        for _ in range(OPERATIONS // 2):
+            kind = dice.randrange(8)
+            if kind < 2:
+                self.device.compact()
+            elif kind < 5:
+                self.device.compact(dice.randrange(1, 20000))
+            elif kind < 7:
+                self.device.release_stock()
+            else:
+                self.device.check()
+
+
+class Heap:
+    """A pool that is looked at. Who takes a handle out of `slots` frees it; any may read it meanwhile."""
+
+    def __init__(self, dice: random.Random) -> None:
+        self.pool = Zsmalloc(1000)
+        self.slots: list[tuple[int, bytes] | None] = [None] * SLOTS
+        # One that was never freed has its content at all times; of others a read may come too late.
+        self.kept = [self._make(dice) for _ in range(SLOTS)]
+        for number in range(SLOTS):
+            self.slots[number] = self._make(dice)
+        for handle, _ in [self._make(dice) for _ in range(2 * SLOTS)]:
+            self.pool.free(handle)
+        for _ in range(SLOTS * 2 // 3):
+            handle, _ = self.kept.pop(dice.randrange(len(self.kept)))
+            self.pool.free(handle)
+
+    def _make(self, dice: random.Random) -> tuple[int, bytes]:
+        size = dice.choice(SIZES)
+        handle = self.pool.malloc(size)
+        data = whole(dice.randrange(1 << 32), size)
+        self.pool.write(handle, data)
+        return handle, data
+
+    def worker(self, dice: random.Random, _me: int) -> None:
+        for _ in range(OPERATIONS):
+            number = dice.randrange(SLOTS)
+            kind = dice.randrange(8)
+            if kind < 2:
+                handle, data = dice.choice(self.kept)
+                assert self.pool.read(handle) == data, f"handle {handle} has another content"
+            elif kind < 4:
+                known = self.slots[number]
+                if known:
+                    self._read_shared(known[0])
+            else:
+                known, self.slots[number] = self.slots[number], None
+                if known:
+                    handle, data = known
+                    assert self.pool.read(handle) == data, f"handle {handle} has another content"
+                    if kind == 7:
+                        data = whole(dice.randrange(1 << 32), len(data))
+                        self.pool.write(handle, data)
+                        assert self.pool.read(handle) == data, f"handle {handle} has another content"
+                    self.pool.free(handle)
+                if self.slots[number] is None and kind != 6:
+                    made = self._make(dice)
+                    if self.slots[number] is None:
+                        self.slots[number] = made
+                    else:
+                        self.pool.free(made[0])
+
+    def _read_shared(self, handle: int) -> None:
+        try:
+            found = self.pool.read(handle)
+        except HandleError:
+            return
+        assert found in (bytes(len(found)), whole(int.from_bytes(found[:4], "little"), len(found))), (
+            f"handle {handle} has parts of two contents"
+        )
+
+    def mover(self, dice: random.Random) -> None:
+        for _ in range(OPERATIONS // 2):
+            self.pool.compact(0 if dice.random() < 0.5 else dice.randrange(1, 20000))
+
+    def end(self) -> None:
+        self.pool.check()
+        for handle, data in [*self.kept, *filter(None, self.slots)]:
+            assert self.pool.read(handle) == data, f"handle {handle} has another content"
+            self.pool.free(handle)
+        self.pool.compact()
+        self.pool.check()
+        assert self.pool.stats()["mem_used_total"] == 0
+
+
+def content(dice: random.Random) -> bytes:
+    """A block: one word repeated, compressible, or raw."""
+    size = dice.choice((0, *SIZES, BLOCK))
+    return dice.randbytes(8) * 512 if size == 0 else dice.randbytes(size) + bytes(BLOCK - size)
+
+
+def whole(number: int, size: int) -> bytes:
+    """What only an object with this number holds, in each of its parts."""
+    return number.to_bytes(4, "little") * (size // 4) + bytes(size % 4)
+
+
+class Schedule:
+    """schedule.c, where it is preloaded; else nothing is decided."""
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(None)
+        self._library = library if hasattr(library, "schedule_begin") else None
+        if self._library:
+            self._library.schedule_begin.argtypes = [ctypes.c_uint64, ctypes.c_int]
+            self._library.schedule_digest.restype = ctypes.c_uint64
+            self._library.schedule_steps.restype = ctypes.c_uint64
+            self._library.schedule_step.restype = ctypes.c_char_p
+            self._library.schedule_step.argtypes = [ctypes.c_uint64, ctypes.POINTER(ctypes.c_int)]
+
+    def run(self, seed: int, works: list[Work]) -> None:
+        """Run each work in a thread; raise the first exception of one."""
+        errors: list[BaseException] = []
+
+        def run(number: int, work: Work) -> None:
+            if self._library:
+                self._library.schedule_enter(number)
+            try:
+                work()
+            except BaseException as error:
+                errors.append(error)
+            if self._library:
+                self._library.schedule_leave()
+
+        if self._library:
+            self._library.schedule_begin(seed, len(works))
+        threads = [threading.Thread(target=run, args=pair) for pair in enumerate(works)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def steps(self) -> list[tuple[int, str]]:
+        """(thread, point) of each step of the last run."""
+        assert self._library, "without schedule.c nothing is noted"
+        found, thread = [], ctypes.c_int()
+        for i in range(self._library.schedule_steps()):
+            place = self._library.schedule_step(i, ctypes.byref(thread))
+            if place is None:
+                break
+            found.append((thread.value, place.decode()))
+        return found
+
+    def digest(self) -> str:
+        """The same for the same steps."""
+        return f"{self._library.schedule_digest():016x}" if self._library else "-"
+
+
+def play(schedule: Schedule, seed: int) -> None:
+    """Run what a seed says; AssertionError or one of zramd's where something is not as it should be."""
+    dice = random.Random(seed)
+    scene = (Disk, Heap)[seed % 2](dice)
+
+    seeds = [random.Random(dice.randrange(1 << 32)) for _ in range(WORKERS + 1)]
+    works = [partial(scene.worker, seeds[me], me) for me in range(WORKERS)]
+    schedule.run(seed, [partial(scene.mover, seeds[WORKERS]), *works])
+    scene.end()
+
+
+def main(first: int, count: str) -> None:
+    schedule = Schedule()
+    if schedule.digest() != "-":
+        # One runs at a time: on one processor a change of threads is no wake-up of another.
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, [processors[os.getpid() % len(processors)]])
+    if count == "TRACE":
+        play(schedule, first)
+        for thread, place in schedule.steps():
+            print(thread, place)
+        return
+    for seed in range(first, first + int(count)):
+        print("seed", seed, end=" ", flush=True)
+        play(schedule, seed)
+        print(schedule.digest(), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
