@@ -442,7 +442,7 @@ cdef class _Reader(_Stream):
         return rc
 
     cdef int _record(self, uint64_t block, uint32_t what, const char *data) noexcept nogil:
-        """Count a block that is right, and store it if there is a device."""
+        """Count a block that is right, and store it if a device is to be filled."""
         cdef uint64_t slot = SLOT_LOST
         cdef int rc = 0
         self.counted.blocks += 1
@@ -529,10 +529,10 @@ def save(Device device, int fd, *, bint live=False, patience=-1):
 
 
 def load(Device device, int fd, *, bytes begun=b"", length=-1, patience=-1):
-    """Fill an empty device, that nobody else uses, from a descriptor: the numbers as from verify_stream.
+    """Fill an empty device, which nothing else uses, from a descriptor: the numbers as from verify_stream.
 
     begun: what was read of it already; length: bytes of it, -1: to its end. Whatever is raised, the device is empty
-    then. Raises SaveError; PoolFullError when there is no room, MemoryError when the system refuses memory.
+    then. Raises SaveError; PoolFullError when no room is left, MemoryError when the system refuses memory.
     """
     cdef _Reader reader = _Reader(
         fd, -1, device, begun, <uint64_t>-1 if length < 0 else length, <int>(patience * 1000))

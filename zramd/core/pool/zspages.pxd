@@ -1,5 +1,7 @@
 """Zspages: listed by how full they are, and what a class of them could free. The class is locked.
 
+The groups are the fullness groups of Linux' mm/zsmalloc.c; in each, zspages without resident room come last.
+
 In a header for the same reason as chunks.pxd.
 """
 
@@ -15,7 +17,7 @@ from zramd.core.types cimport GROUPS, GROUP_EMPTY, GROUP_FULL, ISOLATED, NIL, NO
 
 cdef enum:
     SIFT_TRIES = 64         # zspages that are looked at for room on resident pages before others get the class lock: 10 us
-    TAIL_PAGES = 2          # unused pages that the last zspage of a class keeps where there is a reserve
+    TAIL_PAGES = 2          # unused pages that the last zspage of a class keeps if the pool has a reserve
     SLACK_SHIFT = 3         # a page goes back by itself once 1/8 of its class is freeable, or overwriting would thrash
 
 cdef inline bint is_unlisted(zspage *z) noexcept nogil:
@@ -102,7 +104,7 @@ cdef inline bint has_resident_room(Pool pool, size_class *c, uint32_t span) noex
 cdef inline uint32_t find_room(Pool pool, size_class *c, uint32_t group, uint32_t *tries) noexcept nogil:
     """The first zspage of a fullness group with room on resident pages; NIL: none, or tries[0] are used up.
 
-    Those without go behind all others, so that nobody looks at them again before a chunk or a page of theirs comes.
+    Those without go behind all others, so that they are not looked at again before they get a chunk or a page.
     """
     cdef uint32_t span = c.heads[group]
     while span != NIL and not pool.zspages[span].dry and tries[0]:

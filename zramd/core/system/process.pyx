@@ -215,7 +215,7 @@ def lock_memory():
 
 
 def make_resident(size_t start, size_t size):
-    """Read a mapped range in and lock it. Raises OSError."""
+    """Read size bytes of a mapping in and lock them. Raises OSError."""
     cdef int rc
     with nogil:
         rc = mlock(<const void *>start, size)
