@@ -30,7 +30,10 @@ _SAVE_ELSEWHERE = "save to a folder of your own, or to - and a pipe"
 
 
 def save(arguments: argparse.Namespace) -> int:
-    """Save a device to a file."""
+    """Save a device to a file.
+
+    Raises UsageError for a closed standard output or a terminal, DeviceError, SaveError.
+    """
     interrupts.interruptible()
     file = _file(arguments, "save")
     served = client.find(arguments.name, arguments.rundir)
@@ -192,7 +195,7 @@ def _unblocked(fd: int, how: int) -> Iterator[int]:
 
 
 def load(arguments: argparse.Namespace) -> int:
-    """Load a saved device into a running one, or only check it."""
+    """Load a saved device into a running one, or only check it. Raises UsageError, DeviceError, SaveError."""
     interrupts.interruptible()
     file = _file(arguments, "load")
     if arguments.check:

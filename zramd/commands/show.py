@@ -76,7 +76,10 @@ def compact(arguments: argparse.Namespace) -> int:
 
 
 def change(arguments: argparse.Namespace) -> int:
-    """Change settings of a running server, all or none of them if one is written wrong."""
+    """Change settings of a running server: all of them, or none if one is wrong.
+
+    Raises UsageError for one that is fixed, or for none at all, ConfigError, DeviceError.
+    """
     if not arguments.settings:
         raise UsageError("nothing to set: write it as in 'zramd set NAME mem_limit=2G'")
     pairs = []
@@ -107,7 +110,7 @@ def _say_if_full(served: client.Served) -> None:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Let the server walk every structure of the device, and print whether it is sound."""
+    """Have the server walk every structure of the device. Raises DeviceError if it is not sound."""
     served = client.find(arguments.name, arguments.rundir)
     started = time.monotonic()
     answer = served.ask_json("POST", "/check", timeout=CHECK_TIMEOUT)
@@ -156,7 +159,7 @@ def dump(arguments: argparse.Namespace) -> int:
 
 
 def block(arguments: argparse.Namespace) -> int:
-    """Print what one block holds."""
+    """Print what one block holds. Raises UsageError for what is no number, DeviceError."""
     if not (arguments.number.isascii() and arguments.number.isdigit()):
         raise UsageError(f"'{arguments.number}' is not a block's number: use 0 or more")
     served = client.find(arguments.name, arguments.rundir)

@@ -24,7 +24,7 @@ from zramd.top.terminal import Terminal
 from zramd.top.view import KEYS, Frame, screen
 
 INTERVALS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds; what + and - go through
-DEFAULT_INTERVAL = 1.0
+DEFAULT_INTERVAL = 1.0  # seconds
 PATIENCE = 3.0  # seconds after which a server that does not answer is said not to
 MESSAGE_TIME = 4.0  # seconds that a message stays
 
@@ -300,7 +300,7 @@ def once(served: client.Served, seconds: float | None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show a device, the first one if none is named."""
+    """Show a device, the first one if none is named. Raises DeviceError."""
     if arguments.name is None and arguments.rundir is None:
         living = [served for served in client.every() if served.pid is not None]
         if not living:

@@ -106,7 +106,7 @@ class Rundir:
             raise RundirError(f"rundir '{self.path}' cannot be written: {reason(error)}") from error
 
     def open_log(self) -> int:
-        """Return the descriptor of the log, to which is added what is written. Raises as `publish`."""
+        """Return a descriptor that appends to the log. Raises as `publish`."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             self._must_be_ours()
@@ -348,7 +348,7 @@ def _is_there(name: str, folder: int) -> bool:
 
 
 def head(name: str, folder: int, size: int = 256) -> str:
-    """Return what a small file begins with, '' if there is none. Raises OSError for want of something."""
+    """Return the first `size` bytes of a file, '' if there is none. Raises OSError for lack of something."""
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except OSError as error:

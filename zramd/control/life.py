@@ -66,7 +66,7 @@ def turn(folder: str, name: str, make: bool = False) -> Iterator[Turn]:
 
 
 def take(folder: str, name: str, make: bool = False) -> Turn:
-    """Wait for one's turn, and return it: as `turn`, and raises OSError if there is no such folder."""
+    """Wait for our turn, and return it. Raises as `turn`, and OSError if there is no such folder."""
     end = time.monotonic() + PATIENCE
     made = waits = False
     while True:

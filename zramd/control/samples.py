@@ -79,7 +79,7 @@ _COUNTED = (
 
 
 def take(served: client.Served, timeout: float = TIMEOUT) -> Sample:
-    """Ask the server of a device. Raises DeviceError when it does not answer."""
+    """Ask the server of a device. Raises DeviceError when it does not answer within `timeout` seconds."""
     stats = served.ask_json("GET", "/stats", timeout=timeout)
     classes: Any = served.ask_json("GET", "/classes.json", timeout=timeout)
     clients = served.ask_json("GET", "/health", timeout=timeout)["clients"]

@@ -46,7 +46,7 @@ class Wanted(NamedTuple):
     device: int = -1  # the N of /dev/nbdN; -1: a free one
     connections: int = 1
     timeout: float | None = None  # seconds; None: by the number of connections
-    dead_conn_timeout: int = DEAD_CONN_TIMEOUT
+    dead_conn_timeout: int = DEAD_CONN_TIMEOUT  # seconds
     swap: bool = False
     priority: int = PRIORITY
     swapon_options: str = "discard"

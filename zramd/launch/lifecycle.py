@@ -103,9 +103,9 @@ class Started(NamedTuple):
 
 
 def start(name: str | None, size: str | None, words: list[str], nbdkit_words: list[str]) -> Started:
-    """Start a server in the background, and wait until it answers.
+    """Start a server in the background, and wait until it answers; `size` is the device's, as a user writes it.
 
-    Raises as `plan`, and DeviceError with the server's reason when it does not get so far.
+    Raises as `plan`, UsageError, and DeviceError with the server's reason when it does not get so far.
     """
     interrupts.interruptible()
 

@@ -31,7 +31,8 @@ def spawn(
     Return its number, its pidfd (None if it has ended already), and its standard error.
 
     Nobody's child because nbdkit may ask the kernel to be ended together with its parent. It stands in
-    `folder` and has no descriptors of ours; then `prepare` is called in it, which may give it some.
+    `folder` and has no descriptors of ours; then `prepare` is called in it, which may give it some. Raises
+    DeviceError when it could not be started.
     """
     errors, to_errors = os.pipe()
     numbers, to_numbers = os.pipe()

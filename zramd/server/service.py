@@ -148,7 +148,7 @@ class Service:
         save_stream(self.device, fd, live=live, patience=STREAM_PATIENCE)
 
     def load(self, fd: int, begun: bytes, length: int) -> dict[str, int]:
-        """Fill the empty device from a descriptor; raises ZramdError, MemoryError."""
+        """Fill the empty device from a descriptor. Raises DeviceError, SaveError, PoolFullError."""
         if not begun and length:
             _await_data(fd, STREAM_PATIENCE)  # meanwhile clients may come
         with self._clients_lock:

@@ -62,7 +62,7 @@ def find(root: "Path", name: str) -> "list[Path]":
 
     Of main files, the one in the highest folder counts alone. Drop-ins come in the order of their file names,
     over all folders; of two with one name, the one in the higher folder counts. A link to /dev/null hides
-    what is below it and counts for nothing.
+    what is below it and counts for nothing. Raises ZramdError for a folder that cannot be read.
     """
     main = [path for folder in FOLDERS if os.path.lexists(path := root / folder / name)][:1]
     drop_ins: dict[str, Path] = {}

@@ -12,7 +12,7 @@ from typing import Any
 from zramd.contract import rundir
 from zramd.errors import ConfigError
 
-PAGE_SIZE = 4096
+PAGE_SIZE = 4096  # bytes
 MAX_DISKSIZE = 4 << 40  # the core has the same: handles have 31 bits
 MAX_CLIENTS = 65536
 MAX_ACCELERATION = 65537  # LZ4_ACCELERATION_MAX: lz4 silently clamps what is above

@@ -145,7 +145,10 @@ def load(root: str | None = None, file: str | None = None) -> Configuration:
 
 
 def total_ram(root: Path) -> int:
-    """Return the machine's memory in whole megabytes, as root/proc/meminfo has it, else /proc/meminfo."""
+    """Return the machine's memory in whole megabytes, as root/proc/meminfo has it, else /proc/meminfo.
+
+    Raises ZramdError.
+    """
     path = root / "proc/meminfo"
     try:
         text = (path if path.exists() else Path("/proc/meminfo")).read_text(errors="replace")

@@ -21,7 +21,7 @@ from typing import NamedTuple, NoReturn
 from zramd.errors import ConfigError
 
 MEGABYTE = 1 << 20
-MAX_LENGTH = 4096
+MAX_LENGTH = 4096  # letters
 MAX_DEPTH = 32
 
 _TOKEN = re.compile(
