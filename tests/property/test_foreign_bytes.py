@@ -34,7 +34,7 @@ from zramd.errors import (
     ZramdError,
     printable,
 )
-from zramd.kernel import attached, kernelswap, netlink
+from zramd.kernel import attached, netlink, swap
 from zramd.launch import nbdkit, uris
 from zramd.server import endpoint, statefile
 from zramd.server.trouble import Troubles
@@ -599,14 +599,14 @@ MOUNTS = (
 @given(swaps=foreign_bytes(*SWAPS), mounts=foreign_bytes(*MOUNTS))
 def test_proc(swaps: bytes, mounts: bytes) -> None:
     try:
-        found = kernelswap.parse_swaps(swaps)
+        found = swap.parse_swaps(swaps)
     except AttachError as error:
         one_sentence(error)
     else:
         lines = [line for line in swaps.split(b"\n")[1:] if line.strip()]
         assert len(found) == len(lines)
-        assert all(os.fsencode(swap.path) for swap in found)
-    for place in kernelswap.parse_mounts(mounts, "/dev/nbd0"):
+        assert all(os.fsencode(area.path) for area in found)
+    for place in swap.parse_mounts(mounts, "/dev/nbd0"):
         os.fsencode(place)
 
 

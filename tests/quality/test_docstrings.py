@@ -1,4 +1,4 @@
-"""Each public name says what it is for, what it raises, and the units of its amounts; algorithms, their source.
+"""Each public name says what it is for, what it raises, and in which units; algorithms, where they are from.
 
 A machine sees whether it is said; whether it is said well is for people to judge.
 """
@@ -131,9 +131,9 @@ def test_what_is_said_is_no_fault_in_python(text: str) -> None:
             "f raises OSError and does not say so",
         ),
         (
-            '"""M."""\ncdef class C:\n    """C."""\n    def __cinit__(self):\n        raise MemoryError("x")\n',
+            '"""M."""\ncdef class C:\n    """C."""\n    def __cinit__(self):\n        raise OSError(1)\n',
             "",
-            "C.__cinit__ raises MemoryError and does not say so",
+            "C.__cinit__ raises OSError and does not say so",
         ),
         ('"""M."""\ndef f(size):\n    """F."""\n', "def f(size: int) -> None: ...", "f says no unit of size"),
         (

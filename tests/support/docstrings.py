@@ -49,7 +49,7 @@ class Said:
     amounts: list[str] = field(default_factory=list)
 
     def faults(self, others: dict[str, str]) -> Iterator[str]:
-        """Find what its reader misses, each as a part of a sentence; others: docstrings, for "raises as `NAME`"."""
+        """Find what its reader misses, as parts of sentences; others: docstrings, for "raises as `NAME`"."""
         if self.docstring is None:
             yield "has no docstring"
             return

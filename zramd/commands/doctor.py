@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from zramd import __version__
 from zramd.commands import Commands
 from zramd.control import client
-from zramd.kernel.kernelswap import MIN_FREE, parse_swaps
+from zramd.kernel.swap import MIN_FREE, parse_swaps
 from zramd.launch import installed
 from zramd.launch.nbdkit import plugin_path
 

@@ -9,7 +9,7 @@ from zramd.control import client
 from zramd.control.columns import BY_NAME, COLUMNS, DEFAULT, Column, columns
 from zramd.control.human import human
 from zramd.errors import DeviceError, say
-from zramd.kernel import attached, kernelswap
+from zramd.kernel import attached, swap
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def numbers(served: client.Served, *, clients: bool) -> "dict[str, Any]":
         stats["clients"] = served.ask_json("GET", "/health", timeout=TIMEOUT)["clients"]
     devices = attached.devices(stats["name"], stats["disksize"])
     stats["attached"] = ",".join(devices)
-    stats["mountpoint"] = ",".join(use for device in devices for use in kernelswap.uses(device))
+    stats["mountpoint"] = ",".join(use for device in devices for use in swap.uses(device))
     return stats
 
 

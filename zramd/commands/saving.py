@@ -18,7 +18,7 @@ from zramd import trusted
 from zramd.commands import Commands, Parser, add_device
 from zramd.control import busy, client
 from zramd.errors import DeviceError, SaveError, UntrustedError, UsageError, reason, say, tell
-from zramd.kernel import attached, kernelswap
+from zramd.kernel import attached, swap
 from zramd.process import inherited, interrupts
 from zramd.process.steps import step
 
@@ -87,7 +87,7 @@ def _in_use(served: client.Served) -> str:
     """Return the warning that a save of a device in use is worth, '' for one that is not."""
     clients, stats = served.ask_json("GET", "/health").get("clients", 0), served.stats()
     devices = attached.devices(stats["name"], stats["disksize"])
-    uses = [use for device in devices for use in kernelswap.uses(device)]
+    uses = [use for device in devices for use in swap.uses(device)]
     if not uses and not clients:
         return ""
     what = f"is in use as {', '.join(uses)}" if uses else f"has {clients} client{'s' * (clients > 1)}"

@@ -12,7 +12,7 @@ from zramd.commands import Commands, Parser, add_device
 from zramd.contract.rundir import COMPACT_TIMEOUT
 from zramd.control import client
 from zramd.errors import DeviceError, UsageError, say
-from zramd.kernel import attached, kernelswap
+from zramd.kernel import attached, swap
 from zramd.launch import installed
 from zramd.settings import config
 from zramd.stats.numbers import NUMBERS
@@ -153,7 +153,7 @@ def dump(arguments: argparse.Namespace) -> int:
             state[part] = {"error": str(error)}
     known = state["stats"]
     devices = attached.devices(known.get("name", served.name), known.get("disksize", 0))
-    state["attached"] = {device: kernelswap.uses(device) for device in devices}
+    state["attached"] = {device: swap.uses(device) for device in devices}
     print(json.dumps(state, indent=2))
     return 0 if "error" not in known else 1
 

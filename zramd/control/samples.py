@@ -11,7 +11,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from zramd.control import client
-from zramd.kernel import attached, kernelswap
+from zramd.kernel import attached, swap
 from zramd.stats.buckets import quantile
 
 TIMEOUT = 10.0  # seconds to wait for each answer
@@ -86,7 +86,7 @@ def take(served: client.Served, timeout: float = TIMEOUT) -> Sample:
     # stats.json has quantiles since the start; what happens now can only be told from the buckets.
     latencies = histograms(served.request("GET", "/metrics", timeout=timeout)) if "latency" in stats else {}
     devices = attached.devices(stats["name"], stats["disksize"])
-    return Sample(stats, classes, clients, {device: kernelswap.uses(device) for device in devices}, latencies)
+    return Sample(stats, classes, clients, {device: swap.uses(device) for device in devices}, latencies)
 
 
 def histograms(metrics: str) -> dict[str, Histogram]:

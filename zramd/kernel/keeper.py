@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from zramd.contract import rundir
 from zramd.errors import AttachError, RundirError, SwapError, ZramdError, reason
-from zramd.kernel import attached, netlink, swap
+from zramd.kernel import attached, netlink, protection
 from zramd.process.steps import step
 
 RETRY = 0.01  # seconds between two looks for a new server; a server takes 100 to start
@@ -94,9 +94,9 @@ class Keeper:
         Raises AttachError, SwapError or OSError; then nothing is attached.
         """
         step("keeper.recorded")
-        swap.prepare()
-        swap.protect_process(HEAP_BYTES)
-        swap.take_priority()
+        protection.prepare()
+        protection.protect_process(HEAP_BYTES)
+        protection.take_priority()
         try:
             if not self._job.adopt:
                 with _uninterrupted():

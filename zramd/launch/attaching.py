@@ -22,7 +22,7 @@ from zramd import trusted
 from zramd.contract import rundir
 from zramd.control import client, life
 from zramd.errors import AttachError, ConfigError, DeviceError, UsageError, say
-from zramd.kernel import attached, kernelswap, netlink, swapunit
+from zramd.kernel import attached, netlink, swap, swapunit
 from zramd.kernel.attached import Attached
 from zramd.kernel.keeper import Job
 from zramd.launch.sudo import sudo
@@ -111,7 +111,7 @@ def _attach(served: client.Served, wanted: Wanted, turn: life.Turn) -> str:
             turn.done()
             _use(served.name, device, wanted)
     except BaseException:
-        if not there and kernelswap.find(device) is None:  # half an attachment would be nobody's
+        if not there and swap.find(device) is None:  # half an attachment would be nobody's
             _undo(served.name, keeper)
         raise
     return device
@@ -158,20 +158,20 @@ def _stands(name: str) -> str:
     there = attached.find(name)
     if there is None:
         return f"{name} is not attached"
-    swap = kernelswap.find(there.device)
-    out = f", and swapped to: {swap.used >> 20} MiB are out" if swap else ""
+    area = swap.find(there.device)
+    out = f", and swapped to: {area.used >> 20} MiB are out" if area else ""
     return f"{name} is attached as {there.device}{out}"
 
 
 def _use(name: str, device: str, wanted: Wanted) -> None:
     """Wait for a device that was attached, and swap to it if asked."""
     _wait(lambda: os.path.exists(device), f"{device} does not appear: is /dev a devtmpfs, or udev running?")
-    if wanted.swap and kernelswap.find(device) is None:
+    if wanted.swap and swap.find(device) is None:
         if wanted.configured:
-            if changed := kernelswap.set_memory_aside():
+            if changed := swap.set_memory_aside():
                 say(changed)
             swapunit.order(device, name)
-        kernelswap.on(device, wanted.priority, options=wanted.swapon_options)
+        swap.on(device, wanted.priority, options=wanted.swapon_options)
     step("attach.used")
 
 
@@ -188,7 +188,7 @@ def _refuse_others(served: client.Served) -> None:
 
 def _drop(there: Attached, whom: str) -> None:
     """Detach what an ended server or attach has left. Raises AttachError if it is in use."""
-    use = ["swap"] if kernelswap.find(there.device) else kernelswap.mounts(there.device)
+    use = ["swap"] if swap.find(there.device) else swap.mounts(there.device)
     if use:
         raise AttachError(
             f"{there.device} is in use as '{use[0]}', but left over from {whom}: "
@@ -258,7 +258,7 @@ def detach(
                 raise AttachError(f"{name} is not attached")
             return
         step("detach.begun")
-        swapped = kernelswap.find(there.device) is not None
+        swapped = swap.find(there.device) is not None
         if configured and not swapped and _for_others(there.name):
             return
         if swapped and not swapoff:
@@ -274,7 +274,7 @@ def _detach(there: Attached, swapped: bool, force: bool) -> None:
     # Only a swap is a writer that udev waits for; and without one the server may be dead.
     with attached.unobserved(device) if swapped else nullcontext(lambda: None) as disconnected:
         if swapped:
-            kernelswap.off(device, force=force, progress=_progress(device))
+            swap.off(device, force=force, progress=_progress(device))
         _must_be_free(device)
         step("detach.free")
         interrupts.finish()
@@ -319,12 +319,12 @@ def _must_be_free(device: str) -> None:
 
     It is not opened for that: an open reads from it, and its server may have gone.
     """
-    mounts = kernelswap.mounts(device)
+    mounts = swap.mounts(device)
     if mounts:
         raise AttachError(f"{device} is mounted on '{mounts[0]}': run 'umount {mounts[0]}' first")
     name = os.path.basename(device)
     holders = [*glob(f"/sys/block/{name}/holders/*"), *glob(f"/sys/block/{name}/{name}p*/holders/*")]
-    holders += [swap.path for swap in kernelswap.swaps() if swap.path.startswith(f"{device}p")]
+    holders += [area.path for area in swap.swaps() if area.path.startswith(f"{device}p")]
     if holders:
         raise AttachError(f"{device} is in use by {os.path.basename(holders[0])}: end that first")
 
@@ -338,7 +338,7 @@ def _has_netlink() -> bool:
         netlink.Kernel().close()
         return True
     reason = "modprobe is not installed"
-    modprobe = kernelswap.find_program("modprobe", kernelswap.PATH)
+    modprobe = swap.find_program("modprobe", swap.PATH)
     if modprobe and not os.path.exists("/sys/module/nbd"):
         done = subprocess.run(
             [modprobe, "nbd"],
@@ -431,7 +431,7 @@ def _by_nbd_client(served: client.Served, wanted: Wanted) -> str:
         words += ["-timeout", f"{wanted.timeout:.0f}"]
     record = attached.Record(name)
     try:
-        kernelswap.run("nbd-client", *words)
+        swap.run("nbd-client", *words)
         record.write(device, "", keeper=0)
     except BaseException:
         record.remove()
@@ -472,7 +472,7 @@ def _disconnect(device: str, there: Attached | None) -> Callable[[], bool]:
         kernel.disconnect(_index(device))
         kernel.close()
     except netlink.NoFamilyError:
-        kernelswap.run("nbd-client", "-d", device)
+        swap.run("nbd-client", "-d", device)
     if keeper >= 0:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(keeper, signal.SIGTERM)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from zramd.contract import handover, rundir
 from zramd.control import busy, client, life
 from zramd.errors import ConfigError, DeviceError, UsageError, ZramdError, say, sentence
-from zramd.kernel import kernelswap
+from zramd.kernel import swap
 from zramd.launch import background, fdstore, nbdkit, spawn, watcher
 from zramd.process import inherited, interrupts, notify, pidfd
 from zramd.process.steps import step
@@ -45,7 +45,7 @@ def plan(
     pid = rundir.holder(settings.rundir)
     if pid is not None:
         raise rundir.in_use(settings.rundir, pid)
-    if not kernelswap.find_program("nbdkit"):
+    if not swap.find_program("nbdkit"):
         raise ZramdError("nbdkit is not installed: run 'apt-get install nbdkit nbdkit-plugin-python' as root")
     options = nbdkit.read_options(nbdkit_words)
     nbdkit.check(options)
@@ -103,7 +103,7 @@ class Started(NamedTuple):
 
 
 def start(name: str | None, size: str | None, words: list[str], nbdkit_words: list[str]) -> Started:
-    """Start a server in the background, and wait until it answers; `size` is the device's, as a user writes it.
+    """Start a server in the background, and wait until it answers; `size` is as a user writes it.
 
     Raises as `plan`, UsageError, and DeviceError with the server's reason when it does not get so far.
     """

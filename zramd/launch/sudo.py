@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 
-from zramd.kernel import kernelswap
+from zramd.kernel import swap
 
 _SHELL_FIRST = rb"""#!/bin/sh\n'''exec' "?((?<=")[^"\n]+|\S+)"""
 
@@ -16,7 +16,7 @@ def sudo(words: str) -> str:
     if os.geteuid() == 0:
         return f"{_command()} {words}"
     called = os.path.exists(sys.argv[0])  # else by another program
-    return f"sudo {_command(kernelswap.PATH) if called else 'zramd'} {words}"
+    return f"sudo {_command(swap.PATH) if called else 'zramd'} {words}"
 
 
 def _command(path: str | None = None) -> str:

@@ -1,7 +1,8 @@
 """When to compact, and how much at a time.
 
-The kernel compacts its zsmalloc only when it is asked to: by its shrinker, or by zram's file `compact`. So the
-rules here are our own; those with a number were measured.
+The kernel compacts its zsmalloc only when asked to: by its shrinker, or by zram's file `compact`. So the
+rules here are our own.
+
 `Policy` holds the rules and knows neither threads nor time: it is told what happened and answers what to do.
 `Compactor` is the thread that looks, compacts in steps and sleeps as the policy says.
 """

@@ -119,7 +119,7 @@ class Leaving:
         if self._config.swap != "local" or not self._clients() or signal.SIGQUIT in signals:
             return True
         self.refused = True  # if it cannot be told, ask again
-        devices = " ".join(swap.devices_in_use(self._config.disksize))
+        devices = " ".join(swap.nbd_devices(self._config.disksize))
         if devices and signals:
             self._manager.tell(f"STATUS=stopping as soon as 'swapoff {devices}' has run")
             say(

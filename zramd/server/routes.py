@@ -67,7 +67,7 @@ class Service(Protocol):
         """Write the device to a descriptor; raises SaveError, OSError once that has begun."""
 
     def load(self, fd: int, begun: bytes, length: int) -> dict[str, int]:
-        """Fill the device from a descriptor, of which `begun` was read; length: bytes of all, -1: up to its end.
+        """Fill the device from a descriptor, of which `begun` was read; length: all its bytes, or -1.
 
         Raises DeviceError when it is not a time for that, SaveError.
         """

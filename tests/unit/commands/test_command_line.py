@@ -21,7 +21,7 @@ from zramd.commands import VERBS, Parser, completion, doctor, listing, main, par
 from zramd.control import client, columns, life
 from zramd.control.human import human
 from zramd.errors import UsageError
-from zramd.kernel import attached, kernelswap
+from zramd.kernel import attached, swap
 from zramd.launch import installed
 from zramd.settings import config
 from zramd.stats import numbers, prometheus, snapshots, texts
@@ -52,7 +52,7 @@ SHARED = {
     "zramd.errors",
     "zramd.lockfile",
     "zramd.kernel",
-    "zramd.kernel.kernelswap",
+    "zramd.kernel.swap",
     "zramd.process",
     "zramd.process.pidfd",
     "zramd.process.steps",
@@ -331,8 +331,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "swaps").write_text("Filename\tType\tSize\tUsed\tPriority\n/dev/nbd1 partition 2044 0 100\n")
     (tmp_path / "mounts").write_text("/dev/nbd0 /mnt/a\\040b ext4 rw 0 0\nproc /proc proc rw 0 0\n")
     monkeypatch.setattr(attached, "SYS_BLOCK", str(tmp_path))
-    monkeypatch.setattr(kernelswap, "SWAPS", str(tmp_path / "swaps"))
-    monkeypatch.setattr(kernelswap, "MOUNTS", str(tmp_path / "mounts"))
+    monkeypatch.setattr(swap, "SWAPS", str(tmp_path / "swaps"))
+    monkeypatch.setattr(swap, "MOUNTS", str(tmp_path / "mounts"))
     return tmp_path
 
 
@@ -341,9 +341,9 @@ def test_attached(machine: Path) -> None:
     assert attached.devices("b", 2 << 20) == ["/dev/nbd1"]
     assert attached.devices("b", 0) == ["/dev/nbd1"]
     assert attached.devices("c", 2 << 20) == []  # it is known to be another's
-    assert kernelswap.uses("/dev/nbd1") == ["[SWAP]"]
-    assert kernelswap.uses("/dev/nbd0") == ["/mnt/a b"]
-    assert kernelswap.uses("/dev/nbd2") == []
+    assert swap.uses("/dev/nbd1") == ["[SWAP]"]
+    assert swap.uses("/dev/nbd0") == ["/mnt/a b"]
+    assert swap.uses("/dev/nbd2") == []
 
 
 def test_stop_is_refused_while_in_use(
@@ -472,8 +472,8 @@ def test_a_mount_point_of_any_bytes_is_shown(
     """Any user may have mounted something on such a folder. Its bytes are shown as they are."""
     place = b"/\xff\xfe" + "\N{SNOWMAN}".encode()
     (tmp_path / "mounts").write_bytes(b"/dev/nbd0 " + place + b" ext4 rw 0 0\n")
-    monkeypatch.setattr(kernelswap, "MOUNTS", str(tmp_path / "mounts"))
-    monkeypatch.setattr(kernelswap, "SWAPS", str(tmp_path / "none"))
+    monkeypatch.setattr(swap, "MOUNTS", str(tmp_path / "mounts"))
+    monkeypatch.setattr(swap, "SWAPS", str(tmp_path / "none"))
     monkeypatch.setattr(attached, "devices", lambda name, size: ["/dev/nbd0"])
     served = client.Served("a", str(tmp_path), 1)
     monkeypatch.setattr(client, "every", lambda: [served])

@@ -18,7 +18,7 @@ from zramd.commands import main
 from zramd.contract import rundir
 from zramd.control import client
 from zramd.errors import AttachError, ConfigError
-from zramd.kernel import attached, keeper, kernelswap
+from zramd.kernel import attached, keeper, swap
 from zramd.launch import attaching
 from zramd.settings import devices
 
@@ -172,15 +172,15 @@ def test_the_service_leaves_what_others_attached(
 ) -> None:
     """With attach = no it was not the service that attached it; swap on it would lose memory."""
     done: list[str] = []
-    swap = kernelswap.Swap("/dev/nbd7", 1 << 20, 0, 100)
+    area = swap.Swap("/dev/nbd7", 1 << 20, 0, 100)
     device = SimpleNamespace(attached=configured != "no")
     there = attached.Attached("zram0", "/dev/nbd7", 0, "data")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(devices, "find", lambda name: device)
     monkeypatch.setattr(attached, "find", lambda name: there)
     monkeypatch.setattr(attached, "unobserved", lambda device: nullcontext(lambda: done.append("emptied")))
-    monkeypatch.setattr(kernelswap, "find", lambda device: swap if swapped else None)
-    monkeypatch.setattr(kernelswap, "off", lambda device, **_: done.append("swapoff"))
+    monkeypatch.setattr(swap, "find", lambda device: area if swapped else None)
+    monkeypatch.setattr(swap, "off", lambda device, **_: done.append("swapoff"))
     monkeypatch.setattr(attaching, "_must_be_free", lambda device: None)
     monkeypatch.setattr(attaching, "_disconnect", lambda device, there: done.append("detach"))
     monkeypatch.setattr(attaching, "_forget", lambda name, device, gone: None)

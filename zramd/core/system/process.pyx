@@ -1,6 +1,6 @@
 """What a process that its own kernel swaps to asks of the system: locked memory, a warm heap, warm stacks, priority.
 
-Each function does one thing and raises OSError when the system refuses; zramd.kernel.swap says in which order and why.
+Each function does one thing and raises OSError when the system refuses; zramd.kernel.protection says in which order and why.
 """
 
 from libc.errno cimport errno
