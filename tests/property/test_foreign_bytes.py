@@ -22,7 +22,7 @@ from support.run import SCALE
 
 from zramd import Device
 from zramd.commands import VERBS, main, verb_parser
-from zramd.control import client
+from zramd.control import servers
 from zramd.core.device import saving
 from zramd.errors import (
     AttachError,
@@ -171,10 +171,10 @@ def test_configuration(machine: Path, data: bytes) -> None:
             assert config.parse(pairs).disksize == device["disksize"]
     if not wrong:
         command("config", "show")
-        assert client.configured().keys() == devices.load().rundirs.keys()
+        assert servers.configured().keys() == devices.load().rundirs.keys()
     for name in ("zram0", "a"):
         with contextlib.suppress(DeviceError):
-            client.look(name)
+            servers.look(name)
 
 
 @often(250)
@@ -399,7 +399,7 @@ def test_answers(tmp_path: Path, data: bytes) -> None:
         thread = threading.Thread(target=answer)
         thread.start()
         try:
-            client.Served("a", str(tmp_path), 1).ask_json("GET", "/stats")
+            servers.Served("a", str(tmp_path), 1).ask_json("GET", "/stats")
         except (DeviceError, UsageError) as error:
             one_sentence(error)
         thread.join()

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
 from zramd import trusted
 from zramd.commands import Commands, Parser, add_device
-from zramd.control import busy, client
+from zramd.control import busy, servers
 from zramd.errors import DeviceError, SaveError, UntrustedError, UsageError, reason, say, tell
 from zramd.kernel import attached, swap
 from zramd.process import inherited, interrupts
@@ -36,7 +36,7 @@ def save(arguments: argparse.Namespace) -> int:
     """
     interrupts.interruptible()
     file = _file(arguments, "save")
-    served = client.find(arguments.name, arguments.rundir)
+    served = servers.find(arguments.name, arguments.rundir)
     if file == "-" and 1 in inherited.missing:
         raise UsageError("standard output is closed: a device cannot be saved to it")
     if file == "-" and os.isatty(1):
@@ -83,7 +83,7 @@ def _place(file: str, remedy: str) -> Iterator[trusted.Place]:
         raise DeviceError(f"'{file}' is not used: {error}: {remedy}") from None
 
 
-def _in_use(served: client.Served) -> str:
+def _in_use(served: servers.Served) -> str:
     """Return the warning that a save of a device in use is worth, '' for one that is not."""
     clients, stats = served.ask_json("GET", "/health").get("clients", 0), served.stats()
     devices = attached.devices(stats["name"], stats["disksize"])
@@ -115,7 +115,9 @@ def _check_target(place: trusted.Place, force: bool) -> None:
         raise _cannot("be read", file, error) from None
 
 
-def _write(served: client.Served, control: socket.socket, place: trusted.Place, total: int) -> dict[str, int]:
+def _write(
+    served: servers.Served, control: socket.socket, place: trusted.Place, total: int
+) -> dict[str, int]:
     """Write the stream to a file of its own, and put that in its place once it is whole and on the disk."""
     file = place.shown
     # One that nobody can guess, nor another save share. The name may be as long as one can be.
@@ -151,7 +153,7 @@ def _sync_folder(folder: int) -> None:
 
 
 def _copy(
-    served: client.Served,
+    served: servers.Served,
     control: socket.socket,
     fd: int,
     what: str,
@@ -168,8 +170,8 @@ def _copy(
     except OSError as error:
         raise _cannot("be written", what, error) from None
     except SaveError as error:
-        hint = ": stop what writes to it, or use --live" if "client changed" in str(error) else ""
-        if "cut off" in str(error) or "cannot be read" in str(error):
+        hint = ": stop what writes to it, or use --live" if error.cause == "changed" else ""
+        if error.cause == "cut off":
             raise DeviceError(
                 f"{served.name} was not saved: its server ended, or gave up, meanwhile"
             ) from None
@@ -200,7 +202,7 @@ def load(arguments: argparse.Namespace) -> int:
     file = _file(arguments, "load")
     if arguments.check:
         return _check(file)
-    served = client.find(arguments.name, arguments.rundir)
+    served = servers.find(arguments.name, arguments.rundir)
     started = time.monotonic()
     emptied = ""
     with _open_trusted(file) as source, interrupts.told(lambda: f"{served.name} is not loaded{emptied}"):

@@ -2,14 +2,14 @@
 
 import time
 
-from zramd.control import client
+from zramd.control import servers
 from zramd.errors import DeviceError
 from zramd.kernel import attached, swap
 
 LOOK_TIMEOUT = 2.0  # seconds; one that does not answer is stopped all the same
 
 
-def refuse(served: client.Served, what: str, more: str = "") -> None:
+def refuse(served: servers.Served, what: str, more: str = "") -> None:
     """Raise DeviceError when this machine's kernel swaps to a device or has it mounted.
 
     `more` ends the sentence. Waits for an attach or a detach that is under way; none can begin while the

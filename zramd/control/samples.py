@@ -10,7 +10,7 @@ from collections import deque
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from zramd.control import client
+from zramd.control import servers
 from zramd.kernel import attached, swap
 from zramd.stats.buckets import quantile
 
@@ -78,7 +78,7 @@ _COUNTED = (
 )
 
 
-def take(served: client.Served, timeout: float = TIMEOUT) -> Sample:
+def take(served: servers.Served, timeout: float = TIMEOUT) -> Sample:
     """Ask the server of a device. Raises DeviceError when it does not answer within `timeout` seconds."""
     stats = served.ask_json("GET", "/stats", timeout=timeout)
     classes: Any = served.ask_json("GET", "/classes.json", timeout=timeout)

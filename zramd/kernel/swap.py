@@ -6,12 +6,13 @@ import stat
 from collections.abc import Callable
 from typing import NamedTuple
 
+from zramd import meminfo
 from zramd.errors import AttachError, is_shortage
 from zramd.process.steps import step
 
 SWAPS = "/proc/swaps"
 MOUNTS = "/proc/mounts"
-MEMINFO = "/proc/meminfo"
+MEMINFO = meminfo.PATH
 MIN_FREE_KBYTES = "/proc/sys/vm/min_free_kbytes"
 MIN_FREE = 0.03  # of memory: docs/swapping.md says what for
 PROGRESS_INTERVAL = 0.2  # seconds between two looks at how far swapoff is
@@ -99,7 +100,7 @@ def uses(device: str) -> list[str]:
 
 def available() -> int:
     """Return the bytes that programs can still get without swapping (MemAvailable)."""
-    return _meminfo("MemAvailable")
+    return _memory("MemAvailable")
 
 
 def set_memory_aside() -> str:
@@ -107,7 +108,7 @@ def set_memory_aside() -> str:
 
     Return a sentence that says what was changed, '' if nothing was. Raises AttachError.
     """
-    wanted = round(_meminfo("MemTotal") * MIN_FREE) >> 10
+    wanted = round(_memory("MemTotal") * MIN_FREE) >> 10
     try:
         with open(MIN_FREE_KBYTES, "r+") as file:
             before = int(file.read())
@@ -124,12 +125,11 @@ def set_memory_aside() -> str:
     return f"vm.min_free_kbytes is {wanted} now, it was {before}"
 
 
-def _meminfo(name: str) -> int:
-    with open(MEMINFO) as file:
-        for line in file:
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) << 10
-    raise AttachError(f"{MEMINFO} does not contain {name}")
+def _memory(name: str) -> int:
+    found = meminfo.read(name, MEMINFO)
+    if found is None:
+        raise AttachError(f"{MEMINFO} does not contain {name}")
+    return found
 
 
 def on(device: str, priority: int, *, options: str = "discard") -> None:

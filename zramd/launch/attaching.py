@@ -20,7 +20,7 @@ from typing import NamedTuple
 import zramd
 from zramd import trusted
 from zramd.contract import rundir
-from zramd.control import client, life
+from zramd.control import life, servers
 from zramd.errors import AttachError, ConfigError, DeviceError, UsageError, say
 from zramd.kernel import attached, netlink, swap, swapunit
 from zramd.kernel.attached import Attached
@@ -61,7 +61,7 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
     AttachError, DeviceError.
     """
     if name is not None:
-        name = client.name_of(name)
+        name = servers.name_of(name)
     elif not folder:
         raise UsageError("which device? Give its name, as 'zramd list' shows it, or --rundir FOLDER")
     elif wanted.configured:
@@ -79,7 +79,7 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
         {"--swap": wanted.swap, "--config": wanted.configured},
     )
     interrupts.interruptible()
-    served = client.look(name, folder)
+    served = servers.look(name, folder)
     # Until it is attached, the server must neither leave nor be replaced: it is known by its data.
     with interrupts.told(lambda: _stands(served.name)), life.turn(served.path, served.name) as turn:
         served.look_again()
@@ -91,7 +91,7 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
         return _attach(served, wanted, turn)
 
 
-def _attach(served: client.Served, wanted: Wanted, turn: life.Turn) -> str:
+def _attach(served: servers.Served, wanted: Wanted, turn: life.Turn) -> str:
     """Attach a device and swap to it if asked; return its name. The server's turn is given back meanwhile."""
     there = attached.find(served.name)
     if there and (whose := _leftover_from(there, served, wanted)):
@@ -117,14 +117,14 @@ def _attach(served: client.Served, wanted: Wanted, turn: life.Turn) -> str:
     return device
 
 
-def _leftover_from(there: Attached, served: client.Served, wanted: Wanted) -> str:
+def _leftover_from(there: Attached, served: servers.Served, wanted: Wanted) -> str:
     """Return what has left an attached device that is of no use any more, '' for one that is."""
     if wanted.configured and there.data and there.data != attached.data_of(served.path):
         return "a server that has ended"
     return "an attach that was killed" if there.is_half else ""
 
 
-def _connect(served: client.Served, there: Attached | None, wanted: Wanted) -> tuple[str, int]:
+def _connect(served: servers.Served, there: Attached | None, wanted: Wanted) -> tuple[str, int]:
     """Connect the kernel to a server, unless that is so already.
 
     Return the device's name, and the process number of the keeper if a new device has one, else 0.
@@ -175,7 +175,7 @@ def _use(name: str, device: str, wanted: Wanted) -> None:
     step("attach.used")
 
 
-def _refuse_others(served: client.Served) -> None:
+def _refuse_others(served: servers.Served) -> None:
     """Raise AttachError for swap on a server that is not root's: its owner reads what is swapped out."""
     process = served.process()
     process.close()
@@ -245,10 +245,10 @@ def detach(
 ) -> None:
     """Detach a device, swapping off first if told: see `zramd detach --help`. Raises AttachError."""
     if name is not None:
-        name = client.name_of(name)
-        client.must_be_a_name(name)
+        name = servers.name_of(name)
+        servers.must_be_a_name(name)
     else:
-        name = _own_name(client.look(None, folder))
+        name = _own_name(servers.look(None, folder))
     _must_be_root("detach", name, folder, {"--swapoff": swapoff, "--config": configured})
     interrupts.interruptible()
     with interrupts.told(lambda: _stands(name)), attached.turn(name):
@@ -297,11 +297,11 @@ def _must_be_root(verb: str, name: str | None, folder: str | None, options: dict
 
 def _own_folder(name: str | None) -> str | None:
     """Return the run folder of this user's device of a name, None if there is none."""
-    own = f"{client.base()}/{name}"
+    own = f"{servers.base()}/{name}"
     return own if os.path.exists(f"{own}/{rundir.PID}") else None
 
 
-def _own_name(served: client.Served) -> str:
+def _own_name(served: servers.Served) -> str:
     """Return what a server calls its device: its run folder may have any name. Raises ConfigError."""
     try:
         name = str(served.stats()["name"])
@@ -361,7 +361,7 @@ def _has_netlink() -> bool:
     return True
 
 
-def _job(served: client.Served, wanted: Wanted, there: Attached | None = None) -> Job:
+def _job(served: servers.Served, wanted: Wanted, there: Attached | None = None) -> Job:
     """Return what a keeper is to do: connect a device, or look after one that is `there`."""
     timeout = wanted.timeout
     if timeout is None:
@@ -421,7 +421,7 @@ def _start_keeper(job: Job) -> tuple[int, int]:
 # ---- By nbd-client --------------------------------------------------------------------------------------
 
 
-def _by_nbd_client(served: client.Served, wanted: Wanted) -> str:
+def _by_nbd_client(served: servers.Served, wanted: Wanted) -> str:
     """Attach by the program nbd-client and return the device's name. Raises AttachError."""
     name, address = served.name, served.file(rundir.NBD_SOCKET)
     say(f"attaching by nbd-client: {name} has no keeper, and when its server ends, requests fail")

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from zramd.contract import handover, rundir
-from zramd.control import busy, client, life
+from zramd.control import busy, life, servers
 from zramd.errors import ConfigError, DeviceError, UsageError, ZramdError, say, sentence
 from zramd.kernel import swap
 from zramd.launch import background, fdstore, nbdkit, spawn, watcher
@@ -110,7 +110,7 @@ def start(name: str | None, size: str | None, words: list[str], nbdkit_words: li
     interrupts.interruptible()
 
     inherited.leave_manager()
-    name = None if name is None else client.name_of(name)
+    name = None if name is None else servers.name_of(name)
     given = {config.find(word.partition("=")[0]).name for word in words}
     configured = None
     if size is None and "name" not in given:
@@ -201,7 +201,7 @@ def stop(name: str | None, folder: str | None, *, force: bool) -> None:
     Raises DeviceError when the kernel uses the device, and when the server does not end.
     """
     interrupts.interruptible()
-    served = client.look(name, folder)
+    served = servers.look(name, folder)
     outcome = "is not stopped"
     with (
         interrupts.told(lambda: f"{served.name} {outcome}"),
@@ -230,7 +230,7 @@ def stop(name: str | None, folder: str | None, *, force: bool) -> None:
         rundir.clear(served.path, process.pid)  # what it could not remove itself
 
 
-def _refuse_loss(served: client.Served) -> None:
+def _refuse_loss(served: servers.Served) -> None:
     """Raise DeviceError if clients are connected who would lose what they have stored: there is no state."""
     try:
         clients = served.ask_json("GET", "/health", timeout=busy.LOOK_TIMEOUT)["clients"]

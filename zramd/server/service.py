@@ -92,7 +92,7 @@ class Service:
         """Return status (ok or degraded), its causes, the compactor's status, number of clients, process."""
         compactor = self.compactor.status
         causes = self._troubles.causes()
-        if compactor.startswith("failed"):
+        if self.compactor.failure:
             causes.append(f"background compaction {compactor}")
         return {
             "status": "degraded" if causes else "ok",

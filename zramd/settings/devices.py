@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from zramd import meminfo
 from zramd.contract import handover, rundir
 from zramd.errors import ConfigError, ZramdError
 from zramd.settings import conffiles, config, expression, keys
@@ -151,13 +152,12 @@ def total_ram(root: Path) -> int:
     """
     path = root / "proc/meminfo"
     try:
-        text = (path if path.exists() else Path("/proc/meminfo")).read_text(errors="replace")
+        memory = meminfo.read("MemTotal", str(path) if path.exists() else meminfo.PATH)
     except OSError as error:
         raise ZramdError(f"{path}: {error.strerror}") from None
-    match = re.search(r"^MemTotal:\s*([0-9]+) kB$", text, re.MULTILINE)
-    if match is None:
-        raise ZramdError(f"{path}: there is no line 'MemTotal: … kB' in it")
-    return int(match[1]) >> 10
+    if memory is None:
+        raise ZramdError(f"{path}: it has no line 'MemTotal: … kB'")
+    return memory >> 20
 
 
 def _add(sections: Sections, entries: list[Entry]) -> list[Problem]:

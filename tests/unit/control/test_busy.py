@@ -9,7 +9,7 @@ import pytest
 
 from zramd import lockfile
 from zramd.control import busy, life
-from zramd.control.client import Served
+from zramd.control.servers import Served
 from zramd.errors import DeviceError
 from zramd.kernel import attached, swap
 

@@ -16,7 +16,7 @@ import pytest
 import zramd
 from zramd.commands import main
 from zramd.contract import rundir
-from zramd.control import client
+from zramd.control import servers
 from zramd.errors import AttachError, ConfigError
 from zramd.kernel import attached, keeper, swap
 from zramd.launch import attaching
@@ -198,7 +198,7 @@ def test_neither_name_nor_folder(verb: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_the_name_that_a_server_has(tmp_path: Path) -> None:
     """A run folder may have any name; what root is told to make a file of may not."""
-    served = client.Served("folder", str(tmp_path), 1)
+    served = servers.Served("folder", str(tmp_path), 1)
     assert attaching._own_name(served) == "folder"
     (tmp_path / "stats.json").write_text('{"name": "zram7"}')
     assert attaching._own_name(served) == "zram7"
@@ -213,7 +213,7 @@ def test_a_kernel_device_stands_for_what_is_attached(folder: Path, monkeypatch: 
     monkeypatch.setattr(attached, "is_connected", lambda device: device == "/dev/nbd7")
     monkeypatch.setattr(attached, "read_sys", lambda device, name: "")
     (folder / "other").write_text("")
-    assert [client.name_of(word) for word in ("/dev/nbd7", "/dev/nbd1", "/dev/zram0", "b")] == [
+    assert [servers.name_of(word) for word in ("/dev/nbd7", "/dev/nbd1", "/dev/zram0", "b")] == [
         *("a", "nbd1", "zram0", "b")
     ]
     record.close()

@@ -1,7 +1,7 @@
 """Finds the devices of this machine by their run folders, and talks to their servers.
 
-    for served in client.every(): ...                 all, also those whose server has died
-    client.find("zram0").stats()["mem_used_total"]    one, whose server lives
+    for served in servers.every(): ...                    all, also those whose server has died
+    servers.find("zram0").ask_json("GET", "/stats")       one, whose server lives
 
 Nothing here needs the compiled core.
 """
