@@ -24,38 +24,36 @@ cdef inline bint is_unlisted(zspage *z) noexcept nogil:
     """Whether a zspage is on no list. (One that was never used has the zeros of a fresh record.)"""
     return z.group == ISOLATED or z.group == NO_ZSPAGE or z.group == GROUP_EMPTY
 
-cdef inline void zspage_link(Pool pool, size_class *c, uint32_t span) noexcept nogil:
-    """List a zspage in its fullness group."""
+cdef inline void link_between(Pool pool, size_class *c, uint32_t span, uint32_t group,
+                              uint32_t prev, uint32_t next) noexcept nogil:
+    """List a zspage in a group between two neighbours; NIL: it is the first, or the last."""
     cdef zspage *z = &pool.zspages[span]
-    cdef uint32_t group = fullness(c, z)
     zr_assert(is_unlisted(z))
     z.group = <uint8_t>group
-    z.dry = False
-    z.prev = NIL
-    z.next = c.heads[group]
-    if z.next != NIL:
-        pool.zspages[z.next].prev = span
+    z.prev = prev
+    z.next = next
+    if prev != NIL:
+        pool.zspages[prev].next = span
+    else:
+        c.heads[group] = span
+    if next != NIL:
+        pool.zspages[next].prev = span
     else:
         c.tails[group] = span
-    c.heads[group] = span
     owned_add(&c.group_count[group], 1)
+
+cdef inline void zspage_link(Pool pool, size_class *c, uint32_t span) noexcept nogil:
+    """List a zspage in its fullness group."""
+    cdef uint32_t group = fullness(c, &pool.zspages[span])
+    link_between(pool, c, span, group, NIL, c.heads[group])
+    pool.zspages[span].dry = False
 
 cdef inline void zspage_link_dry(Pool pool, size_class *c, uint32_t span) noexcept nogil:
     """List a zspage behind those of its fullness group that may have room on resident pages: it has none."""
-    cdef zspage *z = &pool.zspages[span]
-    cdef uint32_t group = fullness(c, z)
+    cdef uint32_t group = fullness(c, &pool.zspages[span])
     zr_assert_held(&c.lock)
-    zr_assert(is_unlisted(z))
-    z.group = <uint8_t>group
-    z.dry = True
-    z.next = NIL
-    z.prev = c.tails[group]
-    if z.prev != NIL:
-        pool.zspages[z.prev].next = span
-    else:
-        c.heads[group] = span
-    c.tails[group] = span
-    owned_add(&c.group_count[group], 1)
+    link_between(pool, c, span, group, c.tails[group], NIL)
+    pool.zspages[span].dry = True
 
 cdef inline void zspage_unlink(Pool pool, size_class *c, uint32_t span) noexcept nogil:
     cdef zspage *z = &pool.zspages[span]
