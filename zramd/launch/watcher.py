@@ -16,7 +16,7 @@ from zramd.control import life, servers
 from zramd.errors import ZramdError
 from zramd.launch import spawn
 from zramd.launch.nbdkit import Options
-from zramd.launch.sudo import sudo
+from zramd.launch.sudo import sudo, zramd
 from zramd.launch.uris import uri
 from zramd.process import pidfd
 from zramd.settings.config import Config
@@ -49,13 +49,18 @@ def greeting(settings: Config, options: Options, pid: int) -> str:
         attach = f"nbdinfo {shlex.quote(where)}"
     else:
         attach = "see nbdkit's options that you gave"
+    if settings.endpoint:
+        usual = settings.rundir == f"{servers.base()}/{settings.name}"
+        look = "watch         " + zramd(f"top {settings.name if usual else f'--rundir {folder}'}")
+    else:
+        look = f"read stats    cat {folder}/mm_stat {folder}/frag_ratio"
     return (
         f"zramd {__version__} serves {settings.name}, {settings.disksize} bytes\n"
         f"  NBD URI       {where or 'as nbdkit was told'}\n"
         f"  stats folder  {settings.rundir}\n"
         "try next:\n"
         f"  attach        {attach}\n"
-        f"  read stats    cat {folder}/mm_stat {folder}/frag_ratio\n"
+        f"  {look}\n"
         f"  stop          Ctrl-C, or: kill {pid}\n"
     )
 
