@@ -31,7 +31,7 @@ def attach(arguments: argparse.Namespace) -> int:
 
 
 def detach(arguments: argparse.Namespace) -> int:
-    """Detach a device, swapping off first if told."""
+    """Detach a device, swapping off first if asked."""
     attaching.detach(
         arguments.name,
         arguments.rundir,

@@ -170,7 +170,7 @@ def local_swap(root: str = "") -> Iterator[Finding]:
 
 
 def swap_settings(root: str = "") -> Iterator[Finding]:
-    """The kernel's settings for swapping, and who else compresses."""
+    """The kernel's settings for swapping, and what else compresses."""
 
     def setting(name: str) -> int | None:
         text = _read(f"{root}/proc/sys/vm/{name}")

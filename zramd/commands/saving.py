@@ -248,7 +248,7 @@ def _send(fd: int, control: socket.socket, length: int) -> None:
 
 
 def _check(file: str) -> int:
-    """Check a file and tell what is in it."""
+    """Check a file and print what is in it."""
     with _open(file) as source:
         found = _verify(source.fileno(), file)
     when = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(found["saved_at"]))

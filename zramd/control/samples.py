@@ -46,7 +46,7 @@ class Histogram(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """All that is shown of one device, as its server told it."""
+    """All that is shown of one device, as its server reported it."""
 
     stats: dict[str, Any]
     classes: list[dict[str, Any]]
@@ -83,7 +83,7 @@ def take(served: servers.Served, timeout: float = TIMEOUT) -> Sample:
     stats = served.ask_json("GET", "/stats", timeout=timeout)
     classes: Any = served.ask_json("GET", "/classes.json", timeout=timeout)
     clients = served.ask_json("GET", "/health", timeout=timeout)["clients"]
-    # stats.json has quantiles since the start; what happens now can only be told from the buckets.
+    # stats.json has quantiles since the start; what happens now can only be seen from the buckets.
     latencies = histograms(served.request("GET", "/metrics", timeout=timeout)) if "latency" in stats else {}
     devices = attached.devices(stats["name"], stats["disksize"])
     return Sample(stats, classes, clients, {device: swap.uses(device) for device in devices}, latencies)

@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from zramd.core.system import process, threadstate
-from zramd.errors import SwapError
+from zramd.errors import SwapError, reason
 
 if TYPE_CHECKING:
     from zramd.core.device.device import Device
@@ -31,7 +31,7 @@ _REQUEST_BYTES = 128 << 10  # the most in one request of the kernel's
 # Python's or of the C library's, when they want it. So it must get the processor before any ordinary program
 # does, but after them.
 SERVE, BESIDE = 2, 1
-SWITCH_INTERVAL = 0.0005  # seconds after which who has the GIL is asked for it
+SWITCH_INTERVAL = 0.0005  # seconds after which the holder of the GIL is asked for it
 
 _SMALL = 2 << 20  # bytes
 _FRAMES = 200  # of Python: they fill the 16 KiB that each thread has for them
@@ -96,7 +96,7 @@ def take_priority(priority: int = SERVE) -> None:
     try:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(priority))
     except OSError as error:
-        raise _refuse("cannot become real-time", error.strerror, remedy) from None
+        raise _refuse("cannot become real-time", reason(error), remedy) from None
     if os.sched_getscheduler(0) != os.SCHED_RR or os.sched_getparam(0).sched_priority != priority:
         raise _refuse("cannot become real-time", "the kernel does not say so", remedy)
 
@@ -118,8 +118,8 @@ def _right(capability: str) -> str:
     return f"root lacks CAP_{capability} here: have its container or service give it"
 
 
-def _refuse(measure: str, reason: object, remedy: str) -> SwapError:
-    return SwapError(f"{measure}: {reason}: {remedy}")
+def _refuse(measure: str, why: object, remedy: str) -> SwapError:
+    return SwapError(f"{measure}: {why}: {remedy}")
 
 
 def _io_flusher() -> None:
@@ -128,7 +128,7 @@ def _io_flusher() -> None:
     try:
         process.set_io_flusher()
     except OSError as error:
-        raise _refuse("cannot become an I/O flusher", error.strerror, remedy) from None
+        raise _refuse("cannot become an I/O flusher", reason(error), remedy) from None
     if not process.is_io_flusher():
         raise _refuse("cannot become an I/O flusher", "the kernel does not say so", remedy)
 
@@ -143,7 +143,7 @@ def _oom_score_adj() -> None:
             found = score.read().strip()
     except OSError as error:
         raise _refuse(
-            f"cannot set {path} to {OOM_SCORE_ADJ}", error.strerror, _right("SYS_RESOURCE")
+            f"cannot set {path} to {OOM_SCORE_ADJ}", reason(error), _right("SYS_RESOURCE")
         ) from None
     if found != str(OOM_SCORE_ADJ):
         raise _refuse(f"cannot set {path} to {OOM_SCORE_ADJ}", f"it is {found}", _right("SYS_RESOURCE"))
@@ -155,7 +155,7 @@ def _locked_memory() -> None:
     try:
         process.lock_memory()
     except OSError as error:
-        raise _refuse("cannot lock memory", error.strerror, remedy) from None
+        raise _refuse("cannot lock memory", reason(error), remedy) from None
     status = _status()
     # All that is mapped counts as locked but for a few pages of the kernel's own (vvar, vdso).
     if status["VmLck"] < 0.99 * status["VmSize"]:
@@ -172,7 +172,7 @@ def _resident_code() -> None:
         try:
             process.make_resident(start, end - start)
         except OSError as error:
-            raise _refuse("cannot read the program's code into memory", error.strerror, remedy) from None
+            raise _refuse("cannot read the program's code into memory", reason(error), remedy) from None
     missing = _missing_code()
     if missing:
         raise _refuse("cannot read the program's code into memory", f"{missing} kB are missing", remedy)
@@ -186,12 +186,12 @@ def _warm_heap(size: int = HEAP_BYTES) -> None:
     try:
         process.warm_heap(size)
     except OSError as error:
-        raise _refuse("cannot make the heap resident", error.strerror, "free some memory") from None
+        raise _refuse("cannot make the heap resident", reason(error), "free some memory") from None
     # The least of a few: the first time also touches what is not the heap.
     faults = min(_faults_of_heap(probe) for _ in range(3))
     if faults:
-        reason = f"{faults} page faults for {probe} bytes"
-        raise _refuse("the heap takes pages from the kernel", reason, remedy)
+        why = f"{faults} page faults for {probe} bytes"
+        raise _refuse("the heap takes pages from the kernel", why, remedy)
 
 
 def _faults_of_heap(size: int) -> int:
@@ -218,7 +218,7 @@ def _inherited_priority(device: "Device") -> None:
     try:
         device.inherit_priority()
     except OSError as error:
-        raise _refuse("locks cannot pass priority on", error.strerror, "use a C library that can") from None
+        raise _refuse("locks cannot pass priority on", reason(error), "use a C library that can") from None
 
 
 def minor_faults() -> int:

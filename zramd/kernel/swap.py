@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from zramd import meminfo
-from zramd.errors import AttachError, is_shortage
+from zramd.errors import AttachError, is_shortage, reason
 from zramd.process.steps import step
 
 SWAPS = "/proc/swaps"
@@ -32,7 +32,7 @@ class Swap(NamedTuple):
 
 
 def swaps() -> list[Swap]:
-    """Return all that the kernel swaps to now, as /proc/swaps tells. Raises OSError, AttachError."""
+    """Return all that the kernel swaps to now, as /proc/swaps says. Raises OSError, AttachError."""
     try:
         with open(SWAPS, "rb") as file:
             return parse_swaps(file.read())
@@ -121,7 +121,7 @@ def set_memory_aside() -> str:
             if int(file.read()) < wanted:
                 raise OSError(0, "the kernel does not take it")
     except OSError as error:
-        raise AttachError(f"'{MIN_FREE_KBYTES}' cannot be set to {wanted}: {error.strerror}") from None
+        raise AttachError(f"'{MIN_FREE_KBYTES}' cannot be set to {wanted}: {reason(error)}") from None
     return f"vm.min_free_kbytes is {wanted} now, it was {before}"
 
 
@@ -155,7 +155,7 @@ def settle_queue(device: str) -> None:
                 file.seek(0)
                 file.write("0")
     except OSError as error:
-        raise AttachError(f"'{path}' cannot be set to 0: {error.strerror}") from None
+        raise AttachError(f"'{path}' cannot be set to 0: {reason(error)}") from None
 
 
 def off(device: str, *, force: bool = False, progress: Callable[[int, int], None] | None = None) -> None:
@@ -205,7 +205,7 @@ def off(device: str, *, force: bool = False, progress: Callable[[int, int], None
 def find_program(name: str, path: str | None = None) -> str:
     """Return where a program is in the folders of `path`, by default $PATH, '' if it is in none.
 
-    Raises OSError when that cannot be told for want of something: then it may be there.
+    Raises OSError when that is not known for lack of something: then it may exist.
     """
     for folder in os.get_exec_path({"PATH": path} if path else None):
         place = os.path.join(folder, name)

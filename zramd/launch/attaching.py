@@ -243,7 +243,7 @@ def detach(
     if_attached: bool = False,
     configured: bool = False,
 ) -> None:
-    """Detach a device, swapping off first if told: see `zramd detach --help`. Raises AttachError."""
+    """Detach a device, swapping off first if asked: see `zramd detach --help`. Raises AttachError."""
     if name is not None:
         name = servers.name_of(name)
         servers.must_be_a_name(name)
@@ -285,7 +285,7 @@ def _detach(there: Attached, swapped: bool, force: bool) -> None:
 
 
 def _must_be_root(verb: str, name: str | None, folder: str | None, options: dict[str, bool]) -> None:
-    """Raise AttachError, which tells another user what root has to run: root looks in another place."""
+    """Raise AttachError, which says to another user what root has to run: root looks in another place."""
     if os.geteuid() == 0:
         return
     words = [verb, *([name] if name else [])]

@@ -220,7 +220,7 @@ def stop(name: str | None, folder: str | None, *, force: bool) -> None:
             ended = process.ended(STOP_TIMEOUT)
         except OSError as error:
             raise DeviceError(
-                f"{served.name} has been told to stop; whether it has cannot be told: {sentence(error)}"
+                f"{served.name} has been told to stop; it is not known whether it has: {sentence(error)}"
             ) from None
         if not ended:
             raise DeviceError(
@@ -231,7 +231,7 @@ def stop(name: str | None, folder: str | None, *, force: bool) -> None:
 
 
 def _refuse_loss(served: servers.Served) -> None:
-    """Raise DeviceError if clients are connected who would lose what they have stored: there is no state."""
+    """Raise DeviceError if clients are connected that would lose their data, as there is no state."""
     try:
         clients = served.ask_json("GET", "/health", timeout=busy.LOOK_TIMEOUT)["clients"]
         state = served.ask_json("GET", "/settings", timeout=busy.LOOK_TIMEOUT).get("state")

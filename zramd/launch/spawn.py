@@ -1,7 +1,7 @@
 """A server in the background: started, heard, and looked at until it answers.
 
-Its standard error is a pipe to us. The server turns to a file of its own once it serves: the pipe's end tells
-that, and what came before it why a server did not get so far.
+Its standard error is a pipe to us. The server turns to a file of its own once it serves: the pipe's end shows
+that, and what came before it says why a server did not get so far.
 """
 
 import os

@@ -142,7 +142,7 @@ class _Old:
         self.served = served
         self.pid = process.pid
         self.process = process.fd
-        # A server of an older zramd does not tell.
+        # A server of an older zramd does not say.
         self.leaves_pid = bool(served.ask_json("GET", "/health").get("leaves_pid"))
         self.listening: list[int] = []
         self.made = False  # the run folder, by zramd
@@ -180,7 +180,7 @@ class _Old:
         self.made = text == b"made"
 
     def was_stopped(self) -> bool:
-        """Say whether somebody has stopped it: once it has ended, and if it is new enough to tell."""
+        """Say whether a user has stopped it: once it has ended, and if it is new enough to say."""
         return self.leaves_pid and not os.path.exists(self.served.file(rundir.PID))
 
     def goes_on(self, why: str) -> DeviceError:

@@ -68,7 +68,7 @@ def greeting(settings: Config, options: Options, pid: int) -> str:
 def watch(pid: int, ready: Callable[[], bool], text: str) -> bool:
     """Print `text` once `ready` says so, and return True; give up silently when process `pid` has ended."""
     end = time.monotonic() + spawn.READY_TIMEOUT
-    # It tells of the end at once: a caller may wait for the end of our output before it reaps that process.
+    # It reports the end at once: a caller may wait for the end of our output before it reaps that process.
     process = pidfd.open_number(pid)
     while process is not None and time.monotonic() < end:
         if ready():

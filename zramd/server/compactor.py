@@ -202,7 +202,7 @@ class Compactor:
         return self._step(last)
 
     def _step(self, last: Pressure) -> float:
-        asked = len(self._tickets)  # who asks later may ask about more than this step looks at
+        asked = len(self._tickets)  # a later request may be about more than this step looks at
         started = self._clock()
         freed = self._device.compact(self._step_bytes)
         taken = self._clock() - started

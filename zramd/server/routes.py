@@ -61,7 +61,7 @@ class Service(Protocol):
         """Drop all data; return False, with nothing done, while a client is connected."""
 
     def send_sockets(self, path: str) -> None:
-        """Send the listening sockets to who listens at `path`; raises OSError."""
+        """Send the listening sockets to the process that listens at `path`. Raises OSError."""
 
     def save(self, fd: int, *, live: bool) -> None:
         """Write the device to a descriptor; raises SaveError, OSError once that has begun."""

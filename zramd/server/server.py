@@ -16,7 +16,7 @@ from zramd.contract.rundir import BACKGROUND, CONTROL_SOCKET, STATE, Rundir
 from zramd.core.device.device import Device
 from zramd.core.system.process import at_failing_exit, dump_little, name_thread
 from zramd.core.system.threads import start_thread
-from zramd.errors import RundirError
+from zramd.errors import RundirError, reason
 from zramd.kernel import protection
 from zramd.process import notify
 from zramd.process.steps import step
@@ -47,7 +47,7 @@ def prepare(config: Config, shutdown: Callable[[], None]) -> "Prepared":
 
     Raises RundirError, CorruptionError when the self-test fails, MemoryError, SwapError, StateError.
     """
-    # As nbdkit has it once it serves: who started us may end before we have said all.
+    # As nbdkit has it once it serves: what started us may end before we have said all.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     self_test()
     log = Log(prepare=protection.warm_stack if config.swap == "local" else lambda: None)
@@ -240,7 +240,7 @@ class Serving:
         try:
             endpoint = Endpoint(path, self.service, self._troubles)
         except OSError as error:
-            raise RundirError(f"socket '{path}' cannot be made: {error.strerror}") from None
+            raise RundirError(f"socket '{path}' cannot be made: {reason(error)}") from None
         self._ends.add(endpoint.close)
         return endpoint
 

@@ -1,4 +1,4 @@
-"""What a server does for who asks: clients, by nbdkit, and callers of the control socket, by routes."""
+"""What a server does on request: of clients, by nbdkit, and of callers of the control socket, by routes."""
 
 import os
 import select
@@ -29,7 +29,7 @@ _DATA_ID_FAILS = "data_id is not written"
 
 
 class Service:
-    """One device for all who use it: see zramd.server.routes.Service.
+    """One device for all its users: see zramd.server.routes.Service.
 
     config: the settings as they are now. device: what is served. clients: how many there are.
     """

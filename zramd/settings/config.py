@@ -49,7 +49,7 @@ def parse_size(text: str) -> int:
 
 
 def _size_hint(text: str) -> str:
-    """Return what somebody may have meant who wrote something that is no size."""
+    """Return what a user may have meant by something that is no size."""
     if len(text) <= 64:
         close = "".join(text.split())
         if close != text and _SIZE.fullmatch(close):

@@ -5,7 +5,7 @@
     device.pairs, device.words()            # the server's settings, for config.parse and `zramd serve`
 
 Each section is a device. Its keys are zram-generator's, zramd's settings under their own names, and what
-the kernel is told when it attaches the device; `zramd.settings.keys` has those that are not settings.
+the kernel gets when it attaches the device; `zramd.settings.keys` has those that are not settings.
 docs/zramd.conf teaches all.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from zramd import meminfo
 from zramd.contract import handover, rundir
-from zramd.errors import ConfigError, ZramdError
+from zramd.errors import ConfigError, ZramdError, reason
 from zramd.settings import conffiles, config, expression, keys
 from zramd.settings.conffiles import Entry, Problem
 from zramd.settings.config import Config
@@ -154,7 +154,7 @@ def total_ram(root: Path) -> int:
     try:
         memory = meminfo.read("MemTotal", str(path) if path.exists() else meminfo.PATH)
     except OSError as error:
-        raise ZramdError(f"{path}: {error.strerror}") from None
+        raise ZramdError(f"{path}: {reason(error)}") from None
     if memory is None:
         raise ZramdError(f"{path}: it has no line 'MemTotal: … kB'")
     return memory >> 20
@@ -228,7 +228,7 @@ def build(sections: Sections, ram: int, known: Iterable[Problem] = ()) -> Config
 
 
 def _check_paths(found: list[ConfiguredDevice], problems: list[Problem]) -> None:
-    """Two devices cannot have one folder or file, by whatever path they are told of it."""
+    """Two devices cannot have one folder or file, by whatever path they name it."""
     owners: dict[str, tuple[str, str]] = {}  # real path → section and key that have it
     for device in found:
         settings = device.settings()

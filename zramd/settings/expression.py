@@ -38,7 +38,7 @@ _EPSILON = 8 * 2.0**-52  # two numbers this close are equal
 
 
 class ExpressionError(ConfigError):
-    """An expression cannot be read, or has no value; the message quotes it and tells the place."""
+    """An expression cannot be read, or has no value; the message quotes it and says where."""
 
 
 class _Token(NamedTuple):

@@ -1,4 +1,4 @@
-"""A device in use, as its server tells: real memory pages, written, overwritten, trimmed and compacted.
+"""A device in use, as its server reports it: real memory pages, written, overwritten, trimmed and compacted.
 
 A story of some 90 seconds, the same each time but for what the machine makes of it: guests fill a swap
 device; one of them ends, and its pages are trimmed; another takes its place, and ends while the rest go on.

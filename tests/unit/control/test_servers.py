@@ -250,7 +250,7 @@ def test_a_want_of_descriptors_does_not_pass_for_a_want_of_a_state(
     assert served._state() == "/kept"
     with monkeypatch.context() as few:
         few.setattr(os, "open", short)
-        with pytest.raises(DeviceError, match="whether it has a state cannot be told: too many open files"):
+        with pytest.raises(DeviceError, match="it is not known whether it has a state: too many open files"):
             served._state()
 
 

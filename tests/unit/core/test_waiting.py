@@ -1,4 +1,4 @@
-"""Who waits for whom: nobody fails for want of patience, and nobody keeps others out for long.
+"""Who waits for whom: nobody fails for lack of patience, and nobody keeps others out for long.
 
 What is waited for is a mover that stands still in the middle of its copy, for as long as the test wants: see
 scripts/lib/bench/slow_copy.c. How long things take is measured by scripts/bench --only waiting.
