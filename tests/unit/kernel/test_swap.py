@@ -130,7 +130,7 @@ def test_programs_that_fail_or_are_missing(system: Path, monkeypatch: pytest.Mon
 
 
 def test_queue_that_is_not_there() -> None:
-    with pytest.raises(AttachError, match=r"^'/sys/block/nope/queue/rotational' cannot be set to 0: No such"):
+    with pytest.raises(AttachError, match=r"^'/sys/block/nope/queue/rotational' cannot be set to 0: no such"):
         swap.settle_queue("/dev/nope")
 
 
@@ -145,7 +145,7 @@ def test_memory_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert swap.set_memory_aside() == ""
     assert setting.read_text() == "30000\n"
     setting.unlink()
-    with pytest.raises(AttachError, match=r"min_free_kbytes' cannot be set to 30000: No such file"):
+    with pytest.raises(AttachError, match=r"min_free_kbytes' cannot be set to 30000: no such file"):
         swap.set_memory_aside()
 
 
