@@ -25,6 +25,10 @@ import os
 import sys
 from contextlib import suppress
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal
+
 
 class ZramdError(Exception):
     """Base of every exception that zramd raises on purpose."""
@@ -76,7 +80,14 @@ class StateError(ZramdError):
 
 
 class SaveError(ZramdError):
-    """A saved device is damaged, cut off, foreign, or does not fit; the message says where and what."""
+    """A saved device is damaged, cut off, foreign, or does not fit; the message says where and what.
+
+    cause: "changed" while it was saved, "cut off" where the stream ends early or cannot be read, or "other".
+    """
+
+    def __init__(self, message: str, cause: "Literal['changed', 'cut off', 'other']" = "other") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class AttachError(ZramdError):

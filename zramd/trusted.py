@@ -70,7 +70,7 @@ class Place:
         """Return the descriptor of a new private file that is to get this place, and whether it has `name`.
 
         One without a name leaves nothing, whatever ends us; but not every file system has such.
-        Raises OSError, and UntrustedError where what we make is another user's, as on a FAT of his.
+        Raises OSError, and UntrustedError where what we make belongs to another user, as on a FAT of theirs.
         """
         flags = os.O_WRONLY | os.O_CLOEXEC
         try:
@@ -112,7 +112,7 @@ def place(
     make: folders that are missing are made, for others to look into.
     foreign: folders on the way may belong to other users, for what is no secret and does no harm.
     hosted: they may belong to one other user, and nobody else may write to them: what is made in there is
-    ours, and he can do no more to it than to rename or remove it. What is there already may be his.
+    ours; that user can only rename or remove it. What exists already may be theirs.
     root: a folder that stands for /. Whoever owns what is in there, and whatever its links say, nothing
     outside is reached.
 
@@ -154,7 +154,7 @@ def resolve(path: str) -> str:
 def check_file(status: os.stat_result, shown: str, *, private: bool = False, host: int | None = None) -> None:
     """Raise UntrustedError unless this is a regular file that nobody else may change, but for user `host`.
 
-    private: nor has it a second name somewhere else. (See `close_to_others` for who may read it.)
+    private: nor has it a second name somewhere else. (See `close_to_others` for which users may read it.)
     """
     if not stat.S_ISREG(status.st_mode):
         raise UntrustedError(f"'{shown}' is not a regular file")
@@ -208,7 +208,7 @@ def _check_owner(status: os.stat_result, shown: str, host: int | None = None) ->
 
 
 def _others_write(status: os.stat_result, host: int | None = None) -> bool:
-    """Say whether others may write; a group that has a user's own number is his alone, by convention."""
+    """Say whether others may write; a group with a user's own number is that user's alone, by convention."""
     ours = status.st_gid == os.getegid() == os.geteuid() or status.st_gid == host
     return bool(status.st_mode & (0o002 if ours else 0o022))
 
@@ -219,7 +219,7 @@ class _Walk:
     def __init__(self, root: str, make: bool, foreign: bool, hosted: bool = False) -> None:
         self._inside = root != "/"
         self._make, self._foreign, self._hosted = make, foreign or self._inside, hosted
-        self._host: tuple[int, int] | None = None  # the other user, and the file system of his folder
+        self._host: tuple[int, int] | None = None  # the other user, and the file system of that folder
         self._root = root.rstrip("/")
         self._folders = [os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
         self._names: list[str] = []  # of those after the first

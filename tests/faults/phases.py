@@ -309,10 +309,7 @@ class Start(Phase):
     programs = ("server", "server-command")
 
     def prepare(self, world: World) -> None:
-        world.known.clear()
-        world.unsure.clear()
-        if world.state and world.state.exists():
-            world.state.unlink()
+        world.forget()
 
     def act(self, world: World, patience: float) -> None:
         self.ended = world.start()
@@ -433,10 +430,7 @@ class Stop(Phase):
     programs = ("server", "stop-command")
 
     def prepare(self, world: World) -> None:
-        world.known.clear()
-        world.unsure.clear()
-        if world.state and world.state.exists():
-            world.state.unlink()
+        world.forget()
         if not world.pid:
             ended = world.start()
             ensure(ended.status == 0, f"start does not work: {ended}")

@@ -214,6 +214,13 @@ class World:
             self.standing = None
             self.was_cut += 1
 
+    def forget(self) -> None:
+        """Begin with nothing: no content is expected, and the state file is gone."""
+        self.known.clear()
+        self.unsure.clear()
+        if self.state and self.state.exists():
+            self.state.unlink()
+
     def write(self, client: NbdSocket, block: int, count: int = 1, version: int | None = None) -> int:
         """Write blocks that tell their version; return the answer's error. Raises OSError."""
         if version is None:

@@ -25,8 +25,8 @@ TOLERANCE = 0.02
 WITHOUT_RIGHTS = f"""
 import sys
 sys.path.insert(0, {str(PLUGIN.parent)!r})
-from zramd.kernel import swap
-swap._io_flusher = swap._oom_score_adj = lambda: None
+from zramd.kernel import protection
+protection._io_flusher = protection._oom_score_adj = lambda: None
 exec(compile(open({str(PLUGIN)!r}).read(), {str(PLUGIN)!r}, "exec"))
 """
 

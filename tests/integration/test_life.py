@@ -164,9 +164,9 @@ def test_stop_without_a_state(device: Device) -> None:
 
 
 def health(device: Device) -> str:
-    from zramd.control import client
+    from zramd.control import servers
 
-    return client.ask(str(device.rundir), "GET", "/health")[1]
+    return servers.ask(str(device.rundir), "GET", "/health")[1]
 
 
 def test_stop_with_a_state(device: Device) -> None:

@@ -18,7 +18,7 @@ from support.run import wait_until
 from support.server import NbdkitProcess
 from test_commands import at, refused, zramd
 
-from zramd.control import client, samples
+from zramd.control import samples, servers
 from zramd.control.human import human
 from zramd.top.cells import number
 
@@ -395,7 +395,7 @@ class TestServer:
             environment["XDG_RUNTIME_DIR"] = str(tmp_path)
         names = [f"top{os.getpid()}{letter}" for letter in "ab"]
         for name in names:
-            serve(name=name, rundir=f"{client.base()}/{name}", disksize="8M")
+            serve(name=name, rundir=f"{servers.base()}/{name}", disksize="8M")
         tmux.start(names[0], **environment)
         for key, name in (("Tab", names[1]), ("Left", names[0]), ("Right", names[1])):
             tmux.press(key)
@@ -464,14 +464,14 @@ class TestRefusals:
     def test_no_device_at_all(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         from zramd.commands import main
 
-        monkeypatch.setattr(client, "base", lambda: str(tmp_path))
+        monkeypatch.setattr(servers, "base", lambda: str(tmp_path))
         assert main(["top"]) == 1
 
 
 def test_sample_of_a_real_server(serve: Serve) -> None:
     served = serve()
     fill(served, 300)
-    taken = samples.take(client.find(None, str(served.rundir)))
+    taken = samples.take(servers.find(None, str(served.rundir)))
     numbers = served.stats()
     for name in ("orig_data_size", "mem_used_total", "frag_ratio", "writes", "notify_free"):
         assert taken.stats[name] == numbers[name]

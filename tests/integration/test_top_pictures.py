@@ -8,8 +8,8 @@ import pyte
 from support.server import NbdkitProcess
 from test_top import fill
 
-from zramd.control.client import find
 from zramd.control.samples import take
+from zramd.control.servers import find
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 

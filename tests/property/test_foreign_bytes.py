@@ -22,7 +22,7 @@ from support.run import SCALE
 
 from zramd import Device
 from zramd.commands import VERBS, main, verb_parser
-from zramd.control import client
+from zramd.control import servers
 from zramd.core.device import saving
 from zramd.errors import (
     AttachError,
@@ -34,7 +34,7 @@ from zramd.errors import (
     ZramdError,
     printable,
 )
-from zramd.kernel import attached, kernelswap, netlink
+from zramd.kernel import attached, netlink, swap
 from zramd.launch import nbdkit, uris
 from zramd.server import endpoint, statefile
 from zramd.server.trouble import Troubles
@@ -171,10 +171,10 @@ def test_configuration(machine: Path, data: bytes) -> None:
             assert config.parse(pairs).disksize == device["disksize"]
     if not wrong:
         command("config", "show")
-        assert client.configured().keys() == devices.load().rundirs.keys()
+        assert servers.configured().keys() == devices.load().rundirs.keys()
     for name in ("zram0", "a"):
         with contextlib.suppress(DeviceError):
-            client.look(name)
+            servers.look(name)
 
 
 @often(250)
@@ -399,7 +399,7 @@ def test_answers(tmp_path: Path, data: bytes) -> None:
         thread = threading.Thread(target=answer)
         thread.start()
         try:
-            client.Served("a", str(tmp_path), 1).ask_json("GET", "/stats")
+            servers.Served("a", str(tmp_path), 1).ask_json("GET", "/stats")
         except (DeviceError, UsageError) as error:
             one_sentence(error)
         thread.join()
@@ -599,14 +599,14 @@ MOUNTS = (
 @given(swaps=foreign_bytes(*SWAPS), mounts=foreign_bytes(*MOUNTS))
 def test_proc(swaps: bytes, mounts: bytes) -> None:
     try:
-        found = kernelswap.parse_swaps(swaps)
+        found = swap.parse_swaps(swaps)
     except AttachError as error:
         one_sentence(error)
     else:
         lines = [line for line in swaps.split(b"\n")[1:] if line.strip()]
         assert len(found) == len(lines)
-        assert all(os.fsencode(swap.path) for swap in found)
-    for place in kernelswap.parse_mounts(mounts, "/dev/nbd0"):
+        assert all(os.fsencode(area.path) for area in found)
+    for place in swap.parse_mounts(mounts, "/dev/nbd0"):
         os.fsencode(place)
 
 

@@ -234,7 +234,7 @@ class FullTmpfsModel(DeviceModel):
 
     @rule(data=st.data())
     def write_when_there_is_room_again(self, data: st.DataObject) -> None:
-        """What failed for want of room does not fail any more."""
+        """What failed for lack of room does not fail any more."""
         self.device.call("server", "empty")
         self.device.mem_limit = 0
         self.write((0, SIZE), data)

@@ -183,6 +183,33 @@ def test_the_walks_are_true(place: str, name: str) -> None:
     )
 
 
+def sentences() -> set[str]:
+    """Every text of the code as a pattern, with what is filled in as anything."""
+    found = set()
+    for path in (ROOT / "zramd").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (re.escape(p.value) if isinstance(p, ast.Constant) else ".+" for p in node.values)
+                found.add("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(re.escape(node.value))
+    return {pattern for pattern in found if len(pattern) > 20}
+
+
+def quoted(text: str) -> list[str]:
+    """What a page quotes of a server's log."""
+    return re.findall(r"\(zramd: (.+)\)$", text, re.MULTILINE)
+
+
+def test_messages_that_are_quoted_are_still_said() -> None:
+    patterns = sentences()
+    found = [message for page in PAGES for message in quoted(page.read_text())]
+    assert found
+    for message in (*found, "/dev/nbd0 is in use as swap: stopping some day"):
+        said = any(re.fullmatch(pattern, message) for pattern in patterns)
+        assert said == (message in found), f"no message of zramd: {message}"
+
+
 def test_threads_have_the_names_that_they_say() -> None:
     table = (DOCS / "architecture.md").read_text().partition("| thread | ")[2].partition("\n\n")[0]
     named = re.findall(r"^\| `([\w-]+)` ", table, re.MULTILINE)

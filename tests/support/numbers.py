@@ -1,5 +1,7 @@
 """A device that has nothing but numbers."""
 
+from zramd.stats import numbers
+
 # Each counter has a value of its own, so that a swapped column cannot hide.
 COUNTERS = {
     "disksize": 1 << 30,
@@ -42,6 +44,8 @@ COUNTERS = {
     "lost_blocks": 79,
     "checksum_errors": 73,
 }
+# (A new statistic has one too, without a line here.)
+COUNTERS |= {name: 1000 + at for at, name in enumerate(numbers.COUNTED) if name not in COUNTERS}
 ROWS = [
     (0, 32, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1280, 640, 10, 1, 5),
     (4, 96, *(0,) * 11, 0, 0, 0, 3, 0),

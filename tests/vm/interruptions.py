@@ -21,7 +21,7 @@ from typing import Any
 from zramd import commands
 from zramd.contract import rundir
 from zramd.control import life
-from zramd.kernel import attached, kernelswap, netlink
+from zramd.kernel import attached, netlink, swap
 from zramd.process import steps
 
 NAME = "held"
@@ -200,7 +200,7 @@ def state() -> tuple[str, object]:
     """How it stands, by the table's names, and what that is seen by."""
     devices, there, alive = connected(), attached.find(NAME), keepers()
     record = os.path.exists(RECORD)
-    swaps = [swap.path for swap in kernelswap.swaps()]
+    swaps = [area.path for area in swap.swaps()]
     facts = (devices, there, alive, record, swaps)
     if not devices and not alive and not record and not swaps:
         return "nothing", facts

@@ -32,8 +32,8 @@ SERVE = """
 import fcntl, os, sys
 name, data, size, *swapped = sys.argv[1:]
 if swapped:
-    from zramd.kernel import swap
-    swap.prepare()
+    from zramd.kernel import protection
+    protection.prepare()
 folder = f"/run/zramd/{name}"
 os.makedirs(folder, exist_ok=True)
 fd = os.open(f"{folder}/pid", os.O_RDWR | os.O_CREAT)

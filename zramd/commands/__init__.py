@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
             return _flush(_run(sys.argv[1:] if argv is None else argv))
         except SystemExit as end:  # argparse has printed what it was asked for, or said what is wrong
             raise SystemExit(_flush(int(end.code or 0))) from None
-    except BrokenPipeError:  # who read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has seen enough
         drop(1)
         return 1
     except ZramdError as error:

@@ -1,12 +1,14 @@
 """`zramd attach` and `zramd detach`; zramd.launch.attaching does the work."""
 
 import argparse
-import re
 from collections.abc import Callable
 
 from zramd.commands import Commands, add_device
 from zramd.launch import attaching
 from zramd.launch.attaching import DEAD_CONN_TIMEOUT, PRIORITY, TIMEOUT, TIMEOUT_OF_SEVERAL
+from zramd.settings import amounts
+
+MAX_SECONDS = 999_999  # more than eleven days
 
 
 def attach(arguments: argparse.Namespace) -> int:
@@ -29,7 +31,7 @@ def attach(arguments: argparse.Namespace) -> int:
 
 
 def detach(arguments: argparse.Namespace) -> int:
-    """Detach a device, swapping off first if told."""
+    """Detach a device, swapping off first if asked."""
     attaching.detach(
         arguments.name,
         arguments.rundir,
@@ -50,17 +52,19 @@ def _device(text: str) -> int:
 
 def _whole(least: int, most: int, what: str) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not re.fullmatch(r"-?\d{1,9}", text) or not least <= int(text) <= most:
+        number = amounts.whole(text, least, most)
+        if number is None:
             raise argparse.ArgumentTypeError(f"'{text}' is not {what} from {least} to {most}")
-        return int(text)
+        return number
 
     return parse
 
 
 def _seconds(text: str) -> float:
-    if not re.fullmatch(r"\d{1,6}(\.\d{1,3})?", text):
+    seconds = amounts.number(text, 0, MAX_SECONDS)
+    if seconds is None:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds, such as 0.5 or 30")
-    return float(text)
+    return seconds
 
 
 def add(commands: Commands) -> None:

@@ -11,10 +11,10 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 
-from zramd import __version__
+from zramd import __version__, meminfo
 from zramd.commands import Commands
-from zramd.control import client
-from zramd.kernel.kernelswap import MIN_FREE, parse_swaps
+from zramd.control import servers
+from zramd.kernel.swap import MIN_FREE, parse_swaps
 from zramd.launch import installed
 from zramd.launch.nbdkit import plugin_path
 
@@ -170,7 +170,7 @@ def local_swap(root: str = "") -> Iterator[Finding]:
 
 
 def swap_settings(root: str = "") -> Iterator[Finding]:
-    """The kernel's settings for swapping, and who else compresses."""
+    """The kernel's settings for swapping, and what else compresses."""
 
     def setting(name: str) -> int | None:
         text = _read(f"{root}/proc/sys/vm/{name}")
@@ -196,7 +196,7 @@ def swap_settings(root: str = "") -> Iterator[Finding]:
         )
     elif swappiness is not None:
         yield Finding(OK, "vm.swappiness", str(swappiness))
-    reserve, memory = setting("min_free_kbytes"), _memory_kb(root)
+    reserve, memory = setting("min_free_kbytes"), _memory(root) >> 10
     if reserve is not None and reserve < MIN_FREE * memory:
         yield Finding(
             NOTE,
@@ -228,16 +228,16 @@ def swap_settings(root: str = "") -> Iterator[Finding]:
         yield Finding(OK, "other swap", "none that compresses")
 
 
-def _memory_kb(root: str) -> int:
-    for line in _read(f"{root}/proc/meminfo").splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1])
-    return 0
+def _memory(root: str) -> int:
+    try:
+        return meminfo.read("MemTotal", f"{root}{meminfo.PATH}") or 0
+    except OSError:
+        return 0
 
 
 def run_folder() -> Iterator[Finding]:
     """Where servers put their sockets."""
-    folder = client.base()
+    folder = servers.base()
     if not folder:
         yield Finding(PROBLEM, "run folder", "XDG_RUNTIME_DIR is not set", "set it, or give rundir=FOLDER")
         return

@@ -5,11 +5,11 @@ import os
 import sys
 
 from zramd.commands import folder
-from zramd.control import client
+from zramd.control import servers
 from zramd.control.columns import BY_NAME, COLUMNS, DEFAULT, Column, columns
 from zramd.control.human import human
 from zramd.errors import DeviceError, say
-from zramd.kernel import attached, kernelswap
+from zramd.kernel import attached, swap
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TIMEOUT = 2.0  # seconds for each server: one that hangs must not keep the others from being seen
 
 
-def numbers(served: client.Served, *, clients: bool) -> "dict[str, Any]":
+def numbers(served: servers.Served, *, clients: bool) -> "dict[str, Any]":
     """Return what the columns show of one device; raises DeviceError when its server does not answer.
 
     The number of clients takes a question more, so it is there only if asked for.
@@ -33,7 +33,7 @@ def numbers(served: client.Served, *, clients: bool) -> "dict[str, Any]":
         stats["clients"] = served.ask_json("GET", "/health", timeout=TIMEOUT)["clients"]
     devices = attached.devices(stats["name"], stats["disksize"])
     stats["attached"] = ",".join(devices)
-    stats["mountpoint"] = ",".join(use for device in devices for use in kernelswap.uses(device))
+    stats["mountpoint"] = ",".join(use for device in devices for use in swap.uses(device))
     return stats
 
 
@@ -77,10 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table; devices whose server has died are named on standard error."""
     shown = columns(arguments.output, arguments.output_all)
     if arguments.rundir or arguments.names:
-        wanted = [client.find(name) for name in arguments.names]
-        wanted += [client.find(None, folder) for folder in arguments.rundir]
+        wanted = [servers.find(name) for name in arguments.names]
+        wanted += [servers.find(None, folder) for folder in arguments.rundir]
     else:
-        wanted = client.every()
+        wanted = servers.every()
     rows: list[Row] = []
     status = 0
     for served in wanted:
@@ -108,11 +108,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _what_next() -> str:
     """Return the hint for a user without devices: on standard error, because scripts read the table."""
-    if not client.base():
+    if not servers.base():
         return "no place to look for devices: set XDG_RUNTIME_DIR or give --rundir FOLDER"
-    configured = sorted(client.configured())
+    configured = sorted(servers.configured())
     start = f"zramd start {configured[0]}" if configured else "zramd start zram0 --size 1G"
-    roots = os.geteuid() != 0 and bool(client.names_in(client.ROOTS))
+    roots = os.geteuid() != 0 and bool(servers.names_in(servers.ROOTS))
     more = "; root has some: 'sudo zramd' shows them" if roots else ""
     return f"no device is served: '{start}' starts one, 'zramd doctor' looks whether all is ready{more}"
 

@@ -16,9 +16,9 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
 from zramd import trusted
 from zramd.commands import Commands, Parser, add_device
-from zramd.control import busy, client
+from zramd.control import busy, servers
 from zramd.errors import DeviceError, SaveError, UntrustedError, UsageError, reason, say, tell
-from zramd.kernel import attached, kernelswap
+from zramd.kernel import attached, swap
 from zramd.process import inherited, interrupts
 from zramd.process.steps import step
 
@@ -30,10 +30,13 @@ _SAVE_ELSEWHERE = "save to a folder of your own, or to - and a pipe"
 
 
 def save(arguments: argparse.Namespace) -> int:
-    """Save a device to a file."""
+    """Save a device to a file.
+
+    Raises UsageError for a closed standard output or a terminal, DeviceError, SaveError.
+    """
     interrupts.interruptible()
     file = _file(arguments, "save")
-    served = client.find(arguments.name, arguments.rundir)
+    served = servers.find(arguments.name, arguments.rundir)
     if file == "-" and 1 in inherited.missing:
         raise UsageError("standard output is closed: a device cannot be saved to it")
     if file == "-" and os.isatty(1):
@@ -80,11 +83,11 @@ def _place(file: str, remedy: str) -> Iterator[trusted.Place]:
         raise DeviceError(f"'{file}' is not used: {error}: {remedy}") from None
 
 
-def _in_use(served: client.Served) -> str:
+def _in_use(served: servers.Served) -> str:
     """Return the warning that a save of a device in use is worth, '' for one that is not."""
     clients, stats = served.ask_json("GET", "/health").get("clients", 0), served.stats()
     devices = attached.devices(stats["name"], stats["disksize"])
-    uses = [use for device in devices for use in kernelswap.uses(device)]
+    uses = [use for device in devices for use in swap.uses(device)]
     if not uses and not clients:
         return ""
     what = f"is in use as {', '.join(uses)}" if uses else f"has {clients} client{'s' * (clients > 1)}"
@@ -112,7 +115,9 @@ def _check_target(place: trusted.Place, force: bool) -> None:
         raise _cannot("be read", file, error) from None
 
 
-def _write(served: client.Served, control: socket.socket, place: trusted.Place, total: int) -> dict[str, int]:
+def _write(
+    served: servers.Served, control: socket.socket, place: trusted.Place, total: int
+) -> dict[str, int]:
     """Write the stream to a file of its own, and put that in its place once it is whole and on the disk."""
     file = place.shown
     # One that nobody can guess, nor another save share. The name may be as long as one can be.
@@ -148,7 +153,7 @@ def _sync_folder(folder: int) -> None:
 
 
 def _copy(
-    served: client.Served,
+    served: servers.Served,
     control: socket.socket,
     fd: int,
     what: str,
@@ -165,8 +170,8 @@ def _copy(
     except OSError as error:
         raise _cannot("be written", what, error) from None
     except SaveError as error:
-        hint = ": stop what writes to it, or use --live" if "client changed" in str(error) else ""
-        if "cut off" in str(error) or "cannot be read" in str(error):
+        hint = ": stop what writes to it, or use --live" if error.cause == "changed" else ""
+        if error.cause == "cut off":
             raise DeviceError(
                 f"{served.name} was not saved: its server ended, or gave up, meanwhile"
             ) from None
@@ -192,12 +197,12 @@ def _unblocked(fd: int, how: int) -> Iterator[int]:
 
 
 def load(arguments: argparse.Namespace) -> int:
-    """Load a saved device into a running one, or only check it."""
+    """Load a saved device into a running one, or only check it. Raises UsageError, DeviceError, SaveError."""
     interrupts.interruptible()
     file = _file(arguments, "load")
     if arguments.check:
         return _check(file)
-    served = client.find(arguments.name, arguments.rundir)
+    served = servers.find(arguments.name, arguments.rundir)
     started = time.monotonic()
     emptied = ""
     with _open_trusted(file) as source, interrupts.told(lambda: f"{served.name} is not loaded{emptied}"):
@@ -243,7 +248,7 @@ def _send(fd: int, control: socket.socket, length: int) -> None:
 
 
 def _check(file: str) -> int:
-    """Check a file and tell what is in it."""
+    """Check a file and print what is in it."""
     with _open(file) as source:
         found = _verify(source.fileno(), file)
     when = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(found["saved_at"]))

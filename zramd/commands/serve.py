@@ -76,7 +76,7 @@ def add(commands: Commands) -> None:
     )
     add_device(parser)
     parser.add_argument(
-        "--force", action="store_true", help="stop it even if clients are connected who lose their data"
+        "--force", action="store_true", help="stop it even if clients are connected that lose their data"
     )
     parser.set_defaults(run=stop)
 

@@ -10,9 +10,9 @@ from typing import Any
 import zramd
 from zramd.commands import Commands, Parser, add_device
 from zramd.contract.rundir import COMPACT_TIMEOUT
-from zramd.control import client
+from zramd.control import servers
 from zramd.errors import DeviceError, UsageError, say
-from zramd.kernel import attached, kernelswap
+from zramd.kernel import attached, swap
 from zramd.launch import installed
 from zramd.settings import config
 from zramd.stats.numbers import NUMBERS
@@ -22,7 +22,7 @@ CHECK_TIMEOUT = 600.0  # seconds; it walks about a million blocks a second
 
 def stats(arguments: argparse.Namespace) -> int:
     """Print every number with its unit and meaning."""
-    served = client.find(arguments.name, arguments.rundir)
+    served = servers.find(arguments.name, arguments.rundir)
     text = served.request("GET", "/stats")
     if arguments.json:
         sys.stdout.write(text)
@@ -50,20 +50,20 @@ def _shown(value: int | float | None) -> str:
 
 def classes(arguments: argparse.Namespace) -> int:
     """Print zsmalloc's table of size classes."""
-    served = client.find(arguments.name, arguments.rundir)
+    served = servers.find(arguments.name, arguments.rundir)
     sys.stdout.write(served.request("GET", "/classes.json" if arguments.json else "/classes"))
     return 0
 
 
 def compact(arguments: argparse.Namespace) -> int:
     """Compact until nothing more can be freed, and print what that was."""
-    served = client.find(arguments.name, arguments.rundir)
+    served = servers.find(arguments.name, arguments.rundir)
     before = served.stats()
     started = time.monotonic()
     pages = 0
     while True:
         asked = time.monotonic()
-        answer = served.ask_json("POST", "/compact", timeout=COMPACT_TIMEOUT + client.TIMEOUT)
+        answer = served.ask_json("POST", "/compact", timeout=COMPACT_TIMEOUT + servers.TIMEOUT)
         pages += answer["pages_freed"]
         if time.monotonic() - asked < COMPACT_TIMEOUT:  # else it goes on
             break
@@ -76,7 +76,10 @@ def compact(arguments: argparse.Namespace) -> int:
 
 
 def change(arguments: argparse.Namespace) -> int:
-    """Change settings of a running server, all or none of them if one is written wrong."""
+    """Change settings of a running server: all of them, or none if one is wrong.
+
+    Raises UsageError for one that is fixed, or for none at all, ConfigError, DeviceError.
+    """
     if not arguments.settings:
         raise UsageError("nothing to set: write it as in 'zramd set NAME mem_limit=2G'")
     pairs = []
@@ -87,7 +90,7 @@ def change(arguments: argparse.Namespace) -> int:
             raise UsageError(f"{setting.name} cannot be changed while the device is served: {setting.fixed}")
         config.value(setting, text)
         pairs.append((setting.name, text))
-    served = client.find(arguments.name, arguments.rundir)
+    served = servers.find(arguments.name, arguments.rundir)
     for name, text in pairs:
         answer = served.ask_json("PUT", f"/{name}", text)
         print(f"{name}={config.written(answer[name])}")
@@ -96,7 +99,7 @@ def change(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _say_if_full(served: client.Served) -> None:
+def _say_if_full(served: servers.Served) -> None:
     stats = served.stats()
     limit, used = stats["mem_limit"], stats["mem_used_total"]
     if 0 < limit < used:
@@ -107,8 +110,8 @@ def _say_if_full(served: client.Served) -> None:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Let the server walk every structure of the device, and print whether it is sound."""
-    served = client.find(arguments.name, arguments.rundir)
+    """Have the server walk every structure of the device. Raises DeviceError if it is not sound."""
+    served = servers.find(arguments.name, arguments.rundir)
     started = time.monotonic()
     answer = served.ask_json("POST", "/check", timeout=CHECK_TIMEOUT)
     if not answer["sound"]:
@@ -122,14 +125,14 @@ def check(arguments: argparse.Namespace) -> int:
 
 def reset(arguments: argparse.Namespace) -> int:
     """Drop all data of a device that has no clients."""
-    served = client.find(arguments.name, arguments.rundir)
+    served = servers.find(arguments.name, arguments.rundir)
     served.request("POST", "/reset")
     return 0
 
 
 def dump(arguments: argparse.Namespace) -> int:
     """Print everything about a device as one JSON object. What cannot be had is said in its place."""
-    served = client.find(arguments.name, arguments.rundir)
+    served = servers.find(arguments.name, arguments.rundir)
     state: dict[str, Any] = {
         "zramd": zramd.__version__,
         "nbdkit": installed.nbdkit_version() or "not found",
@@ -150,16 +153,16 @@ def dump(arguments: argparse.Namespace) -> int:
             state[part] = {"error": str(error)}
     known = state["stats"]
     devices = attached.devices(known.get("name", served.name), known.get("disksize", 0))
-    state["attached"] = {device: kernelswap.uses(device) for device in devices}
+    state["attached"] = {device: swap.uses(device) for device in devices}
     print(json.dumps(state, indent=2))
     return 0 if "error" not in known else 1
 
 
 def block(arguments: argparse.Namespace) -> int:
-    """Print what one block holds."""
+    """Print what one block holds. Raises UsageError for what is no number, DeviceError."""
     if not (arguments.number.isascii() and arguments.number.isdigit()):
         raise UsageError(f"'{arguments.number}' is not a block's number: use 0 or more")
-    served = client.find(arguments.name, arguments.rundir)
+    served = servers.find(arguments.name, arguments.rundir)
     text = served.request("GET", f"/block/{arguments.number}")
     if arguments.json:
         sys.stdout.write(text)

@@ -15,27 +15,25 @@ from typing import Any
 from zramd.commands import Commands, add_device
 from zramd.contract import rundir
 from zramd.contract.rundir import COMPACT_TIMEOUT
-from zramd.control import client
+from zramd.control import servers
 from zramd.control.samples import Sample, Watch, take
 from zramd.errors import DeviceError, ZramdError
+from zramd.settings import amounts
 from zramd.top import cells, view
 from zramd.top.cells import Glyphs
 from zramd.top.terminal import Terminal
 from zramd.top.view import KEYS, Frame, screen
 
 INTERVALS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds; what + and - go through
-DEFAULT_INTERVAL = 1.0
+DEFAULT_INTERVAL = 1.0  # seconds
 PATIENCE = 3.0  # seconds after which a server that does not answer is said not to
 MESSAGE_TIME = 4.0  # seconds that a message stays
 
 
 def interval(text: str) -> float:
     """Return an interval in seconds as written; raises ArgumentTypeError for one that cannot be used."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not INTERVALS[0] <= seconds <= INTERVALS[-1]:
+    seconds = amounts.number(text, INTERVALS[0], INTERVALS[-1])
+    if seconds is None:
         raise argparse.ArgumentTypeError(
             f"'{text}' is not an interval: use {INTERVALS[0]:g} to {INTERVALS[-1]:g} seconds"
         )
@@ -49,7 +47,7 @@ class Top:
     while a server takes its time.
     """
 
-    def __init__(self, terminal: Terminal, served: client.Served, seconds: float) -> None:
+    def __init__(self, terminal: Terminal, served: servers.Served, seconds: float) -> None:
         self.terminal = terminal
         self.interval = seconds
         self.paused = False
@@ -65,7 +63,7 @@ class Top:
         self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._show(served)
 
-    def _show(self, served: client.Served) -> None:
+    def _show(self, served: servers.Served) -> None:
         """Begin with a device."""
         self.served = served
         self.watch = Watch()
@@ -79,10 +77,10 @@ class Top:
         """The device's own name, which that of its run folder need not be."""
         return self.watch.sample.stats["name"] if self.watch.sample else self.served.name
 
-    def _others(self) -> list[client.Served]:
+    def _others(self) -> list[servers.Served]:
         """Return all devices that the keys go through, by name: those that live, and this one."""
         try:
-            living = [served for served in client.every() if served.pid is not None]
+            living = [served for served in servers.every() if served.pid is not None]
         except DeviceError:
             living = []
         if self.served.path not in (served.path for served in living):
@@ -231,7 +229,7 @@ class Top:
                 self._asked = None
                 self._take(answer)
 
-        self._start(lambda: take(client.find(served.name, served.path)), done)
+        self._start(lambda: take(servers.find(served.name, served.path)), done)
 
     def _take(self, answer: Sample | ZramdError) -> None:
         if isinstance(answer, ZramdError):
@@ -266,7 +264,7 @@ class Top:
             self.say(f"{name}: {pages} pages freed, frag ratio {answer['frag_ratio']:.2f}%")
             self._due = 0.0
 
-        timeout = COMPACT_TIMEOUT + client.TIMEOUT
+        timeout = COMPACT_TIMEOUT + servers.TIMEOUT
         self._start(lambda: served.ask_json("POST", "/compact", timeout=timeout), done)
 
 
@@ -278,7 +276,7 @@ def glyphs(colours: int) -> Glyphs:
     return cells.COLOUR if colours >= 256 else cells.MONO
 
 
-def once(served: client.Served, seconds: float | None) -> int:
+def once(served: servers.Served, seconds: float | None) -> int:
     """Print the screen once: rates since the server's start, or over some seconds."""
     watch = Watch()
     sample = take(served)
@@ -300,14 +298,14 @@ def once(served: client.Served, seconds: float | None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show a device, the first one if none is named."""
+    """Show a device, the first one if none is named. Raises DeviceError."""
     if arguments.name is None and arguments.rundir is None:
-        living = [served for served in client.every() if served.pid is not None]
+        living = [served for served in servers.every() if served.pid is not None]
         if not living:
             raise DeviceError("no device is served: 'zramd start NAME --size 1G' starts one")
         served = living[0]
     else:
-        served = client.find(arguments.name, arguments.rundir)
+        served = servers.find(arguments.name, arguments.rundir)
     if arguments.once:
         return once(served, arguments.interval)
     return Top(Terminal(), served, arguments.interval or DEFAULT_INTERVAL).run()

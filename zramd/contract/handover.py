@@ -5,7 +5,7 @@
     old     sends its listening sockets, and goes on
     new     starts with them, does all that may fail or takes time, says that it is ready, and waits
     command says "go". If the command ends before that, the new server ends too, and the old one goes on
-    new     says that it tells the old one to leave, and does: SIGUSR1 (sockets.HAND_OVER)
+    new     says that it asks the old one to leave, and does: SIGUSR1 (sockets.HAND_OVER)
     old     lets its clients go and ends: see zramd.server.leaving
     new     takes the run folder and the state, and answers the clients that have queued meanwhile
 

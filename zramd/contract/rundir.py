@@ -1,4 +1,4 @@
-"""The run folder: who holds it, what is published in it, and what is removed from it.
+"""The run folder: which process holds it, what is published in it, and what is removed from it.
 
 A live server holds a lock on the `pid` file, so a crashed one leaves nothing that keeps the next from
 starting, and no stale process number can be mistaken for a live server. A server that was stopped removes
@@ -37,7 +37,7 @@ _FILES = (DATA_ID, STATE, *STATS_FILES)
 _TEMPORARY = ".new"
 _FIRST = (STATE, DATA_ID, STATE + _TEMPORARY, DATA_ID + _TEMPORARY)  # what a server publishes before all else
 _NOBODY_ELSES = frozenset((*_FIRST, "mm_stat", "io_stat", "frag_ratio"))
-_TRIES = 2  # of a removal: what fails once, for want of memory say, may not fail again
+_TRIES = 2  # of a removal: what fails once, for lack of memory say, may not fail again
 _ANOTHER = "give a folder of its own, one that is not there yet"
 _SHOWN = frozenset((CONTROL_SOCKET, SOCKETS, *_FILES, *(name + _TEMPORARY for name in _FILES)))
 _OURS = _SHOWN | {NBD_SOCKET, LOG, OLD_LOG}
@@ -106,7 +106,7 @@ class Rundir:
             raise RundirError(f"rundir '{self.path}' cannot be written: {reason(error)}") from error
 
     def open_log(self) -> int:
-        """Return the descriptor of the log, to which is added what is written. Raises as `publish`."""
+        """Return a descriptor that appends to the log. Raises as `publish`."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             self._must_be_ours()
@@ -181,7 +181,7 @@ class Rundir:
 
 
 def _telling_last(names: Iterable[str]) -> list[str]:
-    """Return names in the order in which to remove them: who is killed meanwhile leaves what tells."""
+    """Return names in the order in which to remove them: after a kill, what is left shows what it was."""
     return sorted(names, key=_NOBODY_ELSES.__contains__)
 
 
@@ -216,7 +216,7 @@ def holder(path: str) -> int | None:
     """Return the process number of the live server that holds the folder, None if there is none.
 
     It is what stands there, to be shown. Whom to send a signal, zramd.control.peer knows. Raises RundirError
-    when that cannot be told for want of something: it does not mean that there is none.
+    when that is not known for lack of something: it does not mean that none exists.
     """
     try:
         fd = os.open(f"{path}/{PID}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -244,7 +244,7 @@ def is_ours_alone(path: str) -> bool:
 def clear(path: str, pid: int) -> None:
     """Remove what process `pid` has left in the folder when it was killed while it started. Never raises.
 
-    The folder may be another user's, who puts something else in its place meanwhile.
+    The folder may belong to another user, who puts something else in its place meanwhile.
     """
     with suppress(OSError, UntrustedError, RundirError):
         folder = trusted.open_folder(path, foreign=True)
@@ -348,7 +348,7 @@ def _is_there(name: str, folder: int) -> bool:
 
 
 def head(name: str, folder: int, size: int = 256) -> str:
-    """Return what a small file begins with, '' if there is none. Raises OSError for want of something."""
+    """Return the first `size` bytes of a file, '' if there is none. Raises OSError for lack of something."""
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     except OSError as error:
@@ -409,9 +409,9 @@ def _take_lock(folder: int, path: str) -> int:
 def _locked(fd: int) -> bool:
     """Take the lock and say whether that succeeded.
 
-    There are two, of the whole file. The first can be asked for without being taken, so that those who only
-    look keep nobody from starting. The second is that of servers before: they know no other, and who looks
-    for one of theirs has to take it, for microseconds.
+    There are two, of the whole file. The first can be asked for without being taken, so that a process that
+    only looks keeps no server from starting. The second is that of servers before: they know no other, and
+    a look for one of theirs has to take it, for microseconds.
     """
     if not lockfile.ofd_take(fd):
         return False

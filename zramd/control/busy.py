@@ -2,14 +2,14 @@
 
 import time
 
-from zramd.control import client
+from zramd.control import servers
 from zramd.errors import DeviceError
-from zramd.kernel import attached, kernelswap
+from zramd.kernel import attached, swap
 
 LOOK_TIMEOUT = 2.0  # seconds; one that does not answer is stopped all the same
 
 
-def refuse(served: client.Served, what: str, more: str = "") -> None:
+def refuse(served: servers.Served, what: str, more: str = "") -> None:
     """Raise DeviceError when this machine's kernel swaps to a device or has it mounted.
 
     `more` ends the sentence. Waits for an attach or a detach that is under way; none can begin while the
@@ -24,8 +24,8 @@ def refuse(served: client.Served, what: str, more: str = "") -> None:
     while True:
         changes = attached.is_busy(name)  # first: what it changes must be seen below
         for device in attached.devices(name, size):
-            for use in kernelswap.uses(device):
-                command, what_for = ("swapoff", "swap") if use == kernelswap.SWAP else ("umount", f"'{use}'")
+            for use in swap.uses(device):
+                command, what_for = ("swapoff", "swap") if use == swap.SWAP else ("umount", f"'{use}'")
                 raise DeviceError(
                     f"cannot {what} {name}: {device} is in use as {what_for}: "
                     f"run '{command} {device}' first{more}"

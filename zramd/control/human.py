@@ -4,7 +4,7 @@ _LETTERS = "BKMGTPE"
 
 
 def human(size: int) -> str:
-    """Return a size as util-linux does: at most one decimal, a letter for the power of 1024."""
+    """Return a size in bytes as util-linux does: at most one decimal, a letter for the power of 1024."""
     power = min(max(size.bit_length() - 1, 0) // 10, 6)
     whole, rest = divmod(size, 1 << 10 * power)
     tenths = (rest * 1000 // (1 << 10 * power) + 50) // 100

@@ -66,7 +66,7 @@ def turn(folder: str, name: str, make: bool = False) -> Iterator[Turn]:
 
 
 def take(folder: str, name: str, make: bool = False) -> Turn:
-    """Wait for one's turn, and return it: as `turn`, and raises OSError if there is no such folder."""
+    """Wait for our turn, and return it. Raises as `turn`, and OSError if there is no such folder."""
     end = time.monotonic() + PATIENCE
     made = waits = False
     while True:
@@ -110,6 +110,6 @@ def is_busy(folder: str) -> bool:
 
 def _is_left(folder: str) -> bool:
     """Say whether a folder is what a killed process left. (In an unusual place it may be the user's.)"""
-    from zramd.control import client
+    from zramd.control import servers
 
-    return os.path.dirname(folder) == client.base() and rundir.is_ours_alone(folder)
+    return os.path.dirname(folder) == servers.base() and rundir.is_ours_alone(folder)

@@ -2,7 +2,7 @@
 
 A pid file holds what somebody wrote there. The folder's owner can write anything, and a server in a PID
 namespace of its own writes a number that means another process out here. So no process is sent a signal
-because of it. The kernel tells which process listens on a socket (SO_PEERCRED), and gives a descriptor of
+because of it. The kernel says which process listens on a socket (SO_PEERCRED), and gives a descriptor of
 that very process (SO_PEERPIDFD, since Linux 6.5). Where there is no socket, the process must have the pid
 file open.
 """
@@ -80,7 +80,7 @@ def find(name: str, path: str) -> Process:
 
 
 def must_be_ours(process: Process, name: str) -> None:
-    """Raise DeviceError if the server belongs to another user, who decides what it tells and runs."""
+    """Raise DeviceError if the server belongs to another user, who decides what it says and runs."""
     if process.uid != os.geteuid():
         raise DeviceError(
             f"the server of {name} belongs to {trusted.user(process.uid)}, who decides what it runs: "

@@ -10,8 +10,8 @@ from collections import deque
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from zramd.control import client
-from zramd.kernel import attached, kernelswap
+from zramd.control import servers
+from zramd.kernel import attached, swap
 from zramd.stats.buckets import quantile
 
 TIMEOUT = 10.0  # seconds to wait for each answer
@@ -46,7 +46,7 @@ class Histogram(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """All that is shown of one device, as its server told it."""
+    """All that is shown of one device, as its server reported it."""
 
     stats: dict[str, Any]
     classes: list[dict[str, Any]]
@@ -78,15 +78,15 @@ _COUNTED = (
 )
 
 
-def take(served: client.Served, timeout: float = TIMEOUT) -> Sample:
-    """Ask the server of a device. Raises DeviceError when it does not answer."""
+def take(served: servers.Served, timeout: float = TIMEOUT) -> Sample:
+    """Ask the server of a device. Raises DeviceError when it does not answer within `timeout` seconds."""
     stats = served.ask_json("GET", "/stats", timeout=timeout)
     classes: Any = served.ask_json("GET", "/classes.json", timeout=timeout)
     clients = served.ask_json("GET", "/health", timeout=timeout)["clients"]
-    # stats.json has quantiles since the start; what happens now can only be told from the buckets.
+    # stats.json has quantiles since the start; what happens now can only be seen from the buckets.
     latencies = histograms(served.request("GET", "/metrics", timeout=timeout)) if "latency" in stats else {}
     devices = attached.devices(stats["name"], stats["disksize"])
-    return Sample(stats, classes, clients, {device: kernelswap.uses(device) for device in devices}, latencies)
+    return Sample(stats, classes, clients, {device: swap.uses(device) for device in devices}, latencies)
 
 
 def histograms(metrics: str) -> dict[str, Histogram]:

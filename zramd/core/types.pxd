@@ -8,7 +8,7 @@ object  a stored payload: compressed bytes, or a raw block (huge).
 obj     an object's location: its chunk's offset in the arena, in bytes. Chunks are CHUNK_ALIGN aligned.
 cell    one 64-bit word of the handle table: sum << CELL_SUM_SHIFT | obj | CELL_LENT | CELL_LIVE | CELL_PIN, or a
         same-filled block's word.
-handle  a cell's index, from 1; never a location, so moving an object rewrites one cell and nobody notices.
+handle  a cell's index, from 1; never a location, so moving an object rewrites one cell, and its owner does not notice.
 slot    one 64-bit word a block: the handle of its object, and the bytes of the payload; see device/slots.pxd.
 sum     with verify: half of the object's checksum; 0 without.
 

@@ -37,7 +37,7 @@ class Attached(NamedTuple):
 
 
 def backend(name: str) -> str:
-    """Return what the kernel is told that a device belongs to (it tells since Linux 5.14)."""
+    """Return the owner that the kernel is given for a device, and shows (since Linux 5.14)."""
     return f"zramd/{name}"
 
 
@@ -165,7 +165,7 @@ def read_sys(device: str, name: str) -> str:
 
 
 def data_of(folder: str) -> str:
-    """Return what stands for the data that a server holds, from its run folder; '' if it does not tell.
+    """Return what stands for the data that a server holds, from its run folder; '' if it does not say.
 
     Two servers with the same answer hold the same data, one after the other.
     """
@@ -279,7 +279,7 @@ def _remove(path: str) -> bool:
     """Remove a file unless somebody holds its lock; say whether it is gone. Raises FileNotFoundError."""
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        if not lockfile.take(fd):  # a keeper has it, or somebody who only looks whether there is one
+        if not lockfile.take(fd):  # a keeper has it, or a process that only looks for one
             return False
         if lockfile.stands_at(fd, path):
             os.unlink(path)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from zramd.contract import rundir
 from zramd.errors import AttachError, RundirError, SwapError, ZramdError, reason
-from zramd.kernel import attached, netlink, swap
+from zramd.kernel import attached, netlink, protection
 from zramd.process.steps import step
 
 RETRY = 0.01  # seconds between two looks for a new server; a server takes 100 to start
@@ -94,9 +94,9 @@ class Keeper:
         Raises AttachError, SwapError or OSError; then nothing is attached.
         """
         step("keeper.recorded")
-        swap.prepare()
-        swap.protect_process(HEAP_BYTES)
-        swap.take_priority()
+        protection.prepare()
+        protection.protect_process(HEAP_BYTES)
+        protection.take_priority()
         try:
             if not self._job.adopt:
                 with _uninterrupted():
@@ -246,7 +246,7 @@ class Keeper:
             self._dead = min(self._dead + news.count(self.index), self._job.connections)
 
     def _watch_server(self) -> None:
-        """Watch the server's process too: the kernel needs memory to tell of a dead connection."""
+        """Watch the server's process too: the kernel needs memory to report a dead connection."""
         self._forget_server(dead=0)
         with suppress(OSError, RundirError):
             pid = rundir.holder(self._job.folder)
@@ -287,7 +287,7 @@ def _uninterrupted() -> Iterator[None]:
 def main(words: list[str]) -> int:
     """Attach, print "ok" and the device's index, or one sentence that says why not, and stay.
 
-    SIGTERM: who attaches has given up, or who detaches has done it.
+    SIGTERM: the command that attaches has given up, or the one that detaches has done it.
     """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     try:

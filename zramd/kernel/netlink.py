@@ -9,6 +9,8 @@
 
 What the kernel is given it must have for itself: a socket that was passed to it is closed here and never
 looked at again. Needs only the standard library, and little of it: zramd.kernel.keeper lives by this module.
+
+The handshake is that of the NBD project's doc/proto.md, the messages are those of the kernel's nbd-netlink.h.
 """
 
 import errno
@@ -23,7 +25,7 @@ from zramd.errors import AttachError
 
 Address = str | tuple[str, int]  # the path of a unix socket, or host and port
 
-BLOCK_SIZE = 4096
+BLOCK_SIZE = 4096  # bytes
 MULTI_CONN = 1 << 8  # of an export's flags: several connections see the same data
 
 # ---- The handshake ---------------------------------------------------------------------------------------

@@ -1,120 +1,87 @@
-"""swap=local: what a server needs to which its own kernel swaps.
+"""What the kernel uses a device for (/proc/swaps, /proc/mounts), and mkswap, swapon and swapoff."""
 
-The kernel frees memory by writing pages to us, so we must never wait for memory that only this can free: not
-for a page of our own, not in a system call, not behind a thread that waits. Each measure below is set, then
-read back, and the server does not start without it. docs/swapping.md lists the hazards that each answers.
-
-before nbdkit forks   mark as I/O flusher, keep the OOM killer away
-after                 lock memory, read the code in, warm the heap, fill the reserve, never block on the log,
-                      real-time priority for the threads that serve, and for those that may keep them waiting
-"""
-
-import gc
 import os
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import suppress
-from typing import TYPE_CHECKING
+import re
+import stat
+from collections.abc import Callable
+from typing import NamedTuple
 
-from zramd.core.system import process, threadstate
-from zramd.errors import SwapError
-from zramd.kernel import kernelswap
+from zramd import meminfo
+from zramd.errors import AttachError, is_shortage, reason
+from zramd.process.steps import step
 
-if TYPE_CHECKING:
-    from zramd.core.device.device import Device
-
-OOM_SCORE_ADJ = -1000
-HEAP_BYTES = 4 << 20  # the server's own use beyond its start is under 1 MiB
-_REQUEST_BYTES = 128 << 10  # the most in one request of the kernel's
-
-# Real-time priorities. A thread that runs Python beside those that serve may have the GIL, or a lock of
-# Python's or of the C library's, when they want it. So it must get the processor before any ordinary program
-# does, but after them.
-SERVE, BESIDE = 2, 1
-SWITCH_INTERVAL = 0.0005  # seconds after which who has the GIL is asked for it
-
-_SMALL = 2 << 20  # bytes
-_FRAMES = 200  # of Python: they fill the 16 KiB that each thread has for them
+SWAPS = "/proc/swaps"
+MOUNTS = "/proc/mounts"
+MEMINFO = meminfo.PATH
+MIN_FREE_KBYTES = "/proc/sys/vm/min_free_kbytes"
+MIN_FREE = 0.03  # of memory: docs/swapping.md says what for
+PROGRESS_INTERVAL = 0.2  # seconds between two looks at how far swapoff is
+PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"  # ordinary users lack the first ones
+SWAP = "[SWAP]"  # what zramctl shows where the device is not mounted but swapped to
+_OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
+_SWAP = re.compile(rb"([^ \t]+)[ \t]+[^ \t]+[ \t]+([0-9]{1,15})[ \t]+([0-9]{1,15})[ \t]+(-?[0-9]{1,6})")
 
 
-def prepare() -> None:
-    """Take the measures that a fork inherits. Raises SwapError when one cannot be had."""
-    _io_flusher()
-    _oom_score_adj()
+class Swap(NamedTuple):
+    """What the kernel swaps to: sizes in bytes."""
+
+    path: str
+    size: int
+    used: int
+    priority: int
 
 
-def protect(device: "Device", reserve: int) -> None:
-    """Take the measures that hold for this process only, with `reserve` bytes of pages kept ready.
-
-    Call it in the process that serves, before it starts threads. Raises SwapError when one cannot be had.
-    """
-    protect_process()
-    _reserve(device, reserve)
-    _inherited_priority(device)
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    threadstate.on_keep(warm_stack)
-    _settle()
-
-
-def protect_process(heap: int = HEAP_BYTES) -> None:
-    """Take those measures that any process needs to act while memory is short, with `heap` bytes of it warm.
-
-    Raises SwapError when one cannot be had.
-    """
-    _locked_memory()
-    _resident_code()
-    _warm_heap(heap)
-    warm_stack()
-    _settle()
-
-
-def _settle() -> None:
-    gc.collect()
-    gc.freeze()  # what lives now lives for good: the collector need not touch it again
-
-
-def warm_stack() -> None:
-    """Make the calling thread's stacks resident, C's and Python's: a page fault in there holds the GIL."""
-    process.warm_stack()
-    process.warm_lock()
-    _deep(_FRAMES)
-
-
-def _deep(frames: int) -> int:
-    return frames and _deep(frames - 1)
-
-
-def take_priority(priority: int = SERVE) -> None:
-    """Make the calling thread, and the threads that it starts from now on, real-time. Raises SwapError.
-
-    Each answer to the kernel takes a page of memory for the socket. When nothing is free but what
-    vm.min_free_kbytes sets aside, ordinary programs wait until swapping out has freed more, and we with them:
-    for ever. Real-time threads may take a quarter of what is set aside (half, since Linux 6.4). They also get
-    the processor when the machine is busy.
-    """
-    remedy = _right("SYS_NICE")
+def swaps() -> list[Swap]:
+    """Return all that the kernel swaps to now, as /proc/swaps says. Raises OSError, AttachError."""
     try:
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(priority))
-    except OSError as error:
-        raise _refuse("cannot become real-time", error.strerror, remedy) from None
-    if os.sched_getscheduler(0) != os.SCHED_RR or os.sched_getparam(0).sched_priority != priority:
-        raise _refuse("cannot become real-time", "the kernel does not say so", remedy)
+        with open(SWAPS, "rb") as file:
+            return parse_swaps(file.read())
+    except FileNotFoundError:  # a kernel without swap
+        return []
 
 
-def be_ordinary(nice: int) -> None:
-    """Give the calling thread's real-time priority up: for one that neither serves nor keeps others waiting.
+def parse_swaps(data: bytes) -> list[Swap]:
+    """Return what stands in /proc/swaps. Raises AttachError: a swap that is overlooked would be lost."""
+    found = []
+    for line in data.split(b"\n")[1:]:
+        match = _SWAP.fullmatch(line)
+        if match:
+            found.append(Swap(_path(match[1]), int(match[2]) << 10, int(match[3]) << 10, int(match[4])))
+        elif line.strip():
+            raise AttachError(f"{SWAPS}: '{os.fsdecode(line)}' is not understood: which kernel is this?")
+    return found
 
-    It has the GIL when this returns: it should not have it for long.
-    """
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+def _path(escaped: bytes) -> str:
+    """Return a path in which the kernel has written spaces and the like as \\040; any byte may be in it."""
+    return os.fsdecode(_OCTAL.sub(lambda octal: bytes([int(octal[1], 8)]), escaped))
 
 
-def devices_in_use(disksize: int) -> list[str]:
+def find(device: str) -> Swap | None:
+    """Return how the kernel swaps to `device`, None if it does not."""
+    return next((swap for swap in swaps() if swap.path == device), None)
+
+
+def mounts(device: str) -> list[str]:
+    """Return where `device` or one of its partitions is mounted."""
+    with open(MOUNTS, "rb") as file:
+        return parse_mounts(file.read(), device)
+
+
+def parse_mounts(data: bytes, device: str) -> list[str]:
+    """Return where `device` or one of its partitions is mounted, of what stands in /proc/mounts."""
+    found = []
+    for line in data.split(b"\n"):
+        source, _, rest = line.partition(b" ")
+        place = rest.partition(b" ")[0]
+        if place and re.fullmatch(f"{re.escape(device)}(p[0-9]+)?", _path(source)):
+            found.append(_path(place))
+    return found
+
+
+def nbd_devices(disksize: int) -> list[str]:
     """Return the kernel's NBD devices of `disksize` bytes that are swapped to now."""
-    names = [swap.path for swap in kernelswap.swaps()]
+    names = [area.path for area in swaps()]
     return [name for name in names if name.startswith("/dev/nbd") and _size(name) == disksize]
 
 
@@ -126,160 +93,155 @@ def _size(name: str) -> int:
         return 0
 
 
-def _right(capability: str) -> str:
-    """Return what to do for a right that is missing: in a container, or as a service, root may lack it."""
-    if os.geteuid():
-        return f"run it as root, or give it CAP_{capability}"
-    return f"root lacks CAP_{capability} here: have its container or service give it"
+def uses(device: str) -> list[str]:
+    """Return what `device` is used for: [SWAP], and the folders where it is mounted."""
+    return [*([SWAP] if find(device) else []), *mounts(device)]
 
 
-def _refuse(measure: str, reason: object, remedy: str) -> SwapError:
-    return SwapError(f"{measure}: {reason}: {remedy}")
+def available() -> int:
+    """Return the bytes that programs can still get without swapping (MemAvailable)."""
+    return _memory("MemAvailable")
 
 
-def _io_flusher() -> None:
-    """Memory that the kernel takes for us must not be waited for by swapping out (PR_SET_IO_FLUSHER)."""
-    remedy = f"{_right('SYS_RESOURCE')}, on Linux 5.6 or later"
-    try:
-        process.set_io_flusher()
-    except OSError as error:
-        raise _refuse("cannot become an I/O flusher", error.strerror, remedy) from None
-    if not process.is_io_flusher():
-        raise _refuse("cannot become an I/O flusher", "the kernel does not say so", remedy)
+def set_memory_aside() -> str:
+    """Raise what the kernel sets aside to what a server needs that it swaps to itself (vm.min_free_kbytes).
 
-
-def _oom_score_adj() -> None:
-    """The OOM killer must not take the server for the one that uses the memory."""
-    path = "/proc/self/oom_score_adj"
-    try:
-        with open(path, "r+") as score:
-            score.write(str(OOM_SCORE_ADJ))
-            score.seek(0)
-            found = score.read().strip()
-    except OSError as error:
-        raise _refuse(
-            f"cannot set {path} to {OOM_SCORE_ADJ}", error.strerror, _right("SYS_RESOURCE")
-        ) from None
-    if found != str(OOM_SCORE_ADJ):
-        raise _refuse(f"cannot set {path} to {OOM_SCORE_ADJ}", f"it is {found}", _right("SYS_RESOURCE"))
-
-
-def _locked_memory() -> None:
-    """Our own pages must never be swapped out: nobody could bring them back."""
-    remedy = f"{_right('IPC_LOCK')}, or LimitMEMLOCK=infinity, on Linux 5.18 or later"
-    try:
-        process.lock_memory()
-    except OSError as error:
-        raise _refuse("cannot lock memory", error.strerror, remedy) from None
-    status = _status()
-    # All that is mapped counts as locked but for a few pages of the kernel's own (vvar, vdso).
-    if status["VmLck"] < 0.99 * status["VmSize"]:
-        raise _refuse("cannot lock memory", f"{status['VmLck']} of {status['VmSize']} kB are", remedy)
-
-
-def _resident_code() -> None:
-    """Code that was never run yet must not be read from a disk when memory is short.
-
-    Nor may a program's variables be touched for the first time then: such a page fault may hold the GIL.
+    Return a sentence that says what was changed, '' if nothing was. Raises AttachError.
     """
-    remedy = "free some memory"
-    for start, end in _mappings():
+    wanted = round(_memory("MemTotal") * MIN_FREE) >> 10
+    try:
+        with open(MIN_FREE_KBYTES, "r+") as file:
+            before = int(file.read())
+            if before >= wanted:
+                return ""
+            file.seek(0)
+            file.write(str(wanted))
+            file.flush()
+            file.seek(0)
+            if int(file.read()) < wanted:
+                raise OSError(0, "the kernel does not take it")
+    except OSError as error:
+        raise AttachError(f"'{MIN_FREE_KBYTES}' cannot be set to {wanted}: {reason(error)}") from None
+    return f"vm.min_free_kbytes is {wanted} now, it was {before}"
+
+
+def _memory(name: str) -> int:
+    found = meminfo.read(name, MEMINFO)
+    if found is None:
+        raise AttachError(f"{MEMINFO} does not contain {name}")
+    return found
+
+
+def on(device: str, priority: int, *, options: str = "discard") -> None:
+    """Make `device` a swap device, and swap to it. What it held is lost.
+
+    `options` are swapon's, as in fstab; discard makes the kernel trim what it has freed. Raises AttachError.
+    """
+    settle_queue(device)
+    run("mkswap", device)
+    step("swap.made")
+    run("swapon", "-o", f"pri={priority},{options}".rstrip(","), device)
+
+
+def settle_queue(device: str) -> None:
+    """Tell the kernel that a device does not rotate: to one that does, it sends no discards.
+
+    Raises AttachError.
+    """
+    path = f"/sys/block/{os.path.basename(device)}/queue/rotational"
+    try:
+        with open(path, "r+") as file:
+            if file.read().strip() != "0":
+                file.seek(0)
+                file.write("0")
+    except OSError as error:
+        raise AttachError(f"'{path}' cannot be set to 0: {reason(error)}") from None
+
+
+def off(device: str, *, force: bool = False, progress: Callable[[int, int], None] | None = None) -> None:
+    """Bring back all that is swapped out to `device`, and swap to it no more.
+
+    `progress` is called now and then with the bytes that are still out and those that were. Raises
+    AttachError when there is less memory than must come back (unless `force`) and when swapoff fails, and
+    KeyboardInterrupt, with swapoff ended: then the rest is still out, and the device in use.
+    """
+    swap = find(device)
+    if swap is None:
+        return
+    memory = available()
+    if swap.used > memory and not force:
+        raise AttachError(
+            f"{swap.used >> 20} MiB are swapped out to {device} and only {memory >> 20} MiB of memory are "
+            "available: end programs first, or use --force"
+        )
+    import subprocess
+
+    process = subprocess.Popen(
+        [_program("swapoff"), device],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        process_group=0,  # Ctrl-C is for us to pass on
+    )
+    try:
+        while True:
+            try:
+                _, words = process.communicate(timeout=PROGRESS_INTERVAL)
+                break
+            except subprocess.TimeoutExpired:
+                now = find(device)
+                if progress and now:
+                    progress(now.used, swap.used)
+    except BaseException:
+        process.terminate()  # the kernel's swapoff stops within a page, and the device stays
+        process.communicate()
+        raise
+    if process.returncode:
+        raise AttachError(f"swapoff {device} failed: {_sentence(words)}")
+    if progress:
+        progress(0, swap.used)
+
+
+def find_program(name: str, path: str | None = None) -> str:
+    """Return where a program is in the folders of `path`, by default $PATH, '' if it is in none.
+
+    Raises OSError when that is not known for lack of something: then it may exist.
+    """
+    for folder in os.get_exec_path({"PATH": path} if path else None):
+        place = os.path.join(folder, name)
         try:
-            process.make_resident(start, end - start)
+            status = os.stat(place)
         except OSError as error:
-            raise _refuse("cannot read the program's code into memory", error.strerror, remedy) from None
-    missing = _missing_code()
-    if missing:
-        raise _refuse("cannot read the program's code into memory", f"{missing} kB are missing", remedy)
+            if is_shortage(error):
+                raise
+        else:
+            if stat.S_ISREG(status.st_mode) and os.access(place, os.X_OK):
+                return place
+    return ""
 
 
-def _warm_heap(size: int = HEAP_BYTES) -> None:
-    """Python and nbdkit must find memory in the heap without asking the kernel for it."""
-    # Three quarters, of small objects mostly: Python's own allocator takes 1 MiB at a time and gives it back.
-    probe = size * 3 // 4
-    remedy = "start it by 'zramd serve' or with PYTHONMALLOC=malloc in its environment"
-    try:
-        process.warm_heap(size)
-    except OSError as error:
-        raise _refuse("cannot make the heap resident", error.strerror, "free some memory") from None
-    # The least of a few: the first time also touches what is not the heap.
-    faults = min(_faults_of_heap(probe) for _ in range(3))
-    if faults:
-        reason = f"{faults} page faults for {probe} bytes"
-        raise _refuse("the heap takes pages from the kernel", reason, remedy)
+def _program(name: str) -> str:
+    found = find_program(name, PATH)
+    if not found:
+        package = {"nbd-client": "nbd-client", "mkswap": "util-linux"}.get(name, "mount")
+        raise AttachError(f"{name} is not installed: run 'apt-get install {package}' as root")
+    return found
 
 
-def _faults_of_heap(size: int) -> int:
-    """Return how many pages the heap takes from the kernel for `size` bytes of small and large objects."""
-    before = minor_faults()
-    objects = [bytes(200) for _ in range((size - _REQUEST_BYTES) // 256)]
-    objects.append(bytes(_REQUEST_BYTES))
-    return minor_faults() - before
+def run(name: str, *arguments: str) -> None:
+    """Run a system program, wherever it is. Raises AttachError with what it says when it fails."""
+    import subprocess
+
+    done = subprocess.run(
+        [_program(name), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    if done.returncode:
+        raise AttachError(f"{name} {arguments[-1]} failed: {_sentence(done.stderr)}")
 
 
-def _reserve(device: "Device", size: int) -> None:
-    """Pages of the pool and all tables must be there before they are needed."""
-    try:
-        device.reserve_start(size)
-    except MemoryError as error:
-        raise _refuse("cannot fill the reserve", error, "use a smaller reserve= or disksize=") from None
-    found = device.counters()["reserve_bytes"]
-    if found < size:
-        raise _refuse("cannot fill the reserve", f"it has {found} of {size} bytes", "use a smaller reserve=")
-
-
-def _inherited_priority(device: "Device") -> None:
-    """Who has a lock that a thread which serves wants must not wait behind ordinary programs."""
-    try:
-        device.inherit_priority()
-    except OSError as error:
-        raise _refuse("locks cannot pass priority on", error.strerror, "use a C library that can") from None
-
-
-def minor_faults() -> int:
-    """Return how many pages this process has touched that were not there yet."""
-    with open("/proc/self/stat", "rb") as stat:
-        return int(stat.read().rpartition(b")")[2].split()[7])
-
-
-def _status() -> dict[str, int]:
-    """Return the sizes in /proc/self/status, in kB."""
-    sizes = {}
-    with open("/proc/self/status", errors="surrogateescape", newline="\n") as status:
-        for line in status:
-            name, _, value = line.partition(":")
-            if value.endswith(" kB\n"):
-                sizes[name] = int(value.split()[0])
-    return sizes
-
-
-def _mappings() -> Iterator[tuple[int, int]]:
-    """Yield start and end of what is mapped of files, and of small mappings: variables, the heap.
-
-    What is large is the device's own (that is what the reserve is for) or nbdkit's 192 MiB that nobody uses.
-    """
-    with open("/proc/self/maps", errors="surrogateescape", newline="\n") as maps:
-        lines = maps.readlines()
-    for line in lines:
-        words = line.split(maxsplit=5)
-        start, end = (int(word, 16) for word in words[0].split("-"))
-        name = words[5] if len(words) == 6 else ""
-        small = end - start <= _SMALL and not name.startswith("[v")  # the kernel's own cannot be locked
-        if words[1][0] == "r" and (name.startswith("/") or name == "[heap]\n" or small):
-            yield start, end
-
-
-def _missing_code() -> int:
-    """Return how many kB of the mapped files are not resident."""
-    missing = 0
-    with open("/proc/self/smaps", errors="surrogateescape", newline="\n") as smaps:
-        counts = False
-        for line in smaps:
-            words = line.split(maxsplit=5)
-            if not words[0].endswith(":"):
-                counts = len(words) == 6 and words[5].startswith("/") and words[1][0] == "r"
-            elif counts and words[0] == "Size:":
-                missing += int(words[1])
-            elif counts and words[0] == "Rss:":
-                missing -= int(words[1])
-    return missing
+def _sentence(words: bytes) -> str:
+    return " ".join(words.decode(errors="replace").split()) or "no reason given"

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import zramd
 from zramd import trusted
 from zramd.contract import rundir
-from zramd.control import client, life
+from zramd.control import life, servers
 from zramd.errors import AttachError, ConfigError, DeviceError, UsageError, say
-from zramd.kernel import attached, kernelswap, netlink, swapunit
+from zramd.kernel import attached, netlink, swap, swapunit
 from zramd.kernel.attached import Attached
 from zramd.kernel.keeper import Job
 from zramd.launch.sudo import sudo
@@ -46,7 +46,7 @@ class Wanted(NamedTuple):
     device: int = -1  # the N of /dev/nbdN; -1: a free one
     connections: int = 1
     timeout: float | None = None  # seconds; None: by the number of connections
-    dead_conn_timeout: int = DEAD_CONN_TIMEOUT
+    dead_conn_timeout: int = DEAD_CONN_TIMEOUT  # seconds
     swap: bool = False
     priority: int = PRIORITY
     swapon_options: str = "discard"
@@ -61,7 +61,7 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
     AttachError, DeviceError.
     """
     if name is not None:
-        name = client.name_of(name)
+        name = servers.name_of(name)
     elif not folder:
         raise UsageError("which device? Give its name, as 'zramd list' shows it, or --rundir FOLDER")
     elif wanted.configured:
@@ -79,7 +79,7 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
         {"--swap": wanted.swap, "--config": wanted.configured},
     )
     interrupts.interruptible()
-    served = client.look(name, folder)
+    served = servers.look(name, folder)
     # Until it is attached, the server must neither leave nor be replaced: it is known by its data.
     with interrupts.told(lambda: _stands(served.name)), life.turn(served.path, served.name) as turn:
         served.look_again()
@@ -91,7 +91,7 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
         return _attach(served, wanted, turn)
 
 
-def _attach(served: client.Served, wanted: Wanted, turn: life.Turn) -> str:
+def _attach(served: servers.Served, wanted: Wanted, turn: life.Turn) -> str:
     """Attach a device and swap to it if asked; return its name. The server's turn is given back meanwhile."""
     there = attached.find(served.name)
     if there and (whose := _leftover_from(there, served, wanted)):
@@ -111,20 +111,20 @@ def _attach(served: client.Served, wanted: Wanted, turn: life.Turn) -> str:
             turn.done()
             _use(served.name, device, wanted)
     except BaseException:
-        if not there and kernelswap.find(device) is None:  # half an attachment would be nobody's
+        if not there and swap.find(device) is None:  # half an attachment would be nobody's
             _undo(served.name, keeper)
         raise
     return device
 
 
-def _leftover_from(there: Attached, served: client.Served, wanted: Wanted) -> str:
+def _leftover_from(there: Attached, served: servers.Served, wanted: Wanted) -> str:
     """Return what has left an attached device that is of no use any more, '' for one that is."""
     if wanted.configured and there.data and there.data != attached.data_of(served.path):
         return "a server that has ended"
     return "an attach that was killed" if there.is_half else ""
 
 
-def _connect(served: client.Served, there: Attached | None, wanted: Wanted) -> tuple[str, int]:
+def _connect(served: servers.Served, there: Attached | None, wanted: Wanted) -> tuple[str, int]:
     """Connect the kernel to a server, unless that is so already.
 
     Return the device's name, and the process number of the keeper if a new device has one, else 0.
@@ -158,24 +158,24 @@ def _stands(name: str) -> str:
     there = attached.find(name)
     if there is None:
         return f"{name} is not attached"
-    swap = kernelswap.find(there.device)
-    out = f", and swapped to: {swap.used >> 20} MiB are out" if swap else ""
+    area = swap.find(there.device)
+    out = f", and swapped to: {area.used >> 20} MiB are out" if area else ""
     return f"{name} is attached as {there.device}{out}"
 
 
 def _use(name: str, device: str, wanted: Wanted) -> None:
     """Wait for a device that was attached, and swap to it if asked."""
     _wait(lambda: os.path.exists(device), f"{device} does not appear: is /dev a devtmpfs, or udev running?")
-    if wanted.swap and kernelswap.find(device) is None:
+    if wanted.swap and swap.find(device) is None:
         if wanted.configured:
-            if changed := kernelswap.set_memory_aside():
+            if changed := swap.set_memory_aside():
                 say(changed)
             swapunit.order(device, name)
-        kernelswap.on(device, wanted.priority, options=wanted.swapon_options)
+        swap.on(device, wanted.priority, options=wanted.swapon_options)
     step("attach.used")
 
 
-def _refuse_others(served: client.Served) -> None:
+def _refuse_others(served: servers.Served) -> None:
     """Raise AttachError for swap on a server that is not root's: its owner reads what is swapped out."""
     process = served.process()
     process.close()
@@ -188,7 +188,7 @@ def _refuse_others(served: client.Served) -> None:
 
 def _drop(there: Attached, whom: str) -> None:
     """Detach what an ended server or attach has left. Raises AttachError if it is in use."""
-    use = ["swap"] if kernelswap.find(there.device) else kernelswap.mounts(there.device)
+    use = ["swap"] if swap.find(there.device) else swap.mounts(there.device)
     if use:
         raise AttachError(
             f"{there.device} is in use as '{use[0]}', but left over from {whom}: "
@@ -243,12 +243,12 @@ def detach(
     if_attached: bool = False,
     configured: bool = False,
 ) -> None:
-    """Detach a device, swapping off first if told: see `zramd detach --help`. Raises AttachError."""
+    """Detach a device, swapping off first if asked: see `zramd detach --help`. Raises AttachError."""
     if name is not None:
-        name = client.name_of(name)
-        client.must_be_a_name(name)
+        name = servers.name_of(name)
+        servers.must_be_a_name(name)
     else:
-        name = _own_name(client.look(None, folder))
+        name = _own_name(servers.look(None, folder))
     _must_be_root("detach", name, folder, {"--swapoff": swapoff, "--config": configured})
     interrupts.interruptible()
     with interrupts.told(lambda: _stands(name)), attached.turn(name):
@@ -258,7 +258,7 @@ def detach(
                 raise AttachError(f"{name} is not attached")
             return
         step("detach.begun")
-        swapped = kernelswap.find(there.device) is not None
+        swapped = swap.find(there.device) is not None
         if configured and not swapped and _for_others(there.name):
             return
         if swapped and not swapoff:
@@ -274,7 +274,7 @@ def _detach(there: Attached, swapped: bool, force: bool) -> None:
     # Only a swap is a writer that udev waits for; and without one the server may be dead.
     with attached.unobserved(device) if swapped else nullcontext(lambda: None) as disconnected:
         if swapped:
-            kernelswap.off(device, force=force, progress=_progress(device))
+            swap.off(device, force=force, progress=_progress(device))
         _must_be_free(device)
         step("detach.free")
         interrupts.finish()
@@ -285,7 +285,7 @@ def _detach(there: Attached, swapped: bool, force: bool) -> None:
 
 
 def _must_be_root(verb: str, name: str | None, folder: str | None, options: dict[str, bool]) -> None:
-    """Raise AttachError, which tells another user what root has to run: root looks in another place."""
+    """Raise AttachError, which says to another user what root has to run: root looks in another place."""
     if os.geteuid() == 0:
         return
     words = [verb, *([name] if name else [])]
@@ -297,11 +297,11 @@ def _must_be_root(verb: str, name: str | None, folder: str | None, options: dict
 
 def _own_folder(name: str | None) -> str | None:
     """Return the run folder of this user's device of a name, None if there is none."""
-    own = f"{client.base()}/{name}"
+    own = f"{servers.base()}/{name}"
     return own if os.path.exists(f"{own}/{rundir.PID}") else None
 
 
-def _own_name(served: client.Served) -> str:
+def _own_name(served: servers.Served) -> str:
     """Return what a server calls its device: its run folder may have any name. Raises ConfigError."""
     try:
         name = str(served.stats()["name"])
@@ -319,12 +319,12 @@ def _must_be_free(device: str) -> None:
 
     It is not opened for that: an open reads from it, and its server may have gone.
     """
-    mounts = kernelswap.mounts(device)
+    mounts = swap.mounts(device)
     if mounts:
         raise AttachError(f"{device} is mounted on '{mounts[0]}': run 'umount {mounts[0]}' first")
     name = os.path.basename(device)
     holders = [*glob(f"/sys/block/{name}/holders/*"), *glob(f"/sys/block/{name}/{name}p*/holders/*")]
-    holders += [swap.path for swap in kernelswap.swaps() if swap.path.startswith(f"{device}p")]
+    holders += [area.path for area in swap.swaps() if area.path.startswith(f"{device}p")]
     if holders:
         raise AttachError(f"{device} is in use by {os.path.basename(holders[0])}: end that first")
 
@@ -338,7 +338,7 @@ def _has_netlink() -> bool:
         netlink.Kernel().close()
         return True
     reason = "modprobe is not installed"
-    modprobe = kernelswap.find_program("modprobe", kernelswap.PATH)
+    modprobe = swap.find_program("modprobe", swap.PATH)
     if modprobe and not os.path.exists("/sys/module/nbd"):
         done = subprocess.run(
             [modprobe, "nbd"],
@@ -361,7 +361,7 @@ def _has_netlink() -> bool:
     return True
 
 
-def _job(served: client.Served, wanted: Wanted, there: Attached | None = None) -> Job:
+def _job(served: servers.Served, wanted: Wanted, there: Attached | None = None) -> Job:
     """Return what a keeper is to do: connect a device, or look after one that is `there`."""
     timeout = wanted.timeout
     if timeout is None:
@@ -421,7 +421,7 @@ def _start_keeper(job: Job) -> tuple[int, int]:
 # ---- By nbd-client --------------------------------------------------------------------------------------
 
 
-def _by_nbd_client(served: client.Served, wanted: Wanted) -> str:
+def _by_nbd_client(served: servers.Served, wanted: Wanted) -> str:
     """Attach by the program nbd-client and return the device's name. Raises AttachError."""
     name, address = served.name, served.file(rundir.NBD_SOCKET)
     say(f"attaching by nbd-client: {name} has no keeper, and when its server ends, requests fail")
@@ -431,7 +431,7 @@ def _by_nbd_client(served: client.Served, wanted: Wanted) -> str:
         words += ["-timeout", f"{wanted.timeout:.0f}"]
     record = attached.Record(name)
     try:
-        kernelswap.run("nbd-client", *words)
+        swap.run("nbd-client", *words)
         record.write(device, "", keeper=0)
     except BaseException:
         record.remove()
@@ -472,7 +472,7 @@ def _disconnect(device: str, there: Attached | None) -> Callable[[], bool]:
         kernel.disconnect(_index(device))
         kernel.close()
     except netlink.NoFamilyError:
-        kernelswap.run("nbd-client", "-d", device)
+        swap.run("nbd-client", "-d", device)
     if keeper >= 0:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(keeper, signal.SIGTERM)

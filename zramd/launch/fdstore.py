@@ -52,7 +52,7 @@ def take_out() -> int:
         if place != fd:
             os.dup2(fd, place)
     for fd in numbers[len(rest) :]:
-        with suppress(OSError):  # it was not passed: what was is told by who looks at it
+        with suppress(OSError):  # it was not passed: whatever looks at it says so
             os.close(fd)
     if rest:
         os.environ["LISTEN_FDS"] = str(len(rest))

@@ -10,9 +10,9 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from zramd.contract import handover, rundir
-from zramd.control import busy, client, life
+from zramd.control import busy, life, servers
 from zramd.errors import ConfigError, DeviceError, UsageError, ZramdError, say, sentence
-from zramd.kernel import kernelswap
+from zramd.kernel import swap
 from zramd.launch import background, fdstore, nbdkit, spawn, watcher
 from zramd.process import inherited, interrupts, notify, pidfd
 from zramd.process.steps import step
@@ -45,7 +45,7 @@ def plan(
     pid = rundir.holder(settings.rundir)
     if pid is not None:
         raise rundir.in_use(settings.rundir, pid)
-    if not kernelswap.find_program("nbdkit"):
+    if not swap.find_program("nbdkit"):
         raise ZramdError("nbdkit is not installed: run 'apt-get install nbdkit nbdkit-plugin-python' as root")
     options = nbdkit.read_options(nbdkit_words)
     nbdkit.check(options)
@@ -103,14 +103,14 @@ class Started(NamedTuple):
 
 
 def start(name: str | None, size: str | None, words: list[str], nbdkit_words: list[str]) -> Started:
-    """Start a server in the background, and wait until it answers.
+    """Start a server in the background, and wait until it answers; `size` is as a user writes it.
 
-    Raises as `plan`, and DeviceError with the server's reason when it does not get so far.
+    Raises as `plan`, UsageError, and DeviceError with the server's reason when it does not get so far.
     """
     interrupts.interruptible()
 
     inherited.leave_manager()
-    name = None if name is None else client.name_of(name)
+    name = None if name is None else servers.name_of(name)
     given = {config.find(word.partition("=")[0]).name for word in words}
     configured = None
     if size is None and "name" not in given:
@@ -201,7 +201,7 @@ def stop(name: str | None, folder: str | None, *, force: bool) -> None:
     Raises DeviceError when the kernel uses the device, and when the server does not end.
     """
     interrupts.interruptible()
-    served = client.look(name, folder)
+    served = servers.look(name, folder)
     outcome = "is not stopped"
     with (
         interrupts.told(lambda: f"{served.name} {outcome}"),
@@ -220,7 +220,7 @@ def stop(name: str | None, folder: str | None, *, force: bool) -> None:
             ended = process.ended(STOP_TIMEOUT)
         except OSError as error:
             raise DeviceError(
-                f"{served.name} has been told to stop; whether it has cannot be told: {sentence(error)}"
+                f"{served.name} has been told to stop; it is not known whether it has: {sentence(error)}"
             ) from None
         if not ended:
             raise DeviceError(
@@ -230,8 +230,8 @@ def stop(name: str | None, folder: str | None, *, force: bool) -> None:
         rundir.clear(served.path, process.pid)  # what it could not remove itself
 
 
-def _refuse_loss(served: client.Served) -> None:
-    """Raise DeviceError if clients are connected who would lose what they have stored: there is no state."""
+def _refuse_loss(served: servers.Served) -> None:
+    """Raise DeviceError if clients are connected that would lose their data, as there is no state."""
     try:
         clients = served.ask_json("GET", "/health", timeout=busy.LOOK_TIMEOUT)["clients"]
         state = served.ask_json("GET", "/settings", timeout=busy.LOOK_TIMEOUT).get("state")

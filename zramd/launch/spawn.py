@@ -1,7 +1,7 @@
 """A server in the background: started, heard, and looked at until it answers.
 
-Its standard error is a pipe to us. The server turns to a file of its own once it serves: the pipe's end tells
-that, and what came before it why a server did not get so far.
+Its standard error is a pipe to us. The server turns to a file of its own once it serves: the pipe's end shows
+that, and what came before it says why a server did not get so far.
 """
 
 import os
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from zramd.contract import rundir
-from zramd.control import client
+from zramd.control import servers
 from zramd.errors import DeviceError, RundirError, sentence
 from zramd.process import inherited, interrupts, pidfd
 from zramd.settings.config import Config
@@ -31,7 +31,8 @@ def spawn(
     Return its number, its pidfd (None if it has ended already), and its standard error.
 
     Nobody's child because nbdkit may ask the kernel to be ended together with its parent. It stands in
-    `folder` and has no descriptors of ours; then `prepare` is called in it, which may give it some.
+    `folder` and has no descriptors of ours; then `prepare` is called in it, which may give it some. Raises
+    DeviceError when it could not be started.
     """
     errors, to_errors = os.pipe()
     numbers, to_numbers = os.pipe()
@@ -117,7 +118,7 @@ def why_not_ready(settings: Config, pid: int) -> str:
             # nbdkit makes its socket first, and it may be elsewhere.
             made = (f"{settings.rundir}/{name}" for name in (rundir.NBD_SOCKET, rundir.DATA_ID))
             return "" if any(map(os.path.exists, made)) else "it has not made its socket"
-        status, answer = client.ask(settings.rundir, "GET", "/health", timeout=1)
+        status, answer = servers.ask(settings.rundir, "GET", "/health", timeout=1)
     except (OSError, RundirError) as error:
         return f"its control socket: {sentence(error)}" if isinstance(error, OSError) else str(error)
     ours = status == 200 and re.search(rf'"pid": {pid}\b', answer) is not None

@@ -6,17 +6,22 @@ import shlex
 import shutil
 import sys
 
-from zramd.kernel import kernelswap
+from zramd.kernel import swap
 
 _SHELL_FIRST = rb"""#!/bin/sh\n'''exec' "?((?<=")[^"\n]+|\S+)"""
+
+
+def zramd(words: str) -> str:
+    """Return a command of zramd as this user has to write it."""
+    return f"{_command()} {words}"
 
 
 def sudo(words: str) -> str:
     """Return a command of zramd that root must run, as this user has to write it."""
     if os.geteuid() == 0:
-        return f"{_command()} {words}"
+        return zramd(words)
     called = os.path.exists(sys.argv[0])  # else by another program
-    return f"sudo {_command(kernelswap.PATH) if called else 'zramd'} {words}"
+    return f"sudo {_command(swap.PATH) if called else 'zramd'} {words}"
 
 
 def _command(path: str | None = None) -> str:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from zramd.contract import handover, rundir
-from zramd.control import client, life, peer
+from zramd.control import life, peer, servers
 from zramd.errors import AttachError, DeviceError, RundirError, UsageError, is_shortage, reason
 from zramd.kernel import attached
 from zramd.launch import background, filters, nbdkit, spawn
@@ -43,7 +43,7 @@ def restart(name: str | None, folder: str | None, words: list[str]) -> Restarted
     Raises DeviceError (with what became of the old server), UsageError, ConfigError.
     """
     interrupts.interruptible()
-    served = client.look(name, folder)
+    served = servers.look(name, folder)
     with (
         interrupts.told(lambda: f"{served.name} goes on as before"),
         life.turn(served.path, served.name) as turn,
@@ -54,7 +54,7 @@ def restart(name: str | None, folder: str | None, words: list[str]) -> Restarted
     return Restarted(served.name, pid, away)
 
 
-def _replace(served: client.Served, words: list[str], turn: life.Turn) -> tuple[int, float]:
+def _replace(served: servers.Served, words: list[str], turn: life.Turn) -> tuple[int, float]:
     """Replace the server; return the new one's process and for how many seconds nobody answered."""
     process = served.process()
     peer.must_be_ours(process, served.name)  # what nbdkit was told is told to the next one
@@ -111,7 +111,7 @@ def _replace(served: client.Served, words: list[str], turn: life.Turn) -> tuple[
 
 
 def _come_back(
-    served: client.Served, plan: "_Plan", old: "_Old", turn: life.Turn, error: DeviceError
+    served: servers.Served, plan: "_Plan", old: "_Old", turn: life.Turn, error: DeviceError
 ) -> None:
     """Start a server as the old one was; the old one has left, and the new one failed. Raises DeviceError."""
     try:
@@ -137,12 +137,12 @@ class _UnseenError(DeviceError):
 class _Old:
     """The server that is to be replaced, and what of it a new one needs."""
 
-    def __init__(self, served: client.Served, process: peer.Process) -> None:
+    def __init__(self, served: servers.Served, process: peer.Process) -> None:
         """Raise DeviceError when it has ended meanwhile."""
         self.served = served
         self.pid = process.pid
         self.process = process.fd
-        # A server of an older zramd does not tell.
+        # A server of an older zramd does not say.
         self.leaves_pid = bool(served.ask_json("GET", "/health").get("leaves_pid"))
         self.listening: list[int] = []
         self.made = False  # the run folder, by zramd
@@ -180,7 +180,7 @@ class _Old:
         self.made = text == b"made"
 
     def was_stopped(self) -> bool:
-        """Say whether somebody has stopped it: once it has ended, and if it is new enough to tell."""
+        """Say whether a user has stopped it: once it has ended, and if it is new enough to say."""
         return self.leaves_pid and not os.path.exists(self.served.file(rundir.PID))
 
     def goes_on(self, why: str) -> DeviceError:
@@ -207,7 +207,7 @@ class _Old:
         return pidfd.has_ended(self.process, seconds)
 
 
-def _ended(served: client.Served) -> DeviceError:
+def _ended(served: servers.Served) -> DeviceError:
     """Return the error that says what became of a device whose server has ended. Raises RundirError."""
     try:
         served.look_again()
@@ -324,7 +324,7 @@ def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str,
     return after
 
 
-def _refuse_others(served: client.Served, process: peer.Process) -> None:
+def _refuse_others(served: servers.Served, process: peer.Process) -> None:
     """Raise DeviceError for a server that another program watches: it would only see its end."""
     environment = _told(served, process, "environ")
     if any(word.startswith(f"{rundir.BACKGROUND}=") for word in environment):
@@ -338,14 +338,14 @@ def _refuse_others(served: client.Served, process: peer.Process) -> None:
     )
 
 
-def _refuse_streams(served: client.Served) -> None:
+def _refuse_streams(served: servers.Served) -> None:
     """Raise DeviceError while the device is saved or loaded: that would be cut off."""
     streams = served.ask_json("GET", "/health").get("streams")  # a server of an older zramd has none
     if streams:
         raise DeviceError(f"a {' and a '.join(streams)} is under way: restart when it is done")
 
 
-def _told(served: client.Served, process: peer.Process, name: str) -> list[str]:
+def _told(served: servers.Served, process: peer.Process, name: str) -> list[str]:
     """Return the words that the kernel tells of a process. Raises DeviceError, also if it has just ended."""
     path = f"/proc/{process.pid}/{name}"
     try:
@@ -372,7 +372,7 @@ class _Plan(NamedTuple):
     argv: list[str]
 
 
-def _plan(served: client.Served, line: list[str], pairs: list[tuple[str, str]]) -> _Plan:
+def _plan(served: servers.Served, line: list[str], pairs: list[tuple[str, str]]) -> _Plan:
     """Return what to start: with nbdkit's options as on the running one's line, but for where it listens.
 
     Sets the environment for it. Raises ConfigError, DeviceError for a server that is no nbdkit.

@@ -30,7 +30,10 @@ HIDDEN = ("/home", "/root", "/run/user")  # from the services: ProtectHome=
 
 
 def install(arguments: argparse.Namespace) -> int:
-    """Write the units, an example configuration if there is none, and let systemd read them."""
+    """Write the units, and an example configuration if there is none, and have systemd read them.
+
+    Raises UnitsError.
+    """
     root, folder = _places(arguments)
     command = _command(root)
     changed = False

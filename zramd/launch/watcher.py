@@ -12,11 +12,11 @@ from contextlib import suppress
 
 from zramd import __version__
 from zramd.contract import rundir
-from zramd.control import client, life
+from zramd.control import life, servers
 from zramd.errors import ZramdError
 from zramd.launch import spawn
 from zramd.launch.nbdkit import Options
-from zramd.launch.sudo import sudo
+from zramd.launch.sudo import sudo, zramd
 from zramd.launch.uris import uri
 from zramd.process import pidfd
 from zramd.settings.config import Config
@@ -43,19 +43,24 @@ def greeting(settings: Config, options: Options, pid: int) -> str:
     folder = shlex.quote(settings.rundir)
     if not options.other_transport and options.values.get("--tls") != "require":  # the kernel has no TLS
         # Attaching is root's business, and root looks for a device by its name elsewhere than other users.
-        usual = settings.rundir == f"{client.ROOTS}/{settings.name}"
+        usual = settings.rundir == f"{servers.ROOTS}/{settings.name}"
         attach = sudo(f"attach {settings.name if usual else f'--rundir {folder}'}")
     elif where:
         attach = f"nbdinfo {shlex.quote(where)}"
     else:
         attach = "see nbdkit's options that you gave"
+    if settings.endpoint:
+        usual = settings.rundir == f"{servers.base()}/{settings.name}"
+        look = "watch         " + zramd(f"top {settings.name if usual else f'--rundir {folder}'}")
+    else:
+        look = f"read stats    cat {folder}/mm_stat {folder}/frag_ratio"
     return (
         f"zramd {__version__} serves {settings.name}, {settings.disksize} bytes\n"
         f"  NBD URI       {where or 'as nbdkit was told'}\n"
         f"  stats folder  {settings.rundir}\n"
         "try next:\n"
         f"  attach        {attach}\n"
-        f"  read stats    cat {folder}/mm_stat {folder}/frag_ratio\n"
+        f"  {look}\n"
         f"  stop          Ctrl-C, or: kill {pid}\n"
     )
 
@@ -63,7 +68,7 @@ def greeting(settings: Config, options: Options, pid: int) -> str:
 def watch(pid: int, ready: Callable[[], bool], text: str) -> bool:
     """Print `text` once `ready` says so, and return True; give up silently when process `pid` has ended."""
     end = time.monotonic() + spawn.READY_TIMEOUT
-    # It tells of the end at once: a caller may wait for the end of our output before it reaps that process.
+    # It reports the end at once: a caller may wait for the end of our output before it reaps that process.
     process = pidfd.open_number(pid)
     while process is not None and time.monotonic() < end:
         if ready():

@@ -2,7 +2,7 @@
 
     step("restart.told")
 
-does nothing unless ZRAMD_STEPS names a unix socket. Then the process tells its number and the step's name
+does nothing unless ZRAMD_STEPS names a unix socket. Then the process sends its number and the step's name
 there, and goes on when the other end says so, or closes.
 """
 

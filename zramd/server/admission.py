@@ -1,6 +1,6 @@
 """How many clients there may be, and what is done when descriptors are short.
 
-nbdkit accepts every client. If it cannot, for want of a descriptor, it tries again and again, and logs a line
+nbdkit accepts every client. If it cannot, for lack of a descriptor, it tries again and again, and logs a line
 each time. So a client too many is cut off while a few descriptors are left. If none is left all the same,
 nbdkit is kept from accepting, and new clients wait in the queue.
 """
@@ -60,7 +60,7 @@ class Arrivals:
 def _cut_off(thread: int, since: float) -> bool:
     """Shut the connection that a thread waits for, if the thread is still the one that began then; say so.
 
-    nbdkit does not tell which connection a thread serves, but the kernel does: the thread waits in a system
+    nbdkit does not say which connection a thread serves, but the kernel does: the thread waits in a system
     call, and the descriptor is its first argument.
     """
     try:
@@ -96,7 +96,7 @@ class Descriptors:
     def keep(self) -> bool:
         """Fill up what we keep for ourselves; if that cannot be, give all of it back and return False.
 
-        `missing` tells why then. Raises OSError when it cannot be told whether there are more.
+        `missing` says why then. Raises OSError when it is not known whether there are more.
         """
         try:
             # Opened, not duplicated: there may be too many files in the whole system, too.
@@ -216,7 +216,7 @@ class Admission:
         """Keep a few descriptors for ourselves, and shut the door while there are no others."""
         if self._descriptors is None or self._door is None:
             return
-        what = "no client is let in, for want of descriptors"
+        what = "no client is let in, for lack of descriptors"
         if self._descriptors.keep():
             self._door.open()
             self._troubles.over(what)

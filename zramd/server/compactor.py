@@ -1,5 +1,8 @@
 """When to compact, and how much at a time.
 
+The kernel compacts its zsmalloc only when asked to: by its shrinker, or by zram's file `compact`. So the
+rules here are our own.
+
 `Policy` holds the rules and knows neither threads nor time: it is told what happened and answers what to do.
 `Compactor` is the thread that looks, compacts in steps and sleeps as the policy says.
 """
@@ -20,7 +23,7 @@ from zramd.settings.config import Config
 MIN_FREEABLE = 16  # pages: below this a run is not worth waking the caches for
 MAX_INTERVAL = 60.0  # seconds between looks after runs that gained nothing
 IO_SHARE = 4  # pause this many step times when clients are active: 1 part compacting, 4 parts not, 20 %
-MIN_PAUSE = 0.001
+MIN_PAUSE = 0.001  # seconds
 # A zspage is at most 16 pages, so moving this much without freeing one means that nothing can be gained.
 FRUITLESS_BYTES = 256 << 10
 NICE = 10
@@ -28,7 +31,7 @@ PAUSE = 0.1  # seconds, where there is no memory to wait longer
 
 
 class Pressure(NamedTuple):
-    """What `Device.pressure` tells."""
+    """What `Device.pressure` returns."""
 
     freeable: int  # pages that compaction would free now
     used: int  # pages of the pool in use
@@ -199,7 +202,7 @@ class Compactor:
         return self._step(last)
 
     def _step(self, last: Pressure) -> float:
-        asked = len(self._tickets)  # who asks later may ask about more than this step looks at
+        asked = len(self._tickets)  # a later request may be about more than this step looks at
         started = self._clock()
         freed = self._device.compact(self._step_bytes)
         taken = self._clock() - started

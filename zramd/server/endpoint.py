@@ -87,7 +87,7 @@ class Endpoint:
     def accept(self) -> None:
         """Take one waiting connection, if there is one, and answer it in a thread of its own.
 
-        Raises OSError while it cannot be taken for want of something.
+        Raises OSError while it cannot be taken for lack of something.
         """
         try:
             sock, _ = self._listener.accept()

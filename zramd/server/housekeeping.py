@@ -18,7 +18,7 @@ DISTURBED = "housekeeping is disturbed"
 class Chore(NamedTuple):
     """What is to be done again and again."""
 
-    failing: str  # the beginning of the sentence that tells of a failure
+    failing: str  # the beginning of the sentence that reports a failure
     work: Callable[[], None]
     interval: Callable[[], float]  # seconds, 0: not now
 
@@ -60,7 +60,7 @@ class Housekeeper:
         while not self._stopping.is_set():
             try:
                 self._guarded_turn()
-            except Exception:  # there was not even the memory to tell of it, or to wait: nothing may end this
+            except Exception:  # not even memory to report it, or to wait: nothing may end this
                 time.sleep(PAUSE)
 
     def _guarded_turn(self) -> None:
@@ -83,7 +83,7 @@ class Housekeeper:
             if any(self._signals):
                 self._obey(self._signals)
             self._signals = b""
-        except Exception as error:  # the signals stay; who asks what is wrong is to be told all the same
+        except Exception as error:  # the signals stay, and whatever asks what is wrong gets an answer
             failure = error
         if self._stopping.is_set():
             return

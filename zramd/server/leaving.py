@@ -114,12 +114,12 @@ class Leaving:
         """Say whether to stop now: the kernel must not lose what it has swapped out.
 
         If it would, remember that a stop is wanted, and if `signals` are new, say what to do. Raises OSError
-        when it cannot be told; then the stop is remembered too.
+        when that is not known; then the stop is remembered too.
         """
         if self._config.swap != "local" or not self._clients() or signal.SIGQUIT in signals:
             return True
-        self.refused = True  # if it cannot be told, ask again
-        devices = " ".join(swap.devices_in_use(self._config.disksize))
+        self.refused = True  # if it is not known, ask again
+        devices = " ".join(swap.nbd_devices(self._config.disksize))
         if devices and signals:
             self._manager.tell(f"STATUS=stopping as soon as 'swapoff {devices}' has run")
             say(
@@ -174,7 +174,7 @@ class Leaving:
     def _let_clients_go(self) -> None:
         """Cut off all clients, once all that they have asked is answered, if that does not take long.
 
-        nbdkit answers by errors what it reads after a shutdown. So it is told only when no client is left.
+        nbdkit answers by errors what it reads after a shutdown. So it is called only when no client is left.
         """
         step("server.leaves")
         if self._endpoint is not None:

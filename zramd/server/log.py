@@ -17,7 +17,7 @@ from zramd.core.system.threads import start_thread
 
 _READ = 16 << 10  # bytes
 _CHUNK = select.PIPE_BUF  # a pipe that can be written to takes as much at once
-# What is always passed on: zramd's own sentences, each said once, and what who gave nbdkit -v asked for.
+# What is always passed on: zramd's own sentences, each said once, and what nbdkit -v asks for.
 _WANTED = re.compile(rb"zramd: |nbdkit: (?:[^ ]+: )?debug: ")
 
 
@@ -41,7 +41,7 @@ class Log:
     PERIOD = 10.0  # seconds
     LIMIT = 1 << 20  # bytes: a file that has more starts again from nothing
     BACKLOG = 64 << 10  # bytes
-    PARTING = 0.2  # seconds that the end waits for who reads
+    PARTING = 0.2  # seconds that the end waits for the reader
     RETRY = 0.05  # seconds after which one that refused is tried again
 
     def __init__(
@@ -128,7 +128,7 @@ class Log:
         return b"".join(passed)
 
     def _is_storm(self, size: int) -> bool:
-        """Count the lines in the buffer and be done, if none of them will pass: who serves wants the GIL."""
+        """Count the lines in the buffer and be done, if none will pass: those that serve want the GIL."""
         buffer = self._buffer
         if self._passed < self.BURST or self._clock() - self._since >= self.PERIOD:
             return False
@@ -139,7 +139,7 @@ class Log:
         return True
 
     def summary(self) -> bytes:
-        """Return the line that tells how many were held back, b"" if none, and forget them."""
+        """Return the line that says how many were held back, b"" if none, and forget them."""
         count, self.held_back = self.held_back, 0
         return b"zramd: %d lines more like these were held back\n" % count if count else b""
 
@@ -150,7 +150,7 @@ class Log:
             try:
                 if not self._pass_on():
                     break
-            except Exception:  # no memory, say: there is nobody to tell, and what comes next may work
+            except Exception:  # no memory, say: it cannot be reported, and what comes next may work
                 self.lost += 1
                 time.sleep(self.RETRY)
         with suppress(Exception):
@@ -180,7 +180,7 @@ class Log:
             poll.register(self._target, select.POLLOUT)
         try:
             return bool(poll.poll(self.PERIOD * 1000 if self.held_back else None))
-        except OSError:  # no memory to wait with, say: that is just what is to be told
+        except OSError:  # no memory to wait with, say: that is just what is to be reported
             time.sleep(self.RETRY)
             return True
 
@@ -243,7 +243,7 @@ class Log:
 def _unwaiting(fd: int) -> int:
     """Return a descriptor that writes where `fd` does, and refuses what would have to wait, if there is one.
 
-    Whether writing waits is a property that all share who have the file from one another: so it is opened
+    Whether writing waits is a property that all processes share that inherited the file: so it is opened
     anew. A socket cannot be, and needs not; a file never makes wait.
     """
     mode = os.fstat(fd).st_mode

@@ -1,6 +1,6 @@
 """The metrics beside the run folder, where another user may read them: node_exporter's textfile collector.
 
-The run folder is closed to others, and node_exporter runs as another user, who may own the collector's
+The run folder is closed to others, and node_exporter runs as another user, which may own the collector's
 folder: the numbers are no secret, and no link in there leads us to another place.
 """
 

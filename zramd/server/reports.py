@@ -1,4 +1,4 @@
-"""What a server tells of itself unasked: statistics in files, its status to a service manager, corruption."""
+"""What a server reports unasked: statistics in files, its status to a service manager, corruption."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ READY_PATIENCE = 1.0  # seconds for the service manager to take our word, at eac
 
 
 class Reports:
-    """Tells what is new since it told something last."""
+    """Reports what is new since its last report."""
 
     def __init__(
         self,

@@ -61,13 +61,13 @@ class Service(Protocol):
         """Drop all data; return False, with nothing done, while a client is connected."""
 
     def send_sockets(self, path: str) -> None:
-        """Send the listening sockets to who listens at `path`; raises OSError."""
+        """Send the listening sockets to the process that listens at `path`. Raises OSError."""
 
     def save(self, fd: int, *, live: bool) -> None:
         """Write the device to a descriptor; raises SaveError, OSError once that has begun."""
 
     def load(self, fd: int, begun: bytes, length: int) -> dict[str, int]:
-        """Fill the device from a descriptor, of which `begun` was read; length of all, -1: up to its end.
+        """Fill the device from a descriptor, of which `begun` was read; length: all its bytes, or -1.
 
         Raises DeviceError when it is not a time for that, SaveError.
         """
@@ -145,7 +145,7 @@ class Routes:
             self._service.save(fd, live=path.endswith("live"))
 
     def load(self, fd: int, begun: bytes, length: int) -> Reply:
-        """Return the answer to one of STREAMS_IN, whose body comes from a descriptor."""
+        """Return the answer to one of STREAMS_IN, whose body comes from a descriptor; length: bytes or -1."""
         try:
             with self._under_way("load"):
                 return _json(self._service.load(fd, begun, length))

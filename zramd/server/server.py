@@ -16,8 +16,8 @@ from zramd.contract.rundir import BACKGROUND, CONTROL_SOCKET, STATE, Rundir
 from zramd.core.device.device import Device
 from zramd.core.system.process import at_failing_exit, dump_little, name_thread
 from zramd.core.system.threads import start_thread
-from zramd.errors import RundirError
-from zramd.kernel import swap
+from zramd.errors import RundirError, reason
+from zramd.kernel import protection
 from zramd.process import notify
 from zramd.process.steps import step
 from zramd.server import sockets, statefile, takeover
@@ -47,22 +47,22 @@ def prepare(config: Config, shutdown: Callable[[], None]) -> "Prepared":
 
     Raises RundirError, CorruptionError when the self-test fails, MemoryError, SwapError, StateError.
     """
-    # As nbdkit has it once it serves: who started us may end before we have said all.
+    # As nbdkit has it once it serves: what started us may end before we have said all.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     self_test()
-    log = Log(prepare=swap.warm_stack if config.swap == "local" else lambda: None)
+    log = Log(prepare=protection.warm_stack if config.swap == "local" else lambda: None)
     ends = Ends()
     ends.add(log.stop)
     at_failing_exit(lambda: _give_up(ends, log))
     if config.swap == "local":
-        swap.prepare()
+        protection.prepare()
     if handover.takes_over():
         if config.state:
             statefile.look(config.state, config.disksize, config.verify)
         if config.metrics_file:
             MetricsFile(config.metrics_file, config.name)
         if config.swap == "local":
-            swap.protect_process()  # nbdkit does not fork here; `start` then finds it done
+            protection.protect_process()  # nbdkit does not fork here; `start` then finds it done
         takeover.wait()
     if handover.must_be_left():  # or it was stopped: then the state is not for us
         files = _take_folder(config, ends)
@@ -157,8 +157,8 @@ class Serving:
             dump_little()
         threading.excepthook = self._thread_failed
         if config.swap == "local":
-            swap.protect(device, config.reserve)
-            swap.take_priority(swap.BESIDE)  # the threads below inherit it
+            protection.protect(device, config.reserve)
+            protection.take_priority(protection.BESIDE)  # the threads below inherit it
             refiller = start_thread("zramd-refill", self._refill)
             ends.add(refiller.join)
             ends.add(device.reserve_stop)
@@ -209,7 +209,7 @@ class Serving:
             signal.signal(number, _ignore)
         if config.swap == "local":
             # Last: the threads above are less urgent, those that nbdkit starts for clients inherit it.
-            swap.take_priority(swap.SERVE)
+            protection.take_priority(protection.SERVE)
         if BACKGROUND in os.environ:
             undone.attempt("the log is not written", self._write_log)
         ends.serves = True
@@ -240,7 +240,7 @@ class Serving:
         try:
             endpoint = Endpoint(path, self.service, self._troubles)
         except OSError as error:
-            raise RundirError(f"socket '{path}' cannot be made: {error.strerror}") from None
+            raise RundirError(f"socket '{path}' cannot be made: {reason(error)}") from None
         self._ends.add(endpoint.close)
         return endpoint
 
@@ -282,14 +282,14 @@ class Serving:
 
     def _refill(self) -> None:
         name_thread("zramd-refill")
-        # It needs the processor when requests do, but not what is set aside for them: see swap.take_priority.
-        swap.warm_stack()
-        swap.be_ordinary(REFILLER_NICE)
+        # It needs the processor when requests do, but not what is set aside for them: see take_priority.
+        protection.warm_stack()
+        protection.be_ordinary(REFILLER_NICE)
         self._device.reserve_keep()
 
     def _housekeep(self) -> None:
         if self._config.swap == "local":
-            swap.warm_stack()
+            protection.warm_stack()
         self._housekeeper.run()
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:

@@ -1,4 +1,4 @@
-"""What a server does for who asks: clients, by nbdkit, and callers of the control socket, by routes."""
+"""What a server does on request: of clients, by nbdkit, and of callers of the control socket, by routes."""
 
 import os
 import select
@@ -29,7 +29,7 @@ _DATA_ID_FAILS = "data_id is not written"
 
 
 class Service:
-    """One device for all who use it: see zramd.server.routes.Service.
+    """One device for all its users: see zramd.server.routes.Service.
 
     config: the settings as they are now. device: what is served. clients: how many there are.
     """
@@ -92,7 +92,7 @@ class Service:
         """Return status (ok or degraded), its causes, the compactor's status, number of clients, process."""
         compactor = self.compactor.status
         causes = self._troubles.causes()
-        if compactor.startswith("failed"):
+        if self.compactor.failure:
             causes.append(f"background compaction {compactor}")
         return {
             "status": "degraded" if causes else "ok",
@@ -148,7 +148,7 @@ class Service:
         save_stream(self.device, fd, live=live, patience=STREAM_PATIENCE)
 
     def load(self, fd: int, begun: bytes, length: int) -> dict[str, int]:
-        """Fill the empty device from a descriptor; raises ZramdError, MemoryError."""
+        """Fill the empty device from a descriptor. Raises DeviceError, SaveError, PoolFullError."""
         if not begun and length:
             _await_data(fd, STREAM_PATIENCE)  # meanwhile clients may come
         with self._clients_lock:

@@ -127,7 +127,7 @@ def clients(others: frozenset[int]) -> Iterator[list[socket.socket]]:
 
 
 def unread(sock: socket.socket) -> int:
-    """Return how many bytes have come that nobody has read yet, 0 if this kind of socket does not tell."""
+    """Return how many bytes have come that nobody has read yet, 0 if this kind of socket does not say."""
     try:
         return int.from_bytes(fcntl.ioctl(sock, termios.FIONREAD, bytes(4)), sys.byteorder)
     except OSError:
@@ -167,7 +167,7 @@ def _clients(others: frozenset[int]) -> Iterator[socket.socket]:
 def _streams() -> Iterator[tuple[int, int, socket.socket]]:
     """Yield number, inode and a duplicate of each stream socket beyond stdin, stdout and stderr.
 
-    The socket itself, if there is none to be had: who leaves has to reach all. Raises OSError for one that
+    The socket itself if none can be had: a server that leaves has to reach all. Raises OSError for one that
     cannot be looked at.
     """
     for name in os.listdir("/proc/self/fd"):

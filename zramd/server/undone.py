@@ -1,4 +1,4 @@
-"""What one can serve without, and could not be done yet, for want of something: it is tried again."""
+"""What one can serve without, and could not be done yet, for lack of something: it is tried again."""
 
 import threading
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Undone:
     def attempt(
         self, failing: str, work: Callable[[], None], later: Callable[[], None] | None = None
     ) -> None:
-        """Do what one can serve without; if it fails for want of something, `later` or `work` is to do.
+        """Do what one can serve without; if it fails for lack of something, `later` or `work` is to do.
 
         Raises what is no shortage, unless nobody would serve then: the server before us has left.
         """
@@ -45,7 +45,7 @@ class Undone:
     def do(self) -> None:
         """Do all of it; what fails again stays undone.
 
-        Two threads may be at it when a server begins: the status is still to be told before READY=1.
+        Two threads may be at it when a server begins: the status must still be sent before READY=1.
         """
         with self._lock:
             for failing in list(self._work):

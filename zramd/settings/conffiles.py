@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from zramd.errors import ConfigError, UntrustedError, ZramdError
+from zramd.errors import ConfigError, UntrustedError, ZramdError, reason
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def find(root: "Path", name: str) -> "list[Path]":
 
     Of main files, the one in the highest folder counts alone. Drop-ins come in the order of their file names,
     over all folders; of two with one name, the one in the higher folder counts. A link to /dev/null hides
-    what is below it and counts for nothing.
+    what is below it and counts for nothing. Raises ZramdError for a folder that cannot be read.
     """
     main = [path for folder in FOLDERS if os.path.lexists(path := root / folder / name)][:1]
     drop_ins: dict[str, Path] = {}
@@ -72,7 +72,7 @@ def find(root: "Path", name: str) -> "list[Path]":
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise ZramdError(f"{root / folder / name}.d: {error.strerror}") from None
+            raise ZramdError(f"{root / folder / name}.d: {reason(error)}") from None
         for file in names:
             if file.endswith(".conf") and not file.startswith("."):
                 drop_ins.setdefault(file, root / folder / f"{name}.d" / file)
@@ -92,7 +92,7 @@ def refuse_untrusted(path: "Path") -> None:
     except UntrustedError as error:
         raise ZramdError(f"{path} is not used: {error}: have it owned by root, with mode 644") from None
     except OSError as error:
-        raise ZramdError(f"{path}: {error.strerror}") from None
+        raise ZramdError(f"{path}: {reason(error)}") from None
 
 
 def read(path: "Path") -> tuple[list[Entry], list[Problem]]:
@@ -113,7 +113,7 @@ def text(path: "Path") -> str:
     except ValueError:  # a NUL in its name
         raise ConfigError(f"{path}: this is not a file's name") from None
     except OSError as error:
-        raise ZramdError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from None
+        raise ZramdError(f"{path} cannot be read: {reason(error)}") from None
     if len(data) > MAX_BYTES:
         raise ConfigError(f"{path}: it has more than {MAX_BYTES} bytes: this is no configuration")
     try:

@@ -11,8 +11,9 @@ from typing import Any
 
 from zramd.contract import rundir
 from zramd.errors import ConfigError
+from zramd.settings import amounts
 
-PAGE_SIZE = 4096
+PAGE_SIZE = 4096  # bytes
 MAX_DISKSIZE = 4 << 40  # the core has the same: handles have 31 bits
 MAX_CLIENTS = 65536
 MAX_ACCELERATION = 65537  # LZ4_ACCELERATION_MAX: lz4 silently clamps what is above
@@ -23,7 +24,6 @@ _SUFFIXES = "KMGTPE"
 _SIZE = re.compile(r"(0x[0-9a-f]+|0[0-7]*|[1-9][0-9]*)(?:([KMGTPE])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _LZ4 = re.compile(r"lz4(?:\(\s*level\s*=\s*([0-9]{1,9})\s*\))?", re.ASCII)
-_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+", re.ASCII)
 _BOOLEANS = {"on": True, "yes": True, "true": True, "1": True}
 _BOOLEANS |= {"off": False, "no": False, "false": False, "0": False}
 
@@ -49,7 +49,7 @@ def parse_size(text: str) -> int:
 
 
 def _size_hint(text: str) -> str:
-    """Return what somebody may have meant who wrote something that is no size."""
+    """Return what a user may have meant by something that is no size."""
     if len(text) <= 64:
         close = "".join(text.split())
         if close != text and _SIZE.fullmatch(close):
@@ -88,9 +88,10 @@ def _reserve(text: str) -> int:
 
 
 def _client_limit(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 7 and 1 <= int(text) <= MAX_CLIENTS):
+    limit = amounts.whole(text, 1, MAX_CLIENTS)
+    if limit is None:
         raise ConfigError(f"'{text}' is out of range: use 1 to {MAX_CLIENTS} connections")
-    return int(text)
+    return limit
 
 
 def _name(text: str) -> str:
@@ -172,9 +173,10 @@ def _thread_model(text: str) -> str:
 
 
 def _number(text: str, low: float, high: float, unit: str) -> float:
-    if _NUMBER.fullmatch(text) is None or not low <= float(text) <= high:
+    found = amounts.number(text, low, high)
+    if found is None:
         raise ConfigError(f"'{text}' is out of range: use {low:g} to {high:g} {unit}")
-    return float(text)
+    return found
 
 
 def _percent(text: str) -> float:

@@ -5,7 +5,7 @@
     device.pairs, device.words()            # the server's settings, for config.parse and `zramd serve`
 
 Each section is a device. Its keys are zram-generator's, zramd's settings under their own names, and what
-the kernel is told when it attaches the device; `zramd.settings.keys` has those that are not settings.
+the kernel gets when it attaches the device; `zramd.settings.keys` has those that are not settings.
 docs/zramd.conf teaches all.
 """
 
@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from zramd import meminfo
 from zramd.contract import handover, rundir
-from zramd.errors import ConfigError, ZramdError
+from zramd.errors import ConfigError, ZramdError, reason
 from zramd.settings import conffiles, config, expression, keys
 from zramd.settings.conffiles import Entry, Problem
 from zramd.settings.config import Config
@@ -145,16 +146,18 @@ def load(root: str | None = None, file: str | None = None) -> Configuration:
 
 
 def total_ram(root: Path) -> int:
-    """Return the machine's memory in whole megabytes, as root/proc/meminfo has it, else /proc/meminfo."""
+    """Return the machine's memory in whole megabytes, as root/proc/meminfo has it, else /proc/meminfo.
+
+    Raises ZramdError.
+    """
     path = root / "proc/meminfo"
     try:
-        text = (path if path.exists() else Path("/proc/meminfo")).read_text(errors="replace")
+        memory = meminfo.read("MemTotal", str(path) if path.exists() else meminfo.PATH)
     except OSError as error:
-        raise ZramdError(f"{path}: {error.strerror}") from None
-    match = re.search(r"^MemTotal:\s*([0-9]+) kB$", text, re.MULTILINE)
-    if match is None:
-        raise ZramdError(f"{path}: there is no line 'MemTotal: … kB' in it")
-    return int(match[1]) >> 10
+        raise ZramdError(f"{path}: {reason(error)}") from None
+    if memory is None:
+        raise ZramdError(f"{path}: it has no line 'MemTotal: … kB'")
+    return memory >> 20
 
 
 def _add(sections: Sections, entries: list[Entry]) -> list[Problem]:
@@ -225,7 +228,7 @@ def build(sections: Sections, ram: int, known: Iterable[Problem] = ()) -> Config
 
 
 def _check_paths(found: list[ConfiguredDevice], problems: list[Problem]) -> None:
-    """Two devices cannot have one folder or file, by whatever path they are told of it."""
+    """Two devices cannot have one folder or file, by whatever path they name it."""
     owners: dict[str, tuple[str, str]] = {}  # real path → section and key that have it
     for device in found:
         settings = device.settings()

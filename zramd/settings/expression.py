@@ -21,7 +21,7 @@ from typing import NamedTuple, NoReturn
 from zramd.errors import ConfigError
 
 MEGABYTE = 1 << 20
-MAX_LENGTH = 4096
+MAX_LENGTH = 4096  # letters
 MAX_DEPTH = 32
 
 _TOKEN = re.compile(
@@ -38,7 +38,7 @@ _EPSILON = 8 * 2.0**-52  # two numbers this close are equal
 
 
 class ExpressionError(ConfigError):
-    """An expression cannot be read, or has no value; the message quotes it and tells the place."""
+    """An expression cannot be read, or has no value; the message quotes it and says where."""
 
 
 class _Token(NamedTuple):

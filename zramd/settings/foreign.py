@@ -32,7 +32,7 @@ _ZRAMSWAP = {
 }
 _ZRAMSWAP_OLD = {"PERCENTAGE": "PERCENT", "ALLOCATION": "SIZE"}
 _ZRAMSWAP_ALL = {*_ZRAMSWAP, *_ZRAMSWAP_OLD, "CORES"}
-# Other programs whose files are easily taken for one of those two, and keys that tell them.
+# Other programs whose files are easily taken for one of those two, and keys that show which.
 _OTHERS = {
     "zram-init": r"(?:type|flag|size|mlim|back|icmp|idle|wlim|notr|maxs|algo|labl|uuid|args)[0-9]+"
     r"|num_devices|(?:un)?load_on_(?:start|stop)",
@@ -231,7 +231,7 @@ def _unit_notes(entry: Entry) -> list[str]:
     try:
         numbers = expression.units(entry.value)
     except ConfigError:
-        return []  # devices.build tells it
+        return []  # devices.build reports it
     return [
         f"{entry.where}: {entry.key} = {entry.value}: {number} is a size here, a factor in zram-generator"
         for number in numbers

@@ -1,10 +1,9 @@
 """The keys of a section in zramd.conf that are not settings of the server, and which words mean what."""
 
-import re
 from collections.abc import Callable
 
 from zramd.errors import ConfigError
-from zramd.settings import config, expression
+from zramd.settings import amounts, config, expression
 from zramd.settings.config import Setting
 
 DEFAULT_SIZE = "min(ram / 2, 4096)"  # zram-generator's
@@ -27,9 +26,10 @@ REFUSED = {
 
 
 def _priority(text: str) -> int:
-    if re.fullmatch(r"-1|[0-9]{1,5}", text, re.ASCII) is None or int(text) > 32767:
+    priority = amounts.whole(text, -1, 32767)
+    if priority is None:
         raise ConfigError(f"'{text}' is not a priority: use -1 (the kernel chooses) to 32767 (used first)")
-    return int(text)
+    return priority
 
 
 def _swapon_options(text: str) -> str:
@@ -52,9 +52,10 @@ def _attach(text: str) -> str:
 
 def _whole(low: int, high: int, unit: str) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if re.fullmatch(r"[0-9]{1,7}", text, re.ASCII) is None or not low <= int(text) <= high:
+        number = amounts.whole(text, low, high)
+        if number is None:
             raise ConfigError(f"'{text}' is out of range: use {low} to {high} {unit}")
-        return int(text)
+        return number
 
     return parse
 

@@ -1,4 +1,7 @@
-"""What can be told from requests that were counted by how long they took. Server and command line use it."""
+"""Quantiles of requests that were counted by how long they took, as Prometheus' histogram_quantile has them.
+
+Server and command line use it.
+"""
 
 from collections.abc import Sequence
 
@@ -7,8 +10,7 @@ def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> fl
     """Return the seconds within which a share (0 to 1) of the requests was done, None when there were none.
 
     `counts`: how many took no longer than each of `bounds`, and last of all how many there were. Within a
-    bucket they are taken as spread evenly, as Prometheus' histogram_quantile does. What took longer than the
-    last bound is told as that bound.
+    bucket they are taken as spread evenly. What took longer than the last bound counts as that bound.
     """
     rank = share * counts[-1] if counts else 0
     if not rank:

@@ -89,7 +89,7 @@ def to_json(snapshot: Snapshot) -> str:
 
 
 def _latency_values(latency: Latency) -> dict[str, int | float]:
-    """Return what stats.json tells: a quantile of buckets has no more than three digits worth showing."""
+    """Return what stats.json has: a quantile of buckets has no more than three digits worth showing."""
     values: dict[str, int | float] = {"count": latency.count}
     values["mean_us"] = round(latency.sum / latency.count * 1e6, 3) if latency.count else 0.0
     for percent in (50, 90, 99):

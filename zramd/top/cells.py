@@ -17,7 +17,7 @@ class Glyphs(NamedTuple):
     gaps: str
     tables: str
     heat: str  # HEAT_LEVELS of them
-    swatch: str  # in a legend; '' where colours alone do not tell the parts: then the part's own
+    swatch: str  # in a legend; '' where colours alone do not distinguish the parts: then the part's own
     none: str  # no zspages
     rest: str  # of a bar
     limit: str

@@ -4,7 +4,7 @@
         terminal.draw(lines)            lines of (text, style) pieces, as wide as terminal.size() says
         for key in terminal.read_keys(): ...
 
-Of the curses library only the terminfo calls are used: they tell what to send, and we send no more than that.
+Of the curses library only the terminfo calls are used: they say what to send, and we send no more than that.
 """
 
 import curses

@@ -77,7 +77,7 @@ class KernelZram:
         return [int(word) for word in self._sys.joinpath("mm_stat").read_text().split()]
 
     def metadata_bytes(self, stored_blocks: int) -> int:
-        """Return what its slots and handles take: the kernel does not tell, so it is computed."""
+        """Return what its slots and handles take: the kernel does not say, so it is computed."""
         return self._disksize // BLOCK * SLOT_BYTES + stored_blocks * HANDLE_BYTES
 
 

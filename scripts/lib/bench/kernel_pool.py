@@ -1,9 +1,9 @@
-"""A model of the kernel's zsmalloc: who is in which zspage, and what its compaction moves. Sizes, no bytes.
+"""A model of the kernel's zsmalloc: its zspages, and what compaction moves. Sizes, no bytes.
 
 The rules are those of Linux since 6.6, with zspages of up to 8 pages: classes 16 bytes apart, a header of
 8 bytes, fullness groups of 10 %, lists whose head is the zspage that joined last, and the compaction of 2023:
 from the emptiest zspage into the fullest until that is full, as long as a class has a zspage's worth of free
-places. Where a machine has the real thing, scripts/bench tells how many pages both free on the same trace.
+places. Where a machine has the real thing, scripts/bench reports how many pages both free on the same trace.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ ZRAMD, MEMORY, ZSTD, NULL, KERNEL = "zramd", "memory", "memory zstd", "null", "k
 
 @dataclass(frozen=True)
 class Pattern:
-    """One kind of load, and who is measured with it, in this order."""
+    """One kind of load, and the servers measured with it, in this order."""
 
     rw: str
     bs: str
@@ -53,7 +53,7 @@ def _run(setup: Setup, pattern: Pattern, target: Server | KernelZram, size: int)
 
 
 def _start(setup: Setup, stack: ExitStack, size: int) -> dict[str, Server | KernelZram]:
-    """Start everyone who is there, filled: so reads read data and writes are overwrites."""
+    """Start every server, filled: so reads read data and writes are overwrites."""
     targets: dict[str, Server | KernelZram] = {}
     targets[ZRAMD] = stack.enter_context(ZramdServer(setup, ZRAMD, size))
     if plugin_offers("memory"):

@@ -21,7 +21,7 @@ from dataclasses import replace
 from bench.setup import BLOCK
 from zramd import Device, PoolFullError
 from zramd.core.device import saving
-from zramd.kernel import swap
+from zramd.kernel import protection
 from zramd.server.compactor import Compactor
 from zramd.settings import config
 from zramd.stats import snapshots, texts
@@ -114,7 +114,7 @@ def one_processor(seconds: float, size: int) -> dict[str, float]:
     for block in dice.sample(range(blocks), blocks // 2):
         device.trim(block * BLOCK, BLOCK)
     device.inherit_priority()
-    sys.setswitchinterval(swap.SWITCH_INTERVAL)
+    sys.setswitchinterval(protection.SWITCH_INTERVAL)
     settings = replace(
         config.parse([("disksize", str(size)), ("rundir", "/nowhere")]),
         compaction_interval=0.01,
@@ -129,7 +129,7 @@ def one_processor(seconds: float, size: int) -> dict[str, float]:
         time.sleep(0.002)
 
     def client() -> None:
-        swap.take_priority(swap.SERVE)
+        protection.take_priority(protection.SERVE)
         slowest = Slowest(device, "write", "trim")
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -144,7 +144,7 @@ def one_processor(seconds: float, size: int) -> dict[str, float]:
         numbers["core"] = slowest.ms()
 
     with hogs():
-        swap.take_priority(swap.BESIDE)
+        protection.take_priority(protection.BESIDE)
         compactor = Compactor(device, settings)
         compactor.start()
         with repeating(beside):
@@ -170,7 +170,7 @@ def slow_copy(seconds: float, size: int) -> dict[str, float]:
     numbers = {}
 
     def client() -> None:
-        swap.take_priority(swap.SERVE)
+        protection.take_priority(protection.SERVE)
         slowest = Slowest(device, "read")
         while copied.value == 1 and not done.is_set():
             time.sleep(PAUSE)
@@ -206,7 +206,7 @@ def at_the_limit(seconds: float, size: int) -> dict[str, float]:
     device.mem_limit = device.counters()["mem_used_total"]
     # Real-time, so that no other program is waited for; with pauses, or the kernel makes one of 50 ms.
     device.inherit_priority()
-    swap.take_priority(swap.SERVE)
+    protection.take_priority(protection.SERVE)
     slowest = Slowest(device, "trim")
     free = iter(range(blocks, 4 * size // BLOCK))
     written = refused = 0

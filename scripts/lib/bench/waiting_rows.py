@@ -1,4 +1,4 @@
-"""How long a request waits for others at the worst: for who holds a lock, a pin, the gate or the GIL."""
+"""How long a request waits for others at the worst: for the holder of a lock, a pin, the gate or the GIL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A device in use, as its server tells: real memory pages, written, overwritten, trimmed and compacted.
+"""A device in use, as its server reports it: real memory pages, written, overwritten, trimmed and compacted.
 
 A story of some 90 seconds, the same each time but for what the machine makes of it: guests fill a swap
 device; one of them ends, and its pages are trimmed; another takes its place, and ends while the rest go on.
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import zramd
 from pictures import samples
 from zramd.contract import rundir
-from zramd.control import client
+from zramd.control import servers
 from zramd.control.samples import Sample, take
 from zramd.control.samples import rates as between
 from zramd.errors import DeviceError, ZramdError
@@ -93,7 +93,7 @@ def _best(taken: list[Sample]) -> list[Sample]:
 
 
 @contextmanager
-def _serve(folder: Path) -> Iterator[client.Served]:
+def _serve(folder: Path) -> Iterator[servers.Served]:
     """Serve a device, with its run folder below `folder`."""
     path = folder / NAME
     command = [sys.executable, "-P", "-m", "zramd", "serve", "--name", NAME, "--size", SIZE]
@@ -110,11 +110,11 @@ def _serve(folder: Path) -> Iterator[client.Served]:
         server.wait()
 
 
-def _wait(server: "subprocess.Popen[bytes]", path: Path) -> client.Served:
+def _wait(server: "subprocess.Popen[bytes]", path: Path) -> servers.Served:
     end = time.monotonic() + 20
     while server.poll() is None and time.monotonic() < end:
         try:
-            served = client.find(NAME, str(path))
+            served = servers.find(NAME, str(path))
             take(served)
             return served
         except DeviceError:

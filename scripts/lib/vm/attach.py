@@ -18,7 +18,7 @@ from vm import libvirt
 from vm.errors import VmError
 from vm.guest import Beat, Guest
 from zramd.contract import rundir
-from zramd.control import client
+from zramd.control import servers
 
 NAME = "zram0"
 NODE = "zram0"  # what qemu calls the disk
@@ -134,7 +134,7 @@ class _HostServer(Zramd):
 
     def request(self, method: str, path: str, body: str = "") -> str:
         try:
-            status, content = client.ask(str(self.rundir), method, path, body, ASK_TIMEOUT)
+            status, content = servers.ask(str(self.rundir), method, path, body, ASK_TIMEOUT)
         except OSError as error:
             raise VmError(f"zramd does not answer {method} {path}: {error}") from None
         if status != 200:

@@ -245,7 +245,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _remove_unused(folder: Path) -> None:
-    """Remove images that were not booted for a day. One that is in use stays readable to who has it open."""
+    """Remove images that were not booted for a day. One in use stays readable where it is open."""
     for path in folder.glob("*.img"):
         if time.time() - path.stat().st_mtime > UNUSED_FOR:
             path.unlink()

@@ -18,10 +18,10 @@ from support.numbers import FakeDevice
 from support.server import PACKAGE_PARENT
 
 from zramd.commands import VERBS, Parser, completion, doctor, listing, main, parser, verb_parser
-from zramd.control import client, columns, life
+from zramd.control import columns, life, servers
 from zramd.control.human import human
 from zramd.errors import UsageError
-from zramd.kernel import attached, kernelswap
+from zramd.kernel import attached, swap
 from zramd.launch import installed
 from zramd.settings import config
 from zramd.stats import numbers, prometheus, snapshots, texts
@@ -51,8 +51,9 @@ SHARED = {
     "zramd.contract.rundir",
     "zramd.errors",
     "zramd.lockfile",
+    "zramd.meminfo",
     "zramd.kernel",
-    "zramd.kernel.kernelswap",
+    "zramd.kernel.swap",
     "zramd.process",
     "zramd.process.pidfd",
     "zramd.process.steps",
@@ -121,7 +122,7 @@ def test_daemon_does_not_import_the_command_line() -> None:
     imported = set(python(f"import sys, {modules}; print(*sys.modules)").split())
     assert "zramd.server.endpoint" in imported
     unwanted = [
-        name for name in imported if name.startswith(("zramd.commands", "zramd.control.client", "argparse"))
+        name for name in imported if name.startswith(("zramd.commands", "zramd.control.servers", "argparse"))
     ]
     assert unwanted == []
 
@@ -331,8 +332,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "swaps").write_text("Filename\tType\tSize\tUsed\tPriority\n/dev/nbd1 partition 2044 0 100\n")
     (tmp_path / "mounts").write_text("/dev/nbd0 /mnt/a\\040b ext4 rw 0 0\nproc /proc proc rw 0 0\n")
     monkeypatch.setattr(attached, "SYS_BLOCK", str(tmp_path))
-    monkeypatch.setattr(kernelswap, "SWAPS", str(tmp_path / "swaps"))
-    monkeypatch.setattr(kernelswap, "MOUNTS", str(tmp_path / "mounts"))
+    monkeypatch.setattr(swap, "SWAPS", str(tmp_path / "swaps"))
+    monkeypatch.setattr(swap, "MOUNTS", str(tmp_path / "mounts"))
     return tmp_path
 
 
@@ -341,20 +342,22 @@ def test_attached(machine: Path) -> None:
     assert attached.devices("b", 2 << 20) == ["/dev/nbd1"]
     assert attached.devices("b", 0) == ["/dev/nbd1"]
     assert attached.devices("c", 2 << 20) == []  # it is known to be another's
-    assert kernelswap.uses("/dev/nbd1") == ["[SWAP]"]
-    assert kernelswap.uses("/dev/nbd0") == ["/mnt/a b"]
-    assert kernelswap.uses("/dev/nbd2") == []
+    assert swap.uses("/dev/nbd1") == ["[SWAP]"]
+    assert swap.uses("/dev/nbd0") == ["/mnt/a b"]
+    assert swap.uses("/dev/nbd2") == []
 
 
 def test_stop_is_refused_while_in_use(
     machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = {"run-a": ("a", 1 << 20), "run-b": ("b", 2 << 20)}  # the folder need not have the device's name
-    monkeypatch.setattr(client, "look", lambda name, rundir: client.Served(f"run-{name}", "/no", os.getpid()))
-    monkeypatch.setattr(life, "turn", lambda *words: nullcontext())
-    monkeypatch.setattr(client.Served, "look_again", lambda self: None)
     monkeypatch.setattr(
-        client.Served,
+        servers, "look", lambda name, rundir: servers.Served(f"run-{name}", "/no", os.getpid())
+    )
+    monkeypatch.setattr(life, "turn", lambda *words: nullcontext())
+    monkeypatch.setattr(servers.Served, "look_again", lambda self: None)
+    monkeypatch.setattr(
+        servers.Served,
         "ask_json",
         lambda self, *words, **rest: dict(zip(("name", "disksize"), sizes[self.name], strict=True)),
     )
@@ -472,12 +475,12 @@ def test_a_mount_point_of_any_bytes_is_shown(
     """Any user may have mounted something on such a folder. Its bytes are shown as they are."""
     place = b"/\xff\xfe" + "\N{SNOWMAN}".encode()
     (tmp_path / "mounts").write_bytes(b"/dev/nbd0 " + place + b" ext4 rw 0 0\n")
-    monkeypatch.setattr(kernelswap, "MOUNTS", str(tmp_path / "mounts"))
-    monkeypatch.setattr(kernelswap, "SWAPS", str(tmp_path / "none"))
+    monkeypatch.setattr(swap, "MOUNTS", str(tmp_path / "mounts"))
+    monkeypatch.setattr(swap, "SWAPS", str(tmp_path / "none"))
     monkeypatch.setattr(attached, "devices", lambda name, size: ["/dev/nbd0"])
-    served = client.Served("a", str(tmp_path), 1)
-    monkeypatch.setattr(client, "every", lambda: [served])
-    monkeypatch.setattr(client.Served, "ask_json", lambda *_, **__: {"name": "a", "disksize": 4096})
+    served = servers.Served("a", str(tmp_path), 1)
+    monkeypatch.setattr(servers, "every", lambda: [served])
+    monkeypatch.setattr(servers.Served, "ask_json", lambda *_, **__: {"name": "a", "disksize": 4096})
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", out)
     assert main(["list", "-n", "-o", "MOUNTPOINT"]) == 0
@@ -501,10 +504,10 @@ def test_doctor_looks_for_the_module(tmp_path: Path, file: str, text: str, level
 
 
 def test_doctor_without_a_run_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(client, "base", lambda: "")
+    monkeypatch.setattr(servers, "base", lambda: "")
     assert [finding.level for finding in doctor.run_folder()] == ["problem"]
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(client, "base", lambda: f"{tmp_path}/file/zramd")
+    monkeypatch.setattr(servers, "base", lambda: f"{tmp_path}/file/zramd")
     (finding,) = doctor.run_folder()
     assert (finding.level, finding.text) == ("problem", f"{tmp_path}/file/zramd cannot be written")
 
@@ -590,13 +593,13 @@ def test_no_memory_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from zramd import commands
-    from zramd.control import client
+    from zramd.control import servers
 
     def fail(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(client, "look", fail)
-    monkeypatch.setattr(client, "find", fail)
+    monkeypatch.setattr(servers, "look", fail)
+    monkeypatch.setattr(servers, "find", fail)
     assert commands.main(["stop", "nobody"]) == 1
     assert capsys.readouterr().err.startswith("zramd: not enough memory for this command")
 

@@ -9,9 +9,9 @@ import pytest
 
 from zramd import lockfile
 from zramd.control import busy, life
-from zramd.control.client import Served
+from zramd.control.servers import Served
 from zramd.errors import DeviceError
-from zramd.kernel import attached, kernelswap
+from zramd.kernel import attached, swap
 
 
 @pytest.fixture
@@ -47,11 +47,11 @@ def test_the_end_of_an_attach_is_waited_for(
     def attach() -> None:
         time.sleep(0.1)
         if swaps:
-            swapped.append(kernelswap.SWAP)
+            swapped.append(swap.SWAP)
         os.close(record)
 
     monkeypatch.setattr(attached, "devices", lambda name, disksize: ["/dev/nbd0"])
-    monkeypatch.setattr(kernelswap, "uses", lambda device: list(swapped))
+    monkeypatch.setattr(swap, "uses", lambda device: list(swapped))
     assert lockfile.ofd_take(record)
     thread = threading.Thread(target=attach)
     thread.start()

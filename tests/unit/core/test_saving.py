@@ -249,13 +249,13 @@ def test_lost_blocks(memory_folder: Path) -> None:
 def test_a_device_that_changes() -> None:
     device = filled()
     reader, writer = os.pipe()
-    raised: list[str] = []
+    raised: list[SaveError] = []
 
     def work() -> None:
         try:
             saving.save(device, writer)
         except SaveError as error:
-            raised.append(str(error))
+            raised.append(error)
         os.close(writer)
 
     thread = threading.Thread(target=work)
@@ -265,9 +265,10 @@ def test_a_device_that_changes() -> None:
     with open(reader, "rb") as file:
         data = begun + file.read()
     thread.join()
-    assert raised == ["a client changed the device while it was saved"]
-    with pytest.raises(SaveError, match=r"^a client changed the device while it was saved$"):
+    assert [str(error) for error in raised] == ["a client changed the device while it was saved"]
+    with pytest.raises(SaveError, match=r"^a client changed the device while it was saved$") as caught:
         check(data)
+    assert caught.value.cause == raised[0].cause == "changed"
 
 
 @pytest.mark.parametrize("what", ["write", "reset"])
@@ -346,8 +347,9 @@ DAMAGED = [case for case in damaged() if case[2]]
     ("data", "message"), [case[1:] for case in DAMAGED], ids=[case[0] for case in DAMAGED]
 )
 def test_refused(data: bytes, message: str) -> None:
-    with pytest.raises(SaveError, match=message):
+    with pytest.raises(SaveError, match=message) as caught:
         check(data)
+    assert caught.value.cause == ("cut off" if "cut off" in message else "other")
     device = Device(SIZE)
     with pytest.raises(SaveError, match=message):
         load(device, data)
@@ -392,8 +394,9 @@ def _write_and_close(fd: int, data: bytes) -> None:
 def test_patience() -> None:
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
-    with pytest.raises(SaveError, match="cannot be read at byte 0: connection timed out"):
+    with pytest.raises(SaveError, match="cannot be read at byte 0: connection timed out") as caught:
         saving.load(Device(SIZE), reader, patience=0.05)
+    assert caught.value.cause == "cut off"
     os.set_blocking(writer, False)
     with pytest.raises(TimeoutError):
         saving.save(filled(), writer, patience=0.05)

@@ -1,4 +1,4 @@
-"""Who waits for whom: nobody fails for want of patience, and nobody keeps others out for long.
+"""Who waits for whom: nobody fails for lack of patience, and nobody keeps others out for long.
 
 What is waited for is a mover that stands still in the middle of its copy, for as long as the test wants: see
 scripts/lib/bench/slow_copy.c. How long things take is measured by scripts/bench --only waiting.
@@ -36,7 +36,7 @@ needs_real_time = pytest.mark.skipif(os.geteuid() != 0, reason="real-time priori
 # the thread that compacts stand still in a move, `let_go` lets it go on.
 SCENE = """
     import ctypes, os, random, sys, threading, time
-    from zramd.kernel import swap
+    from zramd.kernel import protection
     from zramd.core.device.device import Device
     stage = ctypes.c_int.in_dll(ctypes.CDLL(None), "slow_copy")
     dice = random.Random(1)
@@ -185,13 +185,13 @@ def test_who_holds_a_pin_gets_the_priority_of_who_waits(library: Path) -> None:
     """The kernel shows it; and who compacts is real-time again once it is done, and no sooner."""
     code = """
         def compact():
-            swap.take_priority(swap.BESIDE)
+            protection.take_priority(protection.BESIDE)
             compacts.append(threading.get_native_id())
             device.compact()
             print("then", os.sched_getscheduler(0) == os.SCHED_RR, os.sched_getparam(0).sched_priority)
 
         def real_time(block):
-            swap.take_priority(swap.SERVE)
+            protection.take_priority(protection.SERVE)
             read(block)
 
         def priority():
@@ -413,11 +413,11 @@ def test_every_thread_has_the_priority_of_its_work(tmp_path: Path) -> None:
     """With swap=local all threads are real-time, those that serve more than others; not who refills."""
     code = """
         import os, sys, threading, time
-        from zramd.kernel import swap
+        from zramd.kernel import protection
         from zramd.settings import config
         from zramd.server.server import prepare
 
-        swap.prepare = lambda: None     # the rights for it are another matter
+        protection.prepare = lambda: None     # the rights for it are another matter
         settings = {"size": "16M", "swap": "local", "reserve": "1M", "rundir": sys.argv[1]}
         server = prepare(config.parse(settings.items()), lambda: None).start()
         def name(task):

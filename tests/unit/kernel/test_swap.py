@@ -1,234 +1,177 @@
-"""swap=local: each measure is taken, read back, and refused with its name when it cannot be had."""
+"""/proc/swaps and its kin, and the programs that change them, as far as no swap device is needed."""
 
 import os
-import random
-import subprocess
-import sys
-import textwrap
+import threading
+import time
 from pathlib import Path
 
 import pytest
-from support.run import SANITIZED
 
-from zramd.core.device.device import Device
-from zramd.core.system import process
-from zramd.errors import SwapError
-from zramd.kernel import kernelswap, swap
+from zramd.errors import AttachError
+from zramd.kernel import swap
 
-BLOCK = 4096
-
-
-def in_child(code: str, **environment: str) -> str:
-    """Run code in a Python of its own, whose memory it may lock; its output, errors included."""
-    found = subprocess.run(
-        [sys.executable, "-P", "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONMALLOC": "malloc", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=60,
-        check=False,
-    )
-    return found.stdout.decode()
+SWAPS = """Filename\tType\tSize\tUsed\tPriority
+/dev/vda2                               partition\t1000\t\t0\t\t-2
+/swap\\040file                           file\t2048\t1024\t-3
+/dev/nbd0                               partition\t1048572\t524288\t100
+"""
 
 
-@pytest.mark.skipif(SANITIZED, reason="a sanitizer has a heap of its own")
-def test_protected_process_needs_no_more_pages() -> None:
-    """After protect, a device is filled, rewritten and trimmed with pages that are there already."""
-    code = """
-        import os, random, threading, time
-        from zramd.kernel import swap
-        from zramd.core.device.device import Device
-        device = Device(64 << 20)
-        swap.protect(device, 24 << 20)
-        refiller = threading.Thread(target=device.reserve_keep)
-        refiller.start()
-        rnd = random.Random(1)
-        pages = [rnd.randbytes(size) + bytes(4096 - size) for size in range(100, 4096, 37)]
-        def write(count):
-            for n in range(count):
-                device.write(pages[n * 31 % len(pages)], n % 12000 * 4096)
-                if n % 50 == 0:
-                    time.sleep(0)
-        write(100)
-        time.sleep(0.2)
-        before = swap.minor_faults()
-        for round in range(10):
-            write(1000)
-            time.sleep(0.05)
-            device.trim(0, 2000 * 4096)
-        counters = device.counters()
-        print("misses", counters["reserve_misses"])
-        device.trim(0, 64 << 20)
-        for _ in range(1500):
-            time.sleep(0.02)
-            if device.counters()["reserve_bytes"] <= 60 << 20:
-                break
-        device.check()
-        device.reserve_stop()
-        refiller.join()
-        print("used", device.counters()["mem_used_total"])
-    """
-    assert in_child(code) == "misses 0\nused 0\n"
+@pytest.fixture
+def system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder that stands for /proc, with programs in bin."""
+    for name, text in (
+        ("SWAPS", SWAPS),
+        ("MEMINFO", "MemFree:  1 kB\nMemAvailable:     600000 kB\n"),
+        ("MOUNTS", "/dev/nbd0p1 /a\\040b ext4 rw 0 0\n/dev/nbd01 /c ext4 rw 0 0\n/dev/nbd1 /d ext4 rw 0 0\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(swap, name, str(tmp_path / name))
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setattr(swap, "PATH", f"{tmp_path}/bin")
+    return tmp_path
 
 
-def blocks_of_all_sizes(count: int) -> list[bytes]:
-    rnd = random.Random(5)
-    return [
-        rnd.randbytes(size) + bytes(BLOCK - size) for size in (rnd.randrange(50, BLOCK) for _ in range(count))
+def program(system: Path, name: str, script: str) -> None:
+    path = system / "bin" / name
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_swaps(system: Path) -> None:
+    assert swap.swaps() == [
+        swap.Swap("/dev/vda2", 1024000, 0, -2),
+        swap.Swap("/swap file", 2 << 20, 1 << 20, -3),
+        swap.Swap("/dev/nbd0", 1048572 << 10, 512 << 20, 100),
     ]
+    found = swap.find("/dev/nbd0")
+    assert found is not None
+    assert found.used == 512 << 20
+    assert swap.find("/dev/nbd1") is None
 
 
-def test_the_reserve_serves_to_its_last_page() -> None:
-    """Whatever lengths are asked for, nothing is missing while anything is ready. Nobody refills it here."""
-    device = Device(64 << 20)
-    device.reserve_start(4 << 20)
-    written = dict(enumerate(blocks_of_all_sizes(4000)))
-    for n, data in written.items():
-        ready = device.counters()["reserve_bytes"]
-        device.write(data, n * BLOCK)
-        if ready:
-            assert device.counters()["reserve_misses"] == 0
-    assert device.counters()["reserve_bytes"] == 0
-    assert device.counters()["reserve_misses"] > 0
-    device.check()
-    buffer = bytearray(BLOCK)
-    for n, data in written.items():
-        device.read(buffer, n * BLOCK)
-        assert buffer == data
+def test_this_machine() -> None:
+    """The kernel that runs this test has the same format."""
+    assert all(area.size > 0 and area.path.startswith("/") for area in swap.swaps())
+    assert 1 << 20 < swap.available() < 1 << 50
 
 
-def test_compaction_leaves_ready_pages_ready() -> None:
-    """With a reserve, the last zspage of a class keeps some pages: what comes next need not start another."""
-    device = Device(64 << 20)
-    device.reserve_start(48 << 20)
-    pages = blocks_of_all_sizes(4000)
-    dice = random.Random(6)
-    for _ in range(5):
-        for n, data in enumerate(pages):
-            device.write(data, n * BLOCK)
-        for n in dice.sample(range(len(pages)), len(pages) * 2 // 3):
-            device.trim(n * BLOCK, BLOCK)
-        assert device.compact() > 100
-        assert device.counters()["freeable_pages"] < 16
-        assert device.counters()["reserve_misses"] == 0
-    device.check()
+def test_mounts(system: Path) -> None:
+    assert swap.mounts("/dev/nbd0") == ["/a b"]
+    assert swap.mounts("/dev/nbd1") == ["/d"]
+    assert swap.mounts("/dev/nbd2") == []
 
 
-@pytest.mark.skipif(SANITIZED, reason="a sanitizer has a heap of its own")
-def test_locked_memory_is_given_back() -> None:
-    """What is locked cannot be given back with plain MADV_DONTNEED: the resident memory shows."""
-    code = """
-        import os
-        from zramd.kernel import swap
-        from zramd.stats import snapshots
-        from zramd.core.system import process
-        from zramd.core.device.device import Device
-        process.lock_memory()
-        device = Device(64 << 20)
-        before = snapshots.resident_bytes()
-        for n in range(8192):
-            device.write(os.urandom(4096), n * 4096)
-        full = snapshots.resident_bytes()
-        device.trim(0, 64 << 20)
-        device.release_stock()
-        print(full - before > 30 << 20, snapshots.resident_bytes() - before < 1 << 20)
-    """
-    assert in_child(code) == "True True\n"
+def test_swapoff_is_refused_without_memory(system: Path) -> None:
+    program(system, "swapoff", "exit 0")
+    swap.off("/dev/nbd0")
+    (system / "MEMINFO").write_text("MemAvailable: 500000 kB\n")
+    with pytest.raises(
+        AttachError,
+        match=r"^512 MiB are swapped out to /dev/nbd0 and only 488 MiB of memory are available: end ",
+    ):
+        swap.off("/dev/nbd0")
+    swap.off("/dev/nbd0", force=True)
 
 
-@pytest.mark.skipif(SANITIZED, reason="a sanitizer has a heap of its own")
-def test_heap_that_takes_pages_is_refused() -> None:
-    code = """
-        from zramd.kernel import swap
-        from zramd.errors import SwapError
-        try:
-            swap._warm_heap()
-        except SwapError as error:
-            print(error)
-    """
-    assert "the heap takes pages from the kernel" in in_child(code, PYTHONMALLOC="pymalloc")
-    assert in_child(code) == ""
+def test_swapoff_of_what_is_off(system: Path) -> None:
+    swap.off("/dev/nbd1")  # there is no program that could be run
 
 
-@pytest.mark.parametrize(
-    ("function", "step", "text"),
-    [
-        ("set_io_flusher", "_io_flusher", "cannot become an I/O flusher: no right: "),
-        ("lock_memory", "_locked_memory", "cannot lock memory: no right: "),
-        ("make_resident", "_resident_code", "cannot read the program's code into memory: no right"),
-        ("warm_heap", "_warm_heap", "cannot make the heap resident: no right"),
-    ],
-)
-def test_refused(monkeypatch: pytest.MonkeyPatch, function: str, step: str, text: str) -> None:
-    def refuse(*arguments: int) -> None:
-        raise PermissionError(1, "no right")
-
-    monkeypatch.setattr(process, function, refuse)
-    with pytest.raises(SwapError, match=r"^swap=local: ") as caught:
-        getattr(swap, step)()
-    assert text in str(caught.value)
+def test_swapoff_tells_how_far_it_is(system: Path) -> None:
+    steps = "".join(
+        f"sed -i '/nbd0/s/524288/{left}/;/nbd0/s/{left * 2}/{left}/' {system}/SWAPS; sleep 0.5; "
+        for left in (262144, 131072)
+    )
+    program(system, "swapoff", f"PATH=/usr/bin:/bin; {steps}")
+    seen: list[tuple[int, int]] = []
+    swap.off("/dev/nbd0", progress=lambda left, total: seen.append((left >> 20, total >> 20)))
+    assert {(256, 512), (128, 512)} < set(seen)
+    assert seen[-1] == (0, 512)
 
 
-@pytest.mark.parametrize(
-    ("user", "remedy"),
-    [
-        (1000, "run it as root, or give it CAP_SYS_RESOURCE, on Linux 5.6 or later"),
-        (0, "root lacks CAP_SYS_RESOURCE here: have its container or service give it, on Linux 5.6 or later"),
-    ],
-)
-def test_a_right_that_is_missing(monkeypatch: pytest.MonkeyPatch, user: int, remedy: str) -> None:
-    """Who is root already, in a container, is not told to become root."""
-
-    def refuse() -> None:
-        raise PermissionError(1, "no right")
-
-    monkeypatch.setattr(process, "set_io_flusher", refuse)
-    monkeypatch.setattr(os, "geteuid", lambda: user)
-    with pytest.raises(SwapError) as caught:
-        swap._io_flusher()
-    assert str(caught.value).endswith(f": {remedy}")
+def test_swapoff_fails(system: Path) -> None:
+    program(
+        system, "swapoff", "echo 'swapoff: /dev/nbd0: swapoff failed: Cannot allocate memory' >&2; exit 255"
+    )
+    with pytest.raises(AttachError, match=r"^swapoff /dev/nbd0 failed: swapoff: .*: Cannot allocate memory$"):
+        swap.off("/dev/nbd0")
 
 
-def test_a_measure_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call succeeds, and reading back shows that nothing came of it."""
-    monkeypatch.setattr(process, "set_io_flusher", lambda: None)
-    monkeypatch.setattr(process, "is_io_flusher", lambda: False)
-    with pytest.raises(SwapError, match="the kernel does not say so"):
-        swap._io_flusher()
-    monkeypatch.setattr(process, "lock_memory", lambda: None)
-    with pytest.raises(SwapError, match=r"cannot lock memory: 0 of \d+ kB are"):
-        swap._locked_memory()
-    monkeypatch.setattr(process, "make_resident", lambda start, size: None)
-    monkeypatch.setattr(swap, "_missing_code", lambda: 12)
-    with pytest.raises(SwapError, match="12 kB are missing"):
-        swap._resident_code()
+def test_swapoff_is_ended_when_interrupted(system: Path) -> None:
+    program(system, "swapoff", f"echo $$ >{system}/pid; exec /bin/sleep 60")
+
+    def interrupt(left: int, total: int) -> None:
+        if (system / "pid").exists():
+            raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        swap.off("/dev/nbd0", progress=interrupt)
+    assert time.monotonic() - started < 10
+    assert not Path(f"/proc/{(system / 'pid').read_text().strip()}").exists()
+    assert threading.active_count() == 1
 
 
-def test_reserve_beyond_memory_is_refused() -> None:
-    class Poor:
-        def reserve_start(self, size: int) -> None:
-            raise MemoryError("no")
-
-        def counters(self) -> dict[str, int]:
-            return {"reserve_bytes": 4096}
-
-    class Liar(Poor):
-        def reserve_start(self, size: int) -> None:
-            pass
-
-    with pytest.raises(SwapError, match="cannot fill the reserve: no: use a smaller reserve="):
-        swap._reserve(Poor(), 8192)  # type: ignore[arg-type]
-    with pytest.raises(SwapError, match="it has 4096 of 8192 bytes"):
-        swap._reserve(Liar(), 8192)  # type: ignore[arg-type]
+def test_programs_that_fail_or_are_missing(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swap, "settle_queue", lambda device: None)
+    with pytest.raises(
+        AttachError, match=r"^mkswap is not installed: run 'apt-get install util-linux' as root$"
+    ):
+        swap.on("/dev/nbd0", 1)
+    program(system, "mkswap", "exit 0")
+    program(
+        system, "swapon", f'echo "$@" >>{system}/arguments; [ $2 != pri=5 ] || {{ echo no >&2; exit 255; }}'
+    )
+    swap.on("/dev/nbd0", -1)
+    with pytest.raises(AttachError, match=r"^swapon /dev/nbd0 failed: no$"):
+        swap.on("/dev/nbd0", 5, options="")
+    assert (system / "arguments").read_text() == "-o pri=-1,discard /dev/nbd0\n-o pri=5 /dev/nbd0\n"
 
 
-def test_devices_in_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_queue_that_is_not_there() -> None:
+    with pytest.raises(AttachError, match=r"^'/sys/block/nope/queue/rotational' cannot be set to 0: no such"):
+        swap.settle_queue("/dev/nope")
+
+
+def test_memory_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meminfo, setting = tmp_path / "meminfo", tmp_path / "min_free_kbytes"
+    monkeypatch.setattr(swap, "MEMINFO", str(meminfo))
+    monkeypatch.setattr(swap, "MIN_FREE_KBYTES", str(setting))
+    meminfo.write_text("MemTotal:        1000000 kB\n")
+    setting.write_text("8000\n")
+    assert swap.set_memory_aside() == "vm.min_free_kbytes is 30000 now, it was 8000"
+    setting.write_text("30000\n")
+    assert swap.set_memory_aside() == ""
+    assert setting.read_text() == "30000\n"
+    setting.unlink()
+    with pytest.raises(AttachError, match=r"min_free_kbytes' cannot be set to 30000: no such file"):
+        swap.set_memory_aside()
+
+
+def test_paths_may_have_any_byte(system: Path) -> None:
+    """Any user may mount something by FUSE, on a folder of any name; the kernel escapes four characters."""
+    odd = b"/\xff\xfe \xc2\xa0\r\x0b\\"
+    escaped = odd.replace(b"\\", b"\\134").replace(b" ", b"\\040")
+    (system / "MOUNTS").write_bytes(b"none " + odd[:3] + b" x\n/dev/nbd0 " + escaped + b" ext4 rw 0 0\n")
+    assert [os.fsencode(place) for place in swap.mounts("/dev/nbd0")] == [odd]
+    (system / "SWAPS").write_bytes(SWAPS.encode() + escaped + b"  file\t8\t4\t-2\n")
+    assert os.fsencode(swap.swaps()[-1].path) == odd
+
+
+def test_a_swap_is_not_overlooked(system: Path) -> None:
+    (system / "SWAPS").write_text(SWAPS + "/dev/nbd1 partition\n")
+    with pytest.raises(AttachError, match="'/dev/nbd1 partition' is not understood"):
+        swap.find("/dev/nbd1")
+
+
+def test_the_nbd_devices_of_a_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     swaps = tmp_path / "swaps"
     swaps.write_text(
         "Filename\tType\tSize\tUsed\tPriority\n"
         "/dev/vda2 partition 1000 0 -2\n/dev/nbd0 partition 1048572 0 100\n/dev/nbd1 partition 4 0 100\n"
     )
-    monkeypatch.setattr(kernelswap, "SWAPS", str(swaps))
+    monkeypatch.setattr(swap, "SWAPS", str(swaps))
     monkeypatch.setattr(swap, "_size", {"/dev/nbd0": 1 << 30, "/dev/nbd1": 8192}.get)
-    assert swap.devices_in_use(1 << 30) == ["/dev/nbd0"]
-    assert swap.devices_in_use(4096) == []
+    assert swap.nbd_devices(1 << 30) == ["/dev/nbd0"]
+    assert swap.nbd_devices(4096) == []

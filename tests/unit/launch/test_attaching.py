@@ -16,9 +16,9 @@ import pytest
 import zramd
 from zramd.commands import main
 from zramd.contract import rundir
-from zramd.control import client
+from zramd.control import servers
 from zramd.errors import AttachError, ConfigError
-from zramd.kernel import attached, keeper, kernelswap
+from zramd.kernel import attached, keeper, swap
 from zramd.launch import attaching
 from zramd.settings import devices
 
@@ -172,15 +172,15 @@ def test_the_service_leaves_what_others_attached(
 ) -> None:
     """With attach = no it was not the service that attached it; swap on it would lose memory."""
     done: list[str] = []
-    swap = kernelswap.Swap("/dev/nbd7", 1 << 20, 0, 100)
+    area = swap.Swap("/dev/nbd7", 1 << 20, 0, 100)
     device = SimpleNamespace(attached=configured != "no")
     there = attached.Attached("zram0", "/dev/nbd7", 0, "data")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(devices, "find", lambda name: device)
     monkeypatch.setattr(attached, "find", lambda name: there)
     monkeypatch.setattr(attached, "unobserved", lambda device: nullcontext(lambda: done.append("emptied")))
-    monkeypatch.setattr(kernelswap, "find", lambda device: swap if swapped else None)
-    monkeypatch.setattr(kernelswap, "off", lambda device, **_: done.append("swapoff"))
+    monkeypatch.setattr(swap, "find", lambda device: area if swapped else None)
+    monkeypatch.setattr(swap, "off", lambda device, **_: done.append("swapoff"))
     monkeypatch.setattr(attaching, "_must_be_free", lambda device: None)
     monkeypatch.setattr(attaching, "_disconnect", lambda device, there: done.append("detach"))
     monkeypatch.setattr(attaching, "_forget", lambda name, device, gone: None)
@@ -198,7 +198,7 @@ def test_neither_name_nor_folder(verb: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_the_name_that_a_server_has(tmp_path: Path) -> None:
     """A run folder may have any name; what root is told to make a file of may not."""
-    served = client.Served("folder", str(tmp_path), 1)
+    served = servers.Served("folder", str(tmp_path), 1)
     assert attaching._own_name(served) == "folder"
     (tmp_path / "stats.json").write_text('{"name": "zram7"}')
     assert attaching._own_name(served) == "zram7"
@@ -213,7 +213,7 @@ def test_a_kernel_device_stands_for_what_is_attached(folder: Path, monkeypatch: 
     monkeypatch.setattr(attached, "is_connected", lambda device: device == "/dev/nbd7")
     monkeypatch.setattr(attached, "read_sys", lambda device, name: "")
     (folder / "other").write_text("")
-    assert [client.name_of(word) for word in ("/dev/nbd7", "/dev/nbd1", "/dev/zram0", "b")] == [
+    assert [servers.name_of(word) for word in ("/dev/nbd7", "/dev/nbd1", "/dev/zram0", "b")] == [
         *("a", "nbd1", "zram0", "b")
     ]
     record.close()

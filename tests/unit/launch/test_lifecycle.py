@@ -14,7 +14,7 @@ from support.run import wait_until
 
 from zramd.commands import main, verb_parser
 from zramd.contract import rundir
-from zramd.control import life
+from zramd.control import life, servers
 from zramd.errors import ConfigError, DeviceError, RundirError, ZramdError
 from zramd.launch import lifecycle, nbdkit, spawn, watcher
 from zramd.settings import config
@@ -58,15 +58,19 @@ def test_greeting_of_a_folder_that_was_moved(
             assert (f"attach        {tmp_path}/python -P -m zramd attach" in text) == (not runs), head
 
 
-def test_greeting(settings: config.Config) -> None:
+def test_greeting(settings: config.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "base", lambda: servers.ROOTS)
     text = watcher.greeting(settings, nbdkit.read_options([]), 4711)
     assert "nbd+unix:///zram0?socket=/run/z/nbd.sock" in text
     assert "stats folder  /run/z\n" in text
     assert "zramd attach --rundir /run/z\n" in text
-    assert "cat /run/z/mm_stat" in text
+    assert "zramd top --rundir /run/z\n" in text
     assert "kill 4711" in text
     usual = config.parse([("size", "1G"), ("name", "zram0"), ("rundir", "/run/zramd/zram0")])
     assert "zramd attach zram0\n" in watcher.greeting(usual, nbdkit.read_options(["-t", "4"]), 4711)
+    assert "zramd top zram0\n" in watcher.greeting(usual, nbdkit.read_options([]), 4711)
+    silent = config.parse([("size", "1G"), ("rundir", "/run/z"), ("endpoint", "off")])
+    assert "cat /run/z/mm_stat" in watcher.greeting(silent, nbdkit.read_options([]), 4711)
     tls = watcher.greeting(settings, nbdkit.read_options(["--tls=require"]), 4711)  # the kernel has none
     assert "attach        nbdinfo 'nbds+unix:///zram0?socket=/run/z/nbd.sock'\n" in tls
     assert "attach        nbdinfo nbd://localhost:1/zram0\n" in watcher.greeting(

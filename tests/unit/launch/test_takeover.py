@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from zramd.control import client, life, peer
+from zramd.control import life, peer, servers
 from zramd.errors import DeviceError
 from zramd.launch import takeover
 
@@ -74,7 +74,7 @@ def test_a_server_that_ends_while_one_looks_is_said_to_have_ended(tmp_path: Path
             life.turn(str(tmp_path), "a"),
             pytest.raises(DeviceError, match="the server of a has died, and its data with it: "),
         ):
-            takeover._told(client.Served("a", str(tmp_path), child), process, name)
+            takeover._told(servers.Served("a", str(tmp_path), child), process, name)
     process.close()
     if not reaped:
         os.waitpid(child, 0)

@@ -40,7 +40,7 @@ def leaving(clients: int = 1, **settings: str) -> Leaving:
 def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The devices that are swapped to."""
     devices = ["/dev/nbd0"]
-    monkeypatch.setattr(swap, "devices_in_use", lambda disksize: devices if disksize == 1 << 20 else [])
+    monkeypatch.setattr(swap, "nbd_devices", lambda disksize: devices if disksize == 1 << 20 else [])
     return devices
 
 
@@ -74,13 +74,13 @@ def test_asks_again_when_it_cannot_tell_whether_swap_is_used(monkeypatch: pytest
     """The signal to stop is not lost, and data in use neither."""
     answers: list[object] = [OSError(errno.EMFILE, "Too many open files"), ["/dev/nbd0"], []]
 
-    def devices_in_use(disksize: int) -> object:
+    def nbd_devices(disksize: int) -> object:
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    monkeypatch.setattr(swap, "devices_in_use", devices_in_use)
+    monkeypatch.setattr(swap, "nbd_devices", nbd_devices)
     local = leaving(swap="local")
     with pytest.raises(OSError, match="Too many"):
         local.may_leave(TERM)

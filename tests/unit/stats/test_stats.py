@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -10,6 +12,8 @@ from support.numbers import COUNTERS, FakeDevice
 
 from zramd.core.device.device import Device
 from zramd.stats import numbers, prometheus, snapshots, texts
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -143,3 +147,17 @@ def test_each_counter_of_the_core_is_in_the_table() -> None:
     not_shown = {"stock_pages"}  # it is part of freeable_pages
     assert sorted({*numbers.COUNTED} | not_shown) == sorted(Device(1 << 20).counters())
     assert COUNTERS.keys() == set(numbers.COUNTED)
+
+
+def test_each_field_of_the_counters_is_a_statistic() -> None:
+    found = set(Device(1 << 20).counters())
+    for source, struct, kept_back in (
+        ("device/blocks.pxd", "counters", {"unused", "corrupt_block"}),
+        ("pool/pool.pxd", "pool_counters", set()),
+    ):
+        text = (ROOT / "zramd/core" / source).read_text()
+        body = text.split(f"cdef struct {struct}:\n")[1].split("\n\n")[0]
+        fields = set(re.findall(r"^    uint64_t (\w+)", body, re.MULTILINE))
+        assert len(fields) > 4
+        assert fields - kept_back <= found
+        assert not kept_back & found

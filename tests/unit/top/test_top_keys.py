@@ -7,16 +7,16 @@ import pytest
 from support.run import wait_until
 
 from zramd.commands.top import INTERVALS, Top
-from zramd.control import client
+from zramd.control import servers
 from zramd.errors import DeviceError
 
 
 @pytest.fixture
 def top(monkeypatch: pytest.MonkeyPatch) -> Top:
     """What is shown of a device that nobody serves."""
-    monkeypatch.setattr(client, "every", list)
+    monkeypatch.setattr(servers, "every", list)
     terminal: Any = SimpleNamespace(colours=256)
-    return Top(terminal, client.Served("zram0", "/nowhere/zram0", None), 1.0)
+    return Top(terminal, servers.Served("zram0", "/nowhere/zram0", None), 1.0)
 
 
 def answers(top: Top) -> None:
@@ -35,7 +35,7 @@ def test_server_that_tells_too_little_is_an_error_and_no_traceback(top: Top) -> 
 
 def test_answer_for_a_device_that_is_no_longer_shown_is_dropped(top: Top) -> None:
     top._ask()
-    top._show(client.Served("zram1", "/nowhere/zram1", None))
+    top._show(servers.Served("zram1", "/nowhere/zram1", None))
     answers(top)
     assert top.lost == ""
     assert top.frame().name == "zram1"

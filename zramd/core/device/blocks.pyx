@@ -267,7 +267,7 @@ cdef class Blocks:
         return self.pool.obj_is_there(payload, size) and self.checksum_agrees(block, slot, payload)
 
     cdef inline bint checksum_agrees(self, uint64_t block, uint64_t slot, const char *payload) noexcept nogil:
-        """Whether a payload whose pages are there is what the slot and its cell have the checksum of."""
+        """Whether a payload on resident pages has the checksum that its slot and its cell have."""
         cdef uint32_t sum = checksum(payload, slot_bytes(slot), block)
         return sum_low(sum) == slot_sum(slot) and sum_high(sum) == self.pool.obj_sum(slot_handle(slot))
 
@@ -286,9 +286,9 @@ cdef class Blocks:
         return load_acquire(&self.slots[block])
 
     cdef int put(self, uint64_t block, uint64_t slot, bint held) noexcept nogil:
-        """Give a block a new slot, and free what the old one stood for: there is no other way to change a block.
+        """Give a block a new slot, and free what the old one stood for: no block is changed in any other way.
 
-        0, or -EDQUOT, -ENOMEM, there is no room for the slot, not even after compaction unless the caller has the stripe
+        0, or -EDQUOT, -ENOMEM when no room is left for the slot, not even after compaction unless the caller has the stripe
         (held): then the block is as it was, and what the new slot stands for is freed. The stripe is let go before
         anything is freed.
         """
@@ -452,7 +452,7 @@ cdef class Blocks:
             compact_end(self.pool)
             gate_open(closed)
             if not w.done:
-                nap()       # who waits at the gate is only woken up by that, and is not to find it closed once more
+                nap()       # a waiter at the gate only wakes up now, and is not to find it closed again
         return wrong
 
     cdef const char *_find_piece_fault(self, walk *w, uint64_t *where) noexcept nogil:

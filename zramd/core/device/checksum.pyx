@@ -4,6 +4,8 @@ One lane would wait three cycles for each word. Each lane finds what a CRC finds
 nothing that happened in one of them: each is multiplied by an odd number first, which is one to one. Without that, the same
 change in two neighbouring words, such as of a stuck bit line, would cancel out: a CRC of CRCs is but a sum of shifted
 changes. The seed, a block's number, makes another block's object wrong here.
+
+CRC-32C is Castagnoli's (polynomial 0x1EDC6F41; one instruction of SSE 4.2). The odd numbers are the first primes of xxHash.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -14,7 +16,7 @@ cdef extern from *:
     """
     #include <string.h>
 
-    /* What is read may be another's, or nobody's, when a word that led here is wrong: that is what is to be found. */
+    /* When a word that led here is wrong, what is read may be another object's, or free: that is what is to be found. */
     #define CHECKSUM_CODE __attribute__((no_sanitize("address"))) static
 
     #define CHECKSUM_MIX(lane, odd) ((uint64_t)((uint32_t)(lane) * odd##u))

@@ -1,5 +1,7 @@
 """The codec: a block of 4096 bytes is one word repeated, or an lz4 block, or raw.
 
+The three are those of the kernel's zram (drivers/block/zram), whose word for the first is same-filled. What is compressed
+has the block format of lz4, by the library lz4 itself.
 Everything works in memory of the caller; the lz4 state is the caller's too (16 KiB, needs no preparation).
 """
 
@@ -29,7 +31,7 @@ cdef bint same_filled(const char *block, uint64_t *word) noexcept nogil:
     cdef uint64_t last
     memcpy(word, block, sizeof(uint64_t))
     memcpy(&last, block + BLOCK_SIZE - sizeof(uint64_t), sizeof(uint64_t))
-    # Most blocks differ here already: the kernel found the last word to tell more often than the second.
+    # Most blocks differ here already: the kernel found that the last word differs more often than the second.
     if word[0] != last:
         return False
     return memcmp(block, block + sizeof(uint64_t), BLOCK_SIZE - sizeof(uint64_t)) == 0
@@ -67,7 +69,8 @@ cdef uint32_t state_size() noexcept nogil:
 def compress(block, uint32_t limit=BLOCK_SIZE - 1, int acceleration=1):
     """What the device stores of a block (a buffer of 4096 bytes): an int, the word it repeats, or bytes.
 
-    bytes of 4096 are the block itself: lz4 did not bring it down to limit bytes.
+    bytes of 4096 are the block itself: lz4 did not bring it down to limit bytes. Raises ValueError for a limit of a block
+    or more, and for a buffer of another size, MemoryError.
     """
     cdef Py_buffer view
     cdef uint64_t word

@@ -11,7 +11,7 @@ cdef struct state_words:
     uint64_t limit_asked        # mem_limit of the last start + 1; 0: there was none
     uint64_t limit              # mem_limit now
     uint64_t data_id[2]         # random: names what the device holds, from when it was last empty; 0: none yet
-    uint64_t loading            # a saved device is being loaded: what is there is not all of it
+    uint64_t loading            # a saved device is being loaded: not all of it has arrived
 
 cdef struct piece:
     # What a request does next of its range of bytes.

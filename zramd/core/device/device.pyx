@@ -3,8 +3,8 @@
     read, write, trim, zero:  gate -> each block of the range, one after the other -> counters
 
 Requests pass the gate side by side; check and reset have the device alone. A long request makes way between two blocks:
-it leaves the gate and enters it again when somebody wants it closed. A request that fails leaves each block with its old
-content or its new. What a block is made of is known to blocks.pyx, where an object is to pool.pyx.
+it leaves the gate and enters it again when another thread wants it closed. A request that fails leaves each block with its
+old content or its new. What a block is made of is known to blocks.pyx, where an object is to pool.pyx.
 
 Lock order: gate, then those of blocks.pyx.
 """
@@ -410,7 +410,7 @@ cdef class Device:
     def zero(self, uint64_t offset, uint64_t length, bint may_trim=True):
         """Zero a range, to the byte. may_trim: whole blocks become holes, else allocated zeros; neither takes memory.
 
-        Raises PoolFullError when there is no room for a part of a block that has to be merged, or for a slot.
+        Raises PoolFullError when no room is left for a part of a block that has to be merged, or for a slot.
         """
         cdef int rc
         with nogil:
@@ -469,8 +469,8 @@ cdef class Device:
         return n
 
     def inherit_priority(self):
-        """From now on each lock hands the priority of who waits on to who holds it, and a long request of a real-time thread
-        makes way for others. Nobody else may use the device yet. Raises OSError."""
+        """From now on each lock passes its waiter's priority on to its holder, and a long request of a real-time thread
+        makes way for others. No other thread may use the device yet. Raises OSError."""
         cdef int rc = mutex_inherit(&self.gate.lock) or self.table.inherit_priority()
         if rc:
             raise OSError(rc, os.strerror(rc))
@@ -490,8 +490,8 @@ cdef class Device:
             if rc == 0:
                 rc = self.pool.arena.reserve_start(pages_of(size))
         if rc:
-            who = "file system of the state is too full" if rc == -EDQUOT else "system refuses memory"
-            raise MemoryError(f"the {who} for the tables or for a reserve of {size} bytes")
+            why = "file system of the state is too full" if rc == -EDQUOT else "system refuses memory"
+            raise MemoryError(f"the {why} for the tables or for a reserve of {size} bytes")
 
     def reserve_keep(self):
         """Keep the reserve full, and no fuller, until reserve_stop: the work of one thread, which needs no GIL for it."""
@@ -566,7 +566,7 @@ cdef class Device:
     def reset(self):
         """Drop all data and set all counters to 0; mem_limit stays. Waits for requests at work; a long one goes on after.
 
-        Where there is a reserve it raises MemoryError or PoolFullError when the tables cannot be made resident again: then
+        With a reserve it raises MemoryError or PoolFullError when the tables cannot be made resident again: then
         all is dropped, but requests may have to wait for memory.
         """
         cdef int rc = 0

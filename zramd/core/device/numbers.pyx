@@ -5,37 +5,37 @@ Nothing here is counted: that is done where it happens.
 
 from libc.stdint cimport uint64_t
 
-from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, Blocks
+from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, Blocks, counters
 from zramd.core.device.slots cimport HOLE, LOST, RAW, SAME, block_kind, has_object, slot_bytes, slot_handle, slot_kind
 from zramd.core.pool.zsmalloc cimport object_place, place
 from zramd.core.system.latency cimport BUCKETS
 from zramd.core.system.locks cimport load_relaxed, pthread_mutex_lock, pthread_mutex_unlock
+from zramd.core.system.words cimport number_words, read_words
 from zramd.core.types cimport BLOCK_SHIFT
 
 from zramd.errors import CorruptionError
 
 
+cdef dict counter_indexes():
+    cdef counters fields
+    cdef dict found
+    number_words(<uint64_t *>&fields, sizeof(fields))
+    found = fields
+    del found["unused"], found["corrupt_block"]
+    return found
+
+
+cdef dict COUNTERS = counter_indexes()      # each is a statistic
+
+
 cdef dict table_stats(Blocks table):
     """The numbers of a table by the names of the statistics, as a dict of ints."""
-    return {
+    return read_words(<uint64_t *>table.counters, COUNTERS) | {
         "orig_data_size": load_relaxed(&table.counters.pages_stored) << BLOCK_SHIFT,
-        "compr_data_size": load_relaxed(&table.counters.compr_data_size),
-        "pages_stored": load_relaxed(&table.counters.pages_stored),
-        "same_pages": load_relaxed(&table.counters.same_pages),
-        "huge_pages": load_relaxed(&table.counters.huge_pages),
-        "huge_pages_since": load_relaxed(&table.counters.huge_pages_since),
-        "failed_reads": load_relaxed(&table.counters.failed_reads),
-        "failed_writes": load_relaxed(&table.counters.failed_writes),
-        "invalid_io": load_relaxed(&table.counters.invalid_io),
-        "notify_free": load_relaxed(&table.counters.notify_free),
         "reads": requests(table, OP_READ),
         "writes": requests(table, OP_WRITE),
         "trims": requests(table, OP_TRIM),
         "zeroes": requests(table, OP_ZERO),
-        "read_bytes": load_relaxed(&table.counters.read_bytes),
-        "written_bytes": load_relaxed(&table.counters.written_bytes),
-        "limit_compactions": load_relaxed(&table.counters.limit_compactions),
-        "checksum_errors": load_relaxed(&table.counters.checksum_errors),
         "metadata_bytes": table.metadata_bytes(),
     }
 

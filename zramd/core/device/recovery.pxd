@@ -42,7 +42,7 @@ cdef class Recovery:
     cdef uint64_t cursor            # atomic: the next piece of work
     cdef uint64_t pieces
     cdef int failed                 # -errno: a page that must be there cannot be had
-    cdef const char *wrong          # of the first contradiction; NULL: there is none
+    cdef const char *wrong          # of the first contradiction; NULL: none was found
     cdef uint64_t wrong_block
     cdef uint64_t mends[MENDS]      # handles whose cell is pinned or whose header is wrong
     cdef uint64_t mend_count        # this and those below: atomic

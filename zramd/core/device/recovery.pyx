@@ -1,7 +1,7 @@
 """Recovery: a pool and the counters of a device, rebuilt from slots, cells and the classes of spans.
 
-    0  which pages of the pool there are, in parallel. What the tables' file does not have of them is made ready: a page that
-       was all zeros may be missing in a copy, and touching it must not be the end on a full file system
+    0  which pages the pool has, in parallel. Those of the tables that the file lacks are made ready: a page that was all
+       zeros may be missing in a copy, and touching it must not be the end on a full file system
     1  every slot, in parallel: slot, cell and class must agree. Nothing is written yet: a state that contradicts itself
        is refused as it was found. With verify, where each block answers for itself, the block is lost and the others
        are not: of two that lead to one place the checksum tells whose it is. Headers are looked at then, too: nothing
@@ -9,11 +9,14 @@
     2  every span, in parallel: its record, its free chunks, its pages; pages that no object is on are given back
     3  lists: zspages by fullness, free spans, free cells. Objects that no slot holds are gone by this: they are only counted
 
-It takes a bit for each cell, and 256 bytes for each zspage of small objects, of which there are some hundred in one: what
+It takes a bit for each cell, and 256 bytes for each zspage of small objects, some hundred of which are in one: a server that
 runs with little address space can be taken over with little more.
 
-Payloads are not read, and holes of the file neither: what there is of it, the file system knows. A kill in the middle
-leaves what there was: nothing that a slot leads to is changed but the pins of who held an object when the server died.
+Payloads are not read, nor are holes of the file: the file system knows which pages the file has. A kill in the middle
+leaves the state as it was: nothing that a slot leads to is changed, except the pins of threads that held an object when the
+server died.
+
+What may be found here follows from the crash rule of pool.pyx.
 """
 
 cimport cython
@@ -62,7 +65,7 @@ from zramd.core.system.threads import start_thread
 
 cdef extern from *:
     """
-    /* The first look at memory that the address sanitizer has been told nobody may look at. */
+    /* The first look at memory that is still poisoned for the address sanitizer. */
     __attribute__((no_sanitize("address"), noinline)) static uint32_t peek(const void *p)
     {
         return *(const uint32_t *)p;
@@ -509,7 +512,7 @@ cdef class Recovery:
     # 3: lists
 
     cdef void _mend(self) noexcept nogil:
-        """Take off the pins of who held an object when the server died, write headers that were wrong, mark lost blocks."""
+        """Clear the pins that threads held when the server died, write headers that were wrong, mark lost blocks."""
         cdef uint64_t i, handle, cell
         cdef uint32_t header
         for i in range(self.lost_now):

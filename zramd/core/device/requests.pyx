@@ -75,7 +75,7 @@ cdef int full_errno = ENOSPC            # what a client gets when the pool is fu
 cdef object pool_full = error_from(-ENOSPC, "pool is full")
 cdef object state_full = error_from(-EDQUOT, "pool is full")
 cdef object no_memory = error_from(-ENOMEM, "a request")
-cdef bint one_extent = False            # tell a client of one extent at a time
+cdef bint one_extent = False            # report one extent at a time to a client
 
 
 cdef int serve(int request, PyObject **arguments) except -1:
@@ -122,7 +122,7 @@ cdef void fail(Device device, int rc, uint64_t offset, uint64_t length) noexcept
 def prepare(tell, int full, bint one=False):
     """Say how a client learns of an error: tell is nbdkit.set_error, full the errno for a full pool.
 
-    one: extents are told one at a time, whatever the client asks for.
+    one: extents are reported one at a time, whatever the client asks for.
     """
     global tell_errno, full_errno, one_extent
     tell_errno = tell
@@ -136,12 +136,12 @@ def flush(device, flags):
 
 
 def cache(device, count, offset, flags):
-    """Nothing to do: all is in memory already."""
+    """Do nothing with the range (count, offset: bytes): everything is in memory already."""
     keep_current()
 
 
 def extents(device, count, offset, flags):
-    """What is stored in a range, as Device.extents; with FLAG_REQ_ONE only the first extent."""
+    """What is stored in a range of bytes, as Device.extents; with FLAG_REQ_ONE only the first extent."""
     keep_current()
     return device.extents(offset, count, one_extent or bool(flags & REQ_ONE))
 

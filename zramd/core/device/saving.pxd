@@ -78,7 +78,8 @@ cdef class _Reader(_Stream):
     cdef const char *wrong
     cdef uint64_t wrong_at
     cdef bint given_up
-    cdef bytes begun        # the stream's first bytes, that somebody has read already
+    cdef bint cut_off
+    cdef bytes begun        # the stream's first bytes, which the caller has read already
     cdef const char *early
     cdef uint32_t early_left
     cdef uint64_t wrong_block   # + 1

@@ -11,7 +11,7 @@ brings it back to Python for signals.
 
 from libc.errno cimport EAGAIN, EDQUOT, EINTR, ENOMEM, ENOSPC, ETIMEDOUT, errno
 from libc.stdint cimport uint32_t, uint64_t
-from libc.string cimport memcmp, memcpy, strlen
+from libc.string cimport memcmp, memcpy, strcmp, strlen
 
 from cpython.exc cimport PyErr_CheckSignals
 
@@ -65,6 +65,7 @@ cdef enum:
 MAGIC = b"\x89ZRAMD\r\n"
 VERSION = FORMAT
 cdef const char *magic = b"\x89ZRAMD\r\n"
+cdef const char *CHANGED = "a client changed the device while it was saved"     # in streams, too: see error_of
 
 
 cdef inline uint32_t word_at(const char *at) noexcept nogil:
@@ -82,6 +83,11 @@ cdef inline uint64_t long_at(const char *at) noexcept nogil:
 cdef inline char *put(char *at, uint64_t value) noexcept nogil:
     memcpy(at, &value, sizeof(value))
     return at + sizeof(value)
+
+
+cdef error_of(const char *why):
+    """The error of a save that was given up. The stream has nothing but the sentence to say it by."""
+    return SaveError(why.decode("ascii", "backslashreplace"), "changed" if strcmp(why, CHANGED) == 0 else "other")
 
 
 cdef class _Stream:
@@ -193,7 +199,7 @@ cdef class _Writer(_Stream):
         elif load_relaxed(&self.device.kept.loading):
             self.gave_up = "the device is being loaded"
         elif not self.live and self._changes() != self.changes_before:
-            self.gave_up = "a client changed the device while it was saved"
+            self.gave_up = CHANGED
         while self.gave_up == NULL and self.next < self.device.blocks and used + RECORD_MAX <= BODY_MAX and visits < VISITS:
             visits += 1
             if not is_touched(&self.device.table.touched[self.next // SLOTS_PER_PAGE]):
@@ -259,7 +265,7 @@ cdef class _Writer(_Stream):
         if epoch != self.epoch:
             self._give_up("the device was reset or loaded while it was saved")
         elif self.changes and not self.live:
-            self._give_up("a client changed the device while it was saved")
+            self._give_up(CHANGED)
         else:
             at = put(put(put(at, self.counted.blocks), self.counted.payload_bytes), self.changes)
             memcpy(at, &self.total, 4)
@@ -285,7 +291,7 @@ cdef class _Writer(_Stream):
             elif rc:
                 raise OSError(-rc, os.strerror(-rc))
         if self.gave_up != NULL:
-            raise SaveError(self.gave_up.decode())
+            raise error_of(self.gave_up)
         numbers = self.counted
         return numbers | {"changes": self.changes, "bytes": self.at}
 
@@ -336,6 +342,7 @@ cdef class _Reader(_Stream):
 
     cdef int _cut(self) noexcept nogil:
         self._fail("it was cut off")
+        self.cut_off = True
         self.wrong_at += self.moved
         return WRONG
 
@@ -442,7 +449,7 @@ cdef class _Reader(_Stream):
         return rc
 
     cdef int _record(self, uint64_t block, uint32_t what, const char *data) noexcept nogil:
-        """Count a block that is right, and store it if there is a device."""
+        """Count a block that is right, and store it if a device is to be filled."""
         cdef uint64_t slot = SLOT_LOST
         cdef int rc = 0
         self.counted.blocks += 1
@@ -509,13 +516,17 @@ cdef class _Reader(_Stream):
         if rc == -ENOSPC or rc == -EDQUOT or rc == -ENOMEM:
             return error_from(rc, f"block {self.next}")
         if rc < 0:
-            return SaveError(f"it cannot be read at byte {self.at + self.moved}: {os.strerror(-rc).lower()}")
+            return SaveError(f"it cannot be read at byte {self.at + self.moved}: {os.strerror(-rc).lower()}", "cut off")
+        if self.given_up:
+            return error_of(self.wrong)
         text = self.wrong.decode("ascii", "backslashreplace")
         if self.version > FORMAT:
             return SaveError(f"{text}: format {self.version}, not {FORMAT}")
         if self.wrong_block:
             return SaveError(f"{text}: block {self.wrong_block - 1}, in the chunk at byte {self.at}")
-        return SaveError(text if self.given_up or not self.headed else f"{text} (at byte {self.wrong_at})")
+        if self.headed:
+            text = f"{text} (at byte {self.wrong_at})"
+        return SaveError(text, "cut off" if self.cut_off else "other")
 
 
 def save(Device device, int fd, *, bint live=False, patience=-1):
@@ -529,10 +540,10 @@ def save(Device device, int fd, *, bint live=False, patience=-1):
 
 
 def load(Device device, int fd, *, bytes begun=b"", length=-1, patience=-1):
-    """Fill an empty device, that nobody else uses, from a descriptor: the numbers as from verify_stream.
+    """Fill an empty device, which nothing else uses, from a descriptor: the numbers as from verify_stream.
 
     begun: what was read of it already; length: bytes of it, -1: to its end. Whatever is raised, the device is empty
-    then. Raises SaveError; PoolFullError when there is no room, MemoryError when the system refuses memory.
+    then. Raises SaveError; PoolFullError when no room is left, MemoryError when the system refuses memory.
     """
     cdef _Reader reader = _Reader(
         fd, -1, device, begun, <uint64_t>-1 if length < 0 else length, <int>(patience * 1000))

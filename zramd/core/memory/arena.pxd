@@ -33,7 +33,7 @@ cdef class Arena:
     cdef uint64_t limit                 # atomic: most pages there may be, 0: no limit
 
     # The reserve: free spans that the refiller makes resident ahead of need. Guarded by lock.
-    cdef uint64_t reserve               # atomic: pages to keep ready, 0: there is no reserve
+    cdef uint64_t reserve               # atomic: pages to keep ready, 0: no reserve
     cdef uint32_t ready[SPAN_LENGTHS]   # [n]: free spans whose first n pages are resident; [0]: spans to be given back
     cdef uint32_t ready_count[SPAN_LENGTHS]
     cdef uint64_t demand[SPAN_LENGTHS]  # pages that were asked for in spans of each length, the latest count most

@@ -11,7 +11,7 @@ more than a block's decompression, and steady overwriting empties and starts zsp
 
 A server that its own kernel swaps to must never need memory while it takes a page in: there may be none until it has. So
 it can have a reserve: free spans of each length, resident ahead of need. A thread of its own (the refiller) fills it and
-gives back what is too much; no lock is held while it does, so when it has to wait for memory nobody waits for it.
+gives back what is too much; no lock is held while it does, so when it has to wait for memory no request waits for it.
 Requests take spans from the reserve and return them there, without a system call.
 """
 
@@ -86,7 +86,7 @@ cdef class Arena:
         pthread_mutex_destroy(&self.lock)
 
     cdef int64_t take(self, uint32_t npages) noexcept nogil:
-        """A free span for a zspage of npages, from the stock first; -ENOMEM when there is none.
+        """A free span for a zspage of npages, from the stock first; -ENOMEM when none is left.
 
         Its resident pages are those below npages at most: what a longer zspage left there is given back.
         """
@@ -335,9 +335,9 @@ cdef class Arena:
                 self.demand_sum += self.demand[n]
 
     cdef int _keep_one(self) noexcept nogil:
-        """Make one span ready, or give one back; 1, or 0: there is nothing to do, -ENOMEM, -EDQUOT: it cannot be had.
+        """Make one span ready, or give one back; 1; 0 when nothing is to be done; -ENOMEM, -EDQUOT when none can be had.
 
-        Where none can be had, what there is too much of still goes back. The lock is held, and dropped for the parts that
+        Where none can be had, spans that are too many still go back. The lock is held, and dropped for the parts that
         may wait.
         """
         cdef uint32_t n = self._scarcest()
@@ -352,7 +352,7 @@ cdef class Arena:
         return rc
 
     cdef uint32_t _scarcest(self) noexcept nogil:
-        """The length of spans of which the smallest part of what is wanted is ready; 0: there are enough of all."""
+        """The length of spans of which the smallest part of what is wanted is ready; 0 when enough of all are."""
         cdef uint32_t n, least = 0
         for n in range(1, SPAN_LENGTHS):
             if self.ready_count[n] < self._ready_wanted(n) and (
@@ -362,7 +362,7 @@ cdef class Arena:
         return least
 
     cdef uint32_t _too_many(self) noexcept nogil:
-        """A length of spans of which there are too many; SPAN_LENGTHS: there is none.
+        """A length of spans of which too many are ready; SPAN_LENGTHS when none is.
 
         Twice of what is wanted before any is given back: overwriting empties as many zspages as it starts.
         """
@@ -436,7 +436,7 @@ cdef class Arena:
         return 1
 
     cdef int64_t _ready_take(self, uint32_t npages) noexcept nogil:
-        """A ready span of npages or, when there is none, a longer one, then a shorter one, whose other pages are not
+        """A ready span of npages or, failing that, a longer one, then a shorter one, whose other pages are not
         resident; its pages count as used. -ENOMEM: none.
 
         The lock is held.

@@ -64,7 +64,7 @@ cdef extern from *:
     {
         return (int)syscall(SYS_fallocate, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size);
     }
-    /* What the file gets it keeps, even if nobody touches it; the file does not grow. */
+    /* What the file gets it keeps, touched or not; the file does not grow. */
     static int allocate_room(int fd, uint64_t offset, uint64_t size)
     {
         return (int)syscall(SYS_fallocate, fd, FALLOC_FL_KEEP_SIZE, offset, size);
@@ -128,7 +128,7 @@ cdef int region_populate(void *start, uint64_t size) noexcept nogil:
 
 
 cdef void *secret_alloc(uint64_t size) noexcept nogil:
-    """Whole pages of the heap for what clients store, which is not to be in a core dump; NULL: there is no memory."""
+    """Whole pages of the heap for what clients store, which must not be in a core dump; NULL when memory is short."""
     cdef void *start = NULL
     if posix_memalign(&start, kernel_page, whole_pages(size)):
         return NULL
@@ -237,7 +237,7 @@ cdef class Region:
             end = self.size
 
     cdef bint next_extent(self, uint64_t *start, uint64_t *end) noexcept nogil:
-        """The next run of pages of the file that hold something, from start[0] on and up to end[0]: False, there is none.
+        """The next run of pages of the file that hold something, from start[0] on and up to end[0]; False when none is left.
 
         Both are offsets in the region, and both are changed.
         """
@@ -255,7 +255,8 @@ cdef class Region:
 cdef class Memory:
     """Where a device's regions come from: the file fd, which they divide up in the order they are asked for, or none.
 
-    The descriptor remains the caller's: this has one of its own, and with it the file's lock.
+    The descriptor remains the caller's: this has one of its own, and with it the file's lock. Raises ValueError for a file
+    that is too short to be a state, MemoryError on a kernel whose pages are too large, and PoolFullError.
     """
 
     def __cinit__(self, int fd=-1):

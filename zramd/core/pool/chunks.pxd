@@ -152,7 +152,7 @@ cdef inline uint64_t mapped_room(Pool pool, size_class *c, uint32_t span) noexce
     return room
 
 cdef inline bint chunk_holds(Pool pool, size_class *c, uint32_t span, uint32_t chunk, uint64_t handle) noexcept nogil:
-    """Whether a chunk holds the object of handle, as far as it tells."""
+    """Whether a chunk holds the object of handle, as far as its header shows."""
     cdef zspage *z = &pool.zspages[span]
     if z.group == NO_ZSPAGE or &pool.classes[z.class_index] != c or chunk >= z.fresh:
         return False
@@ -182,7 +182,7 @@ cdef inline uint32_t unused_pages(Pool pool, size_class *c, uint32_t span, uint3
     return unused
 
 cdef inline void spare_page(Pool pool, size_class *c, uint32_t span, uint32_t page) noexcept nogil:
-    """A huge object was freed: its page is a spare while there are few, else it is given back at once.
+    """A huge object was freed: its page is a spare while spares are few, else it is given back at once.
 
     Of larger pages of the kernel only a reserve keeps some, which are on no list.
     """

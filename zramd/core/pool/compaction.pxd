@@ -7,7 +7,7 @@ from zramd.core.pool.size_classes cimport size_class
 from zramd.core.system.locks cimport lock_counted, pthread_mutex_unlock
 
 cdef inline void compact_begin(Pool pool) noexcept nogil:
-    """Be the only one who compacts, or who may look at zspages that are off their lists, until compact_end."""
+    """Be the only thread that compacts, or that may look at zspages off their lists, until compact_end."""
     lock_counted(&pool.compact_lock, &pool.compact_waiters)
 
 cdef inline void compact_end(Pool pool) noexcept nogil:

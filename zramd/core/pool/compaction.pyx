@@ -3,8 +3,8 @@
     src  |7 ##|    |9 ##|    |    dst  |1 ##|3 ##|    |4 ##|        cells[7]: obj in src -> obj in dst
             └───────── a move ────────────────^
 
-The emptiest zspage of a class is emptied into the fullest. What stays part-filled then is tightened: its objects are moved
-to its first pages. What can be had over the bounds of classes is in lending.pyx.
+The emptiest zspage of a class is emptied into the fullest, as zs_compact of Linux' mm/zsmalloc.c does it. Zspages that stay
+part-filled are tightened then: their objects are moved to their first pages. lending.pyx goes on over the bounds of classes.
 Nothing here is seen from above: a handle stays, only its cell is changed. For locks, pins and crashes see pool.pyx.
 """
 
@@ -75,13 +75,13 @@ from zramd.core.types cimport (
 )
 
 cdef enum:
-    ROOM_TURNS = 10000      # the same of one who waits for room that others are in the way of
+    ROOM_TURNS = 10000      # naps of a thread that waits for room, while others are in the way
     EMPTIEST_TRIES = 32     # zspages of a fullness group that are compared
 
 cdef enum outcome:
     SOURCE_EMPTY
     TARGET_FULL             # or its places have no pages, and get none
-    SOURCE_HELD             # somebody has the pins of what is left
+    SOURCE_HELD             # other threads have the pins of what is left
     WANTED                  # by others; or the budget is used up
 
 cdef struct class_run:
@@ -117,7 +117,7 @@ cdef uint64_t compact_run(Pool pool, uint64_t budget, uint64_t enough) noexcept 
     cdef uint32_t i
     cdef bint whole
     compact_begin(pool)
-    # Who needs a page now is let in at once, but lets nobody in itself until it has it.
+    # A thread that needs a page now is let in at once, but lets no other in until it has the page.
     pool.gives_way = enough == <uint64_t>-1
     start = system_now()
     for whole in range(1, -1, -1):
@@ -138,7 +138,7 @@ cdef uint64_t compact_run(Pool pool, uint64_t budget, uint64_t enough) noexcept 
 
 
 cdef bint is_wanted(Pool pool) noexcept nogil:
-    """Whether who compacts is to let others in who want to."""
+    """Whether the compactor is to let waiting threads in."""
     return pool.gives_way and load_relaxed_32(&pool.compact_waiters)
 
 
@@ -152,7 +152,7 @@ cdef uint64_t compact_class(Pool pool, uint32_t index, uint64_t *budget, uint64_
     """Move objects from the emptiest zspage into the fullest while that frees pages; the pages freed.
 
     With whole, only while it frees whole zspages. Else what stays part-filled is tightened. Both are off their lists
-    meanwhile, so that the lock can be dropped whenever someone waits for it: nobody allocates from them, and who
+    meanwhile, so that the lock can be dropped whenever a thread waits for it: no thread allocates from them, and one that
     frees an object in them leaves them alone otherwise.
     """
     cdef size_class *c = &pool.classes[index]
@@ -245,14 +245,14 @@ cdef void give_source(Pool pool, size_class *c, class_run *run) noexcept nogil:
 
 
 cdef void put_target_back(Pool pool, size_class *c, class_run *run) noexcept nogil:
-    """List the target again. If there is a place in it, that has no page, and the limit, or the file, refuses one."""
+    """List the target again. If it has a place, that place has no page, and the limit or the file refuses one."""
     run.resident = run.resident or pool.zspages[run.dst].inuse < c.objs
     run.freed += putback(pool, c, run.dst)
     run.dst = NIL
 
 
 cdef void tighten_all(Pool pool, size_class *c, class_run *run) noexcept nogil:
-    """Tighten the part-filled zspages, the emptiest first, while that frees pages and nobody waits."""
+    """Tighten the part-filled zspages, the emptiest first, while that frees pages and no thread waits."""
     cdef uint32_t group, span, next
     for group in range(GROUP_EMPTY + 1, GROUP_FULL):
         span = c.heads[group]
@@ -459,7 +459,7 @@ cdef uint64_t release_stock(Pool pool) noexcept nogil:
 
 
 cdef uint64_t release_stock_alone(Pool pool) noexcept nogil:
-    """release_stock, while nobody compacts or checks."""
+    """release_stock, while no other thread compacts or checks."""
     cdef uint64_t n
     compact_begin(pool)
     n = release_stock(pool)
@@ -480,7 +480,7 @@ cdef bint make_room(Pool pool, int rc, bint *in_vain) noexcept nogil:
 
 
 cdef bint free_some(Pool pool, int rc) noexcept nogil:
-    """Free pages by whatever means there are; False when there is nothing to free."""
+    """Free pages by every means; False when nothing can be freed."""
     cdef uint64_t limit, undone
     if release_stock(pool):
         return True
@@ -488,12 +488,12 @@ cdef bint free_some(Pool pool, int rc) noexcept nogil:
         undone = load_relaxed(&pool.undone)
         if compact_run(pool, <uint64_t>-1, 1):
             return True
-        # Somebody else made room while this thread waited for compact_lock. A chunk touches 2 pages at most.
-        # (Of the state's file system nobody knows who took it.)
+        # Another thread made room while this one waited for compact_lock. A chunk touches 2 pages at most.
+        # (What took the room of the state's file system is not known.)
         limit = load_relaxed(&pool.arena.limit)
         if rc == -ENOSPC and (limit == 0 or load_relaxed(&pool.arena.pages) + 2 * pool.arena.unit <= limit):
             return True
         if load_relaxed(&pool.undone) == undone:
             return False
-        nap()       # somebody was in the way where there was something to free
+        nap()       # another thread was in the way of what could be freed
     return False

@@ -3,6 +3,8 @@
 Each class has a part-filled zspage, whose last page is half empty on average. After all classes were compacted, objects on
 such pages fill what is free on those of larger classes. An object lent to another class is marked (CELL_LENT): it is not
 lent a second time.
+
+The kernel's zsmalloc has nothing like it; docs/density.md has what it gains.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -146,7 +148,7 @@ cdef inline bint is_lender(size_class *c, size_class *d) noexcept nogil:
 
 
 cdef uint32_t fullest_listed(size_class *d) noexcept nogil:
-    """A zspage of the fullest group that has room; NIL: there is none."""
+    """A zspage of the fullest group that has room; NIL when no group has."""
     cdef uint32_t group
     for group in range(GROUP_FULL - 1, GROUP_EMPTY, -1):
         if d.heads[group] != NIL:

@@ -48,7 +48,7 @@ cdef class Pool:
     cdef uint64_t undone                # atomic: what compaction left because of others: they held a pin, or waited
     cdef pthread_mutex_t compact_lock   # one compactor at a time
     cdef uint32_t compact_waiters       # atomic: threads that want it
-    cdef bint gives_way                 # whether who compacts now lets them in; compact_lock's
+    cdef bint gives_way                 # whether the compactor lets them in now; compact_lock's
     cdef pool_counters *counters
 
     # objects: each returns 0 or -errno. alloc and begin pin the object until end.

@@ -13,15 +13,15 @@ of free ones. So a page on which nothing is left can be given back by itself, be
 whole zspages. See docs/density.md.
 Objects above max_payload are huge: a page each, without a header, so there is nothing to compact.
 
-Lock order: compact_lock, then a class lock, then cells_lock or arena.lock. Pins are outside of that order: whoever holds
-a class lock may only try for a pin, whoever holds a pin may wait for a class lock.
-Who holds a lock for longer than one object takes looks whether others wait for it, and gives way. No walk over zspages
-is longer than SIFT_TRIES between two such looks.
+Lock order: compact_lock, then a class lock, then cells_lock or arena.lock. Pins are outside of that order: a holder
+of a class lock may only try for a pin, the holder of a pin may wait for a class lock.
+A thread that holds a lock for longer than one object takes looks whether others wait for it, and gives way. No walk over
+zspages is longer than SIFT_TRIES between two such looks.
 
 A pin (CELL_PIN) is the exclusive right to an object: to its bytes, to move it and to free it. A reader holds it for one
 decompression, a mover for one copy. A mover that cannot have it goes on and comes back later.
-A mover also holds the lock of the object's class. So who waits for a pin waits for that lock first: a mover that does not
-get the processor is waited for as long as it takes, and gets the waiter's priority where locks hand it on.
+A mover also holds the lock of the object's class, so a thread that waits for a pin waits for that lock first: it waits for
+a mover that does not get the processor as long as it takes, and passes its priority on to it where locks do that.
 
 Crash rule: what a scan of the slots, cells and payloads finds is whole at any instant, because each is written after
 what it points to: alloc: class of the span, header, payload, cell, (slot); move: copy, cell, header of the source; free:
@@ -109,7 +109,7 @@ from zramd.core.pool.size_classes import CLASSES as _CLASSES
 
 cdef enum:
     PIN_SPINS = 200         # about a decompression; then let the holder of the pin run
-    PIN_TURNS = 100000      # naps of one who waits for a pin that no mover holds: about 10 s of its own
+    PIN_TURNS = 100000      # naps of a thread that waits for a pin that no mover holds: about 10 s of its own
     ROOM_TRIES = 8          # zspages that are looked at for room where another one, or a new one, may do as well
 
 
@@ -174,7 +174,7 @@ cdef class Pool:
     # cells
 
     cdef int _cell_take(self, uint64_t *taken) noexcept nogil:
-        """A free cell, which stays without CELL_LIVE until its owner stores an obj. -ENOMEM: there is none; -EDQUOT."""
+        """A free cell, which stays without CELL_LIVE until its owner stores an obj. -ENOMEM when none is left; -EDQUOT."""
         cdef uint64_t handle, next
         cdef int rc = 0
         pthread_mutex_lock(&self.cells_lock)
@@ -237,7 +237,7 @@ cdef class Pool:
             # Nobody moves it. Only our own turns count: a thread may stand still for longer than any time.
             turns += 1
             if turns > PIN_TURNS:
-                return -ENOENT      # nobody holds it: the bit was set by an error of the memory
+                return -ENOENT      # no thread holds it: the bit was set by an error of the memory
             nap()
 
     cdef void _await_mover(self, uint64_t cell) noexcept nogil:
@@ -296,7 +296,7 @@ cdef class Pool:
         pthread_mutex_unlock(&c.lock)
         if chunk >= 0:
             return 0
-        let_in(&c.waiters)      # who is refused tries again at once
+        let_in(&c.waiters)      # a caller that is refused tries again at once
         return chunk
 
     cdef int _spare_take(self, size_class *c, uint64_t handle, uint32_t *span) noexcept nogil:
@@ -448,7 +448,7 @@ cdef class Pool:
             & ~<uint32_t>pages_load(&self.arena.committed[start >> SPAN_SHIFT]))
 
     cdef int obj_free(self, uint64_t handle) noexcept nogil:
-        """Free an object, once whoever holds its pin is done. -ENOENT: the handle is not live."""
+        """Free an object, once the holder of its pin is done. -ENOENT: the handle is not live."""
         cdef uint64_t obj
         cdef uint32_t span, index, chunk
         cdef size_class *c

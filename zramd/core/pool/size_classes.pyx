@@ -1,4 +1,8 @@
-"""Size classes: which there are, how long the zspages of each are, and what a state must agree on."""
+"""Size classes: their sizes, how long the zspages of each are, and what a state must agree on.
+
+As in Linux' mm/zsmalloc.c, a class has the zspage length that wastes least, and sizes whose zspages are alike are merged.
+docs/density.md compares the kernel's geometry with this one.
+"""
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 

@@ -15,12 +15,13 @@ from zramd.core.memory.region cimport Memory
 from zramd.core.pool.compaction cimport compact_begin, compact_end, compact_run, make_room
 from zramd.core.pool.faults cimport find_pool_fault, find_zspage_fault
 from zramd.core.pool.lending cimport compact_whole, whole_freeable_pages
-from zramd.core.pool.pool cimport Pool
+from zramd.core.pool.pool cimport Pool, pool_counters
 from zramd.core.pool.size_classes cimport lock_class, size_class
 from zramd.core.pool.zspages cimport freeable
 from zramd.core.system.bits cimport bits_set
 from zramd.core.system.checks cimport ZRAMD_CHECK
 from zramd.core.system.locks cimport load_relaxed, pthread_mutex_unlock
+from zramd.core.system.words cimport number_words, read_words
 from zramd.core.types cimport GROUPS, PAGE_SHIFT, PAGE_SIZE, SPAN_SHIFT, SPAN_SIZE, cell_obj
 
 from zramd.errors import CorruptionError, error_from
@@ -61,6 +62,15 @@ cdef int object_place(Pool pool, uint64_t handle, place *found) noexcept nogil:
     return 0
 
 
+cdef dict counter_indexes():
+    cdef pool_counters fields
+    number_words(<uint64_t *>&fields, sizeof(fields))
+    return fields
+
+
+cdef dict COUNTERS = counter_indexes()      # each is a statistic
+
+
 cdef dict pool_stats(Pool pool):
     """See Zsmalloc.stats."""
     cdef uint64_t allocated = 0, used = 0, zspages = 0
@@ -71,18 +81,13 @@ cdef dict pool_stats(Pool pool):
         allocated += max(load_relaxed(&pool.classes[i].inuse),
                          load_relaxed(&pool.classes[i].committed) * pool.classes[i].objs // pool.classes[i].pages)
         used += load_relaxed(&pool.classes[i].inuse)
-    return {
+    return read_words(<uint64_t *>pool.counters, COUNTERS) | {
         "mem_used_total": load_relaxed(&pool.arena.pages) << PAGE_SHIFT,
         "mem_limit": pool.mem_limit(),
         "mem_used_max": load_relaxed(pool.arena.pages_max) << PAGE_SHIFT,
         "stock_pages": load_relaxed(&pool.arena.stock),
         "reserve_bytes": load_relaxed(&pool.arena.ready_pages) << PAGE_SHIFT,
         "reserve_misses": load_relaxed(&pool.arena.misses),
-        "pages_compacted": load_relaxed(&pool.counters.pages_compacted),
-        "objects_migrated": load_relaxed(&pool.counters.objects_migrated),
-        "bytes_migrated": load_relaxed(&pool.counters.bytes_migrated),
-        "num_compactions": load_relaxed(&pool.counters.num_compactions),
-        "compact_ns": load_relaxed(&pool.counters.compact_ns),
         "zspages": zspages,
         "objs_allocated": allocated,
         "objs_used": used,

@@ -1,5 +1,7 @@
 """Zspages: listed by how full they are, and what a class of them could free. The class is locked.
 
+The groups are the fullness groups of Linux' mm/zsmalloc.c; in each, zspages without resident room come last.
+
 In a header for the same reason as chunks.pxd.
 """
 
@@ -15,45 +17,43 @@ from zramd.core.types cimport GROUPS, GROUP_EMPTY, GROUP_FULL, ISOLATED, NIL, NO
 
 cdef enum:
     SIFT_TRIES = 64         # zspages that are looked at for room on resident pages before others get the class lock: 10 us
-    TAIL_PAGES = 2          # unused pages that the last zspage of a class keeps where there is a reserve
+    TAIL_PAGES = 2          # unused pages that the last zspage of a class keeps if the pool has a reserve
     SLACK_SHIFT = 3         # a page goes back by itself once 1/8 of its class is freeable, or overwriting would thrash
 
 cdef inline bint is_unlisted(zspage *z) noexcept nogil:
     """Whether a zspage is on no list. (One that was never used has the zeros of a fresh record.)"""
     return z.group == ISOLATED or z.group == NO_ZSPAGE or z.group == GROUP_EMPTY
 
-cdef inline void zspage_link(Pool pool, size_class *c, uint32_t span) noexcept nogil:
-    """List a zspage in its fullness group."""
+cdef inline void link_between(Pool pool, size_class *c, uint32_t span, uint32_t group,
+                              uint32_t prev, uint32_t next) noexcept nogil:
+    """List a zspage in a group between two neighbours; NIL: it is the first, or the last."""
     cdef zspage *z = &pool.zspages[span]
-    cdef uint32_t group = fullness(c, z)
     zr_assert(is_unlisted(z))
     z.group = <uint8_t>group
-    z.dry = False
-    z.prev = NIL
-    z.next = c.heads[group]
-    if z.next != NIL:
-        pool.zspages[z.next].prev = span
+    z.prev = prev
+    z.next = next
+    if prev != NIL:
+        pool.zspages[prev].next = span
+    else:
+        c.heads[group] = span
+    if next != NIL:
+        pool.zspages[next].prev = span
     else:
         c.tails[group] = span
-    c.heads[group] = span
     owned_add(&c.group_count[group], 1)
+
+cdef inline void zspage_link(Pool pool, size_class *c, uint32_t span) noexcept nogil:
+    """List a zspage in its fullness group."""
+    cdef uint32_t group = fullness(c, &pool.zspages[span])
+    link_between(pool, c, span, group, NIL, c.heads[group])
+    pool.zspages[span].dry = False
 
 cdef inline void zspage_link_dry(Pool pool, size_class *c, uint32_t span) noexcept nogil:
     """List a zspage behind those of its fullness group that may have room on resident pages: it has none."""
-    cdef zspage *z = &pool.zspages[span]
-    cdef uint32_t group = fullness(c, z)
+    cdef uint32_t group = fullness(c, &pool.zspages[span])
     zr_assert_held(&c.lock)
-    zr_assert(is_unlisted(z))
-    z.group = <uint8_t>group
-    z.dry = True
-    z.next = NIL
-    z.prev = c.tails[group]
-    if z.prev != NIL:
-        pool.zspages[z.prev].next = span
-    else:
-        c.heads[group] = span
-    c.tails[group] = span
-    owned_add(&c.group_count[group], 1)
+    link_between(pool, c, span, group, c.tails[group], NIL)
+    pool.zspages[span].dry = True
 
 cdef inline void zspage_unlink(Pool pool, size_class *c, uint32_t span) noexcept nogil:
     cdef zspage *z = &pool.zspages[span]
@@ -102,7 +102,7 @@ cdef inline bint has_resident_room(Pool pool, size_class *c, uint32_t span) noex
 cdef inline uint32_t find_room(Pool pool, size_class *c, uint32_t group, uint32_t *tries) noexcept nogil:
     """The first zspage of a fullness group with room on resident pages; NIL: none, or tries[0] are used up.
 
-    Those without go behind all others, so that nobody looks at them again before a chunk or a page of theirs comes.
+    Those without go behind all others, so that they are not looked at again before they get a chunk or a page.
     """
     cdef uint32_t span = c.heads[group]
     while span != NIL and not pool.zspages[span].dry and tries[0]:

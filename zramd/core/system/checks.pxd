@@ -1,4 +1,4 @@
-"""Assertions and what the memory checkers are told. ZRAMD_CHECK is set by the build profile:
+"""Assertions, and hints for the memory checkers. ZRAMD_CHECK is set by the build profile:
 
 0 release   nothing is compiled in.
 2 asan      zr_assert and zr_assert_held, and the free parts of the arena are poisoned for AddressSanitizer, which

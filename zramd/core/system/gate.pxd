@@ -1,12 +1,12 @@
-"""The gate: requests pass it side by side, and who closes it has the device alone.
+"""The gate: requests pass it side by side; a thread that closes it has the device alone.
 
     request           gate_enter, gate_leave     counts itself in, then looks whether the gate is closed
-    check, reset      gate_close, gate_open      holds the lock, waits until nobody is inside
+    check, reset      gate_close, gate_open      holds the lock, waits until no request is inside
     save, load        gate_hold, gate_release    holds the lock: the gate stays open, and requests pass
 
-A reader-writer lock would do, but none hands priority on. Here a request waits for nobody but who has the lock. That lock
-can hand priority on, and inside are requests only: whoever is not as urgent as they are holds the lock instead.
-It is cheaper, too: no lock is taken while the gate is open, and the count also tells how many requests are at work.
+A reader-writer lock would do, but none passes priority on. Here a request waits for the holder of the lock alone. That lock
+can pass priority on, and only requests are inside: a thread less urgent than they are holds the lock instead.
+It is cheaper, too: no lock is taken while the gate is open, and the count also says how many requests are at work.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -45,7 +45,7 @@ cdef inline void gate_leave(gate *g) noexcept nogil:
     ordered_sub(&g.inside, 1)
 
 cdef inline bint gate_is_closed(gate *g) noexcept nogil:
-    """Whether somebody waits for those inside: a long request then leaves and enters again."""
+    """Whether a thread waits for those inside to leave: a long request then leaves and enters again."""
     return load_relaxed(&g.closed) != 0
 
 cdef inline void gate_hold(gate *g) noexcept nogil:

@@ -1,5 +1,7 @@
 """How long requests take: a histogram that threads add to without a lock, and a clock cheap enough for it.
 
+The histogram is one of powers of two, like the log2 histograms of BPF tools.
+
 Bucket i counts what took at most FIRST_BOUND << i nanoseconds and is in no bucket before it: 0.25, 0.5, 1, 2 … us,
 2.1 s; the last counts the rest. Powers of two, so that a bucket is found by one instruction and a quantile is off by less
 than a factor of two at the fastest read as at the slowest write. How many requests there were is the sum of the buckets:

@@ -1,9 +1,9 @@
 """Locks and atomic words. Every word that two threads may touch without a common lock goes through these.
 
 pthread locks: uncontended 7 ns, against 44 ns for Cython's pymutex, and ThreadSanitizer knows them.
-Where some threads are real-time and others are not, each lock must hand priority on (mutex_inherit): who holds it runs as
-soon as the most urgent of those who wait. That costs 1 to 2 ns a lock, so only a device that needs it pays.
-Nobody waits by giving the processor away (sched_yield): a real-time thread gives it to real-time threads only.
+Where some threads are real-time and others are not, each lock must pass priority on (mutex_inherit): its holder runs as soon
+as its most urgent waiter would. That costs 1 to 2 ns a lock, so only a device that needs it pays.
+No thread waits by giving the processor away (sched_yield): a real-time thread gives it to real-time threads only.
 """
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
@@ -53,7 +53,7 @@ cdef extern from *:
     #define ordered_store(p, v) __atomic_store_n((p), (v), __ATOMIC_SEQ_CST)
     #include <pthread.h>
     #include <time.h>
-    /* Make a lock that nobody uses yet hand on the priority of who waits to who holds it; 0 or an errno. */
+    /* Make a lock that is not in use yet pass its waiter's priority on to its holder; 0 or an errno. */
     static inline int mutex_inherit(pthread_mutex_t *lock)
     {
         pthread_mutexattr_t attr;
@@ -114,14 +114,14 @@ cdef enum:
     LET_IN_SPINS = 200      # about what a thread on another processor takes to wake up
 
 cdef inline void lock_counted(pthread_mutex_t *lock, uint32_t *waiters) noexcept nogil:
-    """Lock, and let who holds the lock see meanwhile that somebody waits."""
+    """Lock, and show the holder meanwhile that a thread waits."""
     if pthread_mutex_trylock(lock):
         counter_add_32(waiters, 1)
         pthread_mutex_lock(lock)
         counter_sub_32(waiters, 1)
 
 cdef inline void let_in(uint32_t *waiters) noexcept nogil:
-    """Let those who wait have the lock that was unlocked just now. Who is only woken up would find it locked once more."""
+    """Let the waiters have the lock that was just released: one that only wakes up now would find it taken again."""
     cdef uint32_t spins = 0
     while spins < LET_IN_SPINS and load_relaxed_32(waiters):
         spins += 1
@@ -130,7 +130,7 @@ cdef inline void let_in(uint32_t *waiters) noexcept nogil:
         nap()
 
 cdef inline void give_way(pthread_mutex_t *lock, uint32_t *waiters) noexcept nogil:
-    """Let those who wait for a lock have it, then take it again."""
+    """Let the waiters for a lock have it, then take it again."""
     pthread_mutex_unlock(lock)
     let_in(waiters)
     lock_counted(lock, waiters)

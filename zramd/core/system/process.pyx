@@ -1,6 +1,6 @@
 """What a process that its own kernel swaps to asks of the system: locked memory, a warm heap, warm stacks, priority.
 
-Each function does one thing and raises OSError when the system refuses; zramd.kernel.swap says in which order and why.
+Each function does one thing and raises OSError when the system refuses; zramd.kernel.protection says in which order and why.
 """
 
 from libc.errno cimport errno
@@ -215,7 +215,7 @@ def lock_memory():
 
 
 def make_resident(size_t start, size_t size):
-    """Read a mapped range in and lock it. Raises OSError."""
+    """Read size bytes of a mapping in and lock them. Raises OSError."""
     cdef int rc
     with nogil:
         rc = mlock(<const void *>start, size)

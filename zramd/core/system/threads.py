@@ -16,7 +16,7 @@ class _Thread(threading.Thread):
     """A thread that the process's end does not wait for, and whose start never hangs.
 
     Python's own waits until the new thread says that it has begun. One that finds no memory for its first
-    frame ends without a word, and who started it waits for ever.
+    frame ends without a word, and the thread that started it waits for ever.
     """
 
     def __init__(self, name: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -102,8 +102,8 @@ def kept():
 def begin(enter, news, running):
     """The whole life of a thread: enter(), then news and running, two locks, are released.
 
-    enter releases news by itself first. Compiled, this has no frame of Python: so it ends as told even where there is no
-    memory for the first one, of enter, and nobody waits for news that do not come.
+    enter releases news by itself first. Compiled, this has no frame of Python: so both are released even where memory is
+    short for the first one, that of enter, and no thread waits for news that do not come.
     """
     has_begun = True
     try:

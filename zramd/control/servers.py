@@ -1,7 +1,7 @@
 """Finds the devices of this machine by their run folders, and talks to their servers.
 
-    for served in client.every(): ...                 all, also those whose server has died
-    client.find("zram0").stats()["mem_used_total"]    one, whose server lives
+    for served in servers.every(): ...                    all, also those whose server has died
+    servers.find("zram0").ask_json("GET", "/stats")       one, whose server lives
 
 Nothing here needs the compiled core.
 """
@@ -141,7 +141,7 @@ class Served:
     def published(self, name: str, size: int) -> str:
         """Return what a file in the run folder begins with, '' if there is none. A shortage is an OSError.
 
-        The folder may be another user's, who has put anything there.
+        The folder may belong to another user, who may have put anything there.
         """
         try:
             folder = trusted.open_folder(self.path, foreign=True)
@@ -165,7 +165,7 @@ class Served:
             raise
 
     def look_again(self) -> None:
-        """Look which process serves now; for one who keeps others off meanwhile, see zramd.control.life.
+        """Find out which process serves now. To keep other commands off meanwhile, see zramd.control.life.
 
         Raises DeviceError when it was stopped or has died.
         """
@@ -211,13 +211,13 @@ class Served:
             return self.published(rundir.STATE, _MAX_PATH).strip()
         except OSError as error:
             raise DeviceError(
-                f"the server of {self.name} has died, and whether it has a state cannot be told: "
+                f"the server of {self.name} has died, and it is not known whether it has a state: "
                 f"{reason(error)}"
             ) from None
 
 
 class _Answer(dict):  # type: ignore[type-arg]
-    """What a server tells: one of another version may not tell all that is asked for."""
+    """A server's answers; a server of another version may lack some."""
 
     def __missing__(self, key: str) -> object:
         raise DeviceError(
@@ -299,7 +299,7 @@ def _is_ours(folder: str) -> bool:
     try:
         return trusted.is_trusted(os.stat(folder).st_uid)
     except OSError:
-        return True  # what is wrong with it is told by who looks in there
+        return True  # whatever looks in there says what is wrong with it
 
 
 def every() -> list[Served]:

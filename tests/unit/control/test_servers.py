@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from zramd.contract import rundir
-from zramd.control import client, peer
+from zramd.control import peer, servers
 from zramd.errors import DeviceError, UsageError
 
 
@@ -25,12 +25,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def answering(tmp_path: Path) -> Iterator[Callable[[bytes], client.Served]]:
+def answering(tmp_path: Path) -> Iterator[Callable[[bytes], servers.Served]]:
     """Make a device whose control socket gives the same answer to whatever is asked."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     asked: list[socket.socket] = []
 
-    def make(answer: bytes | None) -> client.Served:
+    def make(answer: bytes | None) -> servers.Served:
         listener.bind(str(tmp_path / "control.sock"))
         listener.listen()
 
@@ -43,7 +43,7 @@ def answering(tmp_path: Path) -> Iterator[Callable[[bytes], client.Served]]:
                 connection.close()
 
         threading.Thread(target=answer_once, daemon=True).start()
-        return client.Served("a", str(tmp_path), 1)
+        return servers.Served("a", str(tmp_path), 1)
 
     yield make
     listener.close()
@@ -52,22 +52,22 @@ def answering(tmp_path: Path) -> Iterator[Callable[[bytes], client.Served]]:
 
 
 def test_every(place: Path) -> None:
-    assert client.every() == []
+    assert servers.every() == []
     live = rundir.Rundir(str(place / "b"))
     (place / "a").mkdir()
     (place / "a" / "pid").write_text("1\n")
     (place / "nothing").mkdir()
     (place / "file.attached").write_text("x")
-    found = [(served.name, served.path, served.pid) for served in client.every()]
+    found = [(served.name, served.path, served.pid) for served in servers.every()]
     assert found == [("a", f"{place}/a", None), ("b", f"{place}/b", os.getpid())]
-    assert client.find("b").pid == os.getpid()
+    assert servers.find("b").pid == os.getpid()
     with pytest.raises(DeviceError, match="the server of a has died, and its data with it: start it again"):
-        client.find("a")
-    assert client.look("a").pid is None
-    assert client.find(None, f"{place}/b").name == "b"
+        servers.find("a")
+    assert servers.look("a").pid is None
+    assert servers.find(None, f"{place}/b").name == "b"
     live.remove()
     with pytest.raises(DeviceError, match="there is no device 'b': use one of a"):
-        client.find("b")
+        servers.find("b")
 
 
 def test_many_may_look_while_a_server_starts(tmp_path: Path) -> None:
@@ -93,10 +93,10 @@ def test_many_may_look_while_a_server_starts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "-x", "a/b", "/run"])
 def test_no_name(place: Path, name: str) -> None:
     with pytest.raises(UsageError, match="is not a device's name"):
-        client.look(name)
+        servers.look(name)
 
 
-def test_ask(answering: Callable[[bytes], client.Served]) -> None:
+def test_ask(answering: Callable[[bytes], servers.Served]) -> None:
     served = answering(b'HTTP/1.1 200 OK\r\nX: y\r\n\r\n{"a": 1}')
     assert served.ask_json("GET", "/x") == {"a": 1}
 
@@ -121,15 +121,15 @@ def test_ask(answering: Callable[[bytes], client.Served]) -> None:
     ],
 )
 def test_wrong_answers(
-    answering: Callable[[bytes], client.Served], answer: bytes, kind: type[Exception], sentence: str
+    answering: Callable[[bytes], servers.Served], answer: bytes, kind: type[Exception], sentence: str
 ) -> None:
     with pytest.raises(kind, match=sentence):
         answering(answer).ask_json("GET", "/x")
 
 
-def test_no_answer(answering: Callable[[bytes | None], client.Served], tmp_path: Path) -> None:
+def test_no_answer(answering: Callable[[bytes | None], servers.Served], tmp_path: Path) -> None:
     held = rundir.Rundir(str(tmp_path / "none"))
-    served = client.Served("a", held.path, os.getpid())
+    served = servers.Served("a", held.path, os.getpid())
     with pytest.raises(DeviceError, match=r"there is no '.*/control.sock': it is starting, "):
         served.request("GET", "/x")
     held.remove()
@@ -143,7 +143,7 @@ def test_no_answer(answering: Callable[[bytes | None], client.Served], tmp_path:
 def test_an_answer_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, much: bool) -> None:
     """Whoever serves, nobody waits for ever, nor does it fill our memory."""
     if much:
-        monkeypatch.setattr(client, "MAX_ANSWER", 100_000)
+        monkeypatch.setattr(servers, "MAX_ANSWER", 100_000)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "control.sock"))
         listener.listen()
@@ -156,7 +156,7 @@ def test_an_answer_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
-        served = client.Served("a", str(tmp_path), 1)
+        served = servers.Served("a", str(tmp_path), 1)
         sentence = "what it sends has no end" if much else "does not answer within 0.5 seconds"
         with pytest.raises(DeviceError, match=sentence):
             served.request("GET", "/x", timeout=30 if much else 0.5)
@@ -173,24 +173,24 @@ def test_a_link_in_the_folders_place(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "control.sock"))
         listener.listen()
-        served = client.Served("a", str(link), 1)
+        served = servers.Served("a", str(link), 1)
         with pytest.raises(DeviceError, match=r"not answer: .* its folder has become another user's link"):
             served.request("POST", "/reset", timeout=1)
 
 
 def test_a_server_that_stops_while_one_looks(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has not died, and nothing of it is left to be named."""
-    look = client._server
+    look = servers._server
 
     def late(path: str) -> int | None:
         os.unlink(f"{path}/pid")
         return look(path)
 
-    monkeypatch.setattr(client, "_server", late)
-    for found in (client.every, lambda: client.find("a")):
+    monkeypatch.setattr(servers, "_server", late)
+    for found in (servers.every, lambda: servers.find("a")):
         (place / "a").mkdir(parents=True, exist_ok=True)
         (place / "a" / "pid").write_text("1\n")
-        if found is client.every:
+        if found is servers.every:
             assert found() == []
         else:
             with pytest.raises(DeviceError, match=r"^a has stopped meanwhile$"):
@@ -200,7 +200,7 @@ def test_a_server_that_stops_while_one_looks(place: Path, monkeypatch: pytest.Mo
 def test_a_server_that_ends_before_it_is_sent_a_signal(place: Path) -> None:
     """No process is found then, and not because it were in a container."""
     held = rundir.Rundir(str(place / "a"))
-    served = client.find("a")
+    served = servers.find("a")
     held.remove()
     with pytest.raises(DeviceError, match=r"^a has stopped meanwhile$"):
         served.process()
@@ -212,7 +212,7 @@ def test_a_pipe_in_the_place_of_the_states(place: Path) -> None:
     (place / "a" / "pid").write_text("1\n")
     os.mkfifo(place / "a" / "state_path")
     said: list[str] = []
-    looking = threading.Thread(target=lambda: said.append(str(client.look("a").died())), daemon=True)
+    looking = threading.Thread(target=lambda: said.append(str(servers.look("a").died())), daemon=True)
     looking.start()
     looking.join(10)
     assert len(said) == 1
@@ -226,14 +226,14 @@ def test_a_long_place_of_the_state(place: Path) -> None:
     (place / "a").mkdir(parents=True)
     (place / "a" / "pid").write_text("1\n")
     (place / "a" / "state_path").write_text(f"{state}\n")
-    assert str(client.look("a").died()).endswith(f"start it again with state={state}")
+    assert str(servers.look("a").died()).endswith(f"start it again with state={state}")
 
 
 def test_unreadable(place: Path, tmp_path: Path) -> None:
     place.parent.mkdir(exist_ok=True)
     place.write_text("a file")
     with pytest.raises(DeviceError, match="cannot be read: not a directory"):
-        client.every()
+        servers.every()
 
 
 def test_a_want_of_descriptors_does_not_pass_for_a_want_of_a_state(
@@ -246,11 +246,11 @@ def test_a_want_of_descriptors_does_not_pass_for_a_want_of_a_state(
     def short(*arguments: object, **rest: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    served = client.Served("a", str(place / "a"), None)
+    served = servers.Served("a", str(place / "a"), None)
     assert served._state() == "/kept"
     with monkeypatch.context() as few:
         few.setattr(os, "open", short)
-        with pytest.raises(DeviceError, match="whether it has a state cannot be told: too many open files"):
+        with pytest.raises(DeviceError, match="it is not known whether it has a state: too many open files"):
             served._state()
 
 

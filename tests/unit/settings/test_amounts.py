@@ -1,0 +1,29 @@
+"""zramd.settings.amounts: numbers as a user writes them, and no other spelling that Python knows."""
+
+import pytest
+
+from zramd.settings import amounts
+
+
+@pytest.mark.parametrize(("text", "value"), [("0", 0), ("-1", -1), ("10", 10), ("007", 7)])
+def test_whole(text: str, value: int) -> None:
+    assert amounts.whole(text, -1, 10) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "-2", "11", "1.0", "1_0", "+1", " 1", "1\n", "\u0661", "\u00b2", "1" * 30, "x"]
+)
+def test_no_whole(text: str) -> None:
+    assert amounts.whole(text, -1, 10) is None
+
+
+@pytest.mark.parametrize(("text", "value"), [("0", 0), ("0.5", 0.5), (".5", 0.5), ("5.", 5), ("10", 10)])
+def test_number(text: str, value: float) -> None:
+    assert amounts.number(text, 0, 10) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", ".", "-1", "11", "1e0", "nan", "inf", "1_0", " 1", "1\n", "\u0661", "9" * 400]
+)
+def test_no_number(text: str) -> None:
+    assert amounts.number(text, 0, 10) is None
