@@ -18,6 +18,7 @@ from support.run import wait_until
 from support.server import NbdkitProcess
 from test_commands import at, refused, zramd
 
+from zramd.contract import rundir
 from zramd.control import samples, servers
 from zramd.control.human import human
 from zramd.top.cells import number
@@ -395,7 +396,7 @@ class TestServer:
             environment["XDG_RUNTIME_DIR"] = str(tmp_path)
         names = [f"top{os.getpid()}{letter}" for letter in "ab"]
         for name in names:
-            serve(name=name, rundir=f"{servers.base()}/{name}", disksize="8M")
+            serve(name=name, rundir=f"{rundir.base()}/{name}", disksize="8M")
         tmux.start(names[0], **environment)
         for key, name in (("Tab", names[1]), ("Left", names[0]), ("Right", names[1])):
             tmux.press(key)
@@ -464,7 +465,7 @@ class TestRefusals:
     def test_no_device_at_all(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         from zramd.commands import main
 
-        monkeypatch.setattr(servers, "base", lambda: str(tmp_path))
+        monkeypatch.setattr(rundir, "base", lambda: str(tmp_path))
         assert main(["top"]) == 1
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from zramd import __version__, meminfo
 from zramd.commands import Commands
-from zramd.control import servers
+from zramd.contract import rundir
 from zramd.kernel.swap import MIN_FREE, parse_swaps
 from zramd.launch import installed
 from zramd.launch.nbdkit import plugin_path
@@ -237,7 +237,7 @@ def _memory(root: str) -> int:
 
 def run_folder() -> Iterator[Finding]:
     """Where servers put their sockets."""
-    folder = servers.base()
+    folder = rundir.base()
     if not folder:
         yield Finding(PROBLEM, "run folder", "XDG_RUNTIME_DIR is not set", "set it, or give rundir=FOLDER")
         return

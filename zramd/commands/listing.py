@@ -5,6 +5,7 @@ import os
 import sys
 
 from zramd.commands import folder
+from zramd.contract import rundir
 from zramd.control import servers
 from zramd.control.columns import BY_NAME, COLUMNS, DEFAULT, Column, columns
 from zramd.control.human import human
@@ -108,11 +109,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _what_next() -> str:
     """Return the hint for a user without devices: on standard error, because scripts read the table."""
-    if not servers.base():
+    if not rundir.base():
         return "no place to look for devices: set XDG_RUNTIME_DIR or give --rundir FOLDER"
     configured = sorted(servers.configured())
     start = f"zramd start {configured[0]}" if configured else "zramd start zram0 --size 1G"
-    roots = os.geteuid() != 0 and bool(servers.names_in(servers.ROOTS))
+    roots = os.geteuid() != 0 and bool(servers.names_in(rundir.ROOTS))
     more = "; root has some: 'sudo zramd' shows them" if roots else ""
     return f"no device is served: '{start}' starts one, 'zramd doctor' looks whether all is ready{more}"
 

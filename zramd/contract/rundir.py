@@ -21,6 +21,7 @@ from zramd import lockfile, trusted
 from zramd.contract import handover
 from zramd.errors import RundirError, UntrustedError, is_shortage, reason, sentence
 
+ROOTS = "/run/zramd"  # where root's run folders lie
 PID = "pid"
 NBD_SOCKET = "nbd.sock"
 CONTROL_SOCKET = "control.sock"
@@ -42,6 +43,22 @@ _ANOTHER = "give a folder of its own, one that is not there yet"
 _SHOWN = frozenset((CONTROL_SOCKET, SOCKETS, *_FILES, *(name + _TEMPORARY for name in _FILES)))
 _OURS = _SHOWN | {NBD_SOCKET, LOG, OLD_LOG}
 NAMES = (PID, *sorted(_OURS))  # all that may be in the folder
+
+
+def base() -> str:
+    """Return the folder in which run folders lie: root's own, or the user's. '' for a user who has none."""
+    if os.geteuid() == 0:
+        return ROOTS
+    folder = os.environ.get("XDG_RUNTIME_DIR")
+    return f"{folder}/zramd" if folder and _is_a_users(folder) else ""
+
+
+def _is_a_users(folder: str) -> bool:
+    """Say whether a user's folder is not another one's: su and sudo may leave that in the environment."""
+    try:
+        return trusted.is_trusted(os.stat(folder).st_uid)
+    except OSError:
+        return True  # whatever looks in there says what is wrong with it
 
 
 class Rundir:

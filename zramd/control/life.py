@@ -110,6 +110,4 @@ def is_busy(folder: str) -> bool:
 
 def _is_left(folder: str) -> bool:
     """Say whether a folder is what a killed process left. (In an unusual place it may be the user's.)"""
-    from zramd.control import servers
-
-    return os.path.dirname(folder) == servers.base() and rundir.is_ours_alone(folder)
+    return os.path.dirname(folder) == rundir.base() and rundir.is_ours_alone(folder)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from zramd import trusted
 from zramd.contract import rundir
 from zramd.contract.handover import SYSTEMD
-from zramd.control import peer
+from zramd.control import life, peer
 from zramd.errors import (
     ConfigError,
     DeviceError,
@@ -28,7 +28,6 @@ from zramd.errors import (
 TIMEOUT = 10.0  # seconds to wait for an answer
 BETWEEN = 2.0  # seconds to wait for a server that is being started: most need a tenth
 MAX_ANSWER = 16 << 20  # bytes; the longest is a hundredth of that
-ROOTS = "/run/zramd"  # where root's run folders lie
 _CONTROL_SOCKET = rundir.CONTROL_SOCKET
 _LISTS = ("/classes.json",)  # all else that is JSON is an object
 _MAX_HEAD = 8 << 10  # bytes of an answer's header
@@ -175,8 +174,6 @@ class Served:
 
     def died(self) -> DeviceError:
         """Return the error that says that the server has died, what became of its data, and what to do."""
-        from zramd.control import life
-
         if life.is_busy(self.path):
             return DeviceError(f"{self.name} is being started: try again when it serves")
         return self._dead()
@@ -286,25 +283,9 @@ def _parse(data: bytes) -> tuple[int, str]:
     return int(status), content
 
 
-def base() -> str:
-    """Return the folder in which run folders lie: root's own, or the user's. '' for a user who has none."""
-    if os.geteuid() == 0:
-        return ROOTS
-    folder = os.environ.get("XDG_RUNTIME_DIR")
-    return f"{folder}/zramd" if folder and _is_ours(folder) else ""
-
-
-def _is_ours(folder: str) -> bool:
-    """Say whether a user's folder is not another one's: su and sudo may leave that in the environment."""
-    try:
-        return trusted.is_trusted(os.stat(folder).st_uid)
-    except OSError:
-        return True  # whatever looks in there says what is wrong with it
-
-
 def every() -> list[Served]:
     """Return all devices in the usual place, or where zramd.conf has them; also if their server has died."""
-    folder = base()
+    folder = rundir.base()
     names = names_in(folder) if folder else []
     found = {os.path.realpath(path): (name, path) for name in names if _was_used(path := f"{folder}/{name}")}
     for name, path in configured().items():
@@ -409,7 +390,7 @@ def _place(name: str) -> tuple[str, str]:
     One that zramd.conf names comes before the usual one, a living server before one that has died.
     """
     known = configured()
-    usual = f"{base()}/{name}" if base() else ""
+    usual = f"{rundir.base()}/{name}" if rundir.base() else ""
     paths = [path for path in (known.get(name, ""), usual) if path]
     if not paths:
         raise UsageError("no place to look for devices: set XDG_RUNTIME_DIR or give --rundir FOLDER")
@@ -420,7 +401,7 @@ def _place(name: str) -> tuple[str, str]:
     must_be_a_name(name)  # a run folder may have any other, too
     if name in known:
         hint = f"'zramd start {name}' starts it"
-    elif os.geteuid() and os.path.lexists(f"{ROOTS}/{name}"):
+    elif os.geteuid() and os.path.lexists(f"{rundir.ROOTS}/{name}"):
         hint = "root has one: use sudo"
     elif there := ", ".join(served.name for served in every()):
         hint = f"use one of {there}"
@@ -440,8 +421,6 @@ def find(name: str | None, path: str | None = None) -> Served:
 def _server(path: str) -> int | None:
     """Return the process that serves, None if it has died. Between two, in a restart, wait for the next."""
     import time
-
-    from zramd.control import life
 
     end = time.monotonic() + BETWEEN
     while (pid := rundir.holder(path)) is None and life.is_busy(path) and time.monotonic() < end:

@@ -297,7 +297,7 @@ def _must_be_root(verb: str, name: str | None, folder: str | None, options: dict
 
 def _own_folder(name: str | None) -> str | None:
     """Return the run folder of this user's device of a name, None if there is none."""
-    own = f"{servers.base()}/{name}"
+    own = f"{rundir.base()}/{name}"
     return own if os.path.exists(f"{own}/{rundir.PID}") else None
 
 

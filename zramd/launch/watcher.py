@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from zramd import __version__
 from zramd.contract import rundir
-from zramd.control import life, servers
+from zramd.control import life
 from zramd.errors import ZramdError
 from zramd.launch import spawn
 from zramd.launch.nbdkit import Options
@@ -43,14 +43,14 @@ def greeting(settings: Config, options: Options, pid: int) -> str:
     folder = shlex.quote(settings.rundir)
     if not options.other_transport and options.values.get("--tls") != "require":  # the kernel has no TLS
         # Attaching is root's business, and root looks for a device by its name elsewhere than other users.
-        usual = settings.rundir == f"{servers.ROOTS}/{settings.name}"
+        usual = settings.rundir == f"{rundir.ROOTS}/{settings.name}"
         attach = sudo(f"attach {settings.name if usual else f'--rundir {folder}'}")
     elif where:
         attach = f"nbdinfo {shlex.quote(where)}"
     else:
         attach = "see nbdkit's options that you gave"
     if settings.endpoint:
-        usual = settings.rundir == f"{servers.base()}/{settings.name}"
+        usual = settings.rundir == f"{rundir.base()}/{settings.name}"
         look = "watch         " + zramd(f"top {settings.name if usual else f'--rundir {folder}'}")
     else:
         look = f"read stats    cat {folder}/mm_stat {folder}/frag_ratio"

@@ -14,7 +14,7 @@ from support.run import wait_until
 
 from zramd.commands import main, verb_parser
 from zramd.contract import rundir
-from zramd.control import life, servers
+from zramd.control import life
 from zramd.errors import ConfigError, DeviceError, RundirError, ZramdError
 from zramd.launch import lifecycle, nbdkit, spawn, watcher
 from zramd.settings import config
@@ -59,7 +59,7 @@ def test_greeting_of_a_folder_that_was_moved(
 
 
 def test_greeting(settings: config.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "base", lambda: servers.ROOTS)
+    monkeypatch.setattr(rundir, "base", lambda: rundir.ROOTS)
     text = watcher.greeting(settings, nbdkit.read_options([]), 4711)
     assert "nbd+unix:///zram0?socket=/run/z/nbd.sock" in text
     assert "stats folder  /run/z\n" in text
