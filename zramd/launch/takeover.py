@@ -358,7 +358,7 @@ def _told(served: servers.Served, process: peer.Process, name: str) -> list[str]
     return os.fsdecode(data).split("\0")
 
 
-def _kept_back(served: client.Served, process: peer.Process, path: str, error: OSError) -> DeviceError:
+def _kept_back(served: servers.Served, process: peer.Process, path: str, error: OSError) -> DeviceError:
     """Return the error for what the kernel does not tell of a process. Raises RundirError."""
     if process.ended(0):
         return _ended(served)
