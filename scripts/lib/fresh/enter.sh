@@ -32,7 +32,7 @@ ln -s fd/2 dev/stderr
 
 hostname "fresh-$suite"
 grep -qw "fresh-$suite" etc/hosts 2>/dev/null || printf '127.0.0.1 fresh-%s\n' "$suite" >>etc/hosts
-if [[ -d usr/local/share/ca-certificates ]]; then chroot . update-ca-certificates >/dev/null; fi
+if [[ -d usr/local/share/ca-certificates ]]; then chroot . update-ca-certificates >/dev/null 2>&1; fi
 
 # No exec: the first process collects those that lose their parents, which the command may not expect.
 status=0
