@@ -144,6 +144,12 @@ class Parser(argparse.ArgumentParser):
         """Return the help, with what `more` returns at its end."""
         return f"{super().format_help()}{self._more()}"
 
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """Refuse what is none of the choices; how argparse says that differs from one Python to the next."""
+        if action.choices is not None and value not in action.choices:
+            choices = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"unknown word '{value}': use one of {choices}")
+
     def error(self, message: str) -> "NoReturn":
         """End with status 2 and one sentence."""
         tell(f"{self.prog}: {printable(message)}: see '{self.prog} --help'")

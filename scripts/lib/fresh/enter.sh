@@ -13,6 +13,8 @@ while [[ $1 != -- ]]; do
 done
 shift
 
+# A root of its own, not a chroot: in one, a process may make no namespaces.
+mount --bind "$system" "$system"
 cd "$system"
 mount -t proc -o nosuid,nodev,noexec proc proc
 mount -t sysfs -o ro,nosuid,nodev,noexec sysfs sys
@@ -30,12 +32,16 @@ ln -s fd/0 dev/stdin
 ln -s fd/1 dev/stdout
 ln -s fd/2 dev/stderr
 
+pivot_root . . # the old root now lies over the new one
+umount --lazy .
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+cd /root/zramd
+
 hostname "fresh-$suite"
-grep -qw "fresh-$suite" etc/hosts 2>/dev/null || printf '127.0.0.1 fresh-%s\n' "$suite" >>etc/hosts
-if [[ -d usr/local/share/ca-certificates ]]; then chroot . update-ca-certificates >/dev/null 2>&1; fi
+printf '127.0.0.1 fresh-%s\n' "$suite" >>/etc/hosts
+update-ca-certificates >/dev/null 2>&1
 
 # No exec: the first process collects those that lose their parents, which the command may not expect.
 status=0
-env -i HOME=/root USER=root LOGNAME=root SHELL=/bin/bash PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-    "${environment[@]}" chroot . bash -c 'cd /root/zramd && exec "$@"' bash "$@" || status=$?
+env -i HOME=/root USER=root LOGNAME=root SHELL=/bin/bash PATH="$PATH" "${environment[@]}" "$@" || status=$?
 exit "$status"
