@@ -17,7 +17,7 @@ from support.server import NbdkitProcess
 Serve = Callable[..., NbdkitProcess]
 MIB = 1 << 20
 PAGE = 4096
-# Texts and programs that are wherever the tests are: Python's own library, and the headers that a build needs.
+# Texts and programs that are wherever the tests are: Python's library, and the headers that a build needs.
 TREES = (sysconfig.get_path("stdlib"), "/usr/include")
 
 CAPTURE = Path(__file__).resolve().parents[2] / "scripts" / "capture_pages"

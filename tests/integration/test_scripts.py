@@ -29,7 +29,9 @@ def set_up():
         pytest.skip("needs scripts/test or scripts/serve to have been run in this checkout")
 
 
-@pytest.mark.parametrize("script", ["serve", "test", "build", "sanitize", "check", "fresh", "geometry", "pictures"])
+@pytest.mark.parametrize(
+    "script", ["serve", "test", "build", "sanitize", "check", "fresh", "geometry", "pictures"]
+)
 def test_help(script):
     result = run(SCRIPTS / script, "--help")
     assert result.returncode == 0

@@ -1,4 +1,4 @@
-"""Debian 12 and 13 with systemd, as an administrator has it: the wheel, a configuration, `systemctl enable --now`.
+"""Debian 12 and 13 with systemd, as administrators have them: the wheel, a configuration, `enable --now`.
 
 One machine of each lives through all of it, and is booted four times. Each test needs those before it.
 """

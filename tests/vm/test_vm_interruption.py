@@ -16,8 +16,8 @@ device stands in the end; what the interrupted command says; and what the second
     failed      status 1, and one sentence
     killed      nothing
 
-Rows marked * are tried each time; all of them take a quarter of an hour. ZRAMD_VM_SUITE=trixie tries them on the
-kernel of that suite of Debian, instead of this machine's.
+Rows marked * are tried each time; all of them take a quarter of an hour. ZRAMD_VM_SUITE=trixie tries them on
+the kernel of that suite of Debian, instead of this machine's.
 """
 
 import base64

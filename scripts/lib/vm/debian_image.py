@@ -48,8 +48,8 @@ MIB = 1 << 20
 def prepare(folder: Path, suite: str, kernel: Kernel, small: image.Images) -> image.Images:
     """Return the images, made in `folder` unless they are there from the same ingredients; raises VmError.
 
-    `suite` is Debian's name of the release, `kernel` its kernel. `small` is the small guest's with that kernel:
-    its initramfs boots a Debian as well.
+    `suite` is Debian's name of the release, `kernel` its kernel. `small` is the small guest's with that
+    kernel: its initramfs boots a Debian as well.
     """
     sources = [*sorted(GUEST.iterdir()), *sorted(image.GUEST.glob("*.[ch]")), Path(__file__)]
     digest = hashlib.sha256(f"{suite} {kernel.release}".encode())

@@ -41,7 +41,9 @@ class Kernel:
             files[name] = _unpacked(files[name])
             return module_depends(files[name].read_bytes())
 
-        return [files[name] for name in load_order((name for name in wanted if name not in built_in), depends)]
+        return [
+            files[name] for name in load_order((name for name in wanted if name not in built_in), depends)
+        ]
 
     def _table(self, name: str) -> list[str]:
         """Return the lines of one of the kernel's own tables of its modules, none if it has none."""
@@ -50,9 +52,9 @@ class Kernel:
 
 
 def prepare(folder: Path, suite: str = "") -> Kernel:
-    """Return the kernel of a suite of Debian ("": this machine's), downloaded into `folder` if it is not there.
+    """Return the kernel of a suite of Debian, "" for this machine's; raises VmError.
 
-    Raises VmError.
+    It is downloaded into `folder` unless it is there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     source = packages.source(suite, folder)

@@ -232,7 +232,9 @@ def test_threads_that_find_no_memory_to_begin_with_are_not_waited_for(
     model = fill(device)
     del device
     monkeypatch.setattr(_thread, "start_new_thread", begin)
-    for starts in {"_start_new_thread", "_start_joinable_thread"} & set(vars(threading)):  # Python 3.12's, 3.13's
+    for starts in {"_start_new_thread", "_start_joinable_thread"} & set(
+        vars(threading)
+    ):  # Python 3.12's, 3.13's
         monkeypatch.setattr(threading, starts, begin_in_silence)
     fd = statefile.open_state(str(path), SIZE, False)
     again = Device(SIZE, state=fd, progress=progress)

@@ -67,7 +67,9 @@ def test_packages_of_another_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     other = packages.source("trixie", tmp_path)
     place = tmp_path / "apt-trixie"
     assert (place / "sources.list").read_text() == "deb http://mirror.invalid/debian/ trixie main\n"
-    assert {f"Dir::Etc::sourcelist={place}/sources.list", f"Dir::State::lists={place}/lists"} < {*other.options}
+    assert {f"Dir::Etc::sourcelist={place}/sources.list", f"Dir::State::lists={place}/lists"} < {
+        *other.options
+    }
 
     monkeypatch.setattr(packages, "run", lambda *command, cwd: "Ubuntu http://mirror.invalid/ubuntu/\n")
     with pytest.raises(VmError, match="apt knows no mirror of Debian here"):
