@@ -35,7 +35,6 @@ ln -s fd/2 dev/stderr
 pivot_root . . # the old root now lies over the new one
 umount --lazy .
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-cd /root/zramd
 
 hostname "fresh-$suite"
 printf '127.0.0.1 fresh-%s\n' "$suite" >>/etc/hosts
@@ -43,5 +42,6 @@ update-ca-certificates >/dev/null 2>&1
 
 # No exec: the first process collects those that lose their parents, which the command may not expect.
 status=0
-env -i HOME=/root USER=root LOGNAME=root SHELL=/bin/bash PATH="$PATH" "${environment[@]}" "$@" || status=$?
+env -i USER=root LOGNAME=root SHELL=/bin/bash PATH="$PATH" "${environment[@]}" \
+    bash -c 'cd ~/zramd && exec "$@"' bash "$@" || status=$?
 exit "$status"
