@@ -49,6 +49,7 @@ test_packages=(
     fio            # writes, verifies and measures over NBD
     qemu-utils     # qemu-io and qemu-img: a second, independent client
     e2fsprogs      # a real file system to put on a device
+    file           # says what an archive made here is
     curl           # reads the control socket as a user would
     gnutls-bin     # makes certificates for TLS
     strace         # counts a server's system calls
@@ -71,8 +72,12 @@ check_packages=(
     shellcheck        # lints the scripts
     systemtap-sdt-dev # for the release build, which is then the tests' too
 )
+fresh_packages=(
+    mmdebstrap             # makes a bare Debian
+    debian-archive-keyring # and checks its signatures, on a machine of another make too
+)
 
-# need_packages serve|test|vm|check: installs what is missing (root), or says how to (anyone else).
+# need_packages serve|test|vm|check|fresh: installs what is missing (root), or says how to (anyone else).
 need_packages() {
     local wanted=("${serve_packages[@]}") missing=() package
     case $1 in
@@ -80,6 +85,7 @@ need_packages() {
     test) wanted+=("${test_packages[@]}") ;;
     vm) wanted+=("${test_packages[@]}" "${vm_packages[@]}") ;;
     check) wanted+=("${check_packages[@]}") ;;
+    fresh) wanted=("${fresh_packages[@]}") ;;
     esac
     command -v dpkg-query >/dev/null ||
         die "dpkg-query is not there: the scripts need Debian or a relative of it"

@@ -102,9 +102,8 @@ def test_without_devices(
 ) -> None:
     """It says what to do; the table, which scripts read, stays empty."""
     from zramd.commands import main
-    from zramd.control import servers
 
-    monkeypatch.setattr(servers, "base", lambda: str(tmp_path))
+    monkeypatch.setattr(rundir, "base", lambda: str(tmp_path))
     for words, said in (([], True), (["list"], True), (["list", "--raw"], False), (["list", "-n"], False)):
         assert main(words) == 0
         found = capsys.readouterr()

@@ -2,10 +2,16 @@
 
 import json
 import subprocess
+import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
+
+from vm.kernel import SUITES
 
 VM_SWAP = Path(__file__).resolve().parents[2] / "scripts" / "vm-swap"
 
@@ -35,9 +41,12 @@ def held(result: dict[str, Any], what: str) -> bool:
     return any(each["met"] for each in result["expectations"] if each["what"].startswith(what))
 
 
-@pytest.mark.parametrize("way", ["qemu", "libvirt", "guest", "local"])
-def test_swap(way: str, tmp_path: Path) -> None:
-    result = vm_swap(tmp_path, "--attach", way)
+@pytest.mark.parametrize(
+    ("way", "suite"),
+    [*product(("qemu", "guest", "local"), SUITES), ("libvirt", SUITES[0])],  # its part is qemu's command line
+)
+def test_swap(way: str, suite: str, tmp_path: Path) -> None:
+    result = vm_swap(tmp_path, "--attach", way, "--suite", suite)
     assert result["pages_bad"] == 0
     assert result["pages_verified"] > 10_000
     assert result["swap_outs"] > 5_000

@@ -18,6 +18,7 @@ from support.numbers import FakeDevice
 from support.server import PACKAGE_PARENT
 
 from zramd.commands import VERBS, Parser, completion, doctor, listing, main, parser, verb_parser
+from zramd.contract import rundir
 from zramd.control import columns, life, servers
 from zramd.control.human import human
 from zramd.errors import UsageError
@@ -184,7 +185,12 @@ def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["debug"], "zramd debug: the following arguments are required: PART: see 'zramd debug --help'"),
         (
             ["completion", "csh"],
-            "zramd completion: argument SHELL: invalid choice: 'csh' (choose from 'bash', 'zsh', 'fish')",
+            "zramd completion: argument SHELL: unknown word 'csh': use one of bash, zsh, fish: see ",
+        ),
+        (["debug", "nope"], "zramd debug: argument PART: unknown word 'nope': use one of "),
+        (
+            ["config", "nope"],
+            "unknown word 'nope': use one of show, check, import: see 'zramd config --help'",
         ),
         (["list", "-o", ""], "zramd: unknown column '': use some of NAME"),
         (["stats", ""], "zramd: '' is not a device's name"),
@@ -504,10 +510,10 @@ def test_doctor_looks_for_the_module(tmp_path: Path, file: str, text: str, level
 
 
 def test_doctor_without_a_run_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(servers, "base", lambda: "")
+    monkeypatch.setattr(rundir, "base", lambda: "")
     assert [finding.level for finding in doctor.run_folder()] == ["problem"]
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(servers, "base", lambda: f"{tmp_path}/file/zramd")
+    monkeypatch.setattr(rundir, "base", lambda: f"{tmp_path}/file/zramd")
     (finding,) = doctor.run_folder()
     assert (finding.level, finding.text) == ("problem", f"{tmp_path}/file/zramd cannot be written")
 
