@@ -66,8 +66,11 @@ vm_packages=(
 check_packages=(
     shellcheck # lints the scripts
 )
+package_packages=(
+    dpkg-dev # finds the libraries that a Debian package depends on
+)
 
-# need_packages serve|test|vm|check: installs what is missing (root), or says how to (anyone else).
+# need_packages serve|test|vm|check|package: installs what is missing (root), or says how to (anyone else).
 need_packages() {
     local wanted=("${serve_packages[@]}") missing=() package
     case $1 in
@@ -75,6 +78,7 @@ need_packages() {
     test) wanted+=("${test_packages[@]}") ;;
     vm) wanted+=("${test_packages[@]}" "${vm_packages[@]}") ;;
     check) wanted+=("${check_packages[@]}") ;;
+    package) wanted+=("${package_packages[@]}") ;;
     esac
     command -v dpkg-query >/dev/null ||
         die "dpkg-query is not there: the scripts need Debian or a relative of it"
