@@ -70,7 +70,12 @@ package_packages=(
     dpkg-dev # finds the libraries that a Debian package depends on
 )
 
-# need_packages serve|test|vm|check|package: installs what is missing (root), or says how to (anyone else).
+fresh_packages=(
+    mmdebstrap             # makes a bare Debian
+    debian-archive-keyring # and checks its signatures, on a machine of another make too
+)
+
+# need_packages serve|test|vm|check|package|fresh: installs what is missing (root), or says how to (anyone else).
 need_packages() {
     local wanted=("${serve_packages[@]}") missing=() package
     case $1 in
@@ -79,6 +84,7 @@ need_packages() {
     vm) wanted+=("${test_packages[@]}" "${vm_packages[@]}") ;;
     check) wanted+=("${check_packages[@]}") ;;
     package) wanted+=("${package_packages[@]}") ;;
+    fresh) wanted=("${fresh_packages[@]}") ;;
     esac
     command -v dpkg-query >/dev/null ||
         die "dpkg-query is not there: the scripts need Debian or a relative of it"
