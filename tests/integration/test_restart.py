@@ -519,7 +519,7 @@ import sys
 from zramd.commands import main
 from zramd.control import client
 from zramd.launch import takeover
-client.every = lambda: [client.find(None, folder) for folder in {folders!r}]
+client.every = lambda: [client.Served("", folder, client._server(folder)) for folder in {folders!r}]
 if {unit!r}:
     takeover.unit_of = lambda served, process: {unit!r}
 sys.exit(main(["restart", "--all"]))
@@ -544,7 +544,7 @@ def test_all_with_a_state_are_restarted(started: Callable[..., Started], serve: 
     served, plain = started(), serve(disksize="64M")
     client = NbdSocket(served)  # type: ignore[arg-type]
     assert client.ask(client.WRITE, 0, BLOCK, content(0, 1)) == 0
-    before, plain_before = served.pid, plain.pid
+    before, plain_before = served.pid, rundir.holder(str(plain.rundir))
     done = restart_all(served.rundir, plain.rundir)
     assert (done.returncode, done.stderr) == (0, "")
     first, second = done.stdout.splitlines()
@@ -561,7 +561,8 @@ def test_one_that_cannot_be_restarted_does_not_keep_the_others_from_it(
     started: Callable[..., Started], serve: Serve
 ) -> None:
     dead = serve(disksize="64M")
-    dead.kill()
+    dead.process.kill()
+    dead.process.wait()
     served = started()
     before = served.pid
     done = restart_all(dead.rundir, served.rundir)
