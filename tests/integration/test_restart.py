@@ -540,7 +540,9 @@ def restart_all(
     )
 
 
-def test_all_with_a_state_are_restarted(started: Callable[..., Started], serve: Serve, tmp_path: Path) -> None:
+def test_all_with_a_state_are_restarted(
+    started: Callable[..., Started], serve: Serve, tmp_path: Path
+) -> None:
     served, plain = started(), serve(disksize="64M")
     client = NbdSocket(served)  # type: ignore[arg-type]
     assert client.ask(client.WRITE, 0, BLOCK, content(0, 1)) == 0
@@ -577,7 +579,11 @@ def test_one_that_cannot_be_restarted_does_not_keep_the_others_from_it(
     ("attach", "said", "calls"),
     [
         ("no", "restarted by 'systemctl restart zramd@again.service'", ["restart zramd@again.service"]),
-        ("swap", "goes on as it is: this machine uses it, and 'systemctl restart zramd@again.service' would", []),
+        (
+            "swap",
+            "goes on as it is: this machine uses it, and 'systemctl restart zramd@again.service' would",
+            [],
+        ),
     ],
 )
 def test_a_service_is_restarted_unless_its_device_is_used_here(

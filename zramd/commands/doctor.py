@@ -76,9 +76,7 @@ def nbdkit(root: str = "") -> Iterator[Finding]:
         yield Finding(OK, "nbdkit", version)
     status, out, _ = _run("nbdkit", "python", "--dump-plugin")
     if status:
-        yield Finding(
-            PROBLEM, "nbdkit's python plugin", "is not installed", installed.how_to_install(root)
-        )
+        yield Finding(PROBLEM, "nbdkit's python plugin", "is not installed", installed.how_to_install(root))
         return
     python = _fields(out).get("python_version", "")
     yield Finding(OK, "nbdkit's python plugin", f"made for Python {python}")

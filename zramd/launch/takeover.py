@@ -322,7 +322,7 @@ def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str,
 
 
 def unit_of(served: client.Served, process: peer.Process) -> str:
-    """Return the service manager's unit of which a server is the main process, '' if of none. Raises DeviceError."""
+    """Return the unit whose main process a server is, '' if it is no service's. Raises DeviceError."""
     environment = _told(served, process, "environ")
     if any(word.startswith(f"{rundir.BACKGROUND}=") for word in environment):
         return ""
@@ -338,8 +338,9 @@ def _refuse_others(served: client.Served, process: peer.Process) -> None:
     environment = _told(served, process, "environ")
     if not any(word.startswith(f"{rundir.BACKGROUND}=") for word in environment):
         raise DeviceError(
-            f"{served.name} runs in the foreground, not by 'zramd start': end it with 'kill -USR1 {served.pid}', "
-            "which keeps its clients waiting, and start it again with the same settings"
+            f"{served.name} runs in the foreground, not by 'zramd start': end it with "
+            f"'kill -USR1 {served.pid}', which keeps its clients waiting, and start it again with the same "
+            "settings"
         )
 
 

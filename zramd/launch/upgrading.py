@@ -1,6 +1,6 @@
-"""All servers of this machine are put on the version of zramd that is installed now, as far as that loses nothing.
+"""All servers are put on the version of zramd that is installed now, as far as that loses nothing.
 
-A package does it after an upgrade. A server goes on when its files are replaced, so none has to be.
+A package does it after an upgrade. A server goes on when its files are replaced, so none has to be restarted.
 """
 
 import subprocess
@@ -12,7 +12,10 @@ from zramd.settings import devices
 
 
 def restart_all() -> bool:
-    """Restart each server that keeps its data over it, say what became of each, and return whether all went well."""
+    """Restart each server that keeps its data over it, and say what became of each; return if all went well.
+
+    A server that cannot be restarted goes on, and so do the others.
+    """
     well = True
     for served in client.every():
         try:

@@ -1,10 +1,10 @@
-"""An NBD client that writes and reads back until it is told to stop, and connects again when its server leaves.
+"""An NBD client that writes and reads back until told to stop; it connects again when its server leaves.
 
     client.py SOCKET SECONDS REPORT [STOP]
 
-It ends after so many seconds, or once the file STOP is there, and reads everything once more. REPORT is then one line:
-blocks written, connections, and the longest time that a request took, in milliseconds. A block that is not as it was
-written, or an error in answer to a request, ends it with status 1.
+It ends after so many seconds, or once the file STOP exists, and reads everything once more. REPORT is then
+one line: blocks written, connections, and the longest time that a request took, in milliseconds. A block that
+is not as it was written, or an error in answer to a request, ends it with status 1.
 """
 
 import hashlib
