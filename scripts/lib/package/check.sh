@@ -131,7 +131,7 @@ python3 -m venv venv
 venv/bin/pip --disable-pip-version-check --quiet install --no-index "$wheel"
 is "its version" "$(venv/bin/zramd --version)" "zramd $version"
 venv/bin/zramd doctor | grep -v '^note' | grep -B1 -A1 '^problem' && fail "doctor found a problem"
-venv/bin/zramd serve wheel --size 64M >serve.log 2>&1 &
+venv/bin/zramd serve name=wheel disksize=64M >serve.log 2>&1 &
 server=$!
 until [[ -S /run/zramd/wheel/nbd.sock ]]; do
     [[ -d /proc/$server ]] || { cat serve.log >&2 && fail "it does not serve"; }
