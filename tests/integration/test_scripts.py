@@ -29,7 +29,9 @@ def set_up():
         pytest.skip("needs scripts/test or scripts/serve to have been run in this checkout")
 
 
-@pytest.mark.parametrize("script", ["serve", "test", "build", "sanitize", "check", "geometry", "pictures"])
+@pytest.mark.parametrize(
+    "script", ["serve", "test", "build", "sanitize", "check", "geometry", "package", "pictures"]
+)
 def test_help(script):
     result = run(SCRIPTS / script, "--help")
     assert result.returncode == 0
@@ -47,6 +49,8 @@ def test_help(script):
         (["geometry", "--fast"], "'--fast' is no file that can be read"),
         (["geometry", "/tmp"], "'/tmp' is no file that can be read"),
         (["check", "everything"], "usage: "),
+        (["package", "--fast"], "usage: "),
+        (["package", "--check"], "--check needs a suite: bookworm, trixie"),
         (["pictures", "--fast"], "unrecognized arguments: --fast"),
     ],
 )
