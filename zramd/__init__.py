@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from zramd.core.device.device import Device
     from zramd.core.pool.zsmalloc import Zsmalloc
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "ConfigError",
     "CorruptObjectError",

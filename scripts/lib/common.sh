@@ -62,6 +62,9 @@ vm_packages=(
     nbd-client      # attaches the kernel's NBD device
     e2fsprogs       # makes the guests' root images
     mmdebstrap      # makes a Debian out of packages
+    libvirt-clients # virsh and its check of descriptions
+    libvirt-daemon-driver-qemu # makes qemu's command line of a description
+    libxml2-utils   # the check's own tool
 )
 check_packages=(
     shellcheck # lints the scripts

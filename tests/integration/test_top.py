@@ -180,7 +180,8 @@ class TestScreen:
         tmux.press("c")
         tmux.shows("pages freed, frag ratio")
         after = served.stats()
-        assert after["pages_compacted"] >= before["freeable_pages"]
+        # (Some of it may be the pages kept after a fill, which go by themselves after a while.)
+        assert before["mem_used_total"] - after["mem_used_total"] >= before["freeable_pages"] * 4096
         tmux.shows(f"zram0: {after['pages_compacted']} pages freed, frag ratio {after['frag_ratio']:.2f}%")
         wait_until(lambda: f"{after['frag_ratio']:.2f}%" in tmux.line("frag"))
         assert f" {number(after['pages_compacted'])} in all" in tmux.line("compact")

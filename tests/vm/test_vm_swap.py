@@ -35,7 +35,7 @@ def held(result: dict[str, Any], what: str) -> bool:
     return any(each["met"] for each in result["expectations"] if each["what"].startswith(what))
 
 
-@pytest.mark.parametrize("way", ["qemu", "guest", "local"])
+@pytest.mark.parametrize("way", ["qemu", "libvirt", "guest", "local"])
 def test_swap(way: str, tmp_path: Path) -> None:
     result = vm_swap(tmp_path, "--attach", way)
     assert result["pages_bad"] == 0

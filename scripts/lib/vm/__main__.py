@@ -13,7 +13,7 @@ import zramd
 from vm import image, kernel, kills, pressure, report, scenario
 from vm.errors import VmError
 from vm.guest import Machine, choose_accel
-from vm.plan import KERNEL_ZRAM, MODES, Plan, default_memory
+from vm.plan import KERNEL_ZRAM, LIBVIRT, MODES, Plan, default_memory
 from vm.session import Boot, as_json
 from zramd.errors import ConfigError
 from zramd.settings.config import parse_size
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 def arguments(words: list[str]) -> argparse.Namespace:
     """Return what the command line asks for."""
     parser = argparse.ArgumentParser(prog="scripts/vm-swap", add_help=False, allow_abbrev=False)
-    parser.add_argument("--attach", choices=[*MODES, KERNEL_ZRAM, "all"], default="all")
+    parser.add_argument("--attach", choices=[*MODES, LIBVIRT, KERNEL_ZRAM, "all"], default="all")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--minutes", type=float, default=0)
     parser.add_argument("--mem-limit", type=parse_size, default=0)

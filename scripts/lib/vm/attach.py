@@ -14,12 +14,14 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from vm import libvirt
 from vm.errors import VmError
 from vm.guest import Beat, Guest
 from zramd.contract import rundir
 from zramd.control import client
 
 NAME = "zram0"
+NODE = "zram0"  # what qemu calls the disk
 READY_TIMEOUT = 60.0  # seconds; under TCG Python takes a few to start
 ASK_TIMEOUT = 120.0  # seconds; a compaction waits for its end
 RUNDIR = f"/run/zramd/{NAME}"  # in the guest
@@ -170,6 +172,17 @@ class _HostServer(Zramd):
                 self._process.wait()
 
 
+def disk_words(socket: Path, name: str) -> list[str]:
+    """Return qemu's words for the disk `name` at `socket`: those of docs/guests.md."""
+    return [
+        "-blockdev",
+        f"driver=nbd,node-name={NODE},server.type=unix,server.path={socket},export={name},"
+        f"discard=unmap,reconnect-delay={RECONNECT_DELAY}",
+        "-device",
+        f"virtio-blk-pci,drive={NODE},serial=zramd-{name}",
+    ]
+
+
 class Qemu(_HostServer):
     """qemu is the NBD client; the guest sees a virtio disk."""
 
@@ -182,19 +195,21 @@ class Qemu(_HostServer):
         self._werror = werror
 
     def qemu_options(self) -> list[str]:
-        socket_path = self.rundir / "nbd.sock"
-        return [
-            "-blockdev",
-            f"driver=nbd,node-name={NAME},server.type=unix,server.path={socket_path},export={NAME},"
-            f"discard=unmap,reconnect-delay={RECONNECT_DELAY}",
-            "-device",
-            f"virtio-blk-pci,drive={NAME},logical_block_size=4096,physical_block_size=4096,"
-            f"werror={self._werror},rerror=report",
-        ]
+        *words, device = disk_words(self.rundir / "nbd.sock", NAME)
+        return [*words, f"{device},werror={self._werror},rerror=report"]
 
     def attach(self, guest: Guest) -> None:
         # A virtio disk says that it rotates. To such a disk the kernel sends no discards of what is freed.
         guest.run(f"echo 0 >/sys/block/{Path(self.device).name}/queue/rotational")
+
+
+class Libvirt(Qemu):
+    """The same with what libvirt makes of a description of the disk; qemu pauses the guest at a full pool."""
+
+    name = "libvirt"
+
+    def qemu_options(self) -> list[str]:
+        return libvirt.disk_words(self.rundir / "nbd.sock", NAME)
 
 
 class QemuWithState(Qemu):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 MIB = 1 << 20
 MODES = ("qemu", "guest", "local")
+LIBVIRT = "libvirt"  # as qemu, with the disk that libvirt makes of a description of it
 KERNEL_ZRAM = "zram"  # a mode too: the same with the kernel's own zram, to compare with
 
 # Of one MiB of the workload's pages, the pool takes about this much when it is compacted (measured).

@@ -12,7 +12,7 @@ from typing import Any
 
 from vm import attach, buddy
 from vm.guest import Beat, Guest, Machine
-from vm.plan import KERNEL_ZRAM, MIB, Plan
+from vm.plan import KERNEL_ZRAM, LIBVIRT, MIB, Plan
 from vm.report import Live, Moment, Result
 
 PHASE_TIMEOUT = 1200.0  # seconds for one phase of the workload
@@ -193,6 +193,8 @@ def make_attachment(plan: Plan, folder: Path, size: int, settings: dict[str, str
         return attach.QemuWithState(size, settings, folder, Path(f"/dev/shm/{folder.name}.state"))
     if plan.mode == "qemu":
         return attach.Qemu(size, settings, folder, "enospc" if plan.pause else "report")
+    if plan.mode == LIBVIRT:
+        return attach.Libvirt(size, settings, folder)
     if plan.mode == "guest":
         return attach.GuestNbd(size, settings, folder, plan.nbd_options)
     if plan.mode == KERNEL_ZRAM:

@@ -1,5 +1,6 @@
 """The parts of the virtual machine's harness that need no virtual machine."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts" / "lib"))
 
-from vm import buddy, image, kernel, plan, probe, report, requests
+from vm import attach, buddy, image, kernel, plan, probe, report, requests
 from vm.errors import VmError
 
 MIB = 1 << 20
@@ -32,6 +33,15 @@ def test_modules_are_loaded_after_what_they_need() -> None:
     assert kernel.load_order(["blk", "virtio"], needs.__getitem__) == ["ring", "virtio", "blk"]
     assert kernel.module_depends(b"x\0depends=a,b-c\0y") == ["a", "b-c"]
     assert kernel.module_depends(b"x\0depends=\0y") == []
+
+
+def test_guests_here_have_the_disk_that_the_page_describes() -> None:
+    """Every word, but for the name of the device and its socket."""
+    page = (Path(__file__).resolve().parents[3] / "docs/guests.md").read_text()
+    written = re.findall(r"^ +-(blockdev|device) (\S+)", page, re.MULTILINE)
+    words = attach.disk_words(Path("/run/zramd/swap0/nbd.sock"), "swap0")
+    assert written == [("blockdev", words[1]), ("device", words[3])]
+    assert (words[0], words[2]) == ("-blockdev", "-device")
 
 
 def test_kernel_package() -> None:
