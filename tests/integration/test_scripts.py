@@ -50,7 +50,6 @@ def test_help(script):
         (["geometry", "/tmp"], "'/tmp' is no file that can be read"),
         (["check", "everything"], "usage: "),
         (["package", "--fast"], "usage: "),
-        (["package", "--check"], "--check needs a suite: bookworm, trixie"),
         (["pictures", "--fast"], "unrecognized arguments: --fast"),
     ],
 )
