@@ -100,6 +100,16 @@ is "the server" "$(pid_of plain)" "$plain"
 finish plain "$plain_client"
 ((connections == 1)) || fail "its client had to connect again: $connections connections"
 
+step "removal is refused while another user serves a device"
+mkdir -p /run/user/1234
+chown 1234:1234 /run/user/1234
+as_user() { setpriv --reuid 1234 --regid 1234 --clear-groups env HOME=/ XDG_RUNTIME_DIR=/run/user/1234 "$@"; }
+as_user zramd start theirs --size 64M >/dev/null
+! said=$(dpkg --remove zramd 2>&1) || fail "it was removed"
+has "the refusal" "$said" "zramd is not removed: user 1234 serves a device: have it stopped first"
+as_user zramd stop theirs
+rm -r /run/user
+
 step "removal is refused while this machine swaps to a device, or has it attached"
 mount -t tmpfs tmpfs /sys
 mkdir -p /sys/block/nbd3
