@@ -72,12 +72,16 @@ check_packages=(
     shellcheck        # lints the scripts
     systemtap-sdt-dev # for the release build, which is then the tests' too
 )
+package_packages=(
+    dpkg-dev # finds the libraries that a Debian package depends on
+)
+
 fresh_packages=(
     mmdebstrap             # makes a bare Debian
     debian-archive-keyring # and checks its signatures, on a machine of another make too
 )
 
-# need_packages serve|test|vm|check|fresh: installs what is missing (root), or says how to (anyone else).
+# need_packages serve|test|vm|check|package|fresh: installs what is missing (root), or says how to (anyone else).
 need_packages() {
     local wanted=("${serve_packages[@]}") missing=() package
     case $1 in
@@ -85,6 +89,7 @@ need_packages() {
     test) wanted+=("${test_packages[@]}") ;;
     vm) wanted+=("${test_packages[@]}" "${vm_packages[@]}") ;;
     check) wanted+=("${check_packages[@]}") ;;
+    package) wanted+=("${package_packages[@]}") ;;
     fresh) wanted=("${fresh_packages[@]}") ;;
     esac
     command -v dpkg-query >/dev/null ||

@@ -412,7 +412,7 @@ class TestDoctor:
         done = zramd("doctor", env={"PATH": str(tmp_path)})
         assert done.returncode == 1
         assert "problem  nbdkit " in done.stdout
-        assert "apt-get install nbdkit nbdkit-plugin-python" in done.stdout
+        assert "apt-get install --no-install-recommends nbdkit nbdkit-plugin-python" in done.stdout
 
     def test_core_for_another_python(self, tmp_path: Path) -> None:
         """nbdkit's Python does not find a core that it can load."""

@@ -15,6 +15,8 @@ from support.client import NbdSocket
 from support.run import wait_until, zramd_command
 from support.server import PACKAGE_PARENT, NbdkitProcess
 
+from zramd.contract import rundir
+
 NOBODY = 65534
 Serve = Callable[..., NbdkitProcess]
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root can")

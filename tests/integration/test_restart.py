@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -508,3 +510,106 @@ def test_two_at_once(started: Callable[..., Started]) -> None:
     assert "Traceback" not in "".join(done.stderr for done in with_results)
     again = NbdSocket(served)  # type: ignore[arg-type]
     assert again.read(0, BLOCK) == content(0, 7)
+
+
+# All servers at once, as a package does it once it is upgraded.
+
+ALL = """
+import sys
+from zramd.commands import main
+from zramd.control import servers
+from zramd.launch import takeover
+servers.every = lambda: [servers.Served("", folder, servers._server(folder)) for folder in {folders!r}]
+if {unit!r}:
+    takeover.unit_of = lambda served, process: {unit!r}
+sys.exit(main(["restart", "--all"]))
+"""
+
+
+def restart_all(
+    *folders: Path, unit: str = "", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As if there were no devices but these: others on this machine are not this test's."""
+    script = ALL.format(folders=[str(folder) for folder in folders], unit=unit)
+    return subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_all_with_a_state_are_restarted(
+    started: Callable[..., Started], serve: Serve, tmp_path: Path
+) -> None:
+    served, plain = started(), serve(disksize="64M")
+    client = NbdSocket(served)  # type: ignore[arg-type]
+    assert client.ask(client.WRITE, 0, BLOCK, content(0, 1)) == 0
+    before, plain_before = served.pid, rundir.holder(str(plain.rundir))
+    done = restart_all(served.rundir, plain.rundir)
+    assert (done.returncode, done.stderr) == (0, "")
+    first, second = done.stdout.splitlines()
+    assert re.fullmatch(r"again         restarted, away for [0-9]+ ms", first)
+    assert second == f"{plain.name:<13} goes on as it is: it has no state, and its data would be lost"
+    assert served.pid not in (0, before)
+    assert rundir.holder(str(plain.rundir)) == plain_before
+    again = NbdSocket(served)  # type: ignore[arg-type]
+    assert again.read(0, BLOCK) == content(0, 1)
+    again.close()
+
+
+def test_one_that_cannot_be_restarted_does_not_keep_the_others_from_it(
+    started: Callable[..., Started], serve: Serve
+) -> None:
+    dead = serve(disksize="64M")
+    dead.process.kill()
+    dead.process.wait()
+    served = started()
+    before = served.pid
+    done = restart_all(dead.rundir, served.rundir)
+    assert done.returncode == 1
+    assert done.stderr.startswith("zramd: the server of ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout.startswith("again         restarted, away for ")
+    assert served.pid not in (0, before)
+
+
+@pytest.mark.parametrize(
+    ("attach", "said", "calls"),
+    [
+        ("no", "restarted by 'systemctl restart zramd@again.service'", ["restart zramd@again.service"]),
+        (
+            "swap",
+            "goes on as it is: this machine uses it, and 'systemctl restart zramd@again.service' would",
+            [],
+        ),
+    ],
+)
+def test_a_service_is_restarted_unless_its_device_is_used_here(
+    started: Callable[..., Started], tmp_path: Path, attach: str, said: str, calls: list[str]
+) -> None:
+    served = started()
+    before = served.pid
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/zramd.conf").write_text(f"[again]\ndisksize = 64M\nattach = {attach}\n")
+    systemctl = tmp_path / "bin/systemctl"
+    systemctl.parent.mkdir()
+    systemctl.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/calls\n')
+    systemctl.chmod(0o755)
+    env = {"ZRAMD_ROOT": str(tmp_path), "PATH": f"{systemctl.parent}:{os.environ['PATH']}"}
+    done = restart_all(served.rundir, unit="zramd@again.service", env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"again         {said}")
+    log = tmp_path / "calls"
+    assert (log.read_text().splitlines() if log.exists() else []) == calls
+    assert served.pid == before
+
+
+@pytest.mark.parametrize("words", [("zram0",), ("--rundir", "/run/zramd/zram0"), ("mem_limit=1M",)])
+def test_all_takes_nothing_else(words: tuple[str, ...]) -> None:
+    done = zramd("restart", "--all", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "zramd: --all means every device, as it is: leave out NAME, --rundir and key=value\n"
+    )

@@ -30,7 +30,7 @@ def set_up():
 
 
 @pytest.mark.parametrize(
-    "script", ["serve", "test", "build", "sanitize", "check", "fresh", "geometry", "pictures"]
+    "script", ["serve", "test", "build", "sanitize", "check", "fresh", "geometry", "package", "pictures"]
 )
 def test_help(script):
     result = run(SCRIPTS / script, "--help")
@@ -52,6 +52,7 @@ def test_help(script):
         (["fresh"], "which suite? bookworm, trixie, testing or sid"),
         (["fresh", "--suite", "sid"], "unknown option '--suite'"),
         (["fresh", "../sid"], "'../sid' is no suite: write bookworm, trixie, testing or sid"),
+        (["package", "--fast"], "usage: "),
         (["pictures", "--fast"], "unrecognized arguments: --fast"),
     ],
 )

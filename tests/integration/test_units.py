@@ -97,6 +97,25 @@ def test_install_and_remove(command: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_package_has_brought_them(command: Path, tmp_path: Path) -> None:
+    """Other units in a place that comes first would stay when the package is upgraded."""
+    folder = tmp_path / "usr/lib/systemd/system"
+    folder.mkdir(parents=True)
+    unit = folder / "zramd@.service"
+    shipped = (Path(zramd.__file__).parent / "systemd/zramd@.service").read_text()
+    unit.write_text(shipped.replace("/usr/local/bin/zramd", str(command)))
+    before = tree(tmp_path)
+    assert run(command, "install-units", "--root", tmp_path) == (
+        1,
+        "",
+        f"zramd: the units of '{command}' are there: its package has put them into {folder}\n",
+    )
+    assert tree(tmp_path) == before
+    # Those of another installation are none of its business.
+    unit.write_text(shipped.replace("/usr/local/bin/zramd", "/usr/bin/zramd"))
+    assert run(command, "install-units", "--root", tmp_path)[0] == 0
+
+
 def test_configuration_is_the_users(command: Path, tmp_path: Path) -> None:
     conf = tmp_path / "etc/zramd.conf"
     conf.parent.mkdir()

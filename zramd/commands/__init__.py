@@ -72,7 +72,7 @@ exit status:
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """argparse makes one for each argument that is added, and imports much just to learn width and colours."""
+    """argparse makes one for each argument that is added, and imports much just for width and colours."""
 
     def __init__(self, prog: str) -> None:
         try:

@@ -61,13 +61,11 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
-def nbdkit() -> Iterator[Finding]:
+def nbdkit(root: str = "") -> Iterator[Finding]:
     """nbdkit, its Python plugin, and whether that can load the core."""
     version = installed.nbdkit_version()
     if not version:
-        yield Finding(
-            PROBLEM, "nbdkit", "is not installed", "run 'apt-get install nbdkit nbdkit-plugin-python' as root"
-        )
+        yield Finding(PROBLEM, "nbdkit", "is not installed", installed.how_to_install(root))
         return
     numbers = _version(version)
     if numbers < OLDEST_NBDKIT:
@@ -78,12 +76,7 @@ def nbdkit() -> Iterator[Finding]:
         yield Finding(OK, "nbdkit", version)
     status, out, _ = _run("nbdkit", "python", "--dump-plugin")
     if status:
-        yield Finding(
-            PROBLEM,
-            "nbdkit's python plugin",
-            "is not installed",
-            "run 'apt-get install nbdkit-plugin-python' as root",
-        )
+        yield Finding(PROBLEM, "nbdkit's python plugin", "is not installed", installed.how_to_install(root))
         return
     python = _fields(out).get("python_version", "")
     yield Finding(OK, "nbdkit's python plugin", f"made for Python {python}")

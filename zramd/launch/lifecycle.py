@@ -13,7 +13,7 @@ from zramd.contract import handover, rundir
 from zramd.control import busy, life, servers
 from zramd.errors import ConfigError, DeviceError, UsageError, ZramdError, say, sentence
 from zramd.kernel import swap
-from zramd.launch import background, fdstore, nbdkit, spawn, watcher
+from zramd.launch import background, fdstore, installed, nbdkit, spawn, watcher
 from zramd.process import inherited, interrupts, notify, pidfd
 from zramd.process.steps import step
 from zramd.settings import config, devices
@@ -46,7 +46,7 @@ def plan(
     if pid is not None:
         raise rundir.in_use(settings.rundir, pid)
     if not swap.find_program("nbdkit"):
-        raise ZramdError("nbdkit is not installed: run 'apt-get install nbdkit nbdkit-plugin-python' as root")
+        raise ZramdError(f"nbdkit is not installed: {installed.how_to_install()}")
     options = nbdkit.read_options(nbdkit_words)
     nbdkit.check(options)
     options.sockets = inherited.passed_sockets()

@@ -324,18 +324,27 @@ def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str,
     return after
 
 
-def _refuse_others(served: servers.Served, process: peer.Process) -> None:
-    """Raise DeviceError for a server that another program watches: it would only see its end."""
+def unit_of(served: servers.Served, process: peer.Process) -> str:
+    """Return the unit whose main process a server is, '' if it is no service's. Raises DeviceError."""
     environment = _told(served, process, "environ")
     if any(word.startswith(f"{rundir.BACKGROUND}=") for word in environment):
-        return
+        return ""
     unit = _told(served, process, "cgroup")[0].strip().rpartition("/")[2]
-    if unit.endswith(".service") and any(word.startswith("NOTIFY_SOCKET=") for word in environment):
+    managed = any(word.startswith("NOTIFY_SOCKET=") for word in environment)
+    return unit if managed and unit.endswith(".service") else ""
+
+
+def _refuse_others(served: servers.Served, process: peer.Process) -> None:
+    """Raise DeviceError for a server that another program watches: it would only see its end."""
+    if unit := unit_of(served, process):
         raise DeviceError(f"{served.name} is a service: run 'systemctl restart {unit}'")
-    raise DeviceError(
-        f"{served.name} runs in the foreground, not by 'zramd start': end it with 'kill -USR1 {served.pid}', "
-        "which keeps its clients waiting, and start it again with the same settings"
-    )
+    environment = _told(served, process, "environ")
+    if not any(word.startswith(f"{rundir.BACKGROUND}=") for word in environment):
+        raise DeviceError(
+            f"{served.name} runs in the foreground, not by 'zramd start': end it with "
+            f"'kill -USR1 {served.pid}', which keeps its clients waiting, and start it again with the same "
+            "settings"
+        )
 
 
 def _refuse_streams(served: servers.Served) -> None:

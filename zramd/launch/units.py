@@ -26,6 +26,7 @@ MARK = (
     "# Installed by 'zramd install-units'; 'zramd remove-units' removes it. To change it: systemctl edit.\n"
 )
 COMMAND = "/usr/local/bin/zramd"  # what stands in the units as they are shipped
+PACKAGED = "usr/lib/systemd/system"  # where a distribution's packages have theirs
 HIDDEN = ("/home", "/root", "/run/user")  # from the services: ProtectHome=
 
 
@@ -36,6 +37,7 @@ def install(arguments: argparse.Namespace) -> int:
     """
     root, folder = _places(arguments)
     command = _command(root)
+    _refuse_packaged(root, command)
     changed = False
     for name in UNITS:
         target = folder / name
@@ -139,6 +141,14 @@ def _refuse_anothers(needed: tuple[str, ...]) -> None:
         ) from None
     except OSError as error:
         raise UnitsError(f"'{error.filename}' cannot be read: {reason(error)}") from None
+
+
+def _refuse_packaged(root: Path, command: str) -> None:
+    """Raise UnitsError if a package has brought units of this command: ours would hide its next ones."""
+    unit = root / PACKAGED / UNITS[0]
+    text = _read(root, unit)
+    if text is not None and not text.startswith(MARK) and f"={command} serve " in text:
+        raise UnitsError(f"the units of '{command}' are there: its package has put them into {unit.parent}")
 
 
 def _inside(path: str, root: Path) -> str:

@@ -524,6 +524,53 @@ def test_doctor_looks_at_nbdkits_version(monkeypatch: pytest.MonkeyPatch, versio
     assert next(doctor.nbdkit()).level == level
 
 
+DEBIAN = "run 'apt-get install --no-install-recommends nbdkit nbdkit-plugin-python' as root"
+FEDORA = "run 'dnf install nbdkit nbdkit-python-plugin' as root"
+SUSE = "run 'zypper install nbdkit nbdkit-python-plugin' as root"
+ARCH = "build the package nbdkit of the AUR, with python installed"
+
+
+@pytest.mark.parametrize(
+    ("release", "remedy"),
+    [
+        ('PRETTY_NAME="Debian GNU/Linux 13 (trixie)"\nID=debian\n', DEBIAN),
+        ("ID=ubuntu\nID_LIKE=debian\n", DEBIAN),
+        ("ID=linuxmint\nID_LIKE='ubuntu debian'\n", DEBIAN),
+        ('NAME="Fedora Linux"\nID=fedora\nVERSION_ID=43\n', FEDORA),
+        ('ID="rocky"\nID_LIKE="rhel centos fedora"\n', FEDORA),
+        ("ID=arch\nBUILD_ID=rolling\n", ARCH),
+        ("ID=manjaro\nID_LIKE=arch\n", ARCH),
+        ('ID="opensuse-leap"\nID_LIKE="suse opensuse"\n', SUSE),
+        ('ID="opensuse-tumbleweed"\nID_LIKE="opensuse suse"\n', SUSE),
+        (
+            "ID=alpine\n",
+            "build nbdkit from its source, with python3-dev installed, because Alpine has no package of it",
+        ),
+        ("ID=nixos\n", "install nbdkit and its Python plugin"),
+        ("no equals sign\nID=\n", "install nbdkit and its Python plugin"),
+    ],
+)
+@pytest.mark.parametrize("place", ["etc/os-release", "usr/lib/os-release"])
+def test_doctor_names_the_packages_of_this_system(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str, release: str, remedy: str
+) -> None:
+    write(tmp_path, {place: release})
+    monkeypatch.setattr(installed, "nbdkit_version", lambda: "")
+    (finding,) = doctor.nbdkit(str(tmp_path))
+    assert (finding.level, finding.text, finding.remedy) == ("problem", "is not installed", remedy)
+    monkeypatch.setattr(installed, "nbdkit_version", lambda: "1.44.1")
+    monkeypatch.setattr(doctor, "_run", lambda *words: (1, "", "cannot open plugin"))
+    found, plugin = doctor.nbdkit(str(tmp_path))
+    assert found.level == "ok"
+    assert (plugin.level, plugin.name, plugin.remedy) == ("problem", "nbdkit's python plugin", remedy)
+
+
+def test_doctor_on_a_system_without_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(installed, "nbdkit_version", lambda: "")
+    (finding,) = doctor.nbdkit(str(tmp_path))
+    assert finding.remedy == "install nbdkit and its Python plugin"
+
+
 # The man page agrees with the parser.
 
 
