@@ -1,4 +1,4 @@
-"""The Debian package on a Debian 12 with systemd: services are served, upgraded under load, and removed.
+"""The Debian package on Debian 12 and 13 with systemd: services are served, upgraded under load, and removed.
 
 scripts/package --check tries all that needs no systemd, on bare systems.
 """
@@ -28,16 +28,17 @@ OLDER = "0.0.1"
 CONFIGURATION = "[zram0]\\nzram-size = ram * 2\\n[guest0]\\nzram-size = 64\\nattach = no\\nstate = systemd\\n"
 
 
-@pytest.fixture(scope="module")
-def computer(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+@pytest.fixture(scope="module", params=kernel.SUITES)
+def computer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Machine:
     """A machine that is off, with the package, and an older one, on its second disk."""
     folder = tmp_path_factory.mktemp("package")
     subprocess.run([ROOT / "scripts/package"], check=True)
     (package,) = (ROOT / "build").glob("zramd_*.deb")
-    cloud = kernel.prepare(ROOT / "build/vm")
+    cloud = kernel.prepare(ROOT / "build/vm", request.param)
     small = image.prepare(ROOT / "build/vm", cloud, Path(zramd.__file__).parent.parent)
     accel = choose_accel(Machine(cloud, small, 256 * MIB, 2, "tcg"), folder)
-    base = Machine(cloud, debian_image.prepare(ROOT / "build/vm", cloud, small), 256 * MIB, 2, accel)
+    images = debian_image.prepare(ROOT / "build/vm", request.param, cloud, small)
+    base = Machine(cloud, images, 256 * MIB, 2, accel)
     return debian.machine(base, folder, {"zramd.deb": package, "older.deb": older(package, folder)})
 
 
