@@ -8,7 +8,7 @@ from zramd.launch import takeover, upgrading
 
 
 def restart(arguments: argparse.Namespace) -> int:
-    """Put a new server into the place of a running one, and say how long nobody answered. Raises UsageError."""
+    """Put a new server into the place of a running one; say how long nobody answered. Raises UsageError."""
     if arguments.all:
         if arguments.name or arguments.rundir or arguments.settings:
             raise UsageError("--all means every device, as it is: leave out NAME, --rundir and key=value")
