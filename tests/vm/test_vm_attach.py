@@ -50,7 +50,10 @@ os.execv("/usr/sbin/nbdkit", ["nbdkit", "-f", "-U", f"{folder}/nbd.sock", "file"
 """
 
 
-@pytest.fixture(scope="module", params=kernel.SUITES)
+@pytest.fixture(
+    scope="module",
+    params=[kernel.SUITES[0], *(pytest.param(suite, marks=pytest.mark.slow) for suite in kernel.SUITES[1:])],
+)
 def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:
     """A booted guest with the kernel of each suite, its module nbd not loaded yet."""
     folder = ROOT / "build/vm"
