@@ -66,8 +66,12 @@ vm_packages=(
 check_packages=(
     shellcheck # lints the scripts
 )
+fresh_packages=(
+    mmdebstrap             # makes a bare Debian
+    debian-archive-keyring # and checks its signatures, on a machine of another make too
+)
 
-# need_packages serve|test|vm|check: installs what is missing (root), or says how to (anyone else).
+# need_packages serve|test|vm|check|fresh: installs what is missing (root), or says how to (anyone else).
 need_packages() {
     local wanted=("${serve_packages[@]}") missing=() package
     case $1 in
@@ -75,6 +79,7 @@ need_packages() {
     test) wanted+=("${test_packages[@]}") ;;
     vm) wanted+=("${test_packages[@]}" "${vm_packages[@]}") ;;
     check) wanted+=("${check_packages[@]}") ;;
+    fresh) wanted=("${fresh_packages[@]}") ;;
     esac
     command -v dpkg-query >/dev/null ||
         die "dpkg-query is not there: the scripts need Debian or a relative of it"

@@ -29,7 +29,9 @@ def set_up():
         pytest.skip("needs scripts/test or scripts/serve to have been run in this checkout")
 
 
-@pytest.mark.parametrize("script", ["serve", "test", "build", "sanitize", "check", "geometry", "pictures"])
+@pytest.mark.parametrize(
+    "script", ["serve", "test", "build", "sanitize", "check", "fresh", "geometry", "pictures"]
+)
 def test_help(script):
     result = run(SCRIPTS / script, "--help")
     assert result.returncode == 0
@@ -47,6 +49,9 @@ def test_help(script):
         (["geometry", "--fast"], "'--fast' is no file that can be read"),
         (["geometry", "/tmp"], "'/tmp' is no file that can be read"),
         (["check", "everything"], "usage: "),
+        (["fresh"], "which suite? bookworm, trixie, testing or sid"),
+        (["fresh", "--suite", "sid"], "unknown option '--suite'"),
+        (["fresh", "../sid"], "'../sid' is no suite: write bookworm, trixie, testing or sid"),
         (["pictures", "--fast"], "unrecognized arguments: --fast"),
     ],
 )
