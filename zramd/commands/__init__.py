@@ -72,7 +72,7 @@ exit status:
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """argparse makes one for each argument that is added, and imports shutil just to learn the width."""
+    """argparse makes one for each argument that is added, and imports much to learn width and colours."""
 
     def __init__(self, prog: str) -> None:
         try:
@@ -80,6 +80,18 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         except OSError:
             width = 80
         super().__init__(prog, width=max(width, 40) - 2)
+
+    def _set_color(self, color: bool) -> None:
+        """Python 3.14 has help in colours. Ours has none, with every Python."""
+
+    @property
+    def _theme(self) -> object:
+        """The colours of Python 3.14: none. They are imported for who prints help, not for every command."""
+        return import_module("_colorize").get_theme(force_no_color=True).argparse
+
+    @staticmethod
+    def _decolor(text: str) -> str:
+        return text
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         """Wrap a description, but one that has lines of its own."""
@@ -143,6 +155,12 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """Return the help, with what `more` returns at its end."""
         return f"{super().format_help()}{self._more()}"
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """Refuse what is none of the choices; how argparse says that differs from one Python to the next."""
+        if action.choices is not None and value not in action.choices:
+            choices = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"unknown word '{value}': use one of {choices}")
 
     def error(self, message: str) -> "NoReturn":
         """End with status 2 and one sentence."""

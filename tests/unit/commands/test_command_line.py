@@ -183,7 +183,12 @@ def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (["debug"], "zramd debug: the following arguments are required: PART: see 'zramd debug --help'"),
         (
             ["completion", "csh"],
-            "zramd completion: argument SHELL: invalid choice: 'csh' (choose from 'bash', 'zsh', 'fish')",
+            "zramd completion: argument SHELL: unknown word 'csh': use one of bash, zsh, fish: see ",
+        ),
+        (["debug", "nope"], "zramd debug: argument PART: unknown word 'nope': use one of "),
+        (
+            ["config", "nope"],
+            "unknown word 'nope': use one of show, check, import: see 'zramd config --help'",
         ),
         (["list", "-o", ""], "zramd: unknown column '': use some of NAME"),
         (["stats", ""], "zramd: '' is not a device's name"),
