@@ -1,6 +1,6 @@
-"""A Debian 12 with systemd, as an administrator has it: the wheel, a configuration, `systemctl enable --now`.
+"""Debian 12 and 13 with systemd, as administrators have them: the wheel, a configuration, `enable --now`.
 
-One machine lives through all of it, and is booted four times. Each test needs those before it.
+One machine of each lives through all of it, and is booted four times. Each test needs those before it.
 """
 
 import re
@@ -98,8 +98,8 @@ class Debian:
         assert places == sorted(places), [log[place] for place in places]
 
 
-@pytest.fixture(scope="module")
-def computer(tmp_path_factory: pytest.TempPathFactory) -> Debian:
+@pytest.fixture(scope="module", params=kernel.SUITES)
+def computer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Debian:
     """A machine that is off, with zramd's wheel on its second disk."""
     folder = tmp_path_factory.mktemp("debian")
     subprocess.run(
@@ -107,10 +107,10 @@ def computer(tmp_path_factory: pytest.TempPathFactory) -> Debian:
         check=True,
     )
     wheel = debian.wheel(folder)
-    cloud = kernel.prepare(ROOT / "build/vm")
+    cloud = kernel.prepare(ROOT / "build/vm", request.param)
     small = image.prepare(ROOT / "build/vm", cloud, Path(zramd.__file__).parent.parent)
     accel = choose_accel(Machine(cloud, small, 256 * MIB, 2, "tcg"), folder)
-    images = debian_image.prepare(ROOT / "build/vm", cloud, small)
+    images = debian_image.prepare(ROOT / "build/vm", request.param, cloud, small)
     base = Machine(cloud, images, MEMORY_MIB * MIB, 2, accel)
     return Debian(debian.machine(base, folder, {wheel.name: wheel}), folder)
 

@@ -50,11 +50,11 @@ os.execv("/usr/sbin/nbdkit", ["nbdkit", "-f", "-U", f"{folder}/nbd.sock", "file"
 """
 
 
-@pytest.fixture(scope="module")
-def guest() -> Iterator[Guest]:
-    """A booted guest, its module nbd not loaded yet."""
+@pytest.fixture(scope="module", params=kernel.SUITES)
+def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:
+    """A booted guest with the kernel of each suite, its module nbd not loaded yet."""
     folder = ROOT / "build/vm"
-    cloud = kernel.prepare(folder)
+    cloud = kernel.prepare(folder, request.param)
     images = image.prepare(folder, cloud, Path(zramd.__file__).parent.parent)
     with tempfile.TemporaryDirectory(prefix="zramd-vm-") as name:
         machine = Machine(cloud, images, 384 << 20, 2, "tcg")

@@ -2,10 +2,15 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
+
+from vm.kernel import SUITES
 
 VM_SWAP = Path(__file__).resolve().parents[2] / "scripts" / "vm-swap"
 
@@ -35,9 +40,10 @@ def held(result: dict[str, Any], what: str) -> bool:
     return any(each["met"] for each in result["expectations"] if each["what"].startswith(what))
 
 
+@pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("way", ["qemu", "guest", "local"])
-def test_swap(way: str, tmp_path: Path) -> None:
-    result = vm_swap(tmp_path, "--attach", way)
+def test_swap(way: str, suite: str, tmp_path: Path) -> None:
+    result = vm_swap(tmp_path, "--attach", way, "--suite", suite)
     assert result["pages_bad"] == 0
     assert result["pages_verified"] > 10_000
     assert result["swap_outs"] > 5_000

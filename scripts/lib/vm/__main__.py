@@ -34,6 +34,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--kill", type=float, default=0)
     parser.add_argument("--restart", action="store_true")
     parser.add_argument("--nbd-options", default="")
+    parser.add_argument("--suite", default="")
     parser.add_argument("--memory", type=parse_size, default=0)
     parser.add_argument("--cpus", type=int, default=Plan.cpus)
     parser.add_argument("--size", type=parse_size, default=0)
@@ -119,7 +120,7 @@ def main() -> int:
         raise VmError("with --attach zram there is only the comparison: memory written, freed and compacted")
     live = report.Live()
     folder = ROOT / "build/vm"
-    cloud = kernel.prepare(folder)
+    cloud = kernel.prepare(folder, asked.suite)
     images = image.prepare(folder, cloud, Path(zramd.__file__).parent.parent)
     machine = Machine(cloud, images, 256 << 20, 2, "tcg")
     with tempfile.TemporaryDirectory(prefix="zramd-vm-") as name:

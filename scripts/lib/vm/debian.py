@@ -1,4 +1,4 @@
-"""A Debian 12 with systemd to boot, from the image that `debian_image` makes.
+"""A Debian with systemd to boot, from the image that `debian_image` makes.
 
 A guest writes to a layer of its own over it, which outlives the guest: who boots it again sees what was
 written, as a machine does after a reboot. A second disk brings files in: a tar archive, to be unpacked from

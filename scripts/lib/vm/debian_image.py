@@ -1,4 +1,4 @@
-"""The image of a Debian 12 with systemd: made from packages, with what speaks to the host, and without zramd.
+"""The image of a Debian with systemd: made from packages, with what speaks to the host, and without zramd.
 
 It is made once and kept by a digest of its ingredients.
 """
@@ -15,7 +15,6 @@ from pathlib import Path
 from vm import image
 from vm.kernel import Kernel
 
-SUITE = "bookworm"
 PACKAGES = (
     "systemd",
     "systemd-sysv",  # /sbin/init, and `poweroff`
@@ -46,27 +45,28 @@ NEVER_STARTED = (
 MIB = 1 << 20
 
 
-def prepare(folder: Path, kernel: Kernel, small: image.Images) -> image.Images:
+def prepare(folder: Path, suite: str, kernel: Kernel, small: image.Images) -> image.Images:
     """Return the images, made in `folder` unless they are there from the same ingredients; raises VmError.
 
-    `small` is the small guest's: its initramfs boots a Debian as well.
+    `suite` is Debian's name of the release, `kernel` its kernel. `small` is the small guest's with that
+    kernel: its initramfs boots a Debian as well.
     """
     sources = [*sorted(GUEST.iterdir()), *sorted(image.GUEST.glob("*.[ch]")), Path(__file__)]
-    digest = hashlib.sha256(kernel.release.encode())
+    digest = hashlib.sha256(f"{suite} {kernel.release}".encode())
     for path in sources:
         digest.update(f"{path.name}\0".encode() + path.read_bytes())
     root = folder / f"debian-{digest.hexdigest()[:16]}.img"
     with image.locked(folder):
         if not root.exists():
-            _build(root, kernel)
+            _build(root, suite, kernel)
         root.touch()
     return replace(small, root=root)
 
 
-def _build(target: Path, kernel: Kernel) -> None:
+def _build(target: Path, suite: str, kernel: Kernel) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         stage = Path(name) / "root"
-        image.output("mmdebstrap", *_options(), SUITE, str(stage))
+        image.output("mmdebstrap", *_options(), suite, str(stage))
         _add_modules(stage, kernel)
         image.compile_tool(stage / "bin/guest_tool")
         _add_agent(stage)

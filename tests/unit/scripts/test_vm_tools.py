@@ -1,5 +1,7 @@
 """The parts of the virtual machine's harness that need no virtual machine."""
 
+import lzma
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts" / "lib"))
 
-from vm import buddy, image, kernel, plan, probe, report, requests
+from vm import buddy, image, kernel, packages, plan, probe, report, requests
 from vm.errors import VmError
 
 MIB = 1 << 20
@@ -18,8 +20,8 @@ def test_cpio_is_read_by_others(tmp_path: Path) -> None:
     entries = image.initramfs_entries(b"busybox", b"#!/bin/sh\n", [("a.ko", b"module a"), ("b.ko", b"b")])
     regular = [entry for entry in entries if not entry.device[0]]
     (tmp_path / "archive").write_bytes(image.cpio(regular))
-    listed = subprocess.run(["file", "-b", tmp_path / "archive"], capture_output=True, text=True, check=False)
-    assert not listed.stdout or "cpio archive" in listed.stdout
+    listed = subprocess.run(["file", "-b", tmp_path / "archive"], capture_output=True, text=True, check=True)
+    assert "cpio archive" in listed.stdout
     archive = image.cpio(entries)
     assert archive.startswith(b"070701")
     assert len(archive) % 4 == 0
@@ -43,6 +45,35 @@ def test_kernel_package() -> None:
 def test_missing_module(tmp_path: Path) -> None:
     with pytest.raises(VmError, match="has no module 'nbd'"):
         kernel.Kernel("6.1", tmp_path, tmp_path).module_files(["nbd"])
+
+
+def test_modules_of_a_kernel_that_packs_some_and_has_others_built_in(tmp_path: Path) -> None:
+    """As Debian 13's has them."""
+    (tmp_path / "modules.builtin").write_text("kernel/drivers/virtio/virtio_pci.ko\n")
+    (tmp_path / "nbd.ko.xz").write_bytes(lzma.compress(b"\0depends=net-failover\0nbd"))
+    (tmp_path / "net_failover.ko").write_bytes(b"\0depends=\0failover")
+    files = kernel.Kernel("6.12", tmp_path, tmp_path).module_files(["virtio_pci", "nbd"])
+    assert files == [tmp_path / "net_failover.ko", tmp_path / "nbd.ko"]
+    assert files[1].read_bytes().endswith(b"nbd")
+    assert kernel.Kernel("6.12", tmp_path, tmp_path).module_files(["nbd"]) == files
+
+
+def test_packages_of_another_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come from the mirror that this machine's Debian comes from, and its own lists stay as they are."""
+    monkeypatch.setattr(platform, "freedesktop_os_release", lambda: {"VERSION_CODENAME": "bookworm"})
+    known = "Extra http://mirror.invalid/extra/\nDebian http://mirror.invalid/debian/\n"
+    monkeypatch.setattr(packages, "run", lambda *command, cwd: known)
+    assert packages.source("bookworm", tmp_path) is packages.source("", tmp_path) is packages.MACHINE
+    other = packages.source("trixie", tmp_path)
+    place = tmp_path / "apt-trixie"
+    assert (place / "sources.list").read_text() == "deb http://mirror.invalid/debian/ trixie main\n"
+    assert {f"Dir::Etc::sourcelist={place}/sources.list", f"Dir::State::lists={place}/lists"} < {
+        *other.options
+    }
+
+    monkeypatch.setattr(packages, "run", lambda *command, cwd: "Ubuntu http://mirror.invalid/ubuntu/\n")
+    with pytest.raises(VmError, match="apt knows no mirror of Debian here"):
+        packages.source("trixie", tmp_path)
 
 
 STRACE = """% time     seconds  usecs/call     calls    errors syscall
