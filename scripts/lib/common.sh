@@ -49,6 +49,7 @@ test_packages=(
     fio            # writes, verifies and measures over NBD
     qemu-utils     # qemu-io and qemu-img: a second, independent client
     e2fsprogs      # a real file system to put on a device
+    file           # says what an archive made here is
     curl           # reads the control socket as a user would
     gnutls-bin     # makes certificates for TLS
     strace         # counts a server's system calls

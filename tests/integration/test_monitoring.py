@@ -49,6 +49,8 @@ def unpacked(package: str) -> Path:
 @pytest.fixture(scope="session")
 def promtool() -> Callable[..., str]:
     program = unpacked("prometheus") / "promtool"
+    if not program.exists():  # Debian 13 has it in a package of its own
+        program = unpacked("promtool") / "promtool"
 
     def run(*arguments: object, text: str | None = None) -> str:
         done = subprocess.run(

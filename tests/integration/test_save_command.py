@@ -507,7 +507,7 @@ def test_no_client_while_it_is_loaded(serve: Serve, tmp_path: Path) -> None:
     wait_until(lambda: second.stats()["pages_stored"] > 0)
     with pytest.raises((ConnectionError, OSError)):
         NbdSocket(second).read(0, BLOCK)
-    assert "zram0 is being loaded: connect when that is done" in second.log.read_text()
+    wait_until(lambda: "zram0 is being loaded: connect when that is done" in second.log.read_text())
     assert second.request("POST", "/reset")[0] == 409
     assert "the device is being loaded already" in refused("load", *at(second), file)
     assert "the device is being loaded" in refused("save", *at(second), tmp_path / "other")

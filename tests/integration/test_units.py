@@ -30,8 +30,9 @@ def command() -> Iterator[Path]:
     shutil.copytree(Path(zramd.__file__).parent, packages / "zramd")
     shutil.copy(PACKAGE_PARENT / "nbdkit_plugin.py", packages)
     script = venv / "bin/zramd"
+    # -E: not the build that PYTHONPATH names, which may lie where no service can read it.
     script.write_text(
-        f"#!{venv}/bin/python3\nimport sys\nfrom zramd.__main__ import main\nsys.exit(main())\n"
+        f"#!{venv}/bin/python3 -E\nimport sys\nfrom zramd.__main__ import main\nsys.exit(main())\n"
     )
     script.chmod(0o755)
     yield script

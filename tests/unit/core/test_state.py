@@ -224,12 +224,18 @@ def test_threads_that_find_no_memory_to_begin_with_are_not_waited_for(
             return 1
         return really_begin(work, (no_frame, *arguments[1:]))
 
+    def begin_in_silence(*_: object, **__: object) -> int:
+        return 1
+
     path = memory_folder / "state"
     device = open_device(path)
     model = fill(device)
     del device
     monkeypatch.setattr(_thread, "start_new_thread", begin)
-    monkeypatch.setattr(threading, "_start_new_thread", begin)
+    for starts in {"_start_new_thread", "_start_joinable_thread"} & set(
+        vars(threading)
+    ):  # Python 3.12's, 3.13's
+        monkeypatch.setattr(threading, starts, begin_in_silence)
     fd = statefile.open_state(str(path), SIZE, False)
     again = Device(SIZE, state=fd, progress=progress)
     os.close(fd)

@@ -31,10 +31,14 @@ def test_job_survives_the_command_line() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root can")
 @pytest.mark.parametrize("verb", ["attach", "detach"])
 def test_only_root_may(verb: str) -> None:
+    # Loaded before, as root: the other user may not be able to read this checkout.
+    code = (
+        "import os; from zramd.commands import attach, main; os.setuid(65534); "
+        f"exit(main(['{verb}', 'zram0']))"
+    )
     ran = subprocess.run(
-        [sys.executable, "-P", "-c", f"from zramd.commands import main; exit(main(['{verb}', 'zram0']))"],
+        [sys.executable, "-P", "-c", code],
         env={**os.environ, "PYTHONPATH": str(Path(zramd.__file__).parent.parent)},
-        preexec_fn=lambda: os.setuid(65534),
         capture_output=True,
         text=True,
         check=False,
