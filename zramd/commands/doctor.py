@@ -17,6 +17,7 @@ from zramd.control import client
 from zramd.kernel.kernelswap import MIN_FREE, parse_swaps
 from zramd.launch import installed
 from zramd.launch.nbdkit import plugin_path
+from zramd.process.buffers import SEND_BUFFER
 
 OLDEST_NBDKIT = (1, 28)  # calls `cleanup`
 THREADS_NBDKIT = (1, 34)  # survives a client that vanishes while several threads serve it
@@ -228,6 +229,26 @@ def swap_settings(root: str = "") -> Iterator[Finding]:
         yield Finding(OK, "other swap", "none that compresses")
 
 
+def socket_buffers(root: str = "") -> Iterator[Finding]:
+    """What unix sockets may hold of large requests: zramd sets its own ends as far as it may."""
+    for name, what in (
+        ("wmem_default", "clients that leave their sockets as they are"),
+        ("wmem_max", "servers that run as services"),
+    ):
+        text = _read(f"{root}/proc/sys/net/core/{name}")
+        if not text.isdigit():  # in a container: it is the host's
+            continue
+        if int(text) < SEND_BUFFER:
+            yield Finding(
+                NOTE,
+                f"net.core.{name}",
+                f"{text}: {what} wait in the middle of large requests",
+                f"run 'sysctl net.core.{name}={SEND_BUFFER}' if requests are of 64 KiB and more",
+            )
+        else:
+            yield Finding(OK, f"net.core.{name}", text)
+
+
 def _memory_kb(root: str) -> int:
     for line in _read(f"{root}/proc/meminfo").splitlines():
         if line.startswith("MemTotal:"):
@@ -269,6 +290,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     kernel_nbd,
     local_swap,
     swap_settings,
+    socket_buffers,
 )
 
 

@@ -42,11 +42,11 @@ class Service:
         troubles: Troubles,
         wake_up: Callable[[], None] = lambda: None,
     ) -> None:
-        """`wake_up` has the housekeeper look around: a setting was changed."""
+        """`wake_up` has the housekeeper look around: a setting was changed, or a client has come."""
         self.config = config
         self.clients = 0
         self.undone = Undone(troubles)
-        self.admission = Admission(troubles, lambda: self.config.client_limit, lambda: self.clients)
+        self.admission = Admission(troubles, lambda: self.config.client_limit, lambda: self.clients, wake_up)
         self.compactor = Compactor(device, config)
         self.device = device
         self._rundir = rundir

@@ -1,4 +1,4 @@
-"""The Python state of threads that Python did not start, as nbdkit's are: kept while they live, deleted then."""
+"""The Python state of threads that Python did not start: kept while they live, deleted after their end."""
 
 import ctypes
 import threading

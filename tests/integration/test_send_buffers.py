@@ -1,0 +1,59 @@
+"""Large requests and answers are under way at once: both ends of a connection have large send buffers."""
+
+import fcntl
+import socket
+import struct
+import termios
+from collections.abc import Callable
+
+from support.client import NbdSocket
+from support.run import wait_until
+from support.server import NbdkitProcess
+
+from zramd.kernel import netlink
+from zramd.process import buffers
+
+Serve = Callable[..., NbdkitProcess]
+REQUEST = 128 << 10
+READ = 0
+
+
+def default() -> int:
+    with socket.socket(socket.AF_UNIX) as sock:
+        return buffers.size(sock)
+
+
+def widened() -> int:
+    with socket.socket(socket.AF_UNIX) as sock:
+        buffers.widen(sock)
+        return buffers.size(sock)
+
+
+def unread(sock: socket.socket) -> int:
+    (count,) = struct.unpack("=i", fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))
+    return int(count)
+
+
+def test_more_answers_wait_for_the_client_than_would_fit(serve: Serve) -> None:
+    """The server's own end is not ours to look at, but all that it has sent is there to be read."""
+    served = serve()
+    first = NbdSocket(served)
+    queue_answers(first)
+    queue_answers(NbdSocket(served))  # whoever comes later has one, too
+
+
+def queue_answers(client: NbdSocket) -> None:
+    before = default()
+    assert widened() > before, "this system allows for no larger buffer: raise net.core.wmem_max"
+    answers = 2 * before // REQUEST
+    for _ in range(answers):
+        client.send(READ, 0, REQUEST)
+    wait_until(lambda: unread(client.sock) > before)
+    for _ in range(answers):
+        assert client.reply()[0] == 0
+        assert client.receive(REQUEST) == bytes(REQUEST)
+
+
+def test_the_connection_that_the_kernel_gets_has_one(serve: Serve) -> None:
+    with netlink.dial(str(serve().socket)) as sock:
+        assert buffers.size(sock) == widened()
