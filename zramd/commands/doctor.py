@@ -74,7 +74,7 @@ def nbdkit() -> Iterator[Finding]:
     if numbers < OLDEST_NBDKIT:
         yield Finding(PROBLEM, "nbdkit", f"{version} is too old", "install 1.28 or later")
     elif numbers < THREADS_NBDKIT:
-        yield Finding(OK, "nbdkit", f"{version}: each client is served by one thread, by several since 1.34")
+        yield Finding(OK, "nbdkit", f"{version}, which is not safe with thread_model=parallel: 1.34 is")
     else:
         yield Finding(OK, "nbdkit", version)
     status, out, _ = _run("nbdkit", "python", "--dump-plugin")

@@ -1,5 +1,5 @@
 /* Loaded first (LD_PRELOAD) it gives each socket that a program opens or accepts a send buffer of ZRAMD_BUFFER bytes,
-   as zramd gives its own: see zramd/process/buffers.py. For scripts/bench --only requests. */
+   as zramd gives its own: see zramd/process/buffers.py. For scripts/bench --only nbd. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdlib.h>

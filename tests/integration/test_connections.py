@@ -1,11 +1,13 @@
-"""Large requests and answers are under way at once: both ends of a connection have large send buffers."""
+"""What a connection is given: its threads, and send buffers for large requests and answers at both ends."""
 
 import fcntl
+import re
 import socket
 import struct
 import termios
 from collections.abc import Callable
 
+import pytest
 from support.client import NbdSocket
 from support.run import wait_until
 from support.server import NbdkitProcess
@@ -57,3 +59,24 @@ def queue_answers(client: NbdSocket) -> None:
 def test_the_connection_that_the_kernel_gets_has_one(serve: Serve) -> None:
     with netlink.dial(str(serve().socket)) as sock:
         assert buffers.size(sock) == widened()
+
+
+@pytest.mark.parametrize(
+    ("setting", "model"),
+    [("auto", "serialize_requests"), ("serialize_requests", "serialize_requests"), ("parallel", "parallel")],
+)
+def test_the_thread_model_is_the_one_asked_for_and_one_thread_by_itself(
+    serve: Serve, setting: str, model: str
+) -> None:
+    served = serve("-v", thread_model=setting)
+    assert re.findall("using thread model: (.*)", served.log.read_text()) == [model]
+
+
+def test_with_one_thread_each_client_is_served_beside_the_others(serve: Serve) -> None:
+    """A client that does not take its answers holds its own thread only."""
+    served = serve()
+    stuck, other = NbdSocket(served), NbdSocket(served)
+    for _ in range(64):
+        stuck.send(READ, 0, 1 << 20)
+    assert other.ask(other.WRITE, 0, 4096, b"x" * 4096) == 0
+    assert other.read(0, 4096) == b"x" * 4096
