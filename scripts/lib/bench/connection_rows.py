@@ -7,7 +7,7 @@ from bench.processes import Measured, Server, ZramdServer, fio, plugin_offers, t
 from bench.results import Aim, NotMeasuredError, Row, ratio_at_least
 from bench.setup import MIB, Setup
 
-ZRAMD, MEMORY = "zramd", "memory"
+MEMORY = "memory"
 JOBS = (1, 4, 8)
 EACH, MIXED = ratio_at_least(0.85), ratio_at_least(0.7)
 
@@ -43,7 +43,7 @@ LOADS = (
 
 
 def _run(setup: Setup, load: Load, server: Server, size: int) -> Measured:
-    together = (f"--numjobs={load.jobs}", "--thread", "--group_reporting", "--norandommap")
+    together = (f"--numjobs={load.jobs}", "--group_reporting")
     return fio(
         setup, server.device, timed(setup, load.rw, "4k", load.iodepth, size, *together, *load.options)
     )
@@ -55,19 +55,19 @@ def measure(setup: Setup) -> list[Row]:
         raise NotMeasuredError("nbdkit's memory plugin is not installed")
     size = setup.pick(256 * MIB, 16 * MIB)
     with ExitStack() as stack:
-        servers: list[Server] = [
-            stack.enter_context(ZramdServer(setup, ZRAMD, size)),
-            stack.enter_context(Server(setup, MEMORY, "memory", str(size))),
-        ]
+        zramd, memory = servers = (
+            stack.enter_context(ZramdServer(setup, "zramd of many", size)),
+            stack.enter_context(Server(setup, "memory of many", "memory", str(size))),
+        )
         for server in servers:
             fio(setup, server.device, whole("write", size))
-        found: dict[tuple[Load, str], list[float]] = {}
+        found: dict[tuple[Load, Server], list[float]] = {}
         for number in range(setup.rounds):
             setup.say(f"connections, round {number + 1} of {setup.rounds}")
             for load in LOADS:
                 for server in servers:
                     iops = _run(setup, load, server, size).iops
-                    found.setdefault((load, server.name), []).append(iops)
+                    found.setdefault((load, server), []).append(iops)
     return [
-        Row(load.what, "IOPS", found[load, ZRAMD], load.aim, MEMORY, found[load, MEMORY]) for load in LOADS
+        Row(load.what, "IOPS", found[load, zramd], load.aim, MEMORY, found[load, memory]) for load in LOADS
     ]
