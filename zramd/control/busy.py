@@ -12,8 +12,8 @@ LOOK_TIMEOUT = 2.0  # seconds; one that does not answer is stopped all the same
 def refuse(served: client.Served, what: str, more: str = "") -> None:
     """Raise DeviceError when this machine's kernel swaps to a device or has it mounted.
 
-    `more` ends the sentence. Waits for an attach or a detach that is under way; none can begin while the caller
-    has the server's turn.
+    `more` ends the sentence. Waits for an attach or a detach that is under way; none can begin while the
+    caller has the server's turn.
     """
     try:
         stats = served.ask_json("GET", "/stats", timeout=LOOK_TIMEOUT)

@@ -27,7 +27,7 @@ TRANSPORTS = {
 }
 PRINTS = {"--help", "--version", "-V", "--dump-plugin", "--dump-config", "--short-options", "--long-options"}
 STANDARD_INPUT = {"-s", "--single", "--stdin"}
-# For each client, with thread_model=parallel. nbdkit's own 16 queue for the interpreter: see docs/benchmarks.md.
+# For each client, with thread_model=parallel. nbdkit's own 16 queue for the interpreter: docs/benchmarks.md.
 THREADS = 4
 # nbdkit's options whose value is the next word, if it is not attached with '='.
 _SHORT_WITH_VALUE = "DegiPptuU"
@@ -177,7 +177,7 @@ def command(settings: Config, pairs: list[tuple[str, str]], options: Options) ->
 
 
 def threads(settings: Config, options: Options) -> list[str]:
-    """Return the option that limits the threads of each client, unless there is one or the user said how many."""
+    """Return the option that limits each client's threads; nothing where it is one, or the user's choice."""
     given = not {"-t", "--threads"}.isdisjoint(options.values)
     return [] if given or settings.thread_model != "parallel" else [f"--threads={THREADS}"]
 

@@ -177,11 +177,11 @@ class Admission:
         troubles: Troubles,
         limit: Callable[[], int],
         clients: Callable[[], int],
-        wake_up: Callable[[], None] = lambda: None,
+        wake_up: Callable[[], None] | None = None,
     ) -> None:
         """`limit` returns the most connections allowed, `clients` how many of them are clients by now.
 
-        `wake_up` has the housekeeper look around: there is a newcomer.
+        `wake_up` has the housekeeper look around: there is a newcomer to greet; None: nobody is greeted.
         """
         self._troubles = troubles
         self._limit = limit
@@ -211,7 +211,7 @@ class Admission:
                 self._door.shut()  # at once: nbdkit tries for the next in a loop
             raise DeviceError(f"a client was turned away: {reason}")
         self._arrivals.begin()
-        if not self.has_newcomers:
+        if self._wake_up is not None and not self.has_newcomers:
             self.has_newcomers = True
             self._wake_up()
 

@@ -46,7 +46,9 @@ class Service:
         self.config = config
         self.clients = 0
         self.undone = Undone(troubles)
-        self.admission = Admission(troubles, lambda: self.config.client_limit, lambda: self.clients, wake_up)
+        # Where our own kernel swaps, it has no memory to spare for many answers at once.
+        greets = None if config.swap == "local" else wake_up
+        self.admission = Admission(troubles, lambda: self.config.client_limit, lambda: self.clients, greets)
         self.compactor = Compactor(device, config)
         self.device = device
         self._rundir = rundir
