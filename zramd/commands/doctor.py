@@ -231,19 +231,19 @@ def swap_settings(root: str = "") -> Iterator[Finding]:
 
 def socket_buffers(root: str = "") -> Iterator[Finding]:
     """What unix sockets may hold of large requests: zramd sets its own ends as far as it may."""
-    for name, what in (
-        ("wmem_default", "clients that leave their sockets as they are"),
-        ("wmem_max", "servers that run as services"),
+    for name, enough, what in (
+        ("wmem_default", 2 * SEND_BUFFER, "clients that leave their sockets as they are"),
+        ("wmem_max", SEND_BUFFER, "servers that run as services"),  # Linux doubles what is asked for
     ):
         text = _read(f"{root}/proc/sys/net/core/{name}")
         if not text.isdigit():  # in a container: it is the host's
             continue
-        if int(text) < SEND_BUFFER:
+        if int(text) < enough:
             yield Finding(
                 NOTE,
                 f"net.core.{name}",
                 f"{text}: {what} wait in the middle of large requests",
-                f"run 'sysctl net.core.{name}={SEND_BUFFER}' if requests are of 64 KiB and more",
+                f"run 'sysctl net.core.{name}={enough}' if requests are of 64 KiB and more",
             )
         else:
             yield Finding(OK, f"net.core.{name}", text)
