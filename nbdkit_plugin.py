@@ -112,12 +112,10 @@ def config_complete() -> None:
 
 
 def thread_model() -> int:
-    # An nbdkit before 1.34 (which brought `disconnect`) that serves a client with several threads aborts,
-    # and takes everyone's data along, when that client vanishes while they answer: "raw_send_socket:
-    # Assertion `sock >= 0' failed". With one thread for each client it cannot; clients still run in parallel.
-    model = _thread_model
-    if model == "auto":
-        model = "parallel" if hasattr(nbdkit, "disconnect") else "serialize_requests"
+    # One thread for each client, on every nbdkit: clients run in parallel, and several threads of one would
+    # queue for the interpreter. An nbdkit before 1.34 would abort with them, and take everyone's data along,
+    # when a client vanishes while they answer: "raw_send_socket: Assertion `sock >= 0' failed".
+    model = "serialize_requests" if _thread_model == "auto" else _thread_model
     value: int = getattr(nbdkit, f"THREAD_MODEL_{model.upper()}")
     return value
 

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 GROUPS = {
-    "nbd": 10,
+    "nbd": 12,
+    "connections": 7,
     "lz4": 3,
     "threads": 2 if len(os.sched_getaffinity(0)) > 1 else 0,
     "density": 20,

@@ -17,6 +17,7 @@ from zramd.contract import rundir
 from zramd.kernel.swap import MIN_FREE, parse_swaps
 from zramd.launch import installed
 from zramd.launch.nbdkit import plugin_path
+from zramd.process.buffers import SEND_BUFFER
 
 OLDEST_NBDKIT = (1, 28)  # calls `cleanup`
 THREADS_NBDKIT = (1, 34)  # survives a client that vanishes while several threads serve it
@@ -71,7 +72,7 @@ def nbdkit(root: str = "") -> Iterator[Finding]:
     if numbers < OLDEST_NBDKIT:
         yield Finding(PROBLEM, "nbdkit", f"{version} is too old", "install 1.28 or later")
     elif numbers < THREADS_NBDKIT:
-        yield Finding(OK, "nbdkit", f"{version}: each client is served by one thread, by several since 1.34")
+        yield Finding(OK, "nbdkit", f"{version}, which is not safe with thread_model=parallel: 1.34 is")
     else:
         yield Finding(OK, "nbdkit", version)
     status, out, _ = _run("nbdkit", "python", "--dump-plugin")
@@ -221,6 +222,26 @@ def swap_settings(root: str = "") -> Iterator[Finding]:
         yield Finding(OK, "other swap", "none that compresses")
 
 
+def socket_buffers(root: str = "") -> Iterator[Finding]:
+    """What unix sockets may hold of large requests: zramd sets its own ends as far as it may."""
+    for name, enough, what in (
+        ("wmem_default", 2 * SEND_BUFFER, "clients that leave their sockets as they are"),
+        ("wmem_max", SEND_BUFFER, "servers that run as services"),  # Linux doubles what is asked for
+    ):
+        text = _read(f"{root}/proc/sys/net/core/{name}")
+        if not text.isdigit():  # in a container: it is the host's
+            continue
+        if int(text) < enough:
+            yield Finding(
+                NOTE,
+                f"net.core.{name}",
+                f"{text}: {what} wait in the middle of large requests",
+                f"run 'sysctl net.core.{name}={enough}' if requests are of 64 KiB and more",
+            )
+        else:
+            yield Finding(OK, f"net.core.{name}", text)
+
+
 def _memory(root: str) -> int:
     try:
         return meminfo.read("MemTotal", f"{root}{meminfo.PATH}") or 0
@@ -262,6 +283,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     kernel_nbd,
     local_swap,
     swap_settings,
+    socket_buffers,
 )
 
 

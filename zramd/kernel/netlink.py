@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from zramd.errors import AttachError
+from zramd.process import buffers
 
 Address = str | tuple[str, int]  # the path of a unix socket, or host and port
 
@@ -70,6 +71,7 @@ def dial(address: Address, timeout: float = 10.0) -> socket.socket:
         sock.connect(address)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        buffers.widen(sock)
     except BaseException:
         sock.close()
         raise

@@ -27,6 +27,8 @@ TRANSPORTS = {
 }
 PRINTS = {"--help", "--version", "-V", "--dump-plugin", "--dump-config", "--short-options", "--long-options"}
 STANDARD_INPUT = {"-s", "--single", "--stdin"}
+# For each client, with thread_model=parallel. nbdkit's own 16 queue for the interpreter: docs/benchmarks.md.
+THREADS = 4
 # nbdkit's options whose value is the next word, if it is not attached with '='.
 _SHORT_WITH_VALUE = "DegiPptuU"
 _SHORT_WITHOUT = "46fnorsvV"
@@ -170,7 +172,14 @@ def command(settings: Config, pairs: list[tuple[str, str]], options: Options) ->
     """Return nbdkit's command line."""
     socket_option = [] if options.other_transport else ["-U", f"{settings.rundir}/{rundir.NBD_SOCKET}"]
     plugin = ["python", plugin_path(), *_words(settings, pairs)]
-    return ["nbdkit", "-f", *socket_option, *options.before, *plugin, *options.after]
+    before = [*threads(settings, options), *options.before]
+    return ["nbdkit", "-f", *socket_option, *before, *plugin, *options.after]
+
+
+def threads(settings: Config, options: Options) -> list[str]:
+    """Return the option that limits each client's threads; nothing where it is one, or the user's choice."""
+    given = not {"-t", "--threads"}.isdisjoint(options.values)
+    return [] if given or settings.thread_model != "parallel" else [f"--threads={THREADS}"]
 
 
 def _words(settings: Config, pairs: list[tuple[str, str]]) -> list[str]:

@@ -403,7 +403,8 @@ def _plan(served: servers.Served, line: list[str], pairs: list[tuple[str, str]])
     settings = config.parse(pairs)
     nbdkit.set_environment(settings)
     plugin = ["python", nbdkit.plugin_path(), *(f"{key}={value}" for key, value in pairs)]
-    return _Plan(settings, ["nbdkit", "-f", *options.before, *plugin, *after])
+    before = [*nbdkit.threads(settings, options), *options.before]
+    return _Plan(settings, ["nbdkit", "-f", *before, *plugin, *after])
 
 
 def _drain(name: str, process: int) -> None:

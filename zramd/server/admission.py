@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from zramd.errors import DeviceError, sentence
+from zramd.server import sockets
 from zramd.server.trouble import Troubles
 
 PATIENCE = 30.0  # seconds that a client has for its handshake
@@ -169,14 +170,26 @@ class Admission:
     """Lets clients in or turns them away, and says so."""
 
     WATCH = 1.0  # seconds between two looks
+    GREET = 0.1  # the same, for newcomers: each look goes over all descriptors
 
-    def __init__(self, troubles: Troubles, limit: Callable[[], int], clients: Callable[[], int]) -> None:
-        """`limit` returns the most connections allowed, `clients` how many of them are clients by now."""
+    def __init__(
+        self,
+        troubles: Troubles,
+        limit: Callable[[], int],
+        clients: Callable[[], int],
+        wake_up: Callable[[], None] | None = None,
+    ) -> None:
+        """`limit` returns the most connections allowed, `clients` how many of them are clients by now.
+
+        `wake_up` has the housekeeper look around: there is a newcomer to greet; None: nobody is greeted.
+        """
         self._troubles = troubles
         self._limit = limit
         self._clients = clients
         self._arrivals = Arrivals()
+        self._wake_up = wake_up
         self._turned_away = ""
+        self.has_newcomers = False  # connections that `greet` has not seen
         self._descriptors: Descriptors | None = None
         self._door: Door | None = None
 
@@ -198,10 +211,26 @@ class Admission:
                 self._door.shut()  # at once: nbdkit tries for the next in a loop
             raise DeviceError(f"a client was turned away: {reason}")
         self._arrivals.begin()
+        if self._wake_up is not None and not self.has_newcomers:
+            self.has_newcomers = True
+            self._wake_up()
 
     def becomes_client(self) -> None:
         """Note that the client of the calling thread has completed its handshake."""
         self._arrivals.end()
+
+    def greet(self, others: frozenset[int]) -> None:
+        """Set what newcomers' connections need; `others` are sockets that are no clients. Raises OSError."""
+        self.has_newcomers = False
+        try:
+            sockets.widen_clients(others)
+        except BaseException:
+            self.has_newcomers = True
+            raise
+
+    def greet_interval(self) -> float:
+        """Return the seconds between two calls of greet, 0: there is nobody to greet."""
+        return self.GREET if self.has_newcomers else 0
 
     def use_spare(self) -> None:
         """Let the descriptors that are kept for ourselves be used."""

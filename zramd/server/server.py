@@ -196,7 +196,7 @@ class Serving:
         )
         failed = files.are_left
         files.are_left = lambda: leaving.leaves_folder() or failed()
-        self._housekeeper = self._make_housekeeper()
+        self._housekeeper = self._make_housekeeper(inherited)
         if endpoint is not None:
             self._housekeeper.listen(endpoint.fileno(), endpoint.accept)
         housekeeping = start_thread("zramd", self._housekeep)
@@ -244,8 +244,11 @@ class Serving:
         self._ends.add(endpoint.close)
         return endpoint
 
-    def _make_housekeeper(self) -> Housekeeper:
-        """Return what answers callers, writes the stats files, and stops nbdkit on a signal."""
+    def _make_housekeeper(self, inherited: frozenset[int]) -> Housekeeper:
+        """Return what answers callers, writes the stats files, and stops nbdkit on a signal.
+
+        `inherited` are the sockets that are no clients.
+        """
         service, leaving, reports = self.service, self._leaving, self._reports
         admission, undone = service.admission, service.undone
 
@@ -255,6 +258,11 @@ class Serving:
         chores = [
             Chore("descriptors cannot be counted", admission.watch_descriptors, admission.interval),
             Chore("clients cannot be counted", admission.watch_clients, lambda: admission.WATCH),
+            Chore(
+                "clients' send buffers cannot be set",
+                lambda: admission.greet(inherited),
+                admission.greet_interval,
+            ),
             Chore("what was left undone still fails", undone.do, lambda: AGAIN if undone else 0),
             Chore(
                 "stats files are not written",

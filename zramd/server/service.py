@@ -42,11 +42,13 @@ class Service:
         troubles: Troubles,
         wake_up: Callable[[], None] = lambda: None,
     ) -> None:
-        """`wake_up` has the housekeeper look around: a setting was changed."""
+        """`wake_up` has the housekeeper look around: a setting was changed, or a client has come."""
         self.config = config
         self.clients = 0
         self.undone = Undone(troubles)
-        self.admission = Admission(troubles, lambda: self.config.client_limit, lambda: self.clients)
+        # Where our own kernel swaps, it has no memory to spare for many answers at once.
+        greets = None if config.swap == "local" else wake_up
+        self.admission = Admission(troubles, lambda: self.config.client_limit, lambda: self.clients, greets)
         self.compactor = Compactor(device, config)
         self.device = device
         self._rundir = rundir

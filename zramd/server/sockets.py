@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 
 from zramd.contract import handover
 from zramd.errors import is_shortage
+from zramd.process import buffers
 
 # Leave at once, also while swapped to: the state stays. Without a state as SIGTERM.
 HAND_OVER = signal.SIGUSR1
@@ -95,6 +96,16 @@ def keep_alive(descriptors: list[int]) -> None:
             for level, option, value in _KEEP_ALIVE:
                 with suppress(OSError):
                     sock.setsockopt(level, option, value)
+
+
+def widen_clients(others: frozenset[int]) -> None:
+    """Give clients' connections large send buffers, for our answers; `others` are `inherited`.
+
+    The kernel gives each connection its default, whatever the listening socket has. If one is closed while we
+    look, another socket of ours may get the buffer, which does no harm.
+    """
+    for sock in _clients(others):
+        buffers.widen(sock)
 
 
 def shut_clients(others: frozenset[int], how: int) -> int:

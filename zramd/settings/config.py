@@ -308,8 +308,7 @@ SETTINGS: tuple[Setting, ...] = (
         _thread_model,
         "auto",
         "parallel",
-        "parallel: several threads for each client; serialize_requests: one; "
-        "auto: parallel if nbdkit is 1.34 or later",
+        "serialize_requests: one thread for each client; parallel: several; auto: one",
         fixed="nbdkit asks for it once, when it starts",
     ),
     Setting(

@@ -18,6 +18,7 @@ import psutil  # type: ignore[import-untyped]
 
 from bench import (
     compaction_rows,
+    connection_rows,
     corpus,
     density_rows,
     idle_rows,
@@ -39,6 +40,7 @@ QUIET_LOAD = 0.5
 
 GROUPS: dict[str, Measure] = {
     "nbd": nbd_rows.measure,
+    "connections": connection_rows.measure,
     "lz4": in_process_rows.measure_lz4,
     "threads": in_process_rows.measure_threads,
     "density": density_rows.measure,

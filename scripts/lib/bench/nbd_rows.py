@@ -3,15 +3,31 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 from bench.bare_lz4 import BareLz4
 from bench.kernel import KernelZram
-from bench.processes import FIO_DATA, Measured, Server, ZramdServer, fio, plugin_offers, timed, whole
+from bench.processes import (
+    FIO_DATA,
+    NOTHING,
+    Environment,
+    Measured,
+    Server,
+    ZramdServer,
+    fio,
+    library,
+    plugin_offers,
+    timed,
+    whole,
+)
 from bench.results import Aim, NotMeasuredError, Row, at_most, number, ratio_at_least, ratio_at_most
 from bench.setup import MIB, Setup
+from zramd.process.buffers import SEND_BUFFER
 
 ZRAMD, MEMORY, ZSTD, NULL, KERNEL = "zramd", "memory", "memory zstd", "null", "kernel zram"
+WIDE_MEMORY = "memory, large buffers"
+WIDE_SOURCE = Path(__file__).with_name("wide_sockets.c")
 
 
 @dataclass(frozen=True)
@@ -22,6 +38,7 @@ class Pattern:
     bs: str
     iodepth: int
     peers: tuple[str, ...]
+    wide: bool = False  # fio's sockets have large send buffers, as those have that `zramd attach` makes
 
 
 RANDWRITE = Pattern("randwrite", "4k", 16, (ZRAMD, MEMORY, ZSTD))
@@ -30,7 +47,9 @@ WRITE_LATENCY = Pattern("randwrite", "4k", 1, (ZRAMD, NULL))
 READ_LATENCY = Pattern("randread", "4k", 1, (ZRAMD, NULL))
 WRITE = Pattern("write", "128k", 8, (ZRAMD, KERNEL))
 READ = Pattern("read", "128k", 8, (ZRAMD, KERNEL))
-PATTERNS = (RANDWRITE, RANDREAD, WRITE_LATENCY, READ_LATENCY, WRITE, READ)
+WIDE_WRITE = Pattern("write", "128k", 8, (ZRAMD, WIDE_MEMORY, KERNEL), wide=True)
+WIDE_READ = Pattern("read", "128k", 8, (ZRAMD, WIDE_MEMORY, KERNEL), wide=True)
+PATTERNS = (RANDWRITE, RANDREAD, WRITE_LATENCY, READ_LATENCY, WRITE, READ, WIDE_WRITE, WIDE_READ)
 
 
 @dataclass(frozen=True)
@@ -42,22 +61,28 @@ class Run:
     minor_faults: float = 0.0
 
 
-def _run(setup: Setup, pattern: Pattern, target: Server | KernelZram, size: int) -> Run:
+def _run(
+    setup: Setup, pattern: Pattern, target: Server | KernelZram, size: int, wide: Environment = NOTHING
+) -> Run:
+    """Run fio once; `wide` is the environment that gives it large send buffers."""
     job = timed(setup, pattern.rw, pattern.bs, pattern.iodepth, size)
     if isinstance(target, KernelZram):
         return Run(fio(setup, target.device, job))
     cpu, faults = target.cpu_seconds(), target.minor_faults()
-    measured = fio(setup, target.device, job)
+    measured = fio(setup, target.device, job, environment=wide if pattern.wide else NOTHING)
     cpu, faults = target.cpu_seconds() - cpu, target.minor_faults() - faults
     return Run(measured, cpu * 1e6 / measured.requests, faults / measured.requests)
 
 
-def _start(setup: Setup, stack: ExitStack, size: int) -> dict[str, Server | KernelZram]:
+def _start(setup: Setup, stack: ExitStack, size: int, wide: Environment) -> dict[str, Server | KernelZram]:
     """Start every server, filled: so reads read data and writes are overwrites."""
     targets: dict[str, Server | KernelZram] = {}
     targets[ZRAMD] = stack.enter_context(ZramdServer(setup, ZRAMD, size))
     if plugin_offers("memory"):
         targets[MEMORY] = stack.enter_context(Server(setup, MEMORY, "memory", str(size)))
+        targets[WIDE_MEMORY] = stack.enter_context(
+            Server(setup, WIDE_MEMORY, "memory", str(size), environment=wide)
+        )
         if plugin_offers("memory", "zstd=yes"):
             targets[ZSTD] = stack.enter_context(Server(setup, ZSTD, "memory", str(size), "allocator=zstd"))
         else:
@@ -88,8 +113,9 @@ def _start(setup: Setup, stack: ExitStack, size: int) -> dict[str, Server | Kern
 def measure(setup: Setup) -> list[Row]:
     """Return the rows; raises NotMeasuredError."""
     size = setup.pick(512 * MIB, 16 * MIB)
+    wide = {"LD_PRELOAD": str(library(setup, WIDE_SOURCE)), "ZRAMD_BUFFER": str(SEND_BUFFER)}
     with ExitStack() as stack:
-        targets = _start(setup, stack, size)
+        targets = _start(setup, stack, size, wide)
         zramd = targets[ZRAMD]
         assert isinstance(zramd, ZramdServer)
         _run(setup, RANDWRITE, zramd, size)  # so that each measured run of overwrites is a later one
@@ -99,7 +125,9 @@ def measure(setup: Setup) -> list[Row]:
             for pattern in PATTERNS:
                 for name in pattern.peers:
                     if name in targets:
-                        runs.setdefault((pattern, name), []).append(_run(setup, pattern, targets[name], size))
+                        runs.setdefault((pattern, name), []).append(
+                            _run(setup, pattern, targets[name], size, wide)
+                        )
         stats = zramd.stats()
     ratio = stats["orig_data_size"] / stats["compr_data_size"]
     setup.report.settings["fio's data"] = f"{' '.join(FIO_DATA)}, compressed {ratio:.2f} : 1 by zramd"
@@ -143,6 +171,16 @@ def _rows(runs: dict[tuple[Pattern, str], list[Run]], lz4_us: float) -> list[Row
         return run.cpu_us
 
     past_nbd = "kernel zram: direct=1, io_uring, the same fio job; NBD is not on its way"
+
+    def wide_row(what: str, pattern: Pattern) -> Row:
+        found = row(what, "MB/s", speed, pattern, KERNEL, ratio_at_least(1))
+        found.note = (
+            f"fio's sockets with send buffers of {SEND_BUFFER >> 20} MiB, the server's own as it sets them"
+        )
+        if memory := runs.get((pattern, WIDE_MEMORY)):
+            found.note += f"; nbdkit's memory plugin with both: {number(median(map(speed, memory)))} MB/s"
+        return found
+
     write_cpu = row("server CPU per 4K write", "µs", cpu, RANDWRITE, MEMORY, ratio_at_most(1))
     if write_cpu.peer_values:
         write_cpu.note = (
@@ -160,6 +198,8 @@ def _rows(runs: dict[tuple[Pattern, str], list[Run]], lz4_us: float) -> list[Row
         row("4K QD1 read p50", "µs", p50, READ_LATENCY, NULL, ratio_at_most(1.15)),
         row("128K write QD8", "MB/s", speed, WRITE, KERNEL, ratio_at_least(1), past_nbd),
         row("128K read QD8", "MB/s", speed, READ, KERNEL, ratio_at_least(1), past_nbd),
+        wide_row("128K write QD8, large buffers", WIDE_WRITE),
+        wide_row("128K read QD8, large buffers", WIDE_READ),
         row("server CPU per 4K read", "µs", cpu, RANDREAD, MEMORY, ratio_at_most(1.5)),
         write_cpu,
         Row("minor faults per 4K write", "", faults, at_most(0.05, "")),

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +28,18 @@ STOP_TIMEOUT = 5.0
 FIO_DATA = ["--buffer_compress_percentage=70", "--buffer_compress_chunk=16"]
 
 
+Environment = Mapping[str, str]
+NOTHING: Environment = {}
+
+
 class Server:
     """A running nbdkit; use it in a `with`, whose end ends it."""
 
-    def __init__(self, setup: Setup, name: str, *plugin: str) -> None:
-        """Start nbdkit with the plugin and its parameters; raises NotMeasuredError if it does not serve."""
+    def __init__(self, setup: Setup, name: str, *plugin: str, environment: Environment = NOTHING) -> None:
+        """Start nbdkit with the plugin and its parameters; raises NotMeasuredError if it does not serve.
+
+        `environment` is added to this process's.
+        """
         self.name = name
         self.folder = setup.folder / name.replace(" ", "-")
         self.folder.mkdir(mode=0o700)
@@ -47,7 +54,7 @@ class Server:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
-                env={**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)},
+                env={**os.environ, "PYTHONPATH": str(PACKAGE_PARENT), **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
@@ -135,6 +142,18 @@ class ZramdServer(Server):
         return self.request("GET", "/stats")
 
 
+def library(setup: Setup, source: Path) -> Path:
+    """Compile a library to be loaded first, and return it. Raises NotMeasuredError."""
+    made = setup.folder / f"{source.stem}.so"
+    command = ["cc", "-O1", "-shared", "-fPIC", "-o", str(made), str(source)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        words = getattr(error, "stderr", "") or str(error)
+        raise NotMeasuredError(f"{source.name} cannot be compiled: {' '.join(words.split())}") from None
+    return made
+
+
 def plugin_offers(plugin: str, line: str = "") -> bool:
     """Say whether nbdkit has a plugin, and whether `--dump-plugin` prints `line` of it."""
     try:
@@ -156,10 +175,13 @@ class Measured:
     p99_of: dict[str, float]  # of its reads and of its writes alone, where it has them
 
 
-def fio(setup: Setup, device: Iterable[str], *jobs: Iterable[str]) -> Measured:
+def fio(
+    setup: Setup, device: Iterable[str], *jobs: Iterable[str], environment: Environment = NOTHING
+) -> Measured:
     """Run fio on a device, the jobs side by side, and return the result of the first.
 
-    `device` and the jobs are fio's options. Raises NotMeasuredError if fio fails or moves nothing.
+    `device` and the jobs are fio's options, `environment` is added to this process's. Raises NotMeasuredError
+    if fio fails or moves nothing.
     """
     output = setup.folder / "fio.json"
     with suppress(FileNotFoundError):
@@ -170,7 +192,12 @@ def fio(setup: Setup, device: Iterable[str], *jobs: Iterable[str]) -> Measured:
         command += [f"--name=job{index}", *job]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=setup.folder, stdin=subprocess.DEVNULL
+            command,
+            capture_output=True,
+            text=True,
+            cwd=setup.folder,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
         )
     except OSError as error:
         raise NotMeasuredError(f"fio cannot be run: {error}") from None

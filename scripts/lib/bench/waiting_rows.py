@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.processes import library
 from bench.results import NotMeasuredError, Row, at_most
 from bench.setup import GIB, MIB, Setup
 from zramd.core.pool.size_classes import CLASSES
@@ -40,19 +41,13 @@ def _scene(setup: Setup, name: str, size: int, **environment: str) -> dict[str, 
 
 
 def _slow_copy(setup: Setup) -> dict[str, float]:
-    library = setup.folder / "slow_copy.so"
-    command = ["cc", "-O1", "-shared", "-fPIC", "-o", str(library), str(COPY_SOURCE)]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        words = getattr(error, "stderr", "") or str(error)
-        raise NotMeasuredError(f"{COPY_SOURCE.name} cannot be compiled: {' '.join(words.split())}") from None
+    slow = library(setup, COPY_SOURCE)
     chunk = next(size for size, _, _ in CLASSES if size >= PAYLOAD + 4)
     return _scene(
         setup,
         "slow_copy",
         setup.pick(4 * MIB, 4 * MIB),
-        LD_PRELOAD=str(library),
+        LD_PRELOAD=str(slow),
         ZRAMD_COPY=str(chunk - 4),
         ZRAMD_COPY_MS=str(COPY_MS),
     )

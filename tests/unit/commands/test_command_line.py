@@ -411,7 +411,7 @@ def test_what_is_quoted_is_shown_and_not_carried_out(
 
 
 def findings(root: Path) -> dict[str, doctor.Finding]:
-    looks = (doctor.kernel_nbd, doctor.local_swap, doctor.swap_settings)
+    looks = (doctor.kernel_nbd, doctor.local_swap, doctor.swap_settings, doctor.socket_buffers)
     return {finding.name: finding for look in looks for finding in look(str(root))}
 
 
@@ -430,6 +430,8 @@ GOOD = {
     "proc/sys/vm/swappiness": "100\n",
     "proc/sys/vm/min_free_kbytes": "65536\n",
     "proc/meminfo": "MemTotal:        2000000 kB\n",
+    "proc/sys/net/core/wmem_default": "8388608\n",
+    "proc/sys/net/core/wmem_max": "8388608\n",
     "sys/module/zswap/parameters/enabled": "N\n",
     "proc/swaps": "Filename Type Size Used Priority\n/dev/sda2 partition 1 0 -2\n",
 }
@@ -439,13 +441,25 @@ def test_doctor_on_a_good_machine(tmp_path: Path) -> None:
     write(tmp_path, GOOD)
     found = findings(tmp_path)
     assert {finding.level for finding in found.values()} == {"ok"}
-    assert len(found) == 9
+    assert len(found) == 11
 
 
 @pytest.mark.parametrize(
     ("files", "name", "text", "remedy"),
     [
         ({"proc/sys/vm/page-cluster": "3\n"}, "vm.page-cluster", "reads 8 pages", "sysctl vm.page-cluster=0"),
+        (
+            {"proc/sys/net/core/wmem_max": "212992\n"},
+            "net.core.wmem_max",
+            "212992: servers",
+            "core.wmem_max=",
+        ),
+        (
+            {"proc/sys/net/core/wmem_default": "9\n"},
+            "net.core.wmem_default",
+            "9: clients",
+            "core.wmem_default=",
+        ),
         ({"proc/sys/vm/swappiness": "10\n"}, "vm.swappiness", "10: ", "sysctl vm.swappiness=100"),
         ({"proc/sys/vm/min_free_kbytes": "9\n"}, "vm.min_free_kbytes", "9: ", "vm.min_free_kbytes=60000"),
         ({"sys/module/zswap/parameters/enabled": "Y\n"}, "zswap", "twice", "echo N"),

@@ -47,6 +47,27 @@ def test_command(settings: config.Config, words: str, line: str) -> None:
     assert run_line(settings, words) == line
 
 
+@pytest.mark.parametrize(
+    ("model", "words", "given"),
+    [
+        ("auto", "", []),
+        ("serialize_requests", "", []),
+        ("parallel", "", [f"--threads={nbdkit.THREADS}"]),
+        ("parallel", "-v", [f"--threads={nbdkit.THREADS}", "-v"]),
+        ("parallel", "-t 8", ["-t", "8"]),
+        ("parallel", "-t8", ["-t8"]),
+        ("parallel", "--threads=8", ["--threads=8"]),
+        ("parallel", "--thr 8", ["--thr", "8"]),
+        ("serialize_requests", "--threads=8", ["--threads=8"]),
+    ],
+)
+def test_threads_for_each_client(model: str, words: str, given: list[str]) -> None:
+    """Where there are several: fewer than nbdkit's own number, unless the user says how many."""
+    pairs = [("size", "1G"), ("rundir", "/run/z"), ("thread_model", model)]
+    line = nbdkit.command(config.parse(pairs), pairs, nbdkit.read_options(words.split()))
+    assert line[4 : line.index("python")] == given
+
+
 def test_plugin_is_there() -> None:
     assert os.path.exists(nbdkit.plugin_path())
 

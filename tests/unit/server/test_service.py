@@ -14,6 +14,7 @@ from zramd.contract import rundir
 from zramd.contract.rundir import DATA_ID, Rundir
 from zramd.core.device.device import Device
 from zramd.errors import ConfigError, DeviceError, RundirError, SaveError, ZramdError
+from zramd.server import sockets
 from zramd.server.service import Service
 from zramd.server.trouble import Troubles
 from zramd.settings import config
@@ -138,6 +139,36 @@ class TestDataId:
         loading.join(30)
         os.close(reader)
         assert str(failures[0]) == "the device is in use: disconnect every client before a load"
+
+
+class TestGreeting:
+    def test_whoever_connects_is_greeted_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        greeted: list[frozenset[int]] = []
+        monkeypatch.setattr(sockets, "widen_clients", greeted.append)
+        admission = service(tmp_path).admission
+        assert admission.greet_interval() == 0
+        for _ in range(2):
+            admission.connects()
+        assert admission.greet_interval() > 0
+        admission.greet(frozenset({7}))
+        assert greeted == [{7}]
+        assert admission.greet_interval() == 0
+
+    def test_it_is_tried_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(others: frozenset[int]) -> None:
+            raise OSError(errno.ENFILE, "no")
+
+        monkeypatch.setattr(sockets, "widen_clients", fail)
+        admission = service(tmp_path).admission
+        admission.connects()
+        with pytest.raises(OSError, match="no"):
+            admission.greet(frozenset())
+        assert admission.greet_interval() > 0
+
+    def test_nobody_is_where_this_machine_swaps(self, tmp_path: Path) -> None:
+        admission = service(tmp_path, swap="local").admission
+        admission.connects()
+        assert admission.greet_interval() == 0
 
 
 class TestClientLimit:

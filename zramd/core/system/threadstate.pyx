@@ -36,39 +36,56 @@ cdef extern from *:
 
     static int kept_init(void) { return pthread_key_create(&kept_key, thread_ended); }
 
-    /* Holds the GIL. Returns how many ended threads' states were deleted, or -1: out of memory, nothing kept. */
-    static int keep_this_thread(void)
+    /* Delete the states of ended threads; how many there were. own: the calling thread's, which has the GIL, and may
+       wait for it once more.
+
+       Since Python 3.12 whoever deletes a state is left without one for PyGILState_Ensure. So a state that is made for
+       it does, and deletes itself; with that the thread's own counts as unbound, and is bound when it comes back. */
+    static int reclaim(PyThreadState *own)
     {
         int reclaimed = 0;
-        kept_state *kept = (kept_state *)malloc(sizeof(*kept)), *ended, *next;
-        if (!kept)
-            return -1;
-        PyGILState_Ensure();
-        kept->state = PyThreadState_Get();
-        thread_is_kept = 1;
-        pthread_setspecific(kept_key, kept);
+        kept_state *ended, *next;
+        PyThreadState *cleaner;
+        if (!__atomic_load_n(&ended_threads, __ATOMIC_RELAXED))
+            return 0;
+        cleaner = PyThreadState_New(PyThreadState_GetInterpreter(own));
+        if (!cleaner)
+            return 0;
+        PyThreadState_Swap(cleaner);
         for (ended = __atomic_exchange_n(&ended_threads, NULL, __ATOMIC_ACQUIRE); ended; ended = next, reclaimed++) {
             next = ended->next;
             PyThreadState_Clear(ended->state);
             PyThreadState_Delete(ended->state);
             free(ended);
         }
+        PyThreadState_Clear(cleaner);
+        PyThreadState_DeleteCurrent();
+        PyEval_RestoreThread(own);
         return reclaimed;
+    }
+
+    /* Holds the GIL. Returns how many ended threads' states were deleted, or -1: out of memory, nothing kept. */
+    static int keep_this_thread(void)
+    {
+        kept_state *kept = (kept_state *)malloc(sizeof(*kept));
+        if (!kept)
+            return -1;
+        PyGILState_Ensure();
+        kept->state = PyThreadState_Get();
+        thread_is_kept = 1;
+        pthread_setspecific(kept_key, kept);
+        return reclaim(kept->state);
     }
     """
     int thread_is_kept
     int kept_init() noexcept
     int keep_this_thread() noexcept
 
-import sys
-
 cdef bint enabled
 cdef object warm_stack = None
 cdef unsigned long long kept_count, reclaimed_count
 
-# From 3.12 on, deleting the state of another thread unbinds the state of the thread that does it.
-# Then requests are slower, and right.
-enabled = sys.version_info < (3, 12) and kept_init() == 0
+enabled = kept_init() == 0      # else requests are slower, and right
 
 
 cdef void keep_current() noexcept:
