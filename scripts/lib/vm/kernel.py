@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,8 +11,24 @@ from pathlib import Path
 from vm import packages
 from vm.errors import VmError
 
-META_PACKAGE = "linux-image-cloud-amd64"
-_IMAGE_PACKAGE = re.compile(r"linux-image-(\d[\w.+~-]*-cloud-amd64)$")
+SUITES = ("bookworm", "trixie")  # those whose kernels the tests boot: 6.1, 6.12
+
+@dataclass(frozen=True)
+class Flavour:
+    """One of Debian's kernels: the package that depends on it, what it runs on, its page in bytes."""
+
+    package: str = "linux-image-cloud-amd64"
+    architecture: str = ""  # this machine's
+    suite: str = ""  # the one asked for
+    page: int = 4096
+
+
+# The kernels of arm64, by their pages.
+ARM64 = {
+    "4k": Flavour("linux-image-cloud-arm64", "arm64", "trixie"),
+    "16k": Flavour("linux-image-arm64-16k", "arm64", "trixie", 16384),
+}
+_IMAGE_PACKAGE = re.compile(r"linux-image-\d[\w.+~-]*$")
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 
 
@@ -22,32 +39,59 @@ class Kernel:
     release: str
     image: Path
     modules: Path
+    flavour: Flavour = Flavour()  # noqa: RUF009  it is frozen
 
     def module_files(self, wanted: Iterable[str]) -> list[Path]:
-        """Return the files of the modules and of all that they depend on, each after those it needs."""
+        """Return the files of the modules and of all that they depend on, each after those it needs.
+
+        What is built into the kernel needs none.
+        """
+        built_in = {_module_name(Path(line)) for line in self._table("builtin")}
         files = {_module_name(path): path for path in self.modules.rglob("*.ko")}
+        for path in self.modules.rglob("*.ko.xz"):  # as Debian 13 has them
+            files.setdefault(_module_name(path.with_suffix("")), path)
 
         def depends(name: str) -> list[str]:
             if name not in files:
                 raise VmError(f"the kernel {self.release} has no module '{name}'")
+            files[name] = _unpacked(files[name])
             return module_depends(files[name].read_bytes())
 
-        return [files[name] for name in load_order(wanted, depends)]
+        return [
+            files[name] for name in load_order((name for name in wanted if name not in built_in), depends)
+        ]
+
+    def _table(self, name: str) -> list[str]:
+        """Return the lines of one of the kernel's own tables of its modules, none if it has none."""
+        path = self.modules / f"modules.{name}"
+        return path.read_text().splitlines() if path.exists() else []
 
 
-def prepare(folder: Path) -> Kernel:
-    """Return the kernel, downloaded into `folder` if it is not there yet; raises VmError."""
+def prepare(folder: Path, suite: str = "", flavour: Flavour = Flavour()) -> Kernel:  # noqa: B008  it is frozen
+    """Return the kernel of a suite of Debian, "" for this machine's; raises VmError.
+
+    It is downloaded into `folder` unless it is there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    package = image_package(packages.run("apt-cache", "depends", META_PACKAGE, cwd=folder))
+    source = packages.source(suite or flavour.suite, folder, flavour.architecture)
+    package = _image_package_of(source, folder, flavour)
     if package is None:
-        packages.refresh_lists(folder)
-        package = image_package(packages.run("apt-cache", "depends", META_PACKAGE, cwd=folder))
+        source.refresh(folder)
+        package = _image_package_of(source, folder, flavour)
     if package is None:
-        raise VmError(f"apt does not know {META_PACKAGE}: run 'apt-get update' as root")
+        raise VmError(f"apt does not know {flavour.package}: run 'apt-get update' as root")
     target = folder / package
-    packages.unpack(package, target)
+    packages.unpack(package, target, source)
     release = package.removeprefix("linux-image-")
-    return Kernel(release, target / f"boot/vmlinuz-{release}", target / f"lib/modules/{release}")
+    modules = next(path for path in (target / "usr/lib/modules", target / "lib/modules") if path.exists())
+    return Kernel(release, target / f"boot/vmlinuz-{release}", modules / release, flavour)
+
+
+def _image_package_of(source: packages.Source, folder: Path, flavour: Flavour) -> str | None:
+    try:
+        return image_package(source.apt("apt-cache", "depends", flavour.package, cwd=folder))
+    except VmError:  # it has no lists yet
+        return None
 
 
 def image_package(depends: str) -> str | None:
@@ -78,6 +122,17 @@ def load_order(wanted: Iterable[str], depends: Callable[[str], list[str]]) -> li
     for name in wanted:
         add(name)
     return order
+
+
+def _unpacked(path: Path) -> Path:
+    """Return the module's file as the kernel wants it, beside the one that is compressed."""
+    if path.suffix != ".xz":
+        return path
+    plain = path.with_suffix("")
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(lzma.decompress(path.read_bytes()))
+    partial.rename(plain)
+    return plain
 
 
 def _module_name(path: Path) -> str:

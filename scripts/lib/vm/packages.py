@@ -1,38 +1,93 @@
-"""Debian's packages, downloaded and unpacked without being installed."""
+"""Debian's packages, of this machine's suite or another, downloaded and unpacked without being installed."""
 
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from vm.errors import VmError
 
+# As root, apt downloads as a user who may not write where we do, and says so at length.
+_OPTIONS = ("-o", "APT::Sandbox::User=root")
 
-def unpack(package: str, target: Path) -> None:
+
+@dataclass(frozen=True)
+class Source:
+    """Where packages come from; `options` are what apt is told of it."""
+
+    options: tuple[str, ...] = _OPTIONS
+    own_lists: bool = False  # not those of this machine, which only root may write
+
+    def apt(self, program: str, *words: str, cwd: Path) -> str:
+        """Return what one of apt's programs prints; raises VmError."""
+        return run(program, *self.options, *words, cwd=cwd)
+
+    def refresh(self, folder: Path) -> None:
+        """Let apt learn what the mirror has now, if this user may."""
+        if self.own_lists or os.geteuid() == 0:
+            self.apt("apt-get", "update", cwd=folder)
+
+
+MACHINE = Source()
+
+
+def source(suite: str, folder: Path, architecture: str = "") -> Source:
+    """Return where the packages of a suite of Debian come from: "" is this machine's own; raises VmError.
+
+    Of another suite or architecture apt keeps its lists in `folder`, with this machine's mirror, proxies and
+    keys.
+    """
+    if suite in ("", platform.freedesktop_os_release().get("VERSION_CODENAME")) and not architecture:
+        return MACHINE
+    place = folder.absolute() / "-".join(word for word in ("apt", suite, architecture) if word)
+    (place / "lists/partial").mkdir(parents=True, exist_ok=True)
+    (place / "cache/archives/partial").mkdir(parents=True, exist_ok=True)
+    (place / "sources.list").write_text(f"deb {_mirror(folder)} {suite} main\n")
+    settings: dict[str, object] = {
+        "Dir::Etc::sourcelist": place / "sources.list",
+        "Dir::Etc::sourceparts": "-",
+        "Dir::State::lists": place / "lists",
+        "Dir::Cache": place / "cache",
+    }
+    if architecture:
+        settings |= {"APT::Architecture": architecture, "APT::Architectures": architecture}
+    options = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
+    return Source((*_OPTIONS, *options), own_lists=True)
+
+
+def _mirror(folder: Path) -> str:
+    """Return the address of the mirror that this machine has Debian from."""
+    question = ("apt-get", "indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages")
+    answer = run(*question, cwd=folder)
+    if "Debian " not in answer:
+        MACHINE.refresh(folder)
+        answer = run(*question, cwd=folder)
+    for line in answer.splitlines():
+        label, _, address = line.partition(" ")
+        if label == "Debian":
+            return address
+    raise VmError("apt knows no mirror of Debian here: run 'apt-get update' as root")
+
+
+def unpack(package: str, target: Path, where: Source = MACHINE) -> None:
     """Unpack the package into the folder `target`, whole or not at all, unless it exists; raises VmError."""
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         work = Path(name)
-        # As root, apt downloads as a user who may not write here, and says so at length.
-        sandbox = ["-o", "APT::Sandbox::User=root"]
         try:
-            run("apt-get", *sandbox, "download", package, cwd=work)
+            where.apt("apt-get", "download", package, cwd=work)
         except VmError:  # the lists are older than what the mirror still has
-            refresh_lists(work)
-            run("apt-get", *sandbox, "download", package, cwd=work)
+            where.refresh(work)
+            where.apt("apt-get", "download", package, cwd=work)
         (archive,) = work.glob("*.deb")
-        run("dpkg-deb", "-x", str(archive), "unpacked", cwd=work)
+        run("dpkg-deb", "-x", archive.name, "unpacked", cwd=work)
         (work / "unpacked").rename(target)
-
-
-def refresh_lists(folder: Path) -> None:
-    """Let apt learn what the mirror has now, if this user may."""
-    if os.geteuid() == 0:
-        run("apt-get", "update", cwd=folder)
 
 
 def run(*command: str, cwd: Path) -> str:
