@@ -1,11 +1,12 @@
 # shellcheck shell=bash
+# shellcheck disable=SC2154 # root and venv are those of common.sh
 # An arm64 Debian, zramd built for it, and its tests in there. Source it after common.sh.
 #
 # build/arm64 has tree/ (Debian's packages), site/ (the tests' wheels), and the builds, release/ and debug/.
 
 arm64=$root/build/arm64
 arm64_tree=$arm64/tree
-arm64_packages=(
+arm64_tree_packages=(
     python3-dev # Python, and the headers that the core is compiled with
     libc6-dev
     liblz4-dev
@@ -30,15 +31,15 @@ ensure_arm64() {
 _ensure_tree() {
     local stamp=$arm64/stamp.tree suite value
     suite=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
-    value="$suite ${arm64_packages[*]}"
+    value="$suite ${arm64_tree_packages[*]}"
     if stamp_is "$stamp" "$value"; then return; fi
     ((EUID == 0)) || die "only root can make an arm64 Debian: run it with sudo once"
     rm -rf --one-file-system "$arm64_tree" "$stamp"
-    with_arm64_programs run_quietly "making an arm64 $suite: ${arm64_packages[*]} (five minutes)" \
+    with_arm64_programs run_quietly "making an arm64 $suite: ${arm64_tree_packages[*]} (five minutes)" \
         mmdebstrap --mode=root --variant=minbase --architectures=arm64 --skip=check/qemu \
         --dpkgopt=path-exclude=/usr/share/{doc,man,locale}/'*' --dpkgopt=force-unsafe-io \
         --customize-hook="rm -rf \"\$1\"/usr/lib/python3/dist-packages/botocore/data \"\$1\"/var/{cache/apt,lib/apt/lists}/*" \
-        --include="$(IFS=,; printf '%s' "${arm64_packages[*]}")" "$suite" "$arm64_tree"
+        --include="$(IFS=,; printf '%s' "${arm64_tree_packages[*]}")" "$suite" "$arm64_tree"
     printf '%s' "$value" >"$stamp"
 }
 

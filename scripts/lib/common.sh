@@ -66,17 +66,23 @@ vm_packages=(
     libvirt-daemon-driver-qemu # makes qemu's command line of a description
     libxml2-utils   # the check's own tool
 )
+arm64_packages=(
+    qemu-system-arm       # runs the virtual machine
+    qemu-user-static      # runs what a package of arm64 does when it is installed
+    gcc-aarch64-linux-gnu # compiles for arm64
+)
 check_packages=(
     shellcheck # lints the scripts
 )
 
-# need_packages serve|test|vm|check: installs what is missing (root), or says how to (anyone else).
+# need_packages serve|test|vm|arm64|check: installs what is missing (root), or says how to (anyone else).
 need_packages() {
     local wanted=("${serve_packages[@]}") missing=() package
     case $1 in
     serve) ;;
     test) wanted+=("${test_packages[@]}") ;;
     vm) wanted+=("${test_packages[@]}" "${vm_packages[@]}") ;;
+    arm64) wanted+=("${test_packages[@]}" "${vm_packages[@]}" "${arm64_packages[@]}") ;;
     check) wanted+=("${check_packages[@]}") ;;
     esac
     command -v dpkg-query >/dev/null ||

@@ -54,6 +54,8 @@ def _files() -> Iterator[tuple[str, Path]]:
     yield from ((f"zramd/{path}", package / path) for path in _inside(package))
     yield from ((f"{SITE}/{path}", site / path) for path in _inside(site))
     yield from ((f"{TESTS}/tests/{path}", tests / path) for path in _inside(tests))
+    bench = ROOT / "scripts/lib/bench"
+    yield from ((f"{TESTS}/scripts/lib/bench/{path}", bench / path) for path in _inside(bench))
     yield f"{TESTS}/pyproject.toml", ROOT / "pyproject.toml"
 
 

@@ -13,6 +13,7 @@ from vm.errors import VmError
 
 SUITES = ("bookworm", "trixie")  # those whose kernels the tests boot: 6.1, 6.12
 
+
 @dataclass(frozen=True)
 class Flavour:
     """One of Debian's kernels: the package that depends on it, what it runs on, its page in bytes."""
@@ -39,7 +40,7 @@ class Kernel:
     release: str
     image: Path
     modules: Path
-    flavour: Flavour = Flavour()  # noqa: RUF009  it is frozen
+    flavour: Flavour = Flavour()
 
     def module_files(self, wanted: Iterable[str]) -> list[Path]:
         """Return the files of the modules and of all that they depend on, each after those it needs.
@@ -67,7 +68,7 @@ class Kernel:
         return path.read_text().splitlines() if path.exists() else []
 
 
-def prepare(folder: Path, suite: str = "", flavour: Flavour = Flavour()) -> Kernel:  # noqa: B008  it is frozen
+def prepare(folder: Path, suite: str = "", flavour: Flavour = Flavour()) -> Kernel:
     """Return the kernel of a suite of Debian, "" for this machine's; raises VmError.
 
     It is downloaded into `folder` unless it is there.

@@ -110,7 +110,7 @@ for block, data in model.items():
 check()
 device = Device(BLOCKS * BLOCK)
 device.reserve_start(32 << 20)
-# What was asked for is ready, and not much more: at most one more span of each length that this kernel allows.
+# What was asked for is ready, and at most one more span of each length that this kernel allows.
 assert 0 <= device.counters()["reserve_bytes"] - (32 << 20) <= 136 * BLOCK, device.counters()["reserve_bytes"]
 for block in range(400):
     device.write(rnd.randbytes(BLOCK), block * BLOCK)
