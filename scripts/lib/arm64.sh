@@ -1,8 +1,11 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2154 # root and venv are those of common.sh
-# An arm64 Debian, zramd built for it, and its tests in there. Source it after common.sh.
+# An arm64 Debian, and zramd built for it, of which vm/arm64_image.py makes a guest. Source it after common.sh.
 #
-# build/arm64 has tree/ (Debian's packages), site/ (the tests' wheels), and the builds, release/ and debug/.
+# The tests run in a virtual machine, not by qemu-user: a quarter of the core's tests took it 20 GB of memory. Its
+# version 7.2 keeps a record of each page of address space, of which a device reserves far more than it uses.
+#
+# build/arm64 has tree/ (Debian's packages), site/ (the tests' wheels), and the builds, such as release/.
 
 arm64=$root/build/arm64
 arm64_tree=$arm64/tree
@@ -98,24 +101,4 @@ with_arm64_programs() {
     if [[ $registered ]]; then printf -- -1 >"$binfmt/qemu-aarch64"; fi
     if [[ $mounted ]]; then umount "$binfmt"; fi
     return "$status"
-}
-
-# arm64_run COMMAND...: runs it in the tree, as root, in the checkout, with /proc, /dev and processes of its own.
-arm64_run() {
-    local tree=$arm64_tree
-    # shellcheck disable=SC2016 # expanded by the inner shell
-    with_arm64_programs unshare --mount --pid --fork --kill-child --propagation private -- bash -euc '
-        tree=$1 root=$2
-        shift 2
-        mkdir -p "$tree/root/zramd"
-        mount --bind "$root" "$tree/root/zramd"
-        mount -t proc proc "$tree/proc"
-        mount -t tmpfs tmpfs "$tree/tmp"
-        mount --bind /dev "$tree/dev"
-        mount -t tmpfs tmpfs "$tree/dev/shm"
-        status=0
-        chroot "$tree" /usr/bin/env -i HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 \
-            sh -c "cd /root/zramd && exec \"\$@\"" - "$@" || status=$?
-        exit "$status"
-    ' - "$tree" "$root" "$@"
 }
