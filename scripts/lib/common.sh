@@ -64,9 +64,14 @@ vm_packages=(
     nbd-client      # attaches the kernel's NBD device
     e2fsprogs       # makes the guests' root images
     mmdebstrap      # makes a Debian out of packages
-    libvirt-clients # virsh and its check of descriptions
+    libvirt-clients # virsh, and the check of descriptions
+    libxml2-utils   # that check's own tool
     libvirt-daemon-driver-qemu # makes qemu's command line of a description
-    libxml2-utils   # the check's own tool
+)
+arm64_packages=(
+    qemu-system-arm       # runs the virtual machine
+    qemu-user-static      # runs what a package of arm64 does when it is installed
+    gcc-aarch64-linux-gnu # compiles for arm64
 )
 check_packages=(
     shellcheck        # lints the scripts
@@ -81,13 +86,14 @@ fresh_packages=(
     debian-archive-keyring # and checks its signatures, on a machine of another make too
 )
 
-# need_packages serve|test|vm|check|package|fresh: installs what is missing (root), or says how to (anyone else).
+# need_packages serve|test|vm|arm64|check|package|fresh: installs what is missing (root), or says how to (anyone else).
 need_packages() {
     local wanted=("${serve_packages[@]}") missing=() package
     case $1 in
     serve) ;;
     test) wanted+=("${test_packages[@]}") ;;
     vm) wanted+=("${test_packages[@]}" "${vm_packages[@]}") ;;
+    arm64) wanted+=("${test_packages[@]}" "${vm_packages[@]}" "${arm64_packages[@]}") ;;
     check) wanted+=("${check_packages[@]}") ;;
     package) wanted+=("${package_packages[@]}") ;;
     fresh) wanted=("${fresh_packages[@]}") ;;

@@ -185,8 +185,8 @@ class TestRewriting:
     def test_faults(self, serve: Serve) -> None:
         """A request in steady state takes no page that it has to be given first.
 
-        (While it waits for the processor, the pages that are kept for it go: a twentieth on a machine with six
-        times the work that it can do. Without them it would be each time.)
+        (While it waits for the processor, the pages that are kept for it go: a twentieth on a machine with
+        six times the work that it can do. Without them it would be each time.)
         """
         served = serve(disksize=32 * MIB)
         rewriter = Rewriter(served)

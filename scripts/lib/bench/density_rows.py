@@ -169,7 +169,8 @@ def _on_kernel(trace: Trace) -> tuple[History, int]:
         return history, zram.mm_stat()[6]
 
 
-def _small_block(dice: random.Random) -> bytes:
+def small_block(dice: random.Random) -> bytes:
+    """Return a block that compresses well."""
     length = dice.choice(SMALL)
     return dice.randbytes(length) + bytes(BLOCK - length)
 
@@ -178,7 +179,7 @@ def traces(setup: Setup) -> tuple[Trace, Trace]:
     """Return the two traces; raises NotMeasuredError."""
     corpus = pages(setup)
     return (
-        Trace("highly compressible", setup.pick(131072, 4096), _small_block),
+        Trace("highly compressible", setup.pick(131072, 4096), small_block),
         Trace("memory pages", setup.pick(60000, 4096), lambda dice: dice.choice(corpus)),
     )
 

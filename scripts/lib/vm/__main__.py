@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import zramd
-from vm import image, kernel, kills, pressure, report, scenario
+from vm import arm64_image, image, kernel, kills, pressure, report, scenario
 from vm.errors import VmError
 from vm.guest import Machine, choose_accel
 from vm.plan import KERNEL_ZRAM, LIBVIRT, MODES, Plan, default_memory
@@ -35,6 +35,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--restart", action="store_true")
     parser.add_argument("--nbd-options", default="")
     parser.add_argument("--suite", default="")
+    parser.add_argument("--arm64", choices=kernel.ARM64)
     parser.add_argument("--memory", type=parse_size, default=0)
     parser.add_argument("--cpus", type=int, default=Plan.cpus)
     parser.add_argument("--size", type=parse_size, default=0)
@@ -120,8 +121,12 @@ def main() -> int:
         raise VmError("with --attach zram there is only the comparison: memory written, freed and compacted")
     live = report.Live()
     folder = ROOT / "build/vm"
-    cloud = kernel.prepare(folder, asked.suite)
-    images = image.prepare(folder, cloud, Path(zramd.__file__).parent.parent)
+    if asked.arm64:
+        cloud = kernel.prepare(folder, "", kernel.ARM64[asked.arm64])
+        images = arm64_image.prepare(folder, cloud)
+    else:
+        cloud = kernel.prepare(folder, asked.suite)
+        images = image.prepare(folder, cloud, Path(zramd.__file__).parent.parent)
     machine = Machine(cloud, images, 256 << 20, 2, "tcg")
     with tempfile.TemporaryDirectory(prefix="zramd-vm-") as name:
         accel = choose_accel(machine, Path(name))

@@ -316,7 +316,7 @@ class Local(Zramd):
         log = "/run/zramd.log"
         serve = f"/usr/bin/python3 -m zramd serve --name {NAME} --size {self.size} {pairs}"
         guest.run(f"setsid {serve} >{log} 2>&1 &")
-        end = time.monotonic() + READY_TIMEOUT
+        end = time.monotonic() + READY_TIMEOUT * guest.machine.patience
         while guest.try_run(f"/bin/guest_tool control {RUNDIR}/control.sock GET /health")[0]:
             if time.monotonic() > end or not guest.try_run(f"grep -qE '^zramd: |error:' {log}")[0]:
                 raise VmError(f"zramd does not serve in the guest: {self.log()}")

@@ -8,41 +8,45 @@ from typing import Any
 from vm.guest import Guest
 
 PAGE = 4096
-SMALL_ORDER = 4  # 64 KiB: what network cards, stacks and slabs ask for at most
-HUGE_ORDER = 9  # 2 MiB: a huge page
+SMALL = 64 << 10  # what network cards, stacks and slabs ask for at most
+HUGE = 2 << 20  # a huge page, where pages have 4096 bytes
 # What the kernel counts while it moves pages together.
 MOVED, NOT_MOVED = "pgmigrate_success", "pgmigrate_fail"
 
 
 @dataclass(frozen=True)
 class FreeBlocks:
-    """Free memory, of all zones; blocks of order n are 2**n pages."""
+    """Free memory, of all zones; blocks of order n are 2**n of the kernel's pages."""
 
     blocks: tuple[int, ...]  # of each order, from 0 on
     free: int  # bytes in all of them
-    small: float  # percent of it in blocks of SMALL_ORDER and longer
-    huge: float  # percent of it in blocks of HUGE_ORDER and longer
-    huge_pages: int  # how many pieces of HUGE_ORDER there are in them
+    small: float  # percent of it in blocks of SMALL bytes and longer
+    huge: float  # percent of it in blocks of HUGE bytes and longer
+    huge_pages: int  # how many pieces of HUGE bytes there are in them
 
 
-def parse(buddyinfo: str) -> FreeBlocks:
-    """Return what /proc/buddyinfo says."""
+def parse(buddyinfo: str, page: int = PAGE) -> FreeBlocks:
+    """Return what /proc/buddyinfo says; `page` is the kernel's, in bytes."""
     zones = [map(int, line.split()[4:]) for line in buddyinfo.splitlines()]
     blocks = tuple(map(sum, zip(*zones, strict=True)))
-    pages = [count << order for order, count in enumerate(blocks)]
-    free, huge = sum(pages), sum(pages[HUGE_ORDER:])
+    sizes = [page << order for order in range(len(blocks))]
+    # Bytes in blocks that are at least so long.
+    free, small, huge = (
+        sum(size * count for size, count in zip(sizes, blocks, strict=True) if size >= least)
+        for least in (page, SMALL, HUGE)
+    )
     return FreeBlocks(
         blocks,
-        free * PAGE,
-        round(100 * sum(pages[SMALL_ORDER:]) / max(free, 1), 1),
+        free,
+        round(100 * small / max(free, 1), 1),
         round(100 * huge / max(free, 1), 1),
-        huge >> HUGE_ORDER,
+        huge // HUGE,
     )
 
 
 def free_blocks(guest: Guest) -> FreeBlocks:
     """Return how the guest's free memory is cut."""
-    return parse(guest.run("cat /proc/buddyinfo"))
+    return parse(guest.run("cat /proc/buddyinfo"), guest.machine.kernel.flavour.page)
 
 
 def compact_memory(guest: Guest) -> dict[str, Any]:

@@ -51,16 +51,33 @@ class Machine:
         """Return what qemu is told of the disk that the root is on."""
         return f"driver=raw,node-name=root,read-only=on,file.driver=file,file.filename={self.images.root}"
 
+    @property
+    def is_arm64(self) -> bool:
+        """Whether it is an arm64, which here is always emulated."""
+        return self.kernel.flavour.architecture == "arm64"
+
+    @property
+    def patience(self) -> int:
+        """How much longer than a machine of this one's kind it takes for all."""
+        return 6 if self.is_arm64 else 1
+
     def command(self, console: Path, channels: list[int]) -> list[str]:
         """Return qemu's command line; `channels` are the sockets of ttyS1 to ttyS3 and of QMP."""
-        append = "console=ttyS0 panic=-1 oops=panic random.trust_cpu=on nbd.nbds_max=1 ignore_loglevel"
+        append = "panic=-1 oops=panic random.trust_cpu=on nbd.nbds_max=1 ignore_loglevel"
         append += f" {self.parameters}"
-        if self.accel == "tcg":
-            append += " tsc=reliable"  # else the clock is the HPET, which qemu emulates: slow
-            # A host that is busy delivers interrupts late, which the kernel takes for a timer that is broken.
-            append += " no_timer_check"
-        command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-        command += ["-M", f"pc,accel={self.accel}", "-cpu", "max" if self.accel == "tcg" else "host"]
+        if self.is_arm64:
+            append += " console=ttyAMA0"
+            # The processor of a Raspberry Pi 5, one of the machines whose pages have 16 KiB.
+            command = ["qemu-system-aarch64", "-M", "virt,gic-version=3", "-cpu", "cortex-a76"]
+        else:
+            append += " console=ttyS0"
+            command = ["qemu-system-x86_64", "-M", f"pc,accel={self.accel}"]
+            command += ["-cpu", "max" if self.accel == "tcg" else "host"]
+            if self.accel == "tcg":
+                append += " tsc=reliable"  # else the clock is the HPET, which qemu emulates: slow
+                # A busy host delivers interrupts late, which the kernel takes for a timer that is broken.
+                append += " no_timer_check"
+        command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         command += ["-smp", str(self.cpus), "-m", f"{self.memory // MIB}M"]
         command += [
             "-kernel",
@@ -72,7 +89,12 @@ class Machine:
         ]
         command += ["-chardev", f"file,id=console,path={console}", "-serial", "chardev:console"]
         for number, fd in enumerate(channels[:3], 1):
-            command += ["-chardev", f"socket,id=tty{number},fd={fd}", "-serial", f"chardev:tty{number}"]
+            command += ["-chardev", f"socket,id=tty{number},fd={fd}"]
+            if not self.is_arm64:
+                command += ["-serial", f"chardev:tty{number}"]
+        if self.is_arm64:  # which has one serial port of its own, and no ttyS0
+            ports = ",".join(f"chardev{number + 1}=tty{number}" for number in (1, 2, 3))
+            command += ["-chardev", "null,id=tty0", "-device", f"pci-serial-4x,chardev1=tty0,{ports}"]
         command += ["-chardev", f"socket,id=qmp,fd={channels[3]}", "-mon", "chardev=qmp,mode=control"]
         command += ["-blockdev", self.root_disk(), "-device", "virtio-blk-pci,drive=root"]
         return command + self.devices
@@ -158,12 +180,13 @@ class Guest:
     def wait_for_boot(self, timeout: float = BOOT_TIMEOUT) -> None:
         """Wait until the guest takes commands; raises GuestError."""
         started = time.monotonic()
+        timeout *= self.machine.patience
         while not self.beats:
             if time.monotonic() - started > timeout:
                 raise self._error(f"the guest has not booted within {timeout:.0f} s")
             self._check_alive("while the guest booted")
             time.sleep(0.02)
-        self.run("true", timeout)
+        self.run("true")
         self.booted = time.monotonic() - started
 
     def wait_for_end(self, timeout: float) -> float:
@@ -273,6 +296,8 @@ class Guest:
 
     def _line(self, channel: Channel, timeout: float, what: str) -> str:
         """Return the channel's next line; raises GuestError after `timeout`, or at a hang."""
+        quiet_for = QUIET_FOR * self.machine.patience
+        timeout *= self.machine.patience
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             try:
@@ -283,8 +308,8 @@ class Guest:
             if line is not None:
                 return line
             self._check_alive(f"and {what}")
-            if time.monotonic() - self._beat_at > QUIET_FOR:
-                raise self._error(f"the guest gave no sign of life for {QUIET_FOR:.0f} s, and {what}")
+            if time.monotonic() - self._beat_at > quiet_for:
+                raise self._error(f"the guest gave no sign of life for {quiet_for:.0f} s, and {what}")
         raise self._error(f"{what} within {timeout:.0f} s")
 
     def _answer(self, phase: str, timeout: float) -> dict[str, Any]:
@@ -330,7 +355,7 @@ class Guest:
 
 def choose_accel(machine: Machine, folder: Path) -> str:
     """Return kvm if the machine boots with it, else tcg. A /dev/kvm that is there need not work."""
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+    if machine.is_arm64 or not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "tcg"
     try:
         with Guest(replace(machine, accel="kvm", devices=[]), folder) as guest:

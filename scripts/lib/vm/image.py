@@ -54,21 +54,26 @@ def prepare(folder: Path, kernel: Kernel, package: Path) -> Images:
     files = dict(_root_files(package))
     zram = kernel.module_files(ZRAM_MODULES)
     files |= {f"lib/modules/{path.name}": path for path in (*later, *zram)}
-    digest = _digest([*files.items(), *((path.name, path) for path in (*boot, *sorted(GUEST.iterdir())))])
+    made_of = digest([*files.items(), *((path.name, path) for path in (*boot, *sorted(GUEST.iterdir())))])
     images = Images(
-        folder / f"initramfs-{digest}.img",
-        folder / f"root-{digest}.img",
+        folder / f"initramfs-{made_of}.img",
+        folder / f"root-{made_of}.img",
         [f"/lib/modules/{path.name}" for path in later],
         [f"/lib/modules/{path.name}" for path in zram],
     )
     with locked(folder):
         if not images.root.exists():
-            _build_initramfs(images.initramfs, boot)
+            build_initramfs(images.initramfs, _program("busybox"), boot)
             _build_root(images.root, files)
-        for path in (images.initramfs, images.root):
-            os.utime(path)
-        _remove_unused(folder)
+        keep(folder, images)
     return images
+
+
+def keep(folder: Path, images: Images) -> None:
+    """Note that the images are in use, and remove those that were not for long."""
+    for path in (images.initramfs, images.root):
+        os.utime(path)
+    _remove_unused(folder)
 
 
 # ---- The initramfs ---------------------------------------------------------------------------------------
@@ -112,10 +117,10 @@ def cpio(entries: Iterable[Entry]) -> bytes:
     return bytes(archive)
 
 
-def _build_initramfs(target: Path, modules: list[Path]) -> None:
-    busybox = _program("busybox").read_bytes()
+def build_initramfs(target: Path, busybox: Path, modules: list[Path]) -> None:
+    """Make the archive of a static busybox and the modules that the root needs."""
     contents = [(path.name, path.read_bytes()) for path in modules]
-    archive = cpio(initramfs_entries(busybox, (GUEST / "initramfs.sh").read_bytes(), contents))
+    archive = cpio(initramfs_entries(busybox.read_bytes(), (GUEST / "initramfs.sh").read_bytes(), contents))
     partial = target.with_suffix(".partial")
     partial.write_bytes(archive)
     partial.rename(target)
@@ -183,18 +188,24 @@ def _build_root(target: Path, files: dict[str, Path]) -> None:
         never_checked = py_compile.PycInvalidationMode.UNCHECKED_HASH
         compileall.compile_dir(stage / "zramd", quiet=2, invalidation_mode=never_checked)
         compile_tool(stage / "bin/guest_tool")
-        size = sum(path.stat().st_size + 4096 for path in stage.rglob("*") if not path.is_symlink())
-        partial = target.with_suffix(".partial")
-        partial.unlink(missing_ok=True)
-        options = ["-q", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0", "-d", str(stage)]
-        output("mke2fs", *options, str(partial), f"{size * 5 // 4 // 1024 + 4096}k")
-        partial.rename(target)
+        make_file_system(target, stage)
 
 
-def compile_tool(target: Path) -> None:
+def make_file_system(target: Path, stage: Path) -> None:
+    """Make the image `target` of a file system that holds what is in `stage`, and is full with it."""
+    size = sum(path.lstat().st_size + 4096 for path in stage.rglob("*") if not path.is_symlink())
+    partial = target.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    options = ["-q", "-t", "ext4", "-O", "^has_journal", "-E", "root_owner=0:0", "-d", str(stage)]
+    output("mke2fs", *options, str(partial), f"{size * 5 // 4 // 1024 + 4096}k")
+    partial.rename(target)
+
+
+def compile_tool(target: Path, *compiler: str) -> None:
     """Compile the program that works in the guest: heartbeat, workload, and more."""
     sources = sorted(str(path) for path in GUEST.glob("*.c"))
-    output("cc", "-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(target), *sources)
+    words = ["-static", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(target), *sources]
+    output(*(compiler or ("cc",)), *words)
 
 
 # ---- Helpers ---------------------------------------------------------------------------------------------
@@ -224,13 +235,13 @@ def output(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def _digest(files: Iterable[tuple[str, Path]]) -> str:
+def digest(files: Iterable[tuple[str, Path]]) -> str:
     """Return a hash of the files' names and, instead of their contents, of their sizes and times."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
+    found = hashlib.sha256(Path(__file__).read_bytes())
     for name, path in files:
-        found = path.stat()
-        digest.update(f"{name}\0{path}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
+        status = path.stat()
+        found.update(f"{name}\0{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return found.hexdigest()[:16]
 
 
 @contextmanager

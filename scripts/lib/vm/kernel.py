@@ -12,8 +12,24 @@ from vm import packages
 from vm.errors import VmError
 
 SUITES = ("bookworm", "trixie")  # those whose kernels the tests boot: 6.1, 6.12
-META_PACKAGE = "linux-image-cloud-amd64"
-_IMAGE_PACKAGE = re.compile(r"linux-image-(\d[\w.+~-]*-cloud-amd64)$")
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One of Debian's kernels: the package that depends on it, what it runs on, its page in bytes."""
+
+    package: str = "linux-image-cloud-amd64"
+    architecture: str = ""  # this machine's
+    suite: str = ""  # the one asked for
+    page: int = 4096
+
+
+# The kernels of arm64, by their pages.
+ARM64 = {
+    "4k": Flavour("linux-image-cloud-arm64", "arm64", "trixie"),
+    "16k": Flavour("linux-image-arm64-16k", "arm64", "trixie", 16384),
+}
+_IMAGE_PACKAGE = re.compile(r"linux-image-\d[\w.+~-]*$")
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 
 
@@ -24,6 +40,7 @@ class Kernel:
     release: str
     image: Path
     modules: Path
+    flavour: Flavour = Flavour()
 
     def module_files(self, wanted: Iterable[str]) -> list[Path]:
         """Return the files of the modules and of all that they depend on, each after those it needs.
@@ -51,29 +68,29 @@ class Kernel:
         return path.read_text().splitlines() if path.exists() else []
 
 
-def prepare(folder: Path, suite: str = "") -> Kernel:
+def prepare(folder: Path, suite: str = "", flavour: Flavour = Flavour()) -> Kernel:
     """Return the kernel of a suite of Debian, "" for this machine's; raises VmError.
 
     It is downloaded into `folder` unless it is there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    source = packages.source(suite, folder)
-    package = _image_package_of(source, folder)
+    source = packages.source(suite or flavour.suite, folder, flavour.architecture)
+    package = _image_package_of(source, folder, flavour)
     if package is None:
         source.refresh(folder)
-        package = _image_package_of(source, folder)
+        package = _image_package_of(source, folder, flavour)
     if package is None:
-        raise VmError(f"apt does not know {META_PACKAGE}: run 'apt-get update' as root")
+        raise VmError(f"apt does not know {flavour.package}: run 'apt-get update' as root")
     target = folder / package
     packages.unpack(package, target, source)
     release = package.removeprefix("linux-image-")
     modules = next(path for path in (target / "usr/lib/modules", target / "lib/modules") if path.exists())
-    return Kernel(release, target / f"boot/vmlinuz-{release}", modules / release)
+    return Kernel(release, target / f"boot/vmlinuz-{release}", modules / release, flavour)
 
 
-def _image_package_of(source: packages.Source, folder: Path) -> str | None:
+def _image_package_of(source: packages.Source, folder: Path, flavour: Flavour) -> str | None:
     try:
-        return image_package(source.apt("apt-cache", "depends", META_PACKAGE, cwd=folder))
+        return image_package(source.apt("apt-cache", "depends", flavour.package, cwd=folder))
     except VmError:  # it has no lists yet
         return None
 

@@ -35,23 +35,26 @@ class Source:
 MACHINE = Source()
 
 
-def source(suite: str, folder: Path) -> Source:
+def source(suite: str, folder: Path, architecture: str = "") -> Source:
     """Return where the packages of a suite of Debian come from: "" is this machine's own; raises VmError.
 
-    Of another suite apt keeps its lists in `folder`, with this machine's mirror, proxies and keys.
+    Of another suite or architecture apt keeps its lists in `folder`, with this machine's mirror, proxies and
+    keys.
     """
-    if suite in ("", platform.freedesktop_os_release().get("VERSION_CODENAME")):
+    if suite in ("", platform.freedesktop_os_release().get("VERSION_CODENAME")) and not architecture:
         return MACHINE
-    place = folder.absolute() / f"apt-{suite}"
+    place = folder.absolute() / "-".join(word for word in ("apt", suite, architecture) if word)
     (place / "lists/partial").mkdir(parents=True, exist_ok=True)
     (place / "cache/archives/partial").mkdir(parents=True, exist_ok=True)
     (place / "sources.list").write_text(f"deb {_mirror(folder)} {suite} main\n")
-    settings = {
+    settings: dict[str, object] = {
         "Dir::Etc::sourcelist": place / "sources.list",
         "Dir::Etc::sourceparts": "-",
         "Dir::State::lists": place / "lists",
         "Dir::Cache": place / "cache",
     }
+    if architecture:
+        settings |= {"APT::Architecture": architecture, "APT::Architectures": architecture}
     options = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
     return Source((*_OPTIONS, *options), own_lists=True)
 

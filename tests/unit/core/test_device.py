@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import pytest
 from support.content import compressible, noise
+from support.pages import pages_of_one_block
 
 from zramd import Device, PoolFullError
 from zramd.core.device.device import MAX_DISKSIZE
@@ -43,6 +44,7 @@ def test_disksize_out_of_range(disksize: int) -> None:
         Device(disksize)
 
 
+@pages_of_one_block
 def test_the_largest_device() -> None:
     device = Device(MAX_DISKSIZE)
     device.write(noise(1), MAX_DISKSIZE - BLOCK)
@@ -91,6 +93,7 @@ def test_unaligned_write_keeps_the_neighbours(offset: int, length: int) -> None:
     device.check()
 
 
+@pages_of_one_block
 def test_counters_are_zrams() -> None:
     device = Device(1 << 20)
     device.write(bytes(BLOCK), 0)  # a zero block: allocated, no memory
@@ -220,6 +223,7 @@ def test_a_request_that_fails_in_the_middle() -> None:
     device.check()
 
 
+@pages_of_one_block
 def test_limit_can_be_changed() -> None:
     device = Device(1 << 20, mem_limit=BLOCK)
     device.write(noise(1), 0)
@@ -265,6 +269,7 @@ def test_a_huge_empty_device_costs_almost_nothing() -> None:
     assert counters["metadata_bytes"] < 1 << 20
 
 
+@pages_of_one_block
 def test_latencies() -> None:
     """Every request is in one bucket, failed or not; a block status is no request."""
     device = Device(1 << 20, mem_limit=BLOCK)
@@ -390,6 +395,7 @@ def test_read_during_compaction_is_whole() -> None:
     device.check()
 
 
+@pages_of_one_block
 def test_block() -> None:
     device = Device(1 << 20)
     device.write(compressible(1), 0)

@@ -3,6 +3,7 @@
 import zlib
 
 import pytest
+from support.pages import pages_of_one_block
 
 from zramd.core.device.device import MAX_DISKSIZE, state_layout
 from zramd.core.pool.size_classes import CLASSES, layout_sum, size_classes
@@ -21,6 +22,7 @@ def test_kernels_with_larger_pages_have_classes_of_their_own(unit: int, expected
     assert layout_sum(unit) == expected
 
 
+@pages_of_one_block
 def test_a_state_is_laid_out_as_ever() -> None:
     layout = state_layout(1 << 30)
     del layout["size_classes"]  # (they depend on this kernel's pages)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from support.pages import pages_of_one_block
 
 from zramd.core.device import requests
 from zramd.core.device.device import Device
@@ -41,6 +42,7 @@ def test_each_does_its_work() -> None:
     assert len(requests.extents(device, 4 * BLOCK, 0, 4)) == 1
 
 
+@pages_of_one_block
 def test_a_full_pool_raises_one_exception_again_and_again(told: list[int]) -> None:
     device = Device(1 << 20, mem_limit=BLOCK)
     requests.pwrite(device, os.urandom(BLOCK), 0, 0)

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from support.pages import pages_of_one_block
 
 from zramd import Device, HandleError, PoolFullError, Zsmalloc
 
@@ -137,6 +138,7 @@ def test_max_objects() -> None:
         Zsmalloc(1 << 31)
 
 
+@pages_of_one_block
 def test_class_geometry() -> None:
     table = Zsmalloc(10).table()
     sizes = [row[1] for row in table]
@@ -164,6 +166,7 @@ def test_every_size_goes_to_the_smallest_class_that_holds_it() -> None:
     pool.check()
 
 
+@pages_of_one_block
 def test_pages_are_counted_one_by_one() -> None:
     """A zspage costs the pages that were touched, not all that it may have."""
     pool = Zsmalloc(100)
@@ -191,6 +194,7 @@ def test_freed_zspages_are_kept_in_a_small_stock_and_given_back() -> None:
     pool.check()
 
 
+@pages_of_one_block
 def test_huge_objects_free_their_page_by_themselves() -> None:
     pool = Zsmalloc(1000)
     handles = fill(pool, 800, PAGE)
@@ -264,6 +268,7 @@ def test_compaction_moves_no_more_than_it_must() -> None:
     pool.check()
 
 
+@pages_of_one_block
 def test_compaction_frees_whole_zspages_first() -> None:
     """One object moved frees a zspage of small ones; the last pages of a larger class come after."""
     pool = Zsmalloc(10000)
@@ -285,6 +290,7 @@ def test_compaction_frees_whole_zspages_first() -> None:
 
 
 @pytest.mark.parametrize("size", [20, 500, 1500, 3000])
+@pages_of_one_block
 def test_compaction_tightens_the_last_zspage(size: int) -> None:
     """What is left of it goes to its first pages; not more is copied than was on the others."""
     pool = Zsmalloc(10000)
@@ -304,6 +310,7 @@ def test_compaction_tightens_the_last_zspage(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1100, 1500, 2000, 3000, 3800])
+@pages_of_one_block
 def test_an_empty_page_goes_back_without_compaction(size: int) -> None:
     """Once much of a class is free. What is written then takes such pages again."""
     rnd = random.Random(size)

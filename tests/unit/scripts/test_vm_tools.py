@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts" / "lib"))
 
 from vm import attach, buddy, image, kernel, packages, plan, probe, report, requests
 from vm.errors import VmError
+from vm.guest import Machine
 
 MIB = 1 << 20
 
@@ -49,7 +50,33 @@ def test_guests_here_have_the_disk_that_the_page_describes() -> None:
 def test_kernel_package() -> None:
     depends = "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-50-cloud-amd64\n"
     assert kernel.image_package(depends) == "linux-image-6.1.0-50-cloud-amd64"
+    depends = "linux-image-arm64-16k\n  Depends: linux-image-6.12.117+deb13-arm64-16k\n"
+    assert kernel.image_package(depends) == "linux-image-6.12.117+deb13-arm64-16k"
     assert kernel.image_package("nothing\n") is None
+
+
+@pytest.mark.parametrize("architecture", ["", "arm64"])
+def test_qemu_is_the_one_of_the_architecture(architecture: str, tmp_path: Path) -> None:
+    """Each has the kernel's console, and three ports more that the guest knows by the same names."""
+    booted = kernel.Kernel("6.12", tmp_path, tmp_path, kernel.Flavour(architecture=architecture))
+    images = image.Images(tmp_path, tmp_path, [], [])
+    command = Machine(booted, images, 256 * MIB, 1, "tcg").command(tmp_path, [10, 11, 12, 13])
+    assert command[0] == ("qemu-system-aarch64" if architecture else "qemu-system-x86_64")
+    assert (
+        f"console={'ttyAMA0' if architecture else 'ttyS0'}" in command[command.index("-append") + 1].split()
+    )
+    ports = command.count("-serial") - 1 or command[command.index("-device") + 1].count("=tty") - 1
+    assert ports == 3
+
+
+def test_packages_of_another_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this machine's suite, too, they have lists of their own."""
+    monkeypatch.setattr(packages, "run", lambda *command, cwd: "Debian http://mirror.invalid/debian/\n")
+    suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
+    other = packages.source(suite, tmp_path, "arm64")
+    assert other.own_lists
+    lists = f"Dir::State::lists={tmp_path}/apt-{suite}-arm64/lists"
+    assert {"APT::Architecture=arm64", "APT::Architectures=arm64", lists} < {*other.options}
 
 
 def test_missing_module(tmp_path: Path) -> None:
@@ -129,6 +156,9 @@ def test_free_memory_by_the_length_of_its_blocks() -> None:
     assert found.small == round(100 * (pages - 204) / pages, 1)
     assert found.huge == round(100 * 9 * 512 / pages, 1)
     assert found.huge_pages == 9
+    larger = buddy.parse(BUDDYINFO, 16384)
+    # Blocks of order 9 and 10 then have 8 and 16 MiB.
+    assert (larger.free, larger.huge_pages) == (4 * found.free, 3 * 4 + 3 * 8)
     full = buddy.parse("Node 0, zone    DMA32 0 0 0 0 0 0 0 0 0 0 0\n")
     assert (full.free, full.small, full.huge, full.huge_pages) == (0, 0, 0, 0)
 

@@ -317,11 +317,11 @@ cdef class Arena:
 
     cdef uint32_t _ready_wanted(self, uint32_t npages) noexcept nogil:
         """Spans of a length to keep ready: half of the reserve is for all lengths alike, half goes by what is taken."""
-        cdef uint64_t half = load_relaxed(&self.reserve) // 2
+        cdef uint64_t half = load_relaxed(&self.reserve) // 2, lengths = SPAN_PAGES // self.unit
         if npages == 0 or npages % self.unit:
             return 0
         # (What is asked for fades, in a small reserve until nothing is left.)
-        return <uint32_t>((half // SPAN_PAGES + half * self.demand[npages] // max(self.demand_sum, 1)) // npages) + 1
+        return <uint32_t>((half // lengths + half * self.demand[npages] // max(self.demand_sum, 1)) // npages) + 1
 
     cdef void _note_demand(self, uint32_t npages) noexcept nogil:
         """Count a span that was asked for; what was long ago counts less and less."""
