@@ -43,7 +43,12 @@ def held(result: dict[str, Any], what: str) -> bool:
 
 @pytest.mark.parametrize(
     ("way", "suite"),
-    [*product(("qemu", "guest", "local"), SUITES), ("libvirt", SUITES[0])],  # its part is qemu's command line
+    [
+        *product(("qemu", "guest"), SUITES),
+        ("libvirt", SUITES[0]),  # its part is qemu's command line
+        ("local", SUITES[0]),
+        pytest.param("local", SUITES[1], marks=pytest.mark.slow),
+    ],
 )
 def test_swap(way: str, suite: str, tmp_path: Path) -> None:
     result = vm_swap(tmp_path, "--attach", way, "--suite", suite)
