@@ -56,6 +56,8 @@ def _files() -> Iterator[tuple[str, Path]]:
     yield from ((f"{TESTS}/tests/{path}", tests / path) for path in _inside(tests))
     bench = ROOT / "scripts/lib/bench"
     yield from ((f"{TESTS}/scripts/lib/bench/{path}", bench / path) for path in _inside(bench))
+    core = ROOT / "zramd/core"  # in which a test looks for the points where it may crash
+    yield from ((f"{TESTS}/zramd/core/{path}", core / path) for path in _inside(core) if path.suffix != ".py")
     yield f"{TESTS}/pyproject.toml", ROOT / "pyproject.toml"
 
 
