@@ -8,6 +8,7 @@ from contextlib import suppress
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
+from support.pages import pages_of_one_block
 
 from zramd import Device, PoolFullError
 from zramd.core.device.device import state_layout
@@ -185,6 +186,7 @@ def test_flips_in_a_live_state(saved: tuple[Memory, bytes], seed: int, count: in
     os.close(memory.fd)
 
 
+@pages_of_one_block
 def test_flips_are_found(saved: tuple[Memory, bytes]) -> None:
     """The two tests above would pass if nothing ever came to harm."""
     rnd = random.Random(3)
@@ -267,6 +269,7 @@ def test_any_bit_of_a_slot_or_a_cell_loses_one_block(table: str) -> None:
     os.close(sound.fd)
 
 
+@pages_of_one_block
 def test_a_cell_that_leads_to_a_span_of_a_reserve() -> None:
     """Such spans have pages, but never had a class: what is in them is nobody's object."""
     uses = (
@@ -307,6 +310,7 @@ def test_a_cell_that_leads_to_a_span_of_a_reserve() -> None:
 
 
 @pytest.mark.slow
+@pages_of_one_block
 def test_a_pin_that_nobody_holds(saved: tuple[Memory, bytes]) -> None:
     """Who waits for it gives up."""
     memory, model = saved[0].copy(), saved[1]

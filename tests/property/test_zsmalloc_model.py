@@ -6,6 +6,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from support.run import SCALE
 
 from zramd import PoolFullError, Zsmalloc
+from zramd.core.memory.region import page_size
 
 SIZES = st.one_of(st.integers(1, 4096), st.integers(1, 64), st.sampled_from([500, 1360, 3844, 3845, 4096]))
 
@@ -78,7 +79,8 @@ class ZsmallocModel(RuleBasedStateMachine):
         """After compaction the pool is no larger than docs/density.md says, whatever was done before."""
         classes = sum(row[14] > 0 for row in self.pool.table()[:-1])
         payload = sum(len(data) for data in self.model.values())
-        bound = 1.1 * payload + 31 * len(self.model) + 4096 * classes
+        raw = sum(len(data) > 3844 for data in self.model.values())
+        bound = 1.1 * payload + 31 * len(self.model) + page_size() * classes + (page_size() - 4096) * raw
         assert self.pool.stats()["mem_used_total"] <= bound
 
     @rule(pages=st.one_of(st.just(0), st.integers(1, 300)))

@@ -50,12 +50,12 @@ def prepare(folder: Path, kernel: Kernel) -> image.Images:
 
 def _files() -> Iterator[tuple[str, Path]]:
     """Yield what is added to the tree: paths in the guest, and where each file is taken from."""
-    package, site, tests = MADE / "release", MADE / "site", ROOT / "tests"
+    package, site = MADE / "release", MADE / "site"
     yield from ((f"zramd/{path}", package / path) for path in _inside(package))
     yield from ((f"{SITE}/{path}", site / path) for path in _inside(site))
-    yield from ((f"{TESTS}/tests/{path}", tests / path) for path in _inside(tests))
-    bench = ROOT / "scripts/lib/bench"
-    yield from ((f"{TESTS}/scripts/lib/bench/{path}", bench / path) for path in _inside(bench))
+    # What the tests read of the checkout, among it the core's source, whose points to crash at they look for.
+    for name in ("tests", "docs", "scripts/lib/bench", "zramd/core"):
+        yield from ((f"{TESTS}/{name}/{path}", ROOT / name / path) for path in _inside(ROOT / name))
     yield f"{TESTS}/pyproject.toml", ROOT / "pyproject.toml"
 
 

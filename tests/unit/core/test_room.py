@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.content import compressible, noise
+from support.pages import pages_of_one_block
 from support.run import SANITIZED, preloaded
 
 from zramd import Device, PoolFullError, Zsmalloc
@@ -81,6 +82,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pages_of_one_block
 def test_a_load_on_a_full_file_system(tmp_path: Path) -> None:
     """It touches slots that nobody has asked for yet."""
     code = """
@@ -139,6 +141,7 @@ for turn in range(60):
     in_tmpfs(tmp_path, code, "2m")
 
 
+@pages_of_one_block
 def test_others_fill_the_file_system(tmp_path: Path) -> None:
     """All at once, while nothing is written to the device: the next page is not taken for granted."""
     code = """
@@ -166,6 +169,7 @@ for writes in range(0, 70, 7):
     in_tmpfs(tmp_path, code, "150m")
 
 
+@pages_of_one_block
 def test_each_table_says_which_room_there_is_none_of(tmp_path: Path) -> None:
     """Slots, cells, classes of spans, the pool, a part of a block: none has anything to do with mem_limit."""
     code = """

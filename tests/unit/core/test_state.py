@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support.content import compressible, noise
+from support.pages import pages_of_one_block
 
 from zramd import Device, PoolFullError
 from zramd.core.device.device import state_layout
@@ -331,6 +332,7 @@ def mapped(path: Path) -> int:
     return total
 
 
+@pages_of_one_block
 def test_for_the_local_kernel_all_of_a_state_is_mapped(memory_folder: Path) -> None:
     """A lock holds only what is mapped: what a server has taken over must not be swapped out to itself."""
     path = memory_folder / "state"
