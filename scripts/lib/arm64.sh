@@ -2,8 +2,8 @@
 # shellcheck disable=SC2154 # root and venv are those of common.sh
 # An arm64 Debian, and zramd built for it, of which vm/arm64_image.py makes a guest. Source it after common.sh.
 #
-# The tests run in a virtual machine, not by qemu-user: a quarter of the core's tests took it 20 GB of memory. Its
-# version 7.2 keeps a record of each page of address space, of which a device reserves far more than it uses.
+# The tests run in a virtual machine, not by qemu-user: with a quarter of the core's tests done that had most of 24 GiB
+# of memory, perhaps because a device reserves far more address space than it uses.
 #
 # build/arm64 has tree/ (Debian's packages), site/ (the tests' wheels), and the builds, such as release/.
 

@@ -10,6 +10,7 @@ from zramd.core.device.device import state_layout
 FAULTS_WANTED = 0.01  # page faults for each request: the server's own housekeeping may have one now and then
 CLOSE = 0.01  # by how much of what the server says of its pool the kernel may say more or less
 SLACK = 256 << 10  # bytes: what else lies next to it; the refiller goes on meanwhile
+GROUPS = "/run/cgroup2"  # in the guest
 SECONDS = 6  # of load while system calls are counted
 # By these a program gets memory from the kernel or changes what is mapped.
 MEMORY_CALLS = ("brk", "mmap", "mremap", "munmap", "mprotect", "clone", "clone3")
@@ -34,12 +35,22 @@ def measure(session: Session) -> None:
     result.expect("the reserve is never empty", misses == 0, f"{misses} pages were not ready")
     counts = "/tmp/strace"
     pid = early["daemon_pid"]
-    guest.run(f"/usr/sbin/strace -f -c -o {counts} -p {pid} >/dev/null 2>&1 & echo $! >/tmp/strace.pid")
+    # strace stops the server at each call. Its own memory must not be swapped to that, or both wait for ever.
+    guest.run(
+        f"mkdir -p {GROUPS} && mount -t cgroup2 none {GROUPS}"
+        f" && echo +memory >{GROUPS}/cgroup.subtree_control"
+        f" && mkdir -p {GROUPS}/strace && echo 0 >{GROUPS}/strace/memory.swap.max"
+    )
+    guest.run(
+        f"sh -c 'echo $$ >{GROUPS}/strace/cgroup.procs; exec /usr/sbin/strace -f -c -o {counts} -p {pid}' "
+        ">/dev/null 2>&1 & echo $! >/tmp/strace.pid"
+    )
     _load(session)
     guest.run(
         "pid=$(cat /tmp/strace.pid); kill -INT $pid; while kill -0 $pid 2>/dev/null; do sleep 1; done",
         60,
     )
+    guest.run(f"rmdir {GROUPS}/strace; umount {GROUPS}")
     calls = system_calls(guest.run(f"cat {counts}"))
     result.requests["system_calls"] = calls
     found = {name: calls[name] for name in MEMORY_CALLS if name in calls}
