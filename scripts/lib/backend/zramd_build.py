@@ -141,7 +141,13 @@ class build_ext(_build_ext):
             define_macros=macros,
             py_limited_api=self.profile.limited_api,
             # no-sign-compare: Cython writes such comparisons itself, and each would warn.
-            extra_compile_args=["-Wno-sign-compare", *pkg_config("--cflags", "liblz4"), *self.profile.cflags],
+            extra_compile_args=[
+                "-Wno-sign-compare",
+                # What is not of the limited API is not declared: an older gcc would only warn.
+                "-Werror=implicit-function-declaration",
+                *pkg_config("--cflags", "liblz4"),
+                *self.profile.cflags,
+            ],
             # as-needed: only the modules that call lz4 are linked with it
             extra_link_args=["-Wl,--as-needed", *pkg_config("--libs", "liblz4"), *self.profile.ldflags],
         )

@@ -24,15 +24,30 @@ cdef extern from *:
 
     static __thread int thread_is_kept;
     static pthread_key_t kept_key;
-    static kept_state *ended_threads;   /* atomic: pushed by ending threads, taken whole by the next thread */
+    /* Atomic: pushed to one by one, taken whole. */
+    static kept_state *ended_threads, *cleaners;
 
-    static void thread_ended(void *value)
+    static void push(kept_state **list, kept_state *kept)
     {
-        kept_state *kept = (kept_state *)value;
-        kept->next = __atomic_load_n(&ended_threads, __ATOMIC_RELAXED);
-        while (!__atomic_compare_exchange_n(&ended_threads, &kept->next, kept, 1, __ATOMIC_RELEASE, __ATOMIC_RELAXED))
+        kept->next = __atomic_load_n(list, __ATOMIC_RELAXED);
+        while (!__atomic_compare_exchange_n(list, &kept->next, kept, 1, __ATOMIC_RELEASE, __ATOMIC_RELAXED))
             ;
     }
+
+    static int delete_all(kept_state **list)
+    {
+        int deleted = 0;
+        kept_state *kept, *next;
+        for (kept = __atomic_exchange_n(list, NULL, __ATOMIC_ACQUIRE); kept; kept = next, deleted++) {
+            next = kept->next;
+            PyThreadState_Clear(kept->state);
+            PyThreadState_Delete(kept->state);
+            free(kept);
+        }
+        return deleted;
+    }
+
+    static void thread_ended(void *value) { push(&ended_threads, (kept_state *)value); }
 
     static int kept_init(void) { return pthread_key_create(&kept_key, thread_ended); }
 
@@ -40,27 +55,27 @@ cdef extern from *:
        wait for it once more.
 
        Since Python 3.12 whoever deletes a state is left without one for PyGILState_Ensure. So a state that is made for
-       it does, and deletes itself; with that the thread's own counts as unbound, and is bound when it comes back. */
+       it does; with that the thread's own counts as unbound, and is bound when it comes back. The stable ABI lets no
+       state delete itself: the next cleaner does that. */
     static int reclaim(PyThreadState *own)
     {
-        int reclaimed = 0;
-        kept_state *ended, *next;
-        PyThreadState *cleaner;
+        int reclaimed;
+        kept_state *cleaner;
         if (!__atomic_load_n(&ended_threads, __ATOMIC_RELAXED))
             return 0;
-        cleaner = PyThreadState_New(PyThreadState_GetInterpreter(own));
+        cleaner = (kept_state *)malloc(sizeof(*cleaner));
         if (!cleaner)
             return 0;
-        PyThreadState_Swap(cleaner);
-        for (ended = __atomic_exchange_n(&ended_threads, NULL, __ATOMIC_ACQUIRE); ended; ended = next, reclaimed++) {
-            next = ended->next;
-            PyThreadState_Clear(ended->state);
-            PyThreadState_Delete(ended->state);
-            free(ended);
+        cleaner->state = PyThreadState_New(PyThreadState_GetInterpreter(own));
+        if (!cleaner->state) {
+            free(cleaner);
+            return 0;
         }
-        PyThreadState_Clear(cleaner);
-        PyThreadState_DeleteCurrent();
-        PyEval_RestoreThread(own);
+        PyThreadState_Swap(cleaner->state);
+        delete_all(&cleaners);
+        reclaimed = delete_all(&ended_threads);
+        PyThreadState_Swap(own);
+        push(&cleaners, cleaner);
         return reclaimed;
     }
 
