@@ -87,10 +87,11 @@ def nbdkit(tmp_path: Path) -> Iterator[Callable[..., str]]:
         path = tmp_path / "nbd.sock"
         running.append(subprocess.Popen(["nbdkit", "-f", "-U", str(path), *words], stderr=subprocess.DEVNULL))
         end = time.monotonic() + 10
-        while not path.exists():
-            assert time.monotonic() < end
-            assert running[-1].poll() is None
-            time.sleep(0.01)
+        with socket.socket(socket.AF_UNIX) as probe:
+            while probe.connect_ex(str(path)):  # a socket is there before one can connect to it
+                assert time.monotonic() < end
+                assert running[-1].poll() is None
+                time.sleep(0.01)
         return str(path)
 
     yield start
