@@ -59,7 +59,8 @@ _TSAN = ("-fsanitize=thread",)
 PROFILES = {
     profile.name: profile
     for profile in (
-        Profile("release", ("-O2", "-g"), limited_api=True, line_directives=False),
+        # -S: lines of the generated C are of no use; the names that profilers show stay.
+        Profile("release", ("-O2", "-g0"), ("-Wl,-S",), limited_api=True, line_directives=False),
         Profile("debug", ("-O0", "-g3", "-DZRAMD_CHECK=3", *_CHECKED)),
         Profile(
             "coverage",
