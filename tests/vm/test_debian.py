@@ -38,7 +38,7 @@ ln -s /opt/zramd/bin/zramd /usr/local/bin/
 printf '[zram0]\\nzram-size = ram * 2\\n' >/etc/zramd.conf
 echo vm.page-cluster=0 >/etc/sysctl.d/zramd.conf
 sysctl --quiet --system
-cp /usr/share/systemd/tmp.mount /etc/systemd/system/
+[ -e /usr/lib/systemd/system/tmp.mount ] || cp /usr/share/systemd/tmp.mount /etc/systemd/system/
 systemctl enable --quiet tmp.mount"""
 # What systemd says when units hang, fail, or wait for each other.
 TROUBLE = re.compile(
