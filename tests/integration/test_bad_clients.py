@@ -126,7 +126,8 @@ class TestManyClients:
             print(f"resident {most}, then {memory[-1] / MIB:.1f} MiB")
             assert steady.read(0, BLOCK) == noise
         # The Python state of a thread, left behind, would be 5 KB: 3 MiB and more for all that came.
-        assert memory[-1] - memory[0] < MIB
+        # (On a busy machine the allocator has its arenas for so many only after the second round.)
+        assert memory[-1] - memory[1] < MIB
         assert served.log.read_text() == ""
 
     def test_names_of_no_text(self, serve: Serve) -> None:

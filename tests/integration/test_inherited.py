@@ -69,8 +69,9 @@ def files_of(pid: int) -> list[str]:
 
 def listens_on_the_network(pid: int) -> bool:
     """Whether a process has a socket that is no unix socket."""
+    before = files_of(pid)
     unix = {line.split()[6] for line in Path("/proc/net/unix").read_text().splitlines()[1:]}
-    links = files_of(pid)
+    links = set(before) & set(files_of(pid))  # a client's may come or go meanwhile
     sockets = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
     assert sockets
     return not sockets <= unix
