@@ -125,9 +125,9 @@ class TestManyClients:
             memory.append(served.resident())
             print(f"resident {most}, then {memory[-1] / MIB:.1f} MiB")
             assert steady.read(0, BLOCK) == noise
-        # The Python state of a thread, left behind, would be 5 KB: 3 MiB and more for all that came.
-        # (On a busy machine the allocator has its arenas for so many only after the second round.)
-        assert memory[-1] - memory[1] < MIB
+        # The Python state of a thread, left behind, would be 5 KB: 3 MiB and more for all that came, and with
+        # several threads for each client 48 MiB. (So many leave the heap now 1 MiB larger, now smaller.)
+        assert memory[-1] - memory[0] < (MIB if model == "auto" else 4 * MIB)
         assert served.log.read_text() == ""
 
     def test_names_of_no_text(self, serve: Serve) -> None:
