@@ -47,8 +47,8 @@ def hindrance(now: Memory, pages: int) -> str:
         return f"programs wait for memory ({now.waiting:g} % of the last 10 s)"
     if now.available - pages * PAGE < margin(now):
         return (
-            f"it needs {pages * PAGE // MIB} MiB of memory: {now.available // MIB} MiB are available, "
-            f"{margin(now) // MIB} stay so"
+            f"{pages * PAGE / MIB:.1f} MiB of memory are needed, and of {now.available / MIB:.1f} MiB "
+            f"available {margin(now) / MIB:.1f} stay so"
         )
     return ""
 
