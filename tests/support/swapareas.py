@@ -23,8 +23,8 @@ HOLE, STORED, WIPED = 0, 1, 2  # what the disk has of a slot
 class Swapped:
     """One area: which slots are used, and what the disk has of each."""
 
-    def __init__(self, pages: int, priority: int) -> None:
-        self.pages, self.priority, self.on = pages, priority, True
+    def __init__(self, pages: int, priority: int, *, on: bool = True) -> None:
+        self.pages, self.priority, self.on = pages, priority, on
         self.used: set[int] = set()
         self.disk = [HOLE] * pages
         self.written = 0  # sectors
@@ -71,9 +71,7 @@ class FakeMachine:
     def __init__(self, folder: Path, sizes: list[int], disk: str = "vdb") -> None:
         """`sizes` are the areas', in pages."""
         self.folder, self.disk = folder, f"/dev/{disk}"
-        self.areas = {
-            f"/dev/{disk}{number}": Swapped(pages, 101 - number) for number, pages in enumerate(sizes, 1)
-        }
+        self.areas: dict[str, Swapped] = {}
         self.total, self.available, self.waiting, self.stalls = 1 << 30, 900 << 20, 0.0, 0
         self.most_off = 0  # areas that were off at a time
         self.read_back = 0
@@ -85,11 +83,19 @@ class FakeMachine:
         ):
             (folder / path).mkdir(parents=True)
         (folder / "proc/mounts").write_text("")
-        for path in self.areas:
-            name = path.removeprefix("/dev/")
-            (folder / f"sys/block/{disk}/{name}").mkdir()
-            (folder / f"sys/block/{disk}/{name}/partition").write_text(name.removeprefix(disk))
-            (folder / f"sys/class/block/{name}").symlink_to(folder / f"sys/block/{disk}/{name}")
+        for number, pages in enumerate(sizes, 1):
+            self.add(f"/dev/{disk}{number}", Swapped(pages, 101 - number))
+        self.write()
+
+    def add(self, path: str, area: Swapped) -> None:
+        """Let there be a partition."""
+        disk, name = self.folder / "sys/block" / self.disk.removeprefix("/dev/"), path.removeprefix("/dev/")
+        self.areas[path] = area
+        (disk / name).mkdir(exist_ok=True)
+        (disk / name / "partition").write_text(name.removeprefix(disk.name))
+        link = self.folder / "sys/class/block" / name
+        if not link.is_symlink():
+            link.symlink_to(disk / name)
         self.write()
 
     def become(self, patch: pytest.MonkeyPatch) -> None:
@@ -119,7 +125,7 @@ class FakeMachine:
             f"MemTotal: {self.total // 1024} kB\nMemAvailable:   {self.available // 1024} kB\n"
         )
         (proc / "pressure/memory").write_text(
-            f"some avg10={self.waiting:.2f} avg60=0.00 avg300=0.00 total=1\nfull avg10=0.00\n"
+            f"some avg10=99.00 avg60=0.00 avg300=0.00 total=1\nfull avg10={self.waiting:.2f} avg60=0.00\n"
         )
         (proc / "vmstat").write_text(f"nr_free_pages 1\nallocstall_dma 1\nallocstall_normal {self.stalls}\n")
 

@@ -91,9 +91,9 @@ def test_no_time_to_bring_pages_back(machine: Make) -> None:
     assert memory.hindrance(memory.memory(), room) == ""
     why = memory.hindrance(memory.memory(), room + 1)
     assert why == "24.0 MiB of memory are needed, and of 40.0 MiB available 16.0 stay so"
-    there.waiting = 1.0
+    there.waiting = 10.0
     there.write()
-    assert memory.hindrance(memory.memory(), 0) == "programs wait for memory (1 % of the last 10 s)"
+    assert memory.hindrance(memory.memory(), 0) == "programs wait for memory (10 % of the last 10 s)"
 
 
 def test_a_step_is_given_up_when_memory_gets_short(machine: Make) -> None:
