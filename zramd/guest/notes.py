@@ -61,6 +61,7 @@ class Notes:
 
 
 def notes_path(disk: str) -> str:
+    """Return the file in which the notes of a disk are kept."""
     return f"{files.RUN}/{os.path.basename(disk)}.json"
 
 
