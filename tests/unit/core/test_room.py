@@ -25,7 +25,8 @@ import gc, os, random, subprocess, sys, tempfile
 from zramd import Device, PoolFullError
 from zramd.server import statefile
 from zramd.core.device import saving
-BLOCK, SIZE = 4096, 8 << 20
+from zramd.core.memory.region import page_size
+BLOCK, PAGE, SIZE = 4096, page_size(), 8 << 20
 folder = sys.argv[1]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=" + sys.argv[2], "zramd-test", folder], check=True)
 
@@ -385,7 +386,7 @@ from zramd.errors import CorruptionError, CorruptObjectError
 verify = VERIFY
 layout = state_layout(SIZE)
 arena = layout["bytes"] - layout["spans"] * layout["span_size"]
-cells = arena - -(-8 * layout["cells"] // BLOCK) * BLOCK
+cells = arena - -(-8 * layout["cells"] // PAGE) * PAGE
 device, model = start(verify), {}
 rnd = random.Random(1)
 for block in range(300):
