@@ -39,8 +39,8 @@ def reserve(device: Device, size: int) -> Iterator[None]:
 def test_owned_blocks_with_compaction(limit: int, ready: int) -> None:
     """Each thread has blocks of its own and knows their content; what one does never shows in another's."""
     if limit and ready:
-        # A hundred classes have a page that is part-filled and one for what comes. With large pages that would be all,
-        # and nothing would move.
+        # A hundred classes have a page that is part-filled and one for what comes. With large ones that
+        # would be all, and nothing would move.
         limit += 150 * (PAGE - BLOCK)
     device = Device(16 << 20, mem_limit=limit)
     if ready:

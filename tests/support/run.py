@@ -14,7 +14,7 @@ import pytest
 
 SCALE = float(os.environ.get("ZRAMD_STRESS", "1"))  # how much longer tests with threads and kills are to last
 SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))  # of random choices
-PATIENCE = float(os.environ.get("ZRAMD_PATIENCE", "1"))  # how much longer all may take, as on an emulated machine
+PATIENCE = float(os.environ.get("ZRAMD_PATIENCE", "1"))  # how much longer all may take: more if emulated
 SANITIZED = "san" in os.environ.get("ZRAMD_BUILD", "")
 
 

@@ -222,7 +222,7 @@ def test_a_request_that_fails_in_the_middle() -> None:
 
 
 def test_limit_can_be_changed() -> None:
-    """It is said in blocks, and what is taken below it are pages: a page of raw blocks is full at the next."""
+    """It is counted in blocks, and what is taken below it are pages, each with as many raw blocks as fit."""
     device = Device(1 << 20, mem_limit=PAGE)
     device.write(b"".join(map(noise, range(UNIT))), 0)
     with pytest.raises(PoolFullError):

@@ -193,7 +193,7 @@ device.check()
 empty()
 device.write(b"y" * BLOCK, third)
 device.mem_limit = PAGE
-message = refused(lambda: [device.write(random.Random(i).randbytes(BLOCK), i * BLOCK) for i in range(9 * UNIT)])
+message = refused(lambda: [device.write(os.urandom(BLOCK), i * BLOCK) for i in range(9 * UNIT)])
 assert message.endswith("mem_limit leaves no room"), message
 """
     in_tmpfs(tmp_path, code, f"{2 * UNIT}m")

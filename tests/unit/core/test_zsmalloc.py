@@ -320,8 +320,8 @@ def test_an_empty_page_goes_back_without_compaction(size: int) -> None:
     handles = dict(enumerate(fill(pool, 3000, size)))
     full = pool.stats()["mem_used_total"]
     chunk = next(row[1] for row in pool.table() if row[1] >= size + HEADER)
-    # A page is touched by `touching` of them on average, and as likely to be empty as one of PAGE bytes of which a
-    # third stays.
+    # So many touch a page of the kernel on average. It is then as likely to be empty as one of PAGE bytes if
+    # a third stays.
     touching = UNIT * PAGE / chunk + 1
     free = 0.65 ** ((PAGE / chunk + 1) / touching)
     for i in rnd.sample(sorted(handles), int(3000 * free)):
