@@ -53,11 +53,12 @@ def resident():
     ]
     layout = state_layout(BLOCKS * BLOCK)
     start = last - layout["spans"] * layout["span_size"]
+    own = os.sysconf("SC_PAGESIZE")     # of the kernel that plays the other
     with open("/proc/self/pagemap", "rb") as pagemap:
-        pagemap.seek(start // 4096 * 8)
-        entries = pagemap.read((end - start) // 4096 * 8)
+        pagemap.seek(start // own * 8)
+        entries = pagemap.read((end - start) // own * 8)
     there = [at for at in range(0, len(entries) // 8) if entries[at * 8 + 7] & 0x80]
-    return len({(start + at * 4096) // PAGE for at in there}) * PAGE
+    return len({(start + at * own) // PAGE for at in there}) * PAGE
 
 def check():
     device.check()
