@@ -8,11 +8,13 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 from . import files
 from .areas import disks, size_of
-from .files import MIB, PAGE, GuestError
+from .files import MIB, PAGE, GuestError, NotForSwap
 from .layout import PRIORITY, setup, take_off
+from .memory import zswap_is_on
 from .notes import read_notes, turn
 from .refresh import refresh, view
 
@@ -70,29 +72,52 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
         "--priority", type=_whole(0, 32767), default=PRIORITY, help="of the first one [100]", metavar="P"
     )
     add["refresh"].add_argument("--dry-run", action="store_true", help="only say what would be done")
+    add["refresh"].add_argument("--quiet", action="store_true", help="only say what was done or went wrong")
+    for name in ("setup", "refresh", "off"):
+        add[name].add_argument(
+            "--if-any", action="store_true", help="do nothing if no disk of a zramd is here: for services"
+        )
     return parser.parse_args(words)
 
 
 def _do(arguments: argparse.Namespace) -> None:
     found = arguments.disk or disks()
+    if not found and getattr(arguments, "if_any", False):
+        return
     if not found:
         raise GuestError(
             "no disk of a zramd is here: give it a serial number that begins with 'zramd' "
             "(qemu: -device virtio-blk-pci,serial=zramd-NAME), or name it with --disk"
         )
+    if arguments.verb in ("setup", "status") and zswap_is_on():
+        print(
+            "zswap is on: areas in which much lives cannot be refreshed; "
+            f"'echo N >{files.SYS}/module/zswap/parameters/enabled' turns it off"
+        )
     for disk in found:
         if not os.path.exists(f"{files.SYS}/block/{os.path.basename(disk)}"):
             raise GuestError(f"there is no disk '{disk}'")
         if arguments.verb == "setup":
-            print("\n".join(setup(disk, arguments.areas, arguments.priority)))
+            _setup(disk, arguments)
         elif arguments.verb == "off":
             take_off(disk)
         elif arguments.verb == "status":
             _status(disk)
         else:
-            todo = refresh(disk, lambda words: print(words, flush=True), dry_run=arguments.dry_run)
-            if not todo.dead:
+            say = partial(print, flush=True)
+            todo = refresh(disk, say, dry_run=arguments.dry_run, quiet=arguments.quiet)
+            if not todo.dead and not arguments.quiet:
                 print(f"{disk}: nothing is worth it")
+
+
+def _setup(disk: str, arguments: argparse.Namespace) -> None:
+    """Swap to a disk. One that nobody has named and that is used for something else is left alone."""
+    try:
+        print("\n".join(setup(disk, arguments.areas, arguments.priority)))
+    except NotForSwap as error:
+        if arguments.disk:
+            raise
+        print(f"left alone: {error}")
 
 
 def main(words: list[str] | None = None) -> int:
