@@ -112,7 +112,9 @@ def _refuse_in_use(disk: str) -> None:
 def _refuse_filled(disk: str) -> None:
     """Raise NotForSwap if a disk holds something that is not swap: mkswap would destroy it."""
     done = _run("blkid", "--probe", "--output", "value", "--match-tag", "TYPE", "--match-tag", "PTTYPE", disk)
-    held = " ".join(done.stdout.split()) or ("several things at once" if done.returncode == _AMBIVALENT else "")
+    held = " ".join(done.stdout.split()) or (
+        "several things at once" if done.returncode == _AMBIVALENT else ""
+    )
     if held not in ("", "swap"):
         raise NotForSwap(
             f"{disk} holds something ({held}) and is not for swap: 'wipefs --all {disk}' if nobody needs it"

@@ -1,4 +1,4 @@
-"""What a guest's administrator needs, as files: zramd-guest, which is zramd.guest as one file, and its units."""
+"""What a guest's administrator needs, as files: zramd-guest, which is zramd.guest in one, and its units."""
 
 import io
 import os
@@ -33,7 +33,7 @@ def write(folder: str) -> list[str]:
 
 
 def archive() -> bytes:
-    """Return the program: a zip archive of its modules that Python 3.9 and later run, with a head for the kernel."""
+    """Return the program: a zip archive of modules, which Python runs, and before it what the kernel reads."""
     packed = io.BytesIO()
     packed.write(b"#!/usr/bin/python3 -I\n")
     sources = sorted(Path(zramd.__file__).parent.glob("guest/*.py"))
