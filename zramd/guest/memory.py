@@ -37,7 +37,7 @@ def memory() -> Memory:
 
 
 def zswap_is_on() -> bool:
-    """Say whether the kernel keeps pages in memory before swap: then what is swapped out need not be written."""
+    """Say whether the kernel keeps pages in memory before swap: what is swapped out need not be written."""
     return read_or(f"{files.SYS}/module/zswap/parameters/enabled") == "Y"
 
 

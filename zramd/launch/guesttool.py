@@ -33,7 +33,7 @@ def write(folder: str) -> list[str]:
 
 
 def archive() -> bytes:
-    """Return the program: a zip archive of modules, which Python runs, and before it what the kernel reads."""
+    """Return the program: an archive of modules, which Python runs, after a line for the kernel."""
     packed = io.BytesIO()
     packed.write(b"#!/usr/bin/python3 -I\n")
     sources = sorted(Path(zramd.__file__).parent.glob("guest/*.py"))
