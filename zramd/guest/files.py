@@ -23,11 +23,13 @@ class GivenUp(Exception):
 
 
 def read(path: str) -> str:
+    """Return what is in a file of the kernel's, whatever bytes it has. Raises OSError."""
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         return file.read()
 
 
 def read_or(path: str, otherwise: str = "") -> str:
+    """Return what is in a file without the blanks around it, `otherwise` if it cannot be read."""
     try:
         return read(path).strip()
     except OSError:

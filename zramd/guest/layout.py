@@ -18,7 +18,7 @@ from .notes import Note, Notes, notes_path, read_notes, write_notes
 
 PRIORITY = 100  # of the first area; before any other swap
 LOOK = 0.1  # seconds between two looks at an area that another program swaps off
-_AMBIVALENT = 8  # blkid: signatures of several things
+_NOTHING, _AMBIVALENT = 2, 8  # blkid's status: no signature, several that exclude each other
 
 
 def setup(disk: str, count: int | None, priority: int = PRIORITY) -> list[str]:
@@ -28,7 +28,6 @@ def setup(disk: str, count: int | None, priority: int = PRIORITY) -> list[str]:
     if there:
         resume(disk, notes)
         return [area.path for area in areas(disk)]
-    name = os.path.basename(disk)
     _refuse_in_use(disk)
     _refuse_filled(disk)
     _tune(disk)
@@ -38,31 +37,51 @@ def setup(disk: str, count: int | None, priority: int = PRIORITY) -> list[str]:
             f"{count} areas need a priority of at least {count - 1}: the first one has the highest"
         )
     join(disk)
-    notes = Notes(counts=notes.counts)
+    paths = divide(disk, count)
+    notes = Notes({path: Note(priority - number) for number, path in enumerate(paths)}, notes.counts)
+    for path, note in notes.areas.items():
+        note.reset(path, 0)
+    write_notes(disk, notes)  # who is killed now is gone on with
     with _unobserved(disk):
-        for number, path in enumerate(divide(disk, count)):
-            _mkswap(path, f"zramd-{name}"[:15])
-            try:
-                swap_on(path, priority - number)
-            except OSError as error:
-                raise GuestError(f"'{path}' cannot be swapped to: {error.strerror}") from None
-            notes.areas[path] = Note(priority - number)
-            notes.areas[path].reset(path, 0)
-            write_notes(disk, notes)
-    return list(notes.areas)
+        for path in paths:
+            _make(path)
+            _begin(path, notes.areas[path])
+    return paths
+
+
+def _make(path: str) -> None:
+    _run("mkswap", "-L", f"zramd-{os.path.basename(path)}"[:15], path)
+
+
+def _begin(path: str, note: Note) -> None:
+    try:
+        swap_on(path, note.priority)
+    except OSError as error:
+        raise GuestError(f"'{path}' cannot be swapped to: {error.strerror}") from None
+    note.reset(path, 0)
 
 
 def resume(disk: str, notes: Notes) -> list[str]:
-    """Swap on again what a refresh that was killed has left off; return the areas' paths."""
+    """Swap on again what a setup or a refresh that was killed has left off; return the areas' paths.
+
+    Raises GuestError.
+    """
     on = {area.path for area in areas(disk)}
     left = [path for path in notes.areas if path not in on and os.path.exists(path)]
     for path in left:
-        swap_on(path, notes.areas[path].priority)
-        notes.areas[path].reset(path, 0)
+        if not _is_swap(path):
+            _make(path)
+        _begin(path, notes.areas[path])
         notes.count("resumed")
     if left:
         write_notes(disk, notes)
     return left
+
+
+def _is_swap(path: str) -> bool:
+    """Say whether mkswap has been here: its mark is at the end of the first page."""
+    with open(path, "rb") as file:
+        return file.read(PAGE)[-10:] == b"SWAPSPACE2"
 
 
 def take_off(disk: str) -> None:
@@ -110,11 +129,10 @@ def _refuse_in_use(disk: str) -> None:
 
 
 def _refuse_filled(disk: str) -> None:
-    """Raise NotForSwap if a disk holds something that is not swap: mkswap would destroy it."""
-    done = _run("blkid", "--probe", "--output", "value", "--match-tag", "TYPE", "--match-tag", "PTTYPE", disk)
-    held = " ".join(done.stdout.split()) or (
-        "several things at once" if done.returncode == _AMBIVALENT else ""
-    )
+    """Raise NotForSwap if a disk holds something that is not swap, which mkswap would destroy; GuestError."""
+    words = ("--probe", "--output", "value", "--match-tag", "TYPE", "--match-tag", "PTTYPE", disk)
+    done = _run("blkid", *words, expected=(0, _NOTHING, _AMBIVALENT))
+    held = "several things" if done.returncode == _AMBIVALENT else " ".join(done.stdout.split())
     if held not in ("", "swap"):
         raise NotForSwap(
             f"{disk} holds something ({held}) and is not for swap: 'wipefs --all {disk}' if nobody needs it"
@@ -143,15 +161,15 @@ def _unobserved(disk: str) -> Iterator[None]:
         os.close(fd)
 
 
-def _run(*words: str) -> subprocess.CompletedProcess[str]:
+def _run(*words: str, expected: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
+    """Run a program. Raises GuestError if it ends with a status that is not expected."""
     environment = {**os.environ, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
     try:
-        return subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
     except OSError as error:
         raise GuestError(f"{words[0]} cannot be run: {error.strerror}") from None
-
-
-def _mkswap(path: str, label: str) -> None:
-    done = _run("mkswap", "-L", label, path)
-    if done.returncode:
-        raise GuestError(f"mkswap {path} failed: {' '.join(done.stderr.split()) or 'no reason given'}")
+    if done.returncode not in expected:
+        raise GuestError(
+            f"{words[0]} {words[-1]} failed: {' '.join(done.stderr.split()) or 'no reason given'}"
+        )
+    return done
