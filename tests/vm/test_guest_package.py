@@ -90,7 +90,7 @@ class Computer:
 
 @pytest.fixture(scope="module", params=kernel.SUITES)
 def computer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Computer]:
-    """A machine that is off, with the package on a disk of its own, and one for files that zramd serves, too."""
+    """A machine that is off, with the package on a disk of its own; another disk is for files."""
     folder = tmp_path_factory.mktemp("guest")
     subprocess.run([ROOT / "scripts/package"], check=True)
     (package,) = (ROOT / "build").glob("zramd-guest_*.deb")
@@ -137,7 +137,7 @@ def active(guest: Guest) -> None:
 
 
 def swapped_out(guest: Guest, seed: int) -> None:
-    """A program that lives on has its pages all over the areas, and much of what was out beside them is free."""
+    """A program that lives on has its pages all over the areas; much beside them is free."""
     guest.start_workload(WORKLOAD_MIB, seed)
     guest.phase("fill", SLOW)
     for _ in range(2):

@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "guest-tool",
         description="Make a folder with zramd-guest, one file that needs Python 3.9 and nothing else, and\n"
-        "its systemd units: for a guest that swaps to a zramd disk and has no package of it (docs/guests.md).",
+        "its systemd units: for a guest that swaps to a zramd disk, without a package (docs/guests.md).",
     )
     parser.add_argument("folder", metavar="FOLDER", type=folder, help="the folder, which is made")
     parser.set_defaults(run=write)
