@@ -55,13 +55,14 @@ def disk_of(path: str) -> str:
 
 
 def disks() -> list[str]:
-    """Return the disks of this machine that are a zramd's, by their serial number or their owner."""
+    """Return the disks of this machine that a zramd serves from outside, by their serial number.
+
+    Those that `zramd attach` has made here have none: they are its own.
+    """
     found = []
     for name in sorted(os.listdir(f"{files.SYS}/block")):
         base = f"{files.SYS}/block/{name}"
-        marks = (
-            read_or(f"{base}/{file}") for file in ("serial", "backend", "device/serial", "device/vpd_pg80")
-        )
+        marks = (read_or(f"{base}/{file}") for file in ("serial", "device/serial", "device/vpd_pg80"))
         if any(_serial(mark).startswith(SERIAL) for mark in marks):
             found.append(f"/dev/{name}")
     return found

@@ -14,6 +14,10 @@ class GuestError(Exception):
     """What cannot be done; the text is one sentence that says why, and what to do."""
 
 
+class NotForSwap(GuestError):
+    """A disk that is used for something else, or holds something."""
+
+
 class GivenUp(Exception):
     """A step that was ended in the middle, without harm; the text says why."""
 

@@ -39,6 +39,11 @@ def memory() -> Memory:
     )
 
 
+def zswap_is_on() -> bool:
+    """Say whether the kernel keeps pages in memory before swap: what is swapped out need not be written."""
+    return read_or(f"{files.SYS}/module/zswap/parameters/enabled") == "Y"
+
+
 def margin(now: Memory) -> int:
     """Return the bytes of memory that a refresh leaves available."""
     return max(int(now.total * MARGIN), LEAST_MARGIN)

@@ -46,14 +46,14 @@ class Plan(NamedTuple):
         return sum(view.dead for view in (*self.wiped, *self.emptied))
 
 
-def plan(views: list[View], others: list[Area]) -> Plan:
+def plan(views: list[View], others: list[Area], *, can_wipe: bool = True) -> Plan:
     """Return what is worth doing for a disk's areas; `others` are swap areas elsewhere.
 
     Free places can only be taken in the kernel's order. So areas are wiped from the first one on, up to one
     that has much dead and cannot be emptied; areas elsewhere that the kernel fills before cost as much.
     """
     views = sorted(views, key=lambda view: -view.area.priority)
-    for last in range(len(views) - 1, -1, -1):
+    for last in range(len(views) - 1, -1, -1) if can_wipe else ():
         if not views[last].is_worth_it or views[last].can_be_emptied:
             continue
         upto = [area for area in others if area.priority >= views[last].area.priority]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from .areas import areas, disk_of
 from .files import GivenUp
 from .layout import resume
-from .memory import hindrance, memory
+from .memory import hindrance, memory, zswap_is_on
 from .notes import Notes, read_notes, write_notes
 from .policy import Plan, View, plan
 from .steps import empty, wipe
@@ -19,17 +19,19 @@ def view(disk: str, notes: Notes) -> list[View]:
     return [View(area, notes.areas[area.path].stored(area)) for area in areas(disk)]
 
 
-def refresh(disk: str, say: Callable[[str], None], *, dry_run: bool = False) -> Plan:
+def refresh(disk: str, say: Callable[[str], None], *, dry_run: bool = False, quiet: bool = False) -> Plan:
     """Give back what swap on a disk has freed, as far as it is worth it and memory is at ease.
 
-    `say` gets a sentence for each step. Returns what there was to do. Raises GuestError.
+    `say` gets a sentence for each step; `quiet`: not for one that was not begun. Returns what there was to
+    do. Raises GuestError.
     """
     notes = read_notes(disk)
     if not dry_run:
         for path in resume(disk, notes):
             say(f"{path} was off: swapped to again")
     views = view(disk, notes)
-    todo = plan(views, [area for area in areas() if disk_of(area.path) != disk])
+    others = [area for area in areas() if disk_of(area.path) != disk]
+    todo = plan(views, others, can_wipe=not zswap_is_on())
     steps: list[tuple[str, list[View], int]] = [("empty", [one], one.area.used) for one in todo.emptied]
     if todo.wiped:
         steps.insert(0, ("wipe", todo.wiped, todo.pages))
@@ -40,7 +42,8 @@ def refresh(disk: str, say: Callable[[str], None], *, dry_run: bool = False) -> 
         dead = sum(one.dead for one in these)
         verb = f"{pages} pages read back" if kind == "empty" else f"{pages} free places wiped"
         if why := hindrance(memory(), pages):
-            say(f"{names}: left for later, as {why}")
+            if not quiet:
+                say(f"{names}: left for later, as {why}")
             break
         if dry_run:
             say(f"{names}: {dead} pages would become free, {verb}")
