@@ -52,7 +52,7 @@ def resume(disk: str, notes: Notes) -> list[str]:
     on = {area.path for area in areas(disk)}
     left = [path for path in notes.areas if path not in on and os.path.exists(path)]
     for path in left:
-        swap_on(path, notes.areas[path].priority)
+        swap_on(path, notes.areas[path].priority, notes.areas[path].flags)
         notes.areas[path].reset(path, 0)
         notes.count("resumed")
     if left:

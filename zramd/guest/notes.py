@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import files
-from .areas import Area, areas, sectors
+from .areas import DISCARD, Area, areas, sectors
 from .files import PAGE, SECTOR, GuestError, read
 
 
@@ -26,6 +26,7 @@ class Note:
     dirty: int = 0
     written: int = 0
     discarded: int = 0
+    flags: int = DISCARD  # of swapon(2)
 
     def stored(self, area: Area) -> int:
         """Return how many pages of the area the disk has stored at most, and no fewer than it uses.
