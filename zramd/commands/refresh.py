@@ -30,8 +30,8 @@ def add(commands: Commands) -> None:
         usage="zramd refresh NAME [--dry-run]\n       zramd refresh --all [--dry-run]",
         description="Give back the memory of what swap on an attached device has freed, and what Linux has "
         "not told of: areas in which little lives are swapped off, discarded, and swapped to again; free "
-        "places of the others are wiped. It does so only where it is worth it and while memory is at ease. What is under "
-        "way is given up when memory gets short or another command wants the device.",
+        "places of the others are wiped. It does so only where it is worth it and while memory is at ease. "
+        "What is under way is given up when memory gets short or another command wants the device.",
     )
     parser.add_argument("name", metavar="NAME", nargs="?", help="the device's name, as 'zramd list' shows it")
     parser.add_argument(

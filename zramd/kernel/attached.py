@@ -118,12 +118,15 @@ def devices(name: str, disksize: int) -> list[str]:
         return []
     found = []
     for device in (f"/dev/{block}" for block in blocks if block.startswith("nbd")):
-        if is_connected(device):
-            owner, size = read_sys(device, "backend"), read_sys(device, "size")
-            same_size = size.isdigit() and int(size) * 512 == disksize
-            if owner == backend(name) or (not owner and same_size):
-                found.append(device)
+        if is_connected(device) and is_of(device, name, disksize):
+            found.append(device)
     return found
+
+
+def is_of(device: str, name: str, disksize: int) -> bool:
+    """Say whether a device is that of `name`, of `disksize` bytes, as far as that is known: see above."""
+    owner, size = read_sys(device, "backend"), read_sys(device, "size")
+    return owner == backend(name) or (not owner and size.isdigit() and int(size) * 512 == disksize)
 
 
 def is_connected(device: str) -> bool:
