@@ -51,6 +51,7 @@ SHARED = {
     "zramd.lockfile",
     "zramd.meminfo",
     "zramd.kernel",
+    "zramd.kernel.attached",
     "zramd.kernel.swap",
     "zramd.process",
     "zramd.process.pidfd",
