@@ -52,6 +52,7 @@ VERBS = {
         "make a running device a block device of this kernel, and swap to it if asked",
     ),
     "detach": ("zramd.commands.attach", "take the kernel block device away again"),
+    "refresh": ("zramd.commands.refresh", "give back the memory of what swap on a device has freed"),
     "top": ("zramd.commands.top", "watch a device live on the whole screen"),
     "doctor": ("zramd.commands.doctor", "check whether this machine is ready"),
     "config": ("zramd.commands.config", "show, check or import the configuration of devices"),

@@ -16,7 +16,8 @@ LEAST_AREA = 64 * MIB  # smaller ones gain nothing
 ALIGNMENT = 2 * MIB
 SERIAL = "zramd"  # what the serial number of a zramd disk begins with
 
-_SWAP_FLAG_PREFER, _SWAP_FLAG_DISCARD = 0x8000, 0x10000
+_SWAP_FLAG_PREFER = 0x8000
+DISCARD, DISCARD_ONCE, DISCARD_PAGES = 0x10000, 0x20000, 0x40000  # flags of swapon(2)
 _BLKPG, _BLKPG_ADD, _BLKPG_DEL = 0x1269, 1, 2  # linux/blkpg.h
 
 
@@ -127,10 +128,12 @@ def _partition(disk: str, operation: int, number: int, start: int = 0, length: i
         raise GuestError(f"partition {number} of {disk} cannot be {verb}: {error.strerror}") from None
 
 
-def swap_on(path: str, priority: int) -> None:
-    """Swap to an area that mkswap has made, with all of it discarded first. Raises OSError."""
-    flags = _SWAP_FLAG_DISCARD | (_SWAP_FLAG_PREFER | priority if priority >= 0 else 0)
-    _call("swapon", path, flags)
+def swap_on(path: str, priority: int, flags: int = DISCARD) -> None:
+    """Swap to an area that mkswap has made, with all of it discarded first if `flags` say so.
+
+    Raises OSError.
+    """
+    _call("swapon", path, flags | (_SWAP_FLAG_PREFER | priority if priority >= 0 else 0))
 
 
 def swap_off(path: str) -> None:

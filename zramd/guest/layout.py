@@ -55,7 +55,7 @@ def _make(path: str) -> None:
 
 def _begin(path: str, note: Note) -> None:
     try:
-        swap_on(path, note.priority)
+        swap_on(path, note.priority, note.flags)
     except OSError as error:
         raise GuestError(f"'{path}' cannot be swapped to: {error.strerror}") from None
     note.reset(path, 0)
