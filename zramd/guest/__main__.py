@@ -40,7 +40,7 @@ def _status(disk: str) -> None:
     print(
         f"{disk}: {size_of(disk) // MIB} MiB in {len(rows)} swap areas" if rows else f"{disk}: not swapped to"
     )
-    for area, stored in rows:
+    for area, stored, _ in rows:
         dead = max(0, stored - area.used)
         print(
             f"  {area.path:<12} priority {area.priority:>3}  {area.pages * PAGE // MIB:6} MiB, "

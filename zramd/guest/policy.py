@@ -12,10 +12,11 @@ WIPED = 8  # at most so many pages are written for each dead one
 
 
 class View(NamedTuple):
-    """An area, and how many pages of it the disk has stored."""
+    """An area, how many pages of it the disk has stored, and whether swapon discards all of it."""
 
     area: Area
     stored: int
+    discards: bool = True
 
     @property
     def dead(self) -> int:
@@ -30,7 +31,7 @@ class View(NamedTuple):
     @property
     def can_be_emptied(self) -> bool:
         """Whether so little lives in it that it may be read back."""
-        return self.is_worth_it and self.area.used <= READ_BACK * self.dead
+        return self.is_worth_it and self.discards and self.area.used <= READ_BACK * self.dead
 
 
 class Plan(NamedTuple):

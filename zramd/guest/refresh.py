@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from .areas import areas, disk_of
+from .areas import DISCARD, areas, disk_of
 from .files import GivenUp
 from .layout import resume
 from .memory import hindrance, memory, zswap_is_on
@@ -16,7 +16,10 @@ from .steps import empty, nothing, wipe
 
 def view(disk: str, notes: Notes) -> list[View]:
     """Return the areas of a disk with what is stored of them, in the kernel's order."""
-    return [View(area, notes.areas[area.path].stored(area)) for area in areas(disk)]
+    return [
+        View(area, notes.areas[area.path].stored(area), bool(notes.areas[area.path].flags & DISCARD))
+        for area in areas(disk)
+    ]
 
 
 def refresh(

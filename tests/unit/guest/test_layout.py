@@ -56,7 +56,7 @@ class Disk:
     def join(self, disk: str) -> None:
         self.done.append("join")
 
-    def swap_on(self, path: str, priority: int) -> None:
+    def swap_on(self, path: str, priority: int, flags: int) -> None:
         self.done.append(f"on {path} {priority}")
         self.machine.areas[path].on, self.machine.areas[path].priority = True, priority
         self.machine.write()
@@ -114,10 +114,10 @@ def test_a_setup_that_was_killed_is_gone_on_with(disk: Disk, monkeypatch: pytest
     class Killed(BaseException):
         pass
 
-    def killed(path: str, priority: int) -> None:
+    def killed(path: str, priority: int, flags: int) -> None:
         if path == "/dev/vdb3":
             raise Killed
-        disk.swap_on(path, priority)
+        disk.swap_on(path, priority, flags)
 
     monkeypatch.setattr(layout, "swap_on", killed)
     with pytest.raises(Killed):
