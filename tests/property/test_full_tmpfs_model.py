@@ -90,7 +90,7 @@ class Server:
             saving.save(self.device, stream.fileno())
             stream.seek(0)
             try:
-                self.device.reset()  # with a reserve, whose thread may take what the tables of an empty one need
+                self.device.reset()  # a reserve's thread may take what the tables of an empty one need
                 self.fill(left)
                 saving.load(self.device, stream.fileno())
             except (PoolFullError, MemoryError):
