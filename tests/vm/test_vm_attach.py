@@ -461,10 +461,10 @@ def test_areas(loaded: Guest) -> None:
     guest.run("echo max >/run/cgroup/load/memory.max")
     before = stored(guest, "parts")
     end = time.monotonic() + 180
-    while "left for later" in (said := guest.run(f"{ZRAMD} refresh parts", 60)):  # until memory is at ease
-        assert time.monotonic() < end, said
+    while "left for later" in (told := guest.run(f"{ZRAMD} refresh parts", 60)):  # until memory is at ease
+        assert time.monotonic() < end, told
         time.sleep(2)
-    print(said)
+    print(told)
     print(before, stored(guest, "parts"), guest.run("cat /proc/swaps /run/zramd-guest/*.json"))
     assert areas(guest, device) == there
     stats = numbers(guest, "parts")
