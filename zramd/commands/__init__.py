@@ -58,6 +58,7 @@ VERBS = {
     "config": ("zramd.commands.config", "show, check or import the configuration of devices"),
     "install-units": ("zramd.commands.units", "write the systemd units of this installation"),
     "remove-units": ("zramd.commands.units", "remove the systemd units again"),
+    "guest-tool": ("zramd.commands.guest", "write what a guest needs that swaps to a zramd disk"),
     "completion": (
         "zramd.commands.completion",
         "print a completion script for your shell",

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from . import files
 from .areas import areas, default_count, disk_of, divide, join, size_of, swap_off, swap_on
-from .files import MIB, PAGE, GuestError, read, read_or
+from .files import MIB, PAGE, GuestError, NotForSwap, read, read_or
 from .memory import memory
 from .notes import Note, Notes, notes_path, read_notes, write_notes
 
 PRIORITY = 100  # of the first area; before any other swap
+LOOK = 0.1  # seconds between two looks at an area that another program swaps off
+_NOTHING, _AMBIVALENT = 2, 8  # blkid's status: no signature, several that exclude each other
 
 
 def setup(disk: str, count: int | None, priority: int = PRIORITY) -> list[str]:
@@ -24,8 +28,8 @@ def setup(disk: str, count: int | None, priority: int = PRIORITY) -> list[str]:
     if there:
         resume(disk, notes)
         return [area.path for area in areas(disk)]
-    name = os.path.basename(disk)
     _refuse_in_use(disk)
+    _refuse_filled(disk)
     _tune(disk)
     count = count or default_count(size_of(disk))
     if priority < count - 1:
@@ -33,59 +37,106 @@ def setup(disk: str, count: int | None, priority: int = PRIORITY) -> list[str]:
             f"{count} areas need a priority of at least {count - 1}: the first one has the highest"
         )
     join(disk)
-    notes = Notes(counts=notes.counts)
+    paths = divide(disk, count)
+    notes = Notes({path: Note(priority - number) for number, path in enumerate(paths)}, notes.counts)
+    for path, note in notes.areas.items():
+        note.reset(path, 0)
+    write_notes(disk, notes)  # who is killed now is gone on with
     with _unobserved(disk):
-        for number, path in enumerate(divide(disk, count)):
-            _run("mkswap", "-L", f"zramd-{name}"[:15], path)
-            try:
-                swap_on(path, priority - number)
-            except OSError as error:
-                raise GuestError(f"'{path}' cannot be swapped to: {error.strerror}") from None
-            notes.areas[path] = Note(priority - number)
-            notes.areas[path].reset(path, 0)
-            write_notes(disk, notes)
-    return list(notes.areas)
+        for path in paths:
+            _make(path)
+            _begin(path, notes.areas[path])
+    return paths
+
+
+def _make(path: str) -> None:
+    _run("mkswap", "-L", f"zramd-{os.path.basename(path)}"[:15], path)
+
+
+def _begin(path: str, note: Note) -> None:
+    try:
+        swap_on(path, note.priority, note.flags)
+    except OSError as error:
+        raise GuestError(f"'{path}' cannot be swapped to: {error.strerror}") from None
+    note.reset(path, 0)
 
 
 def resume(disk: str, notes: Notes) -> list[str]:
-    """Swap on again what a refresh that was killed has left off; return the areas' paths."""
+    """Swap on again what a setup or a refresh that was killed has left off; return the areas' paths.
+
+    Raises GuestError.
+    """
     on = {area.path for area in areas(disk)}
     left = [path for path in notes.areas if path not in on and os.path.exists(path)]
     for path in left:
-        swap_on(path, notes.areas[path].priority, notes.areas[path].flags)
-        notes.areas[path].reset(path, 0)
+        if not _is_swap(path):
+            _make(path)
+        _begin(path, notes.areas[path])
         notes.count("resumed")
     if left:
         write_notes(disk, notes)
     return left
 
 
+def _is_swap(path: str) -> bool:
+    """Say whether mkswap has been here: its mark is at the end of the first page."""
+    with open(path, "rb") as file:
+        return file.read(PAGE)[-10:] == b"SWAPSPACE2"
+
+
 def take_off(disk: str) -> None:
-    """Swap off all areas of a disk, the least used first, and undo its division. Raises GuestError."""
-    for area in sorted(areas(disk), key=lambda area: area.used):
-        now = memory()
-        if area.used * PAGE > now.available:
-            raise GuestError(
-                f"{area.used * PAGE // MIB} MiB are swapped out to {area.path} and only "
-                f"{now.available // MIB} MiB of memory are available: end programs first"
-            )
-        try:
-            swap_off(area.path)
-        except OSError as error:
-            raise GuestError(f"swapoff {area.path} failed: {error.strerror}") from None
+    """Swap off all areas of a disk, the least used first, and undo its division. Raises GuestError.
+
+    It is refused before anything is done where what is out fits neither into memory nor into other swap.
+    """
+    on = sorted(areas(disk), key=lambda area: area.used)
+    if not on and not os.path.exists(notes_path(disk)):
+        return  # never swapped to: what it is divided into is not ours
+    out = sum(area.used for area in on) * PAGE
+    elsewhere = sum(area.free for area in areas() if disk_of(area.path) != disk) * PAGE
+    room = memory().available + elsewhere
+    if out > room:
+        raise GuestError(
+            f"{out // MIB} MiB are swapped out to {disk} and only {room // MIB} MiB of memory "
+            f"{'and other swap ' if elsewhere else ''}are available: end programs first"
+        )
+    for area in on:
+        _swap_off(area.path)
     join(disk)
     with suppress(OSError):
         os.unlink(notes_path(disk))
+
+
+def _swap_off(path: str) -> None:
+    """Swap off an area, or wait until who else is at it has done so, as systemd is at shutdown."""
+    while any(area.path == path for area in areas()):
+        try:
+            swap_off(path)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # not on, or no longer
+                raise GuestError(f"swapoff {path} failed: {error.strerror}") from None
+            time.sleep(LOOK)
 
 
 def _refuse_in_use(disk: str) -> None:
     name = os.path.basename(disk)
     for line in read(f"{files.PROC}/mounts").splitlines():
         if disk_of(line.split()[0]) == disk:
-            raise GuestError(f"{disk} is mounted on '{line.split()[1]}': it is not for swap")
+            raise NotForSwap(f"{disk} is mounted on '{line.split()[1]}': it is not for swap")
     holders = os.listdir(f"{files.SYS}/block/{name}/holders")
     if holders:
-        raise GuestError(f"{disk} is in use by {holders[0]}: it is not for swap")
+        raise NotForSwap(f"{disk} is in use by {holders[0]}: it is not for swap")
+
+
+def _refuse_filled(disk: str) -> None:
+    """Raise NotForSwap if a disk holds something that is not swap, which mkswap would destroy; GuestError."""
+    words = ("--probe", "--output", "value", "--match-tag", "TYPE", "--match-tag", "PTTYPE", disk)
+    done = _run("blkid", *words, expected=(0, _NOTHING, _AMBIVALENT))
+    held = "several things" if done.returncode == _AMBIVALENT else " ".join(done.stdout.split())
+    if held not in ("", "swap"):
+        raise NotForSwap(
+            f"{disk} holds something ({held}) and is not for swap: 'wipefs --all {disk}' if nobody needs it"
+        )
 
 
 def _tune(disk: str) -> None:
@@ -110,13 +161,15 @@ def _unobserved(disk: str) -> Iterator[None]:
         os.close(fd)
 
 
-def _run(*words: str) -> None:
+def _run(*words: str, expected: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
+    """Run a program. Raises GuestError if it ends with a status that is not expected."""
     environment = {**os.environ, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
     try:
         done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
     except OSError as error:
         raise GuestError(f"{words[0]} cannot be run: {error.strerror}") from None
-    if done.returncode:
+    if done.returncode not in expected:
         raise GuestError(
             f"{words[0]} {words[-1]} failed: {' '.join(done.stderr.split()) or 'no reason given'}"
         )
+    return done

@@ -23,6 +23,7 @@ STEP = 64  # pages that are wiped at a time
 PAUSE = 0.001  # seconds between two such: requests of others go first
 WORD = b"zramwipe"  # not zero: Linux 6.12 writes no pages of zeros
 
+_GIVEN_UP = 3  # exit status of a step's process
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MADV_NOHUGEPAGE, _MADV_PAGEOUT = 15, 21  # asm-generic/mman-common.h
 
@@ -67,15 +68,16 @@ def _in_child(work: Callable[[Callable[[], bool]], str], wanted: Callable[[], st
     finally:
         os.close(ours)
         _, status = os.waitpid(pid, 0)
-    if status == 0:
-        return words.decode()
-    if os.WIFSIGNALED(status):
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
         raise GivenUp(
             "its process was killed" + (f": {reason}" if reason else ", perhaps for lack of memory")
         )
-    if words:
-        raise GuestError(words.decode())
-    raise GivenUp(reason or "it was told to end")
+    if code == _GIVEN_UP:
+        raise GivenUp(reason or words.decode())
+    if code:
+        raise GuestError(words.decode() or "no reason given")
+    return words.decode()
 
 
 def _work(work: Callable[[Callable[[], bool]], str], result: int, parent: int) -> NoReturn:
@@ -94,7 +96,10 @@ def _work(work: Callable[[Callable[[], bool]], str], result: int, parent: int) -
             words = work(lambda: bool(ended))
             status = 0
         except OSError as error:
-            words = "" if error.errno == errno.EINTR else f"{error.filename}: {error.strerror}"
+            # ENOMEM: swapoff may not promise so much (vm.overcommit_memory=2).
+            status = _GIVEN_UP if error.errno in (errno.EINTR, errno.ENOMEM) else 1
+            told = "it was told to end" if error.errno == errno.EINTR else error.strerror
+            words = f"{error.filename}: {told}" if error.filename else str(told)
         os.write(result, words.encode())
     finally:
         os._exit(status)
@@ -120,7 +125,7 @@ def empty(area: Area, flags: int = DISCARD, wanted: Callable[[], str] = nothing)
     started = time.monotonic()
     _in_child(work, wanted)
     now = next((one for one in areas() if one.path == area.path), None)
-    if now is None or now.priority != area.priority:
+    if now is None or max(now.priority, -1) != max(area.priority, -1):  # a negative one the kernel chooses
         raise GuestError(f"{area.path} is not swapped to as it was before it was emptied")
     return time.monotonic() - started
 
