@@ -58,7 +58,7 @@ def test_quiet_says_what_was_done(there: FakeMachine, capsys: pytest.CaptureFixt
 
 def test_quiet_does_not_say_what_was_left(there: FakeMachine, capsys: pytest.CaptureFixture[str]) -> None:
     leave_dead(there)
-    there.waiting = 50.0
+    there.waiting, there.available = 50.0, there.total // 4
     there.write()
     assert command.main(["refresh"]) == 0
     assert "left for later" in capsys.readouterr().out

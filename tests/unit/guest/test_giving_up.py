@@ -105,7 +105,7 @@ def test_flags_are_kept(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_killed_process_had_off_is_on_again(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that empties is the first that the kernel kills when memory runs out."""
     (proc / "dev").touch()
-    known = notes.Notes({"/dev/nbd0p1": notes.Note(9, dirty=900, flags=DISCARD_ONCE)})
+    known = notes.Notes({"/dev/nbd0p1": notes.Note(9, dirty=900, flags=DISCARD | DISCARD_ONCE)})
     monkeypatch.setattr(refresh, "read_notes", lambda disk: known)
     monkeypatch.setattr(steps, "swap_off", lambda path: (proc / "proc/swaps").write_text("head\n"))
     monkeypatch.setattr(steps, "swap_on", lambda *words: os.kill(os.getpid(), signal.SIGKILL))
@@ -116,4 +116,4 @@ def test_what_a_killed_process_had_off_is_on_again(proc: Path, monkeypatch: pyte
     said: list[str] = []
     refresh.refresh("/dev/nbd0", said.append)
     assert said == ["/dev/nbd0p1: given up, as its process was killed, perhaps for lack of memory"]
-    assert told(proc) == [f"/dev/nbd0p1 9 {DISCARD_ONCE}"]
+    assert told(proc) == [f"/dev/nbd0p1 9 {DISCARD | DISCARD_ONCE}"]
