@@ -111,6 +111,7 @@ def test_what_a_killed_process_had_off_is_on_again(proc: Path, monkeypatch: pyte
     monkeypatch.setattr(steps, "swap_on", lambda *words: os.kill(os.getpid(), signal.SIGKILL))
     monkeypatch.setattr(layout, "swap_on", lambda *words: tell(proc, " ".join(map(str, words))))
     monkeypatch.setattr(layout.os.path, "exists", lambda path: True)
+    monkeypatch.setattr(layout, "_is_swap", lambda path: True)
     monkeypatch.setattr(kernel, "disk_of", lambda path: "/dev/nbd0")
     monkeypatch.setattr(refresh, "disk_of", lambda path: "/dev/nbd0")
     said: list[str] = []
