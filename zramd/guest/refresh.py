@@ -51,7 +51,8 @@ def refresh(
         names = these[0].area.path + (f" to {these[-1].area.path}" if len(these) > 1 else "")
         dead = sum(one.dead for one in these)
         verb = f"{pages} pages read back" if kind == "empty" else f"{pages} free places wiped"
-        if why := hindrance(memory(), pages) or wanted():
+        # What is wiped is in memory for a moment only, a few pages at a time.
+        if why := hindrance(memory(), pages if kind == "empty" else 0) or wanted():
             if not quiet:
                 say(f"{names}: left for later, as {why}")
             break

@@ -8,7 +8,7 @@ import pytest
 from support.swapareas import FakeMachine
 
 from zramd.guest import __main__ as command
-from zramd.guest import layout, notes
+from zramd.guest import layout, memory, notes
 from zramd.guest.files import GuestError, NotForSwap
 
 Make = Callable[..., FakeMachine]
@@ -126,3 +126,17 @@ def test_off_gives_all_back(there: FakeMachine, monkeypatch: pytest.MonkeyPatch)
     assert command.main(["off"]) == 0
     assert off == [*there.areas, "join"]
     assert not Path(notes.notes_path(there.disk)).exists()
+
+
+def test_memory_need_not_hold_what_is_wiped(
+    there: FakeMachine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A guest whose swap is larger than its memory has its free places wiped, too."""
+    places = there.swap_out(8 * 1024)
+    there.end([place for number, place in enumerate(places) if number % 2])
+    there.total, there.available = 40 << 20, 14 << 20
+    there.write()
+    monkeypatch.setattr(memory, "LEAST_MARGIN", 1 << 20)
+    assert command.main(["refresh"]) == 0
+    assert "pages became free, 4096 free places wiped" in capsys.readouterr().out
+    assert there.dead == 0
