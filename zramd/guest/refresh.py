@@ -45,6 +45,8 @@ def refresh(
     steps: list[tuple[str, list[View], int]] = [("empty", [one], one.area.used) for one in todo.emptied]
     if todo.wiped:
         steps.insert(0, ("wipe", todo.wiped, todo.pages))
+    if steps and not dry_run:
+        write_notes(disk, notes)  # by them the next one knows what this one, if it is killed, has left off
     freed = read_back = 0
     started = time.monotonic()
     for kind, these, pages in steps:

@@ -32,7 +32,7 @@ def one(name: str, tell: Callable[[str], None], *, dry_run: bool) -> None:
     _must_be_root(name, dry_run)
     name = servers.name_of(name)
     servers.must_be_a_name(name)
-    if why := _refresh(name, tell, dry_run):
+    if why := _refresh(name, tell, dry_run=dry_run, quiet=False):
         tell(f"{name}: {why}")
 
 
@@ -45,7 +45,7 @@ def every(tell: Callable[[str], None], *, dry_run: bool) -> bool:
     fine = True
     for name in attached.names():
         try:
-            _refresh(name, tell, dry_run)
+            _refresh(name, tell, dry_run=dry_run, quiet=not dry_run)
         except (ZramdError, OSError) as error:
             say(sentence(error))
             fine = False
@@ -59,8 +59,11 @@ def _must_be_root(whom: str, dry_run: bool) -> None:
     interrupts.interruptible()
 
 
-def _refresh(name: str, tell: Callable[[str], None], dry_run: bool) -> str:
-    """Refresh the swap on a device; return why nothing was done, '' if something was. Raises AttachError."""
+def _refresh(name: str, tell: Callable[[str], None], *, dry_run: bool, quiet: bool) -> str:
+    """Refresh the swap on a device; return why nothing was done, '' if something was. Raises AttachError.
+
+    `quiet`: `tell` hears nothing of a step that was not begun.
+    """
     there = attached.find(name)
     if there is None:
         raise AttachError(f"{name} is not attached")
@@ -89,7 +92,7 @@ def _refresh(name: str, tell: Callable[[str], None], dry_run: bool) -> str:
             if not all(note.flags & DISCARD for note in known.areas.values()):
                 return "it is swapped to without discard: what swap has freed stays stored"
             step("refresh.begun")
-            todo = refresh_disk(disk, tell, dry_run=dry_run, wanted=wanted)
+            todo = refresh_disk(disk, tell, dry_run=dry_run, quiet=quiet, wanted=wanted)
         except GuestError as error:
             raise AttachError(str(error)) from None
         except OSError as error:

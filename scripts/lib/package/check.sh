@@ -117,10 +117,13 @@ mkdir -p /sys/block/nbd3
 echo zramd/zram0 >/sys/block/nbd3/backend
 ! said=$(dpkg --remove zramd 2>&1) || fail "it was removed"
 has "the refusal" "$said" "zramd is not removed: /dev/nbd3 is attached: run 'zramd detach zram0' first"
-printf 'Filename\tType\tSize\tUsed\tPriority\n/dev/nbd3 partition\t1000\t0\t100\n' >swaps
+touch swaps
 mount --bind swaps /proc/swaps
-! said=$(dpkg --remove zramd 2>&1) || fail "it was removed"
-has "the refusal" "$said" "zramd is not removed: this machine swaps to /dev/nbd3: run 'systemctl disable --now zramd@zram0'"
+for area in /dev/nbd3 /dev/nbd3p2; do
+    printf 'Filename\tType\tSize\tUsed\tPriority\n%s partition\t1000\t0\t100\n' "$area" >swaps
+    ! said=$(dpkg --remove zramd 2>&1) || fail "it was removed"
+    has "the refusal" "$said" "zramd is not removed: this machine swaps to /dev/nbd3: run 'systemctl disable --now zramd@zram0'"
+done
 umount /proc/swaps /sys
 is "its version" "$(zramd --version)" "zramd $version"
 

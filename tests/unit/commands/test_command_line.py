@@ -320,6 +320,9 @@ def test_every_column_has_a_cell() -> None:
     assert (cells["DATA"], cells["COMPR"], cells["TOTAL"]) == ("40K", "6K", "8K")
     assert (cells["FRAG"], cells["COMP-RATIO"], cells["ZERO-PAGES"]) == ("75.00", "5.00", "3")
     assert cells["MEM-USED"] == cells["PEAK"] == "11.5G"
+    values |= {"swap_used": 5, "dead_blocks": 0, "refresh_last_blocks": 7}
+    cells = {column.name: column.show(column.get(values), False) for column in columns.COLUMNS}
+    assert (cells["SWAP-USED"], cells["DEAD"], cells["REFRESHED"]) == ("5", "0", "7")
 
 
 # The kernel's devices.

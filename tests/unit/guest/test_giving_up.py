@@ -1,6 +1,7 @@
 """A step of a refresh that is given up: another command wants the device, or somebody is killed."""
 
 import errno
+import json
 import os
 import select
 import signal
@@ -118,3 +119,18 @@ def test_what_a_killed_process_had_off_is_on_again(proc: Path, monkeypatch: pyte
     refresh.refresh("/dev/nbd0", said.append)
     assert said == ["/dev/nbd0p1: given up, as its process was killed, perhaps for lack of memory"]
     assert told(proc) == [f"/dev/nbd0p1 9 {DISCARD | DISCARD_ONCE}"]
+
+
+def test_what_is_off_is_noted_before(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of areas of which nothing was noted, too: if all are killed, the next one swaps to them again."""
+    monkeypatch.setattr(notes, "areas", lambda disk: [AREA])
+    monkeypatch.setattr(refresh, "areas", lambda disk="": [AREA])
+    monkeypatch.setattr(refresh, "disk_of", lambda path: "/dev/nbd0")
+
+    def empty(*words: object) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(refresh, "empty", empty)
+    with pytest.raises(KeyboardInterrupt):
+        refresh.refresh("/dev/nbd0", lambda words: None)
+    assert list(json.loads(Path(notes.notes_path("/dev/nbd0")).read_text())["areas"]) == [AREA.path]

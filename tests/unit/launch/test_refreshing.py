@@ -34,10 +34,12 @@ class Machine:
             [], 0, []
         )
         self.answers = True
-        self.seen: list[tuple[str, bool]] = []
+        self.seen: list[tuple[str, bool, bool]] = []
 
-    def refresh(self, disk: str, say: Callable[[str], None], *, dry_run: bool, wanted: Wanted) -> Plan:
-        self.seen.append((disk, dry_run))
+    def refresh(
+        self, disk: str, say: Callable[[str], None], *, dry_run: bool, quiet: bool, wanted: Wanted
+    ) -> Plan:
+        self.seen.append((disk, dry_run, quiet))
         return self.work(disk, say, wanted)
 
     def notes(self, flags: int = DISCARD) -> Path:
@@ -122,7 +124,12 @@ def test_what_was_done_is_told(machine: Machine, capsys: pytest.CaptureFixture[s
     assert main(["refresh", "zram0"]) == 0
     assert main(["refresh", "--all", "--dry-run"]) == 0
     assert capsys.readouterr() == ("/dev/nbd0p1: up to 70 pages became free\n" * 2, "")
-    assert machine.seen == [("/dev/nbd0", False), ("/dev/nbd0", True)]
+    assert main(["refresh", "--all"]) == 0
+    assert machine.seen == [
+        ("/dev/nbd0", False, False),
+        ("/dev/nbd0", True, False),
+        ("/dev/nbd0", False, True),  # a timer does not say each minute that it is no time for it
+    ]
     assert not attached.is_busy("zram0")
 
 

@@ -440,3 +440,14 @@ def test_duration(seconds: float, words: str) -> None:
 )
 def test_clock(seconds: float, words: str) -> None:
     assert cells.clock(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("dead", "words", "style"),
+    [(None, "", ""), (0, "", ""), (655, "1%", ""), (16384, "25%", "fair")],
+)
+def test_dead_blocks_where_this_machine_swaps(dead: int | None, words: str, style: str) -> None:
+    line = view.blocks(device(dead_blocks=dead))
+    assert [
+        (shown.endswith(f"({words}) dead"), looks) for shown, looks in line if shown.endswith("dead")
+    ] == [(True, style)] * bool(words)
