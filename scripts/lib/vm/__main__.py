@@ -41,6 +41,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--size", type=parse_size, default=0)
     parser.add_argument("--workload", type=parse_size, default=0)
     parser.add_argument("--pageout", action="store_true")
+    parser.add_argument("--churn", type=int, default=0)
+    parser.add_argument("--churn-options", default="")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -65,6 +67,8 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
         nbd_options=asked.nbd_options,
         workload_bytes=asked.workload,
         pageout=asked.pageout,
+        churn=asked.churn,
+        churn_options=dict(w.split("=", 1) for w in asked.churn_options.split(",") if w),
         size=asked.size,
     )
 
@@ -76,7 +80,10 @@ def run(this: Plan, machine: Machine, live: report.Live) -> report.Result:
     with tempfile.TemporaryDirectory(prefix="zramd-vm-") as folder:
         boot = Boot(machine, Path(folder), live)
         try:
-            if this.pause:
+            if this.churn:
+                from vm import churn
+                churn.churn(this, boot, result)
+            elif this.pause:
                 pressure.pause(this, boot, result)
             elif this.limit:
                 pressure.full_pool(this, boot, result)

@@ -32,6 +32,8 @@ class Plan:
     kill: float = 0.0  # between two ends of the server, whose state stays
     restart: bool = False  # they are by `zramd restart`, not by SIGKILL
     pause: bool = False  # qemu pauses the guest when the pool is full, as it does by default
+    churn: int = 0
+    churn_options: dict = None
     pageout: bool = False  # swap all of the workload out before it is freed
     workload_bytes: int = 0  # instead of what suits the guest's memory
     size: int = 0  # of the device, instead of what suits the guest's memory
