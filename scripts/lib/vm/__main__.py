@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import zramd
-from vm import arm64_image, image, kernel, kills, pressure, report, scenario
+from vm import arm64_image, churn, image, kernel, kills, pressure, report, scenario
 from vm.errors import VmError
 from vm.guest import Machine, choose_accel
-from vm.plan import KERNEL_ZRAM, LIBVIRT, MODES, Plan, default_memory
+from vm.plan import DISCARDS, KERNEL_ZRAM, LIBVIRT, MODES, ORDERS, Plan, default_memory
 from vm.session import Boot, as_json
 from zramd.errors import ConfigError
 from zramd.settings.config import parse_size
@@ -41,8 +41,15 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--size", type=parse_size, default=0)
     parser.add_argument("--workload", type=parse_size, default=0)
     parser.add_argument("--pageout", action="store_true")
-    parser.add_argument("--churn", type=int, default=0)
-    parser.add_argument("--churn-options", default="")
+    parser.add_argument("--churn", type=float, default=0)
+    parser.add_argument("--breaks", action="store_true")
+    parser.add_argument("--refresh", type=float, default=0)
+    parser.add_argument("--areas", type=int, default=Plan.areas)
+    parser.add_argument("--order", choices=ORDERS, default=Plan.order)
+    parser.add_argument("--discard", choices=DISCARDS, default=Plan.discard)
+    parser.add_argument("--page-cluster", type=int, default=Plan.page_cluster)
+    parser.add_argument("--sysctl", action="append", default=[])
+    parser.add_argument("--parameters", default="")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -53,7 +60,7 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
     """Return the plan for one mode."""
     return Plan(
         mode,
-        asked.memory or default_memory(mode, asked.short),
+        asked.memory or default_memory(mode, asked.short, asked.churn > 0),
         asked.cpus,
         short=asked.short,
         seed=asked.seed,
@@ -67,8 +74,15 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
         nbd_options=asked.nbd_options,
         workload_bytes=asked.workload,
         pageout=asked.pageout,
-        churn=asked.churn,
-        churn_options=dict(w.split("=", 1) for w in asked.churn_options.split(",") if w),
+        churn_seconds=int(asked.churn * 60),
+        breaks=asked.breaks,
+        refresh=asked.refresh,
+        areas=asked.areas,
+        order=asked.order,
+        discard=asked.discard,
+        page_cluster=asked.page_cluster,
+        sysctls=tuple(asked.sysctl),
+        parameters=asked.parameters,
         size=asked.size,
     )
 
@@ -80,8 +94,7 @@ def run(this: Plan, machine: Machine, live: report.Live) -> report.Result:
     with tempfile.TemporaryDirectory(prefix="zramd-vm-") as folder:
         boot = Boot(machine, Path(folder), live)
         try:
-            if this.churn:
-                from vm import churn
+            if this.churn_seconds:
                 churn.churn(this, boot, result)
             elif this.pause:
                 pressure.pause(this, boot, result)
@@ -126,6 +139,10 @@ def main() -> int:
     others = (asked.minutes, asked.limit, asked.stall, asked.mem_limit, asked.nbd_options)
     if asked.attach == KERNEL_ZRAM and any(others):
         raise VmError("with --attach zram there is only the comparison: memory written, freed and compacted")
+    if (asked.breaks or asked.refresh) and not asked.churn:
+        raise VmError("--breaks and --refresh are of --churn: give --churn MINUTES, too")
+    if asked.areas > 1 and asked.attach in (KERNEL_ZRAM, "all"):
+        raise VmError("--areas divides a disk, and the kernel's zram takes no partitions: use another --attach")
     live = report.Live()
     folder = ROOT / "build/vm"
     if asked.arm64:

@@ -2,141 +2,175 @@
 
 from __future__ import annotations
 
-import json
-import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from vm.plan import KERNEL_ZRAM, MIB, Plan
+from vm import dead
+from vm.dead import Histogram, Sample
+from vm.plan import Plan
 from vm.report import Result
 from vm.session import Boot, Session, booted
 
+# What runs in the guest: programs that stay, and others of one to four times so many MiB, which come and go.
+# Together they have twice the memory of the guest.
 DAEMONS, DAEMON_MIB = 16, 4
 PROGRAMS, PROGRAM_MIB = 8, 24
-FULL_OBJECTS = 0.91
+
+WARM_UP = 45  # seconds until as much is swapped as ever will be: not counted
+BUSY, CALM = 40, 25  # seconds with programs, and without any, in turn
+AFTER = 40  # seconds that are looked at once all programs have ended
+SLICE = 20  # seconds between two looks at how clusters are used
+
+# The tool of the guest's administrator, and how long it may take.
+REFRESH, REFRESH_TIMEOUT = "/usr/bin/python3 /zramd/zramd/kernel/guest.py refresh", 300
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a run: so many programs at a time, for so many seconds."""
+
+    programs: int
+    seconds: float
+
+
+def timeline(plan: Plan) -> list[Part]:
+    """Return the parts of a run, of which the last has no programs."""
+    parts, left = [], WARM_UP + plan.churn_seconds
+    while left > 0:
+        busy = min(BUSY, left) if plan.breaks else left
+        parts.append(Part(PROGRAMS, busy))
+        left -= busy
+        if left > 0:
+            parts.append(Part(0, min(CALM, left)))
+            left -= min(CALM, left)
+    if parts[-1].programs:
+        parts.append(Part(0, 0))
+    parts[-1] = Part(0, parts[-1].seconds + AFTER)
+    return parts
 
 
 def churn(plan: Plan, boot: Boot, result: Result) -> None:
-    opts = plan.churn_options
+    """Let programs come and go for the plan's time, and say how much of what is stored was dead."""
     with booted(plan, boot, result) as session:
-        areas = int(opts.get("areas", 1))
-        swap_on(session, areas, opts)
-        session.guest.start_workload_words(f"churn {plan.seed}")
-        stop = threading.Event()
-        series: list[dict[str, Any]] = []
-        sampler = threading.Thread(target=_sample, args=(session, series, stop))
-        sampler.start()
-        faults = []
-        try:
-            say = session.live.step
-            phase(session, f"daemons {DAEMONS} {DAEMON_MIB}")
-            phase(session, f"programs {PROGRAMS} {PROGRAM_MIB}")
-            end = time.monotonic() + plan.churn
-            tool = opts.get("tool")
-            endtool = opts.get("endtool", tool)
-            while time.monotonic() < end:
-                a = phase(session, "run 20")
-                faults.append(a)
-                c = phase(session, "clusters 512")
-                say(f"{brief(series)} p99 {pct(a['took'], 99):.2f} ms faults {a['faults']} clusters {c}")
-                if tool:
-                    t = time.monotonic()
-                    say(session.guest.run(f"{tool}", 300)[-300:])
-                    say(f"   tool took {time.monotonic()-t:.1f} s; {brief(series)}")
-            steady = len(series)
-            phase(session, "programs 0 1")
-            phase(session, "run 20")
-            c = phase(session, "clusters 512")
-            say(f"programs ended: {brief(series)} clusters {c}")
-            after = len(series)
-            if endtool:
-                for i in range(int(opts.get("rounds", 2))):
-                    t = time.monotonic()
-                    say(session.guest.run(f"{endtool}", 300)[-900:])
-                    phase(session, "run 10")
-                    say(f"   tool took {time.monotonic()-t:.1f} s; {brief(series)}")
-            a = phase(session, "run 10")
-            say(f"at the end: {brief(series)}")
-        finally:
-            stop.set()
-            sampler.join()
-        print(json.dumps({"series": series, "steady": steady, "after": after, "faults": faults}), file=open(opts.get("out", "/tmp/churn.json"), "w"))
-        s = series[60:steady]
-        print(opts, "steady: dead mean %.1f %%, used mean %d, bytes/used %.0f, total mean %.1f MiB, slowest" % (
-            100 * sum(x["dead"] for x in s) / len(s), sum(x["used"] for x in s) / len(s),
-            sum(x["total"] for x in s) / sum(x["used"] for x in s), sum(x["total"] for x in s)/len(s)/MIB))
-        lat = {}
-        for a in faults:
-            for k, v in a["took"].items():
-                lat[k] = lat.get(k, 0) + v
-        print("faults", sum(lat.values()), "p50 %.2f p99 %.2f ms" % (pct(lat, 50), pct(lat, 99)), "bad", sum(a["bad"] for a in faults), "lost", sum(a["lost"] for a in faults), "end", brief(series))
-        result.expect("x", True)
+        session.swap_on()
+        session.guest.start(f"churn {plan.seed}")
+        run = _Run(session)
+        session.live.step(f"{DAEMONS} programs of {DAEMON_MIB} MiB begin that stay")
+        run.phase(f"daemons {DAEMONS} {DAEMON_MIB}")
+        started = session.beat()["time"]
+        *parts, after = timeline(plan)
+        for part in parts:
+            run.part(part)
+        ended = session.beat()["time"]
+        run.part(after)
+        samples = list(_samples(session, started))
+        run.finish(samples, started + WARM_UP, ended)
 
 
-def pct(took, p):
-    total = sum(took.values())
-    seen = 0
-    for k in sorted(map(int, took)):
-        seen += took[str(k)]
-        if seen * 100 >= p * total:
-            e, m = divmod(k, 8)
-            return (8 + m + 1) * 2 ** (e - 3) / 1e6
-    return 0.0
+class _Run:
+    """The workload of a run, and what it has said."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._plan = session.plan
+        self._faults: dict[str, Histogram] = {"else": {}, "refresh": {}}
+        self._clusters: list[dict[str, Any]] = []
+        self._refreshes: list[dict[str, Any]] = []
+        self._killed = 0
+        self._next = time.monotonic() + WARM_UP  # refresh
+
+    def phase(self, words: str, when: str = "else") -> dict[str, Any]:
+        """Let the workload do one phase and count what was done since the last one."""
+        answer = self._session.guest.phase(words, REFRESH_TIMEOUT)
+        took: Histogram = {int(bucket): faults for bucket, faults in answer["took"].items()}
+        result = self._session.result
+        dead.add(self._faults[when], took)
+        result.add_phase({**answer, "bad": answer["bad"] + answer["lost"], "slowest": dead.slowest(took)})
+        self._killed += answer["killed"]
+        return answer
+
+    def part(self, part: Part) -> None:
+        """Let so many programs run for a time, and refresh when it is time to."""
+        many = f"{part.programs} at a time" if part.programs else "all have ended"
+        self._session.live.step(f"programs come and go: {many}, for {part.seconds:.0f} s")
+        end = time.monotonic() + part.seconds
+        self.phase(f"programs {part.programs} {PROGRAM_MIB}")
+        while (left := end - time.monotonic()) > 1:
+            until_next = self._next - time.monotonic() if self._plan.refresh else left
+            self.phase(f"run {max(1, int(min(left, SLICE, until_next)))}")
+            if self._plan.refresh and time.monotonic() >= self._next:
+                self._refresh()
+            self._look(part)
+
+    def _refresh(self) -> None:
+        """Let the guest's tool refresh its swap, and count what it moved and what that brought."""
+        self.phase("run 0")
+        before, started = self._stand(), time.monotonic()
+        said = self._session.guest.run(REFRESH, REFRESH_TIMEOUT)
+        seconds = time.monotonic() - started
+        answer = self.phase("run 0", "refresh")
+        after = self._stand()
+        found = {
+            "time": before["time"],
+            "seconds": round(seconds, 1),
+            # (What the programs read meanwhile is not the tool's; a cluster's other pages count for it.)
+            "read_back": max(0, after["read"] - before["read"] - answer["faults"]),
+            "freed": max(0, before["costly"] - after["costly"]),
+            "faults": answer["faults"],
+            "said": said,
+        }
+        self._refreshes.append(found)
+        self._session.live.step(
+            f"refresh: {found['seconds']} s, {found['read_back']} pages read back, {found['freed']} blocks freed"
+        )
+        for line in said.splitlines():
+            self._session.live.step(f"  {line}")
+        self._next = time.monotonic() + self._plan.refresh
+
+    def _stand(self) -> dict[str, Any]:
+        session = self._session
+        stats, beat = session.attachment.stats(), session.beat()
+        costly = stats["pages_stored"] - stats["same_pages"]
+        return {"time": beat["time"], "read": beat["pswpin"], "costly": costly}
+
+    def _look(self, part: Part) -> None:
+        found = self._session.guest.phase(f"clusters {dead.CLUSTER}", REFRESH_TIMEOUT)
+        beat = self._session.beat()
+        total = beat["SwapTotal"] // 4096 // dead.CLUSTER
+        self._clusters.append({"time": beat["time"], "programs": part.programs, "total": total, **found})
+
+    def finish(self, samples: list[Sample], begin: float, end: float) -> None:
+        """Put all into the result; `begin` and `end` are those of the part that means are made of."""
+        session, result = self._session, self._session.result
+        result.churn = {
+            "samples": [sample.as_dict() for sample in samples],
+            "steady": dead.means([each for each in samples if begin <= each.time <= end]),
+            "after": dead.means(samples[-5:]),
+            "faults": {when: dead.times(took) for when, took in self._faults.items() if took},
+            "histograms": self._faults,
+            "clusters": self._clusters,
+            "refreshes": self._refreshes,
+            "killed": self._killed,
+        }
+        result.expect("no program is killed", not self._killed, f"{self._killed} killed")
+        lost = [line for line in session.guest.kernel_log() if "I/O error" in line or "Read-error" in line]
+        result.expect("no request fails", not lost, lost[:1])
 
 
-def brief(series):
-    if not series:
-        return "-"
-    x = series[-1]
-    return "used %d stored %d same %d objs %d dead %.0f %% total %.1f MiB trims %d free %d MiB avail" % (x["used"], x["stored"], x["same"], x["objs"], 100 * x["dead"], x["total"] / MIB, x["trims"], x["avail"]/MIB)
-
-
-def phase(session, words):
-    return session.guest.phase(words, 600)
-
-
-def _sample(session: Session, series, stop) -> None:
-    zram = session.plan.mode == KERNEL_ZRAM
-    while not stop.wait(1.0):
-        if not session.guest.beats:
-            continue
-        beat = session.guest.beats[-1]
-        used = (beat["SwapTotal"] - beat["SwapFree"]) // 4096
-        if zram:
-            z = session.attachment.stats()
-            objs = z["orig_data_size"] // 4096
-            stats = {"total": z["total_bytes"], "stored": objs, "same": 0, "trims": z["notify_free"]}
-        else:
-            s = session.attachment.stats()
-            objs = s["objs_used"]
-            stats = {"total": s["total_bytes"], "stored": s["pages_stored"], "same": s["same_pages"], "trims": s["notify_free"], "writes": s["writes"], "reads": s["reads"]}
-        dead = 1 - used * FULL_OBJECTS / objs if objs > 100 else 0.0
-        series.append({"t": beat["time"], "used": used, "objs": objs, "dead": dead, "in": beat["pswpin"], "out": beat["pswpout"], "avail": beat["MemAvailable"], "oom": beat["oom_kill"], **stats})
-
-
-def swap_on(session: Session, areas: int, opts) -> None:
-    device = session.attachment.device
-    session.attachment.attach(session.guest)
-    g = session.guest
-    pc = opts.get("page_cluster", "0")
-    reserve = max(session.plan.memory // 32 >> 10, 4096)
-    import base64
-    words = base64.b64encode(open("/tmp/zg.py","rb").read()).decode()
-    for k in range(0, len(words), 3000):
-        g.run(f"echo {words[k:k+3000]} >>/tmp/zg.b64")
-    g.run("base64 -d /tmp/zg.b64 >/tmp/zg.py")
-    g.run(f"sysctl -w vm.page-cluster={pc} vm.swappiness=150 vm.min_free_kbytes={reserve} vm.overcommit_memory=1")
-    disc = opts.get("discard", "both")
-    option = {"both": "--discard", "pages": "--discard=pages", "once": "--discard=once", "none": ""}[disc]
-    order = opts.get("order", "equal")
-    if areas == 1:
-        g.run(f"/usr/sbin/mkswap {device}", 60)
-        g.run(f"/usr/sbin/swapon {option} --priority 100 {device}", 60)
-    else:
-        total = session.plan.device_size // 512
-        each = total // areas // 2048 * 2048
-        for i in range(areas):
-            g.run(f"/usr/bin/python3 /tmp/zg.py addpart {device} {i+1} {i*each} {each}")
-            g.run(f"/usr/sbin/mkswap {device}{i+1}", 60)
-            prio = 100 if order == "equal" else 100 - i
-            g.run(f"/usr/sbin/swapon {option} --priority {prio} {device}{i+1}", 60)
+def _samples(session: Session, since: float) -> Iterator[Sample]:
+    for beat in session.guest.beats:
+        stats = session.attachment.sample(beat) if "zramd" in beat and beat["time"] >= since else None
+        if stats:
+            yield Sample(
+                time=round(beat["time"] - since, 1),
+                used=(beat["SwapTotal"] - beat["SwapFree"]) // 4096,
+                stored=stats["pages_stored"],
+                same=stats["same_pages"],
+                trims=stats["notify_free"],
+                total_bytes=stats["total_bytes"],
+                available=beat["MemAvailable"],
+                swapped_in=beat["pswpin"],
+                swapped_out=beat["pswpout"],
+            )

@@ -1,11 +1,12 @@
 /* Programs that come and go, beside others that stay. Their memory is verified as it is used, and each page fault
-   that reads from swap is timed. It reads one phase a line and answers each with a line:
+   that reads from swap is timed. It reads one phase a line and answers each with a line, which says what was done
+   since the last such line (but for `clusters`):
 
      daemons COUNT MIB   so many programs begin that stay until the end
      programs COUNT MIB  so many programs run from now on, each for 10 to 40 s and of MIB to 4 MIB; 0 ends all
-     run SECONDS         says what was done within the next seconds
+     run SECONDS         answers after so many seconds
      clusters SLOTS      says how the swap slots that processes hold lie in clusters of so many slots
-     quit */
+     quit                ends all */
 
 #include "tool.h"
 
@@ -31,8 +32,8 @@
 
 /* What all processes count in; each field by atomic additions. */
 struct tally {
-    uint64_t written, verified, bad, lost, faults;
-    uint64_t took[BUCKETS];
+    uint64_t written, verified, bad, lost, killed, faults; /* lost: swap did not give a page back */
+    uint64_t took[BUCKETS];                                /* the faults, by their time */
 };
 
 struct child {
@@ -45,6 +46,11 @@ static struct tally *tally;
 static void count(uint64_t *number, uint64_t by)
 {
     __atomic_fetch_add(number, by, __ATOMIC_RELAXED);
+}
+
+static uint64_t take(uint64_t *number)
+{
+    return __atomic_exchange_n(number, 0, __ATOMIC_RELAXED);
 }
 
 static uint64_t swapped_in(void)
@@ -76,7 +82,8 @@ static void lost(int signal)
     _exit(3);
 }
 
-/* One program: it writes all of its memory, then works on it, mostly on a fifth of it that moves on slowly. */
+/* One program: it writes all of its memory, then works on it, mostly on a fifth of it that moves on slowly.
+   `pause`: microseconds between two runs of pages. */
 static void live(uint64_t seed, uint64_t pages, unsigned pause)
 {
     uint64_t random = mix(seed) | 1, wanted[PAGE / 8];
@@ -130,6 +137,20 @@ static void end_one(struct child *child)
     kill(child->pid, SIGKILL);
     waitpid(child->pid, NULL, 0);
     child->pid = 0;
+}
+
+/* See to the processes that have ended by themselves: the kernel kills some when memory is out. */
+static void reap(struct child *programs)
+{
+    int status;
+    pid_t pid;
+    while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+        if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL)
+            count(&tally->killed, 1);
+        for (unsigned i = 0; i < MOST; i++)
+            if (programs[i].pid == pid)
+                programs[i].pid = 0;
+    }
 }
 
 /* ---- Where swapped pages lie -------------------------------------------------------------------------------- */
@@ -211,23 +232,25 @@ static void say_clusters(void)
 
 static void answer(void)
 {
-    printf("{\"written\": %lu, \"verified\": %lu, \"bad\": %lu, \"lost\": %lu, \"faults\": %lu, \"took\": {",
-           tally->written, tally->verified, tally->bad, tally->lost, tally->faults);
+    printf("{\"written\": %lu, \"verified\": %lu, ", take(&tally->written), take(&tally->verified));
+    printf("\"bad\": %lu, \"lost\": %lu, ", take(&tally->bad), take(&tally->lost));
+    printf("\"killed\": %lu, \"faults\": %lu, \"took\": {", take(&tally->killed), take(&tally->faults));
     const char *comma = "";
-    for (unsigned i = 0; i < BUCKETS; i++)
-        if (tally->took[i]) {
-            printf("%s\"%u\": %lu", comma, i, tally->took[i]);
+    for (unsigned i = 0; i < BUCKETS; i++) {
+        uint64_t faults = take(&tally->took[i]);
+        if (faults) {
+            printf("%s\"%u\": %lu", comma, i, faults);
             comma = ", ";
         }
+    }
     printf("}}\n");
     fflush(stdout);
-    memset(tally, 0, sizeof *tally);
 }
 
 int churn_main(int argc, char **argv)
 {
     struct child programs[MOST] = {{0}};
-    unsigned wanted = 0, killed = 0;
+    unsigned wanted = 0;
     uint64_t least = MIB / PAGE, started = 0;
     char line[128];
     if (argc != 1)
@@ -241,13 +264,9 @@ int churn_main(int argc, char **argv)
     double until = 0; /* of the phase `run` */
     answer();
     for (;;) {
+        reap(programs);
         for (unsigned i = 0; i < MOST; i++) {
             struct child *one = programs + i;
-            int status;
-            if (one->pid && waitpid(one->pid, &status, WNOHANG) == one->pid) {
-                killed += WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL;
-                one->pid = 0;
-            }
             if (one->pid && (i >= wanted || now() > one->end))
                 end_one(one);
             if (!one->pid && i < wanted) {
@@ -275,7 +294,6 @@ int churn_main(int argc, char **argv)
             answer();
         } else if (sscanf(line, "run %lu", &a) == 1) {
             until = now() + a;
-            memset(tally, 0, sizeof *tally);
         } else if (sscanf(line, "clusters %lu", &a) == 1 && a) {
             slots_per_cluster = a;
             say_clusters();
