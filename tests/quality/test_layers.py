@@ -24,13 +24,15 @@ MAY_IMPORT = {
     "core.memory": {"errors", "core", "core.system"},
     "core.pool": {"errors", "core", "core.system", "core.memory"},
     "core.device": {"errors", "core", "core.system", "core.memory", "core.pool"},
+    # What runs in guests too, where there is no zramd.
+    "guest": set(),
     # What every process of zramd may need, and what processes say to each other.
     "process": GROUND,
     "contract": GROUND,
     # What server and command line both know.
     "settings": {*GROUND, "contract"},
     "stats": {"errors"},
-    "kernel": {*GROUND, "contract", "process", "core.system", "core.device"},
+    "kernel": {*GROUND, "contract", "process", "guest", "core.system", "core.device"},
     # The server, inside nbdkit. Nothing in zramd imports it: nbdkit_plugin.py does.
     "server": {
         *GROUND,
@@ -39,11 +41,11 @@ MAY_IMPORT = {
     },
     # The command line. It talks to servers, and never loads what they are made of.
     "control": {*GROUND, "contract", "process", "settings", "stats", "kernel"},
-    "launch": {*GROUND, "zramd", "contract", "process", "settings", "kernel", "control"},
+    "launch": {*GROUND, "zramd", "contract", "process", "settings", "guest", "kernel", "control"},
     "top": {*GROUND, "control"},
     "commands": {
         *GROUND,
-        *("zramd", "contract", "process", "settings", "stats", "kernel", "control", "launch", "top"),
+        *("zramd", "contract", "process", "settings", "stats", "guest", "kernel", "control", "launch", "top"),
         "core.device",  # `zramd save` checks a stream with the code that writes one
     },
     # zramd/__init__.py and __main__.py: the public names, and `python -m zramd`.

@@ -1,0 +1,122 @@
+"""A disk is divided and swapped to, swapped to again, and given back."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from . import files
+from .areas import areas, default_count, disk_of, divide, join, size_of, swap_off, swap_on
+from .files import MIB, PAGE, GuestError, read, read_or
+from .memory import memory
+from .notes import Note, Notes, notes_path, read_notes, write_notes
+
+PRIORITY = 100  # of the first area; before any other swap
+
+
+def setup(disk: str, count: int | None, priority: int = PRIORITY) -> list[str]:
+    """Divide a disk, swap to its areas, and return their paths; those that are on stay. Raises GuestError."""
+    there = areas(disk)
+    notes = read_notes(disk)
+    if there:
+        resume(disk, notes)
+        return [area.path for area in areas(disk)]
+    name = os.path.basename(disk)
+    _refuse_in_use(disk)
+    _tune(disk)
+    count = count or default_count(size_of(disk))
+    if priority < count - 1:
+        raise GuestError(
+            f"{count} areas need a priority of at least {count - 1}: the first one has the highest"
+        )
+    join(disk)
+    notes = Notes(counts=notes.counts)
+    with _unobserved(disk):
+        for number, path in enumerate(divide(disk, count)):
+            _run("mkswap", "-L", f"zramd-{name}"[:15], path)
+            try:
+                swap_on(path, priority - number)
+            except OSError as error:
+                raise GuestError(f"'{path}' cannot be swapped to: {error.strerror}") from None
+            notes.areas[path] = Note(priority - number)
+            notes.areas[path].reset(path, 0)
+            write_notes(disk, notes)
+    return list(notes.areas)
+
+
+def resume(disk: str, notes: Notes) -> list[str]:
+    """Swap on again what a refresh that was killed has left off; return the areas' paths."""
+    on = {area.path for area in areas(disk)}
+    left = [path for path in notes.areas if path not in on and os.path.exists(path)]
+    for path in left:
+        swap_on(path, notes.areas[path].priority)
+        notes.areas[path].reset(path, 0)
+        notes.count("resumed")
+    if left:
+        write_notes(disk, notes)
+    return left
+
+
+def take_off(disk: str) -> None:
+    """Swap off all areas of a disk, the least used first, and undo its division. Raises GuestError."""
+    for area in sorted(areas(disk), key=lambda area: area.used):
+        now = memory()
+        if area.used * PAGE > now.available:
+            raise GuestError(
+                f"{area.used * PAGE // MIB} MiB are swapped out to {area.path} and only "
+                f"{now.available // MIB} MiB of memory are available: end programs first"
+            )
+        try:
+            swap_off(area.path)
+        except OSError as error:
+            raise GuestError(f"swapoff {area.path} failed: {error.strerror}") from None
+    join(disk)
+    with suppress(OSError):
+        os.unlink(notes_path(disk))
+
+
+def _refuse_in_use(disk: str) -> None:
+    name = os.path.basename(disk)
+    for line in read(f"{files.PROC}/mounts").splitlines():
+        if disk_of(line.split()[0]) == disk:
+            raise GuestError(f"{disk} is mounted on '{line.split()[1]}': it is not for swap")
+    holders = os.listdir(f"{files.SYS}/block/{name}/holders")
+    if holders:
+        raise GuestError(f"{disk} is in use by {holders[0]}: it is not for swap")
+
+
+def _tune(disk: str) -> None:
+    """Tell the kernel what it does not know of the disk: it does not rotate, and neighbours cost as much."""
+    queue = f"{files.SYS}/block/{os.path.basename(disk)}/queue"
+    if read_or(f"{queue}/discard_max_bytes", "0") == "0":
+        raise GuestError(f"{disk} takes no discards: give the disk discard=unmap on the host")
+    for path, value in ((f"{queue}/rotational", "0"), (f"{files.PROC}/sys/vm/page-cluster", "0")):
+        if read_or(path) != value:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(value)
+
+
+@contextmanager
+def _unobserved(disk: str) -> Iterator[None]:
+    """Keep udev from reading a table of partitions meanwhile, which is not there (it honours the lock)."""
+    fd = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _run(*words: str) -> None:
+    environment = {**os.environ, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    except OSError as error:
+        raise GuestError(f"{words[0]} cannot be run: {error.strerror}") from None
+    if done.returncode:
+        raise GuestError(
+            f"{words[0]} {words[-1]} failed: {' '.join(done.stderr.split()) or 'no reason given'}"
+        )

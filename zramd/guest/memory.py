@@ -1,0 +1,71 @@
+"""How memory stands, and whether it is a time to bring something into it."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from . import files
+from .files import MIB, PAGE, read, read_or
+
+MARGIN = 0.1  # of memory must stay available beside what comes back
+LEAST_MARGIN = 16 * MIB
+QUIET = 1.0  # percent of the last 10 s in which some program waited for memory (PSI)
+STALLS = 4  # programs that had to wait for memory between two looks: enough to give up
+
+
+class Memory(NamedTuple):
+    """How memory stands: bytes, PSI's `some avg10` in percent (None: not known), reclaims by programs."""
+
+    total: int
+    available: int
+    waiting: float | None
+    stalls: int
+
+
+def memory() -> Memory:
+    """Return how memory stands now. Raises OSError."""
+    meminfo = dict(re.findall(r"(\w+): +(\d+)", read(f"{files.PROC}/meminfo")))
+    some = re.search(r"some avg10=([0-9.]+)", read_or(f"{files.PROC}/pressure/memory"))
+    stalls = re.findall(r"^allocstall_\w+ (\d+)$", read(f"{files.PROC}/vmstat"), re.MULTILINE)
+    return Memory(
+        int(meminfo["MemTotal"]) * 1024,
+        int(meminfo["MemAvailable"]) * 1024,
+        float(some[1]) if some else None,
+        sum(map(int, stalls)),
+    )
+
+
+def margin(now: Memory) -> int:
+    """Return the bytes of memory that a refresh leaves available."""
+    return max(int(now.total * MARGIN), LEAST_MARGIN)
+
+
+def hindrance(now: Memory, pages: int) -> str:
+    """Return why this is no time to bring so many pages into memory, '' if it is."""
+    if now.waiting is not None and now.waiting >= QUIET:
+        return f"programs wait for memory ({now.waiting:g} % of the last 10 s)"
+    if now.available - pages * PAGE < margin(now):
+        return (
+            f"it needs {pages * PAGE // MIB} MiB of memory: {now.available // MIB} MiB are available, "
+            f"{margin(now) // MIB} stay so"
+        )
+    return ""
+
+
+class Watch:
+    """Says when memory has become so short that a step must be given up."""
+
+    def __init__(self) -> None:
+        """Begin to watch."""
+        self._before = memory()
+
+    def reason(self) -> str:
+        """Return why the step under way must be given up, '' if it need not be."""
+        before, now = self._before, memory()
+        self._before = now
+        if now.available < margin(now) // 2:
+            return f"only {now.available // MIB} MiB of memory are available"
+        if now.stalls - before.stalls >= STALLS:
+            return "programs wait for memory"
+        return ""

@@ -1,0 +1,71 @@
+"""A refresh: what is worth it, step by step, as long as memory is at ease."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from .areas import areas, disk_of
+from .files import GivenUp
+from .layout import resume
+from .memory import hindrance, memory
+from .notes import Notes, read_notes, write_notes
+from .policy import Plan, View, plan
+from .steps import empty, wipe
+
+
+def view(disk: str, notes: Notes) -> list[View]:
+    """Return the areas of a disk with what is stored of them, in the kernel's order."""
+    return [View(area, notes.areas[area.path].stored(area)) for area in areas(disk)]
+
+
+def refresh(disk: str, say: Callable[[str], None], *, dry_run: bool = False) -> Plan:
+    """Give back what swap on a disk has freed, as far as it is worth it and memory is at ease.
+
+    `say` gets a sentence for each step. Returns what there was to do. Raises GuestError.
+    """
+    notes = read_notes(disk)
+    if not dry_run:
+        for path in resume(disk, notes):
+            say(f"{path} was off: swapped to again")
+    views = view(disk, notes)
+    todo = plan(views, [area for area in areas() if disk_of(area.path) != disk])
+    steps: list[tuple[str, list[View], int]] = [("empty", [one], one.area.used) for one in todo.emptied]
+    if todo.wiped:
+        steps.insert(0, ("wipe", todo.wiped, todo.pages))
+    freed = read_back = 0
+    started = time.monotonic()
+    for kind, these, pages in steps:
+        names = these[0].area.path + (f" to {these[-1].area.path}" if len(these) > 1 else "")
+        dead = sum(one.dead for one in these)
+        verb = f"{pages} pages read back" if kind == "empty" else f"{pages} free places wiped"
+        if why := hindrance(memory(), pages):
+            say(f"{names}: left for later, as {why}")
+            break
+        if dry_run:
+            say(f"{names}: {dead} pages would become free, {verb}")
+            continue
+        try:
+            seconds = (
+                empty(these[0].area) if kind == "empty" else wipe([one.area.path for one in these], pages)
+            )
+        except GivenUp as why:
+            notes.count("given_up")
+            write_notes(disk, notes)
+            say(f"{names}: given up, as {why}")
+            break
+        for area in areas(disk):
+            if any(area.path == one.area.path for one in these):
+                notes.areas[area.path].reset(area.path, area.used)
+        notes.count("emptied" if kind == "empty" else "wiped", len(these))
+        freed, read_back = freed + dead, read_back + (pages if kind == "empty" else 0)
+        write_notes(disk, notes)
+        say(f"{names}: up to {dead} pages became free, {verb}, {seconds:.1f} s")
+    if freed:
+        notes.count("freed", freed)
+        notes.count("read_back", read_back)
+        seconds = round(time.monotonic() - started, 1)
+        notes.last = {"time": int(time.time()), "freed": freed, "read_back": read_back, "seconds": seconds}
+    if not dry_run:
+        write_notes(disk, notes)
+    return todo

@@ -1,0 +1,136 @@
+"""The two steps of a refresh: to empty an area, and to wipe free places. Each can be given up at any time."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import select
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+from . import files
+from .areas import Area, areas, swap_off, swap_on
+from .files import PAGE, GivenUp, GuestError
+from .memory import Watch
+
+LOOK = 0.05  # seconds between two looks at memory during a step
+STEP = 64  # pages that are wiped at a time
+PAUSE = 0.001  # seconds between two such: requests of others go first
+WORD = b"zramwipe"  # not zero: Linux 6.12 writes no pages of zeros
+
+_MADV_NOHUGEPAGE, _MADV_PAGEOUT = 15, 21  # asm-generic/mman-common.h
+
+
+def _in_child(work: Callable[[Callable[[], bool]], str]) -> str:
+    """Let a process of its own do a step, watch memory meanwhile, and return what the step says.
+
+    `work` is given what says whether it is to end. The process goes on if this one is killed: swap that is
+    off is on again in the end. If memory runs out, it is the one that the kernel kills. Raises GivenUp,
+    GuestError.
+    """
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(ours)
+        _work(work, theirs)
+    os.close(theirs)
+    watch, reason, words = Watch(), "", b""
+    try:
+        while True:
+            ready, _, _ = select.select([ours], [], [], LOOK)
+            if ready:
+                got = os.read(ours, 4096)
+                if not got:
+                    break
+                words += got
+            elif not reason and (reason := watch.reason()):
+                os.kill(pid, signal.SIGINT)
+    except BaseException:
+        os.kill(pid, signal.SIGINT)
+        raise
+    finally:
+        os.close(ours)
+        _, status = os.waitpid(pid, 0)
+    if status == 0:
+        return words.decode()
+    if os.WIFSIGNALED(status):
+        raise GivenUp(
+            "its process was killed" + (f": {reason}" if reason else ", perhaps for lack of memory")
+        )
+    if words:
+        raise GuestError(words.decode())
+    raise GivenUp(reason or "it was told to end")
+
+
+def _work(work: Callable[[Callable[[], bool]], str], result: int) -> NoReturn:
+    """Do a step in this process, which is the child, write what it says, and end."""
+    status = 1
+    try:
+        ended: list[int] = []
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, _: ended.append(number))  # swapoff: EINTR
+        with suppress(OSError), open(f"{files.PROC}/self/oom_score_adj", "w", encoding="utf-8") as file:
+            file.write("1000")
+        try:
+            words = work(lambda: bool(ended))
+            status = 0
+        except OSError as error:
+            words = "" if error.errno == errno.EINTR else f"{error.filename}: {error.strerror}"
+        os.write(result, words.encode())
+    finally:
+        os._exit(status)
+
+
+def empty(area: Area) -> float:
+    """Bring back what is out in an area, discard all of it, and swap to it again; return the seconds.
+
+    Raises GivenUp: the area is on, as it was. Raises GuestError.
+    """
+
+    def work(is_ended: Callable[[], bool]) -> str:
+        swap_off(area.path)
+        swap_on(area.path, area.priority)  # whatever is_ended says: never without
+        return ""
+
+    started = time.monotonic()
+    _in_child(work)
+    now = next((one for one in areas() if one.path == area.path), None)
+    if now is None or now.priority != area.priority:
+        raise GuestError(f"{area.path} is not swapped to as it was before it was emptied")
+    return time.monotonic() - started
+
+
+def wipe(paths: list[str], pages: int) -> float:
+    """Take all free places of some areas with pages of one word, and give them back; return the seconds.
+
+    `pages` is how many these are, with those of areas that the kernel fills before. Raises GivenUp,
+    GuestError.
+    """
+    slack = 128 * (os.cpu_count() or 1)  # the kernel hands places out to each processor by 64
+    most = pages + pages // 4 + slack
+
+    def work(is_ended: Callable[[], bool]) -> str:
+        place = mmap.mmap(-1, most * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        place.madvise(_MADV_NOHUGEPAGE)
+        step = WORD * (STEP * PAGE // len(WORD))
+        for at in range(0, most - STEP, STEP):
+            place[at * PAGE : (at + STEP) * PAGE] = step
+            place.madvise(_MADV_PAGEOUT, at * PAGE, STEP * PAGE)
+            if is_ended():
+                raise OSError(errno.EINTR, "")
+            if at // STEP % 8 == 7 and _free(paths) <= slack:
+                break
+            time.sleep(PAUSE)
+        return str(at + STEP)
+
+    started = time.monotonic()
+    _in_child(work)
+    return time.monotonic() - started
+
+
+def _free(paths: list[str]) -> int:
+    return sum(area.free for area in areas() if area.path in paths)
