@@ -141,6 +141,10 @@ def main() -> int:
         raise VmError("with --attach zram there is only the comparison: memory written, freed and compacted")
     if (asked.breaks or asked.refresh) and not asked.churn:
         raise VmError("--breaks and --refresh are of --churn: give --churn MINUTES, too")
+    if asked.refresh and (asked.discard, asked.order) != (Plan.discard, Plan.order):
+        raise VmError("--refresh divides the disk by the guest's tool, which has its own --order and --discard")
+    if asked.refresh and asked.attach in (KERNEL_ZRAM, "all"):
+        raise VmError("--refresh is zramd's: use it with --attach qemu, guest or local")
     if asked.areas > 1 and asked.attach in (KERNEL_ZRAM, "all"):
         raise VmError("--areas divides a disk, and the kernel's zram takes no partitions: use another --attach")
     live = report.Live()

@@ -23,8 +23,7 @@ BUSY, CALM = 40, 25  # seconds with programs, and without any, in turn
 AFTER = 40  # seconds that are looked at once all programs have ended
 SLICE = 20  # seconds between two looks at how clusters are used
 
-# The tool of the guest's administrator, and how long it may take.
-REFRESH, REFRESH_TIMEOUT = "/usr/bin/python3 /zramd/zramd/kernel/guest.py refresh", 300
+REFRESH_TIMEOUT = 300  # seconds
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class _Run:
         """Let the guest's tool refresh its swap, and count what it moved and what that brought."""
         self.phase("run 0")
         before, started = self._stand(), time.monotonic()
-        said = self._session.guest.run(REFRESH, REFRESH_TIMEOUT)
+        said = self._session.guest_tool("refresh", REFRESH_TIMEOUT)
         seconds = time.monotonic() - started
         answer = self.phase("run 0", "refresh")
         after = self._stand()

@@ -16,7 +16,7 @@ SPARE = 24 * MIB
 # For programs that come and go: the guest's memory without the pool, the pool's part of it where it is in the
 # guest, and the device, with more room than they ever take.
 CHURN_MEMORY = 256 * MIB
-CHURN_POOL = 224 * MIB
+CHURN_POOL = 160 * MIB
 CHURN_DEVICE = 1024 * MIB
 
 DISCARDS = {"both": "--discard", "pages": "--discard=pages", "once": "--discard=once", "none": ""}

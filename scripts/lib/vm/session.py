@@ -63,10 +63,14 @@ class Session:
     # ---- Swap
 
     def swap_on(self) -> None:
-        """Attach the device and swap to it, with discard and before any other swap."""
+        """Attach the device and swap to it as planned, before any other swap."""
         device = self.attachment.device
         self.live.step(f"attaching {device} ({self.attachment.name})")
         self.attachment.attach(self.guest)
+        if self.plan.refresh:
+            self.guest_tool(f"setup --areas {self.plan.areas}")  # it knows then what it has not discarded
+        else:
+            self._swap_to_areas()
         reserve = max(self.plan.memory // 32 >> 10, 4096)
         for name, value, why in (*SYSCTLS, COUNTED) if self.plan.pageout else SYSCTLS:
             setting = f"{name}={value.format(reserve=reserve, page_cluster=self.plan.page_cluster)}"
@@ -75,6 +79,12 @@ class Session:
         for setting in self.plan.sysctls:
             self.guest.run(f"sysctl -w {setting}")
             self.live.step(f"  {setting}: asked for")
+
+    def guest_tool(self, words: str, timeout: float = 60.0) -> str:
+        """Let the tool of a guest's administrator do something with the device, and return what it says."""
+        return self.guest.run(f"/usr/bin/python3 -m zramd.guest {words} --disk {self.attachment.device}", timeout)
+
+    def _swap_to_areas(self) -> None:
         discard = DISCARDS[self.plan.discard]
         for number, area in enumerate(self._areas()):
             priority = FIRST_PRIORITY - (number if self.plan.order == "descending" else 0)

@@ -36,11 +36,6 @@ struct tally {
     uint64_t took[BUCKETS];                                /* the faults, by their time */
 };
 
-struct child {
-    pid_t pid;
-    double end; /* 0: stays */
-};
-
 static struct tally *tally;
 
 static void count(uint64_t *number, uint64_t by)
@@ -83,8 +78,9 @@ static void lost(int signal)
 }
 
 /* One program: it writes all of its memory, then works on it, mostly on a fifth of it that moves on slowly.
-   `pause`: microseconds between two runs of pages. */
-static void live(uint64_t seed, uint64_t pages, unsigned pause)
+   `seconds`: how long it lives once all is written, so that a slow machine has as much in memory as a fast one;
+   0: it stays. `pause`: microseconds between two runs of pages. */
+static void live(uint64_t seed, uint64_t pages, double seconds, unsigned pause)
 {
     uint64_t random = mix(seed) | 1, wanted[PAGE / 8];
     unsigned char *start = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -99,7 +95,8 @@ static void live(uint64_t seed, uint64_t pages, unsigned pause)
         if (page % 64 == 63)
             usleep(2000); /* so that those that begin together lie mixed, as real ones do */
     }
-    for (uint64_t round = 0;; round++) {
+    double end = now() + seconds;
+    for (uint64_t round = 0; !seconds || now() < end; round++) {
         uint64_t hot = pages / 5, r = next_random(&random);
         uint64_t page = (r >> 16) % 100 < 95 ? (round / 64 + (r >> 24) % hot) % pages : (r >> 24) % pages;
         int writes = (r >> 8) % 100 < 30;
@@ -117,30 +114,31 @@ static void live(uint64_t seed, uint64_t pages, unsigned pause)
         }
         usleep(pause);
     }
+    _exit(0);
 }
 
-static struct child start_one(uint64_t seed, uint64_t pages, double seconds, unsigned pause)
+static pid_t start_one(uint64_t seed, uint64_t pages, double seconds, unsigned pause)
 {
-    struct child child = {fork(), seconds ? now() + seconds : 0};
-    if (child.pid < 0)
+    pid_t pid = fork();
+    if (pid < 0)
         die("fork");
-    if (!child.pid) {
+    if (!pid) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         set_oom_score(500);
-        live(seed, pages, pause);
+        live(seed, pages, seconds, pause);
     }
-    return child;
+    return pid;
 }
 
-static void end_one(struct child *child)
+static void end_one(pid_t *program)
 {
-    kill(child->pid, SIGKILL);
-    waitpid(child->pid, NULL, 0);
-    child->pid = 0;
+    kill(*program, SIGKILL);
+    waitpid(*program, NULL, 0);
+    *program = 0;
 }
 
 /* See to the processes that have ended by themselves: the kernel kills some when memory is out. */
-static void reap(struct child *programs)
+static void reap(pid_t *programs)
 {
     int status;
     pid_t pid;
@@ -148,8 +146,8 @@ static void reap(struct child *programs)
         if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL)
             count(&tally->killed, 1);
         for (unsigned i = 0; i < MOST; i++)
-            if (programs[i].pid == pid)
-                programs[i].pid = 0;
+            if (programs[i] == pid)
+                programs[i] = 0;
     }
 }
 
@@ -249,7 +247,7 @@ static void answer(void)
 
 int churn_main(int argc, char **argv)
 {
-    struct child programs[MOST] = {{0}};
+    pid_t programs[MOST] = {0};
     unsigned wanted = 0;
     uint64_t least = MIB / PAGE, started = 0;
     char line[128];
@@ -265,15 +263,13 @@ int churn_main(int argc, char **argv)
     answer();
     for (;;) {
         reap(programs);
-        for (unsigned i = 0; i < MOST; i++) {
-            struct child *one = programs + i;
-            if (one->pid && (i >= wanted || now() > one->end))
-                end_one(one);
-            if (!one->pid && i < wanted) {
-                uint64_t r = next_random(&random);
-                *one = start_one(seed + ++started, least + (r >> 16) % (3 * least), 10 + r % 3000 / 100.0, 10000);
+        for (unsigned i = 0; i < MOST; i++)
+            if (i >= wanted && programs[i]) {
+                end_one(programs + i);
+            } else if (i < wanted && !programs[i]) {
+                uint64_t r = next_random(&random), pages = least + (r >> 16) % (3 * least);
+                programs[i] = start_one(seed + ++started, pages, 10 + r % 3000 / 100.0, 10000);
             }
-        }
         if (until && now() > until) {
             until = 0;
             answer();
