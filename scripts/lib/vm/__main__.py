@@ -50,6 +50,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--page-cluster", type=int, default=Plan.page_cluster)
     parser.add_argument("--sysctl", action="append", default=[])
     parser.add_argument("--parameters", default="")
+    parser.add_argument("--draw", type=Path)
+    parser.add_argument("runs", nargs="*", default=[])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -130,6 +132,13 @@ def main() -> int:
     """Run what the command line asks for."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     asked = arguments(sys.argv[1:])
+    if asked.draw:
+        from vm import curves  # it needs matplotlib, which nothing else here does
+
+        curves.draw(asked.draw, curves.read(asked.runs))
+        return 0
+    if asked.runs:
+        raise VmError(f"'{asked.runs[0]}' is for --draw: give --draw FILE.svg, too")
     if asked.pause and asked.attach != "qemu":
         raise VmError("--pause is qemu's: use it with --attach qemu")
     if (asked.kill or asked.restart) and asked.attach != "qemu":
@@ -142,11 +151,15 @@ def main() -> int:
     if (asked.breaks or asked.refresh) and not asked.churn:
         raise VmError("--breaks and --refresh are of --churn: give --churn MINUTES, too")
     if asked.refresh and (asked.discard, asked.order) != (Plan.discard, Plan.order):
-        raise VmError("--refresh divides the disk by the guest's tool, which has its own --order and --discard")
+        raise VmError(
+            "--refresh divides the disk by the guest's tool, which has its own --order and --discard"
+        )
     if asked.refresh and asked.attach in (KERNEL_ZRAM, "all"):
         raise VmError("--refresh is zramd's: use it with --attach qemu, guest or local")
     if asked.areas > 1 and asked.attach in (KERNEL_ZRAM, "all"):
-        raise VmError("--areas divides a disk, and the kernel's zram takes no partitions: use another --attach")
+        raise VmError(
+            "--areas divides a disk, and the kernel's zram takes no partitions: use another --attach"
+        )
     live = report.Live()
     folder = ROOT / "build/vm"
     if asked.arm64:

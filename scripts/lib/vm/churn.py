@@ -121,9 +121,8 @@ class _Run:
             "said": said,
         }
         self._refreshes.append(found)
-        self._session.live.step(
-            f"refresh: {found['seconds']} s, {found['read_back']} pages read back, {found['freed']} blocks freed"
-        )
+        what = f"{found['read_back']} pages read back, {found['freed']} blocks freed"
+        self._session.live.step(f"refresh: {found['seconds']} s, {what}")
         for line in said.splitlines():
             self._session.live.step(f"  {line}")
         self._next = time.monotonic() + self._plan.refresh

@@ -31,8 +31,8 @@ class Sample:
     def dead(self) -> int:
         """The blocks that take memory, less the pages in swap that do.
 
-        Which of the pages in swap are same-filled is not known from outside. The workload makes so many of its
-        pages so, and swaps all kinds alike.
+        Which of the pages in swap are same-filled is not known from outside. The workload makes a known share
+        of its pages so, and all kinds are swapped alike.
         """
         return max(0, self.stored - self.same - round(self.used * (1 - SAME_FILLED)))
 
@@ -50,20 +50,23 @@ class Sample:
 def means(samples: Sequence[Sample]) -> dict[str, float]:
     """Return the means of samples, which are a second apart; {} of none.
 
-    `bytes_per_page` is the area below total_bytes through the area below the used pages.
+    `dead_share` and `bytes_per_page` are quotients of the areas below the curves: a moment at which hardly
+    anything is stored hardly counts.
     """
     if not samples:
         return {}
     count = len(samples)
     used = sum(each.used for each in samples)
     total = sum(each.total_bytes for each in samples)
+    dead = sum(each.dead for each in samples)
+    costly = sum(each.stored - each.same for each in samples)
     return {
         "seconds": count,
         "used": round(used / count),
         "stored": round(sum(each.stored for each in samples) / count),
         "same": round(sum(each.same for each in samples) / count),
-        "dead": round(sum(each.dead for each in samples) / count),
-        "dead_share": round(sum(each.dead_share for each in samples) / count, 1),
+        "dead": round(dead / count),
+        "dead_share": round(100 * dead / costly, 1) if costly else 0.0,
         "total_bytes": round(total / count),
         "bytes_per_page": round(total / used) if used else 0,
         "swapped_in": samples[-1].swapped_in - samples[0].swapped_in,
@@ -71,7 +74,7 @@ def means(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
-# ---- Times of page faults -----------------------------------------------------------------------------------
+# ---- Times of page faults ----------------------------------------------------------------------------------
 
 
 def add(histogram: Histogram, more: Histogram) -> None:
@@ -110,55 +113,68 @@ def _upper_bound(bucket: int) -> float:
     return float((9 + eighth) * 2.0 ** (exponent - 3)) / 1e9
 
 
-# ---- The report ---------------------------------------------------------------------------------------------
+# ---- The report --------------------------------------------------------------------------------------------
 
-ROWS = 12  # of a table of moments
+ROWS = 12  # of the table of moments
 
 
 def table(churn: dict[str, Any]) -> list[str]:
     """Return the lines of a run's report."""
-    lines = [
-        f"{'second':>7} {'used':>8} {'stored':>8} {'same':>7} {'dead':>8} {'dead share':>11} {'total MiB':>10}"
-        f" {'trims':>9}"
-    ]
-    samples = churn["samples"]
+    facts = {
+        "with programs, mean": _mean(churn["steady"]),
+        "after their end": _mean(churn["after"]),
+        "page faults from swap": _times(churn["faults"].get("else")),
+        "during a refresh": _times(churn["faults"].get("refresh")),
+        "clusters, with programs": _clusters(churn["clusters"], with_programs=True),
+        "clusters, without": _clusters(churn["clusters"], with_programs=False),
+        "refreshes": _refreshes(churn["refreshes"]),
+        "programs killed": str(churn["killed"]),
+    }
+    return [*_moments(churn["samples"]), "", *(f"{name:<26} {fact}" for name, fact in facts.items() if fact)]
+
+
+def _moments(samples: list[dict[str, Any]]) -> list[str]:
+    lines = [" second     used   stored    same     dead  dead share  total MiB     trims"]
     step = max(1, len(samples) // ROWS)
     for each in samples[step - 1 :: step]:
         lines.append(
-            f"{each['time']:7.0f} {each['used']:8} {each['stored']:8} {each['same']:7} {each['dead']:8}"
-            f" {each['dead_share']:9.1f} % {each['total_bytes'] / MIB:10.1f} {each['trims']:9}"
+            f"{each['time']:7.0f} {each['used']:8} {each['stored']:8} {each['same']:7} {each['dead']:8} "
+            f"{each['dead_share']:9.1f} % {each['total_bytes'] / MIB:10.1f} {each['trims']:9}"
         )
-    lines.append("")
-    for name, key in (("with programs, mean", "steady"), ("after their end", "after")):
-        if mean := churn[key]:
-            lines.append(
-                f"{name:<26} {mean['used']} pages used, {mean['dead']} blocks dead ({mean['dead_share']:.1f} %),"
-                f" total {mean['total_bytes'] / MIB:.1f} MiB, {mean['bytes_per_page']} bytes for a page used"
-            )
-    for name, when in (("page faults", "else"), ("during a refresh", "refresh")):
-        if took := churn["faults"].get(when):
-            lines.append(
-                f"{name:<26} {took['faults']} from swap, p50 {took['p50_ms']:.2f} ms, p99 {took['p99_ms']:.2f} ms,"
-                f" slowest {took['slowest_ms']:.0f} ms"
-            )
-    for name, looks in (("clusters, with programs", True), ("clusters, without", False)):
-        if found := [each for each in churn["clusters"] if bool(each["programs"]) is looks]:
-            lines.append(f"{name:<26} {clusters(found[-1])}")
-    if refreshes := churn["refreshes"]:
-        read, freed = (sum(each[key] for each in refreshes) for key in ("read_back", "freed"))
-        each = f", {read / freed:.2f} for each" if freed else ""
-        seconds = sum(refresh["seconds"] for refresh in refreshes)
-        lines.append(
-            f"{'refreshes':<26} {len(refreshes)} in {seconds:.0f} s; {read} pages read back, {freed} blocks freed{each}"
-        )
-    lines.append(f"{'programs killed':<26} {churn['killed']}")
     return lines
 
 
-def clusters(found: dict[str, Any]) -> str:
-    """Return how the clusters of swap are used, on one line."""
-    free = found["total"] - found["clusters"]
-    tenths = " ".join(map(str, found["tenths"]))
+def _mean(mean: dict[str, float]) -> str:
+    if not mean:
+        return ""
     return (
-        f"{free} of {found['total']} free; {found['clusters']} hold {found['slots']} slots, by tenths full: {tenths}"
+        f"{mean['used']} pages used, {mean['dead']} blocks dead ({mean['dead_share']:.1f} %), "
+        f"total {mean['total_bytes'] / MIB:.1f} MiB, {mean['bytes_per_page']} bytes for a page used"
     )
+
+
+def _times(took: dict[str, float] | None) -> str:
+    if not took:
+        return ""
+    p50, p99, slowest = (took[key] for key in ("p50_ms", "p99_ms", "slowest_ms"))
+    return f"{took['faults']}: p50 {p50:.2f} ms, p99 {p99:.2f} ms, slowest {slowest:.0f} ms"
+
+
+def _clusters(looks: list[dict[str, Any]], *, with_programs: bool) -> str:
+    """How the last look found the clusters of swap, with programs or without."""
+    found = next((each for each in reversed(looks) if bool(each["programs"]) is with_programs), None)
+    if not found:
+        return ""
+    tenths = " ".join(map(str, found["tenths"]))
+    free = found["total"] - found["clusters"]
+    return f"{free} free, {found['clusters']} hold {found['slots']} slots, by tenths full: {tenths}"
+
+
+def _refreshes(refreshes: list[dict[str, Any]]) -> str:
+    if not refreshes:
+        return ""
+    read, freed = (sum(each[key] for each in refreshes) for key in ("read_back", "freed"))
+    each_freed = f", {read / freed:.2f} for each" if freed else ""
+    seconds = sum(refresh["seconds"] for refresh in refreshes)
+    words = f"{len(refreshes)} in {seconds:.0f} s: {read} pages read back, {freed} blocks freed"
+    return f"{words}{each_freed}"

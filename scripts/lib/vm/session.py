@@ -23,7 +23,11 @@ SECTOR = 512
 
 # What is set in the guest, and why.
 SYSCTLS = (
-    ("vm.page-cluster", "{page_cluster}", "each page is compressed alone: reading neighbours ahead only costs"),
+    (
+        "vm.page-cluster",
+        "{page_cluster}",
+        "each page is compressed alone: reading neighbours ahead only costs",
+    ),
     ("vm.swappiness", "150", "swapping to memory is cheaper than reading files again"),
     ("vm.min_free_kbytes", "{reserve}", "what sends a page out needs memory itself"),
     ("vm.overcommit_memory", "1", "the workload maps more than there is"),
@@ -82,7 +86,9 @@ class Session:
 
     def guest_tool(self, words: str, timeout: float = 60.0) -> str:
         """Let the tool of a guest's administrator do something with the device, and return what it says."""
-        return self.guest.run(f"/usr/bin/python3 -m zramd.guest {words} --disk {self.attachment.device}", timeout)
+        return self.guest.run(
+            f"/usr/bin/python3 -m zramd.guest {words} --disk {self.attachment.device}", timeout
+        )
 
     def _swap_to_areas(self) -> None:
         discard = DISCARDS[self.plan.discard]

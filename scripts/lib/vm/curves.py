@@ -1,0 +1,72 @@
+"""The picture of runs with programs that come and go: dead blocks and memory over time."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from bench.plots import INK, STYLE, apart
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vm.errors import VmError
+
+MIB = 1 << 20
+COLORS = ("#e0570f", "#2f86dd", "#2f9e62", "#a868d8")  # readable on white and on black, as those of bench
+PANELS: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
+    ("dead blocks, % of those that take memory", lambda sample: float(sample["dead_share"])),
+    ("memory that they all take, MiB", lambda sample: sample["total_bytes"] / MIB),
+)
+LEAST_STORED = 500  # blocks: a share of fewer says nothing
+
+Samples = list[dict[str, Any]]
+
+
+def read(words: list[str]) -> dict[str, Samples]:
+    """Return the samples of runs, by their names; each word is NAME=FILE, the file one of --json."""
+    runs: dict[str, Samples] = {}
+    for word in words:
+        name, _, path = word.partition("=")
+        try:
+            (run,) = json.loads(Path(path).read_text())
+            runs[name] = run["churn"]["samples"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise VmError(
+                f"'{word}' does not name a run of --churn: give NAME=FILE, a file of --json"
+            ) from None
+    if not 0 < len(runs) <= len(COLORS):
+        raise VmError(f"the picture has room for 1 to {len(COLORS)} runs, and {len(runs)} are named")
+    return runs
+
+
+def draw(path: Path, runs: dict[str, Samples]) -> None:
+    """Write the picture of some runs as SVG; the same runs give the same bytes."""
+    with mpl.rc_context(STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=(9, 3.3), layout="constrained")
+        for axes, (title, value) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+            _panel(axes, title, value, runs)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+    path.write_text("\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
+
+
+def _panel(
+    axes: Axes, title: str, value: Callable[[dict[str, Any]], float], runs: dict[str, Samples]
+) -> None:
+    axes.set_title(title, loc="left")
+    last = []
+    for color, samples in zip(COLORS, runs.values(), strict=False):
+        points = [(each["time"], value(each)) for each in samples if each["stored"] >= LEAST_STORED]
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=1.6)
+        last.append(points[-1])
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    room = axes.get_ylim()[1] * 0.07
+    for (x, _), y, name, color in zip(last, apart([y for _, y in last], room), runs, COLORS, strict=False):
+        axes.annotate(name, (x, y), xytext=(4, 0), textcoords="offset points", color=color, va="center")
+    axes.set_xlabel("seconds")
+    axes.tick_params(color=INK)

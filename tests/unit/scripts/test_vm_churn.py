@@ -1,0 +1,148 @@
+"""Programs that come and go in a guest: what is planned, counted and told of it, without a guest."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts" / "lib"))
+
+from vm import attach, churn, dead, plan, report, session
+from vm.dead import Sample
+
+GUEST = Path(__file__).resolve().parents[3] / "scripts/lib/vm/guest"
+MIB = 1 << 20
+
+
+def sample(time: float, used: int, stored: int, same: int = 0, total: int = MIB) -> Sample:
+    return Sample(time, used, stored, same, 0, total, 0, 0, 0)
+
+
+def test_the_last_part_has_no_programs() -> None:
+    busy, calm = churn.timeline(plan.Plan("qemu", 256 * MIB, churn_seconds=100))
+    assert (busy.programs, busy.seconds) == (churn.PROGRAMS, churn.WARM_UP + 100)
+    assert (calm.programs, calm.seconds) == (0, churn.AFTER)
+
+
+@pytest.mark.parametrize("seconds", [1, 20, 60, 137])
+def test_breaks(seconds: int) -> None:
+    """In turn, for as long as asked, and the last calm is the one after all."""
+    *parts, last = churn.timeline(plan.Plan("qemu", 256 * MIB, churn_seconds=seconds, breaks=True))
+    assert [bool(part.programs) for part in parts] == [number % 2 == 0 for number in range(len(parts))]
+    assert parts[-1].programs
+    assert last.programs == 0
+    assert last.seconds >= churn.AFTER
+    whole = sum(part.seconds for part in (*parts, last))
+    assert whole == churn.WARM_UP + seconds + churn.AFTER
+    assert all(0 < part.seconds <= churn.BUSY for part in parts)
+
+
+def test_a_device_is_divided_into_equal_parts() -> None:
+    assert session.partitions("/dev/vdb", 100 * MIB, 1) == {"/dev/vdb": (0, 100 * MIB)}
+    parts = session.partitions("/dev/nbd0", 100 * MIB + 4096, 3)
+    assert list(parts) == ["/dev/nbd0p1", "/dev/nbd0p2", "/dev/nbd0p3"]
+    assert list(parts.values()) == [(0, 33 * MIB), (33 * MIB, 33 * MIB), (66 * MIB, 33 * MIB)]
+    assert list(session.partitions("/dev/vdb", 100 * MIB, 2)) == ["/dev/vdb1", "/dev/vdb2"]
+
+
+def test_same_filled_blocks_are_not_dead() -> None:
+    """They take no memory, whether swap uses them or not."""
+    alive = sample(0, used=1000, stored=1000, same=90)
+    assert (alive.dead, alive.dead_share) == (0, 0.0)
+    half = sample(0, used=1000, stored=2000, same=180)
+    assert (half.dead, half.dead_share) == (910, 50.0)
+    wiped = sample(0, used=1000, stored=2000, same=1090)
+    assert (wiped.dead, wiped.dead_share) == (0, 0.0)
+    assert sample(0, 0, 0).dead_share == 0.0
+
+
+def test_as_many_pages_are_same_filled_as_is_said(tmp_path: Path) -> None:
+    """The share that dead blocks are computed with is the one of what the workload writes."""
+    subprocess.run(["cc", "-O1", "-Dmain=guest_tool", "-c", *GUEST.glob("*.c")], check=True, cwd=tmp_path)
+    (tmp_path / "count.c").write_text(
+        '#include "tool.h"\n#include <stdio.h>\n'
+        "int main(void) { uint64_t out[512]; int same = 0;\n"
+        "for (int page = 0; page < 20000; page++) { page_content(out, 7, page, page % 5);\n"
+        "int i = 1; while (i < 512 && out[i] == out[0]) i++; same += i == 512; }\n"
+        'printf("%d", same); }\n'
+    )
+    command = ["cc", f"-I{GUEST}", "-o", "count", "count.c", *tmp_path.glob("*.o")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    counted = int(subprocess.run([tmp_path / "count"], capture_output=True, check=True).stdout)
+    assert counted / 20000 == pytest.approx(dead.SAME_FILLED, abs=0.01)
+
+
+def test_means_are_of_areas() -> None:
+    """A moment at which hardly anything is stored says little of the share."""
+    found = dead.means([sample(1, 0, 10, total=MIB), sample(2, 1000, 1000, same=90, total=3 * MIB)])
+    assert found["dead_share"] == round(100 * 10 / 920, 1)
+    assert found["total_bytes"] == 2 * MIB
+    assert found["bytes_per_page"] == round(4 * MIB / 1000)
+    assert (found["seconds"], found["used"]) == (2, 500)
+    assert dead.means([]) == {}
+
+
+def bucket(nanoseconds: int) -> int:
+    """The bucket of churn.c."""
+    exponent = nanoseconds.bit_length() - 1
+    return exponent * 8 + (nanoseconds >> (exponent - 3) & 7)
+
+
+@pytest.mark.parametrize("nanoseconds", [8, 15, 16, 1000, 123_456, 2**31 - 1])
+def test_times_are_known_to_an_eighth(nanoseconds: int) -> None:
+    told = dead.slowest({bucket(nanoseconds): 1}) * 1e9
+    assert nanoseconds < told <= nanoseconds * 9 / 8 + 1
+
+
+def test_percentiles() -> None:
+    fast, slow = bucket(10_000), bucket(50_000_000)
+    histogram = {fast: 98}
+    dead.add(histogram, {slow: 2})
+    assert histogram == {fast: 98, slow: 2}
+    assert dead.percentile(histogram, 50) == dead.percentile(histogram, 98) == dead.slowest({fast: 1})
+    assert dead.percentile(histogram, 99) == dead.slowest(histogram) == dead.slowest({slow: 1})
+    assert (dead.percentile({}, 50), dead.slowest({})) == (0.0, 0.0)
+
+
+def found() -> dict[str, Any]:
+    samples = [sample(second, 1000, 2000, 180) for second in range(30)]
+    clusters = {"time": 20.0, "programs": 8, "total": 511, "clusters": 9, "slots": 900, "tenths": [1] * 10}
+    return {
+        "samples": [each.as_dict() for each in samples],
+        "steady": dead.means(samples[:20]),
+        "after": dead.means(samples[-5:]),
+        "faults": {"else": dead.times({bucket(1000): 5}), "refresh": dead.times({bucket(2000): 7})},
+        "clusters": [clusters, {**clusters, "programs": 0, "clusters": 11}],
+        "refreshes": [{"time": 5.0, "seconds": 2.0, "read_back": 30, "freed": 100, "faults": 7, "said": ""}],
+        "killed": 0,
+    }
+
+
+def test_report_of_churn(tmp_path: Path) -> None:
+    result = report.Result("qemu", settings={"kernel": "6.1", "accel": "tcg", "command": "--churn 2"})
+    result.churn = found()
+    text = report.text(result)
+    assert "1000 pages used, 910 blocks dead (50.0 %)" in text
+    assert "30 pages read back, 100 blocks freed, 0.30 for each" in text
+    assert "502 free, 9 hold 900 slots" in text
+    assert "500 free, 11 hold 900 slots" in text
+    path = tmp_path / "report.md"
+    report.write_markdown(path, result)
+    assert "<!-- qemu-churn -->" in path.read_text()
+    json.dumps(result.as_dict())
+
+
+def test_numbers_of_the_kernels_zram() -> None:
+    """Told by each heartbeat, so that nobody need ask a guest that is at its limit."""
+    zram = attach.KernelZram(MIB)
+    beat: dict[str, Any] = {"zramd": None}
+    assert zram.sample(beat) is None
+    beat |= {"mm_stat": [40960, 9000, 16384, 0, 16384, 3, 0, 0, 0], "io_stat": [0, 0, 0, 12]}
+    zram._table = 160  # what the guest's kernel tells of it
+    numbers = zram.sample(beat)
+    assert numbers is not None
+    assert (numbers["pages_stored"], numbers["same_pages"], numbers["notify_free"]) == (10, 3, 12)
+    assert numbers["total_bytes"] == 16384 + 160 + 8 * 10
