@@ -13,7 +13,7 @@ from .files import MIB, PAGE, SECTOR, GuestError, read, read_or
 
 MOST_AREAS = 16  # the kernel has some 28 in all
 LEAST_AREA = 64 * MIB  # smaller ones gain nothing
-ALIGNMENT = 2 * MIB  # a cluster of swap
+ALIGNMENT = 2 * MIB
 SERIAL = "zramd"  # what the serial number of a zramd disk begins with
 
 _SWAP_FLAG_PREFER, _SWAP_FLAG_DISCARD = 0x8000, 0x10000
@@ -37,7 +37,7 @@ class Area(NamedTuple):
 def areas(disk: str = "") -> list[Area]:
     """Return the swap areas in the order in which the kernel fills them; with `disk` those on it alone."""
     found = []
-    for line in read(f"{files.PROC}/swaps").splitlines()[1:]:
+    for line in read_or(f"{files.PROC}/swaps").splitlines()[1:]:
         path, _, size, used, priority = line.split()
         if not disk or disk_of(path) == disk:
             found.append(Area(path, int(size) * 1024 // PAGE, int(used) * 1024 // PAGE, int(priority)))
@@ -62,9 +62,14 @@ def disks() -> list[str]:
         marks = (
             read_or(f"{base}/{file}") for file in ("serial", "backend", "device/serial", "device/vpd_pg80")
         )
-        if any(mark.lstrip("\0\1\2\3\4\5\6\7\x08\x0e\x0f\x80 ").startswith(SERIAL) for mark in marks):
+        if any(_serial(mark).startswith(SERIAL) for mark in marks):
             found.append(f"/dev/{name}")
     return found
+
+
+def _serial(mark: str) -> str:
+    """Return a serial number: a SCSI disk's has four bytes before it, of which the first is 0."""
+    return mark[4:] if mark.startswith("\0") else mark
 
 
 def size_of(disk: str) -> int:
@@ -139,7 +144,15 @@ def _call(name: str, path: str, *flags: int) -> None:
         raise OSError(number, os.strerror(number), path)
 
 
-def sectors(path: str) -> tuple[int, int]:
-    """Return how many sectors were written to an area, and how many discarded, since it is there."""
-    fields = read(f"{files.SYS}/class/block/{os.path.basename(path)}/stat").split()
-    return int(fields[6]), int(fields[13]) if len(fields) > 13 else 0
+def sectors_written(path: str) -> int:
+    """Return how many sectors the kernel has written to an area since the disk is there."""
+    return int(read(f"{files.SYS}/class/block/{os.path.basename(path)}/stat").split()[6])
+
+
+def cluster() -> int:
+    """Return the pages of a cluster: as soon as nothing of it is used, the kernel discards it.
+
+    It is as long as a huge page, or 256 pages where huge pages are not swapped whole.
+    """
+    huge = read_or(f"{files.SYS}/kernel/mm/transparent_hugepage/hpage_pmd_size")
+    return max(256, int(huge) // PAGE if huge else 0)

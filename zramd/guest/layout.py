@@ -24,7 +24,6 @@ def setup(disk: str, count: int | None, priority: int = PRIORITY) -> list[str]:
     if there:
         resume(disk, notes)
         return [area.path for area in areas(disk)]
-    name = os.path.basename(disk)
     _refuse_in_use(disk)
     _tune(disk)
     count = count or default_count(size_of(disk))
@@ -33,46 +32,70 @@ def setup(disk: str, count: int | None, priority: int = PRIORITY) -> list[str]:
             f"{count} areas need a priority of at least {count - 1}: the first one has the highest"
         )
     join(disk)
-    notes = Notes(counts=notes.counts)
+    paths = divide(disk, count)
+    notes = Notes({path: Note(priority - number) for number, path in enumerate(paths)}, notes.counts)
+    for path, note in notes.areas.items():
+        note.reset(path, 0)
+    write_notes(disk, notes)  # who is killed now is gone on with
     with _unobserved(disk):
-        for number, path in enumerate(divide(disk, count)):
-            _run("mkswap", "-L", f"zramd-{name}"[:15], path)
-            try:
-                swap_on(path, priority - number)
-            except OSError as error:
-                raise GuestError(f"'{path}' cannot be swapped to: {error.strerror}") from None
-            notes.areas[path] = Note(priority - number)
-            notes.areas[path].reset(path, 0)
-            write_notes(disk, notes)
-    return list(notes.areas)
+        for path in paths:
+            _make(path)
+            _begin(path, notes.areas[path])
+    return paths
+
+
+def _make(path: str) -> None:
+    _run("mkswap", "-L", f"zramd-{os.path.basename(path)}"[:15], path)
+
+
+def _begin(path: str, note: Note) -> None:
+    try:
+        swap_on(path, note.priority)
+    except OSError as error:
+        raise GuestError(f"'{path}' cannot be swapped to: {error.strerror}") from None
+    note.reset(path, 0)
 
 
 def resume(disk: str, notes: Notes) -> list[str]:
-    """Swap on again what a refresh that was killed has left off; return the areas' paths."""
+    """Swap on again what a setup or a refresh that was killed has left off; return the areas' paths.
+
+    Raises GuestError.
+    """
     on = {area.path for area in areas(disk)}
     left = [path for path in notes.areas if path not in on and os.path.exists(path)]
     for path in left:
-        swap_on(path, notes.areas[path].priority)
-        notes.areas[path].reset(path, 0)
+        if not _is_swap(path):
+            _make(path)
+        _begin(path, notes.areas[path])
         notes.count("resumed")
     if left:
         write_notes(disk, notes)
     return left
 
 
+def _is_swap(path: str) -> bool:
+    """Say whether mkswap has been here: its mark is at the end of the first page."""
+    with open(path, "rb") as file:
+        return file.read(PAGE)[-10:] == b"SWAPSPACE2"
+
+
 def take_off(disk: str) -> None:
     """Swap off all areas of a disk, the least used first, and undo its division. Raises GuestError."""
-    for area in sorted(areas(disk), key=lambda area: area.used):
-        now = memory()
-        if area.used * PAGE > now.available:
-            raise GuestError(
-                f"{area.used * PAGE // MIB} MiB are swapped out to {area.path} and only "
-                f"{now.available // MIB} MiB of memory are available: end programs first"
-            )
+    there = sorted(areas(disk), key=lambda area: area.used)
+    out, available = sum(area.used for area in there) * PAGE, memory().available
+    if out > available:
+        raise GuestError(
+            f"{out // MIB} MiB are swapped out to {disk} and only {available // MIB} MiB of memory are "
+            "available: end programs first"
+        )
+    for area in there:
         try:
             swap_off(area.path)
         except OSError as error:
-            raise GuestError(f"swapoff {area.path} failed: {error.strerror}") from None
+            if any(
+                one.path == area.path for one in areas()
+            ):  # else somebody was faster: systemd, at shutdown
+                raise GuestError(f"swapoff {area.path} failed: {error.strerror}") from None
     join(disk)
     with suppress(OSError):
         os.unlink(notes_path(disk))

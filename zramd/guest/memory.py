@@ -10,12 +10,14 @@ from .files import MIB, PAGE, read, read_or
 
 MARGIN = 0.1  # of memory must stay available beside what comes back
 LEAST_MARGIN = 16 * MIB
-QUIET = 1.0  # percent of the last 10 s in which some program waited for memory (PSI)
+# Percent of the last 10 s in which all programs waited for memory (PSI's `full`). Not `some`: a page fault that
+# reads from swap counts there, and daemons that bring their pages back after the pressure make 5 to 20 %.
+QUIET = 10.0
 STALLS = 4  # programs that had to wait for memory between two looks: enough to give up
 
 
 class Memory(NamedTuple):
-    """How memory stands: bytes, PSI's `some avg10` in percent (None: not known), reclaims by programs."""
+    """How memory stands: bytes, PSI's `full avg10` in percent (None: not known), reclaims by programs."""
 
     total: int
     available: int
@@ -26,12 +28,12 @@ class Memory(NamedTuple):
 def memory() -> Memory:
     """Return how memory stands now. Raises OSError."""
     meminfo = dict(re.findall(r"(\w+): +(\d+)", read(f"{files.PROC}/meminfo")))
-    some = re.search(r"some avg10=([0-9.]+)", read_or(f"{files.PROC}/pressure/memory"))
+    full = re.search(r"full avg10=([0-9.]+)", read_or(f"{files.PROC}/pressure/memory"))
     stalls = re.findall(r"^allocstall_\w+ (\d+)$", read(f"{files.PROC}/vmstat"), re.MULTILINE)
     return Memory(
         int(meminfo["MemTotal"]) * 1024,
         int(meminfo["MemAvailable"]) * 1024,
-        float(some[1]) if some else None,
+        float(full[1]) if full else None,
         sum(map(int, stalls)),
     )
 
@@ -47,8 +49,8 @@ def hindrance(now: Memory, pages: int) -> str:
         return f"programs wait for memory ({now.waiting:g} % of the last 10 s)"
     if now.available - pages * PAGE < margin(now):
         return (
-            f"it needs {pages * PAGE // MIB} MiB of memory: {now.available // MIB} MiB are available, "
-            f"{margin(now) // MIB} stay so"
+            f"{pages * PAGE / MIB:.1f} MiB of memory are needed, and of {now.available / MIB:.1f} MiB "
+            f"available {margin(now) / MIB:.1f} stay so"
         )
     return ""
 

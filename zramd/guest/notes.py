@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import files
-from .areas import Area, areas, sectors
+from .areas import Area, areas, cluster, sectors_written
 from .files import PAGE, SECTOR, GuestError, read
 
 
@@ -19,27 +19,32 @@ from .files import PAGE, SECTOR, GuestError, read
 class Note:
     """What is known of an area beside what the kernel says.
 
-    When `dirty` pages of it were stored, the kernel had written and discarded so many sectors.
+    When the disk had `dirty` pages of it stored, the kernel had written so many sectors to it (`written`).
+    `trims` says whether it discards what becomes free.
     """
 
     priority: int
     dirty: int = 0
     written: int = 0
-    discarded: int = 0
+    trims: bool = True
 
     def stored(self, area: Area) -> int:
-        """Return how many pages of the area the disk has stored at most, and no fewer than it uses.
+        """Return how many pages of the area the disk has stored at most.
 
-        A place that was written twice counts twice: so a much used area is soon taken for full, which it is.
+        No more than were written since the area was clean, and none of a cluster in which nothing is used. It
+        may be less: what was written twice counts twice, what was discarded counts still. The sectors that
+        the kernel has discarded do not help: with each cluster it discards places that were never written.
         """
-        written, discarded = sectors(area.path)
-        change = (written - self.written - (discarded - self.discarded)) * SECTOR // PAGE
-        return min(area.pages, max(area.used, self.dirty + change))
+        written = (sectors_written(area.path) - self.written) * SECTOR // PAGE
+        most = min(area.pages, self.dirty + written)
+        if self.trims:
+            most = min(most, area.used * cluster())
+        return max(area.used, most)
 
     def reset(self, path: str, dirty: int) -> None:
         """Note that the disk has `dirty` pages of the area stored now."""
         self.dirty = dirty
-        self.written, self.discarded = sectors(path)
+        self.written = sectors_written(path)
 
 
 @dataclass
@@ -70,7 +75,7 @@ def read_notes(disk: str) -> Notes:
         notes = Notes()
     for area in areas(disk):
         if area.path not in notes.areas:
-            notes.areas[area.path] = Note(area.priority)
+            notes.areas[area.path] = Note(area.priority, trims=False)
             notes.areas[area.path].reset(area.path, area.pages)
     return notes
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from .areas import Area
 
-READ_BACK = 0.3  # an area is emptied for at most so many pages read for each one that becomes free
+READ_BACK = 0.25  # an area is emptied for at most so many pages read for each one that becomes free
 WORTH = 1 / 16  # of an area must be dead before anything is done about it
-WIPED = 4  # at most so many pages are written for each dead one
+WIPED = 8  # at most so many pages are written for each dead one
 
 
 class View(NamedTuple):
