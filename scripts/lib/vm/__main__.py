@@ -19,6 +19,7 @@ from zramd.errors import ConfigError
 from zramd.settings.config import parse_size
 
 ROOT = Path(__file__).parents[3]
+MOST_AREAS = 24  # the kernel has not many more in all
 
 
 def arguments(words: list[str]) -> argparse.Namespace:
@@ -128,15 +129,8 @@ def _asked() -> str:
     return " ".join(words)
 
 
-def main() -> int:
-    """Run what the command line asks for."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    asked = arguments(sys.argv[1:])
-    if asked.draw:
-        from vm import curves  # it needs matplotlib, which nothing else here does
-
-        curves.draw(asked.draw, curves.read(asked.runs))
-        return 0
+def refuse(asked: argparse.Namespace) -> None:
+    """Raise VmError if what is asked for does not go together."""
     if asked.runs:
         raise VmError(f"'{asked.runs[0]}' is for --draw: give --draw FILE.svg, too")
     if asked.pause and asked.attach != "qemu":
@@ -156,10 +150,24 @@ def main() -> int:
         )
     if asked.refresh and asked.attach in (KERNEL_ZRAM, "all"):
         raise VmError("--refresh is zramd's: use it with --attach qemu, guest or local")
+    if not 1 <= asked.areas <= MOST_AREAS:
+        raise VmError(f"--areas {asked.areas} is not a number from 1 to {MOST_AREAS}")
     if asked.areas > 1 and asked.attach in (KERNEL_ZRAM, "all"):
         raise VmError(
             "--areas divides a disk, and the kernel's zram takes no partitions: use another --attach"
         )
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    asked = arguments(sys.argv[1:])
+    if asked.draw:
+        from vm import curves  # it needs matplotlib, which nothing else here does
+
+        curves.draw(asked.draw, curves.read(asked.runs))
+        return 0
+    refuse(asked)
     live = report.Live()
     folder = ROOT / "build/vm"
     if asked.arm64:

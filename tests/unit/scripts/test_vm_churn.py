@@ -10,8 +10,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts" / "lib"))
 
+from vm import __main__ as vm_swap
 from vm import attach, churn, dead, plan, report, session
 from vm.dead import Sample
+from vm.errors import VmError
 
 GUEST = Path(__file__).resolve().parents[3] / "scripts/lib/vm/guest"
 MIB = 1 << 20
@@ -38,6 +40,51 @@ def test_breaks(seconds: int) -> None:
     whole = sum(part.seconds for part in (*parts, last))
     assert whole == churn.WARM_UP + seconds + churn.AFTER
     assert all(0 < part.seconds <= churn.BUSY for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("--breaks --attach qemu", "are of --churn"),
+        ("--refresh 10 --attach qemu", "are of --churn"),
+        ("--churn 1 --refresh 10 --attach zram", "--refresh is zramd's"),
+        ("--churn 1 --refresh 10 --attach qemu --order equal", "has its own"),
+        ("--churn 1 --refresh 10 --attach qemu --discard none", "has its own"),
+        ("--churn 1 --attach zram --areas 2", "takes no partitions"),
+        ("--churn 1 --attach qemu --areas 0", "not a number from 1 to 24"),
+        ("--churn 1 --attach qemu --areas 25", "not a number from 1 to 24"),
+        ("run.json", "'run.json' is for --draw"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(words: str, why: str) -> None:
+    with pytest.raises(VmError, match=why):
+        vm_swap.refuse(vm_swap.arguments(words.split()))
+
+
+def test_what_is_asked_for_is_planned() -> None:
+    words = [
+        "--churn",
+        "2.5",
+        "--breaks",
+        "--refresh",
+        "30",
+        "--areas",
+        "8",
+        "--page-cluster",
+        "3",
+        "--sysctl",
+        "a=1",
+        "--sysctl",
+        "b=2",
+    ]
+    asked = vm_swap.arguments(words)
+    vm_swap.refuse(vm_swap.arguments([*words, "--attach", "qemu"]))
+    this = vm_swap.plan(asked, "qemu")
+    assert (this.churn_seconds, this.breaks, this.refresh, this.areas) == (150, True, 30.0, 8)
+    assert (this.page_cluster, this.sysctls) == (3, ("a=1", "b=2"))
+    assert (this.memory, this.device_size) == (plan.CHURN_MEMORY, plan.CHURN_DEVICE)
+    # The pool in the guest has memory of its own, so that as much is swapped.
+    assert vm_swap.plan(asked, "zram").memory == vm_swap.plan(asked, "local").memory > this.memory
 
 
 def test_a_device_is_divided_into_equal_parts() -> None:
