@@ -10,8 +10,9 @@ from .files import MIB, PAGE, read, read_or
 
 MARGIN = 0.1  # of memory must stay available beside what comes back
 LEAST_MARGIN = 16 * MIB
-# Percent of the last 10 s in which all programs waited for memory (PSI's `full`). Not `some`: a page fault that
-# reads from swap counts there, and daemons that bring their pages back after the pressure make 5 to 20 %.
+# Percent of the last 10 s in which all programs waited for memory (PSI's `full`). Not `some`: a page fault
+# that reads from swap counts there, and daemons that bring their pages back after the pressure make 5 to
+# 20 % of it.
 QUIET = 10.0
 STALLS = 4  # programs that had to wait for memory between two looks: enough to give up
 

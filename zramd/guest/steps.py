@@ -22,6 +22,7 @@ STEP = 64  # pages that are wiped at a time
 PAUSE = 0.001  # seconds between two such: requests of others go first
 WORD = b"zramwipe"  # not zero: Linux 6.12 writes no pages of zeros
 
+_GIVEN_UP = 3  # exit status of a step's process
 _MADV_NOHUGEPAGE, _MADV_PAGEOUT = 15, 21  # asm-generic/mman-common.h
 
 
@@ -55,15 +56,16 @@ def _in_child(work: Callable[[Callable[[], bool]], str]) -> str:
     finally:
         os.close(ours)
         _, status = os.waitpid(pid, 0)
-    if status == 0:
-        return words.decode()
-    if os.WIFSIGNALED(status):
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
         raise GivenUp(
             "its process was killed" + (f": {reason}" if reason else ", perhaps for lack of memory")
         )
-    if words:
-        raise GuestError(words.decode())
-    raise GivenUp(reason or "it was told to end")
+    if code == _GIVEN_UP:
+        raise GivenUp(reason or words.decode())
+    if code:
+        raise GuestError(words.decode() or "no reason given")
+    return words.decode()
 
 
 def _work(work: Callable[[Callable[[], bool]], str], result: int) -> NoReturn:
@@ -79,7 +81,10 @@ def _work(work: Callable[[Callable[[], bool]], str], result: int) -> NoReturn:
             words = work(lambda: bool(ended))
             status = 0
         except OSError as error:
-            words = "" if error.errno == errno.EINTR else f"{error.filename}: {error.strerror}"
+            # ENOMEM: swapoff may not promise so much (vm.overcommit_memory=2).
+            status = _GIVEN_UP if error.errno in (errno.EINTR, errno.ENOMEM) else 1
+            told = "it was told to end" if error.errno == errno.EINTR else error.strerror
+            words = f"{error.filename}: {told}" if error.filename else str(told)
         os.write(result, words.encode())
     finally:
         os._exit(status)

@@ -98,13 +98,25 @@ def test_what_is_off_is_swapped_on_again_whatever_comes(
     assert kernel.asked == ["off /dev/vdb2", "on /dev/vdb2 99"]
 
 
-def test_what_the_kernel_refuses_is_an_error(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, GuestError), (errno.ENOMEM, GivenUp)])
+def test_what_the_kernel_refuses_is_said(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
     def off(path: str) -> None:
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), path)
+        raise OSError(number, os.strerror(number), path)
 
     monkeypatch.setattr(steps, "swap_off", off)
-    with pytest.raises(GuestError, match=r"^/dev/vdb2: Cannot allocate memory$"):
+    with pytest.raises(kind, match=f"^/dev/vdb2: {os.strerror(number)}$"):
         steps.empty(AREA)
+
+
+def test_memory_that_cannot_be_had_is_no_error(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(steps.mmap, "mmap", refuse)
+    with pytest.raises(GivenUp, match="Cannot allocate memory"):
+        steps.wipe(["/dev/vdb1"], 1000)
 
 
 def test_a_process_that_is_killed_gives_the_step_up(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
