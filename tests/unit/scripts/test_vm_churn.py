@@ -62,23 +62,9 @@ def test_what_does_not_go_together_is_refused(words: str, why: str) -> None:
 
 
 def test_what_is_asked_for_is_planned() -> None:
-    words = [
-        "--churn",
-        "2.5",
-        "--breaks",
-        "--refresh",
-        "30",
-        "--areas",
-        "8",
-        "--page-cluster",
-        "3",
-        "--sysctl",
-        "a=1",
-        "--sysctl",
-        "b=2",
-    ]
-    asked = vm_swap.arguments(words)
-    vm_swap.refuse(vm_swap.arguments([*words, "--attach", "qemu"]))
+    words = ["--attach", "qemu", "--churn", "2.5", "--breaks", "--refresh", "30", "--areas", "8"]
+    asked = vm_swap.arguments([*words, "--page-cluster", "3", "--sysctl", "a=1", "--sysctl", "b=2"])
+    vm_swap.refuse(asked)
     this = vm_swap.plan(asked, "qemu")
     assert (this.churn_seconds, this.breaks, this.refresh, this.areas) == (150, True, 30.0, 8)
     assert (this.page_cluster, this.sysctls) == (3, ("a=1", "b=2"))
