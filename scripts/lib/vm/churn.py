@@ -24,6 +24,9 @@ AFTER = 40  # seconds that are looked at once all programs have ended
 SLICE = 20  # seconds between two looks at how clusters are used
 
 REFRESH_TIMEOUT = 300  # seconds
+# Of memory must be available, or the guest's tool is not even started, as its unit does not start it: at the
+# limit Python alone takes a minute and more until it runs, and takes memory from others.
+AT_EASE = 0.2
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class _Run:
         self._faults: dict[str, Histogram] = {"else": {}, "refresh": {}}
         self._clusters: list[dict[str, Any]] = []
         self._refreshes: list[dict[str, Any]] = []
-        self._killed = 0
+        self._killed = self._put_off = 0
         self._next = time.monotonic() + WARM_UP  # refresh
 
     def phase(self, words: str, when: str = "else") -> dict[str, Any]:
@@ -100,8 +103,16 @@ class _Run:
             until_next = self._next - time.monotonic() if self._plan.refresh else left
             self.phase(f"run {max(1, int(min(left, SLICE, until_next)))}")
             if self._plan.refresh and time.monotonic() >= self._next:
-                self._refresh()
+                self._refresh_if_at_ease()
             self._look(part)
+
+    def _refresh_if_at_ease(self) -> None:
+        beat = self._session.beat()
+        if beat["MemAvailable"] >= AT_EASE * beat["MemTotal"]:
+            self._refresh()
+        else:
+            self._put_off += 1
+        self._next = time.monotonic() + self._plan.refresh
 
     def _refresh(self) -> None:
         """Let the guest's tool refresh its swap, and count what it moved and what that brought."""
@@ -125,7 +136,6 @@ class _Run:
         self._session.live.step(f"refresh: {found['seconds']} s, {what}")
         for line in said.splitlines():
             self._session.live.step(f"  {line}")
-        self._next = time.monotonic() + self._plan.refresh
 
     def _stand(self) -> dict[str, Any]:
         session = self._session
@@ -150,6 +160,7 @@ class _Run:
             "histograms": self._faults,
             "clusters": self._clusters,
             "refreshes": self._refreshes,
+            "put_off": self._put_off,
             "killed": self._killed,
         }
         result.expect("no program is killed", not self._killed, f"{self._killed} killed")

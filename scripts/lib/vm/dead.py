@@ -128,6 +128,7 @@ def table(churn: dict[str, Any]) -> list[str]:
         "clusters, with programs": _clusters(churn["clusters"], with_programs=True),
         "clusters, without": _clusters(churn["clusters"], with_programs=False),
         "refreshes": _refreshes(churn["refreshes"]),
+        "not begun at the limit": str(churn["put_off"] or ""),
         "programs killed": str(churn["killed"]),
     }
     return [*_moments(churn["samples"]), "", *(f"{name:<26} {fact}" for name, fact in facts.items() if fact)]

@@ -1,6 +1,7 @@
 """Programs that come and go in a guest: what is planned, counted and told of it, without a guest."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,7 @@ def found() -> dict[str, Any]:
         "faults": {"else": dead.times({bucket(1000): 5}), "refresh": dead.times({bucket(2000): 7})},
         "clusters": [clusters, {**clusters, "programs": 0, "clusters": 11}],
         "refreshes": [{"time": 5.0, "seconds": 2.0, "read_back": 30, "freed": 100, "faults": 7, "said": ""}],
+        "put_off": 3,
         "killed": 0,
     }
 
@@ -159,6 +161,7 @@ def test_report_of_churn(tmp_path: Path) -> None:
     result.churn = found()
     text = report.text(result)
     assert "1000 pages used, 910 blocks dead (50.0 %)" in text
+    assert re.search(r"not begun at the limit +3\n", text)
     assert "30 pages read back, 100 blocks freed, 0.30 for each" in text
     assert "502 free, 9 hold 900 slots" in text
     assert "500 free, 11 hold 900 slots" in text
