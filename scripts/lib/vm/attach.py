@@ -65,7 +65,7 @@ class Attachment(ABC):
 
     def sample(self, beat: Beat) -> dict[str, Any] | None:
         """Return what the device held at a heartbeat that was looked at, by zramd's names."""
-        numbers: dict[str, Any] | None = beat["zramd"]
+        numbers: dict[str, Any] | None = beat.get("zramd")
         return numbers
 
     @abstractmethod

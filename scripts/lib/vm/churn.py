@@ -9,6 +9,7 @@ from typing import Any
 
 from vm import dead
 from vm.dead import Histogram, Sample
+from vm.guest import Beat
 from vm.plan import Plan
 from vm.report import Result
 from vm.session import Boot, Session, booted
@@ -59,20 +60,16 @@ def churn(plan: Plan, boot: Boot, result: Result) -> None:
         session.swap_on()
         session.guest.start(f"churn {plan.seed}")
         run = _Run(session)
-        session.live.step(f"{DAEMONS} programs of {DAEMON_MIB} MiB begin that stay")
-        run.phase(f"daemons {DAEMONS} {DAEMON_MIB}")
-        started = session.beat()["time"]
         *parts, after = timeline(plan)
         for part in parts:
             run.part(part)
-        ended = session.beat()["time"]
+        ended = run.time(session.beat())
         run.part(after)
-        samples = list(_samples(session, started))
-        run.finish(samples, started + WARM_UP, ended)
+        run.finish(ended)
 
 
 class _Run:
-    """The workload of a run, and what it has said."""
+    """The workload of a run, and what it has said. All times are of the guest, since this was made."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -82,6 +79,13 @@ class _Run:
         self._refreshes: list[dict[str, Any]] = []
         self._killed = self._put_off = 0
         self._next = time.monotonic() + WARM_UP  # refresh
+        self._started = session.beat()["time"]
+        session.live.step(f"{DAEMONS} programs of {DAEMON_MIB} MiB begin that stay")
+        self.phase(f"daemons {DAEMONS} {DAEMON_MIB}")
+
+    def time(self, beat: Beat) -> float:
+        """Return when a heartbeat was."""
+        return round(beat["time"] - self._started, 1)
 
     def phase(self, words: str, when: str = "else") -> dict[str, Any]:
         """Let the workload do one phase and count what was done since the last one."""
@@ -141,20 +145,22 @@ class _Run:
         session = self._session
         stats, beat = session.attachment.stats(), session.beat()
         costly = stats["pages_stored"] - stats["same_pages"]
-        return {"time": beat["time"], "read": beat["pswpin"], "costly": costly}
+        return {"time": self.time(beat), "read": beat["pswpin"], "costly": costly}
 
     def _look(self, part: Part) -> None:
         found = self._session.guest.phase(f"clusters {dead.CLUSTER}", REFRESH_TIMEOUT)
         beat = self._session.beat()
         total = beat["SwapTotal"] // 4096 // dead.CLUSTER
-        self._clusters.append({"time": beat["time"], "programs": part.programs, "total": total, **found})
+        now = self.time(beat)
+        self._clusters.append({"time": now, "programs": part.programs, "total": total, **found})
 
-    def finish(self, samples: list[Sample], begin: float, end: float) -> None:
-        """Put all into the result; `begin` and `end` are those of the part that means are made of."""
+    def finish(self, ended: float) -> None:
+        """Put all into the result; `ended` is when programs no longer came."""
         session, result = self._session, self._session.result
+        samples = list(self._samples())
         result.churn = {
             "samples": [sample.as_dict() for sample in samples],
-            "steady": dead.means([each for each in samples if begin <= each.time <= end]),
+            "steady": dead.means([each for each in samples if WARM_UP <= each.time <= ended]),
             "after": dead.means(samples[-5:]),
             "faults": {when: dead.times(took) for when, took in self._faults.items() if took},
             "histograms": self._faults,
@@ -167,19 +173,18 @@ class _Run:
         lost = [line for line in session.guest.kernel_log() if "I/O error" in line or "Read-error" in line]
         result.expect("no request fails", not lost, lost[:1])
 
-
-def _samples(session: Session, since: float) -> Iterator[Sample]:
-    for beat in session.guest.beats:
-        stats = session.attachment.sample(beat) if "zramd" in beat and beat["time"] >= since else None
-        if stats:
-            yield Sample(
-                time=round(beat["time"] - since, 1),
-                used=(beat["SwapTotal"] - beat["SwapFree"]) // 4096,
-                stored=stats["pages_stored"],
-                same=stats["same_pages"],
-                trims=stats["notify_free"],
-                total_bytes=stats["total_bytes"],
-                available=beat["MemAvailable"],
-                swapped_in=beat["pswpin"],
-                swapped_out=beat["pswpout"],
-            )
+    def _samples(self) -> Iterator[Sample]:
+        for beat in self._session.guest.beats:
+            stats = self._session.attachment.sample(beat) if self.time(beat) >= 0 else None
+            if stats:
+                yield Sample(
+                    time=self.time(beat),
+                    used=(beat["SwapTotal"] - beat["SwapFree"]) // 4096,
+                    stored=stats["pages_stored"],
+                    same=stats["same_pages"],
+                    trims=stats["notify_free"],
+                    total_bytes=stats["total_bytes"],
+                    available=beat["MemAvailable"],
+                    swapped_in=beat["pswpin"],
+                    swapped_out=beat["pswpout"],
+                )

@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,3 +184,90 @@ def test_numbers_of_the_kernels_zram() -> None:
     assert numbers is not None
     assert (numbers["pages_stored"], numbers["same_pages"], numbers["notify_free"]) == (10, 3, 12)
     assert numbers["total_bytes"] == 16384 + 160 + 8 * 10
+
+
+class FakeGuest:
+    """A guest that swaps more and more while programs run; a second passes with each one asked for."""
+
+    def __init__(self) -> None:
+        self.now, self.used, self.programs, self.stored = 50.0, 0, 0, 0
+        self.beats: list[dict[str, Any]] = []
+        self.said: list[str] = []
+        self.tool: list[str] = []
+
+    def start(self, workload: str) -> None:
+        self.said.append(workload)
+
+    def phase(self, words: str, timeout: float) -> dict[str, Any]:
+        self.said.append(words)
+        verb, *numbers = words.split()
+        if verb == "programs":
+            self.programs = int(numbers[0])
+            self.used = self.used if self.programs else 100
+        for _ in range(int(numbers[0]) if verb == "run" else 0):
+            self.pass_second()
+        if verb == "clusters":
+            return {"clusters": 1, "slots": self.used, "tenths": [1] + 9 * [0]}
+        counts = dict.fromkeys(("written", "verified", "bad", "lost", "killed", "faults"), 0)
+        return {**counts, "verified": 1, "took": {"160": 1}}
+
+    def pass_second(self) -> None:
+        self.now += 1
+        self.used += 10 * self.programs
+        self.stored = max(self.stored, self.used)
+        memory = {"MemAvailable": 50 if self.programs else 1000, "MemTotal": 1000}
+        swap = {
+            "SwapTotal": 4096 * 512_000,
+            "SwapFree": 4096 * (512_000 - self.used),
+            "pswpin": 0,
+            "pswpout": 0,
+        }
+        zramd = {**self.stats(), "notify_free": 0, "total_bytes": 1000 * self.stored}
+        self.beats.append({"time": self.now, **memory, **swap, "zramd": zramd})
+
+    def stats(self) -> dict[str, int]:
+        return {"pages_stored": self.stored, "same_pages": 0}
+
+    def refresh(self) -> str:
+        self.tool.append("refresh")
+        self.stored = self.used
+        return "vdb1: all became free"
+
+    def kernel_log(self) -> list[str]:
+        return []
+
+
+@pytest.mark.parametrize("refresh", [0.0, 10.0])
+def test_a_run(refresh: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first program to the last: what is counted when, and when swap is refreshed."""
+    guest, result = FakeGuest(), report.Result("qemu")
+    guest.pass_second()
+    this = plan.Plan("qemu", 256 * MIB, churn_seconds=60, breaks=True, refresh=refresh, areas=8)
+    fake = SimpleNamespace(
+        plan=this,
+        guest=guest,
+        result=result,
+        live=SimpleNamespace(step=lambda text: None),
+        attachment=SimpleNamespace(sample=lambda beat: beat["zramd"], stats=guest.stats),
+        swap_on=lambda: None,
+        beat=lambda: guest.beats[-1],
+        guest_tool=lambda words, timeout: getattr(guest, words)(),
+    )
+    monkeypatch.setattr(churn, "booted", lambda *_: nullcontext(fake))
+    monkeypatch.setattr(churn.time, "monotonic", lambda: guest.now)
+    churn.churn(this, None, result)  # type: ignore[arg-type]  # boots nothing
+    found = result.churn
+    assert guest.said[0] == "churn 1"
+    assert guest.said.count(f"programs {churn.PROGRAMS} {churn.PROGRAM_MIB}") == 2
+    # Means begin once it is warm, and end with the programs; 40 s of them, 25 without, and 40 again.
+    assert found["samples"][0]["time"] == 0
+    assert found["steady"]["seconds"] == churn.WARM_UP + 60 - churn.WARM_UP + 1
+    assert result.pages_verified == sum(not words.startswith(("churn", "clusters")) for words in guest.said)
+    assert (
+        found["faults"]["else"]["faults"] + found["faults"].get("refresh", {}).get("faults", 0)
+        == result.pages_verified
+    )
+    assert bool(found["refreshes"]) is bool(found["put_off"]) is bool(refresh)
+    assert len(guest.tool) == len(found["refreshes"])
+    assert (found["after"]["dead_share"] < 10) is bool(refresh)
+    assert result.ok
