@@ -74,7 +74,8 @@ class _Run:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._plan = session.plan
-        self._faults: dict[str, Histogram] = {"else": {}, "refresh": {}}
+        self._faults: dict[str, Histogram] = {"busy": {}, "calm": {}, "refresh": {}}
+        self._when = "busy"
         self._clusters: list[dict[str, Any]] = []
         self._refreshes: list[dict[str, Any]] = []
         self._killed = self._put_off = 0
@@ -87,12 +88,15 @@ class _Run:
         """Return when a heartbeat was."""
         return round(beat["time"] - self._started, 1)
 
-    def phase(self, words: str, when: str = "else") -> dict[str, Any]:
-        """Let the workload do one phase and count what was done since the last one."""
+    def phase(self, words: str, when: str = "") -> dict[str, Any]:
+        """Let the workload do one phase and count what was done since the last one.
+
+        `when` is that of the page faults, if it is not as they are now.
+        """
         answer = self._session.guest.phase(words, REFRESH_TIMEOUT)
         took: Histogram = {int(bucket): faults for bucket, faults in answer["took"].items()}
         result = self._session.result
-        dead.add(self._faults[when], took)
+        dead.add(self._faults[when or self._when], took)
         result.add_phase({**answer, "bad": answer["bad"] + answer["lost"], "slowest": dead.slowest(took)})
         self._killed += answer["killed"]
         return answer
@@ -103,6 +107,7 @@ class _Run:
         self._session.live.step(f"programs come and go: {many}, for {part.seconds:.0f} s")
         end = time.monotonic() + part.seconds
         self.phase(f"programs {part.programs} {PROGRAM_MIB}")
+        self._when = "busy" if part.programs else "calm"
         while (left := end - time.monotonic()) > 1:
             until_next = self._next - time.monotonic() if self._plan.refresh else left
             self.phase(f"run {max(1, int(min(left, SLICE, until_next)))}")

@@ -123,8 +123,9 @@ def table(churn: dict[str, Any]) -> list[str]:
     facts = {
         "with programs, mean": _mean(churn["steady"]),
         "after their end": _mean(churn["after"]),
-        "page faults from swap": _times(churn["faults"].get("else")),
-        "during a refresh": _times(churn["faults"].get("refresh")),
+        "faults, with programs": _times(churn["faults"].get("busy")),
+        "faults, without": _times(churn["faults"].get("calm")),
+        "faults, during a refresh": _times(churn["faults"].get("refresh")),
         "clusters, with programs": _clusters(churn["clusters"], with_programs=True),
         "clusters, without": _clusters(churn["clusters"], with_programs=False),
         "refreshes": _refreshes(churn["refreshes"]),
