@@ -8,7 +8,7 @@ import fcntl
 import os
 import struct
 
-_WHOLE = struct.Struct("hhqqi4x")  # struct flock
+_LOCK = struct.Struct("hhqqi4x")  # struct flock
 
 
 def take(fd: int) -> bool:
@@ -29,20 +29,27 @@ def _flock(fd: int, how: int) -> bool:
     return True
 
 
-def ofd_take(fd: int) -> bool:
-    """Take the lock of the open file description; return False if another has it. Raises OSError."""
+def ofd_take(fd: int, at: int | None = None) -> bool:
+    """Take the lock of the open file description; return False if another has it.
+
+    Of the whole file, or of the byte `at`, whether the file has it or not. Raises OSError.
+    """
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _WHOLE.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock(at))
     except (BlockingIOError, PermissionError):
         return False
     return True
 
 
-def ofd_is_taken(fd: int) -> bool:
-    """Say whether another has the lock of its open file description. Raises OSError."""
-    asked = _WHOLE.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    kind: int = _WHOLE.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))[0]
+def ofd_is_taken(fd: int, at: int | None = None) -> bool:
+    """Say whether another has the lock of its open file description; `at` as above. Raises OSError."""
+    kind: int = _LOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _lock(at)))[0]
     return kind != fcntl.F_UNLCK
+
+
+def _lock(at: int | None) -> bytes:
+    start, length = (0, 0) if at is None else (at, 1)
+    return _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
 
 
 def stands_at(fd: int, path: str, *, folder: int | None = None, follow: bool = False) -> bool:

@@ -45,6 +45,7 @@ def python(guest: Guest, *words: str, status: int = 0) -> str:
     """Run Python in the guest with the tests' wheels, and return what it prints."""
     folders = f"/zramd:/{arm64_image.SITE}:/{arm64_image.TESTS}/scripts/lib"
     environment = f"PYTHONPATH={folders} ZRAMD_BUILD=release ZRAMD_STRESS={SCALE}"
+    environment += f" ZRAMD_PATIENCE={guest.machine.patience} HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis"
     command = f"cd /{arm64_image.TESTS} && {environment} python3 {' '.join(words)}"
     found, printed = guest.try_run(command, HOUR / guest.machine.patience)
     print(printed)

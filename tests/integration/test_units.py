@@ -16,7 +16,10 @@ from support.server import PACKAGE_PARENT, NbdkitProcess
 
 import zramd
 
-UNITS = ("zramd@.service", "zramd-attach@.service", "zramd.slice")
+UNITS = (
+    *("zramd@.service", "zramd-attach@.service", "zramd-refresh.service", "zramd-refresh.timer"),
+    "zramd.slice",
+)
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +359,7 @@ def test_paths_that_a_service_may_write(tmp_path: Path, memory_folder: Path, wha
 
 
 def test_no_core_dump_of_a_service() -> None:
-    for unit in ("zramd@.service", "zramd-attach@.service"):
+    for unit in ("zramd@.service", "zramd-attach@.service", "zramd-refresh.service"):
         text = (SOURCE / "systemd" / unit).read_text()
         assert settings_of(text, "LimitCORE") == ["0"]
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
-from support.pages import pages_of_one_block
+from support.pages import UNIT, whole_pages
 
 from zramd import Device, PoolFullError
 from zramd.core.device.device import state_layout
@@ -80,7 +80,7 @@ def table_ends() -> tuple[int, int]:
     """Where the cells begin and end."""
     layout = state_layout(SIZE)
     arena = layout["bytes"] - layout["spans"] * layout["span_size"]
-    return arena - -(-8 * layout["cells"] // BLOCK) * BLOCK, arena
+    return arena - whole_pages(8 * layout["cells"]), arena
 
 
 def blocks(rnd: random.Random) -> Iterator[bytes]:
@@ -186,14 +186,13 @@ def test_flips_in_a_live_state(saved: tuple[Memory, bytes], seed: int, count: in
     os.close(memory.fd)
 
 
-@pages_of_one_block
 def test_flips_are_found(saved: tuple[Memory, bytes]) -> None:
     """The two tests above would pass if nothing ever came to harm."""
     rnd = random.Random(3)
     lost = taken = 0
     for _ in range(60):
         memory, model = saved[0].copy(), bytearray(saved[1])
-        memory.flip(rnd, 3, False)
+        memory.flip(rnd, 3 * UNIT, False)  # (the larger the pages, the more of them is empty)
         with suppress(StateError, CorruptionError):
             device = memory.take_over()
             lost += read_all(device, model)
@@ -269,7 +268,6 @@ def test_any_bit_of_a_slot_or_a_cell_loses_one_block(table: str) -> None:
     os.close(sound.fd)
 
 
-@pages_of_one_block
 def test_a_cell_that_leads_to_a_span_of_a_reserve() -> None:
     """Such spans have pages, but never had a class: what is in them is nobody's object."""
     uses = (
@@ -281,7 +279,7 @@ def test_a_cell_that_leads_to_a_span_of_a_reserve() -> None:
         lambda device: device.read(bytearray(BLOCK), 0),
     )
     cells, _ = table_ends()
-    classes = (1 << 16) + -(-8 * BLOCKS // BLOCK) * BLOCK
+    classes = (1 << 16) + whole_pages(8 * BLOCKS)
     for use_it in uses:
         memory = Memory()
         device = memory.take_over()
@@ -310,7 +308,6 @@ def test_a_cell_that_leads_to_a_span_of_a_reserve() -> None:
 
 
 @pytest.mark.slow
-@pages_of_one_block
 def test_a_pin_that_nobody_holds(saved: tuple[Memory, bytes]) -> None:
     """Who waits for it gives up."""
     memory, model = saved[0].copy(), saved[1]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from support.client import NbdSocket
 from support.content import block_content
-from support.run import SANITIZED, SCALE, SEED, wait_until
+from support.run import PATIENCE, SANITIZED, SCALE, SEED, wait_until
 from support.steps import Steps
 
 from zramd.contract import rundir
@@ -63,7 +63,7 @@ class Device:
 
     def start(self) -> None:
         process = self.begin("start")
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=60 * PATIENCE)
         assert (process.returncode, said) == (0, "")
 
 
@@ -117,7 +117,7 @@ class Client(threading.Thread):
 @pytest.mark.skipif(
     SANITIZED, reason="a server under a sanitizer takes longer to start than the command waits"
 )
-@pytest.mark.timeout(60 + 20 * RESTARTS)
+@pytest.mark.timeout((60 + 20 * RESTARTS) * PATIENCE)
 def test_restarts_interrupted_at_random(tmp_path: Path, memory_folder: Path, steps: Steps) -> None:
     device = Device(tmp_path, memory_folder / "state", steps)
     dice = random.Random(SEED)
@@ -143,7 +143,7 @@ def test_restarts_interrupted_at_random(tmp_path: Path, memory_folder: Path, ste
     finally:
         for client in clients:
             client.stopping = True
-            client.join(30)
+            client.join(30 * PATIENCE)
         try:
             for client in clients:
                 assert client.failure is None, client.failure
@@ -181,7 +181,7 @@ def interrupt(device: Device, steps: Steps, dice: random.Random) -> str:
         os.kill(target, what)
     time.sleep(dice.random() * 0.02)
     steps.release()
-    out, said = command.communicate(timeout=60)
+    out, said = command.communicate(timeout=60 * PATIENCE)
     context = f"{what.name} to {whom} at {at}: {command.returncode} {out!r} {said!r}"
     assert "Traceback" not in said, context
     told = whom == "command" and at in BEFORE

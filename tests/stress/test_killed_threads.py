@@ -14,7 +14,7 @@ import time
 
 import pytest
 from support.content import block_content
-from support.run import SCALE, SEED, wait_until
+from support.run import PATIENCE, SCALE, SEED, wait_until
 
 from zramd import Device
 from zramd.core.device.device import state_layout
@@ -58,7 +58,7 @@ def work(fd: int, told: mmap.mmap, versions: list[int], seed: int) -> None:
         device.release_stock()
 
 
-@pytest.mark.timeout(120 + 10 * KILLS)
+@pytest.mark.timeout((120 + 10 * KILLS) * PATIENCE)
 def test_threads_that_are_killed() -> None:
     if "libtsan" in os.environ.get("LD_PRELOAD", ""):
         # It forks with no other thread than its own, and those of earlier tests may be only just ending.

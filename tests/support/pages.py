@@ -1,11 +1,12 @@
 """Kernels whose page is larger than a block."""
 
-import pytest
-
 from zramd.core.memory.region import page_size
 
 BLOCK = 4096
-# What one object or table takes is counted exactly there. tests/unit/core/test_page_size.py has larger pages.
-pages_of_one_block = pytest.mark.skipif(
-    page_size() != BLOCK, reason=f"counts pages of {BLOCK} bytes, and this kernel's have {page_size()}"
-)
+PAGE = page_size()  # what this kernel gives and takes back, and what a state's tables are whole numbers of
+UNIT = PAGE // BLOCK
+
+
+def whole_pages(count: int) -> int:
+    """Return the bytes of the pages that `count` bytes lie on."""
+    return -(-count // PAGE) * PAGE

@@ -14,6 +14,7 @@ import pytest
 
 SCALE = float(os.environ.get("ZRAMD_STRESS", "1"))  # how much longer tests with threads and kills are to last
 SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))  # of random choices
+PATIENCE = float(os.environ.get("ZRAMD_PATIENCE", "1"))  # how much longer all may take: more if emulated
 SANITIZED = "san" in os.environ.get("ZRAMD_BUILD", "")
 
 
@@ -25,7 +26,7 @@ def zramd_command(*words: object, env: dict[str, str] | None = None) -> subproce
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=60 * PATIENCE,
     )
 
 
@@ -49,7 +50,8 @@ def run_threads(works: Iterable[Callable[[], None]]) -> None:
 
 
 def wait_until(predicate: Callable[[], object], timeout: float = 10.0) -> None:
-    """Poll until `predicate` is true; fails the test after `timeout` seconds."""
+    """Poll until `predicate` is true; fails the test after `timeout` seconds, PATIENCE times as many."""
+    timeout *= PATIENCE
     end = time.monotonic() + timeout
     while not predicate():
         if time.monotonic() > end:

@@ -160,7 +160,7 @@ class FakeMachine:
 
     # ---- What the two steps of a refresh do
 
-    def empty(self, area: object) -> float:
+    def empty(self, area: object, flags: int, wanted: object) -> float:
         """Bring an area's pages back, discard it, and swap to it again."""
         path: str = area.path  # type: ignore[attr-defined]
         there = self.areas[path]
@@ -174,7 +174,7 @@ class FakeMachine:
         self.write()
         return 0.1
 
-    def wipe(self, paths: list[str], pages: int) -> float:
+    def wipe(self, paths: list[str], pages: int, wanted: object) -> float:
         """Take the free slots of areas, and give them back."""
         taken = []
         for path, area in self.areas.items():

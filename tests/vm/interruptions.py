@@ -21,13 +21,15 @@ from typing import Any
 from zramd import commands
 from zramd.contract import rundir
 from zramd.control import life
-from zramd.kernel import attached, netlink, swap
+from zramd.kernel import attached, netlink, swap, swapareas
 from zramd.process import steps
 
 NAME = "held"
 RUNDIR = f"/run/zramd/{NAME}"
 RECORD = f"/run/zramd/{NAME}.attached"
 STATE = "/dev/shm/held"
+NOTES = "/run/zramd-guest"
+AREAS = 3
 STEPS = "/tmp/steps"
 BLOCK = b"what was answered" * 240 + bytes(16)
 PATIENCE = 60.0  # seconds, in a guest that is emulated
@@ -35,8 +37,11 @@ SETTLE = 15.0  # seconds in which what is left must be what is promised; a keepe
 COMMANDS = {
     "attach": ["attach", NAME],
     "swap": ["attach", NAME, "--swap"],
+    "areas": ["attach", NAME, "--swap", "--areas", str(AREAS)],
+    "refresh": ["refresh", NAME],
     "detach": ["detach", NAME],
     "swapoff": ["detach", NAME, "--swapoff"],
+    "areasoff": ["detach", NAME, "--swapoff"],
     "stop": ["stop", NAME],
     "restart": ["restart", NAME],
     "start": ["start", NAME, "--size", "16M", f"state={STATE}", "compaction=off"],
@@ -200,16 +205,26 @@ def state() -> tuple[str, object]:
     """How it stands, by the table's names, and what that is seen by."""
     devices, there, alive = connected(), attached.find(NAME), keepers()
     record = os.path.exists(RECORD)
-    swaps = [area.path for area in swap.swaps()]
-    facts = (devices, there, alive, record, swaps)
-    if not devices and not alive and not record and not swaps:
+    swaps = sorted((area.path, area.priority) for area in swap.swaps())
+    parts = [path for name in ("nbd0", "nbd1") for path in swapareas.parts(f"/dev/{name}").values()]
+    notes = [name for name in os.listdir(NOTES) if name != "lock"] if os.path.exists(NOTES) else []
+    facts = (devices, there, alive, record, swaps, parts, notes)
+    if not devices and not alive and not record and not swaps and not parts and not notes:
         return "nothing", facts
-    if len(devices) == 1 and there and there.device == devices[0] and swaps in ([], devices):
+    if len(devices) == 1 and there and there.device == devices[0]:
         if alive == [there.keeper] and rundir.holder(RUNDIR):
-            return "swapped" if swaps else "attached", facts
-        if not alive and not there.keeper:
+            return _swapped(devices[0], swaps, parts), facts
+        if not alive and not there.keeper and not swaps and not parts:
             return "alone", facts
     return "broken", facts
+
+
+def _swapped(device: str, swaps: list[tuple[str, int]], parts: list[str]) -> str:
+    """How an attached device is swapped to."""
+    areas = [(f"{device}p{number}", 101 - number) for number in range(1, AREAS + 1)]
+    if not parts:
+        return {(): "attached", ((device, 100),): "swapped"}.get(tuple(swaps), "broken")
+    return "areas" if swaps == areas else "half" if set(swaps) < set(areas) else "broken"
 
 
 def settled(wanted: str) -> tuple[str, object]:
@@ -224,9 +239,12 @@ def row(holder: Holder, during: str, at: str, whom: str, what: str, end: str) ->
     """Do one row."""
     serve()
     request(1, BLOCK)
-    if during in ("detach", "swapoff"):
-        status, _, err = run("attach" if during == "detach" else "swap")
+    before = {"detach": "attach", "swapoff": "swap", "areasoff": "areas", "refresh": "areas"}.get(during)
+    if before:
+        status, _, err = run(before)
         assert status == 0, err
+    if during == "refresh":  # an area of which nothing is known counts as full of what is dead
+        Path(f"{NOTES}/nbd0.json").write_text('{"areas": {}, "counts": {}, "last": {}}')
     server = rundir.holder(RUNDIR)
     holder.seen.clear()
     holder.at = at
@@ -253,7 +271,7 @@ def row(holder: Holder, during: str, at: str, whom: str, what: str, end: str) ->
             _until_alone()
     time.sleep(0.2)
     holder.release()
-    if whom == "server" and during in ("swap", "swapoff"):
+    if whom == "server" and during in ("swap", "swapoff", "areas", "areasoff", "refresh"):
         time.sleep(0.3)
         serve()  # what is swapped to waits for it
     status, out, err = command.ended()
@@ -263,6 +281,9 @@ def row(holder: Holder, during: str, at: str, whom: str, what: str, end: str) ->
     found, facts = settled(end)
     answer = {"status": status, "out": out, "err": err, "other": other, "found": found, "facts": facts}
     answer["seen"] = [name for _, name in holder.seen]
+    if found == "half" and during == "refresh":  # the next one makes good
+        answer["again"] = run("refresh")
+        answer["whole"] = settled("areas")[0]
     if found == "attached" and during in ("attach", "detach"):
         with open(connected()[0], "rb", buffering=0) as device:
             answer["right"] = device.read(len(BLOCK)) == BLOCK
@@ -288,7 +309,7 @@ def _until_alone() -> None:
 
 def warm() -> None:
     """Import what commands do as they go, and have them wait for each other for longer: all is slow here."""
-    for name in ("attach", "serve", "restart"):
+    for name in ("attach", "serve", "restart", "refresh"):
         importlib.import_module(f"zramd.commands.{name}")
     for name in (
         "zramd.process.interrupts",

@@ -5,6 +5,7 @@ folder as zramd's server has it.
 """
 
 import base64
+import json
 import re
 import sys
 import tempfile
@@ -408,6 +409,73 @@ def test_restart_under_swap(loaded: Guest) -> None:
     assert guest.phase("verify", 240)["bad"] == 0
     guest.end_workload()
     guest.run(f"{ZRAMD} stop back && umount /run/states && rmdir /run/states")
+
+
+def areas(guest: Guest, device: str) -> dict[str, int]:
+    """The swap areas of a device and their priorities."""
+    lines = (line.split() for line in guest.run("cat /proc/swaps").splitlines())
+    return {words[0]: int(words[4]) for words in lines if words[0].startswith(device)}
+
+
+def partitions(guest: Guest, device: str) -> list[str]:
+    """The partitions that the kernel has of a device."""
+    name = device.removeprefix("/dev/")
+    return guest.run(f"cd /sys/block/{name} && ls -d {name}p* 2>/dev/null || true").split()
+
+
+def test_areas(loaded: Guest) -> None:
+    """Swap in areas, refreshed while its server is restarted and killed; nothing stays behind afterwards."""
+    guest, log, path = loaded, len(loaded.kernel_log()), "PATH=/usr/sbin:$PATH"
+    guest.run("mkdir /run/states && mount -t tmpfs none /run/states")
+    start_server = f"{path} {ZRAMD} start parts --size 64M swap=local reserve=4M state=/run/states/parts"
+    guest.run(start_server, 60)
+    assert "4 areas need a priority of at least 3" in refused(
+        guest, "attach parts --swap --areas 4 --priority 2", 2
+    )
+    device = guest.run(f"{ZRAMD} attach parts --swap --areas 4 --timeout 10").strip()
+    there = {f"{device}p{number}": 101 - number for number in (1, 2, 3, 4)}
+    assert areas(guest, device) == there
+    assert f"{device} is in use as swap: 'zramd detach --swapoff parts'" in refused(guest, "detach parts")
+    assert "run 'zramd detach --swapoff parts' first" in refused(guest, "stop parts")
+    start_load(guest)
+    with ThreadPoolExecutor(1) as pool:
+        churn = pool.submit(guest.phase, "churn seconds 40", 240)
+        for number in range(3):
+            time.sleep(1)
+            if number == 1:
+                kill(guest, "parts")
+                guest.run(start_server, 60)
+            else:
+                guest.run(f"{path} {ZRAMD} restart parts", 60)
+            said(guest, "connected to parts again", number + 1)
+            assert areas(guest, device) == there
+            assert len(partitions(guest, device)) == 4
+            print(guest.run(f"{ZRAMD} refresh parts", 60))
+            assert areas(guest, device) == there
+        found = [churn.result(), guest.phase("verify", 240)]
+    print(found)
+    assert [each["bad"] for each in found] == [0, 0]
+    errors = [line for line in guest.kernel_log()[log:] if "I/O error" in line or "Read-error" in line]
+    assert errors == []
+    guest.end_workload()
+    guest.run("echo max >/run/cgroup/load/memory.max")
+    before = stored(guest, "parts")
+    print(guest.run(f"{ZRAMD} refresh parts --dry-run", 60))
+    print(guest.run(f"{ZRAMD} refresh --all", 60))
+    print(before, stored(guest, "parts"), guest.run("cat /proc/swaps /run/zramd-guest/*.json"))
+    assert areas(guest, device) == there
+    assert stored(guest, "parts") < before / 2
+    guest.run(f"{ZRAMD} detach parts --swapoff", 120)
+    assert areas(guest, device) == {}
+    assert partitions(guest, device) == []
+    assert guest.run("ls /run/zramd-guest").split() == ["lock"]
+    guest.run(f"{ZRAMD} stop parts && umount /run/states && rmdir /run/states")
+
+
+def stored(guest: Guest, name: str) -> int:
+    """The blocks that a server holds and that take memory."""
+    stats = json.loads(guest.run(f"{ZRAMD} stats {name} --json"))
+    return int(stats["pages_stored"] - stats["same_pages"])
 
 
 def interrupted(guest: Guest) -> None:

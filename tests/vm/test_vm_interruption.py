@@ -1,13 +1,17 @@
 """What is left when an attach or a detach is interrupted at any of its steps, in a real virtual machine: by a
 signal to the command, to the server or to the keeper, or by a second command.
 
-`ENDS` is the promise. Each row: during which command ("swap" is attach --swap, "swapoff" detach --swapoff);
+`ENDS` is the promise. Each row: during which command ("swap" is attach --swap,
+"swapoff" detach --swapoff; "areas" and "areasoff" the same with three areas; "refresh" empties all of them);
 at which step (see zramd.process.steps) whoever reaches it is held; who is hit there: the command, the server,
 the keeper, the process at the step, that and the command; by what, a signal or another command; how the
 device stands in the end; what the interrupted command says; and what the second one says.
 
     attached    and served, by exactly one keeper, with its data
     swapped     the same, and swapped to
+    areas       the same, swapped to in three areas of descending priority
+    half        the same, but some areas are not on, or not there: a refresh swaps to those that it had off,
+                and detach takes all away
     alone       attached, but its keeper was killed when nobody could see to it: the next attach gives it one
     nothing     no device, no keeper, no swap, no file
 
@@ -133,6 +137,53 @@ ENDS = """
   swapoff detach.free          second    swapoff          nothing   done         failed
   swapoff detach.disconnected  command   INT,TERM,HUP     nothing   done
   swapoff detach.disconnected  command   KILL             nothing   killed
+  areas   swap.makes           command   INT,TERM,HUP     nothing   interrupted
+* areas   swap.makes           command   KILL             half      killed
+  areas   swap.made            command   INT,TERM,HUP     nothing   interrupted
+  areas   swap.made            command   KILL             half      killed
+* areas   swap.on              command   TERM             nothing   interrupted
+  areas   swap.on              command   INT,HUP          nothing   interrupted
+* areas   swap.on              command   KILL             half      killed
+  areas   swap.on              second    areasoff         nothing   done         done
+  areas   swap.on              second    refresh          areas     done         done
+  areas   swap.on              second    stop             areas     done         failed
+  areas   swap.on              second    restart          areas     done         done
+  areas   swap.on              server    KILL             areas     done
+  areas   attach.used          command   INT,TERM,HUP     areas     interrupted
+  areas   attach.used          command   KILL             areas     killed
+  areasoff swap.off.begun      command   INT,TERM,HUP     areas     interrupted
+  areasoff swap.off.begun      command   KILL             areas     killed
+* areasoff swap.off            command   TERM             areas     interrupted
+  areasoff swap.off            command   INT,HUP          areas     interrupted
+* areasoff swap.off            command   KILL             half      killed
+  areasoff swap.off            second    refresh          nothing   done         done
+  areasoff swap.off            second    stop             nothing   done         failed
+  areasoff swap.off            second    restart          nothing   done         done
+  areasoff swap.off            server    KILL             nothing   done
+  areasoff detach.free         command   INT,TERM,HUP     attached  interrupted
+  areasoff detach.free         command   KILL             attached  killed
+  refresh refresh.begun        command   INT,TERM,HUP     areas     interrupted
+  refresh refresh.begun        command   KILL             areas     killed
+  refresh refresh.begun        second    areasoff         nothing   done         done
+  refresh refresh.empties      command   INT,TERM,HUP     areas     interrupted
+  refresh refresh.empties      command   KILL             areas     killed
+  refresh refresh.empties      process   KILL             areas     done
+  refresh refresh.empties      both      KILL             areas     killed
+* refresh refresh.off          command   TERM             areas     interrupted
+  refresh refresh.off          command   INT,HUP          areas     interrupted
+* refresh refresh.off          command   KILL             areas     killed
+* refresh refresh.off          process   KILL             areas     done
+* refresh refresh.off          both      KILL             half      killed
+* refresh refresh.off          server    KILL             areas     done
+* refresh refresh.off          second    areasoff         nothing   done         done
+  refresh refresh.off          second    refresh          areas     done         done
+  refresh refresh.off          second    areas            areas     done         failed
+  refresh refresh.off          second    stop             areas     done         failed
+* refresh refresh.off          second    restart          areas     done         done
+  refresh refresh.on           command   INT,TERM,HUP     areas     interrupted
+  refresh refresh.on           command   KILL             areas     killed
+  refresh refresh.on           process   KILL             areas     done
+  refresh refresh.on           both      KILL             areas     killed
 """
 
 
@@ -189,9 +240,10 @@ def test_ends(
     assert len(err.splitlines()) == len(sentences)
     if says == "done":
         assert (status, sentences) == (0, [])
-        assert out == ("/dev/nbd0\n" if during in ("attach", "swap") else "")
+        assert during == "refresh" or out == ("/dev/nbd0\n" if during in ("attach", "swap", "areas") else "")
     elif says == "interrupted":
-        assert (status, out) == (128 + getattr(signal, f"SIG{what}"), "")
+        assert status == 128 + getattr(signal, f"SIG{what}")
+        assert out == "" or during == "refresh"
         assert sentences == [f"zramd: interrupted: {STANDS[end]}"]
     elif says == "failed":
         assert (status, out, len(sentences)) == (1, "", 1)
@@ -202,6 +254,8 @@ def test_ends(
         assert len(answer["other"][2].splitlines()) == (second == "failed"), answer["other"]
 
     # What is left can be taken away, and then nothing is left.
+    if during == "refresh" and end == "half":
+        assert (answer["again"][0], answer["again"][2], answer["whole"]) == (0, "", "areas")
     if end == "alone":
         assert answer["again"][:2] == [0, "/dev/nbd0\n"], answer["again"]
     assert answer.get("detached", [0, "", ""]) == [0, "", ""]
@@ -212,4 +266,5 @@ STANDS = {
     "nothing": "held is not attached",
     "attached": "held is attached as /dev/nbd0",
     "swapped": "held is attached as /dev/nbd0, and swapped to: 0 MiB are out",
+    "areas": "held is attached as /dev/nbd0, and swapped to: 0 MiB are out",
 }

@@ -52,11 +52,13 @@ VERBS = {
         "make a running device a block device of this kernel, and swap to it if asked",
     ),
     "detach": ("zramd.commands.attach", "take the kernel block device away again"),
+    "refresh": ("zramd.commands.refresh", "give back the memory of what swap on a device has freed"),
     "top": ("zramd.commands.top", "watch a device live on the whole screen"),
     "doctor": ("zramd.commands.doctor", "check whether this machine is ready"),
     "config": ("zramd.commands.config", "show, check or import the configuration of devices"),
     "install-units": ("zramd.commands.units", "write the systemd units of this installation"),
     "remove-units": ("zramd.commands.units", "remove the systemd units again"),
+    "guest-tool": ("zramd.commands.guest", "write what a guest needs that swaps to a zramd disk"),
     "completion": (
         "zramd.commands.completion",
         "print a completion script for your shell",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from zramd.commands import Commands, add_device
 from zramd.launch import attaching
 from zramd.launch.attaching import DEAD_CONN_TIMEOUT, PRIORITY, TIMEOUT, TIMEOUT_OF_SEVERAL
-from zramd.settings import amounts
+from zramd.settings import amounts, keys
 
 MAX_SECONDS = 999_999  # more than eleven days
 
@@ -20,6 +20,7 @@ def attach(arguments: argparse.Namespace) -> int:
         dead_conn_timeout=arguments.dead_conn_timeout,
         swap=arguments.swap,
         priority=arguments.priority,
+        areas=arguments.areas,
         swapon_options=arguments.swapon_options,
         nbd_client=arguments.nbd_client,
         configured=arguments.config,
@@ -120,7 +121,18 @@ def add(commands: Commands) -> None:
         type=_whole(-1, 32767, "a priority"),
         default=PRIORITY,
         metavar="P",
-        help=f"of the swap, -1 to 32767: the highest is used first [{PRIORITY}]",
+        help=f"of the swap, -1 to 32767: the highest is used first; of several areas the first has it, "
+        f"and each one after it one less [{PRIORITY}]",
+    )
+    parser.add_argument(
+        "--areas",
+        type=_whole(1, keys.MOST_AREAS, "a number of areas"),
+        default=0,
+        metavar="N",
+        help=(
+            f"divide the device into so many areas, up to {keys.MOST_AREAS}, and swap to one after the "
+            "other: then 'zramd refresh' gives back what swap has freed [one for each 64 MiB, at most 16]"
+        ),
     )
     parser.add_argument(
         "--no-discard",

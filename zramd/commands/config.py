@@ -47,7 +47,11 @@ def _values(device: ConfiguredDevice) -> dict[str, Any]:
     """Return every value that has an effect on the device, by its key."""
     values: dict[str, Any] = {"attach": device.attach}
     if device.swaps:
-        values |= {"swap-priority": device.swap_priority, "options": device.options}
+        values |= {
+            "swap-priority": device.swap_priority,
+            "swap-areas": device.swap_areas or "auto",
+            "options": device.options,
+        }
     if device.attached:
         values |= {
             "timeout": "auto" if device.timeout is None else device.timeout,

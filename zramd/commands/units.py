@@ -37,7 +37,8 @@ def add(commands: Commands) -> None:
     ):
         parser = commands.add_parser(
             name,
-            description=f"{text.capitalize()}: zramd@.service, zramd-attach@.service, zramd.slice{more}",
+            description=f"{text.capitalize()}: zramd@.service, zramd-attach@.service, "
+            f"zramd-refresh.service, zramd-refresh.timer, zramd.slice{more}",
         )
         parser.add_argument(
             "--root", metavar="FOLDER", help="the folder that stands for /, to prepare another system [/]"

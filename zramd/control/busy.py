@@ -25,10 +25,11 @@ def refuse(served: servers.Served, what: str, more: str = "") -> None:
         changes = attached.is_busy(name)  # first: what it changes must be seen below
         for device in attached.devices(name, size):
             for use in swap.uses(device):
-                command, what_for = ("swapoff", "swap") if use == swap.SWAP else ("umount", f"'{use}'")
+                what_for, command = f"'{use}'", f"umount {device}"
+                if use == swap.SWAP:
+                    what_for, command = "swap", swap.swapoff_command([device], name)
                 raise DeviceError(
-                    f"cannot {what} {name}: {device} is in use as {what_for}: "
-                    f"run '{command} {device}' first{more}"
+                    f"cannot {what} {name}: {device} is in use as {what_for}: run '{command}' first{more}"
                 )
         if not changes:
             return

@@ -67,6 +67,11 @@ COLUMNS = (
     Column("HUGE-PAGES", "number", "blocks stored raw, because they do not compress", _number("huge_pages")),
     Column("PEAK", "size", "most that TOTAL ever was", _number("mem_used_max")),
     Column("METADATA", "size", "memory beside the pool, for tables", _number("metadata_bytes")),
+    Column("SWAP-USED", "number", "blocks that swap of this machine uses", _number("swap_used")),
+    Column(
+        "DEAD", "number", "blocks that take memory, and swap has freed: zramd refresh", _number("dead_blocks")
+    ),
+    Column("REFRESHED", "number", "blocks that the last refresh gave back", _number("refresh_last_blocks")),
     Column("CLIENTS", "number", "connections of clients", _number("clients")),
     Column("PID", "number", "process that serves it", _number("pid")),
     Column("ATTACHED", "text", "device of this machine's kernel that is its client", _number("attached")),

@@ -1,4 +1,19 @@
-"""The command zramd-guest."""
+"""The command zramd-guest: swap on zramd's disks, laid out so that what swap has freed comes back to memory.
+
+A kernel tells a block device of swap that it has freed only where a whole cluster (512 pages) is free, so
+most of what programs leave behind when they end stays stored: dead blocks. Two things help, and this does
+both:
+
+- Areas: the disk is divided, and the kernel swaps to the parts in a fixed order (descending priorities). It
+  then uses freed places of the first areas again before it goes on to the next.
+- Refresh: when memory is at ease, an area in which little lives is *emptied*: swapoff brings that back,
+  swapon discards all of it. Where much lives, its free places are *wiped*: a program takes them all with
+  pages of one repeated word, which a zramd stores in no memory, and gives them back. What is free, only the
+  kernel says.
+
+This runs in guests too, where there is no zramd: it needs Python's standard library (3.9 or newer) and
+nothing else, and is packed into one file, zramd-guest. On the machine that serves, `zramd refresh` uses it.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +23,13 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 from . import files
 from .areas import disks, size_of
-from .files import MIB, PAGE, GuestError
+from .files import MIB, PAGE, GuestError, NotForSwap
 from .layout import PRIORITY, setup, take_off
+from .memory import zswap_is_on
 from .notes import read_notes, turn
 from .refresh import refresh, view
 
@@ -23,7 +40,7 @@ def _status(disk: str) -> None:
     print(
         f"{disk}: {size_of(disk) // MIB} MiB in {len(rows)} swap areas" if rows else f"{disk}: not swapped to"
     )
-    for area, stored in rows:
+    for area, stored, _ in rows:
         dead = max(0, stored - area.used)
         print(
             f"  {area.path:<12} priority {area.priority:>3}  {area.pages * PAGE // MIB:6} MiB, "
@@ -70,29 +87,67 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
         "--priority", type=_whole(0, 32767), default=PRIORITY, help="of the first one [100]", metavar="P"
     )
     add["refresh"].add_argument("--dry-run", action="store_true", help="only say what would be done")
+    add["refresh"].add_argument("--quiet", action="store_true", help="only say what was done or went wrong")
+    for name in ("setup", "refresh", "off"):
+        add[name].add_argument(
+            "--if-any", action="store_true", help="do nothing if no disk of a zramd is here: for services"
+        )
     return parser.parse_args(words)
 
 
-def _do(arguments: argparse.Namespace) -> None:
+def _do(arguments: argparse.Namespace) -> int:
+    """Do it for each disk, whatever became of the one before; return the exit status. Raises GuestError."""
     found = arguments.disk or disks()
+    if not found and getattr(arguments, "if_any", False):
+        return 0
     if not found:
         raise GuestError(
             "no disk of a zramd is here: give it a serial number that begins with 'zramd' "
             "(qemu: -device virtio-blk-pci,serial=zramd-NAME), or name it with --disk"
         )
+    if arguments.verb in ("setup", "status") and zswap_is_on():
+        print(
+            "zswap is on: areas in which much lives cannot be refreshed; "
+            f"'echo N >{files.SYS}/module/zswap/parameters/enabled' turns it off"
+        )
+    status = 0
     for disk in found:
-        if not os.path.exists(f"{files.SYS}/block/{os.path.basename(disk)}"):
-            raise GuestError(f"there is no disk '{disk}'")
-        if arguments.verb == "setup":
-            print("\n".join(setup(disk, arguments.areas, arguments.priority)))
-        elif arguments.verb == "off":
-            take_off(disk)
-        elif arguments.verb == "status":
-            _status(disk)
-        else:
-            todo = refresh(disk, lambda words: print(words, flush=True), dry_run=arguments.dry_run)
-            if not todo.dead:
-                print(f"{disk}: nothing is worth it")
+        try:
+            _do_one(disk, arguments)
+        except GuestError as error:
+            _say(error)
+            status = 1
+    return status
+
+
+def _do_one(disk: str, arguments: argparse.Namespace) -> None:
+    if not os.path.exists(f"{files.SYS}/block/{os.path.basename(disk)}"):
+        raise GuestError(f"there is no disk '{disk}'")
+    if arguments.verb == "setup":
+        _setup(disk, arguments)
+    elif arguments.verb == "off":
+        take_off(disk)
+    elif arguments.verb == "status":
+        _status(disk)
+    else:
+        say = partial(print, flush=True)
+        todo = refresh(disk, say, dry_run=arguments.dry_run, quiet=arguments.quiet)
+        if not todo.dead and not arguments.quiet:
+            print(f"{disk}: nothing is worth it")
+
+
+def _setup(disk: str, arguments: argparse.Namespace) -> None:
+    """Swap to a disk. One that nobody has named and that is used for something else is left alone."""
+    try:
+        print("\n".join(setup(disk, arguments.areas, arguments.priority)))
+    except NotForSwap as error:
+        if arguments.disk:
+            raise
+        print(f"left alone: {error}")
+
+
+def _say(words: object) -> None:
+    print(f"zramd-guest: {words}", file=sys.stderr)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -100,22 +155,18 @@ def main(words: list[str] | None = None) -> int:
     arguments = _arguments(words)
     try:
         if arguments.verb == "status" or getattr(arguments, "dry_run", False):
-            _do(arguments)
-        else:
-            if os.geteuid():
-                raise GuestError(f"only root may do this: run 'sudo zramd-guest {arguments.verb}'")
-            with turn():
-                _do(arguments)
+            return _do(arguments)
+        if os.geteuid():
+            raise GuestError(f"only root may do this: run 'sudo zramd-guest {arguments.verb}'")
+        with turn():
+            return _do(arguments)
     except GuestError as error:
-        print(f"zramd-guest: {error}", file=sys.stderr)
-        return 1
+        _say(error)
     except OSError as error:
-        name = f"{error.filename}: " if error.filename else ""
-        print(f"zramd-guest: {name}{error.strerror}", file=sys.stderr)
-        return 1
+        _say((f"{error.filename}: " if error.filename else "") + str(error.strerror))
     except KeyboardInterrupt:
         return 130
-    return 0
+    return 1
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ LEAST_AREA = 64 * MIB  # smaller ones gain nothing
 ALIGNMENT = 2 * MIB
 SERIAL = "zramd"  # what the serial number of a zramd disk begins with
 
-_SWAP_FLAG_PREFER, _SWAP_FLAG_DISCARD = 0x8000, 0x10000
+_SWAP_FLAG_PREFER = 0x8000
+DISCARD, DISCARD_ONCE, DISCARD_PAGES = 0x10000, 0x20000, 0x40000  # flags of swapon(2)
 _BLKPG, _BLKPG_ADD, _BLKPG_DEL = 0x1269, 1, 2  # linux/blkpg.h
 
 
@@ -55,13 +56,14 @@ def disk_of(path: str) -> str:
 
 
 def disks() -> list[str]:
-    """Return the disks of this machine that are a zramd's, by their serial number or their owner."""
+    """Return the disks of this machine that a zramd serves from outside, by their serial number.
+
+    Those that `zramd attach` has made here have none: they are its own.
+    """
     found = []
     for name in sorted(os.listdir(f"{files.SYS}/block")):
         base = f"{files.SYS}/block/{name}"
-        marks = (
-            read_or(f"{base}/{file}") for file in ("serial", "backend", "device/serial", "device/vpd_pg80")
-        )
+        marks = (read_or(f"{base}/{file}") for file in ("serial", "device/serial", "device/vpd_pg80"))
         if any(_serial(mark).startswith(SERIAL) for mark in marks):
             found.append(f"/dev/{name}")
     return found
@@ -126,10 +128,12 @@ def _partition(disk: str, operation: int, number: int, start: int = 0, length: i
         raise GuestError(f"partition {number} of {disk} cannot be {verb}: {error.strerror}") from None
 
 
-def swap_on(path: str, priority: int) -> None:
-    """Swap to an area that mkswap has made, with all of it discarded first. Raises OSError."""
-    flags = _SWAP_FLAG_DISCARD | (_SWAP_FLAG_PREFER | priority if priority >= 0 else 0)
-    _call("swapon", path, flags)
+def swap_on(path: str, priority: int, flags: int = DISCARD) -> None:
+    """Swap to an area that mkswap has made, with all of it discarded first if `flags` say so.
+
+    Raises OSError.
+    """
+    _call("swapon", path, flags | (_SWAP_FLAG_PREFER | priority if priority >= 0 else 0))
 
 
 def swap_off(path: str) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from . import files
 from .areas import areas, default_count, disk_of, divide, join, size_of, swap_off, swap_on
-from .files import MIB, PAGE, GuestError, read, read_or
+from .files import MIB, PAGE, GuestError, NotForSwap, read, read_or
 from .memory import memory
 from .notes import Note, Notes, notes_path, read_notes, write_notes
 
 PRIORITY = 100  # of the first area; before any other swap
+LOOK = 0.1  # seconds between two looks at an area that another program swaps off
+_NOTHING, _AMBIVALENT = 2, 8  # blkid's status: no signature, several that exclude each other
 
 
 def setup(disk: str, count: int | None, priority: int = PRIORITY) -> list[str]:
@@ -25,6 +29,7 @@ def setup(disk: str, count: int | None, priority: int = PRIORITY) -> list[str]:
         resume(disk, notes)
         return [area.path for area in areas(disk)]
     _refuse_in_use(disk)
+    _refuse_filled(disk)
     _tune(disk)
     count = count or default_count(size_of(disk))
     if priority < count - 1:
@@ -50,7 +55,7 @@ def _make(path: str) -> None:
 
 def _begin(path: str, note: Note) -> None:
     try:
-        swap_on(path, note.priority)
+        swap_on(path, note.priority, note.flags)
     except OSError as error:
         raise GuestError(f"'{path}' cannot be swapped to: {error.strerror}") from None
     note.reset(path, 0)
@@ -80,35 +85,58 @@ def _is_swap(path: str) -> bool:
 
 
 def take_off(disk: str) -> None:
-    """Swap off all areas of a disk, the least used first, and undo its division. Raises GuestError."""
-    there = sorted(areas(disk), key=lambda area: area.used)
-    out, available = sum(area.used for area in there) * PAGE, memory().available
-    if out > available:
+    """Swap off all areas of a disk, the least used first, and undo its division. Raises GuestError.
+
+    It is refused before anything is done where what is out fits neither into memory nor into other swap.
+    """
+    on = sorted(areas(disk), key=lambda area: area.used)
+    if not on and not os.path.exists(notes_path(disk)):
+        return  # never swapped to: what it is divided into is not ours
+    out = sum(area.used for area in on) * PAGE
+    elsewhere = sum(area.free for area in areas() if disk_of(area.path) != disk) * PAGE
+    room = memory().available + elsewhere
+    if out > room:
         raise GuestError(
-            f"{out // MIB} MiB are swapped out to {disk} and only {available // MIB} MiB of memory are "
-            "available: end programs first"
+            f"{out // MIB} MiB are swapped out to {disk} and only {room // MIB} MiB of memory "
+            f"{'and other swap ' if elsewhere else ''}are available: end programs first"
         )
-    for area in there:
-        try:
-            swap_off(area.path)
-        except OSError as error:
-            if any(
-                one.path == area.path for one in areas()
-            ):  # else somebody was faster: systemd, at shutdown
-                raise GuestError(f"swapoff {area.path} failed: {error.strerror}") from None
+    for area in on:
+        _swap_off(area.path)
     join(disk)
     with suppress(OSError):
         os.unlink(notes_path(disk))
+
+
+def _swap_off(path: str) -> None:
+    """Swap off an area, or wait until who else is at it has done so, as systemd is at shutdown."""
+    while any(area.path == path for area in areas()):
+        try:
+            swap_off(path)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # not on, or no longer
+                raise GuestError(f"swapoff {path} failed: {error.strerror}") from None
+            time.sleep(LOOK)
 
 
 def _refuse_in_use(disk: str) -> None:
     name = os.path.basename(disk)
     for line in read(f"{files.PROC}/mounts").splitlines():
         if disk_of(line.split()[0]) == disk:
-            raise GuestError(f"{disk} is mounted on '{line.split()[1]}': it is not for swap")
+            raise NotForSwap(f"{disk} is mounted on '{line.split()[1]}': it is not for swap")
     holders = os.listdir(f"{files.SYS}/block/{name}/holders")
     if holders:
-        raise GuestError(f"{disk} is in use by {holders[0]}: it is not for swap")
+        raise NotForSwap(f"{disk} is in use by {holders[0]}: it is not for swap")
+
+
+def _refuse_filled(disk: str) -> None:
+    """Raise NotForSwap if a disk holds something that is not swap, which mkswap would destroy; GuestError."""
+    words = ("--probe", "--output", "value", "--match-tag", "TYPE", "--match-tag", "PTTYPE", disk)
+    done = _run("blkid", *words, expected=(0, _NOTHING, _AMBIVALENT))
+    held = "several things" if done.returncode == _AMBIVALENT else " ".join(done.stdout.split())
+    if held not in ("", "swap"):
+        raise NotForSwap(
+            f"{disk} holds something ({held}) and is not for swap: 'wipefs --all {disk}' if nobody needs it"
+        )
 
 
 def _tune(disk: str) -> None:
@@ -133,13 +161,15 @@ def _unobserved(disk: str) -> Iterator[None]:
         os.close(fd)
 
 
-def _run(*words: str) -> None:
+def _run(*words: str, expected: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
+    """Run a program. Raises GuestError if it ends with a status that is not expected."""
     environment = {**os.environ, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
     try:
         done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
     except OSError as error:
         raise GuestError(f"{words[0]} cannot be run: {error.strerror}") from None
-    if done.returncode:
+    if done.returncode not in expected:
         raise GuestError(
             f"{words[0]} {words[-1]} failed: {' '.join(done.stderr.split()) or 'no reason given'}"
         )
+    return done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from . import files
@@ -39,6 +40,11 @@ def memory() -> Memory:
     )
 
 
+def zswap_is_on() -> bool:
+    """Say whether the kernel keeps pages in memory before swap: what is swapped out need not be written."""
+    return read_or(f"{files.SYS}/module/zswap/parameters/enabled") == "Y"
+
+
 def margin(now: Memory) -> int:
     """Return the bytes of memory that a refresh leaves available."""
     return max(int(now.total * MARGIN), LEAST_MARGIN)
@@ -59,9 +65,10 @@ def hindrance(now: Memory, pages: int) -> str:
 class Watch:
     """Says when memory has become so short that a step must be given up."""
 
-    def __init__(self) -> None:
-        """Begin to watch."""
+    def __init__(self, wanted: Callable[[], str]) -> None:
+        """Begin to watch; `wanted` returns what else is a reason, '' for nothing."""
         self._before = memory()
+        self._wanted = wanted
 
     def reason(self) -> str:
         """Return why the step under way must be given up, '' if it need not be."""
@@ -71,4 +78,4 @@ class Watch:
             return f"only {now.available // MIB} MiB of memory are available"
         if now.stalls - before.stalls >= STALLS:
             return "programs wait for memory"
-        return ""
+        return self._wanted()

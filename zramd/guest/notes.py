@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import files
-from .areas import Area, areas, cluster, sectors_written
+from .areas import DISCARD, DISCARD_ONCE, DISCARD_PAGES, Area, areas, cluster, sectors_written
 from .files import PAGE, SECTOR, GuestError, read
 
 
@@ -20,13 +20,19 @@ class Note:
     """What is known of an area beside what the kernel says.
 
     When the disk had `dirty` pages of it stored, the kernel had written so many sectors to it (`written`).
-    `trims` says whether it discards what becomes free.
     """
 
     priority: int
     dirty: int = 0
     written: int = 0
-    trims: bool = True
+    flags: int = DISCARD  # of swapon(2)
+    known: bool = True  # they are
+
+    @property
+    def trims(self) -> bool:
+        """Whether the kernel discards each cluster that becomes free."""
+        only_once = self.flags & DISCARD_ONCE and not self.flags & DISCARD_PAGES
+        return self.known and bool(self.flags & DISCARD) and not only_once
 
     def stored(self, area: Area) -> int:
         """Return how many pages of the area the disk has stored at most.
@@ -61,6 +67,7 @@ class Notes:
 
 
 def notes_path(disk: str) -> str:
+    """Return the file in which the notes of a disk are kept."""
     return f"{files.RUN}/{os.path.basename(disk)}.json"
 
 
@@ -75,7 +82,7 @@ def read_notes(disk: str) -> Notes:
         notes = Notes()
     for area in areas(disk):
         if area.path not in notes.areas:
-            notes.areas[area.path] = Note(area.priority, trims=False)
+            notes.areas[area.path] = Note(area.priority, known=False)
             notes.areas[area.path].reset(area.path, area.pages)
     return notes
 

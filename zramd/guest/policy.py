@@ -12,10 +12,11 @@ WIPED = 8  # at most so many pages are written for each dead one
 
 
 class View(NamedTuple):
-    """An area, and how many pages of it the disk has stored."""
+    """An area, how many pages of it the disk has stored, and whether swapon discards all of it."""
 
     area: Area
     stored: int
+    discards: bool = True
 
     @property
     def dead(self) -> int:
@@ -30,7 +31,7 @@ class View(NamedTuple):
     @property
     def can_be_emptied(self) -> bool:
         """Whether so little lives in it that it may be read back."""
-        return self.is_worth_it and self.area.used <= READ_BACK * self.dead
+        return self.is_worth_it and self.discards and self.area.used <= READ_BACK * self.dead
 
 
 class Plan(NamedTuple):
@@ -46,14 +47,14 @@ class Plan(NamedTuple):
         return sum(view.dead for view in (*self.wiped, *self.emptied))
 
 
-def plan(views: list[View], others: list[Area]) -> Plan:
+def plan(views: list[View], others: list[Area], *, can_wipe: bool = True) -> Plan:
     """Return what is worth doing for a disk's areas; `others` are swap areas elsewhere.
 
     Free places can only be taken in the kernel's order. So areas are wiped from the first one on, up to one
     that has much dead and cannot be emptied; areas elsewhere that the kernel fills before cost as much.
     """
     views = sorted(views, key=lambda view: -view.area.priority)
-    for last in range(len(views) - 1, -1, -1):
+    for last in range(len(views) - 1, -1, -1) if can_wipe else ():
         if not views[last].is_worth_it or views[last].can_be_emptied:
             continue
         upto = [area for area in others if area.priority >= views[last].area.priority]

@@ -19,6 +19,7 @@ FOLDER = "/run/zramd"  # attaching is root's business, so this is root's folder
 SYS_BLOCK = "/sys/block"
 LOCK_TIMEOUT = 1.0  # seconds; a process that only looks holds the lock for microseconds
 TURN_TIMEOUT = 10.0  # seconds, for which a command waits for another one
+_TURN, _WISH = 0, 1  # the bytes of a record whose locks a command has, and one that waits
 _NBD_CLEAR_SOCK = 0xAB04  # linux/nbd.h
 
 
@@ -81,19 +82,27 @@ def _unnoted(name: str) -> Attached | None:
     return None
 
 
+def names() -> list[str]:
+    """Return the zramds that are attached."""
+    try:
+        files = sorted(os.listdir(FOLDER))
+    except OSError:
+        return []
+    found = []
+    for name in (file.removesuffix(".attached") for file in files if file.endswith(".attached")):
+        with suppress(OSError):
+            if find(name):
+                found.append(name)
+    return found
+
+
 def name_of(device: str) -> str:
     """Return the zramd that is attached as `device`, such as /dev/nbd0; '' if none is."""
-    try:
-        files = os.listdir(FOLDER)
-    except OSError:
-        return ""
-    for file in files:
-        name = file.removesuffix(".attached")
-        if name != file:
-            with suppress(OSError):
-                there = find(name)
-                if there and there.device == device:
-                    return name
+    for name in names():
+        with suppress(OSError):
+            there = find(name)
+            if there and there.device == device:
+                return name
     return ""
 
 
@@ -109,12 +118,15 @@ def devices(name: str, disksize: int) -> list[str]:
         return []
     found = []
     for device in (f"/dev/{block}" for block in blocks if block.startswith("nbd")):
-        if is_connected(device):
-            owner, size = read_sys(device, "backend"), read_sys(device, "size")
-            same_size = size.isdigit() and int(size) * 512 == disksize
-            if owner == backend(name) or (not owner and same_size):
-                found.append(device)
+        if is_connected(device) and is_of(device, name, disksize):
+            found.append(device)
     return found
+
+
+def is_of(device: str, name: str, disksize: int) -> bool:
+    """Say whether a device is that of `name`, of `disksize` bytes, as far as that is known: see above."""
+    owner, size = read_sys(device, "backend"), read_sys(device, "size")
+    return owner == backend(name) or (not owner and size.isdigit() and int(size) * 512 == disksize)
 
 
 def is_connected(device: str) -> bool:
@@ -219,13 +231,14 @@ class Record:
 
 
 @contextmanager
-def turn(name: str) -> Iterator[None]:
+def turn(name: str, timeout: float | None = None) -> Iterator[None]:
     """Wait until no other command uses the device of `name` for swap or takes it away, and keep others off.
 
     The keeper's lock on the record is of another kind: it lasts as long as the keeper. What has no record is
-    nobody's. Raises AttachError when it takes too long.
+    nobody's. A command that waits is `wanted`, and those that can give their turn up do so. Raises
+    AttachError when it takes longer than `timeout` seconds (None: TURN_TIMEOUT).
     """
-    fd = _take_turn(name)
+    fd = _take_turn(name, TURN_TIMEOUT if timeout is None else timeout)
     try:
         yield
     finally:
@@ -235,36 +248,46 @@ def turn(name: str) -> Iterator[None]:
 
 def is_busy(name: str) -> bool:
     """Say whether a command has its turn with the device of `name`. Only root can tell: False to others."""
+    return _is_taken(name, _TURN)
+
+
+def is_wanted(name: str) -> bool:
+    """Say whether a command waits for its turn with the device of `name`; as is_busy."""
+    return _is_taken(name, _WISH)
+
+
+def _is_taken(name: str, at: int) -> bool:
     try:
         fd = os.open(_path(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        return lockfile.ofd_is_taken(fd)
+        return lockfile.ofd_is_taken(fd, at)
     finally:
         os.close(fd)
 
 
-def _take_turn(name: str) -> int:
+def _take_turn(name: str, timeout: float) -> int:
     """Return a descriptor that holds the turn, -1 if there is no record."""
-    end = time.monotonic() + TURN_TIMEOUT
+    end = time.monotonic() + timeout
     while True:
         try:
             fd = os.open(_path(name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return -1
         try:
-            if lockfile.ofd_take(fd) and lockfile.stands_at(fd, _path(name)):
+            if lockfile.ofd_take(fd, _TURN) and lockfile.stands_at(fd, _path(name)):
                 return fd
             if time.monotonic() > end:
                 raise AttachError(
                     f"{name} is being attached or detached by another command: try again when that is done"
                 )
+            lockfile.ofd_take(fd, _WISH)  # or another waits, too
+            time.sleep(0.02)
         except BaseException:
             os.close(fd)
             raise
         os.close(fd)
-        time.sleep(0.02)
 
 
 def remove(name: str) -> None:

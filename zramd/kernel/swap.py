@@ -1,23 +1,25 @@
-"""What the kernel uses a device for (/proc/swaps, /proc/mounts), and mkswap, swapon and swapoff."""
+"""What the kernel uses a device for (/proc/swaps, /proc/mounts), and the programs that change it.
+
+Swap may be on a device itself or on partitions of it, its areas; what is asked of a device means all of them.
+zramd.kernel.swapareas swaps to them and off.
+"""
 
 import os
 import re
 import stat
-from collections.abc import Callable
 from typing import NamedTuple
 
 from zramd import meminfo
 from zramd.errors import AttachError, is_shortage, reason
-from zramd.process.steps import step
 
 SWAPS = "/proc/swaps"
 MOUNTS = "/proc/mounts"
 MEMINFO = meminfo.PATH
 MIN_FREE_KBYTES = "/proc/sys/vm/min_free_kbytes"
 MIN_FREE = 0.03  # of memory: docs/swapping.md says what for
-PROGRESS_INTERVAL = 0.2  # seconds between two looks at how far swapoff is
 PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"  # ordinary users lack the first ones
 SWAP = "[SWAP]"  # what zramctl shows where the device is not mounted but swapped to
+_PART = re.compile(r"(/dev/nbd[0-9]+)p[0-9]+")
 _OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
 _SWAP = re.compile(rb"([^ \t]+)[ \t]+[^ \t]+[ \t]+([0-9]{1,15})[ \t]+([0-9]{1,15})[ \t]+(-?[0-9]{1,6})")
 
@@ -57,9 +59,31 @@ def _path(escaped: bytes) -> str:
     return os.fsdecode(_OCTAL.sub(lambda octal: bytes([int(octal[1], 8)]), escaped))
 
 
+def device_of(path: str) -> str:
+    """Return /dev/nbd0 of /dev/nbd0p3, its partition; any other path as it is."""
+    match = _PART.fullmatch(path)
+    return match[1] if match else path
+
+
+def areas(device: str) -> list[Swap]:
+    """Return what the kernel swaps to on `device`: itself or its partitions, in the order of filling."""
+    there = [area for area in swaps() if device_of(area.path) == device]
+    return sorted(there, key=lambda area: -area.priority)
+
+
 def find(device: str) -> Swap | None:
-    """Return how the kernel swaps to `device`, None if it does not."""
-    return next((swap for swap in swaps() if swap.path == device), None)
+    """Return how the kernel swaps to `device`, all of its areas taken together, None if it does not."""
+    there = areas(device)
+    if not there:
+        return None
+    size, used = sum(area.size for area in there), sum(area.used for area in there)
+    return Swap(device, size, used, there[0].priority)
+
+
+def swapoff_command(devices: list[str], name: str) -> str:
+    """Return what an administrator runs to swap off `devices`, which are those of zramd `name`."""
+    divided = any(area.path != device for device in devices for area in areas(device))
+    return f"zramd detach --swapoff {name}" if divided else f"swapoff {' '.join(devices)}"
 
 
 def mounts(device: str) -> list[str]:
@@ -81,7 +105,7 @@ def parse_mounts(data: bytes, device: str) -> list[str]:
 
 def nbd_devices(disksize: int) -> list[str]:
     """Return the kernel's NBD devices of `disksize` bytes that are swapped to now."""
-    names = [area.path for area in swaps()]
+    names = dict.fromkeys(device_of(area.path) for area in swaps())
     return [name for name in names if name.startswith("/dev/nbd") and _size(name) == disksize]
 
 
@@ -132,17 +156,6 @@ def _memory(name: str) -> int:
     return found
 
 
-def on(device: str, priority: int, *, options: str = "discard") -> None:
-    """Make `device` a swap device, and swap to it. What it held is lost.
-
-    `options` are swapon's, as in fstab; discard makes the kernel trim what it has freed. Raises AttachError.
-    """
-    settle_queue(device)
-    run("mkswap", device)
-    step("swap.made")
-    run("swapon", "-o", f"pri={priority},{options}".rstrip(","), device)
-
-
 def settle_queue(device: str) -> None:
     """Tell the kernel that a device does not rotate: to one that does, it sends no discards.
 
@@ -156,50 +169,6 @@ def settle_queue(device: str) -> None:
                 file.write("0")
     except OSError as error:
         raise AttachError(f"'{path}' cannot be set to 0: {reason(error)}") from None
-
-
-def off(device: str, *, force: bool = False, progress: Callable[[int, int], None] | None = None) -> None:
-    """Bring back all that is swapped out to `device`, and swap to it no more.
-
-    `progress` is called now and then with the bytes that are still out and those that were. Raises
-    AttachError when there is less memory than must come back (unless `force`) and when swapoff fails, and
-    KeyboardInterrupt, with swapoff ended: then the rest is still out, and the device in use.
-    """
-    swap = find(device)
-    if swap is None:
-        return
-    memory = available()
-    if swap.used > memory and not force:
-        raise AttachError(
-            f"{swap.used >> 20} MiB are swapped out to {device} and only {memory >> 20} MiB of memory are "
-            "available: end programs first, or use --force"
-        )
-    import subprocess
-
-    process = subprocess.Popen(
-        [_program("swapoff"), device],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        process_group=0,  # Ctrl-C is for us to pass on
-    )
-    try:
-        while True:
-            try:
-                _, words = process.communicate(timeout=PROGRESS_INTERVAL)
-                break
-            except subprocess.TimeoutExpired:
-                now = find(device)
-                if progress and now:
-                    progress(now.used, swap.used)
-    except BaseException:
-        process.terminate()  # the kernel's swapoff stops within a page, and the device stays
-        process.communicate()
-        raise
-    if process.returncode:
-        raise AttachError(f"swapoff {device} failed: {_sentence(words)}")
-    if progress:
-        progress(0, swap.used)
 
 
 def find_program(name: str, path: str | None = None) -> str:
@@ -220,7 +189,8 @@ def find_program(name: str, path: str | None = None) -> str:
     return ""
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
+    """Return where a system program is. Raises AttachError."""
     found = find_program(name, PATH)
     if not found:
         package = {"nbd-client": "nbd-client", "mkswap": "util-linux"}.get(name, "mount")
@@ -233,15 +203,16 @@ def run(name: str, *arguments: str) -> None:
     import subprocess
 
     done = subprocess.run(
-        [_program(name), *arguments],
+        [program(name), *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         check=False,
     )
     if done.returncode:
-        raise AttachError(f"{name} {arguments[-1]} failed: {_sentence(done.stderr)}")
+        raise AttachError(f"{name} {arguments[-1]} failed: {sentence(done.stderr)}")
 
 
-def _sentence(words: bytes) -> str:
+def sentence(words: bytes) -> str:
+    """Return what a program said, on one line."""
     return " ".join(words.decode(errors="replace").split()) or "no reason given"

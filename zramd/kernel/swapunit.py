@@ -1,4 +1,4 @@
-"""systemd's unit of the swap on an attached device: its place in the order of a shutdown.
+"""systemd's units of the swap on an attached device: their place in the order of a shutdown.
 
 systemd makes a unit such as dev-nbd0.swap of each swap that it finds in /proc/swaps. Before=dev-nbd0.swap in
 a unit of ours would make it load that name before there is such a swap, and it then never gets its default
@@ -7,20 +7,21 @@ ended (systemd 252). So the order is given to it by a drop-in, written when the 
 """
 
 import os
+import re
 from contextlib import suppress
 
 FOLDER = "/run/systemd/system"
 DROP_IN = "50-zramd.conf"
 
 
-def order(device: str, name: str) -> None:
-    """Have systemd stop swap on `device` before zramd-attach@`name` stops. Call it before swapon.
+def order(area: str, name: str) -> None:
+    """Have systemd stop swap on `area`, a device or its partition, before zramd-attach@`name` stops.
 
-    Without systemd nothing is done. Raises OSError.
+    Call it before swapon. Without systemd nothing is done. Raises OSError.
     """
     if not os.path.isdir(FOLDER):
         return
-    folder = _folder(device)
+    folder = _folder(area)
     os.makedirs(folder, mode=0o755, exist_ok=True)
     path = f"{folder}/{DROP_IN}"
     with open(path, "w") as file:
@@ -30,11 +31,14 @@ def order(device: str, name: str) -> None:
 
 
 def forget(device: str) -> None:
-    """Remove what `order` has written, if anything."""
+    """Remove what `order` has written for a device and its areas, if anything."""
+    unit = re.compile(rf"dev-{re.escape(os.path.basename(device))}(p[0-9]+)?\.swap\.d")
     with suppress(OSError):
-        os.unlink(f"{_folder(device)}/{DROP_IN}")
-        os.rmdir(_folder(device))
+        for name in filter(unit.fullmatch, os.listdir(FOLDER)):
+            with suppress(OSError):
+                os.unlink(f"{FOLDER}/{name}/{DROP_IN}")
+                os.rmdir(f"{FOLDER}/{name}")
 
 
-def _folder(device: str) -> str:
-    return f"{FOLDER}/dev-{os.path.basename(device)}.swap.d"
+def _folder(area: str) -> str:
+    return f"{FOLDER}/dev-{os.path.basename(area)}.swap.d"

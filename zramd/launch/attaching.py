@@ -22,7 +22,7 @@ from zramd import trusted
 from zramd.contract import rundir
 from zramd.control import life, servers
 from zramd.errors import AttachError, ConfigError, DeviceError, UsageError, say
-from zramd.kernel import attached, netlink, swap, swapunit
+from zramd.kernel import attached, netlink, swap, swapareas, swapunit
 from zramd.kernel.attached import Attached
 from zramd.kernel.keeper import Job
 from zramd.launch.sudo import sudo
@@ -49,6 +49,7 @@ class Wanted(NamedTuple):
     dead_conn_timeout: int = DEAD_CONN_TIMEOUT  # seconds
     swap: bool = False
     priority: int = PRIORITY
+    areas: int = 0  # 0: as many as suit the device
     swapon_options: str = "discard"
     nbd_client: bool = False
     configured: bool = False  # as zramd.conf says: what is attached already stays so
@@ -72,6 +73,11 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
             return ""
         folder = folder or device.rundir
         wanted = _as_configured(device)
+    if wanted.swap and wanted.priority < swapareas.least_priority(wanted.areas):
+        raise UsageError(
+            f"{wanted.areas} areas need a priority of at least {swapareas.least_priority(wanted.areas)}, "
+            f"because the first one has the highest: use --priority {PRIORITY}"
+        )
     _must_be_root(
         "attach",
         name,
@@ -81,7 +87,7 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
     interrupts.interruptible()
     served = servers.look(name, folder)
     # Until it is attached, the server must neither leave nor be replaced: it is known by its data.
-    with interrupts.told(lambda: _stands(served.name)), life.turn(served.path, served.name) as turn:
+    with interrupts.told(lambda: stands(served.name)), life.turn(served.path, served.name) as turn:
         served.look_again()
         if name is None:
             served.name = _own_name(served)
@@ -153,25 +159,29 @@ def _undo(name: str, keeper: int) -> None:
         attached.remove(name)
 
 
-def _stands(name: str) -> str:
+def stands(name: str) -> str:
     """Return the state of a device, for a user who interrupts a command."""
     there = attached.find(name)
     if there is None:
         return f"{name} is not attached"
-    area = swap.find(there.device)
-    out = f", and swapped to: {area.used >> 20} MiB are out" if area else ""
+    swapped = swap.find(there.device)
+    out = f", and swapped to: {swapped.used >> 20} MiB are out" if swapped else ""
     return f"{name} is attached as {there.device}{out}"
 
 
 def _use(name: str, device: str, wanted: Wanted) -> None:
     """Wait for a device that was attached, and swap to it if asked."""
     _wait(lambda: os.path.exists(device), f"{device} does not appear: is /dev a devtmpfs, or udev running?")
-    if wanted.swap and swap.find(device) is None:
-        if wanted.configured:
-            if changed := swap.set_memory_aside():
-                say(changed)
-            swapunit.order(device, name)
-        swap.on(device, wanted.priority, options=wanted.swapon_options)
+    if wanted.swap:
+        if wanted.configured and (changed := swap.set_memory_aside()):
+            say(changed)
+        swapareas.on(
+            device,
+            wanted.priority,
+            options=wanted.swapon_options,
+            count=wanted.areas,
+            order=lambda area: swapunit.order(area, name) if wanted.configured else None,
+        )
     step("attach.used")
 
 
@@ -221,6 +231,7 @@ def _as_configured(device: ConfiguredDevice) -> Wanted:
         dead_conn_timeout=device.dead_conn_timeout,
         swap=device.swaps,
         priority=device.swap_priority,
+        areas=device.swap_areas or 0,
         swapon_options=device.options,
         configured=True,
     )
@@ -251,7 +262,7 @@ def detach(
         name = _own_name(servers.look(None, folder))
     _must_be_root("detach", name, folder, {"--swapoff": swapoff, "--config": configured})
     interrupts.interruptible()
-    with interrupts.told(lambda: _stands(name)), attached.turn(name):
+    with interrupts.told(lambda: stands(name)), attached.turn(name):
         there = attached.find(name)
         if there is None:
             if not if_attached:
@@ -274,8 +285,9 @@ def _detach(there: Attached, swapped: bool, force: bool) -> None:
     # Only a swap is a writer that udev waits for; and without one the server may be dead.
     with attached.unobserved(device) if swapped else nullcontext(lambda: None) as disconnected:
         if swapped:
-            swap.off(device, force=force, progress=_progress(device))
+            swapareas.off(device, force=force, progress=_progress(device))
         _must_be_free(device)
+        swapareas.join(device)
         step("detach.free")
         interrupts.finish()
         gone = _disconnect(device, there)
@@ -454,6 +466,7 @@ def _free_device() -> str:
 
 def _take_away(there: Attached) -> None:
     """End a device that nobody uses, and forget it. Raises AttachError."""
+    swapareas.join(there.device)
     _forget(there.name, there.device, _disconnect(there.device, there))
 
 

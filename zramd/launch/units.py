@@ -21,7 +21,10 @@ from zramd.contract.rundir import replace_file
 from zramd.errors import UnitsError, UntrustedError, UsageError, reason
 from zramd.settings import conffiles, devices
 
-UNITS = ("zramd@.service", "zramd-attach@.service", "zramd.slice")
+UNITS = (
+    *("zramd@.service", "zramd-attach@.service", "zramd-refresh.service", "zramd-refresh.timer"),
+    "zramd.slice",
+)
 MARK = (
     "# Installed by 'zramd install-units'; 'zramd remove-units' removes it. To change it: systemctl edit.\n"
 )

@@ -119,11 +119,12 @@ class Leaving:
         if self._config.swap != "local" or not self._clients() or signal.SIGQUIT in signals:
             return True
         self.refused = True  # if it is not known, ask again
-        devices = " ".join(swap.nbd_devices(self._config.disksize))
+        devices = swap.nbd_devices(self._config.disksize)
         if devices and signals:
-            self._manager.tell(f"STATUS=stopping as soon as 'swapoff {devices}' has run")
+            command = swap.swapoff_command(devices, self._config.name)
+            self._manager.tell(f"STATUS=stopping as soon as '{command}' has run")
             say(
-                f"{devices} is in use as swap: stopping as soon as 'swapoff {devices}' has run "
+                f"{' '.join(devices)} is in use as swap: stopping as soon as '{command}' has run "
                 "(SIGQUIT stops at once and loses what is swapped out)"
             )
         self.refused = bool(devices)

@@ -14,6 +14,7 @@ from zramd.core.device.device import Device
 from zramd.core.device.saving import load as load_stream
 from zramd.core.device.saving import save as save_stream
 from zramd.errors import ConfigError, DeviceError
+from zramd.kernel import swapuse
 from zramd.process.steps import step
 from zramd.server import sockets
 from zramd.server.admission import Admission
@@ -84,6 +85,7 @@ class Service:
             comp_algorithm=self.config.comp_algorithm,
             version=__version__,
             started=self._started,
+            swap=swapuse.numbers(self.config.name, self.config.disksize),
         )
 
     def classes(self) -> list[snapshots.ClassRow]:

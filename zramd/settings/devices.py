@@ -43,6 +43,7 @@ class ConfiguredDevice:
     pairs: tuple[tuple[str, str], ...]  # the server's settings, for config.parse
     attach: str  # swap: the kernel attaches it and swaps onto it; device: attaches it; no: neither
     swap_priority: int
+    swap_areas: int | None  # into which it is divided; None: by its size
     options: str  # swapon's, comma-separated
     timeout: int | None  # after which a request of a lost connection is sent again; None: as attach has it
     dead_conn_timeout: int  # for which requests wait for another server
@@ -342,9 +343,15 @@ class _Section:
             self.note(key, f"{self.quote(key)} is {size} bytes: a number without a unit is megabytes")
 
     def check_attach(self) -> None:
-        attach = self.parsed["attach"]
+        attach, areas = self.parsed["attach"], self.parsed["swap-areas"] or 1
+        if attach == "swap" and areas > 1 and self.parsed["swap-priority"] < areas - 1:
+            self.wrong(
+                "swap-areas",
+                f"{areas} areas need swap-priority = {areas - 1} or more, because the first one has the "
+                f"highest, and {self.quote('swap-priority')}",
+            )
         if attach != "swap":
-            for key in ("swap-priority", "options", "fs-type"):
+            for key in ("swap-priority", "swap-areas", "options", "fs-type"):
                 if key in self.values:
                     self.note(key, f"{self.quote(key)} has no effect with attach = {attach}")
         elif self.parsed["swap"] == "other" and "swap" in self.values:
@@ -385,6 +392,7 @@ class _Section:
             pairs=tuple(pairs.items()),
             attach=parsed["attach"],
             swap_priority=parsed["swap-priority"],
+            swap_areas=parsed["swap-areas"],
             options=parsed["options"],
             timeout=parsed["timeout"],
             dead_conn_timeout=parsed["dead-conn-timeout"],

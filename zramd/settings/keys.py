@@ -6,6 +6,7 @@ from zramd.errors import ConfigError
 from zramd.settings import amounts, config, expression
 from zramd.settings.config import Setting
 
+MOST_AREAS = 24  # as `zramd attach --areas` has it
 DEFAULT_SIZE = "min(ram / 2, 4096)"  # zram-generator's
 
 # zram-generator's words for settings of zramd.
@@ -81,6 +82,9 @@ def table(ram: int) -> tuple[Setting, ...]:
     def timeout(text: str) -> int | None:
         return None if text == "auto" else seconds(text)
 
+    def areas(text: str) -> int | None:
+        return None if text == "auto" else _whole(1, MOST_AREAS, "areas")(text)
+
     return (
         Setting(
             "zram-size", size, DEFAULT_SIZE, "ram / 4", "size of the device, an expression; 0: no device"
@@ -97,6 +101,9 @@ def table(ram: int) -> tuple[Setting, ...]:
         ),
         Setting("fs-type", _fs_type, "swap", "swap", "for zram-generator's sake: swap is all there is"),
         Setting("swap-priority", _priority, "100", "32767", "-1 to 32767, higher is used first"),
+        Setting(
+            "swap-areas", areas, "auto", "8", "areas that swap is divided into, 1 to 24; auto: by the size"
+        ),
         Setting("options", _swapon_options, "discard", "discard", "options of swapon, comma-separated"),
         Setting(
             "timeout", timeout, "auto", "2", "seconds after which a lost connection's request is sent again"

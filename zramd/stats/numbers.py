@@ -14,8 +14,8 @@ Values: TypeAlias = dict[str, Any]  # by the names of NUMBERS
 class Number(NamedTuple):
     """One number of stats.json: its unit, what it means, and the Prometheus metric that shows it too.
 
-    Whatever is neither `derived` nor measured of the process (MEASURED) is a counter of the core's: see
-    Device.counters().
+    Whatever is neither `derived` nor measured of the process (MEASURED) or its machine's swap (SWAP) is a
+    counter of the core's: see Device.counters().
     """
 
     name: str
@@ -41,6 +41,14 @@ def _occupancy(n: Values) -> float:
 
 def _compression_ratio(n: Values) -> float | None:
     return n["orig_data_size"] / n["mem_used_total"] if n["mem_used_total"] else None
+
+
+def _dead_blocks(n: Values) -> int | None:
+    """Return what takes memory and is not swap's any more. A page of one word is used, and takes none."""
+    if n["swap_used"] is None:
+        return None
+    dead: int = max(0, n["pages_stored"] - n["same_pages"] - n["swap_used"])
+    return dead
 
 
 # Every number there is, in the order in which they are shown.
@@ -146,12 +154,33 @@ NUMBERS = (
         "leaked_objects", "objects", "Objects without a block, freed at the start.", "recovery_leaked_objects"
     ),
     Number("recovery_ms", "ms", "Time that taking over the state took.", "recovery_seconds", 1e-3),
+    Number(
+        "swap_used",
+        "blocks",
+        "Blocks that swap of this machine uses; none where it does not swap to the device.",
+        "swap_used_blocks",
+    ),
+    Number(
+        "dead_blocks",
+        "blocks",
+        "Blocks that take memory and that swap of this machine has freed, at least: 'zramd refresh'.",
+        "dead_blocks",
+        derived=_dead_blocks,
+    ),
+    Number(
+        "refreshed_blocks",
+        "blocks",
+        "Blocks that refreshes of swap have given back since it was attached, at most.",
+        "refreshed_blocks_total",
+    ),
+    Number("refresh_last_blocks", "blocks", "Of these, blocks that the last refresh gave back."),
     Number("uptime", "seconds", "Time since the server started.", "uptime_seconds"),
 )
 
 MEASURED = ("uptime", "resident_bytes")  # of the process
+SWAP = ("swap_used", "refreshed_blocks", "refresh_last_blocks")  # of this machine's kernel
 _DERIVED = {number.name: number.derived for number in NUMBERS if number.derived}
-COUNTED = tuple(each.name for each in NUMBERS if each.name not in (*MEASURED, *_DERIVED))
+COUNTED = tuple(each.name for each in NUMBERS if each.name not in (*MEASURED, *SWAP, *_DERIVED))
 
 
 def derive(values: Values) -> Values:

@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 from zramd.stats.buckets import quantile
-from zramd.stats.numbers import COUNTED, Values, derive
+from zramd.stats.numbers import COUNTED, SWAP, Values, derive
 
 
 class Source(Protocol):
@@ -63,10 +63,22 @@ class ClassRow(NamedTuple):
     freeable: int
 
 
-def take(device: Source, *, name: str, comp_algorithm: str, version: str, started: float) -> Snapshot:
-    """Return the device's numbers now; `started` is the server's start on the clock of time.monotonic()."""
+def take(
+    device: Source,
+    *,
+    name: str,
+    comp_algorithm: str,
+    version: str,
+    started: float,
+    swap: Values | None = None,
+) -> Snapshot:
+    """Return the device's numbers now; `started` is the server's start on the clock of time.monotonic().
+
+    `swap` has those that are SWAP: none where this machine does not swap to the device.
+    """
     counters = device.counters()
     values: Values = {name: counters[name] for name in COUNTED}
+    values |= swap or dict.fromkeys(SWAP)
     values |= {"uptime": time.monotonic() - started, "resident_bytes": resident_bytes()}
     return Snapshot(name, comp_algorithm, version, os.getpid(), derive(values), _take_latency(device))
 

@@ -24,6 +24,7 @@ from zramd.top.cells import (
     scale_of,
 )
 
+DEAD = 15  # percent of the blocks that a refresh should not leave dead
 HEAT_LEVELS = 8  # level n: at least 4 ** (n - 1) zspages
 MIN_WIDTH, MIN_HEIGHT = 60, 16
 _LABEL = 8  # width of what each row begins with
@@ -125,6 +126,10 @@ def blocks(sample: Sample) -> Line:
     for name, words in (("same_pages", "same-filled: no memory"), ("huge_pages", "stored raw")):
         share = 100 * stats[name] / stored if stored else 0
         line.append((f"   {number(stats[name])} ({share:.0f}%) {words}", ""))
+    dead = stats.get("dead_blocks")  # None where this machine does not swap to it
+    if dead:
+        share = 100 * dead / stored if stored else 0
+        line.append((f"   {number(dead)} ({share:.0f}%) dead", "fair" if share >= DEAD else ""))
     return line
 
 

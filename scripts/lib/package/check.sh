@@ -8,7 +8,8 @@ tar -x -C "$place"
 exec </dev/null
 chmod 755 "$place"
 cd "$place"
-deb=$(echo "$place"/*.deb)
+deb=$(echo "$place"/zramd_*.deb)
+guest=$(echo "$place"/zramd-guest_*.deb)
 wheel=$(echo "$place"/*.whl)
 version=$(dpkg-deb --field "$deb" Version)
 export DEBIAN_FRONTEND=noninteractive
@@ -135,10 +136,43 @@ rmdir /etc/systemd/system/swap.target.wants
 rm /dev/shm/kept.state
 left=$(diff <(printf '%s\n' "$before") <(files)) || fail "it has left: $left"
 
+step "the package for guests: install, upgrade, remove, purge, where no disk of a zramd is"
+said=$(dpkg -i "$guest" 2>&1 >/dev/null) || fail "installing it: $said"
+is "what its scripts say" "$said" ""
+[[ -L /etc/systemd/system/swap.target.wants/zramd-guest.service ]] || fail "it is not enabled"
+for verb in setup refresh off; do
+    zramd-guest "$verb" --if-any || fail "zramd-guest $verb --if-any is wrong where there is no disk"
+    ! said=$(zramd-guest "$verb" 2>&1) || fail "zramd-guest $verb is right where there is no disk"
+    has "zramd-guest $verb" "$said" "zramd-guest: no disk of a zramd is here"
+done
+rm /etc/systemd/system/swap.target.wants/zramd-guest.service
+said=$(dpkg -i "$guest" 2>&1 >/dev/null) || fail "upgrading it: $said"
+is "what its scripts say" "$said" ""
+[[ ! -L /etc/systemd/system/swap.target.wants/zramd-guest.service ]] || fail "the upgrade has enabled what was disabled"
+said=$(dpkg --remove zramd-guest 2>&1 >/dev/null) || fail "removing it: $said"
+is "what its scripts say" "$said" ""
+said=$(dpkg --purge zramd-guest 2>&1 >/dev/null) || fail "purging it: $said"
+is "what its scripts say" "$said" ""
+left=$(diff <(printf '%s\n' "$before") <(files)) || fail "it has left: $left"
+
+step "removal is refused where memory cannot hold what is swapped out"
+dpkg -i "$guest" >/dev/null
+mount -t tmpfs tmpfs /sys
+mkdir -p /sys/block/vdz
+printf 'zramd-swap0' >/sys/block/vdz/serial
+printf 'Filename\tType\tSize\tUsed\tPriority\n/dev/vdz partition\t%d\t%d\t100\n' $((1 << 40)) $((1 << 40)) >swaps
+mount --bind swaps /proc/swaps
+! said=$(dpkg --remove zramd-guest 2>&1) || fail "it was removed"
+has "the refusal" "$said" "zramd-guest: $((1 << 30)) MiB are swapped out to /dev/vdz and only "
+umount /proc/swaps /sys
+zramd-guest off --if-any
+dpkg --purge zramd-guest >/dev/null
+left=$(diff <(printf '%s\n' "$before") <(files)) || fail "it has left: $left"
+
 step "lintian"
 install lintian
 lintian --version
-lintian --allow-root --fail-on error,warning --tag-display-limit 0 "$deb"
+lintian --allow-root --fail-on error,warning --tag-display-limit 0 "$deb" "$guest"
 
 step "the wheel, without a compiler"
 install python3-venv

@@ -51,6 +51,7 @@ SHARED = {
     "zramd.lockfile",
     "zramd.meminfo",
     "zramd.kernel",
+    "zramd.kernel.attached",
     "zramd.kernel.swap",
     "zramd.process",
     "zramd.process.pidfd",
@@ -313,7 +314,9 @@ def test_every_column_has_a_cell() -> None:
     snapshot = snapshots.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
     values = {**json.loads(texts.to_json(snapshot)), "clients": 1, "attached": "", "mountpoint": ""}
     cells = {column.name: column.show(column.get(values), False) for column in columns.COLUMNS}
-    assert [name for name, cell in cells.items() if not cell] == ["MOUNTPOINT", "ATTACHED"]
+    assert [name for name, cell in cells.items() if not cell] == [
+        *("MOUNTPOINT", "SWAP-USED", "DEAD", "REFRESHED", "ATTACHED")  # it is not attached
+    ]
     assert (cells["DATA"], cells["COMPR"], cells["TOTAL"]) == ("40K", "6K", "8K")
     assert (cells["FRAG"], cells["COMP-RATIO"], cells["ZERO-PAGES"]) == ("75.00", "5.00", "3")
     assert cells["MEM-USED"] == cells["PEAK"] == "11.5G"
@@ -385,9 +388,17 @@ def test_every_number_has_a_meaning() -> None:
     assert sorted(names) == sorted(shown.keys() - {*texts.ABOUT, "latency"})
     for number in numbers.NUMBERS:
         assert number.meaning.endswith(".")
-    text = prometheus.exposition(snapshot, [])
     metrics = [number for number in numbers.NUMBERS if number.metric]
     assert len({number.metric for number in metrics}) == len(metrics) > 20
+    swap = snapshots.take(
+        FakeDevice(),
+        name="zram0",
+        comp_algorithm="lz4",
+        version="0",
+        started=0.0,
+        swap=dict.fromkeys(numbers.SWAP, 1),
+    )
+    text = prometheus.exposition(swap, [])
     for number in metrics:
         assert f"# HELP zramd_{number.metric} {number.meaning}\n" in text
 

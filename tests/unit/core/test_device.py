@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 from support.content import compressible, noise
-from support.pages import pages_of_one_block
+from support.pages import PAGE, UNIT
 
 from zramd import Device, PoolFullError
 from zramd.core.device.device import MAX_DISKSIZE
@@ -44,7 +44,6 @@ def test_disksize_out_of_range(disksize: int) -> None:
         Device(disksize)
 
 
-@pages_of_one_block
 def test_the_largest_device() -> None:
     device = Device(MAX_DISKSIZE)
     device.write(noise(1), MAX_DISKSIZE - BLOCK)
@@ -52,7 +51,7 @@ def test_the_largest_device() -> None:
     assert read(device, MAX_DISKSIZE - BLOCK, BLOCK) == noise(1)
     assert read(device, MAX_DISKSIZE // 2, BLOCK) == bytes(BLOCK)
     counters = device.counters()
-    assert counters["mem_used_total"] == 2 * BLOCK
+    assert counters["mem_used_total"] == 2 * PAGE
     device.reset()
 
 
@@ -93,7 +92,6 @@ def test_unaligned_write_keeps_the_neighbours(offset: int, length: int) -> None:
     device.check()
 
 
-@pages_of_one_block
 def test_counters_are_zrams() -> None:
     device = Device(1 << 20)
     device.write(bytes(BLOCK), 0)  # a zero block: allocated, no memory
@@ -106,7 +104,7 @@ def test_counters_are_zrams() -> None:
     assert counters["same_pages"] == 2
     assert counters["huge_pages"] == counters["huge_pages_since"] == 1
     assert BLOCK + 700 < counters["compr_data_size"] < BLOCK + 760
-    assert counters["mem_used_total"] == counters["mem_used_max"] == 2 * BLOCK
+    assert counters["mem_used_total"] == counters["mem_used_max"] == 2 * PAGE
     device.write(compressible(2), 2 * BLOCK)
     device.trim(0, 2 * BLOCK)
     counters = device.counters()
@@ -223,19 +221,19 @@ def test_a_request_that_fails_in_the_middle() -> None:
     device.check()
 
 
-@pages_of_one_block
 def test_limit_can_be_changed() -> None:
-    device = Device(1 << 20, mem_limit=BLOCK)
-    device.write(noise(1), 0)
+    """It is counted in blocks, and what is taken below it are pages, each with as many raw blocks as fit."""
+    device = Device(1 << 20, mem_limit=PAGE)
+    device.write(b"".join(map(noise, range(UNIT))), 0)
     with pytest.raises(PoolFullError):
-        device.write(noise(2), BLOCK)
-    device.mem_limit = 2 * BLOCK
-    device.write(noise(2), BLOCK)
+        device.write(noise(UNIT), PAGE)
+    device.mem_limit = 2 * PAGE
+    device.write(noise(UNIT), PAGE)
     device.mem_limit = 1
     assert device.mem_limit == BLOCK
-    assert read(device, 0, BLOCK) == noise(1)
+    assert read(device, 0, BLOCK) == noise(0)
     device.mem_limit = 0
-    device.write(noise(3), 2 * BLOCK)
+    device.write(noise(3), 2 * PAGE)
 
 
 def test_reset_and_peak() -> None:
@@ -269,13 +267,12 @@ def test_a_huge_empty_device_costs_almost_nothing() -> None:
     assert counters["metadata_bytes"] < 1 << 20
 
 
-@pages_of_one_block
 def test_latencies() -> None:
     """Every request is in one bucket, failed or not; a block status is no request."""
-    device = Device(1 << 20, mem_limit=BLOCK)
-    device.write(noise(1), 0)
+    device = Device(1 << 20, mem_limit=PAGE)
+    device.write(b"".join(map(noise, range(UNIT))), 0)
     with pytest.raises(PoolFullError):
-        device.write(noise(2), BLOCK)
+        device.write(noise(UNIT), PAGE)
     for _ in range(3):
         read(device, 0, BLOCK)
     device.trim(0, BLOCK)
@@ -395,7 +392,6 @@ def test_read_during_compaction_is_whole() -> None:
     device.check()
 
 
-@pages_of_one_block
 def test_block() -> None:
     device = Device(1 << 20)
     device.write(compressible(1), 0)
@@ -409,7 +405,7 @@ def test_block() -> None:
     assert lz4["handle"] != other["handle"]
     assert lz4["zspage"] == other["zspage"]
     assert lz4["zspage_inuse"] == 2 <= int(lz4["zspage_objs"])
-    assert lz4["zspage_pages"] == 1
+    assert lz4["zspage_pages"] == UNIT  # all that lies on one page, and all of it
     assert {lz4["chunk"], other["chunk"]} == {0, 1}
     assert abs(int(lz4["obj"]) - int(other["obj"])) == lz4["class_size"]
     (row,) = [row for row in device.classes() if row[0] == lz4["class_index"]]

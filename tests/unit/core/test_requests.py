@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from support.pages import pages_of_one_block
+from support.pages import PAGE, UNIT
 
 from zramd.core.device import requests
 from zramd.core.device.device import Device
@@ -42,12 +42,11 @@ def test_each_does_its_work() -> None:
     assert len(requests.extents(device, 4 * BLOCK, 0, 4)) == 1
 
 
-@pages_of_one_block
 def test_a_full_pool_raises_one_exception_again_and_again(told: list[int]) -> None:
-    device = Device(1 << 20, mem_limit=BLOCK)
-    requests.pwrite(device, os.urandom(BLOCK), 0, 0)
+    device = Device(1 << 20, mem_limit=PAGE)
+    requests.pwrite(device, os.urandom(PAGE), 0, 0)
     raised = []
-    for block in range(1, 4):
+    for block in range(UNIT, UNIT + 3):
         with pytest.raises(PoolFullError) as caught:
             requests.pwrite(device, os.urandom(BLOCK), block * BLOCK, 0)
         assert caught.tb.tb_next is None, "a frame of the function itself, which nbdkit would keep"

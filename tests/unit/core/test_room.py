@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.content import compressible, noise
-from support.pages import pages_of_one_block
+from support.pages import UNIT
 from support.run import SANITIZED, preloaded
 
 from zramd import Device, PoolFullError, Zsmalloc
@@ -25,7 +25,9 @@ import gc, os, random, subprocess, sys, tempfile
 from zramd import Device, PoolFullError
 from zramd.server import statefile
 from zramd.core.device import saving
-BLOCK, SIZE = 4096, 8 << 20
+from zramd.core.memory.region import page_size
+BLOCK, PAGE, SIZE = 4096, page_size(), 8 << 20
+UNIT, SLOTS = PAGE // BLOCK, PAGE // 8     # blocks that fit into a page, and whose slots do
 folder = sys.argv[1]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=" + sys.argv[2], "zramd-test", folder], check=True)
 
@@ -38,8 +40,8 @@ def start(verify=False, name="state"):
 
 def fill(left=0):
     with open(folder + "/filler", "ab", buffering=0) as filler:
-        while (room := os.statvfs(folder).f_bavail - left) > 0:
-            filler.write(bytes(min(room, 4096) * 4096))
+        while (room := os.statvfs(folder).f_bavail * PAGE // BLOCK - left) > 0:
+            filler.write(bytes(min(room, 4096) * BLOCK))
 
 def empty():
     os.unlink(folder + "/filler")
@@ -82,7 +84,6 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pages_of_one_block
 def test_a_load_on_a_full_file_system(tmp_path: Path) -> None:
     """It touches slots that nobody has asked for yet."""
     code = """
@@ -141,60 +142,61 @@ for turn in range(60):
     in_tmpfs(tmp_path, code, "2m")
 
 
-@pages_of_one_block
 def test_others_fill_the_file_system(tmp_path: Path) -> None:
     """All at once, while nothing is written to the device: the next page is not taken for granted."""
     code = """
+SIZE *= UNIT    # as many pages of slots, whatever a page is
 for writes in range(0, 70, 7):
     device = start(name=f"state{writes}")
     for block in range(writes):
         device.write(random.Random(block).randbytes(BLOCK), block * BLOCK)
     fill()
     stored = 0
-    for block in range(1000, 1100):
+    for block in range(2 * SLOTS - 24, 2 * SLOTS + 76):
         try:
             device.write(random.Random(block).randbytes(BLOCK), block * BLOCK)
             stored += 1
         except PoolFullError as error:
             assert FULL in str(error)
     assert stored < 50
-    for block in range(1200, SIZE // BLOCK, 100):
-        refused(lambda: device.zero(block * BLOCK, BLOCK, False)) if block >= 1536 else None
+    for block in range(3 * SLOTS, SIZE // BLOCK, 100):
+        refused(lambda: device.zero(block * BLOCK, BLOCK, False))
     device.check()
     empty()
-    device.write(random.Random(3000).randbytes(BLOCK), 2000 * BLOCK)
+    device.write(random.Random(3000).randbytes(BLOCK), (4 * SLOTS - 48) * BLOCK)
     del device
     os.unlink(f"{folder}/state{writes}")
 """
     in_tmpfs(tmp_path, code, "150m")
 
 
-@pages_of_one_block
 def test_each_table_says_which_room_there_is_none_of(tmp_path: Path) -> None:
     """Slots, cells, classes of spans, the pool, a part of a block: none has anything to do with mem_limit."""
     code = """
+SIZE *= UNIT    # as many pages of slots, whatever a page is
 device = start()
 device.write(b"x" * BLOCK, 0)
-device.write(b"x" * BLOCK, 600 * BLOCK)     # the slots of the first 1024 blocks are there
+device.write(b"x" * BLOCK, (SLOTS + 88) * BLOCK)    # the slots of so many blocks are there
+third = 2 * SLOTS * BLOCK   # whose slot is on the third page
 fill()
-assert refused(lambda: device.zero(1024 * BLOCK, BLOCK, False)).endswith(FULL)
-assert refused(lambda: device.write(random.Random(1).randbytes(BLOCK), 1024 * BLOCK)).endswith(FULL)
-assert refused(lambda: device.write(b"part", 1024 * BLOCK + 5)).endswith(FULL)
-message = refused(lambda: [device.write(b"%08d" % i * 512, i * BLOCK) for i in range(600)])
+assert refused(lambda: device.zero(third, BLOCK, False)).endswith(FULL)
+assert refused(lambda: device.write(random.Random(1).randbytes(BLOCK), third)).endswith(FULL)
+assert refused(lambda: device.write(b"part", third + 5)).endswith(FULL)
+message = refused(lambda: [device.write(b"%08d" % i * 512, i * BLOCK) for i in range(SLOTS + 88)])
 assert message.endswith(FULL), message
 try:
-    device.write(random.Random(1).randbytes(BLOCK), 1024 * BLOCK)
+    device.write(random.Random(1).randbytes(BLOCK), third)
 except PoolFullError as error:
     assert error.errno == 28
 assert read(device, 0)[:8] != bytes(8)
 device.check()
 empty()
-device.write(b"y" * BLOCK, 1024 * BLOCK)
-device.mem_limit = 4096
-message = refused(lambda: [device.write(random.Random(i).randbytes(BLOCK), i * BLOCK) for i in range(9)])
+device.write(b"y" * BLOCK, third)
+device.mem_limit = PAGE
+message = refused(lambda: [device.write(os.urandom(BLOCK), i * BLOCK) for i in range(9 * UNIT)])
 assert message.endswith("mem_limit leaves no room"), message
 """
-    in_tmpfs(tmp_path, code, "2m")
+    in_tmpfs(tmp_path, code, f"{2 * UNIT}m")
 
 
 def test_a_full_file_system_when_there_is_something_to_compact(tmp_path: Path) -> None:
@@ -385,7 +387,7 @@ from zramd.errors import CorruptionError, CorruptObjectError
 verify = VERIFY
 layout = state_layout(SIZE)
 arena = layout["bytes"] - layout["spans"] * layout["span_size"]
-cells = arena - -(-8 * layout["cells"] // BLOCK) * BLOCK
+cells = arena - -(-8 * layout["cells"] // PAGE) * PAGE
 device, model = start(verify), {}
 rnd = random.Random(1)
 for block in range(300):

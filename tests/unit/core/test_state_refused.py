@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 from support.content import compressible, noise
-from support.pages import pages_of_one_block
+from support.pages import whole_pages
 from support.run import SCALE
 from test_state import BLOCK, SIZE, fill, open_device, read
 
@@ -270,14 +270,10 @@ def test_no_header_but_the_right_one_is_accepted(old: Path, data: st.DataObject)
 def offsets(size: int = SIZE) -> dict[str, int]:
     """Where the regions of a state begin."""
     layout = state_layout(size)
-
-    def pages(count: int) -> int:
-        return -(-count // BLOCK) * BLOCK
-
     at = {"slots": 1 << 16}
-    at["classes"] = at["slots"] + pages(8 * layout["slots"])
-    at["cells"] = at["classes"] + pages(layout["spans"])
-    at["arena"] = at["cells"] + pages(8 * layout["cells"])
+    at["classes"] = at["slots"] + whole_pages(8 * layout["slots"])
+    at["cells"] = at["classes"] + whole_pages(layout["spans"])
+    at["arena"] = at["cells"] + whole_pages(8 * layout["cells"])
     assert at["arena"] + layout["spans"] * layout["span_size"] == layout["bytes"]
     return at
 
@@ -303,7 +299,6 @@ def two(memory_folder: Path) -> tuple[Path, int, int]:
     return path, word(path, slots) >> 16, word(path, slots + 8) >> 16
 
 
-@pages_of_one_block
 def test_refuses_contradictions(two: tuple[Path, int, int]) -> None:
     path, first, second = two
     at = offsets()
@@ -343,7 +338,6 @@ def test_refuses_contradictions(two: tuple[Path, int, int]) -> None:
     assert read(open_device(path), 0, 3 * BLOCK) == compressible(1) + compressible(2) + noise(3)
 
 
-@pages_of_one_block
 def test_flips_of_every_bit_of_a_header_are_mended_with_verify(memory_folder: Path) -> None:
     path = memory_folder / "state"
     open_device(path, verify=True).write(compressible(1), 0)
@@ -359,7 +353,6 @@ def test_flips_of_every_bit_of_a_header_are_mended_with_verify(memory_folder: Pa
 
 
 @pytest.mark.parametrize("kind", ["object", "raw", "word", "zero"])
-@pages_of_one_block
 def test_a_flip_of_any_bit_is_found(memory_folder: Path, kind: str) -> None:
     """Of the slot, the cell and what they lead to, in a device in use: an error that names the block."""
     path = memory_folder / "state"

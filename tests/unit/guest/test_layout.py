@@ -1,6 +1,7 @@
 """A disk is divided and swapped to, and given back; what is refused."""
 
 import os
+import subprocess
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ class Disk:
 
     def __init__(self, there: FakeMachine, mib: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.machine, self.done, self.made = there, list[str](), list[str]()
+        self.holds = ""  # what blkid finds on it
         self.base = there.folder / "sys/block/vdb"
         (self.base / "size").write_text(str(mib * MIB // SECTOR))
         (self.base / "queue/discard_max_bytes").write_text("2147483136\n")
@@ -44,14 +46,17 @@ class Disk:
             self.machine.add(part(disk, number), Swapped(1000, 0, on=False))
         return [part(disk, number) for number in range(1, count + 1)]
 
-    def run(self, *words: str) -> None:
+    def run(self, *words: str, expected: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
+        if words[0] == "blkid":
+            return subprocess.CompletedProcess(words, 0 if self.holds else 2, self.holds, "")
         self.done.append(" ".join(words))
         self.made.append(" ".join(words))
+        return subprocess.CompletedProcess(words, 0, "", "")
 
     def join(self, disk: str) -> None:
         self.done.append("join")
 
-    def swap_on(self, path: str, priority: int) -> None:
+    def swap_on(self, path: str, priority: int, flags: int) -> None:
         self.done.append(f"on {path} {priority}")
         self.machine.areas[path].on, self.machine.areas[path].priority = True, priority
         self.machine.write()
@@ -109,10 +114,10 @@ def test_a_setup_that_was_killed_is_gone_on_with(disk: Disk, monkeypatch: pytest
     class Killed(BaseException):
         pass
 
-    def killed(path: str, priority: int) -> None:
+    def killed(path: str, priority: int, flags: int) -> None:
         if path == "/dev/vdb3":
             raise Killed
-        disk.swap_on(path, priority)
+        disk.swap_on(path, priority, flags)
 
     monkeypatch.setattr(layout, "swap_on", killed)
     with pytest.raises(Killed):

@@ -31,6 +31,11 @@ def test_areas_in_which_little_lives_are_emptied_the_emptiest_first() -> None:
     assert found.dead == 1790
 
 
+def test_an_area_that_is_not_discarded_is_wiped() -> None:
+    one = View(Area("/dev/vdb1", 1000, 10, 100), 1000, discards=False)
+    assert names(plan([one], [])) == (["vdb1"], [])
+
+
 def test_no_more_is_read_back_than_is_worth_it() -> None:
     dead = 700
     most = int(READ_BACK * dead)

@@ -138,7 +138,7 @@ def test_a_step_that_is_given_up_ends_the_refresh(machine: Make, monkeypatch: py
     places = there.swap_out(3000)
     there.end([place for place in places if place[1] % 10 and place[0] != "/dev/vdb1"])
 
-    def give_up(area: Area) -> float:
+    def give_up(area: Area, flags: int, wanted: Callable[[], str]) -> float:
         raise GivenUp("programs wait for memory")
 
     monkeypatch.setattr(refresh, "empty", give_up)
@@ -152,7 +152,7 @@ def test_an_area_that_was_left_off_is_on_again(machine: Make, monkeypatch: pytes
     there.areas["/dev/vdb2"].on = False  # a refresh was killed between swapoff and swapon
     there.write()
 
-    def swap_on(path: str, priority: int) -> None:
+    def swap_on(path: str, priority: int, flags: int) -> None:
         assert there.areas[path].priority == priority
         there.areas[path].on = True
         there.write()

@@ -29,8 +29,8 @@ class Kernel:
     def swap_off(self, path: str) -> None:
         self.note(f"off {path}")
 
-    def swap_on(self, path: str, priority: int) -> None:
-        self.note(f"on {path} {priority}")
+    def swap_on(self, path: str, priority: int, flags: int) -> None:
+        self.note(f"on {path} {priority} {flags:#x}")
 
     def note(self, words: str) -> None:
         with self.path.open("a") as file:
@@ -50,7 +50,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(steps, "swap_off", there.swap_off)
     monkeypatch.setattr(steps, "swap_on", there.swap_on)
     monkeypatch.setattr(steps, "areas", lambda: [AREA])
-    monkeypatch.setattr(steps, "Watch", lambda: Calm([]))
+    monkeypatch.setattr(steps, "Watch", lambda wanted: Calm([]))
     return there
 
 
@@ -72,14 +72,14 @@ def until_signalled(path: str) -> None:
 
 def test_an_area_is_swapped_off_and_on_with_its_priority(kernel: Kernel, tmp_path: Path) -> None:
     assert steps.empty(AREA) >= 0
-    assert kernel.asked == ["off /dev/vdb2", "on /dev/vdb2 99"]
+    assert kernel.asked == ["off /dev/vdb2", "on /dev/vdb2 99 0x10000"]
     # The kernel kills this process first when memory is out.
     assert (tmp_path / "proc/self/oom_score_adj").read_text() == "1000"
 
 
 def test_it_is_given_up_when_memory_gets_short(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "swap_off", until_signalled)
-    monkeypatch.setattr(steps, "Watch", lambda: Calm(["", "programs wait for memory"]))
+    monkeypatch.setattr(steps, "Watch", lambda wanted: Calm(["", "programs wait for memory"]))
     with pytest.raises(GivenUp, match=r"^programs wait for memory$"):
         steps.empty(AREA)
     assert kernel.asked == []
@@ -95,7 +95,7 @@ def test_what_is_off_is_swapped_on_again_whatever_comes(
 
     monkeypatch.setattr(steps, "swap_off", off)
     steps.empty(AREA)
-    assert kernel.asked == ["off /dev/vdb2", "on /dev/vdb2 99"]
+    assert kernel.asked == ["off /dev/vdb2", "on /dev/vdb2 99 0x10000"]
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.EIO, GuestError), (errno.ENOMEM, GivenUp)])
@@ -153,7 +153,7 @@ def test_without_the_command_the_step_still_ends_with_swap_on(tmp_path: Path, nu
         def off(path):
             note("off ")
             time.sleep(0.5)
-        steps.swap_off, steps.swap_on = off, lambda path, priority: note("on")
+        steps.swap_off, steps.swap_on = off, lambda path, priority, flags: note("on")
         steps.empty(Area("/dev/vdb2", 1000, 100, 99))
     """
     asked = tmp_path / "asked"
@@ -207,7 +207,7 @@ def test_no_more_is_written_than_there_was_to_do(
 
 
 def test_wiping_is_given_up_when_memory_gets_short(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "Watch", lambda: Calm(["only 3 MiB of memory are available"]))
+    monkeypatch.setattr(steps, "Watch", lambda wanted: Calm(["only 3 MiB of memory are available"]))
     monkeypatch.setattr(steps, "_free", lambda paths: 1 << 20)
     monkeypatch.setattr(steps, "PAUSE", 0.01)
     started = time.monotonic()
@@ -218,7 +218,7 @@ def test_wiping_is_given_up_when_memory_gets_short(kernel: Kernel, monkeypatch: 
 
 def test_a_watch_is_set_for_each_step(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[memory.Watch | Calm] = []
-    monkeypatch.setattr(steps, "Watch", lambda: made.append(Calm([])) or made[-1])
+    monkeypatch.setattr(steps, "Watch", lambda wanted: made.append(Calm([])) or made[-1])
     steps.empty(AREA)
     steps.empty(AREA)
     assert len(made) == 2

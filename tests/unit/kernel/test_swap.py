@@ -1,8 +1,6 @@
-"""/proc/swaps and its kin, and the programs that change them, as far as no swap device is needed."""
+"""/proc/swaps and its kin."""
 
 import os
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -27,15 +25,7 @@ def system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     ):
         (tmp_path / name).write_text(text)
         monkeypatch.setattr(swap, name, str(tmp_path / name))
-    (tmp_path / "bin").mkdir()
-    monkeypatch.setattr(swap, "PATH", f"{tmp_path}/bin")
     return tmp_path
-
-
-def program(system: Path, name: str, script: str) -> None:
-    path = system / "bin" / name
-    path.write_text(f"#!/bin/bash\n{script}\n")
-    path.chmod(0o755)
 
 
 def test_swaps(system: Path) -> None:
@@ -50,6 +40,34 @@ def test_swaps(system: Path) -> None:
     assert swap.find("/dev/nbd1") is None
 
 
+AREAS = """Filename\tType\tSize\tUsed\tPriority
+/dev/nbd0p2 partition 1000 300 99
+/dev/nbd0p1 partition 1000 200 100
+/dev/nbd01 partition 1000 50 7
+/dev/nbd1p10 partition 1000 1 -2
+"""
+
+
+def test_a_device_is_all_of_its_areas(system: Path) -> None:
+    (system / "SWAPS").write_text(AREAS)
+    assert [area.path for area in swap.areas("/dev/nbd0")] == ["/dev/nbd0p1", "/dev/nbd0p2"]
+    assert swap.find("/dev/nbd0") == swap.Swap("/dev/nbd0", 2000 << 10, 500 << 10, 100)
+    assert swap.find("/dev/nbd0p1") is None
+    assert swap.uses("/dev/nbd0") == [swap.SWAP, "/a b"]
+    assert swap.uses("/dev/nbd1") == [swap.SWAP, "/d"]
+    assert [swap.device_of(path) for path in ("/dev/nbd12p3", "/dev/nbd12", "/dev/vda2", "/swap p1")] == [
+        *("/dev/nbd12", "/dev/nbd12", "/dev/vda2", "/swap p1")
+    ]
+
+
+def test_what_swaps_off(system: Path) -> None:
+    """swapoff of the device itself would fail where its areas are swapped to."""
+    (system / "SWAPS").write_text(AREAS)
+    assert swap.swapoff_command(["/dev/nbd01"], "a") == "swapoff /dev/nbd01"
+    assert swap.swapoff_command(["/dev/nbd0"], "a") == "zramd detach --swapoff a"
+    assert swap.swapoff_command(["/dev/nbd01", "/dev/nbd1"], "a") == "zramd detach --swapoff a"
+
+
 def test_this_machine() -> None:
     """The kernel that runs this test has the same format."""
     assert all(area.size > 0 and area.path.startswith("/") for area in swap.swaps())
@@ -60,73 +78,6 @@ def test_mounts(system: Path) -> None:
     assert swap.mounts("/dev/nbd0") == ["/a b"]
     assert swap.mounts("/dev/nbd1") == ["/d"]
     assert swap.mounts("/dev/nbd2") == []
-
-
-def test_swapoff_is_refused_without_memory(system: Path) -> None:
-    program(system, "swapoff", "exit 0")
-    swap.off("/dev/nbd0")
-    (system / "MEMINFO").write_text("MemAvailable: 500000 kB\n")
-    with pytest.raises(
-        AttachError,
-        match=r"^512 MiB are swapped out to /dev/nbd0 and only 488 MiB of memory are available: end ",
-    ):
-        swap.off("/dev/nbd0")
-    swap.off("/dev/nbd0", force=True)
-
-
-def test_swapoff_of_what_is_off(system: Path) -> None:
-    swap.off("/dev/nbd1")  # there is no program that could be run
-
-
-def test_swapoff_tells_how_far_it_is(system: Path) -> None:
-    steps = "".join(
-        f"sed -i '/nbd0/s/524288/{left}/;/nbd0/s/{left * 2}/{left}/' {system}/SWAPS; sleep 0.5; "
-        for left in (262144, 131072)
-    )
-    program(system, "swapoff", f"PATH=/usr/bin:/bin; {steps}")
-    seen: list[tuple[int, int]] = []
-    swap.off("/dev/nbd0", progress=lambda left, total: seen.append((left >> 20, total >> 20)))
-    assert {(256, 512), (128, 512)} < set(seen)
-    assert seen[-1] == (0, 512)
-
-
-def test_swapoff_fails(system: Path) -> None:
-    program(
-        system, "swapoff", "echo 'swapoff: /dev/nbd0: swapoff failed: Cannot allocate memory' >&2; exit 255"
-    )
-    with pytest.raises(AttachError, match=r"^swapoff /dev/nbd0 failed: swapoff: .*: Cannot allocate memory$"):
-        swap.off("/dev/nbd0")
-
-
-def test_swapoff_is_ended_when_interrupted(system: Path) -> None:
-    program(system, "swapoff", f"echo $$ >{system}/pid; exec /bin/sleep 60")
-
-    def interrupt(left: int, total: int) -> None:
-        if (system / "pid").exists():
-            raise KeyboardInterrupt
-
-    started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        swap.off("/dev/nbd0", progress=interrupt)
-    assert time.monotonic() - started < 10
-    assert not Path(f"/proc/{(system / 'pid').read_text().strip()}").exists()
-    assert threading.active_count() == 1
-
-
-def test_programs_that_fail_or_are_missing(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swap, "settle_queue", lambda device: None)
-    with pytest.raises(
-        AttachError, match=r"^mkswap is not installed: run 'apt-get install util-linux' as root$"
-    ):
-        swap.on("/dev/nbd0", 1)
-    program(system, "mkswap", "exit 0")
-    program(
-        system, "swapon", f'echo "$@" >>{system}/arguments; [ $2 != pri=5 ] || {{ echo no >&2; exit 255; }}'
-    )
-    swap.on("/dev/nbd0", -1)
-    with pytest.raises(AttachError, match=r"^swapon /dev/nbd0 failed: no$"):
-        swap.on("/dev/nbd0", 5, options="")
-    assert (system / "arguments").read_text() == "-o pri=-1,discard /dev/nbd0\n-o pri=5 /dev/nbd0\n"
 
 
 def test_queue_that_is_not_there() -> None:
@@ -169,7 +120,8 @@ def test_the_nbd_devices_of_a_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     swaps = tmp_path / "swaps"
     swaps.write_text(
         "Filename\tType\tSize\tUsed\tPriority\n"
-        "/dev/vda2 partition 1000 0 -2\n/dev/nbd0 partition 1048572 0 100\n/dev/nbd1 partition 4 0 100\n"
+        "/dev/vda2 partition 1000 0 -2\n/dev/nbd0p1 partition 4 0 100\n/dev/nbd0p2 partition 4 0 99\n"
+        "/dev/nbd1 partition 4 0 100\n"
     )
     monkeypatch.setattr(swap, "SWAPS", str(swaps))
     monkeypatch.setattr(swap, "_size", {"/dev/nbd0": 1 << 30, "/dev/nbd1": 8192}.get)

@@ -28,6 +28,16 @@ def test_the_order_is_written_for_everybody_to_read_and_removed_again(
     swapunit.forget("/dev/nbd3")
 
 
+def test_each_area_has_an_order_and_all_are_forgotten_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swapunit, "FOLDER", str(tmp_path))
+    for area in ("/dev/nbd3p1", "/dev/nbd3p16", "/dev/nbd31", "/dev/nbd31p2"):
+        swapunit.order(area, "zram0")
+    swapunit.forget("/dev/nbd3")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dev-nbd31.swap.d", "dev-nbd31p2.swap.d"]
+
+
 def test_what_others_have_written_for_that_unit_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,11 +1,13 @@
 """`zramd attach` and `detach` as far as no kernel device is needed: what is refused, and what is recorded."""
 
 import fcntl
+import gc
 import os
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +20,7 @@ from zramd.commands import main
 from zramd.contract import rundir
 from zramd.control import servers
 from zramd.errors import AttachError, ConfigError
-from zramd.kernel import attached, keeper, swap
+from zramd.kernel import attached, keeper, swap, swapareas
 from zramd.launch import attaching
 from zramd.settings import devices
 
@@ -52,6 +54,7 @@ def test_only_root_may(verb: str) -> None:
     [
         (["--device", "/dev/sda"], "argument --device: '/dev/sda' is not an NBD device, such as /dev/nbd0"),
         (["--priority", "-2"], "argument --priority: '-2' is not a priority from -1 to 32767"),
+        (["--areas", "25"], "argument --areas: '25' is not a number of areas from 1 to 24"),
         (["--connections", "17"], "argument --connections: '17' is not a number of connections from 1 to 16"),
         (["--timeout", "1e3"], "argument --timeout: '1e3' is not a number of seconds, such as 0.5 or 30"),
         (["--dead-conn-timeout", "1.5"], "'1.5' is not a number of seconds from 0 to 1000000"),
@@ -72,6 +75,18 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(attached, "is_connected", lambda device: device == "/dev/nbd7")
     monkeypatch.setattr(attached, "LOCK_TIMEOUT", 0.05)
     return tmp_path
+
+
+@pytest.mark.parametrize("priority", ["2", "-1"])
+def test_a_priority_that_is_too_small_for_the_areas(
+    priority: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused before anything is looked for, let alone attached."""
+    assert main(["attach", "nobody", "--swap", "--areas", "4", "--priority", priority]) == 2
+    assert capsys.readouterr().err == (
+        "zramd: 4 areas need a priority of at least 3, because the first one has the highest: "
+        "use --priority 100\n"
+    )
 
 
 def test_record(folder: Path) -> None:
@@ -152,7 +167,29 @@ def test_one_command_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
             pass
     with pytest.raises(BlockingIOError), attached.turn("zram0"):
         raise BlockingIOError
+    assert not attached.is_busy("zram0")
     again.close()
+    record.close()
+
+
+def test_a_command_that_waits_is_seen(folder: Path) -> None:
+    """By the one that has the turn, which may give it up then; and no longer when it has its turn."""
+    record = attached.Record("zram0")
+    assert not attached.is_wanted("zram0")
+    with attached.turn("zram0"):
+        with pytest.raises(AttachError), attached.turn("zram0", timeout=0):  # it does not wait
+            pass
+        assert not attached.is_wanted("zram0")
+        waits = threading.Thread(target=lambda: attached.turn("zram0").__enter__())
+        waits.start()
+        end = time.monotonic() + 10
+        while not attached.is_wanted("zram0"):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    waits.join()
+    gc.collect()
+    assert not attached.is_wanted("zram0")
+    assert not attached.is_busy("zram0")
     record.close()
 
 
@@ -184,7 +221,8 @@ def test_the_service_leaves_what_others_attached(
     monkeypatch.setattr(attached, "find", lambda name: there)
     monkeypatch.setattr(attached, "unobserved", lambda device: nullcontext(lambda: done.append("emptied")))
     monkeypatch.setattr(swap, "find", lambda device: area if swapped else None)
-    monkeypatch.setattr(swap, "off", lambda device, **_: done.append("swapoff"))
+    monkeypatch.setattr(swapareas, "off", lambda device, **_: done.append("swapoff"))
+    monkeypatch.setattr(swapareas, "join", lambda device: None)
     monkeypatch.setattr(attaching, "_must_be_free", lambda device: None)
     monkeypatch.setattr(attaching, "_disconnect", lambda device, there: done.append("detach"))
     monkeypatch.setattr(attaching, "_forget", lambda name, device, gone: None)

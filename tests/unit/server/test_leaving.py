@@ -60,6 +60,19 @@ def test_waits_for_swapoff(used: list[str], capfd: pytest.CaptureFixture[str]) -
     assert local.may_leave(b"")
 
 
+def test_names_what_swaps_off_areas(
+    used: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """'swapoff /dev/nbd0' would do nothing about partitions of it."""
+    areas = [swap.Swap(f"/dev/nbd0p{number}", 1 << 20, 0, number) for number in (1, 2)]
+    monkeypatch.setattr(swap, "swaps", lambda: areas)
+    assert not leaving(swap="local", name="zram7").may_leave(TERM)
+    assert (
+        "/dev/nbd0 is in use as swap: stopping as soon as 'zramd detach --swapoff zram7' has run"
+        in capfd.readouterr().err
+    )
+
+
 def test_stops_when_told_to_lose_the_data(used: list[str]) -> None:
     local = leaving(swap="local")
     assert local.may_leave(bytes([signal.SIGQUIT]))

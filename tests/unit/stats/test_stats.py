@@ -110,6 +110,29 @@ def test_prometheus(snapshot: snapshots.Snapshot) -> None:
     assert info.labels["version"] == "0.1.0"
 
 
+@pytest.mark.parametrize(
+    ("used", "dead"),
+    [(None, None), (0, 10), (4, 6), (10, 0), (11, 0)],  # same-filled blocks are used, and take no memory
+)
+def test_dead_blocks(used: int | None, dead: int | None, snapshot: snapshots.Snapshot) -> None:
+    """What takes memory and swap does not use; where there is no swap, nobody knows, and nothing is shown."""
+    values = snapshot.values | {"pages_stored": 17, "same_pages": 7, "swap_used": used}
+    found = dataclasses.replace(snapshot, values=numbers.derive(values))
+    assert found.values["dead_blocks"] == dead
+    assert json.loads(texts.to_json(found))["dead_blocks"] == dead
+    shown = [line for line in prometheus.exposition(found, []).splitlines() if "dead_blocks{" in line]
+    assert shown == ([] if dead is None else [f'zramd_dead_blocks{{device="zram0"}} {dead}'])
+
+
+def test_the_swap_of_this_machine_is_in_the_snapshot() -> None:
+    swap = {"swap_used": 3, "refreshed_blocks": 5, "refresh_last_blocks": 2}
+    taken = snapshots.take(
+        FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0, swap=swap
+    )
+    assert {name: taken.values[name] for name in numbers.SWAP} == swap
+    assert 'zramd_refreshed_blocks_total{device="zram0"} 5\n' in prometheus.exposition(taken, [])
+
+
 def test_large_counters_stay_exact(snapshot: snapshots.Snapshot) -> None:
     large = dataclasses.replace(snapshot, values=snapshot.values | {"written_bytes": (1 << 53) + 1})
     assert f" {(1 << 53) + 1}\n" in prometheus.exposition(large, [])
