@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import zramd
-from vm import arm64_image, churn, image, kernel, kills, pressure, report, scenario
+from vm import arm64_image, churn, dead, image, kernel, kills, pressure, report, scenario
 from vm.errors import VmError
 from vm.guest import Machine, choose_accel
 from vm.plan import DISCARDS, KERNEL_ZRAM, LIBVIRT, MODES, ORDERS, Plan, default_memory
@@ -165,7 +165,7 @@ def main() -> int:
     if asked.draw:
         from vm import curves  # it needs matplotlib, which nothing else here does
 
-        curves.draw(asked.draw, curves.read(asked.runs))
+        curves.draw(asked.draw, dead.read(asked.runs))
         return 0
     refuse(asked)
     live = report.Live()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from bench.plots import INK, STYLE, apart
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vm.dead import MIB, Samples
 from vm.errors import VmError
 
-MIB = 1 << 20
 COLORS = ("#e0570f", "#2f86dd", "#2f9e62", "#a868d8")  # readable on white and on black, as those of bench
 PANELS: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
     ("dead blocks, % of those that take memory", lambda sample: float(sample["dead_share"])),
@@ -23,28 +22,11 @@ PANELS: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
 )
 LEAST_STORED = 500  # blocks: a share of fewer says nothing
 
-Samples = list[dict[str, Any]]
-
-
-def read(words: list[str]) -> dict[str, Samples]:
-    """Return the samples of runs, by their names; each word is NAME=FILE, the file one of --json."""
-    runs: dict[str, Samples] = {}
-    for word in words:
-        name, _, path = word.partition("=")
-        try:
-            (run,) = json.loads(Path(path).read_text())
-            runs[name] = run["churn"]["samples"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise VmError(
-                f"'{word}' does not name a run of --churn: give NAME=FILE, a file of --json"
-            ) from None
-    if not 0 < len(runs) <= len(COLORS):
-        raise VmError(f"the picture has room for 1 to {len(COLORS)} runs, and {len(runs)} are named")
-    return runs
-
 
 def draw(path: Path, runs: dict[str, Samples]) -> None:
-    """Write the picture of some runs as SVG; the same runs give the same bytes."""
+    """Write the picture of some runs as SVG; the same runs give the same bytes. Raises VmError."""
+    if not 0 < len(runs) <= len(COLORS):
+        raise VmError(f"the picture has room for 1 to {len(COLORS)} runs, and {len(runs)} are named")
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(9, 3.3), layout="constrained")
         for axes, (title, value) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):

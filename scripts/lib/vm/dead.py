@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+
+from vm.errors import VmError
 
 MIB = 1 << 20
 CLUSTER = 512  # slots that the kernel discards at a time: a huge page's, where swap knows huge pages
 SAME_FILLED = 0.09  # of the workload's pages: see page.c
 
+Samples = list[dict[str, Any]]  # of a run, as --json has them
 Histogram = dict[int, int]  # faults by their time: eight buckets to each power of two of nanoseconds
 
 
@@ -72,6 +77,21 @@ def means(samples: Sequence[Sample]) -> dict[str, float]:
         "swapped_in": samples[-1].swapped_in - samples[0].swapped_in,
         "swapped_out": samples[-1].swapped_out - samples[0].swapped_out,
     }
+
+
+def read(words: list[str]) -> dict[str, Samples]:
+    """Return the samples of finished runs by their names; each word is NAME=FILE, the file one of --json."""
+    runs: dict[str, Samples] = {}
+    for word in words:
+        name, _, path = word.partition("=")
+        try:
+            (run,) = json.loads(Path(path).read_text())
+            runs[name] = run["churn"]["samples"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise VmError(
+                f"'{word}' does not name a run of --churn: give NAME=FILE, a file of --json"
+            ) from None
+    return runs
 
 
 # ---- Times of page faults ----------------------------------------------------------------------------------
