@@ -42,7 +42,8 @@ def _panel(
     axes.set_title(title, loc="left")
     last = []
     for color, samples in zip(COLORS, runs.values(), strict=False):
-        points = [(each["time"], value(each)) for each in samples if each["stored"] >= LEAST_STORED]
+        enough = [each for each in samples if each["stored"] >= LEAST_STORED]
+        points = [(each["time"], value(each)) for each in enough] or [(0.0, 0.0)]
         axes.plot(*zip(*points, strict=True), color=color, linewidth=1.6)
         last.append(points[-1])
     axes.set_ylim(bottom=0)
