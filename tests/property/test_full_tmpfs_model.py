@@ -89,9 +89,9 @@ class Server:
         with tempfile.TemporaryFile(dir="/dev/shm") as stream:
             saving.save(self.device, stream.fileno())
             stream.seek(0)
-            self.device.reset()
-            self.fill(left)
             try:
+                self.device.reset()  # a reserve's thread may take what the tables of an empty one need
+                self.fill(left)
                 saving.load(self.device, stream.fileno())
             except (PoolFullError, MemoryError):
                 return False

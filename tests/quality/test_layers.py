@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "top": {*GROUND, "control"},
     "commands": {
         *GROUND,
-        *("zramd", "contract", "process", "settings", "stats", "guest", "kernel", "control", "launch", "top"),
+        *("zramd", "contract", "process", "settings", "stats", "kernel", "control", "launch", "top"),
         "core.device",  # `zramd save` checks a stream with the code that writes one
     },
     # zramd/__init__.py and __main__.py: the public names, and `python -m zramd`.

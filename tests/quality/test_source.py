@@ -125,4 +125,4 @@ def test_plain_unit_name_is_left_to_others():
     """Another project is called zramd: only template units are ours."""
     units = sorted(path.name for path in (ROOT / "systemd").glob("*.service"))
     assert units
-    assert all(name.startswith(("zramd@", "zramd-attach@", "zramd-refresh.")) for name in units)
+    assert all(name.startswith(("zramd@", "zramd-attach@", "zramd-refresh.", "zramd-guest")) for name in units)

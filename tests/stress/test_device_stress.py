@@ -47,7 +47,7 @@ def test_owned_blocks_with_compaction(limit: int, ready: int) -> None:
         device.inherit_priority()  # as swap=local has it
     done = threading.Event()
     workers, blocks = 4, 4096
-    rounds = int(4000 * SCALE)
+    rounds = int(4000 * max(SCALE, 0.5))  # with fewer the limit is not always met
 
     def worker(me: int) -> Callable[[], None]:
         def work() -> None:

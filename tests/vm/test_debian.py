@@ -116,9 +116,13 @@ def computer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def swap(guest: Guest) -> dict[str, int]:
-    """What is swapped to, as the user sees it: MiB in use, by device."""
-    lines = guest.run("cat /proc/swaps").splitlines()[1:]
-    return {line.split()[0]: int(line.split()[3]) >> 10 for line in lines}
+    """What is swapped to: MiB in use, by device, of all of its areas."""
+    found: dict[str, int] = {}
+    for line in guest.run("cat /proc/swaps").splitlines()[1:]:
+        path, _, _, used, _ = line.split()
+        device = re.sub(r"p[0-9]+$", "", path)
+        found[device] = found.get(device, 0) + int(used)
+    return {device: used >> 10 for device, used in found.items()}
 
 
 def wait_for(guest: Guest, command: str, wanted: str, seconds: float = SLOW) -> None:
@@ -156,9 +160,11 @@ def install(guest: Guest) -> None:
     said = guest.run("zramd install-units", SLOW)
     assert "installed  /usr/local/lib/systemd/system/zramd@.service" in said
     assert "kept       /etc/zramd.conf" in said
-    units = "zramd@zram0.service zramd-attach@zram0.service zramd.slice"
+    units = (
+        "zramd@zram0.service zramd-attach@zram0.service zramd-refresh.service zramd-refresh.timer zramd.slice"
+    )
     assert guest.run(f"systemd-analyze verify --man=no {units}", SLOW) == ""
-    for unit, most in (("zramd@zram0", 10), ("zramd-attach@zram0", 40)):
+    for unit, most in (("zramd@zram0", 10), ("zramd-attach@zram0", 40), ("zramd-refresh", 40)):
         exposure = guest.run(f"systemd-analyze security --no-pager --threshold={most} {unit}", SLOW)
         print(exposure.splitlines()[-1])
 
@@ -173,12 +179,18 @@ def enable(guest: Guest) -> None:
 def active(guest: Guest) -> None:
     """Swap is on, by zramd, as it should be."""
     assert (
-        guest.run("systemctl is-active zramd@zram0 zramd-attach@zram0 dev-nbd0.swap").split()
+        guest.run("systemctl is-active zramd@zram0 zramd-attach@zram0 zramd-refresh.timer").split()
         == ["active"] * 3
     )
-    device, _, size, _, priority = guest.run("tail -n 1 /proc/swaps").split()
+    rows = [line.split() for line in guest.run("cat /proc/swaps").splitlines()[1:]]
     memory = int(guest.run("grep MemTotal /proc/meminfo").split()[1]) >> 10
-    assert (device, int(size) + 4 >> 10, priority) == ("/dev/nbd0", memory * 2, "100")
+    count = memory * 2 // 64  # one area for each 64 MiB, each of whole clusters
+    assert {row[0]: row[4] for row in rows} == {
+        f"/dev/nbd0p{number}": str(101 - number) for number in range(1, count + 1)
+    }
+    assert memory * 2 - 3 * count < sum(int(row[2]) >> 10 for row in rows) <= memory * 2
+    units = " ".join(f"dev-nbd0p{number}.swap" for number in range(1, count + 1))
+    assert guest.run(f"systemctl is-active {units}").split() == ["active"] * count
     columns, row = guest.run("zramd", SLOW).splitlines()
     shown = dict(zip(columns.split(), row.split(), strict=True))  # with swap on it, no cell is empty
     assert [shown[name] for name in ("NAME", "ALGORITHM", "MOUNTPOINT")] == ["zram0", "lz4", "[SWAP]"]
@@ -226,14 +238,14 @@ def stop_that_cannot_be(guest: Guest) -> None:
     """What is out does not fit in memory: a stop waits, says for what, and loses nothing."""
     guest.phase("pageout", SLOW)
     guest.run("systemctl stop --no-block zramd@zram0")
-    told = "stopping as soon as 'swapoff /dev/nbd0' has run"
+    told = "stopping as soon as 'zramd detach --swapoff zram0' has run"
     wait_for(guest, "systemctl show -P StatusText zramd@zram0", told)
     assert guest.run("systemctl show -P ActiveState zramd@zram0").strip() == "deactivating"
     assert "of memory are available: end programs first" in guest.run(
         "journalctl -u zramd-attach@zram0 -o cat", SLOW
     )
     assert guest.phase("free 70", SLOW)["freed"] > 0
-    guest.run("swapoff /dev/nbd0", SLOW)
+    guest.run("zramd detach --swapoff zram0", SLOW)
     wait_for(guest, "systemctl show -P ActiveState zramd@zram0", "inactive")
     verified(guest)
     guest.run("systemctl start zramd@zram0 && systemctl start zramd-attach@zram0", SLOW)
@@ -300,7 +312,7 @@ def test_active_again(computer: Debian) -> None:
             "Stopped target sysinit.target",
             "Unmounted tmp.mount",
             "Stopped target swap.target",
-            "Deactivated swap dev-nbd0.swap",
+            "Deactivated swap dev-nbd0p1.swap",
             "Stopped zramd-attach@zram0.service",
             "Stopped zramd@zram0.service",
             "Reached target shutdown.target",

@@ -31,7 +31,7 @@ AREAS = [(f"/dev/vdb{number}", 101 - number) for number in range(1, DISK_MIB // 
 WORKLOAD_MIB = 200
 BOOT_TIMEOUT = 240.0  # seconds
 SLOW = 300.0
-SHUTDOWN_TIMEOUT = 60.0
+SHUTDOWN_TIMEOUT = 180.0  # seconds; systemd itself says so where something hangs
 DEAD = 0.05  # of what is stored may be dead, at most
 IN_TIME = 300.0  # seconds after the programs ended
 REFRESH = "zramd-guest-refresh"
@@ -70,22 +70,24 @@ class Computer:
         print(f"poweroff took {self.guest.wait_for_end(SHUTDOWN_TIMEOUT):.1f} s", flush=True)
         assert self.trouble() == []
 
-    def dead(self) -> float:
-        """The part of the host's blocks that the guest's swap no longer uses."""
+    def blocks(self) -> tuple[int, int]:
+        """How many blocks the host has stored, and of how many swap knows; each area has a head."""
         stats = self.host.stats()
-        stored = stats["pages_stored"] - stats["same_pages"]
-        used = sum(used for _, _, used in areas(self.guest)) // 4
-        return max(0.0, 1 - used / stored) if stored else 0.0
+        used = sum(used for _, _, used in areas(self.guest)) // 4 + len(AREAS)
+        return stats["pages_stored"] - stats["same_pages"], used
 
     def refreshed(self) -> None:
         """The timer does it, and nobody else."""
         began = time.monotonic()
-        before = share = self.dead()
-        while share > DEAD:
+        stored, used = self.blocks()
+        first = f"{stored - used} of {stored}"
+        most = DEAD * stored
+        while stored - used > most:
             assert time.monotonic() - began < IN_TIME, journal(self.guest)
             time.sleep(5)
-            share = self.dead()
-        print(f"dead: {before:.1%}, {share:.1%} after {time.monotonic() - began:.0f} s", flush=True)
+            stored, used = self.blocks()
+        seconds = time.monotonic() - began
+        print(f"dead blocks: {first}, after {seconds:.0f} s {stored - used} of {stored}", flush=True)
 
 
 @pytest.fixture(scope="module", params=kernel.SUITES)
@@ -159,12 +161,10 @@ def until(guest: Guest, condition: str, seconds: float = SLOW) -> None:
 
 
 def begun(guest: Guest) -> None:
-    """A refresh is in the middle of a step."""
-    guest.run(f"systemctl start --no-block {REFRESH}")
-    until(
-        guest,
-        "test $(cat /sys/fs/cgroup/system.slice/zramd-guest-refresh.service/cgroup.procs | wc -l) -ge 2",
-    )
+    """A refresh is in the middle of a step, which a process of its own does."""
+    processes = f"cat /sys/fs/cgroup/system.slice/{REFRESH}.service/cgroup.procs 2>/dev/null"
+    start = f"systemctl start --no-block {REFRESH}"
+    guest.run(f'until [ "$({processes} | wc -l)" -ge 2 ]; do {start}; sleep 0.1; done', SLOW)
 
 
 def test_installed(computer: Computer) -> None:
@@ -172,7 +172,8 @@ def test_installed(computer: Computer) -> None:
         guest.run("tar -xf /dev/vdc -C /", SLOW)
         guest.run("mkfs.ext4 -q /dev/vdd && mkdir /srv/files", SLOW)
         guest.run("echo '/dev/vdd /srv/files ext4 noauto 0 0' >>/etc/fstab")
-        assert guest.run("dpkg -i /payload/zramd-guest.deb 2>&1 >/dev/null", SLOW) == ""
+        said = guest.run("dpkg -i /payload/zramd-guest.deb 2>&1 >/dev/null", SLOW)
+        assert re.fullmatch("Created symlink .*/swap.target.wants/zramd-guest.service.*", said)
         active(guest)
         assert "/dev/vdd holds something (ext4) and is not for swap" in journal(guest, "zramd-guest")
         for unit, most in (("zramd-guest.service", 40), (f"{REFRESH}.service", 40)):
@@ -196,7 +197,8 @@ def test_what_programs_leave_behind_comes_back_by_itself(computer: Computer) -> 
         quiet(guest)
         swapped_out(guest, 1)
         guest.phase("free 85", SLOW)
-        assert computer.dead() > 0.3
+        stored, used = computer.blocks()
+        assert stored - used > 0.3 * stored
         computer.refreshed()
         verified(guest)
         guest.end_workload()
@@ -240,10 +242,7 @@ def test_interrupted(computer: Computer) -> None:
 
 def killed(guest: Guest) -> None:
     """The whole service at once; then its first process alone, whose child ends what it has begun."""
-    for whom in (
-        "",
-        "--kill-whom=main" if "systemd 25" in guest.run("systemctl --version") else "--kill-who=main",
-    ):
+    for whom in ("", "--kill-whom=main"):
         begun(guest)
         guest.run(f"systemctl kill {whom} -s KILL {REFRESH}")
         until(guest, f'test "$(systemctl is-active {REFRESH})" = failed')
@@ -314,8 +313,7 @@ def test_removed(computer: Computer) -> None:
         swapped_out(guest, 4)
         guest.phase("churn pages 20000", SLOW)
         status, said = guest.try_run("dpkg --remove zramd-guest 2>&1", SLOW)
-        if status == 0:
-            pytest.fail(f"it was removed: {said}")
+        assert status == 1, said
         assert re.search(
             r"zramd-guest: \d+ MiB are swapped out to /dev/vdb and only \d+ MiB of memory are", said
         )
@@ -329,4 +327,3 @@ def test_removed(computer: Computer) -> None:
             "ls: cannot access '/run/zramd-guest': No such file or directory"
         ]
         assert guest.run("systemctl --failed -q; systemctl list-units --plain -q 'zramd*'").strip() == ""
-        computer.turn_off()

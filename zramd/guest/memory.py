@@ -15,6 +15,8 @@ LEAST_MARGIN = 16 * MIB
 # that reads from swap counts there, and daemons that bring their pages back after the pressure make 5 to
 # 20 % of it.
 QUIET = 10.0
+# With so much of memory available that is the past: the average remembers 20 s and more after programs ended.
+PLENTY = 0.3
 STALLS = 4  # programs that had to wait for memory between two looks: enough to give up
 
 
@@ -52,7 +54,7 @@ def margin(now: Memory) -> int:
 
 def hindrance(now: Memory, pages: int) -> str:
     """Return why this is no time to bring so many pages into memory, '' if it is."""
-    if now.waiting is not None and now.waiting >= QUIET:
+    if now.waiting is not None and now.waiting >= QUIET and now.available < now.total * PLENTY:
         return f"programs wait for memory ({now.waiting:g} % of the last 10 s)"
     if now.available - pages * PAGE < margin(now):
         return (

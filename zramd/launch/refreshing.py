@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from zramd.contract import rundir
 from zramd.control import life, servers
-from zramd.errors import AttachError, ZramdError, reason, say
+from zramd.errors import AttachError, ZramdError, reason, say, sentence
 from zramd.guest import notes, steps
 from zramd.guest.areas import DISCARD
 from zramd.guest.files import GuestError
@@ -46,8 +46,8 @@ def every(tell: Callable[[str], None], *, dry_run: bool) -> bool:
     for name in attached.names():
         try:
             _refresh(name, tell, dry_run)
-        except ZramdError as error:
-            say(str(error))
+        except (ZramdError, OSError) as error:
+            say(sentence(error))
             fine = False
     return fine
 

@@ -67,6 +67,8 @@ def remove(arguments: argparse.Namespace) -> int:
     found = [target for name in UNITS if (_read(root, target := folder / name) or "").startswith(MARK)]
     if found:
         _refuse_in_use(root)
+        if _live(root) and any(target.suffix == ".timer" for target in found):
+            _systemctl("stop", "zramd-refresh.timer")
     for target in found:
         _unlink(root, target)
         print(f"removed  {target}")

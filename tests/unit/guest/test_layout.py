@@ -11,7 +11,7 @@ from support.swapareas import FakeMachine, Swapped
 
 from zramd.guest import layout
 from zramd.guest.areas import part
-from zramd.guest.files import PAGE, SECTOR, GuestError
+from zramd.guest.files import PAGE, SECTOR, GuestError, NotForSwap
 from zramd.guest.notes import read_notes
 
 MIB = 1 << 20
@@ -147,6 +147,23 @@ def test_a_disk_in_use_is_left_alone(disk: Disk) -> None:
     assert disk.done == []
 
 
+@pytest.mark.parametrize("held", ["ext4", "dos", "gpt", "swsuspend", "LVM2_member", "ext4\ndos"])
+def test_what_a_disk_holds_is_not_destroyed(disk: Disk, held: str) -> None:
+    """It is not mounted yet when swap is set up at boot."""
+    disk.holds = f"{held}\n"
+    words = held.replace("\n", " ")
+    with pytest.raises(
+        NotForSwap, match=rf"holds something \({words}\) and is not for swap: 'wipefs --all /dev/"
+    ):
+        layout.setup("/dev/vdb", None)
+    assert disk.done == []
+
+
+def test_swap_of_another_boot_is_made_again(disk: Disk) -> None:
+    disk.holds = "swap\n"
+    assert layout.setup("/dev/vdb", 1) == ["/dev/vdb1"]
+
+
 @pytest.mark.parametrize("content", ["0\n", None])
 def test_a_disk_that_takes_no_discards_is_refused(disk: Disk, content: str | None) -> None:
     path = disk.base / "queue/discard_max_bytes"
@@ -185,6 +202,50 @@ def test_what_somebody_else_has_swapped_off_is_no_error(disk: Disk, monkeypatch:
 
     monkeypatch.setattr(layout, "swap_off", gone)
     layout.take_off("/dev/vdb")
+
+
+def test_what_somebody_else_swaps_off_is_waited_for(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout.setup("/dev/vdb", 1)
+    looks = []
+
+    def slow(path: str) -> None:  # it has no longer the mark of an area that is on, but is not empty yet
+        looks.append(path)
+        if len(looks) == 3:
+            disk.swap_off(path)
+        raise OSError(22, "Invalid argument", path)
+
+    monkeypatch.setattr(layout, "swap_off", slow)
+    monkeypatch.setattr(layout, "LOOK", 0)
+    layout.take_off("/dev/vdb")
+    assert looks == ["/dev/vdb1"] * 3
+
+
+def test_what_cannot_be_swapped_off_is_an_error(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout.setup("/dev/vdb", 1)
+
+    def fails(path: str) -> None:
+        raise OSError(12, "Cannot allocate memory", path)
+
+    monkeypatch.setattr(layout, "swap_off", fails)
+    with pytest.raises(GuestError, match="swapoff /dev/vdb1 failed: Cannot allocate memory"):
+        layout.take_off("/dev/vdb")
+
+
+def test_other_swap_counts_as_room(disk: Disk) -> None:
+    layout.setup("/dev/vdb", 1)
+    disk.machine.swap_out(1000)
+    disk.machine.available = 900 * PAGE
+    disk.machine.write()
+    swaps = disk.machine.folder / "proc/swaps"
+    swaps.write_text(f"{swaps.read_text()}/swapfile file 4000 0 -2\n")
+    layout.take_off("/dev/vdb")
+    assert disk.done[-2:] == ["off /dev/vdb1", "join"]
+
+
+def test_a_disk_that_was_never_swapped_to_is_not_touched(disk: Disk) -> None:
+    """It may be another's, with partitions of its own."""
+    layout.take_off("/dev/vdb")
+    assert disk.done == []
 
 
 def test_notes_of_another_boot_do_not_count(disk: Disk) -> None:

@@ -49,6 +49,11 @@ def test_where_much_lives_free_places_are_wiped() -> None:
     assert found.pages == 400
 
 
+def test_where_free_places_cannot_be_wiped_areas_are_emptied_alone() -> None:
+    views = [view(1, 600, 1000), view(2, 10, 1000)]
+    assert names(plan(views, [], can_wipe=False)) == ([], ["vdb2"])
+
+
 def test_what_lies_before_a_wiped_area_is_wiped_with_it() -> None:
     found = plan([view(1, 990, 1000), view(2, 10, 1000), view(3, 500, 1000), view(4, 0, 500)], [])
     assert names(found) == (["vdb1", "vdb2", "vdb3"], ["vdb4"])

@@ -88,7 +88,7 @@ def test_nothing_is_done_while_programs_wait_for_memory(machine: Make) -> None:
     there = machine(1000, 1000)
     noted(there)
     there.end(there.swap_out(1900)[::2])
-    there.waiting = 50
+    there.waiting, there.available = 50, there.total // 4
     there.write()
     dead = there.dead
     (words,) = run(there)
