@@ -49,15 +49,10 @@ def _panel(
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     room = axes.get_ylim()[1] * 0.07
-    for (x, _), y, name, color in zip(last, apart([y for _, y in last], room), runs, COLORS, strict=False):
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(4, 0),
-            textcoords="offset points",
-            color=color,
-            va="center",
-            annotation_clip=False,  # one may be a little below zero, to be apart
-        )
+    places = apart([y for _, y in last], room)
+    lift = max(0.0, -min(places))  # none below the axis
+    for (x, _), y, name, color in zip(last, places, runs, COLORS, strict=False):
+        place: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(name, (x, y + lift), color=color, **place)
     axes.set_xlabel("seconds")
     axes.tick_params(color=INK)
