@@ -138,3 +138,18 @@ def test_server_that_ends_again_and_again(how: tuple[str, ...], tmp_path: Path) 
     assert held(result, "each new server has what the last one held")
     assert result["pages_verified"] > 10_000
     assert result["swap_outs"] > 5_000
+
+
+def test_programs_that_come_and_go(tmp_path: Path) -> None:
+    """What they leave in swap when they end is given back by a refresh, and no page is lost."""
+    result = vm_swap(tmp_path, "--attach", "qemu", "--churn", "0.2", "--areas", "8", "--refresh", "10")
+    assert held(result, "no program is killed")
+    assert held(result, "no request fails")
+    assert result["pages_bad"] == 0
+    assert result["pages_verified"] > 10_000
+    churn = result["churn"]
+    assert max(sample["dead"] for sample in churn["samples"]) > 1000
+    refreshed = [each for each in churn["refreshes"] if each["freed"] > 0]
+    assert refreshed, churn["refreshes"]
+    assert churn["after"]["dead_share"] < 20
+    assert {sample["stored"] >= sample["same"] for sample in churn["samples"]} == {True}

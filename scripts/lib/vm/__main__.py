@@ -10,15 +10,16 @@ import time
 from pathlib import Path
 
 import zramd
-from vm import arm64_image, image, kernel, kills, pressure, report, scenario
+from vm import arm64_image, churn, dead, image, kernel, kills, pressure, report, scenario
 from vm.errors import VmError
 from vm.guest import Machine, choose_accel
-from vm.plan import KERNEL_ZRAM, LIBVIRT, MODES, Plan, default_memory
+from vm.plan import DISCARDS, KERNEL_ZRAM, LIBVIRT, MODES, ORDERS, Plan, default_memory
 from vm.session import Boot, as_json
 from zramd.errors import ConfigError
 from zramd.settings.config import parse_size
 
 ROOT = Path(__file__).parents[3]
+MOST_AREAS = 24  # the kernel has not many more in all
 
 
 def arguments(words: list[str]) -> argparse.Namespace:
@@ -41,6 +42,17 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--size", type=parse_size, default=0)
     parser.add_argument("--workload", type=parse_size, default=0)
     parser.add_argument("--pageout", action="store_true")
+    parser.add_argument("--churn", type=float, default=0)
+    parser.add_argument("--breaks", action="store_true")
+    parser.add_argument("--refresh", type=float, default=0)
+    parser.add_argument("--areas", type=int, default=Plan.areas)
+    parser.add_argument("--order", choices=ORDERS, default=Plan.order)
+    parser.add_argument("--discard", choices=DISCARDS, default=Plan.discard)
+    parser.add_argument("--page-cluster", type=int, default=Plan.page_cluster)
+    parser.add_argument("--sysctl", action="append", default=[])
+    parser.add_argument("--parameters", default="")
+    parser.add_argument("--draw", type=Path)
+    parser.add_argument("runs", nargs="*", default=[])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -51,7 +63,7 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
     """Return the plan for one mode."""
     return Plan(
         mode,
-        asked.memory or default_memory(mode, asked.short),
+        asked.memory or default_memory(mode, asked.short, asked.churn > 0),
         asked.cpus,
         short=asked.short,
         seed=asked.seed,
@@ -65,6 +77,15 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
         nbd_options=asked.nbd_options,
         workload_bytes=asked.workload,
         pageout=asked.pageout,
+        churn_seconds=int(asked.churn * 60),
+        breaks=asked.breaks,
+        refresh=asked.refresh,
+        areas=asked.areas,
+        order=asked.order,
+        discard=asked.discard,
+        page_cluster=asked.page_cluster,
+        sysctls=tuple(asked.sysctl),
+        parameters=asked.parameters,
         size=asked.size,
     )
 
@@ -76,7 +97,9 @@ def run(this: Plan, machine: Machine, live: report.Live) -> report.Result:
     with tempfile.TemporaryDirectory(prefix="zramd-vm-") as folder:
         boot = Boot(machine, Path(folder), live)
         try:
-            if this.pause:
+            if this.churn_seconds:
+                churn.churn(this, boot, result)
+            elif this.pause:
                 pressure.pause(this, boot, result)
             elif this.limit:
                 pressure.full_pool(this, boot, result)
@@ -106,10 +129,10 @@ def _asked() -> str:
     return " ".join(words)
 
 
-def main() -> int:
-    """Run what the command line asks for."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    asked = arguments(sys.argv[1:])
+def refuse(asked: argparse.Namespace) -> None:
+    """Raise VmError if what is asked for does not go together."""
+    if asked.runs:
+        raise VmError(f"'{asked.runs[0]}' is for --draw: give --draw FILE.svg, too")
     if asked.pause and asked.attach != "qemu":
         raise VmError("--pause is qemu's: use it with --attach qemu")
     if (asked.kill or asked.restart) and asked.attach != "qemu":
@@ -119,6 +142,32 @@ def main() -> int:
     others = (asked.minutes, asked.limit, asked.stall, asked.mem_limit, asked.nbd_options)
     if asked.attach == KERNEL_ZRAM and any(others):
         raise VmError("with --attach zram there is only the comparison: memory written, freed and compacted")
+    if (asked.breaks or asked.refresh) and not asked.churn:
+        raise VmError("--breaks and --refresh are of --churn: give --churn MINUTES, too")
+    if asked.refresh and (asked.discard, asked.order) != (Plan.discard, Plan.order):
+        raise VmError(
+            "--refresh divides the disk by the guest's tool, which has its own --order and --discard"
+        )
+    if asked.refresh and asked.attach in (KERNEL_ZRAM, "all"):
+        raise VmError("--refresh is zramd's: use it with --attach qemu, guest or local")
+    if not 1 <= asked.areas <= MOST_AREAS:
+        raise VmError(f"--areas {asked.areas} is not a number from 1 to {MOST_AREAS}")
+    if asked.areas > 1 and asked.attach in (KERNEL_ZRAM, "all"):
+        raise VmError(
+            "--areas divides a disk, and the kernel's zram takes no partitions: use another --attach"
+        )
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    asked = arguments(sys.argv[1:])
+    if asked.draw:
+        from vm import curves  # it needs matplotlib, which nothing else here does
+
+        curves.draw(asked.draw, dead.read(asked.runs))
+        return 0
+    refuse(asked)
     live = report.Live()
     folder = ROOT / "build/vm"
     if asked.arm64:

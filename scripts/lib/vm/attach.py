@@ -63,6 +63,11 @@ class Attachment(ABC):
     def peek(self, beat: Beat) -> dict[str, Any] | None:
         """Return the latest numbers without asking for them; `beat` is the guest's last heartbeat."""
 
+    def sample(self, beat: Beat) -> dict[str, Any] | None:
+        """Return what the device held at a heartbeat that was looked at, by zramd's names."""
+        numbers: dict[str, Any] | None = beat.get("zramd")
+        return numbers
+
     @abstractmethod
     def stats(self) -> dict[str, Any]:
         """Return the numbers now, by zramd's names."""
@@ -356,6 +361,7 @@ class KernelZram(Attachment):
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self._guest: Guest | None = None
+        self._table = 0  # its bytes, once the device has its size
 
     def attach(self, guest: Guest) -> None:
         self._guest = guest
@@ -370,15 +376,27 @@ class KernelZram(Attachment):
     def peek(self, beat: Beat) -> dict[str, Any] | None:
         return None
 
+    def sample(self, beat: Beat) -> dict[str, Any] | None:
+        if "mm_stat" not in beat:
+            return None
+        if not self._table:
+            self._table = self._table_bytes()
+        return self._numbers(beat["mm_stat"], beat["io_stat"])
+
     def stats(self) -> dict[str, Any]:
-        memory, requests = self._read("mm_stat"), self._read("io_stat")
+        self._table = self._table_bytes()
+        return self._numbers(self._read("mm_stat"), self._read("io_stat"))
+
+    def _numbers(self, memory: list[int], requests: list[int]) -> dict[str, Any]:
         stored, used, total = memory[:3]
         return {
+            "pages_stored": stored // 4096,
+            "same_pages": memory[5],
             "orig_data_size": stored,
             "compr_data_size": used,
             "mem_used_total": total,
             "frag_ratio": round(100 * used / total, 2) if total else 100.0,
-            "total_bytes": total + self._table_bytes() + HANDLE_BYTES * stored // 4096,
+            "total_bytes": total + self._table + HANDLE_BYTES * stored // 4096,
             "pages_compacted": memory[6],
             "notify_free": requests[3],
         }

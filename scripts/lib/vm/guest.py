@@ -237,8 +237,12 @@ class Guest:
 
     def start_workload(self, mib: int, seed: int) -> None:
         """Start the program whose memory is verified; it ends when told so by `phase("quit")`."""
+        self.start(f"pattern {mib} {seed}")
+
+    def start(self, workload: str) -> None:
+        """Start a workload of the guest's program: its verb and what follows that."""
         tty = "/dev/ttyS3"
-        program = f"/bin/guest_tool pattern {mib} {seed} <{tty} >{tty} 2>&1"
+        program = f"/bin/guest_tool {workload} <{tty} >{tty} 2>&1"
         ended = f'echo "{{\\"error\\": \\"the workload has ended with status $?\\"}}" >{tty}'
         self.run(f"{{ {program}; {ended}; }} &")
         self._answer("start", 30.0)

@@ -25,7 +25,7 @@ GUEST = Path(__file__).parent / "guest"
 BOOT_MODULES = ["virtio_pci", "virtio_blk"]
 LATER_MODULES = ["virtio_net", "nbd"]  # loaded by the modes that need them
 ZRAM_MODULES = ["lz4", "zram"]  # the kernel's own, to compare with
-PROGRAMS = ["mkswap", "swapon", "swapoff", "nbd-client", "nbdkit", "strace"]
+PROGRAMS = ["mkswap", "swapon", "swapoff", "addpart", "blkid", "nbd-client", "nbdkit", "strace"]
 PLUGINS = ["python", "file"]  # of nbdkit; a file on a tmpfs is what survives a server
 # Of Python's library: what no server needs. Folders that begin with config- hold what links against Python.
 LEFT_OUT = ("test", "idlelib", "lib2to3", "ensurepip", "pydoc_data", "distutils", "unittest")

@@ -13,6 +13,14 @@ KERNEL_ZRAM = "zram"  # a mode too: the same with the kernel's own zram, to comp
 STORED = 0.47
 # What else the guest needs beside the workload: page tables, the shell, caches that it should not lose.
 SPARE = 24 * MIB
+# For programs that come and go: the guest's memory without the pool, the pool's part of it where it is in the
+# guest, and the device, with more room than they ever take.
+CHURN_MEMORY = 256 * MIB
+CHURN_POOL = 160 * MIB
+CHURN_DEVICE = 1024 * MIB
+
+DISCARDS = {"both": "--discard", "pages": "--discard=pages", "once": "--discard=once", "none": ""}
+ORDERS = ("descending", "equal")
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,15 @@ class Plan:
     kill: float = 0.0  # between two ends of the server, whose state stays
     restart: bool = False  # they are by `zramd restart`, not by SIGKILL
     pause: bool = False  # qemu pauses the guest when the pool is full, as it does by default
+    churn_seconds: int = 0  # how long programs come and go, each with memory of its own
+    breaks: bool = False  # now and then all of them end, and memory is calm
+    refresh: float = 0.0  # between two refreshes of the guest's swap by its own tool
+    areas: int = 1  # that swap is divided into
+    order: str = "descending"  # of their priorities: one fills before the next, or the kernel goes round
+    discard: str = "both"  # of DISCARDS: what the kernel tells the device of freed swap
+    page_cluster: int = 0  # 2 to the power of it pages are read at a time
+    sysctls: tuple[str, ...] = ()  # further ones, as NAME=VALUE
+    parameters: str = ""  # further ones of the guest's kernel
     pageout: bool = False  # swap all of the workload out before it is freed
     workload_bytes: int = 0  # instead of what suits the guest's memory
     size: int = 0  # of the device, instead of what suits the guest's memory
@@ -75,13 +92,17 @@ class Plan:
         """
         if self.size:
             return self.size
+        if self.churn_seconds:
+            return CHURN_DEVICE
         if self.in_guest and self.hog_seconds:
             return self.memory // 2
         return 3 * self.memory // 2
 
 
-def default_memory(mode: str, short: bool) -> int:
+def default_memory(mode: str, short: bool, churn: bool = False) -> int:
     """Return the guest's memory in bytes."""
+    if churn:
+        return CHURN_MEMORY + (CHURN_POOL if _in_guest(mode) else 0)
     if _in_guest(mode):
         return (256 if short else 384) * MIB
     return (160 if short else 256) * MIB

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from vm import dead
 from vm.buddy import FreeBlocks
 from vm.plan import KERNEL_ZRAM
 
@@ -81,6 +82,7 @@ class Result:
     stall: dict[str, Any] = field(default_factory=dict)
     kills: dict[str, Any] = field(default_factory=dict)
     slowest: float = 0.0  # of the workload's pages, seconds: how long it stood still
+    churn: dict[str, Any] = field(default_factory=dict)  # programs that come and go: see vm.churn
     requests: dict[str, Any] = field(default_factory=dict)  # what the server's requests cost in the guest
     expectations: list[Expectation] = field(default_factory=list)
     error: str = ""
@@ -167,6 +169,8 @@ def text(result: Result) -> str:
     lines += [f"  {name:<26} {value}" for name, value in _facts(result)]
     if result.compaction:
         lines += ["", *(f"  {line}" for line in _compaction_table(result)), ""]
+    if result.churn:
+        lines += ["", *(f"  {line}" for line in dead.table(result.churn)), ""]
     for each in result.expectations:
         lines.append(
             f"  {'ok    ' if each.met else 'FAILED'}  {each.what}{f' ({each.found})' if each.found else ''}"
@@ -229,6 +233,8 @@ def _compaction_table(result: Result) -> list[str]:
 def write_markdown(path: Path, result: Result) -> None:
     """Put the report of a run into its place in a file, between its markers, or at the end."""
     mode = f"{result.mode}{'-pressure' if result.hog else ''}"
+    if result.churn:
+        mode += "-churn"
     if result.kills:
         mode += f"-{result.kills['by']}"
     begin, end = f"<!-- {mode} -->\n", f"<!-- /{mode} -->\n"

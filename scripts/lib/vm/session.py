@@ -12,16 +12,22 @@ from typing import Any
 
 from vm import attach, buddy
 from vm.guest import Beat, Guest, Machine
-from vm.plan import KERNEL_ZRAM, LIBVIRT, MIB, Plan
+from vm.plan import DISCARDS, KERNEL_ZRAM, LIBVIRT, MIB, Plan
 from vm.report import Live, Moment, Result
 
 PHASE_TIMEOUT = 1200.0  # seconds for one phase of the workload
 SWAP_TIMEOUT = 600.0  # for swapoff: it reads everything back
 SETTLE_TIMEOUT = 10.0  # seconds in which the trims that follow a free have come
+FIRST_PRIORITY = 100  # of swap: before any other
+SECTOR = 512
 
 # What is set in the guest, and why.
 SYSCTLS = (
-    ("vm.page-cluster", "0", "each page is compressed alone: reading neighbours ahead only costs"),
+    (
+        "vm.page-cluster",
+        "{page_cluster}",
+        "each page is compressed alone: reading neighbours ahead only costs",
+    ),
     ("vm.swappiness", "150", "swapping to memory is cheaper than reading files again"),
     ("vm.min_free_kbytes", "{reserve}", "what sends a page out needs memory itself"),
     ("vm.overcommit_memory", "1", "the workload maps more than there is"),
@@ -61,24 +67,52 @@ class Session:
     # ---- Swap
 
     def swap_on(self) -> None:
-        """Attach the device and swap to it, with discard and before any other swap."""
+        """Attach the device and swap to it as planned, before any other swap."""
         device = self.attachment.device
         self.live.step(f"attaching {device} ({self.attachment.name})")
         self.attachment.attach(self.guest)
+        if self.plan.refresh:
+            self.guest_tool(f"setup --areas {self.plan.areas}")  # it knows then what it has not discarded
+        else:
+            self._swap_to_areas()
         reserve = max(self.plan.memory // 32 >> 10, 4096)
         for name, value, why in (*SYSCTLS, COUNTED) if self.plan.pageout else SYSCTLS:
-            setting = f"{name}={value.format(reserve=reserve)}"
+            setting = f"{name}={value.format(reserve=reserve, page_cluster=self.plan.page_cluster)}"
             self.guest.run(f"sysctl -w {setting}")
             self.live.step(f"  {setting}: {why}")
-        # By their paths: busybox's own know no discard and no priority.
-        self.guest.run(f"/usr/sbin/mkswap {device}", 60)
-        self.guest.run(f"/usr/sbin/swapon --discard --priority 100 {device}", 60)
+        for setting in self.plan.sysctls:
+            self.guest.run(f"sysctl -w {setting}")
+            self.live.step(f"  {setting}: asked for")
+
+    def guest_tool(self, words: str, timeout: float = 60.0) -> str:
+        """Let the tool of a guest's administrator do something with the device, and return what it says."""
+        return self.guest.run(
+            f"/usr/bin/python3 -m zramd.guest {words} --disk {self.attachment.device}", timeout
+        )
+
+    def _swap_to_areas(self) -> None:
+        discard = DISCARDS[self.plan.discard]
+        for number, area in enumerate(self._areas()):
+            priority = FIRST_PRIORITY - (number if self.plan.order == "descending" else 0)
+            # By their paths: busybox's own know no discard and no priority.
+            self.guest.run(f"/usr/sbin/mkswap {area}", 60)
+            self.guest.run(f"/usr/sbin/swapon {discard} --priority {priority} {area}", 60)
 
     def swap_off(self) -> float:
         """Swap off and return the seconds that it took."""
         started = time.monotonic()
-        self.guest.run(f"/usr/sbin/swapoff {self.attachment.device}", SWAP_TIMEOUT)
+        for line in self.guest.run("cat /proc/swaps").splitlines()[:0:-1]:
+            self.guest.run(f"/usr/sbin/swapoff {line.split()[0]}", SWAP_TIMEOUT)
         return time.monotonic() - started
+
+    def _areas(self) -> list[str]:
+        """Divide the device as planned, without a table on it, and return the parts' paths."""
+        device = self.attachment.device
+        areas = partitions(device, self.plan.device_size, self.plan.areas)
+        for number, (start, length) in enumerate(areas.values(), 1):
+            if len(areas) > 1:
+                self.guest.run(f"/usr/sbin/addpart {device} {number} {start // SECTOR} {length // SECTOR}")
+        return list(areas)
 
     # ---- The workload
 
@@ -171,10 +205,21 @@ def booted(plan: Plan, boot: Boot, result: Result, **settings: str) -> Iterator[
     attachment = make_attachment(plan, folder, plan.device_size, {**plan.zramd_settings, **settings})
     try:
         machine = Machine(
-            machine.kernel, machine.images, plan.memory, plan.cpus, machine.accel, attachment.qemu_options()
+            machine.kernel,
+            machine.images,
+            plan.memory,
+            plan.cpus,
+            machine.accel,
+            attachment.qemu_options(),
+            plan.parameters,
         )
+
+        def seen(beat: Beat) -> None:
+            beat["zramd"] = attachment.peek(beat)  # both of the same moment, for who looks later
+            live.beat(beat, beat["zramd"])
+
         live.step(f"booting a guest with {plan.memory // MIB} MiB and {plan.cpus} CPUs ({machine.accel})")
-        with Guest(machine, folder, lambda beat: live.beat(beat, attachment.peek(beat))) as guest:
+        with Guest(machine, folder, seen) as guest:
             guest.wait_for_boot()
             live.step(f"booted in {guest.booted:.1f} s")
             session = Session(plan, guest, attachment, result, live)
@@ -185,6 +230,18 @@ def booted(plan: Plan, boot: Boot, result: Result, **settings: str) -> Iterator[
                     session.finish()
     finally:
         attachment.stop()
+
+
+def partitions(device: str, size: int, count: int) -> dict[str, tuple[int, int]]:
+    """Return the paths of a device's equal parts, with the start and the length of each in bytes.
+
+    One part is the device itself.
+    """
+    if count == 1:
+        return {device: (0, size)}
+    each = size // count // MIB * MIB
+    joint = "p" if device[-1].isdigit() else ""
+    return {f"{device}{joint}{number + 1}": (number * each, each) for number in range(count)}
 
 
 def make_attachment(plan: Plan, folder: Path, size: int, settings: dict[str, str]) -> attach.Attachment:

@@ -104,6 +104,25 @@ static size_t add_stats(size_t used, const char *rundir)
     return used + snprintf(line + used, sizeof line - used, ", \"zramd\": %s", text);
 }
 
+/* All numbers of one of the files that the kernel's zram has for its device. */
+static size_t add_zram(size_t used, const char *name)
+{
+    char path[64];
+    const char *comma = "";
+    int length;
+    unsigned long value;
+
+    snprintf(path, sizeof path, "/sys/block/zram0/%s", name);
+    if (read_file(path, text, sizeof text) <= 0)
+        return used;
+    used += snprintf(line + used, sizeof line - used, ", \"%s\": [", name);
+    for (const char *at = text; sscanf(at, "%lu%n", &value, &length) == 1; at += length) {
+        used += snprintf(line + used, sizeof line - used, "%s%lu", comma, value);
+        comma = ", ";
+    }
+    return used + snprintf(line + used, sizeof line - used, "]");
+}
+
 int monitor_main(int argc, char **argv)
 {
     static const char *const memory[] = {"MemTotal", "MemFree", "MemAvailable", "SwapTotal", "SwapFree", "SwapCached", NULL};
@@ -123,6 +142,8 @@ int monitor_main(int argc, char **argv)
         used = add(used, "/proc/vmstat", vmstat, vmstat, 1);
         used = add_daemon(used, argv[0]);
         used = add_stats(used, argv[0]);
+        used = add_zram(used, "mm_stat");
+        used = add_zram(used, "io_stat");
         used += snprintf(line + used, sizeof line - used, "}\n");
         if (used >= sizeof line || write(1, line, used) < 0)
             return 1;

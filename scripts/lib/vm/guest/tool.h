@@ -12,6 +12,7 @@
 
 /* The verbs; `argc` and `argv` are what follows the verb. Each returns the exit status. */
 int pattern_main(int argc, char **argv);
+int churn_main(int argc, char **argv);
 int hog_main(int argc, char **argv);
 int monitor_main(int argc, char **argv);
 int control_main(int argc, char **argv);

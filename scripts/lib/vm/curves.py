@@ -1,0 +1,58 @@
+"""The picture of runs with programs that come and go: dead blocks and memory over time."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from bench.plots import INK, STYLE, apart
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vm.dead import MIB, Samples
+from vm.errors import VmError
+
+COLORS = ("#e0570f", "#2f86dd", "#2f9e62", "#a868d8")  # readable on white and on black, as those of bench
+PANELS: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
+    ("dead blocks, % of those that take memory", lambda sample: float(sample["dead_share"])),
+    ("memory that they all take, MiB", lambda sample: sample["total_bytes"] / MIB),
+)
+LEAST_STORED = 500  # blocks: a share of fewer says nothing
+
+
+def draw(path: Path, runs: dict[str, Samples]) -> None:
+    """Write the picture of some runs as SVG; the same runs give the same bytes. Raises VmError."""
+    if not 0 < len(runs) <= len(COLORS):
+        raise VmError(f"the picture has room for 1 to {len(COLORS)} runs, and {len(runs)} are named")
+    with mpl.rc_context(STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=(9, 3.3), layout="constrained")
+        for axes, (title, value) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+            _panel(axes, title, value, runs)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+    path.write_text("\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
+
+
+def _panel(
+    axes: Axes, title: str, value: Callable[[dict[str, Any]], float], runs: dict[str, Samples]
+) -> None:
+    axes.set_title(title, loc="left")
+    last = []
+    for color, samples in zip(COLORS, runs.values(), strict=False):
+        enough = [each for each in samples if each["stored"] >= LEAST_STORED]
+        points = [(each["time"], value(each)) for each in enough] or [(0.0, 0.0)]
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=1.6)
+        last.append(points[-1])
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    room = axes.get_ylim()[1] * 0.07
+    places = apart([y for _, y in last], room)
+    lift = max(0.0, -min(places))  # none below the axis
+    for (x, _), y, name, color in zip(last, places, runs, COLORS, strict=False):
+        place: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(name, (x, y + lift), color=color, **place)
+    axes.set_xlabel("seconds")
+    axes.tick_params(color=INK)
