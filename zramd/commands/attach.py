@@ -131,7 +131,7 @@ def add(commands: Commands) -> None:
         metavar="N",
         help=(
             f"divide the device into so many areas, up to {keys.MOST_AREAS}, and swap to one after the "
-            "other: then 'zramd refresh' gives back what swap has freed [one for each 64 MiB, at most 16]"
+            "other: then 'zramd refresh' gives back what swap has freed [one for each 64 MiB, at most 8]"
         ),
     )
     parser.add_argument(

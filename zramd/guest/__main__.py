@@ -81,7 +81,7 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
             help="such as /dev/vdb; may be given again [all whose serial number begins with 'zramd']",
         )
     add["setup"].add_argument(
-        "--areas", type=_whole(1, 24), help="how many [one for each 64 MiB, at most 16]", metavar="N"
+        "--areas", type=_whole(1, 24), help="how many [one for each 64 MiB, at most 8]", metavar="N"
     )
     add["setup"].add_argument(
         "--priority", type=_whole(0, 32767), default=PRIORITY, help="of the first one [100]", metavar="P"
