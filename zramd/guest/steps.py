@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 import select
 import signal
 import time
@@ -15,7 +16,7 @@ from typing import NoReturn
 
 from . import files
 from .areas import DISCARD, Area, areas, swap_off, swap_on
-from .files import PAGE, GivenUp, GuestError
+from .files import PAGE, GivenUp, GuestError, read
 from .memory import Watch
 
 LOOK = 0.05  # seconds between two looks at memory during a step
@@ -152,6 +153,7 @@ def wipe(paths: list[str], pages: int, wanted: Callable[[], str] = nothing) -> f
             if at // STEP % 8 == 7 and _free(paths) <= slack:
                 break
             time.sleep(PAUSE)
+            _await_reclaim()
         return str(at + STEP)
 
     started = time.monotonic()
@@ -161,3 +163,20 @@ def wipe(paths: list[str], pages: int, wanted: Callable[[], str] = nothing) -> f
 
 def _free(paths: list[str]) -> int:
     return sum(area.free for area in areas() if area.path in paths)
+
+
+def _await_reclaim() -> None:
+    """Let the kernel free what was written, for a second at most.
+
+    It stays in memory until reclaim in the background comes by, which begins where a quarter more is free
+    than what is reserved. Who goes on below that reclaims in its place, and has others wait.
+    """
+    least = int(read(f"{files.PROC}/sys/vm/min_free_kbytes")) * 5 // 4
+    end = time.monotonic() + 1
+    while _free_kib() < least and time.monotonic() < end:
+        time.sleep(LOOK / 5)
+
+
+def _free_kib() -> int:
+    found = re.search(r"^MemFree: +(\d+)", read(f"{files.PROC}/meminfo"), re.MULTILINE)
+    return int(found[1]) if found else 0

@@ -45,6 +45,9 @@ class Kernel:
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/oom_score_adj").write_text("0")
+    (tmp_path / "proc/sys/vm").mkdir(parents=True)
+    (tmp_path / "proc/sys/vm/min_free_kbytes").write_text("2000\n")
+    (tmp_path / "proc/meminfo").write_text("MemFree: 100000 kB\n")
     monkeypatch.setattr(files, "PROC", str(tmp_path / "proc"))
     there = Kernel(tmp_path / "asked")
     monkeypatch.setattr(steps, "swap_off", there.swap_off)
@@ -222,3 +225,25 @@ def test_a_watch_is_set_for_each_step(kernel: Kernel, monkeypatch: pytest.Monkey
     steps.empty(AREA)
     steps.empty(AREA)
     assert len(made) == 2
+
+
+@pytest.mark.parametrize(("free", "waits"), [([5000], 0), ([1000, 2000, 3000], 2), ([1000] * 99, 9)])
+def test_a_wipe_lets_reclaim_go_first(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: list[int], waits: int
+) -> None:
+    """Below what is reserved and a quarter it waits until the kernel has freed some, for a while."""
+    meminfo = tmp_path / "proc/meminfo"
+    left, slept = [*free], list[float]()
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        show()
+
+    def show() -> None:
+        meminfo.write_text(f"MemTotal: 100000 kB\nMemFree: {left.pop(0)} kB\n")
+
+    show()
+    monkeypatch.setattr(steps.time, "sleep", sleep)
+    monkeypatch.setattr(steps.time, "monotonic", lambda: len(slept) / waits if waits else 0.0)
+    steps._await_reclaim()
+    assert len(slept) == waits
