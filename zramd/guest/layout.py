@@ -64,12 +64,13 @@ def _begin(path: str, note: Note) -> None:
 def resume(disk: str, notes: Notes) -> list[str]:
     """Swap on again what a setup or a refresh that was killed has left off; return the areas' paths.
 
-    Raises GuestError.
+    Raises GuestError: NotForSwap, too, if something else is there by now.
     """
     on = {area.path for area in areas(disk)}
     left = [path for path in notes.areas if path not in on and os.path.exists(path)]
     for path in left:
         if not _is_swap(path):
+            _refuse_filled(path)
             _make(path)
         _begin(path, notes.areas[path])
         notes.count("resumed")

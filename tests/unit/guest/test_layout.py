@@ -127,6 +127,19 @@ def test_a_setup_that_was_killed_is_gone_on_with(disk: Disk, monkeypatch: pytest
     assert [area.priority for area in disk.machine.areas.values()] == [100, 99, 98, 97]
 
 
+def test_what_is_there_by_now_is_never_made_swap(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes may have outlived what they are of."""
+    layout.setup("/dev/vdb", 2)
+    disk.swap_off("/dev/vdb2")
+    disk.made.clear()
+    disk.done.clear()
+    disk.holds = "ext4"
+    monkeypatch.setattr(layout, "_is_swap", lambda path: False)
+    with pytest.raises(NotForSwap, match=r"/dev/vdb2 holds something \(ext4\)"):
+        layout.setup("/dev/vdb", 2)
+    assert not [words for words in disk.done if words.startswith(("mkswap", "on "))]
+
+
 def test_the_first_priority_has_room_for_all(disk: Disk) -> None:
     with pytest.raises(GuestError, match="4 areas need a priority of at least 3"):
         layout.setup("/dev/vdb", 4, 2)
