@@ -27,7 +27,7 @@ SLICE = 20  # seconds between two looks at how clusters are used
 REFRESH_TIMEOUT = 300  # seconds
 # Of memory must be available, or the guest's tool is not even started, as its unit does not start it: at the
 # limit Python alone takes a minute and more until it runs, and takes memory from others.
-AT_EASE = 0.2
+AT_EASE = 1 / 16
 
 
 @dataclass(frozen=True)
