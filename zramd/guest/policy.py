@@ -35,7 +35,7 @@ class View(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a refresh does: areas to wipe, pages to write for that, then areas to empty, in this order."""
+    """What a refresh does: areas to wipe, how many pages are written for that, and areas to empty."""
 
     wiped: list[View]
     pages: int

@@ -43,8 +43,8 @@ def refresh(
     others = [area for area in areas() if disk_of(area.path) != disk]
     todo = plan(views, others, can_wipe=not zswap_is_on())
     steps: list[tuple[str, list[View], int]] = [("empty", [one], one.area.used) for one in todo.emptied]
-    if todo.wiped:
-        steps.insert(0, ("wipe", todo.wiped, todo.pages))
+    if todo.wiped:  # last: what is emptied gives memory back at once where the pool is in this machine's
+        steps.append(("wipe", todo.wiped, todo.pages))
     if steps and not dry_run:
         write_notes(disk, notes)  # by them the next one knows what this one, if it is killed, has left off
     freed = read_back = 0
