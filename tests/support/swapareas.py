@@ -73,6 +73,7 @@ class FakeMachine:
         self.folder, self.disk = folder, f"/dev/{disk}"
         self.areas: dict[str, Swapped] = {}
         self.total, self.available, self.waiting, self.stalls = 1 << 30, 900 << 20, 0.0, 0
+        self.cached = 0
         self.most_off = 0  # areas that were off at a time
         self.read_back = 0
         for path in (
@@ -123,6 +124,7 @@ class FakeMachine:
         (proc / "swaps").write_text("\n".join(lines) + "\n")
         (proc / "meminfo").write_text(
             f"MemTotal: {self.total // 1024} kB\nMemAvailable:   {self.available // 1024} kB\n"
+            f"SwapCached: {self.cached // 1024} kB\n"
         )
         (proc / "pressure/memory").write_text(
             f"some avg10=99.00 avg60=0.00 avg300=0.00 total=1\nfull avg10={self.waiting:.2f} avg60=0.00\n"

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from . import files
 from .files import MIB, PAGE, read, read_or
 
-# Of memory so much must stay available beside what comes back. No more: where the pool is in this memory, what
-# is dead is what makes it short (38 of 384 MiB were available, and 230 dead).
+# Of memory so much must stay available beside what comes back. No more: where the pool is in this memory,
+# what is dead is what makes it short (38 of 384 MiB were available, and 230 dead).
 MARGIN = 0.05
 LEAST_MARGIN = 16 * MIB
 # Percent of the last 10 s in which all programs waited for memory (PSI's `full`). Not `some`: a page fault
@@ -23,10 +23,14 @@ STALLS = 4  # programs that had to wait for memory between two looks: enough to 
 
 
 class Memory(NamedTuple):
-    """How memory stands: bytes, PSI's `full avg10` in percent (None: not known), reclaims by programs."""
+    """How memory stands: bytes, PSI's `full avg10` in percent (None: not known), reclaims by programs.
+
+    `cached` is what is in swap and in memory too: MemAvailable does not count it.
+    """
 
     total: int
     available: int
+    cached: int
     waiting: float | None
     stalls: int
 
@@ -39,6 +43,7 @@ def memory() -> Memory:
     return Memory(
         int(meminfo["MemTotal"]) * 1024,
         int(meminfo["MemAvailable"]) * 1024,
+        int(meminfo.get("SwapCached", 0)) * 1024,
         float(full[1]) if full else None,
         sum(map(int, stalls)),
     )
@@ -72,14 +77,17 @@ class Watch:
     def __init__(self, wanted: Callable[[], str]) -> None:
         """Begin to watch; `wanted` returns what else is a reason, '' for nothing."""
         self._before = memory()
+        self._cached = self._before.cached
         self._wanted = wanted
 
     def reason(self) -> str:
         """Return why the step under way must be given up, '' if it need not be."""
         before, now = self._before, memory()
         self._before = now
-        if now.available < margin(now) // 2:
-            return f"only {now.available // MIB} MiB of memory are available"
+        # What has been wiped stays in memory until the kernel needs it: it is written already.
+        available = now.available + max(0, now.cached - self._cached)
+        if available < margin(now) // 2:
+            return f"only {available // MIB} MiB of memory are available"
         if now.stalls - before.stalls >= STALLS:
             return "programs wait for memory"
         return self._wanted()
