@@ -7,7 +7,9 @@ from typing import NamedTuple
 from .areas import Area
 
 READ_BACK = 0.25  # an area is emptied for at most so many pages read for each one that becomes free
-WORTH = 1 / 16  # of an area must be dead before anything is done about it
+# So many pages of an area must be dead before anything is done about it, or such a part of a small one.
+WORTH_PAGES = 256
+WORTH = 1 / 16
 WIPED = 8  # at most so many pages are written for each dead one
 
 
@@ -26,7 +28,7 @@ class View(NamedTuple):
     @property
     def is_worth_it(self) -> bool:
         """Whether so much is dead that something should be done."""
-        return self.dead >= WORTH * self.area.pages
+        return self.dead >= min(WORTH_PAGES, WORTH * self.area.pages)
 
     @property
     def can_be_emptied(self) -> bool:

@@ -1,7 +1,7 @@
 """What is worth doing for a disk's swap areas: numbers in, a plan out."""
 
 from zramd.guest.areas import Area
-from zramd.guest.policy import READ_BACK, WIPED, Plan, View, plan
+from zramd.guest.policy import READ_BACK, WIPED, WORTH_PAGES, Plan, View, plan
 
 
 def view(number: int, used: int, stored: int, pages: int = 1000) -> View:
@@ -23,6 +23,12 @@ def test_nothing_dead_is_nothing_to_do() -> None:
 
 def test_little_dead_is_left() -> None:
     assert names(plan([view(1, 950, 1000)], [])) == ([], [])
+
+
+def test_of_a_large_area_not_a_large_part_is_left() -> None:
+    large = 1 << 20  # pages
+    assert names(plan([view(1, 9, 9 + WORTH_PAGES - 1, large)], [])) == ([], [])
+    assert names(plan([view(1, 9, 9 + WORTH_PAGES, large)], [])) == ([], ["vdb1"])
 
 
 def test_areas_in_which_little_lives_are_emptied_the_emptiest_first() -> None:
