@@ -33,6 +33,7 @@ BOOT_TIMEOUT = 240.0  # seconds
 SLOW = 300.0
 SHUTDOWN_TIMEOUT = 180.0  # seconds; systemd itself says so where something hangs
 DEAD = 0.05  # of what is stored may be dead, at most
+LEFT = 256  # blocks of an area are too few to do anything about
 IN_TIME = 300.0  # seconds after the programs ended
 REFRESH = "zramd-guest-refresh"
 TROUBLE = re.compile(
@@ -81,7 +82,7 @@ class Computer:
         began = time.monotonic()
         stored, used = self.blocks()
         first = f"{stored - used} of {stored}"
-        most = DEAD * stored
+        most = max(DEAD * stored, LEFT * len(AREAS))
         while stored - used > most:
             assert time.monotonic() - began < IN_TIME, journal(self.guest)
             time.sleep(5)
