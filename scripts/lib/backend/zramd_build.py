@@ -54,6 +54,8 @@ class Profile:
 _CHECKED = ("-UNDEBUG", "-U_FORTIFY_SOURCE", "-fno-omit-frame-pointer")
 # The interpreter's flags define signed overflow (-fwrapv), and then it would not be looked for.
 _ASAN = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-wrapv")
+# Statically: see core/device/zstd.pxd. Its names stay inside.
+_ZSTD = ("-Wl,-Bstatic", "-lzstd", "-Wl,-Bdynamic", "-Wl,--exclude-libs,ALL")
 _TSAN = ("-fsanitize=thread",)
 
 PROFILES = {
@@ -90,7 +92,7 @@ def pkg_config(*args: str) -> list[str]:
         ).stdout.split()
     except (OSError, subprocess.CalledProcessError) as error:
         raise SystemExit(
-            f"'pkg-config {' '.join(args)}' failed ({error}): install pkg-config and liblz4-dev"
+            f"'pkg-config {' '.join(args)}' failed ({error}): install pkg-config, liblz4-dev and libzstd-dev"
         ) from None
 
 
@@ -146,11 +148,11 @@ class build_ext(_build_ext):
                 "-Wno-sign-compare",
                 # What is not of the limited API is not declared: an older gcc would only warn.
                 "-Werror=implicit-function-declaration",
-                *pkg_config("--cflags", "liblz4"),
+                *pkg_config("--cflags", "liblz4", "libzstd"),
                 *self.profile.cflags,
             ],
             # as-needed: only the modules that call lz4 are linked with it
-            extra_link_args=["-Wl,--as-needed", *pkg_config("--libs", "liblz4"), *self.profile.ldflags],
+            extra_link_args=["-Wl,--as-needed", *pkg_config("--libs", "liblz4"), *_ZSTD, *self.profile.ldflags],
         )
 
     def run(self) -> None:

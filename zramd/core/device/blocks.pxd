@@ -1,5 +1,6 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from zramd.core.device.cold cimport Cold
 from zramd.core.system.gate cimport gate
 from zramd.core.system.latency cimport latency
 from zramd.core.system.locks cimport pthread_mutex_t
@@ -15,6 +16,7 @@ cdef extern from *:
 
 cdef enum:
     STRIPES = 256
+    AGE_COOLING = 255           # the age of a block that is being made cold
 
 cdef struct scratch:
     # What one request needs to compress and decompress.
@@ -48,6 +50,8 @@ cdef struct counters:
     uint64_t checksum_errors
     uint64_t corrupt_block      # the last one, + 1
     latency latencies[OPS]
+    uint64_t cold_pages
+    uint64_t cold_data_size
 
 cdef struct walk:
     # How far a walk that looks for faults is; zeros to begin with.
@@ -65,6 +69,9 @@ cdef class Blocks:
     cdef Region touches
     cdef uint8_t *touched                   # per page of slots: whether one was ever written; others are not even read
     cdef uint64_t touched_pages             # atomic
+    cdef Region ages_table
+    cdef uint8_t *ages                      # of each block: sweeps since it was asked for. Atomic bytes, kept by nobody
+    cdef Cold cold
     cdef pthread_mutex_t stripes[STRIPES]   # stripe b % STRIPES guards block b
     cdef pthread_mutex_t scratch_lock       # guards the one below
     cdef scratch *scratches                 # those not in use, last in first out
@@ -98,6 +105,8 @@ cdef class Blocks:
     cdef int _merge(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil
     cdef int zero_block(self, uint64_t block, bint hole) noexcept nogil
+    cdef void _used(self, uint64_t block) noexcept nogil
+    cdef int cool(self, uint64_t block, uint32_t threshold, char *page, char *out) noexcept nogil
     cdef int populate(self) noexcept nogil
     cdef void clear(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil

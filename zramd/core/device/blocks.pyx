@@ -15,7 +15,7 @@ Lock order: one stripe, then the pool's. No lock but the stripe of a part-writte
 """
 
 cimport cython
-from libc.errno cimport EIO, ENOSPC
+from libc.errno cimport EAGAIN, EIO, ENOSPC
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -23,14 +23,18 @@ from zramd.core.system.checks cimport zr_assert_held, zr_static_assert
 from zramd.core.system cimport points
 from zramd.core.system.points cimport zr_point
 from zramd.core.device.checksum cimport checksum
+from zramd.core.device.cold cimport Cold
 from zramd.core.device.codec cimport decode, encode, fill, same_filled, state_size
 from zramd.core.device.slots cimport (
+    COLD,
     HOLE,
     LOST,
+    LZ4,
     RAW,
     SAME,
     SLOT_SIZE_MASK,
     block_kind,
+    cold_slot,
     has_object,
     object_slot,
     same_slot,
@@ -47,6 +51,7 @@ from zramd.core.system.locks cimport (
     load_acquire,
     load_relaxed,
     load_relaxed_32,
+    load_relaxed_8,
     mutex_inherit,
     nap,
     pthread_mutex_destroy,
@@ -54,6 +59,7 @@ from zramd.core.system.locks cimport (
     pthread_mutex_lock,
     pthread_mutex_unlock,
     store_relaxed,
+    store_relaxed_8,
     store_release,
 )
 from zramd.core.memory.region cimport (
@@ -95,7 +101,7 @@ cdef class Blocks:
     verify: store a checksum with each, and check it on each read. acceleration: lz4's.
     """
 
-    def __cinit__(self, uint64_t count, Memory memory not None, int acceleration, bint verify):
+    def __cinit__(self, uint64_t count, Memory memory not None, int acceleration, bint verify, int cold_level=0):
         cdef uint32_t i
         zr_static_assert(sizeof(counters) <= KEPT_STATE + KEPT_PAGES * <int>PAGE_SIZE - KEPT_DEVICE)
         zr_static_assert(BLOCK_SIZE == PAGE_SIZE)
@@ -112,6 +118,9 @@ cdef class Blocks:
         self.slots = <uint64_t *>self.slot_table.base
         self.touches = Region(self.slot_table.size // PAGE_SIZE + 1)
         self.touched = <uint8_t *>self.touches.base
+        self.ages_table = Region(count)
+        self.ages = <uint8_t *>self.ages_table.base
+        self.cold = Cold(cold_level)
         self.pool = Pool(count, memory)
 
     def __dealloc__(self):
@@ -128,7 +137,7 @@ cdef class Blocks:
     cdef int inherit_priority(self) noexcept nogil:
         """Make every lock hand on priority; 0 or an errno. Nobody else may be here yet."""
         cdef uint32_t i
-        cdef int rc = mutex_inherit(&self.scratch_lock) or self.pool.inherit_priority()
+        cdef int rc = mutex_inherit(&self.scratch_lock) or self.pool.inherit_priority() or self.cold.inherit_priority()
         for i in range(STRIPES):
             rc = rc or mutex_inherit(&self.stripes[i])
         return rc
@@ -243,7 +252,10 @@ cdef class Blocks:
                 rc = 0
         elif what != LOST and self.pool.obj_begin(handle, &payload) == 0:
             if self.object_is_sound(block, slot, payload):
-                rc = decode(payload, slot_bytes(slot), content)
+                if what == COLD:
+                    rc = self.cold.decode(payload, slot_bytes(slot), content)
+                else:
+                    rc = decode(payload, slot_bytes(slot), content)
             self.pool.obj_end(handle)
         if rc:
             counter_add(&self.counters.checksum_errors, 1)
@@ -302,6 +314,7 @@ cdef class Blocks:
         if rc == 0:
             gone = self.get(block)
             if slot or gone:
+                self._used(block)
                 store_release(&self.slots[block], slot)
                 zr_point(points.slot_stored)
                 self._count(slot, 1)
@@ -327,6 +340,11 @@ cdef class Blocks:
             rc = self._slot_take_room(block)
         return rc
 
+    cdef inline void _used(self, uint64_t block) noexcept nogil:
+        """Note that a request has asked for a block. The caller has its stripe."""
+        if load_relaxed_8(&self.ages[block]):
+            store_relaxed_8(&self.ages[block], 0)
+
     cdef void _count(self, uint64_t slot, uint64_t n) noexcept nogil:
         """Count a block's slot as stored (n: 1), or as stored no more (n: -1)."""
         cdef block_kind what = slot_kind(slot)
@@ -337,6 +355,9 @@ cdef class Blocks:
             counter_add(&self.counters.same_pages, n)
         elif what != LOST:
             counter_add(&self.counters.compr_data_size, n * slot_bytes(slot))
+        if what == COLD:
+            counter_add(&self.counters.cold_pages, n)
+            counter_add(&self.counters.cold_data_size, n * slot_bytes(slot))
         if what == RAW:
             counter_add(&self.counters.huge_pages, n)
             if n == 1:
@@ -391,6 +412,7 @@ cdef class Blocks:
             memset(dst, 0, n)
             return 0
         pthread_mutex_lock(&self.stripes[block % STRIPES])
+        self._used(block)
         rc = self._load(block, self.get(block), dst if n == BLOCK_SIZE else s.page)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
         if n != BLOCK_SIZE and rc == 0:
@@ -402,6 +424,61 @@ cdef class Blocks:
         if hole and self.get(block) == 0:
             return 0
         return self.put(block, 0 if hole else self._same_slot(block, 0, 0), False)
+
+    # --------------------------------------------------------------------------------------------------------
+    # a block that nobody asks for becomes cold
+
+    cdef int cool(self, uint64_t block, uint32_t threshold, char *page, char *out) noexcept nogil:
+        """Compress a block again, by the cold codec, and keep that if its chunk gets smaller: how many bytes, 0, or -errno.
+
+        Only raw blocks, and those with a payload of threshold bytes or more. page and out have room for a block each. One
+        thread at a time. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM: there is no room for
+        both, and none is made. Whoever reads or writes it waits for a decompression at most.
+        """
+        cdef uint64_t slot, now = 0, handle = 0
+        cdef uint32_t size, sum = 0
+        cdef block_kind what
+        cdef char *place
+        cdef int rc
+        pthread_mutex_lock(&self.stripes[block % STRIPES])
+        slot = self.get(block)
+        what = slot_kind(slot)
+        size = slot_bytes(slot)
+        if what != RAW and (what != LZ4 or size < threshold):
+            pthread_mutex_unlock(&self.stripes[block % STRIPES])
+            return 0
+        # A request puts another age here, and so takes the mark off: the slot alone does not say so, as the same handle may
+        # have come back with other content of the same size.
+        store_relaxed_8(&self.ages[block], AGE_COOLING)
+        rc = self._load(block, slot, page)
+        pthread_mutex_unlock(&self.stripes[block % STRIPES])
+        if rc:
+            return rc
+        zr_point(points.cooling_read)
+        size = self.cold.encode(page, out, self.pool.payload_below(size))
+        if size == 0:
+            return 0
+        rc = self.pool.obj_alloc(size, &handle, &place)
+        if rc:
+            return rc
+        if self.verify:
+            sum = checksum(out, size, block)
+        memcpy(place, out, size)
+        self.pool.obj_publish(handle, sum_high(sum))
+        zr_point(points.cold_published)
+        pthread_mutex_lock(&self.stripes[block % STRIPES])
+        if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
+            now = cold_slot(handle, size, sum)
+            store_release(&self.slots[block], now)
+            zr_point(points.cold_stored)
+            self._count(now, 1)
+            self._count(slot, <uint64_t>-1)
+        pthread_mutex_unlock(&self.stripes[block % STRIPES])
+        if now == 0:
+            self.pool.obj_free(handle)
+            return -EAGAIN
+        self._free(block, slot)
+        return slot_bytes(slot) - size
 
     # --------------------------------------------------------------------------------------------------------
     # all of them
@@ -436,6 +513,7 @@ cdef class Blocks:
             + (pages_of(self.count // SLOTS_PER_PAGE + 1) << PAGE_SHIFT)
             + load_relaxed(&self.scratch_count) * self.scratch_size
             + sizeof(self.stripes)
+            + self.cold.metadata_bytes()
             + self.pool.metadata_bytes()
         )
 
@@ -506,7 +584,7 @@ cdef class Blocks:
         Slots are unique when their handles are as many as the cells.
         """
         cdef uint64_t block, slot, touched = 0
-        cdef uint64_t stored = 0, lost = 0, same = 0, words = 0, huge = 0, compr = 0
+        cdef uint64_t stored = 0, lost = 0, same = 0, words = 0, huge = 0, compr = 0, cold = 0, cold_size = 0
         cdef block_kind what
         where[0] = 0
         for block in range(self.count // SLOTS_PER_PAGE + 1):
@@ -528,6 +606,11 @@ cdef class Blocks:
             huge += what == RAW
             if has_object(slot):
                 compr += slot_bytes(slot)
+            if what == COLD:
+                cold += 1
+                cold_size += slot_bytes(slot)
+        if (cold != self.counters.cold_pages or cold_size != self.counters.cold_data_size):
+            return "the counters of the cold blocks differ from the slots"
         if (stored != self.counters.pages_stored or same != self.counters.same_pages
                 or compr != self.counters.compr_data_size or huge != self.counters.huge_pages):
             return "the counters differ from the slots"

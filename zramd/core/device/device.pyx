@@ -10,7 +10,7 @@ Lock order: gate, then those of blocks.pyx.
 """
 
 cimport cython
-from libc.errno cimport EDQUOT, EINVAL, EIO, ENOMEM
+from libc.errno cimport EAGAIN, EDQUOT, EINVAL, EIO, ENOMEM
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -120,7 +120,7 @@ cdef class Device:
     """
 
     def __cinit__(self, uint64_t disksize, *, uint64_t mem_limit=0, int acceleration=1, int state=-1,
-                  bint verify=False, progress=None):
+                  bint verify=False, progress=None, int cold_level=0):
         cdef Memory memory
         cdef Recovery recovery
         zr_static_assert(sizeof(state_words) <= KEPT_POOL - KEPT_STATE)
@@ -131,7 +131,7 @@ cdef class Device:
         self.disksize = self.blocks << BLOCK_SHIFT
         self.memory = memory = Memory(state)
         self.kept = <state_words *>memory.kept(KEPT_STATE)
-        self.table = Blocks(self.blocks, memory, acceleration, verify)
+        self.table = Blocks(self.blocks, memory, acceleration, verify, cold_level)
         self.pool = self.table.pool
         if state >= 0:
             if os.fstat(state).st_size != memory.end:
@@ -457,6 +457,33 @@ cdef class Device:
             freed = compact_run(self.pool, budget, <uint64_t>-1) if budget else compact_whole(self.pool)
             be_urgent(priority)
         return freed
+
+    def cool(self, uint64_t first, uint64_t count, uint32_t threshold=0):
+        """Make blocks cold that are raw, or have a payload of threshold bytes or more; (how many, payload bytes less).
+
+        The device must have a cold level; one thread at a time. Stops where there is no room for a block's old and new
+        payload at once.
+        """
+        cdef uint64_t block, done = 0, saved = 0
+        cdef int rc = 0
+        cdef scratch *s
+        if not self.table.cold.level:
+            raise ValueError("the device has no cold level")
+        s = self.table.scratch_take()
+        if s == NULL:
+            raise MemoryError("no memory to compress in")
+        with nogil:
+            for block in range(first, min(first + count, self.blocks)):
+                gate_enter(&self.gate)
+                rc = self.table.cool(block, threshold, s.page, s.out)
+                gate_leave(&self.gate)
+                if rc > 0:
+                    done += 1
+                    saved += rc
+                elif rc and rc != -EAGAIN and rc != -EIO:
+                    break
+        self.table.scratch_give(s)
+        return done, saved
 
     def release_stock(self):
         """Give the empty pages that are kept for the next write back to the operating system; returns how many."""

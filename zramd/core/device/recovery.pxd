@@ -55,6 +55,8 @@ cdef class Recovery:
     cdef uint64_t stored
     cdef uint64_t same
     cdef uint64_t huge
+    cdef uint64_t cold
+    cdef uint64_t cold_bytes
     cdef uint64_t compr
     cdef uint64_t handles
     cdef uint64_t slot_pages        # that hold something

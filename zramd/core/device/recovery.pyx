@@ -25,7 +25,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from zramd.core.device.blocks cimport Blocks
-from zramd.core.device.slots cimport HOLE, LOST, RAW, SAME, SLOT_LOST
+from zramd.core.device.slots cimport COLD, HOLE, LOST, RAW, SAME, SLOT_LOST
 from zramd.core.device.slots cimport block_kind, has_object, slot_bytes, slot_handle, slot_kind
 from zramd.core.system.bits cimport bits_set, prefetch
 from zramd.core.system.checks cimport FILL_FREED, zr_fill, zr_poison, zr_unpoison
@@ -150,6 +150,8 @@ cdef class Recovery:
         self.table.counters.compr_data_size = self.compr
         self.table.counters.same_pages = self.same
         self.table.counters.huge_pages = self.huge
+        self.table.counters.cold_pages = self.cold
+        self.table.counters.cold_data_size = self.cold_bytes
         self.table.touched_pages = self.slot_pages
         self.milliseconds = <uint64_t>((time.monotonic() - started) * 1000)
 
@@ -269,7 +271,7 @@ cdef class Recovery:
     cdef bint _scan_page(self, uint64_t block, uint64_t end) noexcept nogil:
         """Go over a page of slots; whether there was one in use."""
         cdef uint64_t batch_end, slot, handle, obj, b, n
-        cdef uint64_t stored = 0, same = 0, huge = 0, compr = 0, handles = 0
+        cdef uint64_t stored = 0, same = 0, huge = 0, compr = 0, handles = 0, cold = 0, cold_bytes = 0
         cdef block_kind what
         cdef const char *wrong
         while block < end:
@@ -309,11 +311,16 @@ cdef class Recovery:
                 huge += what == RAW
                 if what != SAME:
                     compr += slot_bytes(slot)
+                if what == COLD:
+                    cold += 1
+                    cold_bytes += slot_bytes(slot)
             block = batch_end
         counter_add(&self.stored, stored)
         counter_add(&self.same, same)
         counter_add(&self.huge, huge)
         counter_add(&self.compr, compr)
+        counter_add(&self.cold, cold)
+        counter_add(&self.cold_bytes, cold_bytes)
         counter_add(&self.handles, handles)
         return stored != 0
 
@@ -432,6 +439,9 @@ cdef class Recovery:
         self.huge -= slot_kind(slot) == RAW
         if has_object(slot):
             self.compr -= slot_bytes(slot)
+        if slot_kind(slot) == COLD:
+            self.cold -= 1
+            self.cold_bytes -= slot_bytes(slot)
         for i in range(min(self.dispute_count, <uint64_t>LOST)):
             if self._same_handle(block, self.disputed[i]):
                 handle_stays = True

@@ -1,9 +1,10 @@
 """What stands for a block: its slot, one 64-bit word. Nobody else takes one apart.
 
     63            48 47                          16 15  14   13   12                0
-    |  half a sum   |           handle             |   |LOST|SAME|  payload bytes    |
+    |  half a sum   |           handle             |COLD|LOST|SAME|  payload bytes    |
 
-The payload of an object is what a block was compressed to, or all of it (raw). With SAME the block is one word
+The payload of an object is what a block was compressed to, or all of it (raw); with COLD it begins with a byte that
+names another codec than lz4 (see cold.pyx). With SAME the block is one word
 repeated, and there is no object: the word is in the handle's cell, handle 0 is the word 0, and where others have the size
 is more of the sum. All of it 0 is a hole: a block that was never written, or freed. LOST alone: what the slot led to was
 changed in memory, and reading the block is an error.
@@ -17,6 +18,7 @@ cdef enum:
     SLOT_SIZE_MASK = 0x1FFF     # payload bytes, 1 to 4096
     SLOT_SAME = 0x2000
     SLOT_LOST = 0x4000          # the whole slot
+    SLOT_COLD = 0x8000
     SLOT_HANDLE_SHIFT = 16
     SLOT_SUM_SHIFT = 48       # the slot's half of the checksum is above
 
@@ -26,6 +28,7 @@ cdef enum block_kind:
     LOST
     LZ4
     RAW
+    COLD
 
 cdef inline uint64_t sum_low(uint32_t sum) noexcept nogil:
     """The half of a checksum that is in the slot."""
@@ -53,6 +56,8 @@ cdef inline block_kind slot_kind(uint64_t slot) noexcept nogil:
         return SAME
     if slot == SLOT_LOST:
         return LOST
+    if slot & SLOT_COLD:
+        return COLD
     return RAW if slot_bytes(slot) == BLOCK_SIZE else LZ4
 
 cdef inline bint has_object(uint64_t slot) noexcept nogil:
@@ -66,6 +71,10 @@ cdef inline bint is_zeros(uint64_t slot) noexcept nogil:
 cdef inline uint64_t object_slot(uint64_t handle, uint32_t size, uint32_t sum) noexcept nogil:
     """A slot with an object of size bytes; sum: its checksum, or 0, of which the cell keeps the other half."""
     return sum_low(sum) << SLOT_SUM_SHIFT | handle << SLOT_HANDLE_SHIFT | size
+
+cdef inline uint64_t cold_slot(uint64_t handle, uint32_t size, uint32_t sum) noexcept nogil:
+    """The same for a cold object."""
+    return object_slot(handle, size, sum) | SLOT_COLD
 
 cdef inline uint64_t same_slot(uint64_t handle, uint32_t sum) noexcept nogil:
     """A slot that stands for a word; sum: its checksum, or 0, of which the lower 29 bits are kept."""

@@ -52,6 +52,8 @@ cdef class Pool:
     cdef pool_counters *counters
 
     # objects: each returns 0 or -errno. alloc and begin pin the object until end.
+    cdef uint32_t _class_for(self, uint32_t size) noexcept nogil
+    cdef uint32_t payload_below(self, uint32_t size) noexcept nogil
     cdef int obj_alloc(self, uint32_t size, uint64_t *handle, char **payload) noexcept nogil
     cdef int obj_begin(self, uint64_t handle, char **payload) noexcept nogil
     cdef void obj_end(self, uint64_t handle) noexcept nogil

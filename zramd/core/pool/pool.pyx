@@ -262,10 +262,7 @@ cdef class Pool:
         cdef int rc
         if size == 0 or size > PAGE_SIZE:
             return -EINVAL
-        if size > self.max_payload:
-            index = self.huge
-        else:
-            index = self.class_of[(size + HEADER_SIZE + CLASS_DELTA - 1) // CLASS_DELTA]
+        index = self._class_for(size)
         rc = self._cell_take(handle)
         if rc:
             return rc
@@ -274,6 +271,17 @@ cdef class Pool:
         if rc:
             self._cell_give(handle[0])
         return rc
+
+    cdef inline uint32_t _class_for(self, uint32_t size) noexcept nogil:
+        """The size class of a payload of 1 to 4096 bytes."""
+        if size > self.max_payload:
+            return self.huge
+        return self.class_of[(size + HEADER_SIZE + CLASS_DELTA - 1) // CLASS_DELTA]
+
+    cdef uint32_t payload_below(self, uint32_t size) noexcept nogil:
+        """The longest payload that takes a smaller chunk than one of size bytes (1 to 4096); 0: there is none."""
+        cdef uint32_t index = self._class_for(size)
+        return min(self.max_payload, self.classes[index - 1].size - HEADER_SIZE) if index else 0
 
     cdef int _obj_alloc(self, uint32_t index, uint64_t handle, char **payload) noexcept nogil:
         cdef size_class *c = &self.classes[index]

@@ -6,7 +6,7 @@ as its most urgent waiter would. That costs 1 to 2 ns a lock, so only a device t
 No thread waits by giving the processor away (sched_yield): a real-time thread gives it to real-time threads only.
 """
 
-from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
@@ -102,6 +102,8 @@ cdef extern from *:
     bint compare_swap(uint64_t *p, uint64_t expected, uint64_t desired) noexcept nogil
     void cpu_relax() noexcept nogil
     uint16_t load_relaxed_16 "load_relaxed"(uint16_t *p) noexcept nogil
+    uint8_t load_relaxed_8 "load_relaxed"(uint8_t *p) noexcept nogil
+    void store_relaxed_8 "store_relaxed"(uint8_t *p, uint8_t value) noexcept nogil
     void store_relaxed_16 "store_relaxed"(uint16_t *p, uint16_t value) noexcept nogil
     void ordered_add(uint64_t *p, uint64_t n) noexcept nogil
     void ordered_sub(uint64_t *p, uint64_t n) noexcept nogil

@@ -71,6 +71,11 @@ cdef extern from *:
         slot_seen           # of a block that is read, or merged with what is written
         slot_stored
 
+        # a block becomes cold
+        cooling_read        # and is being compressed again
+        cold_published
+        cold_stored
+
         page_given_back     # and is counted as resident yet
         slots_cleared       # by reset
         pool_cleared
