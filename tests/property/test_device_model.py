@@ -48,7 +48,7 @@ class DeviceModel(RuleBasedStateMachine):
         super().__init__()
         self.fd = -1
         self.verify = False
-        self.device = Device(SIZE)
+        self.device = Device(SIZE, cold_level=3)
         self.model = bytearray(SIZE)
         self.refiller: threading.Thread | None = None
 
@@ -69,7 +69,7 @@ class DeviceModel(RuleBasedStateMachine):
             self.write((0, SIZE), data)
 
     def make(self) -> Device:
-        return Device(SIZE, state=self.fd, verify=self.verify)
+        return Device(SIZE, state=self.fd, verify=self.verify, cold_level=3)
 
     def stop_refiller(self) -> None:
         if self.refiller is not None:
@@ -105,6 +105,18 @@ class DeviceModel(RuleBasedStateMachine):
             self.accept_either(offset, content)
         else:
             self.model[offset : offset + length] = content
+
+    @rule(first=st.integers(0, BLOCKS), count=st.integers(0, BLOCKS), threshold=st.sampled_from((0, 300, 5000)))
+    def cool(self, first: int, count: int, threshold: int) -> None:
+        before = self.device.counters()
+        done, saved = self.device.cool(first, count, threshold)
+        after = self.device.counters()
+        assert after["cold_pages"] - before["cold_pages"] == done
+        assert before["compr_data_size"] - after["compr_data_size"] == saved
+        assert saved >= done
+        assert before["pages_stored"] == after["pages_stored"]
+        if self.device.mem_limit:
+            assert after["mem_used_total"] <= max(self.device.mem_limit, before["mem_used_total"])
 
     def refused(self) -> None:
         assert self.device.mem_limit
