@@ -16,7 +16,9 @@ cdef extern from *:
 
 cdef enum:
     STRIPES = 256
-    AGE_COOLING = 255           # the age of a block that is being made cold
+    AGE_COARSE = 128            # a block of this age and more grows older in coarse sweeps only
+    AGE_OLDEST = 254
+    AGE_COOLING = 255           # it is being made cold
 
 cdef struct scratch:
     # What one request needs to compress and decompress.
@@ -106,7 +108,8 @@ cdef class Blocks:
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil
     cdef int zero_block(self, uint64_t block, bint hole) noexcept nogil
     cdef void _used(self, uint64_t block) noexcept nogil
-    cdef int cool(self, uint64_t block, uint32_t threshold, char *page, char *out) noexcept nogil
+    cdef void sweep(self, bint coarse) noexcept nogil
+    cdef int cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil
     cdef int populate(self) noexcept nogil
     cdef void clear(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil

@@ -33,6 +33,7 @@ from zramd.core.device.slots cimport (
     RAW,
     SAME,
     SLOT_SIZE_MASK,
+    SLOT_TRIED,
     block_kind,
     cold_slot,
     has_object,
@@ -428,11 +429,26 @@ cdef class Blocks:
     # --------------------------------------------------------------------------------------------------------
     # a block that nobody asks for becomes cold
 
-    cdef int cool(self, uint64_t block, uint32_t threshold, char *page, char *out) noexcept nogil:
+    cdef void sweep(self, bint coarse) noexcept nogil:
+        """Let every block grow older by a sweep, the old ones only in a coarse one.
+
+        A request may come between the look and the store: then the block is taken for older than it is, once.
+        """
+        cdef uint64_t page, block
+        cdef uint8_t age
+        for page in range(self.count // SLOTS_PER_PAGE + 1):
+            if not is_touched(&self.touched[page]):
+                continue
+            for block in range(page * SLOTS_PER_PAGE, min((page + 1) * SLOTS_PER_PAGE, self.count)):
+                age = load_relaxed_8(&self.ages[block])
+                if age < AGE_COARSE or (coarse and age < AGE_OLDEST):
+                    store_relaxed_8(&self.ages[block], age + 1)
+
+    cdef int cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil:
         """Compress a block again, by the cold codec, and keep that if its chunk gets smaller: how many bytes, 0, or -errno.
 
-        Only raw blocks, and those with a payload of threshold bytes or more. page and out have room for a block each. One
-        thread at a time. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM: there is no room for
+        Only raw blocks, and those with a payload of threshold bytes or more, that nobody asked for in so many sweeps and that
+        were not tried in vain. page and out have room for a block each. One thread at a time, which also sweeps. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM: there is no room for
         both, and none is made. Whoever reads or writes it waits for a decompression at most.
         """
         cdef uint64_t slot, now = 0, handle = 0
@@ -440,11 +456,13 @@ cdef class Blocks:
         cdef block_kind what
         cdef char *place
         cdef int rc
+        if load_relaxed_8(&self.ages[block]) < age or self.get(block) == 0:
+            return 0
         pthread_mutex_lock(&self.stripes[block % STRIPES])
         slot = self.get(block)
         what = slot_kind(slot)
         size = slot_bytes(slot)
-        if what != RAW and (what != LZ4 or size < threshold):
+        if slot & SLOT_TRIED or what != RAW and (what != LZ4 or size < threshold):
             pthread_mutex_unlock(&self.stripes[block % STRIPES])
             return 0
         # A request puts another age here, and so takes the mark off: the slot alone does not say so, as the same handle may
@@ -457,9 +475,16 @@ cdef class Blocks:
         zr_point(points.cooling_read)
         size = self.cold.encode(page, out, self.pool.payload_below(size))
         if size == 0:
+            pthread_mutex_lock(&self.stripes[block % STRIPES])
+            if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
+                store_release(&self.slots[block], slot | SLOT_TRIED)
+                store_relaxed_8(&self.ages[block], AGE_OLDEST)
+            pthread_mutex_unlock(&self.stripes[block % STRIPES])
             return 0
         rc = self.pool.obj_alloc(size, &handle, &place)
         if rc:
+            if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
+                store_relaxed_8(&self.ages[block], AGE_OLDEST)
             return rc
         if self.verify:
             sum = checksum(out, size, block)
@@ -470,6 +495,7 @@ cdef class Blocks:
         if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
             now = cold_slot(handle, size, sum)
             store_release(&self.slots[block], now)
+            store_relaxed_8(&self.ages[block], AGE_OLDEST)
             zr_point(points.cold_stored)
             self._count(now, 1)
             self._count(slot, <uint64_t>-1)

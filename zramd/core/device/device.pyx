@@ -11,8 +11,8 @@ Lock order: gate, then those of blocks.pyx.
 
 cimport cython
 from libc.errno cimport EAGAIN, EDQUOT, EINVAL, EIO, ENOMEM
-from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 
@@ -458,8 +458,25 @@ cdef class Device:
             be_urgent(priority)
         return freed
 
-    def cool(self, uint64_t first, uint64_t count, uint32_t threshold=0):
-        """Make blocks cold that are raw, or have a payload of threshold bytes or more; (how many, payload bytes less).
+    def sweep(self, bint coarse=False):
+        """Let every block grow older: see `ages`."""
+        with nogil:
+            self.table.sweep(coarse)
+
+    def ages(self):
+        """How many blocks have each age, a list of 256: sweeps since a request asked for them; from 128 on coarse ones."""
+        cdef uint64_t counts[256]
+        cdef uint64_t block
+        memset(counts, 0, sizeof(counts))
+        with nogil:
+            for block in range(self.blocks):
+                if self.table.get(block):
+                    counts[self.table.ages[block]] += 1
+        return [counts[i] for i in range(256)]
+
+    def cool(self, uint64_t first, uint64_t count, uint32_t threshold=0, uint8_t age=0):
+        """Make blocks cold that are raw, or have a payload of threshold bytes or more, and are old enough; (how many, payload
+        bytes less).
 
         The device must have a cold level; one thread at a time. Stops where there is no room for a block's old and new
         payload at once.
@@ -475,7 +492,7 @@ cdef class Device:
         with nogil:
             for block in range(first, min(first + count, self.blocks)):
                 gate_enter(&self.gate)
-                rc = self.table.cool(block, threshold, s.page, s.out)
+                rc = self.table.cool(block, threshold, age, s.page, s.out)
                 gate_leave(&self.gate)
                 if rc > 0:
                     done += 1

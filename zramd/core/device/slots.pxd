@@ -7,7 +7,7 @@ The payload of an object is what a block was compressed to, or all of it (raw); 
 names another codec than lz4 (see cold.pyx). With SAME the block is one word
 repeated, and there is no object: the word is in the handle's cell, handle 0 is the word 0, and where others have the size
 is more of the sum. All of it 0 is a hole: a block that was never written, or freed. LOST alone: what the slot led to was
-changed in memory, and reading the block is an error.
+changed in memory, and reading the block is an error. LOST with an object: the cold codec was tried, and did not shrink it.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -18,6 +18,7 @@ cdef enum:
     SLOT_SIZE_MASK = 0x1FFF     # payload bytes, 1 to 4096
     SLOT_SAME = 0x2000
     SLOT_LOST = 0x4000          # the whole slot
+    SLOT_TRIED = 0x4000         # with an object
     SLOT_COLD = 0x8000
     SLOT_HANDLE_SHIFT = 16
     SLOT_SUM_SHIFT = 48       # the slot's half of the checksum is above
