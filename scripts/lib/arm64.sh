@@ -13,6 +13,7 @@ arm64_tree_packages=(
     python3-dev # Python, and the headers that the core is compiled with
     libc6-dev
     liblz4-dev
+    libzstd-dev
     gcc    # the tests compile preloads
     nbdkit # and its plugin, nbd-client, strace: what swaps in the guest and looks on
     nbdkit-plugin-python

@@ -42,6 +42,7 @@ serve_packages=(
     gcc                  # compiles the core; brings the sanitizers too
     libc6-dev            # the C library's headers
     liblz4-dev           # the compressor
+    libzstd-dev          # the compressor of cold blocks
     pkg-config           # finds it
 )
 test_packages=(

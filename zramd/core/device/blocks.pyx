@@ -448,8 +448,9 @@ cdef class Blocks:
         """Compress a block again, by the cold codec, and keep that if its chunk gets smaller: how many bytes, 0, or -errno.
 
         Only raw blocks, and those with a payload of threshold bytes or more, that nobody asked for in so many sweeps and that
-        were not tried in vain. page and out have room for a block each. One thread at a time, which also sweeps. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM: there is no room for
-        both, and none is made. Whoever reads or writes it waits for a decompression at most.
+        were not tried in vain. page and out have room for a block each. One thread at a time, which also sweeps. -EAGAIN: a
+        request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM: there is no room for both, and none is made. Whoever
+        reads or writes it waits for a decompression at most.
         """
         cdef uint64_t slot, now = 0, handle = 0
         cdef uint32_t size, sum = 0

@@ -4,7 +4,7 @@ from zramd.core.device.zstd cimport ZSTD_CCtx, ZSTD_DCtx
 from zramd.core.system.locks cimport pthread_mutex_t
 
 cdef enum:
-    DECODERS = 4                # blocks that are decompressed at once; who comes next waits some 5 us
+    DECODERS = 2                # blocks that are decompressed at once; who comes next waits some 5 us
     COLD_ZSTD = 1               # the first byte of a cold payload: zstd, without a dictionary
 
 cdef struct decoder:
