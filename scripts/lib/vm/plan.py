@@ -51,6 +51,9 @@ class Plan:
     parameters: str = ""  # further ones of the guest's kernel
     pageout: bool = False  # swap all of the workload out before it is freed
     workload_bytes: int = 0  # instead of what suits the guest's memory
+    rest: float = 0.0  # how long the guest rests once its memory is swapped out
+    pages: str = ""  # a file of memory pages, from which the workload takes the content of its own
+    settings: tuple[str, ...] = ()  # further ones of the server, as NAME=VALUE
     size: int = 0  # of the device, instead of what suits the guest's memory
 
     @property
@@ -64,7 +67,7 @@ class Plan:
         settings = {"swap": "local", "reserve": "4M"} if self.mode == "local" else {}
         if self.mem_limit:
             settings["mem_limit"] = str(self.mem_limit)
-        return settings
+        return settings | dict(setting.split("=", 1) for setting in self.settings)
 
     def workload(self, available: int) -> int:
         """Return the MiB of the workload for a guest that has `available` bytes free.

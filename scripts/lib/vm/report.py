@@ -83,6 +83,7 @@ class Result:
     kills: dict[str, Any] = field(default_factory=dict)
     slowest: float = 0.0  # of the workload's pages, seconds: how long it stood still
     churn: dict[str, Any] = field(default_factory=dict)  # programs that come and go: see vm.churn
+    rest: dict[str, Any] = field(default_factory=dict)  # what the device held while the guest rested: vm.rest
     requests: dict[str, Any] = field(default_factory=dict)  # what the server's requests cost in the guest
     expectations: list[Expectation] = field(default_factory=list)
     error: str = ""
@@ -207,6 +208,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("server in the guest", result.daemon),
         ("server stood still", result.stall),
         ("server ended", result.kills),
+        ("at rest", {key: value for key, value in result.rest.items() if key != "samples"}),
     ):
         if found:
             facts.append((name, ", ".join(f"{key} {value}" for key, value in found.items())))
@@ -235,6 +237,8 @@ def write_markdown(path: Path, result: Result) -> None:
     mode = f"{result.mode}{'-pressure' if result.hog else ''}"
     if result.churn:
         mode += "-churn"
+    if result.rest:
+        mode += "-rest"
     if result.kills:
         mode += f"-{result.kills['by']}"
     begin, end = f"<!-- {mode} -->\n", f"<!-- /{mode} -->\n"
