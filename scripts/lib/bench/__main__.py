@@ -28,6 +28,7 @@ from bench import (
     page,
     state_rows,
     steady_rows,
+    tier_rows,
     waiting_rows,
 )
 from bench.results import NotMeasuredError, Report
@@ -46,13 +47,14 @@ GROUPS: dict[str, Measure] = {
     "density": density_rows.measure,
     "steady": steady_rows.measure,
     "compaction": compaction_rows.measure,
+    "tiers": tier_rows.measure,
     "idle": idle_rows.measure,
     "waiting": waiting_rows.measure,
     "state": state_rows.measure,
     "scale": large_rows.measure,
     "large": large_rows.measure_large,
 }
-NEED_CORPUS = {"lz4", "threads", "density", "steady", "compaction", "state", "scale", "large"}
+NEED_CORPUS = {"lz4", "threads", "density", "steady", "compaction", "tiers", "state", "scale", "large"}
 
 
 def main() -> int:
