@@ -20,7 +20,7 @@ NAMES = 1 + 8  # bytes of a cold object beside the frame: the codec's name, the 
 
 @cache
 def chunk(size: int) -> float:
-    """Return the bytes of the pool that an object of so many bytes takes, with its share of a zspage's end."""
+    """Return the bytes of the pool that so long an object takes, with its share of the zspage's end."""
     for chunk_size, zspage_pages, objects in CLASSES:
         if chunk_size >= size:
             return zspage_pages * BLOCK / objects
@@ -51,8 +51,8 @@ def measure(setup: Setup) -> list[Row]:
     table = Table(
         "Dictionaries",
         f"{len(data):,} memory pages, compressed with a dictionary that was trained on as many others of the "
-        "same programs; the pool as the size classes make it. µs to read: with all in the caches, and of reads "
-        "that find nothing there.",
+        "same programs; the pool as the size classes make it. µs to read: with all in the caches, and when "
+        "nothing is there.",
         [
             "zstd level",
             "dictionary",
