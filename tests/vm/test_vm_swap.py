@@ -153,3 +153,18 @@ def test_programs_that_come_and_go(tmp_path: Path) -> None:
     assert refreshed, churn["refreshes"]
     assert churn["after"]["dead_share"] < 20
     assert {sample["stored"] >= sample["same"] for sample in churn["samples"]} == {True}
+
+
+REST = ("--rest", "30", "--pageout", "--set", "cold_age=10")
+
+
+@pytest.mark.parametrize("way", ["qemu", "local"])
+def test_a_guest_that_rests(way: str, tmp_path: Path) -> None:
+    """What it has swapped out becomes cold by itself and takes less; every page is read back as it was."""
+    result = vm_swap(tmp_path, "--attach", way, *REST)
+    assert result["pages_bad"] == 0
+    assert result["pages_verified"] > 10_000
+    assert held(result, "what rests")
+    rest = result["rest"]
+    assert rest["cold"] > rest["blocks"] // 4
+    assert rest["samples"][-1]["cold"] > rest["samples"][0]["cold"]

@@ -360,7 +360,7 @@ class KernelZram(Attachment):
     name = "zram"
     device = "/dev/zram0"
 
-    def __init__(self, size: int, algorithm: str) -> None:
+    def __init__(self, size: int, algorithm: str = "lz4") -> None:
         super().__init__(size)
         self._algorithm = algorithm
         self._guest: Guest | None = None
