@@ -8,8 +8,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,24 +47,11 @@ AGAIN = "connected to zram0 again"
 NO_SWAP = "Filename				Type		Size		Used		Priority"
 
 
-class Debian:
+class Debian(debian.Computer):
     """The machine with its disk, on or off; `guest` is it while it is on."""
 
     def __init__(self, machine: Machine, folder: Path) -> None:
-        self.machine = machine
-        self.folder = folder
-        self.guest: Guest
-        self.boots = 0
-
-    @contextmanager
-    def on(self) -> Iterator[Guest]:
-        self.boots += 1
-        folder = self.folder / f"boot{self.boots}"
-        folder.mkdir()
-        with Guest(self.machine, folder) as self.guest:
-            self.guest.wait_for_boot(BOOT_TIMEOUT)
-            print(f"boot {self.boots} took {self.guest.booted:.1f} s")
-            yield self.guest
+        super().__init__(machine, folder, BOOT_TIMEOUT)
 
     def log(self) -> list[str]:
         """The console: all that systemd and services say, to the very end."""
