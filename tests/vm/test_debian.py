@@ -388,13 +388,14 @@ def under_io(guest: Guest, device: str) -> None:
         time.sleep(1)
         for number in range(5):
             restarted(guest, how)
-            wait_for(guest, f"dmesg | grep -c '{AGAIN}'", str(known + number + 1), 60)
+            # Where the machine is so busy that the kernel gives up waiting, the keeper connects more often.
+            wait_for(guest, f"[ $(dmesg | grep -c '{AGAIN}') -gt {known + number} ] && echo yes", "yes", 60)
             time.sleep(2)
         found = probe.stop(guest, "zram0")
         assert found["bad"] == []
         assert found["done"] > 200
         pauses = probe.pauses(again(guest)[known:], "zram0", found)
-        assert len(pauses) == 5
+        assert len(pauses) >= 5
         print(f"{how}: connected again after {[after for after, _ in pauses]} s")
         print(f"{how}: the slowest request took {[took for _, took in pauses]} s", flush=True)
 
