@@ -17,7 +17,9 @@ cdef extern from *:
 cdef enum:
     STRIPES = 256
     AGE_COARSE = 128            # a block of this age and more grows older in coarse sweeps only
-    AGE_OLDEST = 254
+    AGE_OLDEST = 252
+    AGE_WANTED = 253            # cold, and read again and again
+    AGE_IDLE = 254              # a person says that nobody needs it: as old as can be
     AGE_COOLING = 255           # it is being made cold
 
 cdef struct scratch:
