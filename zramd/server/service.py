@@ -19,6 +19,7 @@ from zramd.process.steps import step
 from zramd.server import sockets
 from zramd.server.admission import Admission
 from zramd.server.compactor import Compactor
+from zramd.server.tiers import Tiers
 from zramd.server.trouble import Troubles
 from zramd.server.undone import Undone
 from zramd.settings.config import Config, find
@@ -51,6 +52,7 @@ class Service:
         greets = None if config.swap == "local" else wake_up
         self.admission = Admission(troubles, lambda: self.config.client_limit, lambda: self.clients, greets)
         self.compactor = Compactor(device, config)
+        self.tiers = Tiers(device, config)
         self.device = device
         self._rundir = rundir
         self._troubles = troubles
