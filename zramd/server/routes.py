@@ -27,6 +27,7 @@ from zramd.errors import (
     sentence,
 )
 from zramd.server import words
+from zramd.server.tiers import Pass
 from zramd.settings.config import SETTINGS
 from zramd.stats import prometheus, snapshots, texts
 
@@ -64,11 +65,14 @@ class Device(Protocol):
 class Tiers(Protocol):
     """What the endpoint asks of who recompresses."""
 
-    def submit(self, wanted: words.Pass) -> None:
+    def submit(self, wanted: Pass) -> None:
         """Have blocks recompressed in the background; raises DeviceError when recompression is off."""
 
     def mark_idle(self, seconds: float | None) -> None:
         """Mark the blocks that nobody asked for in so many seconds, None: all."""
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the section `tiers` of stats.json."""
 
 
 class Service(Protocol):
@@ -266,10 +270,11 @@ class Routes:
         return Reply(200, TEXT, words.comp_algorithm(self._service.settings()["comp_algorithm"]))
 
     def _recomp_algorithm(self, text: str) -> Reply:
-        return Reply(200, TEXT, words.recomp_algorithm(self._service.settings()["recompression"]))
+        return Reply(200, TEXT, words.recomp_algorithm(self._service.tiers.numbers()["recompression"]))
 
     def _set_recomp_algorithm(self, text: str) -> Reply:
-        return self._change("recompression", words.recompression(text, self._service.settings()["recompression"]))
+        now = self._service.tiers.numbers()["recompression"]
+        return self._change("recompression", words.recompression(text, now))
 
     def _recompress(self, text: str) -> Reply:
         wanted = words.recompress(text)

@@ -8,23 +8,14 @@ import os
 import re
 import select
 import time
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from zramd.errors import UsageError, printable
+from zramd.server.tiers import Pass
 
 HOT = ("lz4",)
 COLD = ("zstd",)
-SWEEP = 10
-
-
-class Pass(NamedTuple):
-    """Which blocks are to be recompressed."""
-
-    kinds: frozenset[str] = frozenset()
-    threshold: int = 0
-    max_pages: int = 0
-
-
+SWEEP = 10  # seconds
 TYPES = {
     "idle": frozenset(("idle",)),
     "huge": frozenset(("huge",)),

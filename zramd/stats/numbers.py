@@ -107,6 +107,8 @@ NUMBERS = (
     ),
     Number("huge_pages", "blocks", "Blocks stored raw.", "huge_pages"),
     Number("huge_pages_since", "blocks", "Blocks stored raw since the start, including those freed since."),
+    Number("cold_pages", "blocks", "Blocks recompressed because nobody asked for them.", "cold_pages"),
+    Number("cold_data_size", "bytes", "Payloads of the cold blocks.", "cold_data_bytes"),
     Number("objs_allocated", "objects", "Places for objects on the pool's resident pages."),
     Number("objs_used", "objects", "Objects in the pool."),
     Number("zspages", "zspages", "Runs of pages that hold the objects."),
