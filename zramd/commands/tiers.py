@@ -131,7 +131,7 @@ def _with_bar(line: str, count: int, whole: int, glyphs: Glyphs) -> str:
 
 def duration(seconds: int) -> str:
     """Return a time with the largest unit in which it is a whole number: 30 s, 5 min, 6 h."""
-    size, unit = next(((size, unit) for size, unit in _UNITS if seconds % size == 0), (1, "s"))
+    size, unit = next(((size, unit) for size, unit in _UNITS if seconds and seconds % size == 0), (1, "s"))
     return f"{seconds // size:g} {unit}"
 
 
