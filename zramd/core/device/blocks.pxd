@@ -17,10 +17,11 @@ cdef extern from *:
 cdef enum:
     STRIPES = 256
     AGE_COARSE = 128            # a block of this age and more grows older in coarse sweeps only
-    AGE_OLDEST = 252
-    AGE_WANTED = 253            # cold, and read again and again
-    AGE_IDLE = 254              # a person says that nobody needs it: as old as can be
-    AGE_COOLING = 255           # it is being made cold
+    AGE_OLDEST = 252            # what comes after is no age
+    AGE_WANTED = 253            # of a cold block: it was read in two sweeps within READ_AGAIN, and is to be hot again
+    AGE_IDLE = 254              # marked by zram's word `idle`
+    AGE_COOLING = 255           # it is being made cold, or hot again
+    READ_AGAIN = 3              # sweeps
 
 cdef struct scratch:
     # What one request needs to compress and decompress.
@@ -56,6 +57,10 @@ cdef struct counters:
     latency latencies[OPS]
     uint64_t cold_pages
     uint64_t cold_data_size
+    uint64_t recompressed
+    uint64_t recompress_useless
+    uint64_t recompress_saved
+    uint64_t promoted
 
 cdef struct walk:
     # How far a walk that looks for faults is; zeros to begin with.
@@ -110,7 +115,7 @@ cdef class Blocks:
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil
     cdef int zero_block(self, uint64_t block, bint hole) noexcept nogil
     cdef void _used(self, uint64_t block) noexcept nogil
-    cdef void sweep(self, bint coarse) noexcept nogil
+    cdef void _read_again(self, uint64_t block, uint8_t age) noexcept nogil
     cdef int cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil
     cdef int populate(self) noexcept nogil
     cdef void clear(self) noexcept nogil

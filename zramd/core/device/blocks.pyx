@@ -29,7 +29,6 @@ from zramd.core.device.slots cimport (
     COLD,
     HOLE,
     LOST,
-    LZ4,
     RAW,
     SAME,
     SLOT_SIZE_MASK,
@@ -37,6 +36,7 @@ from zramd.core.device.slots cimport (
     block_kind,
     cold_slot,
     has_object,
+    is_candidate,
     object_slot,
     same_slot,
     slot_bytes,
@@ -346,6 +346,14 @@ cdef class Blocks:
         if load_relaxed_8(&self.ages[block]):
             store_relaxed_8(&self.ages[block], 0)
 
+    cdef void _read_again(self, uint64_t block, uint8_t age) noexcept nogil:
+        """Note that a request reads a block of this age, which is not 0. The caller has its stripe."""
+        cdef uint64_t slot = self.get(block)
+        if slot_kind(slot) != COLD or slot & SLOT_TRIED or READ_AGAIN < age != AGE_WANTED:
+            store_relaxed_8(&self.ages[block], 0)
+        elif age != AGE_WANTED:
+            store_relaxed_8(&self.ages[block], AGE_WANTED)
+
     cdef void _count(self, uint64_t slot, uint64_t n) noexcept nogil:
         """Count a block's slot as stored (n: 1), or as stored no more (n: -1)."""
         cdef block_kind what = slot_kind(slot)
@@ -408,12 +416,15 @@ cdef class Blocks:
         return rc
 
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil:
+        cdef uint8_t age
         cdef int rc
         if self.get(block) == 0:
             memset(dst, 0, n)
             return 0
         pthread_mutex_lock(&self.stripes[block % STRIPES])
-        self._used(block)
+        age = load_relaxed_8(&self.ages[block])
+        if age:
+            self._read_again(block, age)
         rc = self._load(block, self.get(block), dst if n == BLOCK_SIZE else s.page)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
         if n != BLOCK_SIZE and rc == 0:
@@ -429,21 +440,6 @@ cdef class Blocks:
     # --------------------------------------------------------------------------------------------------------
     # a block that nobody asks for becomes cold
 
-    cdef void sweep(self, bint coarse) noexcept nogil:
-        """Let every block grow older by a sweep, the old ones only in a coarse one.
-
-        A request may come between the look and the store: then the block is taken for older than it is, once.
-        """
-        cdef uint64_t page, block
-        cdef uint8_t age
-        for page in range(self.count // SLOTS_PER_PAGE + 1):
-            if not is_touched(&self.touched[page]):
-                continue
-            for block in range(page * SLOTS_PER_PAGE, min((page + 1) * SLOTS_PER_PAGE, self.count)):
-                age = load_relaxed_8(&self.ages[block])
-                if age < AGE_COARSE or (coarse and age < AGE_OLDEST):
-                    store_relaxed_8(&self.ages[block], age + 1)
-
     cdef int cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil:
         """Compress a block again, by the cold codec, and keep that if its chunk gets smaller: how many bytes, 0, or -errno.
 
@@ -454,20 +450,20 @@ cdef class Blocks:
         """
         cdef uint64_t slot, now = 0, handle = 0
         cdef uint32_t size, sum = 0
-        cdef block_kind what
+        cdef uint8_t was
         cdef char *place
         cdef int rc
         if load_relaxed_8(&self.ages[block]) < age or self.get(block) == 0:
             return 0
         pthread_mutex_lock(&self.stripes[block % STRIPES])
         slot = self.get(block)
-        what = slot_kind(slot)
         size = slot_bytes(slot)
-        if slot & SLOT_TRIED or what != RAW and (what != LZ4 or size < threshold):
+        if not is_candidate(slot, threshold):
             pthread_mutex_unlock(&self.stripes[block % STRIPES])
             return 0
         # A request puts another age here, and so takes the mark off: the slot alone does not say so, as the same handle may
         # have come back with other content of the same size.
+        was = load_relaxed_8(&self.ages[block])
         store_relaxed_8(&self.ages[block], AGE_COOLING)
         rc = self._load(block, slot, page)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
@@ -479,13 +475,14 @@ cdef class Blocks:
             pthread_mutex_lock(&self.stripes[block % STRIPES])
             if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
                 store_release(&self.slots[block], slot | SLOT_TRIED)
-                store_relaxed_8(&self.ages[block], AGE_OLDEST)
+                store_relaxed_8(&self.ages[block], was)
+                counter_add(&self.counters.recompress_useless, 1)
             pthread_mutex_unlock(&self.stripes[block % STRIPES])
             return 0
         rc = self.pool.obj_alloc(size, &handle, &place)
         if rc:
             if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
-                store_relaxed_8(&self.ages[block], AGE_OLDEST)
+                store_relaxed_8(&self.ages[block], was)
             return rc
         if self.verify:
             sum = checksum(out, size, block)
@@ -496,7 +493,7 @@ cdef class Blocks:
         if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
             now = cold_slot(handle, size, sum)
             store_release(&self.slots[block], now)
-            store_relaxed_8(&self.ages[block], AGE_OLDEST)
+            store_relaxed_8(&self.ages[block], was)
             zr_point(points.cold_stored)
             self._count(now, 1)
             self._count(slot, <uint64_t>-1)
@@ -505,6 +502,8 @@ cdef class Blocks:
             self.pool.obj_free(handle)
             return -EAGAIN
         self._free(block, slot)
+        counter_add(&self.counters.recompressed, 1)
+        counter_add(&self.counters.recompress_saved, slot_bytes(slot) - size)
         return slot_bytes(slot) - size
 
     # --------------------------------------------------------------------------------------------------------

@@ -65,6 +65,11 @@ cdef inline bint has_object(uint64_t slot) noexcept nogil:
     """Whether a slot's handle is that of an object."""
     return slot != 0 and not slot & SLOT_SAME and slot != SLOT_LOST
 
+cdef inline bint is_candidate(uint64_t slot, uint32_t threshold) noexcept nogil:
+    """Whether a block may become cold: it is raw, or has a payload of threshold bytes or more, and was not tried in vain."""
+    cdef block_kind what = slot_kind(slot)
+    return not slot & SLOT_TRIED and (what == RAW or what == LZ4 and slot_bytes(slot) >= threshold)
+
 cdef inline bint is_zeros(uint64_t slot) noexcept nogil:
     """Whether a block is the word 0 repeated, and not a hole."""
     return slot & SLOT_SAME and slot_handle(slot) == 0
