@@ -50,6 +50,11 @@ class Snapshot:
     latency: dict[str, Latency]  # by operation: read, write, trim, zero
     tiers: Values | None = None  # see zramd.stats.tiers
 
+    @property
+    def recompression(self) -> str:
+        """The setting of that name: what makes blocks cold, or off."""
+        return self.tiers["recompression"] if self.tiers else "off"
+
 
 class ClassRow(NamedTuple):
     """One size class: zspages per fullness group (10 % … 90 %, 99 %, 100 %), objects and pages."""
