@@ -18,6 +18,7 @@ def make_device(config: Config) -> Device:
             mem_limit=config.mem_limit,
             acceleration=config.acceleration,
             verify=config.verify,
+            cold_level=config.cold_level,
         )
     fd = statefile.open_state(path, config.disksize, config.verify)
     try:
@@ -26,6 +27,7 @@ def make_device(config: Config) -> Device:
             mem_limit=config.mem_limit,
             acceleration=config.acceleration,
             verify=config.verify,
+            cold_level=config.cold_level,
             state=fd,
             progress=lambda done, total: say(f"taking over state '{path}': {100 * done // total} %"),
         )

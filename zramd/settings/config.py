@@ -11,11 +11,13 @@ from typing import Any
 
 from zramd.contract import rundir
 from zramd.errors import ConfigError
-from zramd.settings import amounts
+from zramd.settings import amounts, codecs
 
 PAGE_SIZE = 4096  # bytes
 MAX_DISKSIZE = 4 << 40  # the core has the same: handles have 31 bits
 MAX_CLIENTS = 65536
+MIN_COLD_AGE = 10  # seconds: a sweep
+MAX_COLD_AGE = 5 * 3600  # the oldest that a block's age can tell is some more
 MAX_ACCELERATION = 65537  # LZ4_ACCELERATION_MAX: lz4 silently clamps what is above
 # sun_path holds 107 bytes and a NUL; control.sock is the longest socket name in the folder.
 MAX_RUNDIR_BYTES = 107 - len("/control.sock")
@@ -187,6 +189,16 @@ def _seconds(text: str) -> float:
     return _number(text, 0.01, 3600, "seconds")
 
 
+def _cold_age(text: str) -> float:
+    seconds = amounts.duration(text, MIN_COLD_AGE, MAX_COLD_AGE)
+    if seconds is None:
+        raise ConfigError(
+            f"'{text}' is out of range: use {MIN_COLD_AGE} seconds to {MAX_COLD_AGE // 3600} hours, "
+            "such as 300, 5min or 1h"
+        )
+    return seconds
+
+
 def _seconds_or_never(text: str) -> float:
     return 0.0 if text == "0" else _seconds(text)
 
@@ -338,6 +350,22 @@ SETTINGS: tuple[Setting, ...] = (
         "compaction_step", _step, "64K", "256K", "bytes of objects moved before looking at other requests"
     ),
     Setting(
+        "recompression",
+        codecs.recompression,
+        codecs.DEFAULT_RECOMPRESSION,
+        "zstd(level=3)",
+        "how blocks are compressed again once nobody asks for them: zstd, zstd(level=N) with N from 1 to "
+        f"{codecs.MAX_LEVEL} [{codecs.USUAL_LEVEL}], or off",
+    ),
+    Setting(
+        "cold_age",
+        _cold_age,
+        "5min",
+        "1h",
+        "time for which nobody has asked for a block before it is recompressed, in seconds or with a unit (s, "
+        f"min, h), {MIN_COLD_AGE} seconds to {MAX_COLD_AGE // 3600} hours; less when memory is short",
+    ),
+    Setting(
         "stats_interval",
         _seconds_or_never,
         "1",
@@ -388,9 +416,16 @@ class Config:
     compaction_near_limit: float
     compaction_interval: float
     compaction_step: int
+    recompression: str
+    cold_age: float
     stats_interval: float
     metrics_file: str
     endpoint: bool
+
+    @property
+    def cold_level(self) -> int:
+        """zstd's level for what is cold, 0: nothing is recompressed."""
+        return codecs.cold_level(self.recompression)
 
     @property
     def acceleration(self) -> int:

@@ -1,6 +1,7 @@
 """What makes blocks of a device cold, and hot again, a few at a time: the hands of zramd.server.tiers.
 
 Each step holds a lock of its own, and enters the device's gate for one block at a time. Requests never wait for the lock.
+A real-time thread is an ordinary one meanwhile.
 """
 
 cimport cython
@@ -16,11 +17,13 @@ from zramd.core.device.slots cimport RAW, is_candidate, slot_bytes, slot_kind
 from zramd.core.system.gate cimport gate_enter, gate_leave
 from zramd.core.system.locks cimport (
     load_relaxed_8,
+    mutex_inherit,
     pthread_mutex_destroy,
     pthread_mutex_init,
     pthread_mutex_lock,
     pthread_mutex_unlock,
 )
+from zramd.core.system.process cimport be_calm, be_urgent
 from zramd.core.types cimport SLOTS_PER_PAGE
 
 
@@ -30,6 +33,7 @@ cdef class Tier:
 
     def __cinit__(self, Device device not None):
         pthread_mutex_init(&self.lock, NULL)
+        mutex_inherit(&self.lock)
         self.device = device
 
     def __dealloc__(self):
@@ -59,11 +63,13 @@ cdef class Tier:
         else its reads are forgotten.
         """
         cdef census found
-        cdef int i
+        cdef int i, priority
         with nogil:
+            priority = be_calm()
             pthread_mutex_lock(&self.lock)
             sweep(self.device.table, coarse, keep, threshold, &found)
             pthread_mutex_unlock(&self.lock)
+            be_urgent(priority)
         return (
             [found.stored[i] for i in range(AGES)],
             [found.raw[i] for i in range(AGES)],
@@ -87,18 +93,21 @@ cdef class Tier:
         for which there was no room for the last one's old and new payload at once. Raises MemoryError.
         """
         cdef step s
+        cdef int priority
         cdef scratch *room = self.device.table.scratch_take()
         if room == NULL:
             raise MemoryError("no memory to recompress in")
         memset(&s, 0, sizeof(s))
         s.next = first
         with nogil:
+            priority = be_calm()
             pthread_mutex_lock(&self.lock)
             if self.device.table.cold.level:
                 self._cool(self.device.table, &s, tries, threshold, age, raw, idle, room)
             else:
                 s.next = self.device.blocks
             pthread_mutex_unlock(&self.lock)
+            be_urgent(priority)
             self.device.table.scratch_give(room)
         return s.next, s.tried, s.tried_bytes, s.done, s.saved, s.stopped
 
@@ -137,15 +146,18 @@ cdef class Tier:
         Raises MemoryError.
         """
         cdef step s
+        cdef int priority
         cdef scratch *room = self.device.table.scratch_take()
         if room == NULL:
             raise MemoryError("no memory to make blocks hot again in")
         memset(&s, 0, sizeof(s))
         s.next = first
         with nogil:
+            priority = be_calm()
             pthread_mutex_lock(&self.lock)
             self._promote(self.device.table, &s, tries, room)
             pthread_mutex_unlock(&self.lock)
+            be_urgent(priority)
             self.device.table.scratch_give(room)
         return s.next, s.tried, s.done, s.stopped
 
