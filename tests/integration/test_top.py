@@ -155,7 +155,7 @@ def told(served: NbdkitProcess) -> dict[str, int]:
 
 class TestScreen:
     def test_shows_the_numbers_and_compacts(self, serve: Serve, tmux: Tmux) -> None:
-        served = serve(disksize="100M", mem_limit="32M", compaction="off")
+        served = serve(disksize="100M", mem_limit="32M", compaction="off", recompression="off")
         fill(served)
         tmux.start(*at(served))
         assert tmux.lines()[0].startswith(f" zram0  100M lz4  pid {served.process.pid}  up 0:")

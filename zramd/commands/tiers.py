@@ -139,7 +139,7 @@ def recompress(arguments: argparse.Namespace) -> int:
     """Have the server recompress blocks, and do not wait for it."""
     served = servers.find(arguments.name, arguments.rundir)
     served.request("PUT", "/recompress", " ".join(arguments.settings))
-    print(f"{served.name} recompresses in the background: 'zramd tiers {served.name}' shows what is cold")
+    print("blocks are recompressed in the background: 'zramd tiers' shows how far that is")
     return 0
 
 

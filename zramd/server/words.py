@@ -11,11 +11,10 @@ import time
 from typing import Protocol
 
 from zramd.errors import UsageError, printable
-from zramd.server.tiers import Pass
+from zramd.server.tiers import SWEEP, Pass
 
 HOT = ("lz4",)
 COLD = ("zstd",)
-SWEEP = 10  # seconds
 TYPES = {
     "idle": frozenset(("idle",)),
     "huge": frozenset(("huge",)),
@@ -108,7 +107,7 @@ def send_block_state(device: Source, fd: int, patience: float) -> None:
     now = int(time.clock_gettime(time.CLOCK_BOOTTIME))
     block, blocks = 0, device.disksize >> 12
     while block < blocks:
-        written, block = device.block_state(piece, block, now, SWEEP)
+        written, block = device.block_state(piece, block, now, int(SWEEP))
         _send(fd, view[:written], patience)
 
 
