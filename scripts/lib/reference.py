@@ -57,7 +57,7 @@ PATHS = {
     "PUT /recomp_algorithm": "`algo=zstd priority=1`, or the setting `recompression`",
     "PUT /recompress": "zram's: recompresses in the background, see [below](#zrams-words)",
     "POST /recompress": "the same",
-    "PUT /idle": "zram's: `all`, or seconds in which nobody has asked for a block",
+    "PUT /idle": "zram's: `all`, or a time in which nobody has asked for a block",
     "POST /idle": "the same",
     "GET /block_state": "zram's: a line for each block that is stored, as a stream",
     "GET /save": "the device as a stream ([format](save-format.md)); fails if a client changes it meanwhile",

@@ -146,7 +146,7 @@ def test_idle_marks_until_somebody_asks(filled: Filled) -> None:
 
 
 def test_idle_by_seconds_spares_the_young(filled: Filled) -> None:
-    assert filled.put("/idle", "3600") == (200, '{"idle": 3600}\n')
+    assert filled.put("/idle", "3600") == (200, '{"idle": "3600"}\n')
     assert filled.marked("i") == set()
 
 
@@ -162,8 +162,15 @@ def test_wrong_words_do_nothing(filled: Filled, words: list[str]) -> None:
     assert filled.served.stats()["cold_pages"] == 1, "what was refused was not queued"
 
 
+def test_a_word_in_the_place_of_the_name_is_not_taken_for_all(filled: Filled) -> None:
+    """With --rundir nothing says which device NAME is: what stands there is a word without its key."""
+    for words in (["recompress", "huge"], ["idle", "al", "all"]):
+        assert "--rundir names the device already" in refused(*words, *at(filled), status=2)
+    assert filled.marked("i") == filled.marked("r") == set()
+
+
 def test_a_wrong_age_marks_nothing(filled: Filled) -> None:
-    sentence = "run: 'al' is not an age: use all, or seconds as in 300"
+    sentence = "run: 'al' is not an age: use all, or a time such as 300, 5min or 1h"
     assert refused("idle", "al", *at(filled), status=2) == sentence
     assert filled.marked("i") == set()
 

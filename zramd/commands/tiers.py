@@ -10,7 +10,7 @@ from typing import Any
 from zramd.commands import Commands, add_device, folder
 from zramd.control import servers
 from zramd.control.human import human
-from zramd.errors import DeviceError, say
+from zramd.errors import DeviceError, UsageError, say
 from zramd.stats.tiers import ages
 from zramd.top.cells import ASCII, MONO, Glyphs, bar
 
@@ -91,7 +91,7 @@ def _ages(section: dict[str, Any], glyphs: Glyphs) -> Iterator[str]:
     """Yield a histogram of the stored blocks by how long ago somebody asked for them."""
     rows = list(ages(section))
     total = sum(row.blocks for row in rows)
-    yield "last asked for within"
+    yield "last asked for within, as counted every 10 s"
     for row in rows:
         name = {"more": "longer ago", "idle": "marked idle"}.get(row.bound)
         label = name or f"{duration(int(row.bound)):>8}"
@@ -135,9 +135,19 @@ def duration(seconds: int) -> str:
     return f"{seconds // size:g} {unit}"
 
 
+def _find(arguments: argparse.Namespace) -> servers.Served:
+    """Return the device. Raises UsageError where both name one: then NAME may be a word that lacks its key.
+
+    'huge' for 'type=huge' is not to mean that all blocks are recompressed.
+    """
+    if arguments.name and arguments.rundir:
+        raise UsageError(f"'{arguments.name}' is too much: --rundir names the device already")
+    return servers.find(arguments.name, arguments.rundir)
+
+
 def recompress(arguments: argparse.Namespace) -> int:
     """Have the server recompress blocks, and do not wait for it."""
-    served = servers.find(arguments.name, arguments.rundir)
+    served = _find(arguments)
     served.request("PUT", "/recompress", " ".join(arguments.settings))
     print("blocks are recompressed in the background: 'zramd tiers' shows how far that is")
     return 0
@@ -145,7 +155,7 @@ def recompress(arguments: argparse.Namespace) -> int:
 
 def idle(arguments: argparse.Namespace) -> int:
     """Mark blocks idle."""
-    served = servers.find(arguments.name, arguments.rundir)
+    served = _find(arguments)
     served.request("PUT", "/idle", arguments.age)
     return 0
 
@@ -160,8 +170,9 @@ words, as zram's file recompress takes them, in any order:
   algo=NAME            the algorithm: zstd
   priority=N           its number: 1
 
-Without a word all blocks are recompressed, but those that it did not shrink before. Nothing is done when a
-word is wrong.
+Without type= all blocks are meant, however young they are. A block that
+recompression did not shrink is tried again once it has been written again.
+If a word is wrong, nothing is done.
 """
 
 
@@ -194,9 +205,10 @@ def add(commands: Commands) -> None:
     parser.set_defaults(run=recompress)
     parser = commands.add_parser(
         "idle",
+        usage="zramd idle [--rundir FOLDER] NAME AGE",
         description="Mark blocks as idle until somebody asks for them, as zram's file idle does. Idle blocks "
         "count as cold, however young they are.",
     )
     add_device(parser)
-    parser.add_argument("age", metavar="AGE", help="all, or seconds in which nobody has asked for a block")
+    parser.add_argument("age", metavar="AGE", help="all, or a time in which nobody has asked for a block, such as 300, 5min or 1h")
     parser.set_defaults(run=idle)

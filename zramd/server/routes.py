@@ -284,7 +284,7 @@ class Routes:
     def _idle(self, text: str) -> Reply:
         seconds = words.idle(text)
         self._service.tiers.mark_idle(seconds)
-        return _json({"idle": "all" if seconds is None else seconds})
+        return _json({"idle": "all" if seconds is None else f"{seconds:g}"})
 
     def _mem_used_max(self, text: str) -> Reply:
         self._service.device.reset_mem_used_max()

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from zramd.errors import UsageError, printable
 from zramd.server.tiers import SWEEP, Pass
+from zramd.settings import amounts
 
 HOT = ("lz4",)
 COLD = ("zstd",)
@@ -22,7 +23,7 @@ TYPES = {
 }
 MAX_THRESHOLD = 4096  # bytes: a raw block has as many, and none has more
 MAX_PAGES = 1 << 30  # blocks of the largest device
-MAX_IDLE = (1 << 63) - 1  # seconds
+MAX_IDLE = 1e12  # seconds: any time that has passed
 PRIORITY = 1  # the only one: zram has three algorithms to recompress by, zramd one
 PIECE = 64 << 10  # bytes of block_state that are made at a time
 _RECOMPRESS = ("type", "threshold", "max_pages", "algo", "priority")
@@ -52,18 +53,17 @@ def recompress(text: str) -> Pass:
     return Pass(kinds, threshold, pages)
 
 
-def idle(text: str) -> int | None:
+def idle(text: str) -> float | None:
     """Return for how many seconds nobody has asked for the blocks that `idle` is to mark; None: all blocks.
 
-    Raises UsageError for anything else than `all` or a number.
+    Raises UsageError for anything else than `all`, seconds, or, which is ours, a time with a unit.
     """
     if text == "all":
         return None
-    if not text:
-        raise UsageError("nothing says which blocks are idle: use all, or seconds")
-    if not _is_number(text):
-        raise UsageError(f"'{printable(text)}' is not an age: use all, or seconds as in 300")
-    return _number("idle", text, 0, MAX_IDLE)
+    seconds = amounts.duration(text, 0, MAX_IDLE)
+    if seconds is None:
+        raise UsageError(f"'{printable(text)}' is not an age: use all, or a time such as 300, 5min or 1h")
+    return seconds
 
 
 def recompression(text: str, now: str) -> str:

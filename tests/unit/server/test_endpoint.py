@@ -232,10 +232,10 @@ def test_recompress_while_it_is_off(running: Running) -> None:
 
 def test_idle(running: Running) -> None:
     assert running.ask("PUT", "/idle", "all\n") == (200, '{"idle": "all"}\n')
-    assert running.ask("POST", "/idle", "300") == (200, '{"idle": 300}\n')
+    assert running.ask("POST", "/idle", "300") == (200, '{"idle": "300"}\n')
     assert running.service.idle == [None, 300]
     code, text = running.ask("PUT", "/idle", "al")
-    assert (code, text) == (400, "'al' is not an age: use all, or seconds as in 300\n")
+    assert (code, text) == (400, "'al' is not an age: use all, or a time such as 300, 5min or 1h\n")
     assert running.service.idle == [None, 300]
 
 

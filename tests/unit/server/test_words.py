@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zramd.errors import UsageError
+from zramd.errors import ConfigError, UsageError
 from zramd.server import words
 from zramd.server.tiers import Pass
+from zramd.settings import config
 
 IDLE, HUGE, BOTH = frozenset(["idle"]), frozenset(["huge"]), frozenset(["idle", "huge"])
 
@@ -124,28 +125,37 @@ def test_a_text_is_of_the_grammar_or_refused_in_one_sentence(text: str) -> None:
     assert wanted.max_pages == int(values.get("max_pages", 0)) <= 1 << 30
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("all", None), ("0", 0), ("300", 300), ("86400", 86400)])
-def test_idle(text: str, seconds: int | None) -> None:
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("all", None), ("0", 0), ("300", 300), ("86400", 86400), ("5min", 300), ("1.5h", 5400), ("1d", 86400)],
+)
+def test_idle(text: str, seconds: float | None) -> None:
     assert words.idle(text) == seconds
 
 
 @pytest.mark.parametrize(
-    "text", ["", "ALL", "all 300", "300 all", "-1", "+1", "1.5", "0x10", "3OO", "٣", "²", "9" * 30, "\x00", "age=300"]
+    "text",
+    [
+        *("", "ALL", "all 300", "300 all", "-1", "+1", "0x10", "3OO", "٣", "²", "9" * 30, "\x00", "age=300"),
+        *("5m", "min", "1h30min", "1e3", "inf", "nan", "1..5"),
+    ],
 )
 def test_idle_refuses(text: str) -> None:
-    with pytest.raises(UsageError, match=r"use (all, or seconds|a whole number)") as refused:
+    with pytest.raises(UsageError, match=r"is not an age: use all, or a time such as 300, 5min or 1h$") as refused:
         words.idle(text)
     assert str(refused.value).isprintable()
 
 
-@given(st.text())
-def test_idle_takes_all_or_a_number_and_nothing_else(text: str) -> None:
+@given(st.one_of(st.text(), st.from_regex(r"[0-9.]{0,5} ?(s|min|h|d|m|)", fullmatch=True)))
+def test_idle_takes_all_or_a_time_and_nothing_else(text: str) -> None:
     try:
         seconds = words.idle(text)
     except UsageError:
         assert text != "all"
+        assert re.fullmatch(r"[0-9]{1,12}", text, re.ASCII) is None
     else:
-        assert text == "all" if seconds is None else re.fullmatch(r"[0-9]{1,19}", text, re.ASCII)
+        is_time = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+) ?(s|min|h|d)?", text, re.ASCII)
+        assert text == "all" if seconds is None else is_time
 
 
 @pytest.mark.parametrize(
@@ -180,6 +190,16 @@ def test_recomp_algorithm(text: str, now: str, setting: str) -> None:
 def test_recomp_algorithm_refuses(text: str, sentence: str) -> None:
     with pytest.raises(UsageError, match=f"^{sentence}"):
         words.recompression(text, "off")
+
+
+@pytest.mark.parametrize("name", ["lz4", "lz4hc", "zstd", "none", "lzo"])
+def test_every_algorithm_that_can_be_set_is_in_the_list(name: str) -> None:
+    try:
+        config.value(config.find("comp_algorithm"), name)
+    except ConfigError:
+        assert f"[{name}]" not in words.comp_algorithm(name)
+    else:
+        assert f"[{name}] " in words.comp_algorithm(name)
 
 
 def test_algorithms_are_shown_as_zram_shows_them() -> None:
