@@ -20,7 +20,7 @@ LINE = re.compile(r" {0,11}(\d+) {1,12}(\d+)\.(\d{6}) ([s.][w.][h.][i.][r.][n.])
 
 
 def content(block: int) -> bytes:
-    """Text that lz4 shrinks and zstd shrinks more, what only zstd shrinks, what nothing does, and one word."""
+    """Text that lz4 shrinks and zstd shrinks more, what only zstd shrinks, what nothing does, one word."""
     dice = random.Random(block)
     if block in TEXTS:
         words = [b"%x" % dice.randrange(4096) for _ in range(200)]
@@ -180,7 +180,9 @@ def test_algorithms_are_files_and_paths(filled: Filled) -> None:
     assert served.request("GET", "/recomp_algorithm") == (200, "#1: [zstd] \n")
     assert "[lz4] " in served.request("GET", "/comp_algorithm")[1]
     for name in ("comp_algorithm", "recomp_algorithm"):
-        wait_until(lambda name=name: (served.rundir / name).read_text() == served.request("GET", f"/{name}")[1])
+        wait_until(
+            lambda name=name: (served.rundir / name).read_text() == served.request("GET", f"/{name}")[1]
+        )
     assert filled.put("/recomp_algorithm", "off") == (200, '{"recompression": "off"}\n')
     assert served.request("GET", "/recomp_algorithm") == (200, "")
     status, sentence = filled.put("/recompress", "type=huge")

@@ -114,7 +114,15 @@ SHELLS = {
     "zsh": Shell(_ZSH, '{texts}) offers="{words}" ;;', " | "),
     "fish": Shell(_FISH, "case {texts}; set offers {words}", " "),
 }
-RECOMPRESS = ("type=idle", "type=huge", "type=huge_idle", "threshold=", "max_pages=", "algo=zstd", "priority=1")
+RECOMPRESS = (
+    "type=idle",
+    "type=huge",
+    "type=huge_idle",
+    "threshold=",
+    "max_pages=",
+    "algo=zstd",
+    "priority=1",
+)
 # In the lists of words, @devices stands for the devices that have a run folder, @files for files and folders.
 _BY_METAVAR = {"NAME": "@devices", "FILE": "@files", "FOLDER": "@files"}
 

@@ -83,7 +83,8 @@ def _places(section: dict[str, Any], glyphs: Glyphs) -> Iterator[str]:
     yield f"{'':<{_LABEL}}{'blocks':>10} {'share':>6} {'data':>8} {'payload':>8} {'ratio':>6}"
     for name, count, size in [*rows, ("all", blocks, payload)]:
         ratio = f"{count * 4096 / size:.2f}" if size else "-"
-        line = f"{name:<{_LABEL}}{count:>10} {_share(count, blocks):>6} {human(count * 4096):>8} {human(size):>8} {ratio:>6}"
+        line = f"{name:<{_LABEL}}{count:>10} {_share(count, blocks):>6} {human(count * 4096):>8}"
+        line += f" {human(size):>8} {ratio:>6}"
         yield (line if name == "all" else _with_bar(line, count, blocks, glyphs)).rstrip()
 
 
@@ -107,7 +108,8 @@ def _work(section: dict[str, Any]) -> Iterator[str]:
         f"{'made cold':<{_LABEL}}{section['recompressed_minute']:>10} {section['recompressed']:>12}  "
         f"{saved} saved, {vain} tried in vain"
     )
-    yield f"{'made hot':<{_LABEL}}{section['promoted_minute']:>10} {section['promoted']:>12}  read again and again"
+    hot = f"{section['promoted_minute']:>10} {section['promoted']:>12}"
+    yield f"{'made hot':<{_LABEL}}{hot}  read again and again"
     yield f"{'processor':<{_LABEL}}{'':>10} {section['cpu_seconds']:>10.2f} s"
     if section["reason"]:
         yield ""
@@ -197,7 +199,8 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "recompress",
         usage="zramd recompress [--rundir FOLDER] NAME [word=value ...]",
-        description="Have blocks recompressed now that would become cold by and by. The command does not wait.",
+        description="Have blocks recompressed now that would become cold by and by. The command does not "
+        "wait for it.",
         more=lambda: _WORDS,
         settings=True,
     )
@@ -210,5 +213,9 @@ def add(commands: Commands) -> None:
         "count as cold, however young they are.",
     )
     add_device(parser)
-    parser.add_argument("age", metavar="AGE", help="all, or a time in which nobody has asked for a block, such as 300, 5min or 1h")
+    parser.add_argument(
+        "age",
+        metavar="AGE",
+        help="all, or a time in which nobody has asked for a block, such as 300, 5min or 1h",
+    )
     parser.set_defaults(run=idle)

@@ -4,7 +4,8 @@ GET   /stats /mm_stat /io_stat /classes /classes.json /metrics /health /settings
 POST  /compact /check /reset /mem_used_max, /sockets PATH: sends those on which clients are accepted
 GET   /save /save/live      the whole device as a stream, see docs/save-format.md
 GET   /block_state          zram's, as a stream: a line for each block that is stored
-GET   /comp_algorithm /recomp_algorithm, PUT /recomp_algorithm /recompress /idle: zram's, see zramd.server.words
+GET   /comp_algorithm /recomp_algorithm   zram's, as it shows them
+PUT   /recomp_algorithm /recompress /idle   zram's, see zramd.server.words
 PUT   /load                 such a stream into an empty device without clients
 PUT   /NAME for each setting that can be changed while the device is served
 """

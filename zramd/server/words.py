@@ -128,7 +128,7 @@ def _pairs(text: str, known: tuple[str, ...]) -> dict[str, str]:
     """Return the values of words key=value. Raises UsageError for one that is unknown, doubled, or empty."""
     found: dict[str, str] = {}
     for word in re.findall(r"[^ \t\r\n]+", text):
-        key, equals, value = word.partition("=")
+        key, _, value = word.partition("=")
         if key not in known:
             raise UsageError(f"unknown word '{printable(word)}': {_usable(word, known)}")
         if not value:

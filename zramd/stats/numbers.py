@@ -125,7 +125,10 @@ NUMBERS = (
         "recompression_saved_bytes_total",
     ),
     Number(
-        "promoted", "blocks", "Cold blocks made hot, as they were read again and again.", "promoted_pages_total"
+        "promoted",
+        "blocks",
+        "Cold blocks made hot, as they were read again and again.",
+        "promoted_pages_total",
     ),
     Number("objs_allocated", "objects", "Places for objects on the pool's resident pages."),
     Number("objs_used", "objects", "Objects in the pool."),

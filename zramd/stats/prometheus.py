@@ -45,7 +45,12 @@ def exposition(snapshot: Snapshot, rows: list[ClassRow]) -> str:
     table(NUMBERS, values)
     if s.tiers is not None:
         table(TIERS, s.tiers)
-        family("age_pages", "gauge", AGES_MEANING, *((f',age="{row.bound}"', row.blocks) for row in ages(s.tiers)))
+        family(
+            "age_pages",
+            "gauge",
+            AGES_MEANING,
+            *((f',age="{row.bound}"', row.blocks) for row in ages(s.tiers)),
+        )
         modes = [(f',mode="{mode}"', int(mode == s.tiers["mode"])) for mode in MODES]
         family("recompression_mode", "gauge", "How eager recompression is: 1 for what it is now.", *modes)
     by_op("requests", "Requests served.", read="reads", write="writes", trim="trims", zero="zeroes")

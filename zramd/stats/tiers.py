@@ -31,7 +31,9 @@ TIERS = (
     Number("mode", "", "How eager it is: calm, wanted (memory is short), full, paused or off."),
     Number("reason", "", "Why it does not do more right now."),
 )
-AGES_MEANING = "Stored blocks by the seconds since somebody asked for them, at most; 'more', and 'idle' for marked."
+AGES_MEANING = (
+    "Stored blocks by the seconds since somebody asked for them, at most; 'more', and 'idle' for marked."
+)
 MODES = ("calm", "wanted", "full", "paused", "off")
 
 

@@ -119,9 +119,11 @@ def memory(sample: Sample, width: int, glyphs: Glyphs) -> list[Line]:
 
 
 def has_tiers(sample: Sample) -> bool:
-    """Say whether there is something to show of tiers: nothing is cold, and never will be, where that is off."""
-    tiers = sample.stats.get("tiers")  # a server of before has none
-    return bool(tiers) and (tiers["mode"] != "off" or tiers["cold_pages"] > 0)
+    """Say whether something is cold, or may become so."""
+    section = sample.stats.get("tiers")
+    if section is None:  # a server of an older version has none
+        return False
+    return bool(section["mode"] != "off" or section["cold_pages"])
 
 
 def tiers(sample: Sample, width: int, glyphs: Glyphs) -> Line:

@@ -53,7 +53,7 @@ def test_the_line_is_the_kernels_own_to_the_byte(device: Device) -> None:
     put(device, 12345, NOISE)
     text = b"".join(pieces(device)).decode()
     assert text == "".join(
-        "%12d %12u.%06d %s\n" % (block, NOW, 0, flags) for block, flags in ((3, "s....."), (12345, "..h..."))
+        f"{block:12} {NOW:12}.{0:06} {flags}\n" for block, flags in ((3, "s....."), (12345, "..h..."))
     )
 
 

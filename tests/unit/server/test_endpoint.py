@@ -213,7 +213,10 @@ def test_wrong_method(running: Running, method: str, path: str, allow: str) -> N
 def test_recompress(running: Running) -> None:
     code, text = running.ask("PUT", "/recompress", "type=huge_idle  threshold=300 max_pages=7\n")
     kinds = ["huge", "idle"]
-    assert (code, json.loads(text)) == (200, {"recompress": {"kinds": kinds, "threshold": 300, "max_pages": 7}})
+    assert (code, json.loads(text)) == (
+        200,
+        {"recompress": {"kinds": kinds, "threshold": 300, "max_pages": 7}},
+    )
     assert running.ask("POST", "/recompress")[0] == 200
     assert running.service.passes == [Pass(frozenset(kinds), 300, 7), Pass()]
 

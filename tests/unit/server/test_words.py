@@ -1,13 +1,15 @@
 """zram's words: each is what zram's documentation says, and everything else is refused."""
 
 import re
+from typing import Any, cast
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from zramd.errors import ConfigError, UsageError
 from zramd.server import words
+from zramd.server.routes import Routes
 from zramd.server.tiers import Pass
 from zramd.settings import config
 
@@ -92,7 +94,9 @@ def test_recompress_refuses(text: str, sentence: str) -> None:
 
 
 ANY_WORD = st.one_of(
-    st.sampled_from(["type", "threshold", "max_pages", "algo", "priority", "idle", "huge", "", "=", " ", "1"]),
+    st.sampled_from(
+        ["type", "threshold", "max_pages", "algo", "priority", "idle", "huge", "", "=", " ", "1"]
+    ),
     st.text(max_size=4),
 )
 # Texts that are nearly right are more telling than noise.
@@ -101,28 +105,48 @@ ANY_TEXT = st.one_of(
     st.lists(st.tuples(ANY_WORD, st.sampled_from(["=", "", " ", "=="]), ANY_WORD).map("".join)).map(" ".join),
 )
 GRAMMAR = re.compile(
-    r"type=(idle|huge|huge_idle)|threshold=[0-9]+|max_pages=[0-9]+|algo=zstd|priority=0*1", re.ASCII
+    r"type=(idle|huge|huge_idle)|threshold=[0-9]{1,19}|max_pages=[0-9]{1,19}|algo=zstd|priority=0*1", re.ASCII
 )
 
 
+class Queue:
+    """The service that a request for recompression comes to."""
+
+    def __init__(self) -> None:
+        self.tiers = self
+        self.passes: list[Pass] = []
+
+    def submit(self, wanted: Pass) -> None:
+        self.passes.append(wanted)
+
+
+def meaning(text: str) -> Pass | None:
+    """What zram's grammar, read in another way than zramd reads it, makes of a text; None: nothing."""
+    found = [word for word in re.split(r"[ \t\r\n]+", text.strip()) if word]
+    values = dict(word.partition("=")[::2] for word in found)
+    if len(values) < len(found) or not all(GRAMMAR.fullmatch(word) for word in found):
+        return None
+    threshold, pages = int(values.get("threshold", 0)), int(values.get("max_pages", 1))
+    if threshold > 4096 or not 1 <= pages <= 1 << 30:
+        return None
+    kinds = frozenset(values["type"].split("_")) if "type" in values else frozenset()
+    return Pass(kinds, threshold, pages if "max_pages" in values else 0)
+
+
 @given(ANY_TEXT)
-def test_a_text_is_of_the_grammar_or_refused_in_one_sentence(text: str) -> None:
-    found = [word for word in re.split(r"[ \t\r\n]+", text) if word]
-    keys = [word.partition("=")[0] for word in found]
-    is_right = all(GRAMMAR.fullmatch(word) for word in found) and len(set(keys)) == len(keys)
-    try:
-        wanted = words.recompress(text)
-    except UsageError as refused:
-        assert len(str(refused).splitlines()) == 1
-        assert str(refused).isprintable()
-        # What has the right form may still be out of range.
-        assert not is_right or any(key in ("threshold", "max_pages") for key in keys)
-        return
-    assert is_right
-    values = dict(word.split("=") for word in found)
-    assert wanted.kinds == frozenset(values["type"].split("_") if "type" in values else ())
-    assert wanted.threshold == int(values.get("threshold", 0)) <= 4096
-    assert wanted.max_pages == int(values.get("max_pages", 0)) <= 1 << 30
+@example("type=idle")
+@example("threshold=4096 max_pages=1")
+@example("type=huge algo=zstd priority=01")
+def test_a_text_is_of_the_grammar_or_refused_in_one_sentence_and_nothing_is_queued(text: str) -> None:
+    queue = Queue()
+    reply = Routes(cast(Any, queue)).answer("PUT", "/recompress", text.encode())
+    wanted = meaning(text)
+    if wanted is not None:
+        assert (reply.status, queue.passes) == (200, [wanted])
+    else:
+        assert (reply.status, queue.passes) == (400, [])
+        assert reply.body.endswith("\n")
+        assert reply.body[:-1].isprintable(), "one line, which a terminal can show"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +165,9 @@ def test_idle(text: str, seconds: float | None) -> None:
     ],
 )
 def test_idle_refuses(text: str) -> None:
-    with pytest.raises(UsageError, match=r"is not an age: use all, or a time such as 300, 5min or 1h$") as refused:
+    with pytest.raises(
+        UsageError, match=r"is not an age: use all, or a time such as 300, 5min or 1h$"
+    ) as refused:
         words.idle(text)
     assert str(refused.value).isprintable()
 

@@ -93,7 +93,12 @@ class TestScreen:
     def test_fits_exactly(
         self, long_watch: Watch, glyphs: Glyphs, width: int, height: int, changes: dict[str, object]
     ) -> None:
-        for drawn in (long_watch, Watch(), watched(tiered()), watched(tiered(hot_data_size=0, cold_data_size=0))):
+        for drawn in (
+            long_watch,
+            Watch(),
+            watched(tiered()),
+            watched(tiered(hot_data_size=0, cold_data_size=0)),
+        ):
             lines = text(view.screen(frame(watch=drawn, **changes), width, height, glyphs))
             assert [len(words) for words in lines] == [width] * (height - 1) + [width - 1]
 
@@ -481,7 +486,9 @@ class TestTiers:
     def test_the_bar_is_whole_and_its_parts_are_as_they_are_in_the_pool(
         self, width: int, glyphs: Glyphs
     ) -> None:
-        drawn = view.tiers(tiered(hot_data_size=60 * MIB, cold_data_size=30 * MIB, raw_pages=2560), width, glyphs)
+        drawn = view.tiers(
+            tiered(hot_data_size=60 * MIB, cold_data_size=30 * MIB, raw_pages=2560), width, glyphs
+        )
         room = len(cells.plain(drawn).rstrip())
         assert room <= width
         lengths = [len(words) for words, style in drawn if style in ("hot", "cold", "raw")][:3]

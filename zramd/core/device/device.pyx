@@ -605,18 +605,19 @@ cdef class Device:
         finally:
             gate_release(&self.gate)
 
-    def block_state(self, buf, uint64_t first, uint64_t now, uint64_t sweep):
-        """Fill a writable buffer with lines of zram's block_state, for stored blocks from first on: (bytes written, block to
-        go on with: the number of blocks at the end). now: seconds on the clock that is shown; sweep: seconds of a sweep.
+    def block_state(self, buf, uint64_t first, uint64_t now, uint64_t sweep_seconds):
+        """Fill a writable buffer with lines of zram's block_state, for stored blocks from first on: (bytes written, next).
 
-        Each call holds check and reset up for 0.1 ms, and no request. In blocks of which nobody has asked since the start, the
-        time is that of the start.
+        next: the block to go on with, the number of blocks at the end. now: seconds on the clock that is shown. Each call
+        holds check and reset up for 0.1 ms, and no request. Blocks that nobody has asked for since the start seem to be as
+        old as the start.
         """
         cdef Py_buffer view
         cdef uint32_t written
         PyObject_GetBuffer(buf, &view, PyBUF_WRITABLE)
         with nogil:
-            written = describe_blocks(self.table, &self.gate, <char *>view.buf, <uint32_t>view.len, &first, now, sweep)
+            written = describe_blocks(self.table, &self.gate, <char *>view.buf, <uint32_t>view.len, &first, now,
+                                      sweep_seconds)
         PyBuffer_Release(&view)
         return written, min(first, self.blocks)
 

@@ -174,8 +174,8 @@ cdef uint32_t describe_blocks(
 ) noexcept nogil:
     """Write lines for the blocks that are stored, from block[0] on, into room bytes; how many were written.
 
-    Stops when the room is used up, or enough was looked at; block[0]: with which to go on. now: seconds, of any clock that is
-    to be shown; sweep: seconds of a sweep.
+    Stops when the room is used up, or enough was looked at; block[0]: with which to go on. now: seconds, of the clock that is
+    shown; sweep: seconds of a sweep.
     """
     cdef uint64_t slot
     cdef uint32_t written = 0, looks = 0
