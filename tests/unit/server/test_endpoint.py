@@ -436,7 +436,10 @@ def test_what_takes_long_leaves_room(running: Running) -> None:
     wait_until(lambda: sum(one.lengthy for one in running.endpoint._open) == len(waiting))
     for request in ("POST /compact", "POST /check", "GET /save", "GET /save/live", "PUT /load"):
         code, text = running.ask(*request.split())
-        assert (code, text) == (503, "8 saves, loads, compactions or checks are under way: ask again later\n")
+        assert (code, text) == (
+            503,
+            "8 saves, loads, lists of blocks, compactions or checks are under way: ask again later\n",
+        )
     assert running.ask("GET", "/health")[0] == 200
     running.service.hold.set()
     for sock in waiting:
