@@ -109,6 +109,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, and that knows words which argparse does not.
 
     settings: takes key=value words, anywhere among the options, as `arguments.settings`.
+    pairs: takes such words that are no settings; these are offered by completion.
     nbdkit_options: takes what follows -- as `arguments.nbdkit_options`.
     more: returns what the help ends with; it is called only when somebody reads it.
     """
@@ -117,12 +118,14 @@ class Parser(argparse.ArgumentParser):
         self,
         *,
         settings: bool = False,
+        pairs: Sequence[str] = (),
         nbdkit_options: bool = False,
         more: Callable[[], str] = lambda: "",
         **rest: object,
     ) -> None:
         super().__init__(formatter_class=_Formatter, **rest)  # type: ignore[arg-type]
         self.takes_settings = settings
+        self.pairs = pairs
         self.takes_nbdkit_options = nbdkit_options
         self._more = more
 
@@ -135,7 +138,7 @@ class Parser(argparse.ArgumentParser):
         if self.takes_nbdkit_options:
             split = words.index("--") if "--" in words else len(words)
             words, namespace.nbdkit_options = words[:split], words[split + 1 :]
-        if self.takes_settings:
+        if self.takes_settings or self.pairs:
             values = self._values(words)
             settings = [
                 place

@@ -114,15 +114,6 @@ SHELLS = {
     "zsh": Shell(_ZSH, '{texts}) offers="{words}" ;;', " | "),
     "fish": Shell(_FISH, "case {texts}; set offers {words}", " "),
 }
-RECOMPRESS = (
-    "type=idle",
-    "type=huge",
-    "type=huge_idle",
-    "threshold=",
-    "max_pages=",
-    "algo=zstd",
-    "priority=1",
-)
 # In the lists of words, @devices stands for the devices that have a run folder, @files for files and folders.
 _BY_METAVAR = {"NAME": "@devices", "FILE": "@files", "FOLDER": "@files"}
 
@@ -134,9 +125,8 @@ def words(path: str, verb: Parser) -> list[str]:
         found += action.option_strings
         if not action.option_strings and action.dest != "new_name":
             found += value_of(action)
-    if path == "recompress":
-        found += RECOMPRESS
-    elif verb.takes_settings:
+    found += verb.pairs
+    if verb.takes_settings:
         live_only = path == "set"
         found += [f"{each.name}=" for each in config.SETTINGS if not (live_only and each.fixed)]
     return found

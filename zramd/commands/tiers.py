@@ -162,6 +162,7 @@ def idle(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_PAIRS = ("type=idle", "type=huge", "type=huge_idle", "threshold=", "max_pages=", "algo=zstd", "priority=1")
 _WORDS = """
 words, as zram's file recompress takes them, in any order:
   type=idle            blocks that are marked idle (zramd idle)
@@ -202,7 +203,7 @@ def add(commands: Commands) -> None:
         description="Have blocks recompressed now that would become cold by and by. The command does not "
         "wait for it.",
         more=lambda: _WORDS,
-        settings=True,
+        pairs=_PAIRS,
     )
     add_device(parser)
     parser.set_defaults(run=recompress)

@@ -174,7 +174,7 @@ cdef uint32_t describe_blocks(
 ) noexcept nogil:
     """Write lines for the blocks that are stored, from block[0] on, into room bytes; how many were written.
 
-    Stops when the room is used up, or enough was looked at; block[0]: with which to go on. now: seconds, of the clock that is
+    Stops when the room is used up, or enough was looked at. block[0]: with which to go on. now: seconds on the clock that is
     shown; sweep: seconds of a sweep.
     """
     cdef uint64_t slot
