@@ -16,7 +16,8 @@ def make_device(config: Config) -> Device:
         return Device(
             config.disksize,
             mem_limit=config.mem_limit,
-            acceleration=config.acceleration,
+            codec=config.codec.name,
+            level=config.codec.level,
             verify=config.verify,
         )
     fd = statefile.open_state(path, config.disksize, config.verify)
@@ -24,7 +25,8 @@ def make_device(config: Config) -> Device:
         device = Device(
             config.disksize,
             mem_limit=config.mem_limit,
-            acceleration=config.acceleration,
+            codec=config.codec.name,
+            level=config.codec.level,
             verify=config.verify,
             state=fd,
             progress=lambda done, total: say(f"taking over state '{path}': {100 * done // total} %"),

@@ -11,19 +11,17 @@ from typing import Any
 
 from zramd.contract import rundir
 from zramd.errors import ConfigError
-from zramd.settings import amounts
+from zramd.settings import amounts, codecs
 
 PAGE_SIZE = 4096  # bytes
 MAX_DISKSIZE = 4 << 40  # the core has the same: handles have 31 bits
 MAX_CLIENTS = 65536
-MAX_ACCELERATION = 65537  # LZ4_ACCELERATION_MAX: lz4 silently clamps what is above
 # sun_path holds 107 bytes and a NUL; control.sock is the longest socket name in the folder.
 MAX_RUNDIR_BYTES = 107 - len("/control.sock")
 
 _SUFFIXES = "KMGTPE"
 _SIZE = re.compile(r"(0x[0-9a-f]+|0[0-7]*|[1-9][0-9]*)(?:([KMGTPE])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
-_LZ4 = re.compile(r"lz4(?:\(\s*level\s*=\s*([0-9]{1,9})\s*\))?", re.ASCII)
 _BOOLEANS = {"on": True, "yes": True, "true": True, "1": True}
 _BOOLEANS |= {"off": False, "no": False, "false": False, "0": False}
 
@@ -100,15 +98,6 @@ def _name(text: str) -> str:
             f"'{text}' is not a name: use 1 to 64 letters, digits, _ . or -, not starting with . or -"
         )
     return text
-
-
-def _comp_algorithm(text: str) -> str:
-    match = _LZ4.fullmatch(text)
-    if match is None or not 1 <= int(match[1] or 1) <= MAX_ACCELERATION:
-        raise ConfigError(
-            f"'{text}' is not available: use lz4 or lz4(level=N) with N from 1 to {MAX_ACCELERATION}"
-        )
-    return f"lz4(level={int(match[1])})" if match[1] else "lz4"
 
 
 def _absolute(text: str) -> str:
@@ -243,12 +232,24 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "comp_algorithm",
-        _comp_algorithm,
+        codecs.comp_algorithm,
         "lz4",
-        "lz4(level=4)",
-        f"compressor; level is lz4's acceleration, 1 to {MAX_ACCELERATION}: higher is faster and compresses "
-        "less",
+        "zstd(level=3)",
+        "how blocks are compressed when they are written, one of zram's names: lz4, lz4(level=N) with N from 1 "
+        "to 65537, its acceleration: higher is faster and compresses less; lz4hc, lz4hc(level=N) with N from 3 "
+        "to 12 [9]: slow to write, as fast to read; zstd, zstd(level=N) with N from 1 to 19 [3]: a third "
+        "smaller, slower; none: as they are. A list of two belongs into zramd.conf's compression-algorithm",
         fixed="compressors are set up when the device is made",
+    ),
+    Setting(
+        "recompression",
+        codecs.recompression,
+        None,
+        "zstd(level=3)",
+        "how blocks are compressed again once nobody asks for them: zstd, zstd(level=N) with N from 1 to 19 [3], "
+        "or off",
+        shown_default=f"{codecs.DEFAULT_RECOMPRESSION}; off with comp_algorithm=zstd or none",
+        fixed="its compressor is set up when the device is made",
     ),
     Setting(
         "rundir",
@@ -375,6 +376,7 @@ class Config:
     name: str
     mem_limit: int
     comp_algorithm: str
+    recompression: str
     rundir: str
     state: str
     verify: bool
@@ -393,10 +395,9 @@ class Config:
     endpoint: bool
 
     @property
-    def acceleration(self) -> int:
-        """lz4's acceleration factor, taken from comp_algorithm."""
-        match = _LZ4.fullmatch(self.comp_algorithm)
-        return int(match[1]) if match and match[1] else 1
+    def codec(self) -> codecs.Codec:
+        """The algorithm of what is written, and its level."""
+        return codecs.parse(self.comp_algorithm)
 
 
 def default_rundir(name: str) -> str:
@@ -446,6 +447,8 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
             values[setting.name] = value(setting, setting.default)
     if "disksize" not in values:
         raise ConfigError("disksize is missing: give the size of the device, such as disksize=1G")
+    values.setdefault("recompression", codecs.default_recompression(values["comp_algorithm"]))
+    codecs.must_gain(values["comp_algorithm"], values["recompression"])
     if values["metrics_file"] and not values["stats_interval"]:
         raise ConfigError(
             f"metrics_file='{values['metrics_file']}' would never be written: stats_interval is 0, use 1"

@@ -6,7 +6,8 @@ Nothing here is counted: that is done where it happens.
 from libc.stdint cimport uint64_t
 
 from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, Blocks, counters
-from zramd.core.device.slots cimport COLD, HOLE, LOST, RAW, SAME, block_kind, has_object, slot_bytes, slot_handle, slot_kind
+from zramd.core.device.slots cimport HOLE, LOST, RAW, SAME
+from zramd.core.device.slots cimport block_kind, has_object, is_cold, slot_bytes, slot_handle, slot_kind
 from zramd.core.pool.zsmalloc cimport object_place, place
 from zramd.core.system.latency cimport BUCKETS
 from zramd.core.system.locks cimport load_relaxed, pthread_mutex_lock, pthread_mutex_unlock
@@ -75,7 +76,7 @@ cdef dict describe_block(Blocks table, uint64_t number):
         return {"block": number, "kind": "same", "word": word, "handle": slot_handle(slot)}
     return {
         "block": number,
-        "kind": "raw" if what == RAW else "zstd" if what == COLD else "lz4",
+        "kind": "raw" if what == RAW else "zstd" if is_cold(slot) else "lz4",
         "handle": slot_handle(slot),
         "payload_bytes": slot_bytes(slot),
         "obj": at.obj,
