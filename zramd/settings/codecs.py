@@ -9,7 +9,7 @@ from typing import NamedTuple
 from zramd.errors import ConfigError
 
 # Each algorithm's levels: the first, the last, and that of whoever gives none. The core has the same.
-LEVELS = {"lz4": (1, 65537, 1), "lz4hc": (3, 12, 9), "zstd": (1, 19, 3), "none": (0, 0, 0)}
+LEVELS = {"lz4": (1, 65537, 1), "lz4hc": (3, 9, 9), "zstd": (1, 19, 3), "none": (0, 0, 0)}
 COLD = "zstd"  # the one that recompresses
 OFF = ("off", "no", "false", "0")
 AVAILABLE = "lz4, lz4hc, zstd or none, or one with a level, such as zstd(level=3)"
@@ -30,7 +30,7 @@ class Codec(NamedTuple):
 def parse(text: str) -> Codec:
     """Return what one algorithm, such as lz4 or zstd(level=3), means. Raises ConfigError."""
     match = _WORD.fullmatch(text)
-    if match is None and len(words(text)) > 1:
+    if match is None and len(words(text)) > 1 and all(word[-1] not in "(" for word in words(text)):
         raise ConfigError(
             f"'{text}' is more than one algorithm: use comp_algorithm for what is written and recompression "
             "for what is cold"

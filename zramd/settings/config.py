@@ -235,10 +235,9 @@ SETTINGS: tuple[Setting, ...] = (
         codecs.comp_algorithm,
         "lz4",
         "zstd(level=3)",
-        "how blocks are compressed when they are written, one of zram's names: lz4, lz4(level=N) with N from 1 "
-        "to 65537, its acceleration: higher is faster and compresses less; lz4hc, lz4hc(level=N) with N from 3 "
-        "to 12 [9]: slow to write, as fast to read; zstd, zstd(level=N) with N from 1 to 19 [3]: a third "
-        "smaller, slower; none: as they are. A list of two belongs into zramd.conf's compression-algorithm",
+        "compressor of what is written: lz4, lz4hc, zstd or none, or one with a level: lz4(level=N) with N from 1 "
+        "to 65537: higher is faster and compresses less; lz4hc(level=N), 3 to 9; zstd(level=N), 1 to 19; a second "
+        "one is recompression's",
         fixed="compressors are set up when the device is made",
     ),
     Setting(
@@ -246,8 +245,7 @@ SETTINGS: tuple[Setting, ...] = (
         codecs.recompression,
         None,
         "zstd(level=3)",
-        "how blocks are compressed again once nobody asks for them: zstd, zstd(level=N) with N from 1 to 19 [3], "
-        "or off",
+        "compressor of what nobody has asked for in a while: zstd, zstd(level=N) with N from 1 to 19, or off",
         shown_default=f"{codecs.DEFAULT_RECOMPRESSION}; off with comp_algorithm=zstd or none",
         fixed="its compressor is set up when the device is made",
     ),

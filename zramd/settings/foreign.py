@@ -255,7 +255,23 @@ def _algorithm(text: str) -> tuple[str, list[str]]:
             texts.append(f"{word} is for recompression, for which zramd has {codecs.COLD} alone, once: it is left out")
         else:
             cold = name + _level(name, parameters, texts)
+    if cold and (useless := _useless(hot, cold)):
+        texts.append(f"{useless}: it is left out")
+        cold = ""
     return " ".join(filter(None, (hot, cold))), texts
+
+
+def _useless(hot: str, cold: str) -> str:
+    """Return why an algorithm gains nothing over another, "" if it does."""
+    try:
+        written = codecs.comp_algorithm(hot), codecs.recompression(cold)
+    except ConfigError:
+        return ""  # devices.build reports it
+    try:
+        codecs.must_gain(*written)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def _level(name: str, parameters: str, texts: list[str]) -> str:

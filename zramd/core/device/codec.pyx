@@ -40,8 +40,9 @@ from zramd.core.types cimport BLOCK_SIZE
 from zramd.errors import error_from
 
 LZ4_VERSION = LZ4_versionString().decode()
-# Each codec's levels: the first, the last, and that of whoever asks for none. lz4's is its acceleration.
-LEVELS = {"lz4": (1, 65537, 1), "lz4hc": (3, 12, 9), "zstd": (1, ZSTD_LEVELS, 3), "none": (0, 0, 0)}
+# Each codec's levels: the first, the last, and that of whoever asks for none. lz4's is its acceleration; from 10 on lz4hc
+# takes 64 KiB from the heap for each block, which no request may; zstd's above 19 take more memory than a block can use.
+LEVELS = {"lz4": (1, 65537, 1), "lz4hc": (3, 9, 9), "zstd": (1, ZSTD_LEVELS, 3), "none": (0, 0, 0)}
 
 
 cdef codec codec_of(str name, int level) except *:
