@@ -20,6 +20,7 @@ from support.run import talk, wait_until
 from support.server import PACKAGE_PARENT, PLUGIN, NbdkitProcess
 
 import zramd
+from zramd.core.device import codec, frames
 
 Serve = Callable[..., NbdkitProcess]
 MIB = 1 << 20
@@ -354,6 +355,7 @@ class TestBadStart:
         text = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=True).stdout
         assert text.startswith("zramd_version=")
         assert "\nzramd_setting_mem_limit=0: " in text
+        assert f"\nzramd_lz4={codec.LZ4_VERSION}\nzramd_zstd={frames.ZSTD_VERSION}\n" in text
 
 
 class TestStop:
