@@ -1,7 +1,9 @@
-/* LD_PRELOAD: counts what the process asks the heap for; shim_fail lets the one after so many fail, once. */
+/* LD_PRELOAD: counts what the process asks the heap for; shim_fail lets the one after so many fail, once. What asks for
+   whole pages of SHIM_REFUSED bytes, of the environment, fails always. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stddef.h>
+#include <stdlib.h>
 
 extern void *__libc_malloc(size_t size);
 extern void *__libc_calloc(size_t count, size_t size);
@@ -34,7 +36,8 @@ void *realloc(void *start, size_t size) { return fails(size) ? NULL : __libc_rea
 
 int posix_memalign(void **start, size_t alignment, size_t size)
 {
-    if (fails(size))
+    const char *refused = getenv("SHIM_REFUSED");
+    if (fails(size) || (refused && (size_t)atol(refused) == size))
         return ENOMEM;
     *start = __libc_memalign(alignment, size);
     return *start ? 0 : ENOMEM;

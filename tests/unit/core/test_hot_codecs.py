@@ -12,14 +12,13 @@ from support.content import compressible, noise
 from support.run import SANITIZED, preloaded, run_threads
 
 from zramd import Device, PoolFullError
-from zramd.core.device import codec
+from zramd.core.device import codec, saving
 from zramd.core.device.device import state_layout
 
 BLOCK = 4096
 BLOCKS = 256
 SIZE = BLOCKS * BLOCK
 NAMES = ("lz4", "lz4hc", "zstd", "none")
-SHIM = Path(__file__).parents[2] / "support" / "shim_malloc.c"
 
 
 def contents(seed: int = 1) -> bytes:
@@ -207,11 +206,23 @@ def test_a_codecs_memory_is_counted(name: str) -> None:
     assert device.counters()["metadata_bytes"] >= before + 5 * least, "made ahead of the requests"
 
 
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("shim") / "malloc.so"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", made, SHIM], check=True)
-    return made
+@pytest.mark.parametrize("before", NAMES)
+def test_a_save_is_loaded_with_another_codec(before: str, tmp_path: Path) -> None:
+    data = contents()
+    first = Device(SIZE, codec=before, verify=True, cold_level=5)
+    first.write(data, 0)
+    first.cool(0, BLOCKS // 4)
+    with (tmp_path / "saved").open("w+b", buffering=0) as file:
+        saved = saving.save(first, file.fileno())
+        assert saved["blocks"] == BLOCKS
+        for after in NAMES:
+            file.seek(0)
+            second = Device(SIZE, codec=after)
+            saving.load(second, file.fileno())
+            assert read(second) == data
+            second.write(data[BLOCK:], 0)
+            second.check()
+            assert read(second)[: SIZE - BLOCK] == data[BLOCK:]
 
 
 def child(shim: Path, code: str, *words: str) -> str:
@@ -239,7 +250,7 @@ data = b"".join((rnd.randbytes(n % 9 * 500) + b"%d brown foxes" % n * 400)[:4096
 
 @pytest.mark.skipif(SANITIZED, reason="a sanitizer has a heap of its own")
 @pytest.mark.parametrize(("name", "level"), [("lz4", 1), ("lz4hc", 3), ("lz4hc", 9), ("zstd", 1), ("zstd", 19)])
-def test_requests_never_allocate(shim: Path, name: str, level: int) -> None:
+def test_requests_never_allocate(malloc_shim: Path, name: str, level: int) -> None:
     """Whole blocks and parts, also of what is cold; 400 bytes and more, as Python itself has small ones."""
     code = (
         COUNTING
@@ -258,7 +269,7 @@ device.write(memoryview(data)[:9000], 100)
 print(shim.shim_count(400) - 1)     # data[:8000] is one: the shim counts
 """
     )
-    assert child(shim, code, name, str(level)) == "0\n"
+    assert child(malloc_shim, code, name, str(level)) == "0\n"
 
 
 @pytest.mark.skipif(SANITIZED, reason="a sanitizer has a heap of its own")
@@ -273,7 +284,7 @@ print(shim.shim_count(400) - 1)     # data[:8000] is one: the shim counts
         ("zstd", 4, "no memory to compress by zstd"),
     ],
 )
-def test_no_memory_for_a_codec_is_said_when_the_device_is_made(shim: Path, name: str, nth: int, sentence: str) -> None:
+def test_no_memory_for_a_codec_is_said_when_the_device_is_made(malloc_shim: Path, name: str, nth: int, sentence: str) -> None:
     code = (
         COUNTING
         + """
@@ -286,5 +297,5 @@ except MemoryError as error:
     print(error)
 """
     )
-    said = child(shim, code, name, "0", str(nth))
+    said = child(malloc_shim, code, name, "0", str(nth))
     assert re.fullmatch(re.escape(sentence) + ": [0-9]{5,6} bytes\n", said), said
