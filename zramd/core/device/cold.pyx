@@ -34,7 +34,7 @@ import os
 cdef class Cold:
     """What compresses cold blocks, and decompresses those and all others of zstd.
 
-    level: zstd's, 1 to 19; 0: nothing is made cold. many: each processor may be at work on one, because all blocks are
+    level: zstd's, 1 to 19; 0: nothing is made cold. many: all processors may be decompressing, because all blocks are
     zstd's. Raises ValueError for another level, MemoryError.
     """
 
@@ -46,7 +46,8 @@ cdef class Cold:
             raise ValueError(f"level {level} is out of range: 1 to {ZSTD_LEVELS}")
         self.count = DECODERS_FEW
         if many:
-            self.count = max(self.count, min(<int>DECODERS_MAX, len(os.sched_getaffinity(0))))
+            # Twice as many: who loses the processor in the middle of a block keeps his.
+            self.count = min(<int>DECODERS_MAX, 2 * len(os.sched_getaffinity(0)))
         self.memory_size = each * self.count
         self.memory = <uint8_t *>secret_alloc(self.memory_size)
         if self.memory == NULL:
