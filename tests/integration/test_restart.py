@@ -394,6 +394,13 @@ def test_a_restart_refuses_a_recompression_that_gains_nothing(started: Callable[
     )
     assert served.restart("comp_algorithm=zstd(level=9)", "recompression=off").returncode == 0
     assert "use a higher level, or off" in served.refused("recompression=zstd", status=2)
+    done = zramd("set", "--rundir", served.rundir, "recompression=zstd(level=9)")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "zramd: run: recompression='zstd(level=9)' makes nothing smaller than comp_algorithm='zstd(level=9)' did: "
+        "use a higher level, or off\n",
+    )
+    assert zramd("set", "--rundir", served.rundir, "recompression=zstd(level=10)").returncode == 0
 
 
 def test_stop_after_a_restart_leaves_only_the_state(started: Callable[..., Started]) -> None:

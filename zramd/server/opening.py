@@ -19,6 +19,7 @@ def make_device(config: Config) -> Device:
             codec=config.codec.name,
             level=config.codec.level,
             verify=config.verify,
+            cold_level=config.cold_level,
         )
     fd = statefile.open_state(path, config.disksize, config.verify)
     try:
@@ -28,6 +29,7 @@ def make_device(config: Config) -> Device:
             codec=config.codec.name,
             level=config.codec.level,
             verify=config.verify,
+            cold_level=config.cold_level,
             state=fd,
             progress=lambda done, total: say(f"taking over state '{path}': {100 * done // total} %"),
         )

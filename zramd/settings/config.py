@@ -16,6 +16,8 @@ from zramd.settings import amounts, codecs
 PAGE_SIZE = 4096  # bytes
 MAX_DISKSIZE = 4 << 40  # the core has the same: handles have 31 bits
 MAX_CLIENTS = 65536
+MIN_COLD_AGE = 10  # seconds: a sweep
+MAX_COLD_AGE = 5 * 3600  # the oldest that a block's age can tell is some more
 # sun_path holds 107 bytes and a NUL; control.sock is the longest socket name in the folder.
 MAX_RUNDIR_BYTES = 107 - len("/control.sock")
 
@@ -176,6 +178,16 @@ def _seconds(text: str) -> float:
     return _number(text, 0.01, 3600, "seconds")
 
 
+def _cold_age(text: str) -> float:
+    seconds = amounts.duration(text, MIN_COLD_AGE, MAX_COLD_AGE)
+    if seconds is None:
+        raise ConfigError(
+            f"'{text}' is out of range: use {MIN_COLD_AGE} seconds to {MAX_COLD_AGE // 3600} hours, "
+            "such as 300, 5min or 1h"
+        )
+    return seconds
+
+
 def _seconds_or_never(text: str) -> float:
     return 0.0 if text == "0" else _seconds(text)
 
@@ -239,15 +251,6 @@ SETTINGS: tuple[Setting, ...] = (
         "to 65537: higher is faster and compresses less; lz4hc(level=N), 3 to 9; zstd(level=N), 1 to 19; a second "
         "one is recompression's",
         fixed="compressors are set up when the device is made",
-    ),
-    Setting(
-        "recompression",
-        codecs.recompression,
-        None,
-        "zstd(level=3)",
-        "compressor of what nobody has asked for in a while: zstd, zstd(level=N) with N from 1 to 19, or off",
-        shown_default=f"{codecs.DEFAULT_RECOMPRESSION}; off with comp_algorithm=zstd or none",
-        fixed="its compressor is set up when the device is made",
     ),
     Setting(
         "rundir",
@@ -337,6 +340,23 @@ SETTINGS: tuple[Setting, ...] = (
         "compaction_step", _step, "64K", "256K", "bytes of objects moved before looking at other requests"
     ),
     Setting(
+        "recompression",
+        codecs.recompression,
+        None,
+        "zstd(level=3)",
+        "how blocks are compressed again once nobody asks for them: zstd, zstd(level=N) with N from 1 to "
+        f"{codecs.LEVELS[codecs.COLD][1]} [{codecs.LEVELS[codecs.COLD][2]}], or off",
+        shown_default=f"{codecs.DEFAULT_RECOMPRESSION}; off with comp_algorithm=zstd or none",
+    ),
+    Setting(
+        "cold_age",
+        _cold_age,
+        "5min",
+        "1h",
+        "time for which nobody has asked for a block before it is recompressed, in seconds or with a unit (s, "
+        f"min, h), {MIN_COLD_AGE} seconds to {MAX_COLD_AGE // 3600} hours; less when memory is short",
+    ),
+    Setting(
         "stats_interval",
         _seconds_or_never,
         "1",
@@ -374,7 +394,6 @@ class Config:
     name: str
     mem_limit: int
     comp_algorithm: str
-    recompression: str
     rundir: str
     state: str
     verify: bool
@@ -388,6 +407,8 @@ class Config:
     compaction_near_limit: float
     compaction_interval: float
     compaction_step: int
+    recompression: str
+    cold_age: float
     stats_interval: float
     metrics_file: str
     endpoint: bool
@@ -396,6 +417,11 @@ class Config:
     def codec(self) -> codecs.Codec:
         """The algorithm of what is written, and its level."""
         return codecs.parse(self.comp_algorithm)
+
+    @property
+    def cold_level(self) -> int:
+        """zstd's level for what is cold, 0: nothing is recompressed."""
+        return codecs.cold_level(self.recompression)
 
 
 def default_rundir(name: str) -> str:

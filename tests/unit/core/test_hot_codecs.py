@@ -14,6 +14,7 @@ from support.run import SANITIZED, preloaded, run_threads
 from zramd import Device, PoolFullError
 from zramd.core.device import codec, saving
 from zramd.core.device.device import state_layout
+from zramd.core.device.tier import Tier
 
 BLOCK = 4096
 BLOCKS = 256
@@ -156,6 +157,25 @@ def test_small_payloads_of_zstd_are_left_to_themselves() -> None:
     assert device.counters()["cold_pages"] <= BLOCKS - len(small)
     device.cool(0, BLOCKS)
     assert device.counters()["cold_pages"] >= len(small) > 0
+
+
+@pytest.mark.parametrize(("name", "better"), [("lz4", True), ("lz4hc", True), ("zstd", False), ("none", False)])
+def test_only_what_is_read_faster_hot_becomes_hot_again(name: str, better: bool) -> None:
+    device = Device(SIZE, codec=name, level=1 if name == "zstd" else 0, cold_level=19)
+    tier = Tier(device)
+    data = contents()
+    device.write(data, 0)
+    device.cool(0, BLOCKS)
+    for _ in range(3):
+        tier.sweep(coarse=False, keep=True, threshold=0)
+        assert read(device) == data
+    cold = device.counters()["cold_pages"]
+    _, tried, done, _ = tier.promote(0, BLOCKS)
+    assert cold > 0
+    assert (tried == cold, 0 < done <= tried) == (better, better)
+    assert device.counters()["cold_pages"] == cold - done
+    assert read(device) == data
+    device.check()
 
 
 @pytest.mark.parametrize("name", NAMES)

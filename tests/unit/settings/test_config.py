@@ -66,7 +66,6 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         name="zram0",
         mem_limit=0,
         comp_algorithm="lz4",
-        recompression="zstd(level=5)",
         rundir="/run/zramd/zram0",
         state="",
         verify=False,
@@ -80,6 +79,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         compaction_near_limit=90.0,
         compaction_interval=1.0,
         compaction_step=65536,
+        recompression="zstd(level=5)",
+        cold_age=300.0,
         stats_interval=1.0,
         metrics_file="",
         endpoint=True,
@@ -179,7 +180,7 @@ def test_two_algorithms_are_two_settings(text: str) -> None:
 )
 def test_recompression(text: str, recompression: str, level: int) -> None:
     parsed = parse(recompression=text)
-    assert (parsed.recompression, codecs.cold_level(parsed.recompression)) == (recompression, level)
+    assert (parsed.recompression, parsed.cold_level) == (recompression, level)
 
 
 @pytest.mark.parametrize("text", ["", "on", "lz4", "lz4hc", "none", "zstd lz4", "zstd()", "lzo-rle(level=3)"])
@@ -230,6 +231,20 @@ def test_false(text: str) -> None:
         ("compaction_interval", "inf"),
         ("compaction_step", "4095"),
         ("compaction_step", "2G"),
+        ("recompression", "lz4"),
+        ("recompression", "zstd(level=0)"),
+        ("recompression", "zstd(level=20)"),
+        ("recompression", "zstd level=3"),
+        ("recompression", ""),
+        ("cold_age", "9"),
+        ("cold_age", "9.9s"),
+        ("cold_age", "301min"),
+        ("cold_age", "6h"),
+        ("cold_age", "1e3"),
+        ("cold_age", "5 m"),
+        ("cold_age", "min"),
+        ("cold_age", ""),
+        ("cold_age", "300ms"),
         ("client_limit", "0"),
         ("client_limit", "65537"),
         ("client_limit", "-1"),
@@ -260,6 +275,15 @@ def test_other_values() -> None:
     assert parsed.compaction_interval == 0.5
     assert parsed.stats_interval == 0
     assert parsed.pool_full == "eio"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("10", 10), ("10s", 10), ("90 s", 90), ("5min", 300), ("1.5h", 5400), ("5h", 18000), ("0.1d", 8640)],
+)
+def test_cold_age(text: str, seconds: float) -> None:
+    assert parse(cold_age=text).cold_age == seconds
+    assert parse(cold_age=config.written(parse(cold_age=text).cold_age)).cold_age == seconds
 
 
 def test_metrics_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

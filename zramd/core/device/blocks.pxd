@@ -19,8 +19,11 @@ cdef enum:
     STRIPES = 256
     SCRATCHES_READY = 6         # where requests must not need memory. More come from the heap, which is resident then
     AGE_COARSE = 128            # a block of this age and more grows older in coarse sweeps only
-    AGE_OLDEST = 254
-    AGE_COOLING = 255           # it is being made cold
+    AGE_OLDEST = 252            # what comes after is no age
+    AGE_WANTED = 253            # of a cold block: it was read in two sweeps within READ_AGAIN, and is to be hot again
+    AGE_IDLE = 254              # marked by zram's word `idle`
+    AGE_COOLING = 255           # it is being made cold, or hot again
+    READ_AGAIN = 3              # sweeps
 
 cdef struct scratch:
     # What one request needs to compress and decompress, at the begin of a page.
@@ -57,6 +60,10 @@ cdef struct counters:
     latency latencies[OPS]
     uint64_t cold_pages
     uint64_t cold_data_size
+    uint64_t recompressed
+    uint64_t recompress_useless
+    uint64_t recompress_saved
+    uint64_t promoted
 
 cdef struct walk:
     # How far a walk that looks for faults is; zeros to begin with.
@@ -68,6 +75,7 @@ cdef class Blocks:
     cdef uint64_t count
     cdef codec hot                          # of what is written
     cdef uint64_t hot_marks                 # of the slot of what it has compressed
+    cdef bint promotes                      # what was cold and is wanted again is read faster if it is hot
     cdef bint verify
     cdef Pool pool
     cdef Region slot_table
@@ -113,7 +121,7 @@ cdef class Blocks:
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil
     cdef int zero_block(self, uint64_t block, bint hole) noexcept nogil
     cdef void _used(self, uint64_t block) noexcept nogil
-    cdef void sweep(self, bint coarse) noexcept nogil
+    cdef void _read_again(self, uint64_t block, uint8_t age) noexcept nogil
     cdef int cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil
     cdef int populate(self) noexcept nogil
     cdef void clear(self) noexcept nogil

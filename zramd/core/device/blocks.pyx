@@ -25,6 +25,8 @@ from zramd.core.system.points cimport zr_point
 from zramd.core.device.checksum cimport checksum
 from zramd.core.device.cold cimport Cold
 from zramd.core.device.codec cimport (
+    USE_LZ4,
+    USE_LZ4HC,
     USE_ZSTD,
     codec,
     codec_of,
@@ -47,8 +49,8 @@ from zramd.core.device.slots cimport (
     block_kind,
     cold_slot,
     has_object,
+    is_candidate,
     is_cold,
-    may_cool,
     object_slot,
     same_slot,
     slot_bytes,
@@ -126,6 +128,7 @@ cdef class Blocks:
         self.count = count
         self.hot = codec_of(name, level)
         self.hot_marks = SLOT_ZSTD if self.hot.name == USE_ZSTD else 0
+        self.promotes = self.hot.name == USE_LZ4 or self.hot.name == USE_LZ4HC
         self.verify = verify
         self.scratch_size = <uint32_t>whole_pages(sizeof(scratch) + state_size(&self.hot))
         self.counters = <counters *>memory.kept(KEPT_DEVICE)
@@ -380,6 +383,14 @@ cdef class Blocks:
         if load_relaxed_8(&self.ages[block]):
             store_relaxed_8(&self.ages[block], 0)
 
+    cdef void _read_again(self, uint64_t block, uint8_t age) noexcept nogil:
+        """Note that a request reads a block of this age, which is not 0. The caller has its stripe."""
+        cdef uint64_t slot = self.get(block)
+        if slot_kind(slot) != COLD or not self.promotes or READ_AGAIN < age != AGE_WANTED:
+            store_relaxed_8(&self.ages[block], 0)
+        elif age != AGE_WANTED:
+            store_relaxed_8(&self.ages[block], AGE_WANTED)
+
     cdef void _count(self, uint64_t slot, uint64_t n) noexcept nogil:
         """Count a block's slot as stored (n: 1), or as stored no more (n: -1)."""
         cdef block_kind what = slot_kind(slot)
@@ -442,12 +453,15 @@ cdef class Blocks:
         return rc
 
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil:
+        cdef uint8_t age
         cdef int rc
         if self.get(block) == 0:
             memset(dst, 0, n)
             return 0
         pthread_mutex_lock(&self.stripes[block % STRIPES])
-        self._used(block)
+        age = load_relaxed_8(&self.ages[block])
+        if age:
+            self._read_again(block, age)
         rc = self._load(block, self.get(block), dst if n == BLOCK_SIZE else s.page)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
         if n != BLOCK_SIZE and rc == 0:
@@ -463,21 +477,6 @@ cdef class Blocks:
     # --------------------------------------------------------------------------------------------------------
     # a block that nobody asks for becomes cold
 
-    cdef void sweep(self, bint coarse) noexcept nogil:
-        """Let every block grow older by a sweep, the old ones only in a coarse one.
-
-        A request may come between the look and the store: then the block is taken for older than it is, once.
-        """
-        cdef uint64_t page, block
-        cdef uint8_t age
-        for page in range(self.count // SLOTS_PER_PAGE + 1):
-            if not is_touched(&self.touched[page]):
-                continue
-            for block in range(page * SLOTS_PER_PAGE, min((page + 1) * SLOTS_PER_PAGE, self.count)):
-                age = load_relaxed_8(&self.ages[block])
-                if age < AGE_COARSE or (coarse and age < AGE_OLDEST):
-                    store_relaxed_8(&self.ages[block], age + 1)
-
     cdef int cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil:
         """Compress a block again, by the cold codec, and keep that if its chunk gets smaller: how many bytes, 0, or -errno.
 
@@ -488,20 +487,20 @@ cdef class Blocks:
         """
         cdef uint64_t slot, now = 0, handle = 0
         cdef uint32_t size, sum = 0
-        cdef block_kind what
+        cdef uint8_t was
         cdef char *place
         cdef int rc
         if load_relaxed_8(&self.ages[block]) < age or self.get(block) == 0:
             return 0
         pthread_mutex_lock(&self.stripes[block % STRIPES])
         slot = self.get(block)
-        what = slot_kind(slot)
         size = slot_bytes(slot)
-        if not may_cool(slot) or (what != RAW and size < threshold):
+        if not is_candidate(slot, threshold):
             pthread_mutex_unlock(&self.stripes[block % STRIPES])
             return 0
         # A request puts another age here, and so takes the mark off: the slot alone does not say so, as the same handle may
         # have come back with other content of the same size.
+        was = load_relaxed_8(&self.ages[block])
         store_relaxed_8(&self.ages[block], AGE_COOLING)
         rc = self._load(block, slot, page)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
@@ -514,8 +513,9 @@ cdef class Blocks:
             if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
                 now = tried_slot(slot)
                 store_release(&self.slots[block], now)
-                store_relaxed_8(&self.ages[block], AGE_OLDEST)
-                if what == ZSTD:
+                store_relaxed_8(&self.ages[block], was)
+                counter_add(&self.counters.recompress_useless, 1)
+                if slot_kind(slot) == ZSTD:
                     self._count(now, 1)
                     self._count(slot, <uint64_t>-1)
             pthread_mutex_unlock(&self.stripes[block % STRIPES])
@@ -523,7 +523,7 @@ cdef class Blocks:
         rc = self.pool.obj_alloc(size, &handle, &place)
         if rc:
             if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
-                store_relaxed_8(&self.ages[block], AGE_OLDEST)
+                store_relaxed_8(&self.ages[block], was)
             return rc
         if self.verify:
             sum = checksum(out, size, block)
@@ -534,7 +534,7 @@ cdef class Blocks:
         if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
             now = cold_slot(handle, size, sum)
             store_release(&self.slots[block], now)
-            store_relaxed_8(&self.ages[block], AGE_OLDEST)
+            store_relaxed_8(&self.ages[block], was)
             zr_point(points.cold_stored)
             self._count(now, 1)
             self._count(slot, <uint64_t>-1)
@@ -543,6 +543,8 @@ cdef class Blocks:
             self.pool.obj_free(handle)
             return -EAGAIN
         self._free(block, slot)
+        counter_add(&self.counters.recompressed, 1)
+        counter_add(&self.counters.recompress_saved, slot_bytes(slot) - size)
         return slot_bytes(slot) - size
 
     # --------------------------------------------------------------------------------------------------------

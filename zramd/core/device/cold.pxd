@@ -22,6 +22,7 @@ cdef class Cold:
     cdef readonly int level                 # zstd's; 0 without an encoder
 
     cdef int inherit_priority(self) noexcept nogil
+    cdef void exchange_encoder(self, Cold other) noexcept nogil
     cdef uint32_t encode(self, const char *block, char *out, uint32_t limit) noexcept nogil
     cdef int decode(self, const char *payload, uint32_t size, char *block) noexcept nogil
     cdef uint32_t metadata_bytes(self) noexcept nogil

@@ -84,6 +84,13 @@ cdef class Cold:
             rc = rc or mutex_inherit(&self.decoders[i].lock)
         return rc
 
+    cdef void exchange_encoder(self, Cold other) noexcept nogil:
+        """Take another's encoder, and give it the own one. Neither is in use."""
+        self.encoder, other.encoder = other.encoder, self.encoder
+        self.encoder_memory, other.encoder_memory = other.encoder_memory, self.encoder_memory
+        self.encoder_size, other.encoder_size = other.encoder_size, self.encoder_size
+        self.level, other.level = other.level, self.level
+
     cdef uint32_t encode(self, const char *block, char *out, uint32_t limit) noexcept nogil:
         """Compress a block into out, which has room for limit bytes; the bytes used, or 0: it does not get so small.
 

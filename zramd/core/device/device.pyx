@@ -16,6 +16,7 @@ from libc.string cimport memcpy, memset
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 
+from zramd.core.device.ages cimport census, sweep
 from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, OPS, Blocks, is_touched, op, scratch
 from zramd.core.device.codec cimport codec_text
 from zramd.core.device.numbers cimport describe_block, requests, table_latencies, table_stats
@@ -468,8 +469,9 @@ cdef class Device:
 
     def sweep(self, bint coarse=False):
         """Let every block grow older: see `ages`."""
+        cdef census found
         with nogil:
-            self.table.sweep(coarse)
+            sweep(self.table, coarse, True, 0, &found)
 
     def ages(self):
         """How many blocks have each age, a list of 256: sweeps since a request asked for them; from 128 on coarse ones."""

@@ -72,6 +72,13 @@ cdef inline bint has_object(uint64_t slot) noexcept nogil:
     """Whether a slot's handle is that of an object."""
     return slot != 0 and not slot & SLOT_SAME and slot != SLOT_LOST
 
+cdef inline bint is_candidate(uint64_t slot, uint32_t threshold) noexcept nogil:
+    """Whether a block may become cold: it is raw, or has a payload of threshold bytes or more, and the cold codec has not had
+    it yet."""
+    if not has_object(slot) or (slot & SLOT_COLD != 0) != (slot & SLOT_TRIED != 0):
+        return False
+    return slot_kind(slot) == RAW or slot_bytes(slot) >= threshold
+
 cdef inline bint is_zeros(uint64_t slot) noexcept nogil:
     """Whether a block is the word 0 repeated, and not a hole."""
     return slot & SLOT_SAME and slot_handle(slot) == 0
@@ -87,10 +94,6 @@ cdef inline uint64_t cold_slot(uint64_t handle, uint32_t size, uint32_t sum) noe
 cdef inline uint64_t tried_slot(uint64_t slot) noexcept nogil:
     """The slot of an object that the cold codec did not shrink."""
     return slot & ~<uint64_t>SLOT_TRIED if slot & SLOT_COLD else slot | SLOT_TRIED
-
-cdef inline bint may_cool(uint64_t slot) noexcept nogil:
-    """Whether a slot has an object that the cold codec has not had yet."""
-    return has_object(slot) and (slot & SLOT_COLD != 0) == (slot & SLOT_TRIED != 0)
 
 cdef inline uint64_t same_slot(uint64_t handle, uint32_t sum) noexcept nogil:
     """A slot that stands for a word; sum: its checksum, or 0, of which the lower 29 bits are kept."""
