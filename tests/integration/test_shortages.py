@@ -348,9 +348,16 @@ def test_no_memory_for_a_codec_keeps_the_server_from_starting(
     if name == "zstd":
         size -= (min(8, 2 * len(os.sched_getaffinity(0))) - 2) * (96 << 10)  # decoders
     done = subprocess.run(
-        [sys.executable, "-m", "zramd", "serve", "--size", "1M", f"comp_algorithm={algorithm}"]
-        + [f"rundir={tmp_path}/run"],
-        env={**os.environ, **preloaded(malloc_shim), "PYTHONPATH": str(PACKAGE_PARENT), "SHIM_REFUSED": str(size)},
+        [
+            *(sys.executable, "-m", "zramd", "serve", "--size", "1M"),
+            *(f"comp_algorithm={algorithm}", f"rundir={tmp_path}/run"),
+        ],
+        env={
+            **os.environ,
+            **preloaded(malloc_shim),
+            "PYTHONPATH": str(PACKAGE_PARENT),
+            "SHIM_REFUSED": str(size),
+        },
         capture_output=True,
         text=True,
         timeout=60,

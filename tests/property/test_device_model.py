@@ -79,9 +79,7 @@ class DeviceModel(RuleBasedStateMachine):
             self.write((0, SIZE), data)
 
     def make(self) -> Device:
-        return Device(
-            SIZE, codec=self.codec, state=self.fd, verify=self.verify, cold_level=self.cold_level
-        )
+        return Device(SIZE, codec=self.codec, state=self.fd, verify=self.verify, cold_level=self.cold_level)
 
     def stop_refiller(self) -> None:
         if self.refiller is not None:
@@ -120,7 +118,9 @@ class DeviceModel(RuleBasedStateMachine):
         else:
             self.model[offset : offset + length] = content
 
-    @rule(first=st.integers(0, BLOCKS), count=st.integers(0, BLOCKS), threshold=st.sampled_from((0, 300, 5000)))
+    @rule(
+        first=st.integers(0, BLOCKS), count=st.integers(0, BLOCKS), threshold=st.sampled_from((0, 300, 5000))
+    )
     def cool(self, first: int, count: int, threshold: int) -> None:
         before = self.device.counters()
         done, saved = self.device.cool(first, count, threshold)

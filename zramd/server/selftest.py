@@ -7,7 +7,7 @@ from zramd.settings.config import Config
 
 
 def self_test(config: Config) -> None:
-    """Store, read, overwrite, drop, recompress and compact a few blocks on a tiny device, by the codecs of `config`.
+    """Store, read, overwrite, drop, recompress and compact a few blocks on a tiny device, by its codecs.
 
     Raises CorruptionError when what comes back is not what was stored, MemoryError.
     """

@@ -103,7 +103,9 @@ def pair(text: str) -> Pair:
     names = [word for word in found if not word.startswith("(")]
     for word in found:
         if word.startswith("(") and not is_idle(word):
-            raise ConfigError(f"'{word}' is not available: zramd recompresses what is idle, (type=idle), by itself")
+            raise ConfigError(
+                f"'{word}' is not available: zramd recompresses what is idle, (type=idle), by itself"
+            )
     if not names:
         raise ConfigError(f"'{text}' names no algorithm: use {AVAILABLE}")
     if len(names) > 2:

@@ -252,7 +252,7 @@ def _algorithm(text: str) -> tuple[str, list[str]]:
         elif not hot:
             hot = name + _level(name, parameters, texts)
         elif name != codecs.COLD or cold:
-            texts.append(f"{word} is for recompression, for which zramd has {codecs.COLD} alone, once: it is left out")
+            texts.append(f"{word} is left out: zramd recompresses by {codecs.COLD}, once")
         else:
             cold = name + _level(name, parameters, texts)
     if cold and (useless := _useless(hot, cold)):

@@ -13,7 +13,12 @@ BLOCK = 4096
 LIMIT = 3844  # bytes above which a block is raw
 LEVELS = [
     (name, level)
-    for name, levels in {"lz4": (1, 9, 65537), "lz4hc": range(3, 10), "zstd": range(1, 20), "none": (0,)}.items()
+    for name, levels in {
+        "lz4": (1, 9, 65537),
+        "lz4hc": range(3, 10),
+        "zstd": range(1, 20),
+        "none": (0,),
+    }.items()
     for level in levels
 ]
 
@@ -29,7 +34,7 @@ def blocks() -> list[bytes]:
 
 
 def awkward() -> list[bytes]:
-    """One byte that differs, numbers, two bytes in any order, near noise: of which codecs make very different things."""
+    """One byte that differs, numbers, two bytes in any order, near noise: codecs differ most in those."""
     rnd = random.Random(12)
     return [
         *blocks(),
@@ -153,7 +158,9 @@ def test_a_frame_of_zstd_has_two_bytes_of_header_behind_the_codecs() -> None:
     assert payload[1] & 0b1110_0111 == 0, "the frame's descriptor: neither size nor checksum nor dictionary"
 
 
-@pytest.mark.parametrize("payload", [b"\1", b"\0\0", b"\1\xff" * 20, b"", bytes(100), bytes(5000), b"\1" * 4095])
+@pytest.mark.parametrize(
+    "payload", [b"\1", b"\0\0", b"\1\xff" * 20, b"", bytes(100), bytes(5000), b"\1" * 4095]
+)
 def test_rubbish_is_an_error_for_zstd_too(payload: bytes) -> None:
     with pytest.raises(CorruptObjectError, match=f"{len(payload)} bytes"):
         codec.decompress(payload, "zstd")

@@ -69,7 +69,9 @@ def test_whole_and_part_blocks_come_back(name: str, verify: bool) -> None:
     assert read(device) == model
     device.check()
     stored = {"lz4hc": "lz4", "none": "raw"}.get(name, name)
-    assert kinds(device) == {"hole", "same", "raw", stored} - ({"hole"} if "hole" not in kinds(device) else set())
+    assert kinds(device) == {"hole", "same", "raw", stored} - (
+        {"hole"} if "hole" not in kinds(device) else set()
+    )
     assert device.counters()["cold_pages"] == 0
 
 
@@ -103,7 +105,14 @@ def test_a_state_of_one_codec_is_taken_over_with_another(before: str, after: str
     del first
     second = Device(SIZE, codec=after, state=fd, verify=True, cold_level=9)
     second.check()
-    for name in ("pages_stored", "compr_data_size", "huge_pages", "same_pages", "cold_pages", "cold_data_size"):
+    for name in (
+        "pages_stored",
+        "compr_data_size",
+        "huge_pages",
+        "same_pages",
+        "cold_pages",
+        "cold_data_size",
+    ):
         assert second.counters()[name] == counters[name], name
     assert read(second) == data
     second.write(data[: SIZE // 2], SIZE // 4)
@@ -159,7 +168,9 @@ def test_small_payloads_of_zstd_are_left_to_themselves() -> None:
     assert device.counters()["cold_pages"] >= len(small) > 0
 
 
-@pytest.mark.parametrize(("name", "better"), [("lz4", True), ("lz4hc", True), ("zstd", False), ("none", False)])
+@pytest.mark.parametrize(
+    ("name", "better"), [("lz4", True), ("lz4hc", True), ("zstd", False), ("none", False)]
+)
 def test_only_what_is_read_faster_hot_becomes_hot_again(name: str, better: bool) -> None:
     device = Device(SIZE, codec=name, level=1 if name == "zstd" else 0, cold_level=19)
     tier = Tier(device)
@@ -269,7 +280,9 @@ data = b"".join((rnd.randbytes(n % 9 * 500) + b"%d brown foxes" % n * 400)[:4096
 
 
 @pytest.mark.skipif(SANITIZED, reason="a sanitizer has a heap of its own")
-@pytest.mark.parametrize(("name", "level"), [("lz4", 1), ("lz4hc", 3), ("lz4hc", 9), ("zstd", 1), ("zstd", 19)])
+@pytest.mark.parametrize(
+    ("name", "level"), [("lz4", 1), ("lz4hc", 3), ("lz4hc", 9), ("zstd", 1), ("zstd", 19)]
+)
 def test_requests_never_allocate(malloc_shim: Path, name: str, level: int) -> None:
     """Whole blocks and parts, also of what is cold; 400 bytes and more, as Python itself has small ones."""
     code = (
@@ -304,7 +317,9 @@ print(shim.shim_count(400) - 1)     # data[:8000] is one: the shim counts
         ("zstd", 4, "no memory to compress by zstd"),
     ],
 )
-def test_no_memory_for_a_codec_is_said_when_the_device_is_made(malloc_shim: Path, name: str, nth: int, sentence: str) -> None:
+def test_no_memory_for_a_codec_is_said_when_the_device_is_made(
+    malloc_shim: Path, name: str, nth: int, sentence: str
+) -> None:
     code = (
         COUNTING
         + """

@@ -9,7 +9,7 @@ from support.server import PACKAGE_PARENT
 
 from zramd.core.device import device
 from zramd.errors import ConfigError
-from zramd.settings import codecs, config
+from zramd.settings import config
 
 
 def parse(**settings: str) -> config.Config:
@@ -131,7 +131,8 @@ def test_algorithm(text: str, algorithm: str, codec: tuple[str, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "LZ4", "lzo-rle", "842", "deflate", "lz4()", "lz4(level=-1)", "zstd(dict=/x)", "lz4(level=1", "é"]
+    "text",
+    ["", "LZ4", "lzo-rle", "842", "deflate", "lz4()", "lz4(level=-1)", "zstd(dict=/x)", "lz4(level=1", "é"],
 )
 def test_bad_algorithm(text: str) -> None:
     with pytest.raises(ConfigError, match="is not available: use lz4, lz4hc, zstd or none") as caught:
@@ -162,9 +163,13 @@ def test_none_has_no_level() -> None:
         parse(comp_algorithm="none(level=1)")
 
 
-@pytest.mark.parametrize("text", ["lz4 zstd", "lz4 zstd(level=3)", "zstd(level=3) (type=idle)", "lz4,zstd(level=3)x"])
+@pytest.mark.parametrize(
+    "text", ["lz4 zstd", "lz4 zstd(level=3)", "zstd(level=3) (type=idle)", "lz4,zstd(level=3)x"]
+)
 def test_two_algorithms_are_two_settings(text: str) -> None:
-    with pytest.raises(ConfigError, match="is more than one algorithm: use comp_algorithm for .* recompression"):
+    with pytest.raises(
+        ConfigError, match="is more than one algorithm: use comp_algorithm for what is written"
+    ):
         parse(comp_algorithm=text)
 
 
@@ -201,7 +206,9 @@ def test_the_default_recompression_is_what_gains(algorithm: str, default: str) -
 
 def test_a_recompression_that_gains_nothing() -> None:
     for level in (1, 3):
-        with pytest.raises(ConfigError, match="makes nothing smaller than comp_algorithm='zstd' did: use a higher"):
+        with pytest.raises(
+            ConfigError, match="makes nothing smaller than comp_algorithm='zstd' did: use a higher"
+        ):
             parse(comp_algorithm="zstd", recompression=f"zstd(level={level})")
     assert parse(comp_algorithm="zstd", recompression="zstd(level=4)").recompression == "zstd(level=4)"
     assert parse(comp_algorithm="zstd(level=19)", recompression="off").recompression == "off"

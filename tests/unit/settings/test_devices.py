@@ -187,10 +187,16 @@ def test_memory_within_the_limit(root, text):
         ("compression-algorithm = lzo", "compression-algorithm: 'lzo' is not available: use lz4"),
         ("compression-algorithm = lz4 lz4", "compression-algorithm: 'lz4' does not recompress: use zstd"),
         ("compression-algorithm = lz4 zstd zstd", "compression-algorithm: 'lz4 zstd zstd' is more than two"),
-        ("compression-algorithm = lz4 zstd (type=huge)", "compression-algorithm: '(type=huge)' is not available"),
+        (
+            "compression-algorithm = lz4 zstd (type=huge)",
+            "compression-algorithm: '(type=huge)' is not available",
+        ),
         ("compression-algorithm = (type=idle)", "compression-algorithm: '(type=idle)' names no algorithm"),
         ("compression-algorithm = zstd zstd", "compression-algorithm: recompression='zstd' makes nothing"),
-        ("compression-algorithm = lz4 zstd(level=20)", "compression-algorithm: 'zstd(level=20)' is out of range"),
+        (
+            "compression-algorithm = lz4 zstd(level=20)",
+            "compression-algorithm: 'zstd(level=20)' is out of range",
+        ),
         ("comp_algorithm = lz4 zstd", "comp_algorithm: 'lz4 zstd' is more than one algorithm"),
         (
             "swap-priority = 32768",
@@ -242,8 +248,14 @@ def test_errors_have_place_value_and_remedy(root, line, message):
 @pytest.mark.parametrize(
     ("algorithms", "message"),
     [
-        ("compression-algorithm = lz4 zstd\nrecompression = off", "compression-algorithm = lz4 zstd has one already"),
-        ("compression-algorithm = zstd\nrecompression = zstd", "recompression='zstd' makes nothing smaller than"),
+        (
+            "compression-algorithm = lz4 zstd\nrecompression = off",
+            "compression-algorithm = lz4 zstd has one already",
+        ),
+        (
+            "compression-algorithm = zstd\nrecompression = zstd",
+            "recompression='zstd' makes nothing smaller than",
+        ),
         ("comp_algorithm = zstd\nrecompression = zstd", "recompression='zstd' makes nothing smaller than"),
     ],
 )

@@ -60,23 +60,22 @@ def test_everything_that_can_be_taken_over(tmp_path):
         ),
         (
             "[zram0]\ncompression-algorithm = lz4 lz4hc",
-            "2: compression-algorithm = lz4 lz4hc: lz4hc is for recompression, for which zramd has zstd alone, "
-            "once: it is left out",
+            "2: compression-algorithm = lz4 lz4hc: lz4hc is left out: zramd recompresses by zstd, once",
         ),
         (
             "[zram0]\ncompression-algorithm = lz4 zstd zstd(level=9)",
-            "2: compression-algorithm = lz4 zstd zstd(level=9): zstd(level=9) is for recompression, for which "
-            "zramd has zstd alone, once: it is left out",
+            "2: compression-algorithm = lz4 zstd zstd(level=9): zstd(level=9) is left out: zramd "
+            "recompresses by zstd, once",
         ),
         (
             "[zram0]\ncompression-algorithm = lz4 zstd (type=huge)",
-            "2: compression-algorithm = lz4 zstd (type=huge): (type=huge) is left out: zramd recompresses what "
-            "is idle, whatever else it is",
+            "2: compression-algorithm = lz4 zstd (type=huge): (type=huge) is left out: zramd recompresses "
+            "what is idle, whatever else it is",
         ),
         (
             "[zram0]\ncompression-algorithm = zstd zstd(level=1)",
-            "2: compression-algorithm = zstd zstd(level=1): recompression='zstd(level=1)' makes nothing smaller "
-            "than comp_algorithm='zstd' did: use a higher level, or off: it is left out",
+            "2: compression-algorithm = zstd zstd(level=1): recompression='zstd(level=1)' makes nothing "
+            "smaller than comp_algorithm='zstd' did: use a higher level, or off: it is left out",
         ),
         (
             "[zram0]\ncompression-algorithm = lz4(level=2,dict=/x)",

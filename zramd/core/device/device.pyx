@@ -111,8 +111,8 @@ def state_layout(uint64_t disksize):
 cdef class Device:
     """A block device of disksize bytes (rounded up to 4096) that reads as zeros until it is written.
 
-    mem_limit: most bytes of pages the pool may use, 0: no limit. codec, level: how blocks are compressed that are written, lz4,
-    lz4hc, zstd or none at a level of its own, 0: its usual one; what a state has may be of other codecs. cold_level: zstd's,
+    mem_limit: most bytes of pages the pool may use, 0: no limit. codec, level: how blocks are compressed that are written:
+    lz4, lz4hc, zstd or none at a level of its own, 0: its usual one; what a state has may be of others. cold_level: zstd's,
     for `cool`; 0: nothing is made cold.
     state: descriptor, the caller's to close, of the file that holds all data (see zramd.server.state); what is in it is
     taken over, and progress(done, total) called about every second meanwhile. -1: memory of this process.

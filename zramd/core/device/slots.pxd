@@ -73,8 +73,7 @@ cdef inline bint has_object(uint64_t slot) noexcept nogil:
     return slot != 0 and not slot & SLOT_SAME and slot != SLOT_LOST
 
 cdef inline bint is_candidate(uint64_t slot, uint32_t threshold) noexcept nogil:
-    """Whether a block may become cold: it is raw, or has a payload of threshold bytes or more, and the cold codec has not had
-    it yet."""
+    """Whether a block may become cold: it is raw, or its payload has threshold bytes or more, and was not tried yet."""
     if not has_object(slot) or (slot & SLOT_COLD != 0) != (slot & SLOT_TRIED != 0):
         return False
     return slot_kind(slot) == RAW or slot_bytes(slot) >= threshold
