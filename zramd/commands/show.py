@@ -196,8 +196,9 @@ _KINDS = {
     "hole": "hole: never written, or freed",
     "same": "same: one 64-bit word, repeated",
     "lz4": "lz4: compressed",
-    "raw": "raw: does not compress",
     "zstd": "zstd: compressed",
+    "raw": "raw: stored as it is",
+    "lost": "lost: it changed in memory, and reading it is an error until it is written again",
 }
 
 

@@ -16,7 +16,8 @@ def make_device(config: Config) -> Device:
         return Device(
             config.disksize,
             mem_limit=config.mem_limit,
-            acceleration=config.acceleration,
+            codec=config.codec.name,
+            level=config.codec.level,
             verify=config.verify,
             cold_level=config.cold_level,
         )
@@ -25,7 +26,8 @@ def make_device(config: Config) -> Device:
         device = Device(
             config.disksize,
             mem_limit=config.mem_limit,
-            acceleration=config.acceleration,
+            codec=config.codec.name,
+            level=config.codec.level,
             verify=config.verify,
             cold_level=config.cold_level,
             state=fd,

@@ -12,10 +12,10 @@ from typing import Protocol
 
 from zramd.errors import UsageError, printable
 from zramd.server.tiers import SWEEP, Pass
-from zramd.settings import amounts
+from zramd.settings import amounts, codecs
 
-HOT = ("lz4",)
-COLD = ("zstd",)
+HOT = tuple(codecs.LEVELS)
+COLD = (codecs.COLD,)
 TYPES = {
     "idle": frozenset(("idle",)),
     "huge": frozenset(("huge",)),

@@ -84,6 +84,14 @@ def test_a_block_that_was_compressed_in_vain_is_incompressible_and_not_huge(devi
     assert state(device)[0][1] == ".....n"
 
 
+def test_what_zstd_compressed_when_it_was_written_is_not_recompressed() -> None:
+    device = Device(64 << 20, codec="zstd", level=1, cold_level=19)
+    put(device, 0, TEXT)
+    assert state(device)[0][1] == "......"
+    device.cool(0, 1)
+    assert state(device)[0][1] == "....r.", "shrunk or not: the cold codec has had it"
+
+
 def test_the_access_time_goes_by_sweeps(device: Device) -> None:
     put(device, 0, TEXT)
     put(device, 1, TEXT)

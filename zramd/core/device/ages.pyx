@@ -111,7 +111,7 @@ cdef int promote(Blocks table, uint64_t block, scratch *s) noexcept nogil:
         return 0
     pthread_mutex_lock(&table.stripes[block % STRIPES])
     slot = table.get(block)
-    if slot_kind(slot) != COLD or slot & SLOT_TRIED:
+    if slot_kind(slot) != COLD:
         pthread_mutex_unlock(&table.stripes[block % STRIPES])
         return 0
     store_relaxed_8(&table.ages[block], AGE_COOLING)

@@ -4,15 +4,16 @@ from zramd.core.device.zstd cimport ZSTD_CCtx, ZSTD_DCtx
 from zramd.core.system.locks cimport pthread_mutex_t
 
 cdef enum:
-    DECODERS = 2                # blocks that are decompressed at once; who comes next waits some 5 us
-    COLD_ZSTD = 1               # the first byte of a cold payload: zstd, without a dictionary
+    DECODERS_FEW = 2            # blocks that are decompressed at once where zstd is for what is cold
+    DECODERS_MAX = 8            # where it is for all
 
 cdef struct decoder:
     pthread_mutex_t lock
     ZSTD_DCtx *context
 
 cdef class Cold:
-    cdef decoder decoders[DECODERS]
+    cdef decoder decoders[DECODERS_MAX]
+    cdef uint32_t count                     # of decoders
     cdef uint8_t *memory                    # of the decoders' contexts
     cdef uint32_t memory_size
     cdef ZSTD_CCtx *encoder                 # NULL: nothing is made cold here; one thread at a time has it

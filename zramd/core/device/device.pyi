@@ -12,7 +12,8 @@ class Device:
     """A compressed block device in memory; see the functions for what they raise."""
 
     disksize: int
-    acceleration: int
+    codec: str
+    level: int
     data_id: str
     mem_limit: int
     corrupt_block: int
@@ -23,7 +24,8 @@ class Device:
         disksize: int,
         *,
         mem_limit: int = 0,
-        acceleration: int = 1,
+        codec: str = "lz4",
+        level: int = 0,
         state: int = -1,
         verify: bool = False,
         progress: Callable[[int, int], object] | None = None,

@@ -18,6 +18,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 
 from zramd.core.device.ages cimport census, sweep
 from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, OPS, Blocks, is_touched, op, scratch
+from zramd.core.device.codec cimport codec_text
 from zramd.core.device.numbers cimport describe_block, describe_blocks, requests, table_latencies, table_stats
 from zramd.core.device.slots cimport is_zeros
 from zramd.core.system.checks cimport zr_static_assert
@@ -110,7 +111,9 @@ def state_layout(uint64_t disksize):
 cdef class Device:
     """A block device of disksize bytes (rounded up to 4096) that reads as zeros until it is written.
 
-    mem_limit: most bytes of pages the pool may use, 0: no limit. acceleration: lz4's, 1 compresses best.
+    mem_limit: most bytes of pages the pool may use, 0: no limit. codec, level: how blocks are compressed that are written:
+    lz4, lz4hc, zstd or none at a level of its own, 0: its usual one; what a state has may be of others. cold_level: zstd's,
+    for `cool`; 0: nothing is made cold.
     state: descriptor, the caller's to close, of the file that holds all data (see zramd.server.state); what is in it is
     taken over, and progress(done, total) called about every second meanwhile. -1: memory of this process.
     verify: store a checksum with each block, and check it on each read; a state is all with or all without.
@@ -120,7 +123,7 @@ cdef class Device:
     Every method may be called from any number of threads.
     """
 
-    def __cinit__(self, uint64_t disksize, *, uint64_t mem_limit=0, int acceleration=1, int state=-1,
+    def __cinit__(self, uint64_t disksize, *, uint64_t mem_limit=0, str codec="lz4", int level=0, int state=-1,
                   bint verify=False, progress=None, int cold_level=0):
         cdef Memory memory
         cdef Recovery recovery
@@ -132,7 +135,7 @@ cdef class Device:
         self.disksize = self.blocks << BLOCK_SHIFT
         self.memory = memory = Memory(state)
         self.kept = <state_words *>memory.kept(KEPT_STATE)
-        self.table = Blocks(self.blocks, memory, acceleration, verify, cold_level)
+        self.table = Blocks(self.blocks, memory, codec, level, verify, cold_level)
         self.pool = self.table.pool
         if state >= 0:
             if os.fstat(state).st_size != memory.end:
@@ -173,9 +176,14 @@ cdef class Device:
         return self.table.verify
 
     @property
-    def acceleration(self):
-        """lz4's: 1 compresses best."""
-        return self.table.acceleration
+    def codec(self):
+        """The name of what compresses blocks that are written."""
+        return codec_text(&self.table.hot)
+
+    @property
+    def level(self):
+        """That codec's; lz4's is its acceleration: 1 compresses best."""
+        return self.table.hot.level
 
     # --------------------------------------------------------------------------------------------------------
     # whole requests: 0 or -errno of the first block that failed; blocks before it are done
@@ -589,9 +597,9 @@ cdef class Device:
         return pool_table(self.pool)
 
     def block(self, uint64_t number):
-        """What stands for a block, as a dict. `kind` is hole, same (one repeated word), lz4, raw, or lost.
+        """What stands for a block, as a dict. `kind` is hole, same (one repeated word), lz4, zstd, raw, or lost.
 
-        same: word, handle (0: the word is 0 and needs none). lz4 and raw: handle, payload_bytes, obj (bytes into the
+        same: word, handle (0: the word is 0 and needs none). lz4, zstd and raw: handle, payload_bytes, obj (bytes into the
         arena), zspage, chunk (of the zspage), class_index, class_size (bytes of a chunk), zspage_inuse and zspage_objs
         (chunks used and in all), zspage_pages (resident ones). An object may move at any time.
         Raises ValueError beyond the device's end; CorruptionError.

@@ -25,11 +25,13 @@ from zramd.core.device.slots cimport (
     COLD,
     HOLE,
     LOST,
+    LZ4,
     RAW,
     SAME,
     SLOT_TRIED,
     block_kind,
     has_object,
+    is_cold,
     slot_bytes,
     slot_handle,
     slot_kind,
@@ -108,7 +110,7 @@ cdef dict describe_block(Blocks table, uint64_t number):
         return {"block": number, "kind": "same", "word": word, "handle": slot_handle(slot)}
     return {
         "block": number,
-        "kind": "raw" if what == RAW else "zstd" if what == COLD else "lz4",
+        "kind": "raw" if what == RAW else "zstd" if is_cold(slot) else "lz4",
         "handle": slot_handle(slot),
         "payload_bytes": slot_bytes(slot),
         "obj": at.obj,
@@ -163,9 +165,9 @@ cdef inline void put_line(char *out, uint64_t block, uint64_t slot, uint8_t age,
         out[35] = c'h'
     if age == AGE_IDLE and what != SAME:
         out[36] = c'i'
-    if what == COLD and not slot & SLOT_TRIED:
+    if what == COLD:
         out[37] = c'r'
-    if what != COLD and has_object(slot) and slot & SLOT_TRIED:
+    if (what == RAW or what == LZ4) and slot & SLOT_TRIED:
         out[38] = c'n'
     out[39] = c'\n'
 

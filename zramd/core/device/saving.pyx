@@ -20,7 +20,7 @@ from zramd.core.device.codec cimport decode
 from zramd.core.device.blocks cimport OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, is_touched
 from zramd.core.device.device cimport Device
 from zramd.core.device.numbers cimport requests
-from zramd.core.device.slots cimport COLD, SAME, SLOT_LOST, SLOT_SAME, has_object, slot_bytes, slot_handle, slot_kind
+from zramd.core.device.slots cimport SAME, SLOT_LOST, SLOT_SAME, has_object, is_cold, slot_bytes, slot_handle, slot_kind
 from zramd.core.system.gate cimport gate_close, gate_hold, gate_open, gate_release
 from zramd.core.system.locks cimport (
     load_relaxed,
@@ -231,7 +231,7 @@ cdef class _Writer(_Stream):
                 what = SLOT_SAME
         elif has_object(slot) and self.device.pool.obj_begin(slot_handle(slot), &payload) == 0:
             if size and self.device.table.object_is_sound(block, slot, payload):
-                if slot_kind(slot) != COLD:
+                if not is_cold(slot):
                     memcpy(out + 8, payload, size)
                     what = size
                 elif self.device.table.cold.decode(payload, size, out + 8) == 0:
