@@ -2,9 +2,11 @@
 
 import random
 import re
+import threading
 from collections.abc import Iterator
 
 import pytest
+from support.run import run_threads
 
 from zramd.core.device.device import Device
 
@@ -138,3 +140,40 @@ def test_holes_of_a_huge_device_are_gone_over_in_few_pieces() -> None:
 
 def test_beyond_the_end_is_nothing(device: Device) -> None:
     assert device.block_state(bytearray(40), 1 << 40, NOW, SWEEP) == (0, 16384)
+
+
+def test_lines_are_whole_while_everything_changes(device: Device) -> None:
+    """Blocks are written, trimmed, made cold, and dropped as a whole meanwhile."""
+    done = threading.Event()
+
+    def change() -> None:
+        dice = random.Random(4)
+        try:
+            for turn in range(3000):
+                block = dice.randrange(2000)
+                put(device, block, dice.choice((WORD, TEXT, ZSTD_ONLY, NOISE)))
+                if turn % 3 == 0:
+                    device.trim(dice.randrange(2000) * BLOCK, 8 * BLOCK)
+                if turn % 50 == 0:
+                    device.sweep()
+                    device.cool(block, 20)
+                if turn % 1000 == 999:
+                    device.reset()
+        finally:
+            done.set()
+
+    lists = 0
+
+    def look() -> None:
+        nonlocal lists
+        while not done.is_set():
+            found = state(device, 4096)
+            assert all(block < 16384 for block in found)
+            assert {flags for _, flags in found.values()} <= {
+                *("s.....", "......", "..h...", "....r.", "..h..n", ".....n"),
+            }
+            lists += 1
+
+    run_threads([change, look])
+    assert lists > 2
+    device.check()
