@@ -27,6 +27,7 @@ def make_device(config: Config) -> Device:
             acceleration=config.acceleration,
             verify=config.verify,
             state=fd,
+            mark_cold=statefile.mark_cold,
             progress=lambda done, total: say(f"taking over state '{path}': {100 * done // total} %"),
         )
     except PoolFullError as error:

@@ -23,7 +23,7 @@ from zramd.core.system.checks cimport zr_assert_held, zr_static_assert
 from zramd.core.system cimport points
 from zramd.core.system.points cimport zr_point
 from zramd.core.device.checksum cimport checksum
-from zramd.core.device.cold cimport Cold
+from zramd.core.device.cold cimport Cold, is_cold_payload
 from zramd.core.device.codec cimport decode, encode, fill, same_filled, state_size
 from zramd.core.device.slots cimport (
     COLD,
@@ -32,11 +32,13 @@ from zramd.core.device.slots cimport (
     LZ4,
     RAW,
     SAME,
+    SLOT_COLD,
     SLOT_SIZE_MASK,
     SLOT_TRIED,
     block_kind,
     cold_slot,
     has_object,
+    is_known,
     object_slot,
     same_slot,
     slot_bytes,
@@ -448,77 +450,100 @@ cdef class Blocks:
         """Compress a block again, by the cold codec, and keep that if its chunk gets smaller: how many bytes, 0, or -errno.
 
         Only raw blocks, and those with a payload of threshold bytes or more, that nobody asked for in so many sweeps and that
-        were not tried in vain. page and out have room for a block each. One thread at a time, which also sweeps. -EAGAIN: a
-        request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM: there is no room for both, and none is made. Whoever
-        reads or writes it waits for a decompression at most.
+        were not tried in vain. page and out have room for a block each. -EAGAIN: a request has asked for it meanwhile.
+        -ENOSPC, -EDQUOT, -ENOMEM: there is no room for both, and none is made; -ENOBUFS: half of the reserve is left, which
+        is for requests. Whoever reads or writes it waits for a decompression at most.
         """
-        cdef uint64_t slot, now = 0, handle = 0
-        cdef uint32_t size, sum = 0
-        cdef block_kind what
-        cdef char *place
         cdef int rc
         if load_relaxed_8(&self.ages[block]) < age or self.get(block) == 0:
             return 0
+        # One at a time: two could take each other's mark for their own.
+        pthread_mutex_lock(&self.cold.encoder_lock)
+        rc = self._cool(block, threshold, age, page, out)
+        pthread_mutex_unlock(&self.cold.encoder_lock)
+        return rc
+
+    cdef int _cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil:
+        cdef uint64_t slot, now = 0
+        cdef uint32_t size
+        cdef uint8_t before
+        cdef block_kind what
+        cdef bint stored
+        cdef int rc
         pthread_mutex_lock(&self.stripes[block % STRIPES])
         slot = self.get(block)
         what = slot_kind(slot)
         size = slot_bytes(slot)
-        if slot & SLOT_TRIED or what != RAW and (what != LZ4 or size < threshold):
+        before = load_relaxed_8(&self.ages[block])
+        if before < age or slot & SLOT_TRIED or what != RAW and (what != LZ4 or size < threshold):
             pthread_mutex_unlock(&self.stripes[block % STRIPES])
             return 0
-        # A request puts another age here, and so takes the mark off: the slot alone does not say so, as the same handle may
-        # have come back with other content of the same size.
-        store_relaxed_8(&self.ages[block], AGE_COOLING)
         rc = self._load(block, slot, page)
+        if rc:
+            # It was changed in memory, and that is counted: once is enough.
+            store_release(&self.slots[block], slot | SLOT_TRIED)
+        else:
+            # A request puts another age here, and so takes the mark off: the slot alone does not say so, as the same handle
+            # may have come back with other content of the same size.
+            store_relaxed_8(&self.ages[block], AGE_COOLING)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
         if rc:
             return rc
         zr_point(points.cooling_read)
         size = self.cold.encode(page, out, self.pool.payload_below(size))
-        if size == 0:
-            pthread_mutex_lock(&self.stripes[block % STRIPES])
-            if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
-                store_release(&self.slots[block], slot | SLOT_TRIED)
-                store_relaxed_8(&self.ages[block], AGE_OLDEST)
-            pthread_mutex_unlock(&self.stripes[block % STRIPES])
-            return 0
-        rc = self.pool.obj_alloc(size, &handle, &place)
+        if size:
+            rc = self._store_cold(block, out, size, &now)
+        else:
+            now = slot | SLOT_TRIED
+        pthread_mutex_lock(&self.stripes[block % STRIPES])
+        stored = load_relaxed_8(&self.ages[block]) == AGE_COOLING
+        if stored:
+            store_relaxed_8(&self.ages[block], before)
+            if rc == 0:
+                store_release(&self.slots[block], now)
+            if now & SLOT_COLD:
+                zr_point(points.cold_stored)
+                self._count(now, 1)
+                self._count(slot, <uint64_t>-1)
+        pthread_mutex_unlock(&self.stripes[block % STRIPES])
+        if rc or size == 0:
+            return rc
+        self._free(block, slot if stored else now)
+        return slot_bytes(slot) - size if stored else -EAGAIN
+
+    cdef int _store_cold(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
+        """Store a cold payload; the slot that stands for it. Errors as cool."""
+        cdef uint64_t handle = 0
+        cdef uint32_t sum = 0
+        cdef char *place
+        cdef int rc = self.pool.obj_alloc(size, &handle, &place, True)
         if rc:
-            if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
-                store_relaxed_8(&self.ages[block], AGE_OLDEST)
             return rc
         if self.verify:
-            sum = checksum(out, size, block)
-        memcpy(place, out, size)
+            sum = checksum(payload, size, block)
+        memcpy(place, payload, size)
         self.pool.obj_publish(handle, sum_high(sum))
         zr_point(points.cold_published)
-        pthread_mutex_lock(&self.stripes[block % STRIPES])
-        if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
-            now = cold_slot(handle, size, sum)
-            store_release(&self.slots[block], now)
-            store_relaxed_8(&self.ages[block], AGE_OLDEST)
-            zr_point(points.cold_stored)
-            self._count(now, 1)
-            self._count(slot, <uint64_t>-1)
-        pthread_mutex_unlock(&self.stripes[block % STRIPES])
-        if now == 0:
-            self.pool.obj_free(handle)
-            return -EAGAIN
-        self._free(block, slot)
-        return slot_bytes(slot) - size
+        slot[0] = cold_slot(handle, size, sum)
+        return 0
 
     # --------------------------------------------------------------------------------------------------------
     # all of them
 
     cdef int populate(self) noexcept nogil:
-        """Make the slots and the cells resident; 0, -EDQUOT or -ENOMEM."""
-        cdef uint64_t pages = self.count // SLOTS_PER_PAGE + 1
+        """Make the slots, the cells, and what is needed for cold blocks resident; 0, -EDQUOT or -ENOMEM."""
+        cdef uint64_t pages = self.count // SLOTS_PER_PAGE + 1, page
         cdef int rc = self.pool.populate()
         if rc == 0:
             rc = self.slot_table.populate(self.count * sizeof(uint64_t))
+        if rc == 0:
+            rc = self.ages_table.populate(self.count)
+        if rc == 0:
+            rc = self.cold.populate()
         if rc:
             return rc
-        memset(self.touched, 1, pages)
+        for page in range(pages):
+            store_relaxed_8(&self.touched[page], 1)     # a sweep may be under way
         store_relaxed(&self.touched_pages, pages)
         return 0
 
@@ -528,6 +553,7 @@ cdef class Blocks:
         self.slot_table.clear()
         zr_point(points.slots_cleared)
         self.touches.clear()
+        self.ages_table.clear()
         store_relaxed(&self.touched_pages, 0)
         for i in range(sizeof(counters) // sizeof(uint64_t)):
             store_relaxed(<uint64_t *>self.counters + i, 0)
@@ -538,6 +564,7 @@ cdef class Blocks:
         return (
             (load_relaxed(&self.touched_pages) << PAGE_SHIFT)
             + (pages_of(self.count // SLOTS_PER_PAGE + 1) << PAGE_SHIFT)
+            + (pages_of(load_relaxed(&self.touched_pages) * SLOTS_PER_PAGE) << PAGE_SHIFT)
             + load_relaxed(&self.scratch_count) * self.scratch_size
             + sizeof(self.stripes)
             + self.cold.metadata_bytes()
@@ -589,6 +616,8 @@ cdef class Blocks:
             slot = self.slots[block]
             handle = slot_handle(slot)
             size = slot_bytes(slot)
+            if not is_known(slot):
+                return "a slot is of no kind"
             if slot_kind(slot) == SAME and not self.word_is_sound(block, slot, self.word_of(slot)):
                 return "a slot's checksum differs from its word"
             if not has_object(slot):
@@ -600,6 +629,8 @@ cdef class Blocks:
                 wrong = "a slot's size does not fit its object"
             elif not self.object_is_sound(block, slot, payload):
                 wrong = "a slot's checksum differs from its object"
+            elif slot & SLOT_COLD and not is_cold_payload(payload, size):
+                wrong = "a cold payload does not begin as one"
             self.pool.obj_end(handle)
             if wrong != NULL:
                 return wrong

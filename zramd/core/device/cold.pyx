@@ -6,7 +6,7 @@ that no request allocates: one to compress, of the background worker, and a few 
 not each thread has one).
 """
 
-from libc.errno cimport EIO
+from libc.errno cimport EIO, ENOMEM
 from libc.stdint cimport uint8_t, uint32_t
 
 from zramd.core.device.zstd cimport (
@@ -36,7 +36,8 @@ from zramd.core.device.zstd cimport (
     ZSTD_maxCLevel,
     ZSTD_versionString,
 )
-from zramd.core.memory.region cimport secret_alloc, secret_free, whole_pages
+from zramd.core.memory.region cimport region_populate, secret_alloc, secret_free, whole_pages
+from zramd.core.system.checks cimport zr_assert_held
 from zramd.core.system.locks cimport (
     mutex_inherit,
     pthread_mutex_destroy,
@@ -64,6 +65,7 @@ cdef class Cold:
         cdef uint32_t i, each = <uint32_t>whole_pages(ZSTD_estimateDCtxSize())
         for i in range(DECODERS):
             pthread_mutex_init(&self.decoders[i].lock, NULL)
+        pthread_mutex_init(&self.encoder_lock, NULL)
         if not 0 <= level <= min(MAX_LEVEL, ZSTD_maxCLevel()):
             raise ValueError(f"level {level} is out of range: 1 to {min(MAX_LEVEL, ZSTD_maxCLevel())}")
         self.memory_size = each * DECODERS
@@ -107,21 +109,33 @@ cdef class Cold:
             secret_free(self.encoder_memory, self.encoder_size)
         for i in range(DECODERS):
             pthread_mutex_destroy(&self.decoders[i].lock)
+        pthread_mutex_destroy(&self.encoder_lock)
 
     cdef int inherit_priority(self) noexcept nogil:
         """Make each lock hand on priority; 0 or an errno. Nobody else may be here yet."""
         cdef uint32_t i
-        cdef int rc = 0
+        cdef int rc = mutex_inherit(&self.encoder_lock)
         for i in range(DECODERS):
             rc = rc or mutex_inherit(&self.decoders[i].lock)
         return rc
 
+    cdef int populate(self) noexcept nogil:
+        """Make all contexts resident; 0 or -ENOMEM."""
+        if region_populate(self.memory, self.memory_size):
+            return -ENOMEM
+        if self.encoder_size and region_populate(self.encoder_memory, self.encoder_size):
+            return -ENOMEM
+        return 0
+
     cdef uint32_t encode(self, const char *block, char *out, uint32_t limit) noexcept nogil:
         """Compress a block into out, which has room for limit bytes; the bytes used, or 0: it does not get so small.
 
-        One thread at a time.
+        The caller has encoder_lock.
         """
         cdef size_t n
+        zr_assert_held(&self.encoder_lock)
+        if limit < 2:
+            return 0
         out[0] = COLD_ZSTD
         n = ZSTD_compress2(self.encoder, out + 1, limit - 1, block, BLOCK_SIZE)
         return 0 if ZSTD_isError(n) else <uint32_t>n + 1
@@ -130,7 +144,7 @@ cdef class Cold:
         """Decompress a cold payload; 0 or -EIO."""
         cdef uint32_t i = 0
         cdef size_t n
-        if size < 2 or payload[0] != COLD_ZSTD:
+        if not is_cold_payload(payload, size):
             return -EIO
         while i < DECODERS - 1 and pthread_mutex_trylock(&self.decoders[i].lock):
             i += 1
