@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.pages import whole_pages
 from test_cold_saving import filled as filled_elsewhere
 from test_cold_saving import text
 from test_saving import content, load, save
@@ -29,7 +28,8 @@ COLD, TRIED, SAME = 0x8000, 0x4000, 0x2000
 
 
 def format_of(path: Path) -> int:
-    return int(struct.unpack_from("<Q", path.read_bytes()[:24], 16)[0])
+    with path.open("rb") as file:
+        return int(struct.unpack_from("<Q", file.read(24), 16)[0])
 
 
 def open_device(path: Path, *, verify: bool = False, size: int = SIZE, cold_level: int = 3) -> Device:
@@ -266,7 +266,7 @@ def test_every_flipped_bit_of_a_cold_payload(state: State) -> None:
     guard = b"\xa5" * 64
     buffer = bytearray(guard + bytes(BLOCK) + guard)
     errors = 0
-    for block in (cold[0], cold[len(cold) // 2]):
+    for block in cold[:: len(cold) // 10]:
         at, size = state.payload(block)
         for byte in range(size):
             for bit in range(8):
