@@ -106,7 +106,9 @@ class DeviceModel(RuleBasedStateMachine):
         else:
             self.model[offset : offset + length] = content
 
-    @rule(first=st.integers(0, BLOCKS), count=st.integers(0, BLOCKS), threshold=st.sampled_from((0, 300, 5000)))
+    @rule(
+        first=st.integers(0, BLOCKS), count=st.integers(0, BLOCKS), threshold=st.sampled_from((0, 300, 5000))
+    )
     def cool(self, first: int, count: int, threshold: int) -> None:
         before = self.device.counters()
         done, saved = self.device.cool(first, count, threshold)

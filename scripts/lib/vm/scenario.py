@@ -52,9 +52,8 @@ def _rest(session: Session) -> None:
     time.sleep(session.plan.rest)
     stats = session.attachment.stats()
     session.result.moments["rested"] = session.moment()
-    session.result.rest = {name: stats.get(name, 0) for name in ("cold_pages", "reserve_misses")}
     if "recompression" in session.plan.zramd_settings:
-        cold = session.result.rest["cold_pages"]
+        cold = session.result.rest["cold_pages"] = stats["tiers"]["cold_pages"]
         session.result.expect("what rests becomes cold", cold > 0, f"{cold} pages")
 
 
