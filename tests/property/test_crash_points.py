@@ -161,7 +161,13 @@ def test_killed_at(point: str, verify: bool) -> None:
         del device
     if point not in IN_RESET:
         assert leaked <= len(VISITS), "one kill leaks one object at most"
-    if CHECK_LEVEL >= 3 and point in ("object_published", "cold_published", "cold_stored", "slot_stored", "free_pinned"):
+    if CHECK_LEVEL >= 3 and point in (
+        "object_published",
+        "cold_published",
+        "cold_stored",
+        "slot_stored",
+        "free_pinned",
+    ):
         assert leaked
     assert cold
     os.close(fd)

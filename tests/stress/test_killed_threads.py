@@ -112,8 +112,8 @@ def test_threads_that_are_killed() -> None:
         device.check()
         del device
     print(
-        f"{KILLS} kills: {KILLS * WORKERS * BLOCKS} blocks compared, {written} of them written since the kill before, "
-        f"{cold} were cold; {leaked} objects leaked, {pinned} blocks in flight were new"
+        f"{KILLS} kills: {KILLS * WORKERS * BLOCKS} blocks compared, {written} of them written since the kill"
+        f" before, {cold} cold; {leaked} objects leaked, {pinned} blocks in flight were new"
     )
     assert max(versions) > KILLS
     assert cold > 100 * KILLS

@@ -213,7 +213,7 @@ def test_a_killed_servers_state(start: Callable[..., Server], tmp_path: Path, me
 
 
 def cold_state(path: Path) -> dict[int, int]:
-    """Leave a state in which every other block is cold, as a killed server does; the versions of its blocks."""
+    """Leave a state with cold blocks, as a killed server does; the versions of its blocks."""
     fd = statefile.open_state(str(path), 64 << 20, False)
     device = Device(64 << 20, state=fd, cold_level=3, mark_cold=statefile.mark_cold)
     os.close(fd)

@@ -3,8 +3,8 @@
     | header page | kept counters … | slots | classes of spans | cells | pages of the pool |
 
 The header is written when the file is new, and says what the rest was laid out for; it ends with its
-checksum. Later only its format is raised (mark_cold). What is in the rest, zramd.core.device.recovery finds. The file is locked while a server has it
-mapped.
+checksum. Later only its format is raised (mark_cold). What is in the rest, zramd.core.device.recovery
+finds. The file is locked while a server has it mapped.
 """
 
 import errno

@@ -104,7 +104,14 @@ def test_what_comes_back(verify: bool) -> None:
     assert content(other) == content(device)
     other.check()
     after = other.counters()
-    for key in ("pages_stored", "compr_data_size", "same_pages", "huge_pages", "cold_pages", "cold_data_size"):
+    for key in (
+        "pages_stored",
+        "compr_data_size",
+        "same_pages",
+        "huge_pages",
+        "cold_pages",
+        "cold_data_size",
+    ):
         assert after[key] == before[key] > 0, key
     assert [other.block(block)["kind"] for block in range(SIZE // BLOCK)] == kinds
     assert records(save(other)) == records(data)
@@ -145,7 +152,9 @@ def test_what_becomes_cold_after_the_head_is_written() -> None:
 
 
 def test_a_frame_of_anybodys_making() -> None:
-    data = with_records((COLD | len(frame(BLOCK)), frame(BLOCK)), (COLD | TRIED | len(frame(BLOCK)), frame(BLOCK)))
+    data = with_records(
+        (COLD | len(frame(BLOCK)), frame(BLOCK)), (COLD | TRIED | len(frame(BLOCK)), frame(BLOCK))
+    )
     device = Device(SIZE, verify=True)
     assert load(device, data)["cold"] == 2
     assert content(device)[: 2 * BLOCK] == b"x" * 2 * BLOCK

@@ -497,8 +497,8 @@ cdef class Device:
         return [counts[i] for i in range(256)]
 
     def cool(self, uint64_t first, uint64_t count, uint32_t threshold=0, uint8_t age=0):
-        """Make blocks cold that are raw, or have a payload of threshold bytes or more, and are old enough; (how many, payload
-        bytes less).
+        """Make blocks cold that are raw, or have a payload of threshold bytes or more, and are old enough; (how many,
+        payload bytes less).
 
         The device must have a cold level. Stops where there is no room for a block's old and new payload at once, and
         where half of a reserve is left, which is for requests.

@@ -159,7 +159,6 @@ cdef class _Stream:
         self.size = FRAME_BYTES + bytes
         self.moved = 0
 
-
     cdef int _decode(self, uint32_t what, const char *data) noexcept nogil:
         """Decompress a record's payload, if it has one, in vain; 0 or -EIO."""
         if what == SLOT_LOST or what == SLOT_SAME:
