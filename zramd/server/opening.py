@@ -31,6 +31,7 @@ def make_device(config: Config) -> Device:
             verify=config.verify,
             cold_level=config.cold_level,
             state=fd,
+            mark_cold=statefile.mark_cold,
             progress=lambda done, total: say(f"taking over state '{path}': {100 * done // total} %"),
         )
     except PoolFullError as error:

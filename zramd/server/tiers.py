@@ -55,6 +55,7 @@ _NO_ROOM = {
     errno.ENOSPC: "mem_limit leaves no room for a block's old and new payload at once",
     errno.EDQUOT: "the state's file system has no room for a block's old and new payload at once",
     errno.ENOMEM: "the system refuses memory for a block's new payload",
+    errno.ENOBUFS: "half of the reserve is left, which is for requests",
 }
 
 

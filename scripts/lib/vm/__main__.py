@@ -50,6 +50,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--discard", choices=DISCARDS, default=Plan.discard)
     parser.add_argument("--page-cluster", type=int, default=Plan.page_cluster)
     parser.add_argument("--sysctl", action="append", default=[])
+    parser.add_argument("--setting", action="append", default=[])
+    parser.add_argument("--rest", type=float, default=0)
     parser.add_argument("--parameters", default="")
     parser.add_argument("--draw", type=Path)
     parser.add_argument("runs", nargs="*", default=[])
@@ -85,6 +87,8 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
         discard=asked.discard,
         page_cluster=asked.page_cluster,
         sysctls=tuple(asked.sysctl),
+        settings=tuple(asked.setting),
+        rest=asked.rest,
         parameters=asked.parameters,
         size=asked.size,
     )
@@ -139,7 +143,9 @@ def refuse(asked: argparse.Namespace) -> None:
         raise VmError("--kill is qemu's: use it with --attach qemu")
     if asked.restart and not asked.kill:
         raise VmError("--restart wants the seconds between two: give --kill SECONDS, too")
-    others = (asked.minutes, asked.limit, asked.stall, asked.mem_limit, asked.nbd_options)
+    if asked.rest and any((asked.pause, asked.kill, asked.minutes, asked.limit, asked.churn)):
+        raise VmError("--rest is of the run that writes, frees and compacts: leave the others out")
+    others = (asked.minutes, asked.limit, asked.stall, asked.mem_limit, asked.nbd_options, asked.setting)
     if asked.attach == KERNEL_ZRAM and any(others):
         raise VmError("with --attach zram there is only the comparison: memory written, freed and compacted")
     if (asked.breaks or asked.refresh) and not asked.churn:

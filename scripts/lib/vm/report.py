@@ -17,6 +17,7 @@ MIB = 1 << 20
 # The moments that the report tells of, in their order.
 MOMENTS = {
     "empty": "before the workload",
+    "rested": "after the rest",
     "full": "after swap in/out",
     "before": "after freeing",
     "after": "after compaction",
@@ -83,6 +84,7 @@ class Result:
     kills: dict[str, Any] = field(default_factory=dict)
     slowest: float = 0.0  # of the workload's pages, seconds: how long it stood still
     churn: dict[str, Any] = field(default_factory=dict)  # programs that come and go: see vm.churn
+    rest: dict[str, Any] = field(default_factory=dict)  # what the server held after it
     requests: dict[str, Any] = field(default_factory=dict)  # what the server's requests cost in the guest
     expectations: list[Expectation] = field(default_factory=list)
     error: str = ""
@@ -202,6 +204,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("compaction", result.compaction),
         ("guest's compact_memory", result.guest_compaction),
         ("swapoff while swapped", result.swapoff),
+        ("after the rest", result.rest),
         ("requests", result.requests),
         ("under pressure", result.hog),
         ("server in the guest", result.daemon),

@@ -122,6 +122,19 @@ def test_a_state_of_one_codec_is_taken_over_with_another(before: str, after: str
     os.close(fd)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_that_may_have_zstd_says_so(name: str) -> None:
+    """Before the first such block: an older zramd would take it for another kind."""
+    fd = memory_file()
+    marked = []
+    device = Device(SIZE, codec=name, state=fd, cold_level=5, mark_cold=marked.append)
+    assert len(marked) == (name == "zstd")
+    device.write(contents(), 0)
+    Tier(device).cool(0, BLOCKS, 0, 0)
+    assert len(marked) == 1
+    os.close(fd)
+
+
 def test_what_zstd_wrote_becomes_cold_at_a_higher_level() -> None:
     device = Device(SIZE, codec="zstd", level=1, cold_level=19)
     data = contents()

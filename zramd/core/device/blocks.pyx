@@ -36,20 +36,22 @@ from zramd.core.device.codec cimport (
     state_prepare,
     state_size,
 )
+from zramd.core.device.frames cimport is_cold_payload
 from zramd.core.device.slots cimport (
     COLD,
     HOLE,
     LOST,
     RAW,
     SAME,
+    SLOT_COLD,
     SLOT_SIZE_MASK,
     SLOT_ZSTD,
-    ZSTD,
     block_kind,
     cold_slot,
     has_object,
     is_candidate,
     is_cold,
+    is_known,
     object_slot,
     same_slot,
     slot_bytes,
@@ -482,82 +484,108 @@ cdef class Blocks:
 
         Only raw blocks, and those with a payload of threshold bytes or more, that nobody asked for in so many sweeps and that
         were not tried in vain. What zstd compressed when it was written, and does not shrink any more, is cold as it is. page
-        and out have room for a block each. One thread at a time, which also sweeps. -EAGAIN: a request has asked for it
-        meanwhile. -ENOSPC, -EDQUOT, -ENOMEM: there is no room for both, and none is made. Whoever reads or writes it waits for
-        a decompression at most.
+        and out have room for a block each. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM: there is
+        no room for both, and none is made; -ENOBUFS: half of the reserve is left, which is for requests. Whoever reads or
+        writes it waits for a decompression at most.
         """
-        cdef uint64_t slot, now = 0, handle = 0
-        cdef uint32_t size, sum = 0
-        cdef uint8_t was
-        cdef char *place
         cdef int rc
         if load_relaxed_8(&self.ages[block]) < age or self.get(block) == 0:
             return 0
+        # One at a time: two could take each other's mark for their own.
+        pthread_mutex_lock(&self.cold.encoder_lock)
+        rc = self._cool(block, threshold, age, page, out)
+        pthread_mutex_unlock(&self.cold.encoder_lock)
+        return rc
+
+    cdef int _cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil:
+        cdef uint64_t slot, now = 0
+        cdef uint32_t size
+        cdef uint8_t before
+        cdef bint stored
+        cdef int rc
         pthread_mutex_lock(&self.stripes[block % STRIPES])
         slot = self.get(block)
         size = slot_bytes(slot)
-        if not is_candidate(slot, threshold):
+        before = load_relaxed_8(&self.ages[block])
+        if before < age or not is_candidate(slot, threshold):
             pthread_mutex_unlock(&self.stripes[block % STRIPES])
             return 0
-        # A request puts another age here, and so takes the mark off: the slot alone does not say so, as the same handle may
-        # have come back with other content of the same size.
-        was = load_relaxed_8(&self.ages[block])
-        store_relaxed_8(&self.ages[block], AGE_COOLING)
         rc = self._load(block, slot, page)
+        if rc:
+            # It was changed in memory, and that is counted: once is enough.
+            now = tried_slot(slot)
+            store_release(&self.slots[block], now)
+            self._count_cold(slot, now)
+        else:
+            # A request puts another age here, and so takes the mark off: the slot alone does not say so, as the same handle
+            # may have come back with other content of the same size.
+            store_relaxed_8(&self.ages[block], AGE_COOLING)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
         if rc:
             return rc
         zr_point(points.cooling_read)
         size = self.cold.encode(page, out, self.pool.payload_below(size))
-        if size == 0:
-            pthread_mutex_lock(&self.stripes[block % STRIPES])
-            if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
-                now = tried_slot(slot)
-                store_release(&self.slots[block], now)
-                store_relaxed_8(&self.ages[block], was)
-                counter_add(&self.counters.recompress_useless, 1)
-                if slot_kind(slot) == ZSTD:
-                    self._count(now, 1)
-                    self._count(slot, <uint64_t>-1)
-            pthread_mutex_unlock(&self.stripes[block % STRIPES])
-            return 0
-        rc = self.pool.obj_alloc(size, &handle, &place)
-        if rc:
-            if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
-                store_relaxed_8(&self.ages[block], was)
-            return rc
-        if self.verify:
-            sum = checksum(out, size, block)
-        memcpy(place, out, size)
-        self.pool.obj_publish(handle, sum_high(sum))
-        zr_point(points.cold_published)
+        if size:
+            rc = self._store_cold(block, out, size, &now)
+        else:
+            now = tried_slot(slot)
         pthread_mutex_lock(&self.stripes[block % STRIPES])
-        if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
-            now = cold_slot(handle, size, sum)
-            store_release(&self.slots[block], now)
-            store_relaxed_8(&self.ages[block], was)
-            zr_point(points.cold_stored)
-            self._count(now, 1)
-            self._count(slot, <uint64_t>-1)
+        stored = load_relaxed_8(&self.ages[block]) == AGE_COOLING
+        if stored:
+            store_relaxed_8(&self.ages[block], before)
+            if rc == 0:
+                store_release(&self.slots[block], now)
+                if is_cold(now):
+                    zr_point(points.cold_stored)
+                self._count_cold(slot, now)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
-        if now == 0:
-            self.pool.obj_free(handle)
+        if size == 0 and stored:
+            counter_add(&self.counters.recompress_useless, 1)
+        if rc or size == 0:
+            return rc
+        self._free(block, slot if stored else now)
+        if not stored:
             return -EAGAIN
-        self._free(block, slot)
         counter_add(&self.counters.recompressed, 1)
         counter_add(&self.counters.recompress_saved, slot_bytes(slot) - size)
         return slot_bytes(slot) - size
+
+    cdef inline void _count_cold(self, uint64_t slot, uint64_t now) noexcept nogil:
+        """Count a block whose slot the cold codec has changed; one that it did not shrink is what it was, but for zstd's."""
+        if is_cold(now):
+            self._count(now, 1)
+            self._count(slot, <uint64_t>-1)
+
+    cdef int _store_cold(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
+        """Store a cold payload; the slot that stands for it. Errors as cool."""
+        cdef uint64_t handle = 0
+        cdef uint32_t sum = 0
+        cdef char *place
+        cdef int rc = self.pool.obj_alloc(size, &handle, &place, True)
+        if rc:
+            return rc
+        if self.verify:
+            sum = checksum(payload, size, block)
+        memcpy(place, payload, size)
+        self.pool.obj_publish(handle, sum_high(sum))
+        zr_point(points.cold_published)
+        slot[0] = cold_slot(handle, size, sum)
+        return 0
 
     # --------------------------------------------------------------------------------------------------------
     # all of them
 
     cdef int populate(self) noexcept nogil:
-        """Make the slots, the cells and some scratch resident; 0, -EDQUOT or -ENOMEM."""
+        """Make the slots, the cells, some scratch, and what is needed for cold blocks resident; 0, -EDQUOT or -ENOMEM."""
+        cdef uint64_t pages = self.count // SLOTS_PER_PAGE + 1, page
         cdef scratch *s
-        cdef uint64_t pages = self.count // SLOTS_PER_PAGE + 1
         cdef int rc = self.pool.populate()
         if rc == 0:
             rc = self.slot_table.populate(self.count * sizeof(uint64_t))
+        if rc == 0:
+            rc = self.ages_table.populate(self.count)
+        if rc == 0:
+            rc = self.cold.populate()
         while rc == 0 and load_relaxed(&self.scratch_count) < SCRATCHES_READY:
             s = self._scratch_make()
             if s == NULL:
@@ -566,7 +594,8 @@ cdef class Blocks:
                 self.scratch_give(s)
         if rc:
             return rc
-        memset(self.touched, 1, pages)
+        for page in range(pages):
+            store_relaxed_8(&self.touched[page], 1)     # a sweep may be under way
         store_relaxed(&self.touched_pages, pages)
         return 0
 
@@ -576,6 +605,7 @@ cdef class Blocks:
         self.slot_table.clear()
         zr_point(points.slots_cleared)
         self.touches.clear()
+        self.ages_table.clear()
         store_relaxed(&self.touched_pages, 0)
         for i in range(sizeof(counters) // sizeof(uint64_t)):
             store_relaxed(<uint64_t *>self.counters + i, 0)
@@ -586,6 +616,7 @@ cdef class Blocks:
         return (
             (load_relaxed(&self.touched_pages) << PAGE_SHIFT)
             + (pages_of(self.count // SLOTS_PER_PAGE + 1) << PAGE_SHIFT)
+            + (pages_of(load_relaxed(&self.touched_pages) * SLOTS_PER_PAGE) << PAGE_SHIFT)
             + load_relaxed(&self.scratch_count) * self.scratch_size
             + sizeof(self.stripes)
             + self.cold.metadata_bytes()
@@ -637,6 +668,8 @@ cdef class Blocks:
             slot = self.slots[block]
             handle = slot_handle(slot)
             size = slot_bytes(slot)
+            if not is_known(slot):
+                return "a slot is of no kind"
             if slot_kind(slot) == SAME and not self.word_is_sound(block, slot, self.word_of(slot)):
                 return "a slot's checksum differs from its word"
             if not has_object(slot):
@@ -648,6 +681,8 @@ cdef class Blocks:
                 wrong = "a slot's size does not fit its object"
             elif not self.object_is_sound(block, slot, payload):
                 wrong = "a slot's checksum differs from its object"
+            elif slot & SLOT_COLD and not is_cold_payload(payload, size):
+                wrong = "a cold payload does not begin as one"
             self.pool.obj_end(handle)
             if wrong != NULL:
                 return wrong

@@ -21,8 +21,11 @@ cdef class Cold:
     cdef uint32_t encoder_size
     cdef readonly int level                 # zstd's; 0 without an encoder
 
+    cdef pthread_mutex_t encoder_lock       # who has it compresses; taken before any stripe
+
     cdef int inherit_priority(self) noexcept nogil
     cdef void exchange_encoder(self, Cold other) noexcept nogil
+    cdef int populate(self) noexcept nogil
     cdef uint32_t encode(self, const char *block, char *out, uint32_t limit) noexcept nogil
     cdef int decode(self, const char *payload, uint32_t size, char *block) noexcept nogil
     cdef uint32_t metadata_bytes(self) noexcept nogil

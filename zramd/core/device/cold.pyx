@@ -1,9 +1,10 @@
 """The cold codec: what nobody asks for is compressed again, by zstd, to two thirds of what lz4 leaves.
 
-Its encoder belongs to the one thread that makes blocks cold. Its decoders serve all threads, also for what zstd compressed
+Its encoder is for one thread at a time. Its decoders serve all threads, also for what zstd compressed
 when it was written: each has 96 KiB, which is why not each thread has one.
 """
 
+from libc.errno cimport ENOMEM
 from libc.stdint cimport uint8_t, uint32_t
 
 from zramd.core.device.frames cimport (
@@ -15,7 +16,8 @@ from zramd.core.device.frames cimport (
     frame_decode,
     frame_encode,
 )
-from zramd.core.memory.region cimport secret_alloc, secret_free, whole_pages
+from zramd.core.memory.region cimport region_populate, secret_alloc, secret_free, whole_pages
+from zramd.core.system.checks cimport zr_assert_held
 from zramd.core.system.locks cimport (
     mutex_inherit,
     pthread_mutex_destroy,
@@ -42,6 +44,7 @@ cdef class Cold:
         cdef uint32_t i, each = <uint32_t>whole_pages(decoder_bytes())
         for i in range(DECODERS_MAX):
             pthread_mutex_init(&self.decoders[i].lock, NULL)
+        pthread_mutex_init(&self.encoder_lock, NULL)
         if not 0 <= level <= ZSTD_LEVELS:
             raise ValueError(f"level {level} is out of range: 1 to {ZSTD_LEVELS}")
         self.count = DECODERS_FEW
@@ -75,27 +78,39 @@ cdef class Cold:
         secret_free(self.encoder_memory, self.encoder_size)
         for i in range(DECODERS_MAX):
             pthread_mutex_destroy(&self.decoders[i].lock)
+        pthread_mutex_destroy(&self.encoder_lock)
 
     cdef int inherit_priority(self) noexcept nogil:
         """Make each lock hand on priority; 0 or an errno. Nobody else may be here yet."""
         cdef uint32_t i
-        cdef int rc = 0
+        cdef int rc = mutex_inherit(&self.encoder_lock)
         for i in range(DECODERS_MAX):
             rc = rc or mutex_inherit(&self.decoders[i].lock)
         return rc
 
     cdef void exchange_encoder(self, Cold other) noexcept nogil:
-        """Take another's encoder, and give it the own one. Neither is in use."""
+        """Take another's encoder, which is not in use, and give it the own one."""
+        pthread_mutex_lock(&self.encoder_lock)
         self.encoder, other.encoder = other.encoder, self.encoder
         self.encoder_memory, other.encoder_memory = other.encoder_memory, self.encoder_memory
         self.encoder_size, other.encoder_size = other.encoder_size, self.encoder_size
         self.level, other.level = other.level, self.level
+        pthread_mutex_unlock(&self.encoder_lock)
+
+    cdef int populate(self) noexcept nogil:
+        """Make all contexts resident; 0 or -ENOMEM."""
+        if region_populate(self.memory, self.memory_size):
+            return -ENOMEM
+        if self.encoder_size and region_populate(self.encoder_memory, self.encoder_size):
+            return -ENOMEM
+        return 0
 
     cdef uint32_t encode(self, const char *block, char *out, uint32_t limit) noexcept nogil:
         """Compress a block into out, which has room for limit bytes; the bytes used, or 0: it does not get so small.
 
-        One thread at a time.
+        The caller has encoder_lock.
         """
+        zr_assert_held(&self.encoder_lock)
         return frame_encode(self.encoder, block, out, limit)
 
     cdef int decode(self, const char *payload, uint32_t size, char *block) noexcept nogil:

@@ -36,6 +36,7 @@ from zramd.core.system.locks cimport (
     counter_add,
     counter_sub,
     load_relaxed,
+    load_relaxed_8,
     mutex_inherit,
     owned_add,
     pthread_mutex_destroy,
@@ -117,6 +118,8 @@ cdef class Device:
     state: descriptor, the caller's to close, of the file that holds all data (see zramd.server.state); what is in it is
     taken over, and progress(done, total) called about every second meanwhile. -1: memory of this process.
     verify: store a checksum with each block, and check it on each read; a state is all with or all without.
+    cold_level: zstd's, 1 to 19, for what `cool` compresses again; 0: it compresses nothing.
+    mark_cold: called with a state's descriptor before its first cold block, which a zramd of before would not know.
     Raises ValueError for a size out of range, also of the state; MemoryError when the address space cannot be had;
     PoolFullError when the state's file system has no room for its first pages;
     CorruptionError when the state contradicts itself (then nothing in it was changed).
@@ -124,7 +127,7 @@ cdef class Device:
     """
 
     def __cinit__(self, uint64_t disksize, *, uint64_t mem_limit=0, str codec="lz4", int level=0, int state=-1,
-                  bint verify=False, progress=None, int cold_level=0):
+                  bint verify=False, progress=None, int cold_level=0, mark_cold=None):
         cdef Memory memory
         cdef Recovery recovery
         zr_static_assert(sizeof(state_words) <= KEPT_POOL - KEPT_STATE)
@@ -143,6 +146,9 @@ cdef class Device:
             recovery = Recovery(self.table)
             recovery.run(progress)
             self.recovered = recovery.numbers()
+            self.mark_cold = mark_cold
+            if self.table.hot_marks:
+                self._expect_cold()
             if self.kept.loading:
                 self.reset()
                 self.kept.loading = 0
@@ -155,6 +161,12 @@ cdef class Device:
             self.kept.limit_asked = mem_limit + 1
         if not self.kept.data_id[0]:
             self._name_data()
+
+    def _expect_cold(self):
+        """From now on there may be cold blocks. Raises what mark_cold does."""
+        if self.mark_cold is not None:
+            self.mark_cold(self.memory.fd)
+            self.mark_cold = None
 
     def _name_data(self):
         cdef bytes name = os.urandom(sizeof(self.kept.data_id))
@@ -481,26 +493,27 @@ cdef class Device:
         with nogil:
             for block in range(self.blocks):
                 if self.table.get(block):
-                    counts[self.table.ages[block]] += 1
+                    counts[load_relaxed_8(&self.table.ages[block])] += 1
         return [counts[i] for i in range(256)]
 
     def cool(self, uint64_t first, uint64_t count, uint32_t threshold=0, uint8_t age=0):
-        """Make blocks cold that are raw, or have a payload of threshold bytes or more, and are old enough; (how many, payload
-        bytes less).
+        """Make blocks cold that are raw, or have a payload of threshold bytes or more, and are old enough; (how many,
+        payload bytes less).
 
-        The device must have a cold level; one thread at a time. Stops where there is no room for a block's old and new
-        payload at once.
+        The device must have a cold level. Stops where there is no room for a block's old and new payload at once, and
+        where half of a reserve is left, which is for requests.
         """
         cdef uint64_t block, done = 0, saved = 0
         cdef int rc = 0
         cdef scratch *s
         if not self.table.cold.level:
             raise ValueError("the device has no cold level")
+        self._expect_cold()
         s = self.table.scratch_take()
         if s == NULL:
             raise MemoryError("no memory to compress in")
         with nogil:
-            for block in range(first, min(first + count, self.blocks)):
+            for block in range(first, first + min(count, self.blocks - min(first, self.blocks))):
                 gate_enter(&self.gate)
                 rc = self.table.cool(block, threshold, age, s.page, s.out)
                 gate_leave(&self.gate)

@@ -98,6 +98,6 @@ cdef ZSTD_DCtx *decoder_make(void *place, uint32_t size) noexcept nogil:
 
 cdef int frame_decode(ZSTD_DCtx *decoder, const char *payload, uint32_t size, char *block) noexcept nogil:
     """Decompress a payload; 0, or -EIO: it is not one of a block."""
-    if size < 2 or payload[0] != PAYLOAD_ZSTD:
+    if not is_cold_payload(payload, size):
         return -EIO
     return 0 if ZSTD_decompressDCtx(decoder, block, BLOCK_SIZE, payload + 1, size - 1) == BLOCK_SIZE else -EIO

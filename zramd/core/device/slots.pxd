@@ -68,6 +68,12 @@ cdef inline bint is_cold(uint64_t slot) noexcept nogil:
     """Whether the payload begins with the name of its codec: it is not lz4's."""
     return slot & SLOT_COLD and not slot & SLOT_SAME
 
+cdef inline bint is_known(uint64_t slot) noexcept nogil:
+    """Whether a slot's flags and size go together: others come from bits that changed in memory."""
+    if slot & SLOT_SAME:
+        return not slot & (SLOT_COLD | SLOT_LOST)
+    return not slot & SLOT_COLD or slot_bytes(slot) < BLOCK_SIZE
+
 cdef inline bint has_object(uint64_t slot) noexcept nogil:
     """Whether a slot's handle is that of an object."""
     return slot != 0 and not slot & SLOT_SAME and slot != SLOT_LOST
