@@ -4,30 +4,22 @@ The kernel compacts its zsmalloc only when asked to: by its shrinker, or by zram
 rules here are our own.
 
 `Policy` holds the rules and knows neither threads nor time: it is told what happened and answers what to do.
-`Compactor` is the thread that looks, compacts in steps and sleeps as the policy says.
+`Compactor` looks, and compacts in steps, as the policy says; the thread is the worker's.
 """
 
-import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NamedTuple, Protocol
 
-from zramd.core.system.process import name_thread
-from zramd.core.system.threads import start_thread
-from zramd.errors import is_shortage, sentence
-from zramd.server.log import say
 from zramd.settings.config import Config
 
 MIN_FREEABLE = 16  # pages: below this a run is not worth waking the caches for
 MAX_INTERVAL = 60.0  # seconds between looks after runs that gained nothing
-IO_SHARE = 4  # pause this many step times when clients are active: 1 part compacting, 4 parts not, 20 %
+IO_SHARE = 4  # pause this many step times when clients are active: 1 part work, 4 parts not, 20 %
 MIN_PAUSE = 0.001  # seconds
 # A zspage is at most 16 pages, so moving this much without freeing one means that nothing can be gained.
 FRUITLESS_BYTES = 256 << 10
-NICE = 10
-PAUSE = 0.1  # seconds, where there is no memory to wait longer
 
 
 class Pressure(NamedTuple):
@@ -42,6 +34,10 @@ class Pressure(NamedTuple):
     def busy_since(self, before: "Pressure") -> bool:
         """Say whether clients make requests now, or made some since `before`."""
         return self.requests_inflight > 0 or self.requests_done != before.requests_done
+
+    def pause(self, step_seconds: float, before: "Pressure") -> float:
+        """Return the seconds to leave to clients after a step that took so long; 0 when there are none."""
+        return max(IO_SHARE * step_seconds, MIN_PAUSE) if self.busy_since(before) else 0.0
 
 
 class Compactable(Protocol):
@@ -91,12 +87,6 @@ class Policy:
         """Take note of a step that freed `freed` pages."""
         self._fruitless = 0 if freed else self._fruitless + self._step
 
-    def pause(self, step_seconds: float, before: Pressure, now: Pressure) -> float:
-        """Return the seconds to leave to clients after a step; 0 when there are none."""
-        if now.busy_since(before):
-            return max(IO_SHARE * step_seconds, MIN_PAUSE)
-        return 0.0
-
     def run_ended(self, freed: int) -> None:
         """Take note of a run that freed `freed` pages: without gain the next look comes later."""
         self._fruitless = 0
@@ -117,7 +107,9 @@ class Policy:
 
 
 class Compactor:
-    """The thread that compacts a device in the background and on demand."""
+    """Compacts a device in the background and on demand: a part of zramd.server.worker."""
+
+    title = "background compaction"
 
     def __init__(
         self,
@@ -128,26 +120,26 @@ class Compactor:
     ) -> None:
         self._device = device
         self._clock = clock
-        self._wake = threading.Event()
+        self.wake: Callable[[], None] = lambda: None
         self.configure(config)
         self._lock = threading.Lock()  # guards _tickets and _ended
         self._tickets: list[threading.Event] = []
-        self._stopping = False
+        self._begun = False
         self._ended = False
-        self._thread: threading.Thread | None = None
         self._running = False
         self._run_freed = 0
         self._seen: Pressure | None = None
         self._trimmed = True  # nothing is kept before the first request
         self.pages_freed = 0
         self.failure = ""
+        self.yields = False
 
     @property
     def status(self) -> str:
         """One of running, idle, off (only on demand), stopped, or failed with the reason."""
         if self.failure:
             return f"failed: {self.failure}"
-        if self._ended or self._thread is None:
+        if self._ended or not self._begun:
             return "stopped"
         if self._running:
             return "running"
@@ -158,18 +150,22 @@ class Compactor:
         self._policy = Policy(config)
         self._step_bytes = config.compaction_step
         self._enabled = config.compaction
-        self._wake.set()
+        self.wake()
 
-    def start(self) -> None:
-        """Start the thread; only after the process has forked for the last time."""
-        self._thread = start_thread("zramd-compactor", self._work)
+    @property
+    def interval(self) -> float:
+        """Seconds between looks."""
+        return self._policy.interval
 
-    def stop(self) -> None:
-        """End the thread; waits for the step it is in."""
-        self._stopping = True
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join()
+    def begin(self) -> None:
+        """Take note that the thread runs."""
+        self._begun = True
+
+    def end(self) -> None:
+        """Take note that it does not run any more, and let nobody wait for it."""
+        with self._lock:
+            self._ended = True
+        self._answer(len(self._tickets))
 
     def compact_now(self, timeout: float) -> int:
         """Compact until nothing is freeable and return the pages freed meanwhile.
@@ -180,10 +176,10 @@ class Compactor:
         ticket = threading.Event()
         before = self.pages_freed
         with self._lock:
-            if self._ended or self._thread is None:
+            if self._ended or not self._begun:
                 raise RuntimeError(f"compactor is not running: {self.failure or 'stopped'}")
             self._tickets.append(ticket)
-        self._wake.set()
+        self.wake()
         ticket.wait(timeout)
         return self.pages_freed - before
 
@@ -191,6 +187,7 @@ class Compactor:
         """Do what is due, at most one step, and return the seconds until the next is due."""
         now = Pressure(*self._device.pressure())
         last, self._seen = self._seen or now, now
+        self.yields = False
         if self._tickets:
             self._policy.reset_backoff()
         if not self._running:
@@ -219,7 +216,9 @@ class Compactor:
             self._run_freed += freed
             self._answer(asked)
         elif self._policy.worth_going_on(now):
-            return self._policy.pause(taken, last, now)
+            pause = now.pause(taken, last)
+            self.yields = pause > 0
+            return pause
         self._policy.run_ended(self._run_freed)
         self._running = False
         self._trimmed = False
@@ -233,40 +232,8 @@ class Compactor:
             self._device.release_stock()
             self._trimmed = True
 
-    def _rest(self, seconds: float) -> None:
-        """Sleep until there is something to do, at most so many seconds."""
-        try:
-            self._wake.wait(seconds)
-        except (MemoryError, RuntimeError):  # a wait takes memory, for a lock
-            time.sleep(min(seconds, PAUSE))
-        self._wake.clear()
-
     def _answer(self, count: int) -> None:
         with self._lock:
             answered, self._tickets = self._tickets[:count], self._tickets[count:]
         for ticket in answered:
             ticket.set()
-
-    def _work(self) -> None:
-        name_thread("zramd-compactor")
-        with suppress(OSError):  # a sandbox may forbid it: clients then compete on equal terms
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        try:
-            while not self._stopping:
-                try:
-                    delay = self.tick()
-                    self.failure = ""
-                except (MemoryError, OSError) as error:
-                    if not is_shortage(error):
-                        raise
-                    self.failure = sentence(error)
-                    delay = self._policy.interval
-                if delay > 0:
-                    self._rest(delay)
-        except Exception as error:
-            self.failure = f"{type(error).__name__}: {error}"
-            say(f"background compaction stopped: {self.failure}")
-        finally:
-            with self._lock:
-                self._ended = True
-            self._answer(len(self._tickets))

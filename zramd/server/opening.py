@@ -16,17 +16,22 @@ def make_device(config: Config) -> Device:
         return Device(
             config.disksize,
             mem_limit=config.mem_limit,
-            acceleration=config.acceleration,
+            codec=config.codec.name,
+            level=config.codec.level,
             verify=config.verify,
+            cold_level=config.cold_level,
         )
     fd = statefile.open_state(path, config.disksize, config.verify)
     try:
         device = Device(
             config.disksize,
             mem_limit=config.mem_limit,
-            acceleration=config.acceleration,
+            codec=config.codec.name,
+            level=config.codec.level,
             verify=config.verify,
+            cold_level=config.cold_level,
             state=fd,
+            mark_cold=statefile.mark_cold,
             progress=lambda done, total: say(f"taking over state '{path}': {100 * done // total} %"),
         )
     except PoolFullError as error:

@@ -1,7 +1,7 @@
 """The server's life: prepare before nbdkit forks, start after, stop when nbdkit ends.
 
 prepare   self-test, device, run folder        errors reach the user's terminal
-start     pid file, signals, threads           compactor, and housekeeping: endpoint, stats files, stop
+start     pid file, signals, threads           worker, and housekeeping: endpoint, stats files, stop
 stop      threads end, the run folder goes
 """
 
@@ -49,7 +49,7 @@ def prepare(config: Config, shutdown: Callable[[], None]) -> "Prepared":
     """
     # As nbdkit has it once it serves: what started us may end before we have said all.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    self_test()
+    self_test(config)
     log = Log(prepare=protection.warm_stack if config.swap == "local" else lambda: None)
     ends = Ends()
     ends.add(log.stop)
@@ -177,8 +177,8 @@ class Serving:
         service.admission.begin(listening)
         files.bound = sockets.bound(listening)
         endpoint = self._make_endpoint()
-        service.compactor.start()
-        ends.add(service.compactor.stop)
+        service.worker.start()
+        ends.add(service.worker.stop)
         self._leaving = leaving = Leaving(
             config,
             device,

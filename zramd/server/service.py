@@ -13,14 +13,18 @@ from zramd.contract.rundir import DATA_ID, Rundir
 from zramd.core.device.device import Device
 from zramd.core.device.saving import load as load_stream
 from zramd.core.device.saving import save as save_stream
+from zramd.core.device.tier import Tier
 from zramd.errors import ConfigError, DeviceError
 from zramd.kernel import swapuse
 from zramd.process.steps import step
 from zramd.server import sockets
 from zramd.server.admission import Admission
 from zramd.server.compactor import Compactor
+from zramd.server.tiers import Tiers
 from zramd.server.trouble import Troubles
 from zramd.server.undone import Undone
+from zramd.server.worker import Worker
+from zramd.settings import codecs
 from zramd.settings.config import Config, find
 from zramd.settings.config import value as parse_value
 from zramd.stats import snapshots
@@ -51,12 +55,15 @@ class Service:
         greets = None if config.swap == "local" else wake_up
         self.admission = Admission(troubles, lambda: self.config.client_limit, lambda: self.clients, greets)
         self.compactor = Compactor(device, config)
+        self.tiers = Tiers(device, Tier(device), config)
+        self.worker = Worker(self.compactor, self.tiers)
         self.device = device
         self._rundir = rundir
         self._troubles = troubles
         self._wake_up = wake_up
         self._started = time.monotonic()
         self._clients_lock = threading.Lock()
+        self._changes_lock = threading.Lock()
         self._loading = False
 
     def client_connects(self) -> None:
@@ -86,6 +93,7 @@ class Service:
             version=__version__,
             started=self._started,
             swap=swapuse.numbers(self.config.name, self.config.disksize),
+            tiers=self.tiers.numbers(),
         )
 
     def classes(self) -> list[snapshots.ClassRow]:
@@ -98,6 +106,8 @@ class Service:
         causes = self._troubles.causes()
         if self.compactor.failure:
             causes.append(f"background compaction {compactor}")
+        if self.tiers.failure:
+            causes.append(f"{self.tiers.title} failed: {self.tiers.failure}")
         return {
             "status": "degraded" if causes else "ok",
             "causes": causes,
@@ -118,7 +128,8 @@ class Service:
     def change(self, name: str, text: str) -> Any:
         """Change a setting that can be while the device is served; return its value as it is then.
 
-        Raises ConfigError for a value that cannot be used, and for a setting that stays as it is.
+        Raises ConfigError for a value that cannot be used, and for a setting that stays as it is; DeviceError when there is
+        no memory for the change.
         """
         setting = find(name)
         if setting.fixed:
@@ -127,8 +138,11 @@ class Service:
         if name == "mem_limit":
             self.device.mem_limit = value
             value = self.device.mem_limit  # whole pages
-        with self._clients_lock:  # two changes at once
-            self.config = replace(self.config, **{name: value})
+        with self._changes_lock:  # two changes at once
+            changed = replace(self.config, **{name: value})
+            codecs.must_gain(changed.comp_algorithm, changed.recompression)
+            self.tiers.configure(changed)
+            self.config = changed
         self.compactor.configure(self.config)
         self._wake_up()  # stats_interval
         return value

@@ -11,19 +11,19 @@ from typing import Any
 
 from zramd.contract import rundir
 from zramd.errors import ConfigError
-from zramd.settings import amounts
+from zramd.settings import amounts, codecs
 
 PAGE_SIZE = 4096  # bytes
 MAX_DISKSIZE = 4 << 40  # the core has the same: handles have 31 bits
 MAX_CLIENTS = 65536
-MAX_ACCELERATION = 65537  # LZ4_ACCELERATION_MAX: lz4 silently clamps what is above
+MIN_COLD_AGE = 10  # seconds: a sweep
+MAX_COLD_AGE = 5 * 3600  # the oldest that a block's age can tell is some more
 # sun_path holds 107 bytes and a NUL; control.sock is the longest socket name in the folder.
 MAX_RUNDIR_BYTES = 107 - len("/control.sock")
 
 _SUFFIXES = "KMGTPE"
 _SIZE = re.compile(r"(0x[0-9a-f]+|0[0-7]*|[1-9][0-9]*)(?:([KMGTPE])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
-_LZ4 = re.compile(r"lz4(?:\(\s*level\s*=\s*([0-9]{1,9})\s*\))?", re.ASCII)
 _BOOLEANS = {"on": True, "yes": True, "true": True, "1": True}
 _BOOLEANS |= {"off": False, "no": False, "false": False, "0": False}
 
@@ -102,15 +102,6 @@ def _name(text: str) -> str:
     return text
 
 
-def _comp_algorithm(text: str) -> str:
-    match = _LZ4.fullmatch(text)
-    if match is None or not 1 <= int(match[1] or 1) <= MAX_ACCELERATION:
-        raise ConfigError(
-            f"'{text}' is not available: use lz4 or lz4(level=N) with N from 1 to {MAX_ACCELERATION}"
-        )
-    return f"lz4(level={int(match[1])})" if match[1] else "lz4"
-
-
 def _absolute(text: str) -> str:
     path = os.path.abspath(text)
     try:
@@ -187,6 +178,16 @@ def _seconds(text: str) -> float:
     return _number(text, 0.01, 3600, "seconds")
 
 
+def _cold_age(text: str) -> float:
+    seconds = amounts.duration(text, MIN_COLD_AGE, MAX_COLD_AGE)
+    if seconds is None:
+        raise ConfigError(
+            f"'{text}' is out of range: use {MIN_COLD_AGE} seconds to {MAX_COLD_AGE // 3600} hours, "
+            "such as 300, 5min or 1h"
+        )
+    return seconds
+
+
 def _seconds_or_never(text: str) -> float:
     return 0.0 if text == "0" else _seconds(text)
 
@@ -243,11 +244,12 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "comp_algorithm",
-        _comp_algorithm,
+        codecs.comp_algorithm,
         "lz4",
-        "lz4(level=4)",
-        f"compressor; level is lz4's acceleration, 1 to {MAX_ACCELERATION}: higher is faster and compresses "
-        "less",
+        "zstd(level=3)",
+        "compressor of what is written: lz4, lz4hc, zstd or none, or one with a level: lz4(level=N) with N from 1 "
+        "to 65537: higher is faster and compresses less; lz4hc(level=N), 3 to 9; zstd(level=N), 1 to 19; a second "
+        "one is recompression's",
         fixed="compressors are set up when the device is made",
     ),
     Setting(
@@ -338,6 +340,23 @@ SETTINGS: tuple[Setting, ...] = (
         "compaction_step", _step, "64K", "256K", "bytes of objects moved before looking at other requests"
     ),
     Setting(
+        "recompression",
+        codecs.recompression,
+        None,
+        "zstd(level=3)",
+        "how blocks are compressed again once nobody asks for them: zstd, zstd(level=N) with N from 1 to "
+        f"{codecs.LEVELS[codecs.COLD][1]} [{codecs.LEVELS[codecs.COLD][2]}], or off",
+        shown_default=f"{codecs.DEFAULT_RECOMPRESSION}; off with comp_algorithm=zstd or none",
+    ),
+    Setting(
+        "cold_age",
+        _cold_age,
+        "5min",
+        "1h",
+        "time for which nobody has asked for a block before it is recompressed, in seconds or with a unit (s, "
+        f"min, h), {MIN_COLD_AGE} seconds to {MAX_COLD_AGE // 3600} hours; less when memory is short",
+    ),
+    Setting(
         "stats_interval",
         _seconds_or_never,
         "1",
@@ -388,15 +407,21 @@ class Config:
     compaction_near_limit: float
     compaction_interval: float
     compaction_step: int
+    recompression: str
+    cold_age: float
     stats_interval: float
     metrics_file: str
     endpoint: bool
 
     @property
-    def acceleration(self) -> int:
-        """lz4's acceleration factor, taken from comp_algorithm."""
-        match = _LZ4.fullmatch(self.comp_algorithm)
-        return int(match[1]) if match and match[1] else 1
+    def codec(self) -> codecs.Codec:
+        """The algorithm of what is written, and its level."""
+        return codecs.parse(self.comp_algorithm)
+
+    @property
+    def cold_level(self) -> int:
+        """zstd's level for what is cold, 0: nothing is recompressed."""
+        return codecs.cold_level(self.recompression)
 
 
 def default_rundir(name: str) -> str:
@@ -446,6 +471,8 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
             values[setting.name] = value(setting, setting.default)
     if "disksize" not in values:
         raise ConfigError("disksize is missing: give the size of the device, such as disksize=1G")
+    values.setdefault("recompression", codecs.default_recompression(values["comp_algorithm"]))
+    codecs.must_gain(values["comp_algorithm"], values["recompression"])
     if values["metrics_file"] and not values["stats_interval"]:
         raise ConfigError(
             f"metrics_file='{values['metrics_file']}' would never be written: stats_interval is 0, use 1"

@@ -13,6 +13,7 @@ from bench.results import Aim, NotMeasuredError, Row, at_least, at_most
 from bench.setup import BLOCK, Setup
 from zramd import Device
 from zramd.server.compactor import Compactor
+from zramd.server.worker import Worker
 from zramd.settings.config import parse
 
 RATE = 5000  # requests a second: about 12 MB of writes, much for a machine that swaps
@@ -52,15 +53,16 @@ class Aging:
             if dice.random() < AGING_WRITES / (AGING_WRITES + AGING_TRIMS):
                 self.device.write(trace.new_block(dice), block * BLOCK)
         self._requests = trace.age(self.device, dice)
-        self._compactor.start()
-        thread = self._compactor._thread
+        self._worker = Worker(self._compactor)
+        self._worker.start()
+        thread = self._worker.thread
         assert thread is not None
         assert thread.ident is not None
         self._clock = time.pthread_getcpuclockid(thread.ident)
 
     def close(self) -> None:
         """End the compactor's thread."""
-        self._compactor.stop()
+        self._worker.stop()
 
     def run(self, seconds: float, rate: float) -> Steady:
         """Make `rate` requests a second (0: none, infinity: as many as one thread can) and look meanwhile."""

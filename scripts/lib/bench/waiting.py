@@ -23,6 +23,7 @@ from zramd import Device, PoolFullError
 from zramd.core.device import saving
 from zramd.kernel import protection
 from zramd.server.compactor import Compactor
+from zramd.server.worker import Worker
 from zramd.settings import config
 from zramd.stats import snapshots, texts
 
@@ -145,11 +146,11 @@ def one_processor(seconds: float, size: int) -> dict[str, float]:
 
     with hogs():
         protection.take_priority(protection.BESIDE)
-        compactor = Compactor(device, settings)
-        compactor.start()
+        worker = Worker(Compactor(device, settings))
+        worker.start()
         with repeating(beside):
             in_a_thread(client)
-        compactor.stop()
+        worker.stop()
     return numbers | {"moved": device.counters()["objects_migrated"]}
 
 

@@ -51,6 +51,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--discard", choices=DISCARDS, default=Plan.discard)
     parser.add_argument("--page-cluster", type=int, default=Plan.page_cluster)
     parser.add_argument("--sysctl", action="append", default=[])
+    parser.add_argument("--idle", type=float, default=0)
     parser.add_argument("--parameters", default="")
     parser.add_argument("--rest", type=float, default=0)
     parser.add_argument("--pages", type=Path)
@@ -89,6 +90,7 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
         discard=asked.discard,
         page_cluster=asked.page_cluster,
         sysctls=tuple(asked.sysctl),
+        idle=asked.idle,
         parameters=asked.parameters,
         rest=asked.rest,
         pages=str(asked.pages.absolute()) if asked.pages else "",
@@ -148,7 +150,9 @@ def refuse(asked: argparse.Namespace) -> None:
         raise VmError("--kill is qemu's: use it with --attach qemu")
     if asked.restart and not asked.kill:
         raise VmError("--restart wants the seconds between two: give --kill SECONDS, too")
-    others = (asked.minutes, asked.limit, asked.stall, asked.mem_limit, asked.nbd_options)
+    if asked.idle and any((asked.rest, asked.pause, asked.kill, asked.minutes, asked.limit, asked.churn)):
+        raise VmError("--idle is of the run that writes, frees and compacts: leave the others out")
+    others = (asked.minutes, asked.limit, asked.stall, asked.mem_limit, asked.nbd_options, asked.idle)
     if asked.attach == KERNEL_ZRAM and any(others):
         raise VmError("with --attach zram there is only the comparison: memory written, freed and compacted")
     if (asked.breaks or asked.refresh) and not asked.churn:

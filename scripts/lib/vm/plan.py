@@ -48,6 +48,7 @@ class Plan:
     discard: str = "both"  # of DISCARDS: what the kernel tells the device of freed swap
     page_cluster: int = 0  # 2 to the power of it pages are read at a time
     sysctls: tuple[str, ...] = ()  # further ones, as NAME=VALUE
+    idle: float = 0.0  # how long nothing is asked for once the workload is written
     parameters: str = ""  # further ones of the guest's kernel
     pageout: bool = False  # swap all of the workload out before it is freed
     workload_bytes: int = 0  # instead of what suits the guest's memory

@@ -17,6 +17,7 @@ MIB = 1 << 20
 # The moments that the report tells of, in their order.
 MOMENTS = {
     "empty": "before the workload",
+    "rested": "after --idle",
     "full": "after swap in/out",
     "before": "after freeing",
     "after": "after compaction",
@@ -84,6 +85,7 @@ class Result:
     slowest: float = 0.0  # of the workload's pages, seconds: how long it stood still
     churn: dict[str, Any] = field(default_factory=dict)  # programs that come and go: see vm.churn
     rest: dict[str, Any] = field(default_factory=dict)  # what the device held while the guest rested: vm.rest
+    idle: dict[str, Any] = field(default_factory=dict)  # what the server held after --idle
     requests: dict[str, Any] = field(default_factory=dict)  # what the server's requests cost in the guest
     expectations: list[Expectation] = field(default_factory=list)
     error: str = ""
@@ -203,6 +205,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("compaction", result.compaction),
         ("guest's compact_memory", result.guest_compaction),
         ("swapoff while swapped", result.swapoff),
+        ("after nothing was asked for", result.idle),
         ("requests", result.requests),
         ("under pressure", result.hog),
         ("server in the guest", result.daemon),

@@ -37,7 +37,7 @@ def rest(plan: Plan, boot: Boot, result: Result) -> None:
     result.rest = {
         "seconds": plan.rest,
         "blocks": last["pages_stored"],
-        "cold": last.get("cold_pages", 0),
+        "cold": _cold(last),
         "MiB at once": round(first["total_bytes"] / MIB, 1),
         "MiB later": round(last["total_bytes"] / MIB, 1),
         "ratio": round(ratio, 3),
@@ -46,6 +46,11 @@ def rest(plan: Plan, boot: Boot, result: Result) -> None:
     }
     if plan.mode != KERNEL_ZRAM and "recompression=off" not in plan.settings:
         result.expect(f"what rests takes {SHRUNK} of what it took, or less", ratio <= SHRUNK, f"{ratio:.3f}")
+
+
+def _cold(stats: dict[str, Any]) -> int:
+    """How many blocks are cold; the kernel's zram has none."""
+    return int(stats["tiers"]["cold_pages"]) if "tiers" in stats else 0
 
 
 def _samples(session: Session, started: float) -> list[dict[str, Any]]:
@@ -59,7 +64,7 @@ def _samples(session: Session, started: float) -> list[dict[str, Any]]:
                     "time": round(beat["time"] - started, 1),
                     "stored": stats["pages_stored"],
                     "total_bytes": stats["total_bytes"],
-                    "cold": stats.get("cold_pages", 0),
+                    "cold": _cold(stats),
                     "bytes_a_block": round(stats["total_bytes"] / max(1, stats["pages_stored"])),
                 }
             )

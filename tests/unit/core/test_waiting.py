@@ -431,7 +431,7 @@ def test_every_thread_has_the_priority_of_its_work(tmp_path: Path) -> None:
         def tasks():
             return os.listdir("/proc/self/task")
 
-        while not {"zramd", "zramd-compactor", "zramd-log", "zramd-refill"} <= set(map(name, tasks())):
+        while not {"zramd", "zramd-worker", "zramd-log", "zramd-refill"} <= set(map(name, tasks())):
             time.sleep(0.01)
         refiller, = (int(task) for task in tasks() if name(task) == "zramd-refill")
         while os.sched_getscheduler(refiller) != os.SCHED_OTHER:
@@ -464,8 +464,8 @@ def test_every_thread_has_the_priority_of_its_work(tmp_path: Path) -> None:
         "client real-time 2",
         "main real-time 2",
         "zramd real-time 1",
-        "zramd-compactor real-time 1",
         "zramd-log real-time 1",
         "zramd-refill ordinary 0",
+        "zramd-worker real-time 1",
         "nice -20",
     ]

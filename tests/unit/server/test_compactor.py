@@ -8,6 +8,7 @@ import pytest
 from support.run import wait_until
 
 from zramd.server.compactor import FRUITLESS_BYTES, MAX_INTERVAL, MIN_FREEABLE, Compactor, Policy, Pressure
+from zramd.server.worker import Worker
 from zramd.settings import config
 
 
@@ -102,12 +103,11 @@ class TestPolicy:
         assert not policy.worth_going_on(pressure(400))
 
     def test_yields_to_clients(self) -> None:
-        policy = Policy(settings())
         idle = pressure(400)
-        assert policy.pause(0.01, idle, idle) == 0
-        assert policy.pause(0.01, idle, pressure(400, inflight=1)) == pytest.approx(0.04)
-        assert policy.pause(0.01, idle, pressure(400, done=1)) == pytest.approx(0.04)
-        assert policy.pause(0.00001, idle, pressure(400, done=1)) == 0.001
+        assert idle.pause(0.01, idle) == 0
+        assert pressure(400, inflight=1).pause(0.01, idle) == pytest.approx(0.04)
+        assert pressure(400, done=1).pause(0.01, idle) == pytest.approx(0.04)
+        assert pressure(400, done=1).pause(0.00001, idle) == 0.001
 
     def test_backs_off(self) -> None:
         policy = Policy(settings(compaction_interval="2"))
@@ -190,43 +190,48 @@ class TestThread:
     def test_stops_at_once(self) -> None:
         compactor = make(FakeDevice(), compaction_interval="3600")
         assert compactor.status == "stopped"
-        compactor.start()
+        worker = Worker(compactor)
+        worker.start()
         assert compactor.status == "idle"
-        compactor.stop()
+        worker.stop()
         assert compactor.status == "stopped"
 
     def test_compact_now_takes_all(self) -> None:
         device = FakeDevice(freeable=55)
         compactor = make(device, compaction="off", compaction_interval="3600")
-        compactor.start()
+        worker = Worker(compactor)
+        worker.start()
         assert compactor.status == "off"
         assert compactor.compact_now(10) == 55
         assert device.budgets[-1] == 0  # after its steps all at once, which borrows: see compact_whole
         assert compactor.compact_now(10) == 0
-        compactor.stop()
+        worker.stop()
 
     def test_configure(self) -> None:
         """What is configured counts at once, even in the middle of an hour's interval."""
         device = FakeDevice(freeable=5000)
         compactor = make(device, compaction="off", compaction_interval="3600")
-        compactor.start()
+        worker = Worker(compactor)
+        worker.start()
         assert compactor.status == "off"
         compactor.configure(settings(compaction_step="128K"))
         wait_until(lambda: device.freeable < 100)
         assert set(device.budgets) == {128 << 10}
-        compactor.stop()
+        worker.stop()
 
     def test_compact_now_ends_when_nothing_can_be_gained(self) -> None:
         device = FakeDevice(freeable=55, gain=0)
         compactor = make(device, compaction_interval="3600")
-        compactor.start()
+        worker = Worker(compactor)
+        worker.start()
         assert compactor.compact_now(10) == 0
-        compactor.stop()
+        worker.stop()
 
     def test_every_caller_gets_an_answer(self) -> None:
         device = FakeDevice(freeable=1000)
         compactor = make(device, compaction_interval="3600")
-        compactor.start()
+        worker = Worker(compactor)
+        worker.start()
         answers: list[int] = []
         callers = [
             threading.Thread(target=lambda: answers.append(compactor.compact_now(10))) for _ in range(8)
@@ -235,7 +240,7 @@ class TestThread:
             caller.start()
         for caller in callers:
             caller.join(20)
-        compactor.stop()
+        worker.stop()
         assert len(answers) == 8
         assert max(answers) <= 1000
         assert device.freeable == 0
@@ -245,12 +250,13 @@ class TestThread:
         started = threading.Event()
         device.during_step = started.set
         compactor = make(device)
-        compactor.start()
+        worker = Worker(compactor)
+        worker.start()
         answers: list[int] = []
         caller = threading.Thread(target=lambda: answers.append(compactor.compact_now(60)))
         caller.start()
         started.wait(10)
-        compactor.stop()
+        worker.stop()
         caller.join(10)
         assert len(answers) <= 1
         assert not caller.is_alive()
@@ -264,16 +270,18 @@ class TestThread:
 
         device.during_step = fail
         compactor = make(device, compaction_interval="0.01")
-        compactor.start()
+        worker = Worker(compactor)
+        worker.start()
         wait_until(lambda: compactor.status.startswith("failed: "))
         device.during_step = lambda: None
         wait_until(lambda: compactor.pages_freed and compactor.status in ("running", "idle"))
-        compactor.stop()
+        worker.stop()
 
     @pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("can't allocate lock")], ids=repr)
     def test_no_memory_to_wait(self, failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
         device = FakeDevice(freeable=0)
         compactor = make(device, compaction_interval="0.01")
+        worker = Worker(compactor)
         waits: list[float] = []
 
         def fail(seconds: float) -> None:
@@ -281,13 +289,13 @@ class TestThread:
             raise failure
 
         with monkeypatch.context() as short:
-            short.setattr(compactor._wake, "wait", fail)
-            compactor.start()
+            short.setattr(worker._wake, "wait", fail)
+            worker.start()
             wait_until(lambda: len(waits) > 2)
         device.freeable = 500
         compactor.compact_now(10)
         assert compactor.pages_freed
-        compactor.stop()
+        worker.stop()
 
     @pytest.mark.filterwarnings("error")
     def test_failure_is_told_once(self, capfd: pytest.CaptureFixture[str]) -> None:
@@ -298,20 +306,22 @@ class TestThread:
 
         device.during_step = fail
         compactor = make(device)
-        compactor.start()
-        compactor._thread.join(10)  # type: ignore[union-attr]
+        worker = Worker(compactor)
+        worker.start()
+        worker.thread.join(10)  # type: ignore[union-attr]
         assert compactor.status == "failed: ValueError: broken"
         assert capfd.readouterr().err == "zramd: background compaction stopped: ValueError: broken\n"
         with pytest.raises(RuntimeError, match="broken"):
             compactor.compact_now(10)
-        compactor.stop()
+        worker.stop()
 
     def test_is_nice(self) -> None:
         device = FakeDevice(freeable=500)
         seen: list[int] = []
         device.during_step = lambda: seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         compactor = make(device)
-        compactor.start()
+        worker = Worker(compactor)
+        worker.start()
         compactor.compact_now(10)
-        compactor.stop()
+        worker.stop()
         assert seen[0] >= 10

@@ -27,3 +27,18 @@ def test_number(text: str, value: float) -> None:
 )
 def test_no_number(text: str) -> None:
     assert amounts.number(text, 0, 10) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("60", 60), ("60s", 60), ("1min", 60), (".5 h", 1800), ("1h", 3600), ("1d", 86400)]
+)
+def test_duration(text: str, seconds: float) -> None:
+    assert amounts.duration(text, 60, 86400) == seconds
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "s", ".", "59", "0.9min", "1.1d", "1w", "5m", "1e2", "1  h", " 1h", "1h ", "-1h", "9" * 400 + "s"],
+)
+def test_no_duration(text: str) -> None:
+    assert amounts.duration(text, 60, 86400) is None

@@ -76,6 +76,11 @@ cdef extern from *:
         cold_published
         cold_stored
 
+        # a cold block becomes hot again
+        warming_read        # and is being compressed again
+        warm_published
+        warm_stored
+
         page_given_back     # and is counted as resident yet
         slots_cleared       # by reset
         pool_cleared
