@@ -50,7 +50,7 @@ class Server:
         self.refiller: threading.Thread | None = None
 
     def make(self, verify: bool) -> None:
-        self.device = Device(SIZE, state=self.fd, verify=verify)
+        self.device = Device(SIZE, state=self.fd, verify=verify, cold_level=3)
 
     def fill(self, left: int) -> None:
         """Leave so many pages free in the tmpfs."""

@@ -71,6 +71,7 @@ RACES: dict[str, Edits] = {
         "device/blocks.pyx": [
             (
                 """        pthread_mutex_lock(&self.stripes[block % STRIPES])
+        self._used(block)
         rc = self._load(block, self.get(block), dst if n == BLOCK_SIZE else s.page)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
 """,

@@ -3,6 +3,7 @@
     write:  encode -> pool.obj_alloc -> copy -> obj_publish -> slot -> free the old object
     read:   slot -> pool.obj_begin -> decode into the caller's buffer -> obj_end
     trim:   slot = 0 -> free
+    cool:   decode, age = AGE_COOLING -> encode, cold -> obj_publish -> slot, if the age is that still -> free the old
 
 A block is read or written whole, under the lock of its stripe. A new object is complete before its slot changes, so a
 write that fails leaves the old content (and a crash leaves either). Nothing here knows where an object is, and compaction
@@ -11,7 +12,8 @@ knows nothing of slots.
 With verify, half of an object's checksum is in the slot and half in the cell; it is seeded with the block's number, so
 that a slot that leads to another block's object is found out too. For a same-filled block all of it is in the slot.
 
-Lock order: one stripe, then the pool's. No lock but the stripe of a part-written block is held while compressing.
+Lock order: the cold codec's encoder_lock, one stripe, then a decoder's or the pool's. While compressing no lock is held
+but the stripe of a part-written block, or encoder_lock.
 """
 
 cimport cython
