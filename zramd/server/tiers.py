@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from zramd import meminfo
 from zramd.errors import DeviceError, sentence
-from zramd.server.compactor import Pressure
+from zramd.server.compactor import MIN_PAUSE, Pressure
 from zramd.settings.config import Config
 
 KINDS = frozenset({"huge", "idle"})  # what a pass by hand can be narrowed down to
@@ -128,7 +128,7 @@ def most_seconds(age: int) -> float:
     """Return for how long at most, just after a sweep."""
     if age >= OLDEST:
         return float("inf")
-    return SWEEP * (age if age <= _FINE else _FINE + COARSE * (age - _FINE))
+    return SWEEP * (age if age < _FINE else _FINE + COARSE * (age - _FINE + 1) - 1)
 
 
 def age_of(seconds: float) -> int:
@@ -537,7 +537,7 @@ class Tiers:
             return self._rest(now)
         owed = policy.owes(now)
         if owed:
-            return min(owed, self._rest(now))
+            return min(max(owed, MIN_PAUSE), self._rest(now))
         return self._timed(self._promote if self._hot_again >= 0 else self._step)
 
     def _rest(self, now: float) -> float:
