@@ -25,7 +25,10 @@ from zramd.core.device import codec, frames
 Serve = Callable[..., NbdkitProcess]
 MIB = 1 << 20
 STOP_SECONDS = 10.0  # it is one, on a machine that does nothing else; for ever, if it waits for a client
-STATS_FILES = ["classes", "disksize", "frag_ratio", "io_stat", "metrics.prom", "mm_stat", "stats.json"]
+STATS_FILES = [
+    *("classes", "comp_algorithm", "disksize", "frag_ratio", "io_stat", "metrics.prom", "mm_stat"),
+    *("recomp_algorithm", "stats.json"),
+]
 
 
 def extents(handle: Any, count: int, offset: int, flags: int = 0) -> list[tuple[int, int]]:

@@ -93,6 +93,7 @@ class Service:
             version=__version__,
             started=self._started,
             swap=swapuse.numbers(self.config.name, self.config.disksize),
+            tiers=self.tiers.numbers(),
         )
 
     def classes(self) -> list[snapshots.ClassRow]:

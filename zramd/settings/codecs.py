@@ -1,4 +1,4 @@
-"""Compression algorithms as users write them: zram's names, with a level in parentheses as zram-generator has it.
+"""Compression algorithms as users write them: zram's names, a level in parentheses as zram-generator has it.
 
 What is written is compressed by the one of comp_algorithm, what is cold again by the one of recompression.
 """
@@ -47,13 +47,13 @@ def parse(text: str) -> Codec:
 
 
 def comp_algorithm(text: str) -> str:
-    """Return one algorithm as `parse` reads it, written without blanks and leading zeros. Raises ConfigError."""
+    """Return one algorithm as `parse` reads it, without blanks and leading zeros; raises ConfigError."""
     codec = parse(text)
     return f"{codec.name}(level={codec.level})" if "(" in text else codec.name
 
 
 def recompression(text: str) -> str:
-    """Return the algorithm for what is cold, written as `comp_algorithm` does, or "off". Raises ConfigError."""
+    """Return the algorithm for what is cold, as `comp_algorithm` does, or "off"; raises ConfigError."""
     if text.lower() in OFF:
         return "off"
     match = _WORD.fullmatch(text)
@@ -88,7 +88,7 @@ def words(text: str) -> list[str]:
 
 
 class Pair(NamedTuple):
-    """What zram-generator's compression-algorithm means: both as they are written, "" for one that is not given."""
+    """What zram-generator's compression-algorithm means: both as they are written, "" for none."""
 
     comp_algorithm: str
     recompression: str

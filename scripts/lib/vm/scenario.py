@@ -26,8 +26,8 @@ def fall_and_rise(plan: Plan, boot: Boot, result: Result) -> None:
         session.start_workload(mib)
         session.phase("fill", f"writing {mib} MiB of patterned memory")
         result.moments["filled"] = session.moment()
-        if plan.rest:
-            _rest(session)
+        if plan.idle:
+            _idle(session)
         if plan.stall:
             _stall(session)
         if plan.mode == "local":
@@ -46,14 +46,14 @@ def fall_and_rise(plan: Plan, boot: Boot, result: Result) -> None:
         session.attachment.detach(session.guest)
 
 
-def _rest(session: Session) -> None:
+def _idle(session: Session) -> None:
     """Ask for nothing for a while: what is swapped out becomes cold, if zramd is set to that."""
-    session.live.step(f"resting for {session.plan.rest:g} s")
-    time.sleep(session.plan.rest)
+    session.live.step(f"nothing is asked for {session.plan.idle:g} s")
+    time.sleep(session.plan.idle)
     stats = session.attachment.stats()
     session.result.moments["rested"] = session.moment()
     if "recompression" in session.plan.zramd_settings:
-        cold = session.result.rest["cold_pages"] = stats["tiers"]["cold_pages"]
+        cold = session.result.idle["cold_pages"] = stats["tiers"]["cold_pages"]
         session.result.expect("what rests becomes cold", cold > 0, f"{cold} pages")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.run import wait_until
 from test_cold_saving import filled as filled_elsewhere
 from test_cold_saving import text
 from test_saving import content, load, save
@@ -391,6 +392,7 @@ def test_a_pass_leaves_half_of_the_reserve() -> None:
     model = [text(dice) for _ in range(blocks)]
     for block, data in enumerate(model):
         device.write(data, block * BLOCK)
+    wait_until(lambda: device.counters()["reserve_bytes"] >= reserve)
     device.reserve_stop()  # as if the system gave nothing any more
     refiller.join()
     device.cool(0, 1)
@@ -432,7 +434,8 @@ def test_a_pass_stops_at_half_of_the_reserve() -> None:
     # Nothing is wrong with what was refused: with the reserve filled again it gets cold.
     refiller = threading.Thread(target=device.reserve_keep)
     refiller.start()
-    for _ in range(200):
+    for _ in range(20):
+        wait_until(lambda: device.counters()["reserve_bytes"] >= reserve)
         done += device.cool(0, block)[0]
     device.reserve_stop()
     refiller.join()

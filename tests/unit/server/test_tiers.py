@@ -186,7 +186,16 @@ class TestAges:
 
     def test_histogram(self) -> None:
         stored = [0] * 256
-        for age, count in ((1, 1), (2, 2), (30, 3), (31, 4), (251, 5), (252, 6), (IDLE, 7), (tiers.WANTED, 8)):
+        for age, count in (
+            (1, 1),
+            (2, 2),
+            (30, 3),
+            (31, 4),
+            (251, 5),
+            (252, 6),
+            (IDLE, 7),
+            (tiers.WANTED, 8),
+        ):
             stored[age] = count
         rows = tiers.histogram(stored)
         assert [bound for bound, _ in rows] == [10, 30, 60, 300, 600, 1800, 3600, 21600, None, "idle"]
@@ -658,7 +667,9 @@ class TestSettings:
 
 class TestNumbers:
     def test_sums(self) -> None:
-        device = FakeDevice(*blocks(30), *blocks(20, size=RAW), *blocks(10, shrinks=False), *blocks(5, size=100))
+        device = FakeDevice(
+            *blocks(30), *blocks(20, size=RAW), *blocks(10, shrinks=False), *blocks(5, size=100)
+        )
         served = make(device, cold_age="10")
         for seconds in (0, 12, 40):
             run(device, served, seconds)

@@ -482,8 +482,8 @@ cdef class Blocks:
     cdef int cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil:
         """Compress a block again, by the cold codec, and keep that if its chunk gets smaller: how many bytes, 0, or -errno.
 
-        Only raw blocks, and those with a payload of threshold bytes or more, that nobody asked for in so many sweeps and that
-        were not tried in vain. What zstd compressed when it was written, and does not shrink any more, is cold as it is.
+        Only raw blocks, and those with a payload of threshold bytes or more, that nobody asked for in so many sweeps and
+        that were not tried in vain. What zstd compressed when it was written, and does not shrink any more, is cold as it is.
         page and out have room for a block each. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM:
         there is no room for both, and none is made; -ENOBUFS: half of the reserve is left, which is for requests. Whoever
         reads or writes it waits for a decompression at most.

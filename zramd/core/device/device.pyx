@@ -19,7 +19,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from zramd.core.device.ages cimport census, sweep
 from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, OPS, Blocks, is_touched, op, scratch
 from zramd.core.device.codec cimport codec_text
-from zramd.core.device.numbers cimport describe_block, requests, table_latencies, table_stats
+from zramd.core.device.numbers cimport describe_block, describe_blocks, requests, table_latencies, table_stats
 from zramd.core.device.slots cimport is_zeros
 from zramd.core.system.checks cimport zr_static_assert
 from zramd.core.system.gate cimport (
@@ -625,6 +625,22 @@ cdef class Device:
             return describe_block(self.table, number)
         finally:
             gate_release(&self.gate)
+
+    def block_state(self, buf, uint64_t first, uint64_t now, uint64_t sweep_seconds):
+        """Fill a writable buffer with lines of zram's block_state, for stored blocks from first on: (bytes written, next).
+
+        next: the block to go on with, the number of blocks at the end. now: seconds on the clock that is shown. Each call
+        holds check and reset up for 0.1 ms, and no request. Blocks that nobody has asked for since the start seem to be as
+        old as the start.
+        """
+        cdef Py_buffer view
+        cdef uint32_t written
+        PyObject_GetBuffer(buf, &view, PyBUF_WRITABLE)
+        with nogil:
+            written = describe_blocks(self.table, &self.gate, <char *>view.buf, <uint32_t>view.len, &first, now,
+                                      sweep_seconds)
+        PyBuffer_Release(&view)
+        return written, min(first, self.blocks)
 
     def reset_mem_used_max(self):
         """Forget the peak: mem_used_max starts again from what is used now."""
