@@ -39,10 +39,10 @@ def parse(text: str) -> Codec:
         raise ConfigError(f"'{text}' is not available: use {AVAILABLE}")
     first, last, usual = LEVELS[match[1]]
     level = int(match[2]) if match[2] else usual
-    if not match[2] or first <= level <= last and last:
-        return Codec(match[1], level)
-    if not last:
+    if match[2] and not last:
         raise ConfigError(f"'{text}' is not available: {match[1]} has no level")
+    if first <= level <= last:
+        return Codec(match[1], level)
     raise ConfigError(f"'{text}' is out of range: use {match[1]}(level=N) with N from {first} to {last}")
 
 
