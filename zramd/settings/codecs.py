@@ -1,4 +1,4 @@
-"""Compression algorithms as users write them: zram's names, with a level in parentheses as zram-generator has it.
+"""Compression algorithms as users write them: zram's names, a level in parentheses as zram-generator has it.
 
 What is written is compressed by the one of comp_algorithm, what is cold again by the one of recompression.
 """
@@ -39,21 +39,21 @@ def parse(text: str) -> Codec:
         raise ConfigError(f"'{text}' is not available: use {AVAILABLE}")
     first, last, usual = LEVELS[match[1]]
     level = int(match[2]) if match[2] else usual
-    if not match[2] or first <= level <= last and last:
-        return Codec(match[1], level)
-    if not last:
+    if match[2] and not last:
         raise ConfigError(f"'{text}' is not available: {match[1]} has no level")
+    if first <= level <= last:
+        return Codec(match[1], level)
     raise ConfigError(f"'{text}' is out of range: use {match[1]}(level=N) with N from {first} to {last}")
 
 
 def comp_algorithm(text: str) -> str:
-    """Return one algorithm as `parse` reads it, written without blanks and leading zeros. Raises ConfigError."""
+    """Return one algorithm as `parse` reads it, without blanks and leading zeros; raises ConfigError."""
     codec = parse(text)
     return f"{codec.name}(level={codec.level})" if "(" in text else codec.name
 
 
 def recompression(text: str) -> str:
-    """Return the algorithm for what is cold, written as `comp_algorithm` does, or "off". Raises ConfigError."""
+    """Return the algorithm for what is cold, as `comp_algorithm` does, or "off"; raises ConfigError."""
     if text.lower() in OFF:
         return "off"
     match = _WORD.fullmatch(text)
@@ -88,7 +88,7 @@ def words(text: str) -> list[str]:
 
 
 class Pair(NamedTuple):
-    """What zram-generator's compression-algorithm means: both as they are written, "" for one that is not given."""
+    """What zram-generator's compression-algorithm means: both as they are written, "" for none."""
 
     comp_algorithm: str
     recompression: str

@@ -247,9 +247,9 @@ SETTINGS: tuple[Setting, ...] = (
         codecs.comp_algorithm,
         "lz4",
         "zstd(level=3)",
-        "compressor of what is written: lz4, lz4hc, zstd or none, or one with a level: lz4(level=N) with N from 1 "
-        "to 65537: higher is faster and compresses less; lz4hc(level=N), 3 to 9; zstd(level=N), 1 to 19; a second "
-        "one is recompression's",
+        "compressor of what is written: lz4, lz4hc, zstd or none, or one with a level: lz4(level=N) with N "
+        "from 1 to 65537: higher is faster and compresses less; lz4hc(level=N), 3 to 9; zstd(level=N), 1 to "
+        "19; a second one is recompression's",
         fixed="compressors are set up when the device is made",
     ),
     Setting(

@@ -117,8 +117,8 @@ cdef enum:
 cdef class Blocks:
     """The blocks 0 to count - 1, with their slots and counters in memory; each reads as zeros until it is written.
 
-    verify: store a checksum with each, and check it on each read. name, level: the codec of what is written. Raises ValueError,
-    MemoryError.
+    verify: store a checksum with each, and check it on each read. name, level: the codec of what is written. Raises
+    ValueError, MemoryError.
     """
 
     def __cinit__(self, uint64_t count, Memory memory not None, str name, int level, bint verify, int cold_level=0):
@@ -484,11 +484,11 @@ cdef class Blocks:
     cdef int cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil:
         """Compress a block again, by the cold codec, and keep that if its chunk gets smaller: how many bytes, 0, or -errno.
 
-        Only raw blocks, and those with a payload of threshold bytes or more, that nobody asked for in so many sweeps and that
-        were not tried in vain. What zstd compressed when it was written, and does not shrink any more, is cold as it is. page
-        and out have room for a block each. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM: there is
-        no room for both, and none is made; -ENOBUFS: half of the reserve is left, which is for requests. Whoever reads or
-        writes it waits for a decompression at most.
+        Only raw blocks, and those with a payload of threshold bytes or more, that nobody asked for in so many sweeps and
+        that were not tried in vain. What zstd compressed when it was written, and does not shrink any more, is cold as it is.
+        page and out have room for a block each. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM:
+        there is no room for both, and none is made; -ENOBUFS: half of the reserve is left, which is for requests. Whoever
+        reads or writes it waits for a decompression at most.
         """
         cdef int rc
         if load_relaxed_8(&self.ages[block]) < age or self.get(block) == 0:
