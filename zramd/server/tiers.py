@@ -115,6 +115,7 @@ class Source(Protocol):
 
     def pressure(self) -> tuple[int, int, int, int, int]: ...
     def counters(self) -> dict[str, int]: ...
+    def compact(self, budget: int = 0) -> int: ...
 
 
 def least_seconds(age: int) -> int:
@@ -273,17 +274,22 @@ class Policy:
         """Whether the last pass gained too little."""
         return self._pause > SWEEP
 
-    def stepped(self, now: float, done: int, stopped: int) -> None:
-        """Take note of a step that changed so many blocks, and of the errno that stopped it, 0: none."""
+    def stepped(self, now: float, done: int, stopped: int) -> bool:
+        """Take note of a step that changed so many blocks, and of the errno that stopped it, 0: none.
+
+        Returns whether compaction is to make room: a page is enough to begin with, as each block leaves more.
+        """
         self._refusals = 0 if done else self._refusals
         if not stopped:
-            return
+            return False
         self._refusals += 1
+        first = stopped == errno.ENOSPC and self._refusals == 1
         # mem_limit may leave room for the next, of another size.
         if stopped != errno.ENOSPC or self._refusals >= REFUSALS:
             self._refusals = 0
             self._paused_until = now + NO_ROOM_PAUSE
             self.no_room = _NO_ROOM.get(stopped, f"errno {stopped} stopped it")
+        return first
 
     def is_paused(self, now: float) -> bool:
         """Say whether there was no room, so that another try comes later."""
@@ -558,7 +564,8 @@ class Tiers:
         step = Step(
             *self._steps.cool(walk.next, tries, walk.threshold, walk.age, raw=walk.raw, idle=walk.idle)
         )
-        self._policy.stepped(self._clock(), step.done, step.stopped)
+        if self._policy.stepped(self._clock(), step.done, step.stopped):
+            self._device.compact()  # which also lends, so that there may be room where nothing was freeable
         return step
 
     def _step_by_hand(self) -> None:

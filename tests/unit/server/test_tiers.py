@@ -44,6 +44,8 @@ class FakeDevice:
         self.short = False
         self.level = 5
         self.stopped = 0
+        self.freeable = 0
+        self.compactions = 0
         self.no_memory = False
         self.sweeps: list[tuple[bool, bool]] = []
         self.steps: list[tuple[int, int, int, bool, bool]] = []  # tries, threshold, age, raw, idle
@@ -57,6 +59,12 @@ class FakeDevice:
 
     def pressure(self) -> tuple[int, int, int, int, int]:
         return 0, self.used, self.limit, self.done, self.inflight
+
+    def compact(self, budget: int = 0) -> int:
+        self.compactions += 1
+        self.stopped = 0 if self.freeable else self.stopped
+        self.freeable = 0
+        return 1
 
     def counters(self) -> dict[str, int]:
         raw = sum(block.size == RAW and not block.cold for block in self.blocks)
@@ -497,6 +505,21 @@ class TestNoRoom:
         assert len(device.order) == tiers.REFUSALS
         assert served.numbers()["mode"] == "paused"
         assert served.numbers()["reason"].startswith("mem_limit leaves no room")
+
+    def test_compaction_makes_room(self) -> None:
+        """Once in a row of refusals."""
+        device = FakeDevice(*blocks(1000))
+        device.stopped, device.freeable = errno.ENOSPC, 8
+        served = make(device, cold_age="10")
+        run(device, served, 40)
+        assert device.compactions == 1
+        assert device.cold() == 999  # the one that was refused has its turn with the next
+        device.stopped = errno.ENOSPC
+        device.blocks = blocks(1000)
+        device.order.clear()
+        run(device, served, 25)
+        assert device.cold() == 0
+        assert (device.compactions - 1) * tiers.REFUSALS == len(device.order) > 0
 
     def test_one_that_finds_room(self) -> None:
         policy = Policy(settings())
