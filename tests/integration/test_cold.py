@@ -40,7 +40,7 @@ def kind(served: NbdkitProcess, block: int) -> Any:
 
 
 def test_by_themselves(serve: Serve, memory_folder: Path) -> None:
-    """Blocks become cold, what is read again and again hot; a kill loses neither; and it can be switched off."""
+    """Blocks become cold, and hot when they are read again and again; a kill loses neither, nor does off."""
     settings = {"state": memory_folder / "state", "cold_age": "10", "verify": "on"}
     served = serve(**settings)
     client = NbdSocket(served)
@@ -104,7 +104,10 @@ def test_settings_at_work(serve: Serve) -> None:
     ("setting", "sentence"),
     [
         ("recompression=lz4", "recompression: 'lz4' does not recompress: use zstd, zstd(level=N) or off"),
-        ("recompression=zstd(level=20)", "recompression: 'zstd(level=20)' is out of range: use zstd(level=N)"),
+        (
+            "recompression=zstd(level=20)",
+            "recompression: 'zstd(level=20)' is out of range: use zstd(level=N)",
+        ),
         ("cold_age=1s", "cold_age: '1s' is out of range: use 10 seconds to 5 hours, such as 300, 5min or 1h"),
         ("cold_age=soon", "cold_age: 'soon' is out of range: use 10 seconds to 5 hours"),
     ],

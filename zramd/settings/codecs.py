@@ -1,4 +1,4 @@
-"""Compression algorithms as users write them: zram's names, with a level in parentheses as zram-generator has it."""
+"""Compression algorithms as users write them: zram's names, and a level as zram-generator has it."""
 
 import re
 
@@ -13,7 +13,7 @@ _ZSTD = re.compile(r"zstd\s*(?:\(\s*level\s*=\s*([0-9]{1,9})\s*\))?", re.ASCII)
 
 
 def recompression(text: str) -> str:
-    """Return the algorithm for what is cold, without blanks and leading zeros, or "off". Raises ConfigError."""
+    """Return the algorithm for what is cold, without blanks and leading zeros, or off. Raises ConfigError."""
     if text.lower() in OFF:
         return "off"
     match = _ZSTD.fullmatch(text)

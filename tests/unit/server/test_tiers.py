@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -194,7 +195,16 @@ class TestAges:
 
     def test_histogram(self) -> None:
         stored = [0] * 256
-        for age, count in ((1, 1), (2, 2), (30, 3), (31, 4), (251, 5), (252, 6), (IDLE, 7), (tiers.WANTED, 8)):
+        for age, count in (
+            (1, 1),
+            (2, 2),
+            (30, 3),
+            (31, 4),
+            (251, 5),
+            (252, 6),
+            (IDLE, 7),
+            (tiers.WANTED, 8),
+        ):
             stored[age] = count
         rows = tiers.histogram(stored)
         assert [bound for bound, _ in rows] == [10, 30, 60, 300, 600, 1800, 3600, 21600, None, "idle"]
@@ -208,7 +218,8 @@ class TestMemory:
     def test_psi(self, tmp_path: Path, some: str, short: bool) -> None:
         psi = tmp_path / "memory"
         psi.write_text(
-            f"some avg10={some} avg60=50.00 avg300=50.00 total=1\nfull avg10=50.00 avg60=0.00 avg300=0.00 total=1\n"
+            f"some avg10={some} avg60=50.00 avg300=50.00 total=1\n"
+            "full avg10=50.00 avg60=0.00 avg300=0.00 total=1\n"
         )
         assert tiers.memory_is_short(str(psi)) is short
 
@@ -448,7 +459,7 @@ class TestBackOff:
         return began
 
     def pauses(self, began: list[float]) -> list[int]:
-        return [round((after - before) / SWEEP) for before, after in zip(began, began[1:], strict=False)]
+        return [round((after - before) / SWEEP) for before, after in pairwise(began)]
 
     def test_doubles(self) -> None:
         device = FakeDevice(*blocks(40, shrinks=False))
@@ -681,7 +692,9 @@ class TestSettings:
 
 class TestNumbers:
     def test_sums(self) -> None:
-        device = FakeDevice(*blocks(30), *blocks(20, size=RAW), *blocks(10, shrinks=False), *blocks(5, size=100))
+        device = FakeDevice(
+            *blocks(30), *blocks(20, size=RAW), *blocks(10, shrinks=False), *blocks(5, size=100)
+        )
         served = make(device, cold_age="10")
         for seconds in (0, 12, 40):
             run(device, served, seconds)

@@ -37,7 +37,8 @@ def test_duration(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "s", ".", "59", "0.9min", "1.1d", "1w", "5m", "1e2", "1  h", " 1h", "1h ", "-1h", "9" * 400 + "s"]
+    "text",
+    ["", "s", ".", "59", "0.9min", "1.1d", "1w", "5m", "1e2", "1  h", " 1h", "1h ", "-1h", "9" * 400 + "s"],
 )
 def test_no_duration(text: str) -> None:
     assert amounts.duration(text, 60, 86400) is None
