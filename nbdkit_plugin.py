@@ -55,7 +55,7 @@ def _is_built(folder: str) -> bool:
 try:
     _find_package()
     from zramd import __version__
-    from zramd.core.device import requests
+    from zramd.core.device import codec, frames, requests
     from zramd.errors import ZramdError, sentence
     from zramd.server.server import Prepared, Serving, prepare
     from zramd.settings import config as settings
@@ -137,6 +137,8 @@ def cleanup() -> None:
 def dump_plugin() -> None:
     print(f"zramd_version={__version__}")
     print(f"zramd_python={sys.version.split()[0]}")
+    print(f"zramd_lz4={codec.LZ4_VERSION}")
+    print(f"zramd_zstd={frames.ZSTD_VERSION}")
     for setting in settings.SETTINGS:
         print(f"zramd_setting_{setting.name}={setting.default_text}: {setting.help}")
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,6 +77,15 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., NbdkitProcess]]:
     yield start
     for served in running:
         served.end()
+
+
+@pytest.fixture(scope="session")
+def malloc_shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library to preload: see support/shim_malloc.c."""
+    made = tmp_path_factory.mktemp("shim") / "malloc.so"
+    source = Path(__file__).parent / "support" / "shim_malloc.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", made, source], check=True)
+    return made
 
 
 @pytest.fixture

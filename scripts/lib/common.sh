@@ -138,7 +138,7 @@ source_hash() {
     (
         cd "$root" &&
             find zramd systemd docs/zramd.conf -type f -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z |
-                xargs -0 sha256sum -- nbdkit_plugin.py pyproject.toml README.md LICENSE docs/zramd.1 scripts/lib/backend/zramd_build.py 2>&1
+                xargs -0 sha256sum -- nbdkit_plugin.py pyproject.toml README.md LICENSE docs/LICENSE.zstd docs/zramd.1 scripts/lib/backend/zramd_build.py 2>&1
     ) | sha256sum | cut -c1-32
 }
 

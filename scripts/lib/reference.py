@@ -16,6 +16,7 @@ from zramd.server import routes
 from zramd.settings import config
 from zramd.stats import texts
 from zramd.stats.numbers import NUMBERS
+from zramd.stats.tiers import AGES_MEANING, TIERS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "reference.md"
@@ -30,6 +31,8 @@ FILES = {
     "state_path": "where the state file is; empty without `state=`",
     "data_id": "names the data: a new name when the device starts empty, is reset or loaded",
     "disksize": "size of the device in bytes",
+    "comp_algorithm": "zram's list of algorithms, with the one that compresses in brackets",
+    "recomp_algorithm": "the same of those that recompress, after `#1:`; empty when that is off",
     "mm_stat": "zram's nine columns, see [below](#zrams-own-files)",
     "io_stat": "zram's four columns",
     "frag_ratio": "percent of the pool's pages that payload fills; higher is better",
@@ -49,6 +52,14 @@ PATHS = {
     "GET /health": "`status` (`ok` or `degraded`), its `causes`, the compactor, clients, streams under way",
     "GET /settings": "every setting as it is now, as JSON",
     "GET /block/N": "what block N of 4096 bytes holds: where its object is, how large, of which class",
+    "GET /comp_algorithm": "zram's list of algorithms, with the one that compresses in brackets",
+    "GET /recomp_algorithm": "the same of those that recompress; nothing when recompression is off",
+    "PUT /recomp_algorithm": "`algo=zstd priority=1`, or the setting `recompression`",
+    "PUT /recompress": "zram's: recompresses in the background, see [below](#zrams-words)",
+    "POST /recompress": "the same",
+    "PUT /idle": "zram's: `all`, or a time in which nobody has asked for a block",
+    "POST /idle": "the same",
+    "GET /block_state": "zram's: a line for each block that is stored, as a stream",
     "GET /save": "the device as a stream ([format](save-format.md)); fails if a client changes it meanwhile",
     "GET /save/live": "the same while clients write: blocks are from different moments",
     "PUT /load": "such a stream into an empty device without clients",
@@ -129,6 +140,16 @@ def numbers() -> str:
     return table("number", "unit", "meaning", "in Prometheus", rows=rows)
 
 
+def tiers() -> str:
+    """Return every number of the section `tiers` of stats.json, in its order."""
+    rows = [
+        (f"`{number.name}`", number.unit, number.meaning, f"`zramd_{number.metric}`" if number.metric else "")
+        for number in TIERS
+    ]
+    rows.append(("`ages`", "blocks", AGES_MEANING, "`zramd_age_pages`"))
+    return table("number", "unit", "meaning", "in Prometheus", rows=rows)
+
+
 def columns() -> str:
     """Return which numbers the lines of mm_stat and io_stat are."""
     files = (("mm_stat", texts.MM_STAT), ("io_stat", texts.IO_STAT))
@@ -195,6 +216,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "settings": settings,
     "fixed": fixed,
     "numbers": numbers,
+    "tiers": tiers,
     "columns": columns,
     "files": files,
     "paths": paths,

@@ -19,6 +19,7 @@ from support.run import zramd_command as zramd
 from support.server import PACKAGE_PARENT, NbdkitProcess
 
 from zramd.contract import rundir
+from zramd.core.device import codec, frames
 from zramd.stats import numbers
 
 Serve = Callable[..., NbdkitProcess]
@@ -113,7 +114,7 @@ class TestList:
             *("-", "-", str(served.process.pid), "0\n"),
         ]
         every = said("list", "--raw", "--output-all", *at(served)).splitlines()
-        assert [len(line.split(" ")) for line in every] == [23, 23]
+        assert [len(line.split(" ")) for line in every] == [24, 24]
 
     def test_json(self, serve: Serve) -> None:
         served = serve(disksize="100M")
@@ -407,6 +408,8 @@ class TestDoctor:
         levels = {finding["name"]: finding["level"] for finding in found["findings"]}
         assert levels["nbdkit's python plugin"] == levels["zramd's core"] == levels["run folder"] == "ok"
         assert all(finding["remedy"] for finding in found["findings"] if finding["level"] != "ok")
+        texts = {finding["name"]: finding["text"] for finding in found["findings"]}
+        assert f"with lz4 {codec.LZ4_VERSION} and zstd {frames.ZSTD_VERSION}, in" in texts["zramd's core"]
 
     def test_without_nbdkit(self, tmp_path: Path) -> None:
         done = zramd("doctor", env={"PATH": str(tmp_path)})

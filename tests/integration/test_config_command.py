@@ -16,7 +16,7 @@ GENERATOR = """\
 set!two = echo 2
 [zram0]
 zram-size = ram / 4
-compression-algorithm = zstd
+compression-algorithm = lzo-rle zstd(level=4) (type=idle)
 writeback-device = /dev/sdb
 """
 
@@ -166,7 +166,8 @@ def test_import_of_zram_generator(root):
     for note in (
         "set!two = echo 2: zramd runs no commands",
         "writeback-device = /dev/sdb: ",
-        "instead of zstd",
+        "zramd has no lzo-rle, and uses lz4 instead",
+        "\ncompression-algorithm = lz4 zstd(level=4)\n",
     ):
         assert note in output
     put(root, "etc/zramd.conf", output)

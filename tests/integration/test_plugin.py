@@ -20,11 +20,15 @@ from support.run import talk, wait_until
 from support.server import PACKAGE_PARENT, PLUGIN, NbdkitProcess
 
 import zramd
+from zramd.core.device import codec, frames
 
 Serve = Callable[..., NbdkitProcess]
 MIB = 1 << 20
 STOP_SECONDS = 10.0  # it is one, on a machine that does nothing else; for ever, if it waits for a client
-STATS_FILES = ["classes", "disksize", "frag_ratio", "io_stat", "metrics.prom", "mm_stat", "stats.json"]
+STATS_FILES = [
+    *("classes", "comp_algorithm", "disksize", "frag_ratio", "io_stat", "metrics.prom", "mm_stat"),
+    *("recomp_algorithm", "stats.json"),
+]
 
 
 def extents(handle: Any, count: int, offset: int, flags: int = 0) -> list[tuple[int, int]]:
@@ -283,7 +287,7 @@ class TestBadStart:
             (["disksize=1M", "colour=red"], "unknown setting 'colour'"),
             (["disksize=1M", "name=a/b"], "name: 'a/b' is not a name"),
             (["disksize=1M", "rundir=/proc/none"], "rundir '/proc/none' cannot be used"),
-            (["disksize=1M", "comp_algorithm=zstd"], "comp_algorithm: 'zstd' is not available"),
+            (["disksize=1M", "comp_algorithm=lzo"], "comp_algorithm: 'lzo' is not available"),
         ],
     )
     def test_one_sentence(self, settings: list[str], sentence: str, tmp_path: Path) -> None:
@@ -354,6 +358,7 @@ class TestBadStart:
         text = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=True).stdout
         assert text.startswith("zramd_version=")
         assert "\nzramd_setting_mem_limit=0: " in text
+        assert f"\nzramd_lz4={codec.LZ4_VERSION}\nzramd_zstd={frames.ZSTD_VERSION}\n" in text
 
 
 class TestStop:

@@ -364,6 +364,48 @@ def test_settings_stay_or_change(started: Callable[..., Started]) -> None:
     assert words.count(b"-f") == 1
 
 
+def test_a_restart_with_another_codec_keeps_what_the_others_stored(started: Callable[..., Started]) -> None:
+    """Payloads name their codec: each server reads what those before it wrote."""
+    served = started("comp_algorithm=none", "verify=on")
+    kinds = {"lz4": "lz4", "lz4hc(level=4)": "lz4", "zstd": "zstd", "zstd(level=1)": "zstd", "none": "raw"}
+    wrote = {"none": 0}
+    for number, algorithm in enumerate(
+        ("none", "lz4hc(level=4)", "zstd", "lz4", "zstd(level=1)", "none", "lz4")
+    ):
+        if number:
+            assert served.restart(f"comp_algorithm={algorithm}").returncode == 0
+        assert served.ask("/settings")["comp_algorithm"] == algorithm
+        assert served.ask("/stats")["comp_algorithm"] == algorithm
+        nbd = NbdSocket(served)  # type: ignore[arg-type]
+        for block in range(number * 50, number * 50 + 50):
+            assert nbd.ask(nbd.WRITE, block * BLOCK, BLOCK, content(block, 1)) == 0
+        for block in range(number * 50 + 50):
+            assert nbd.read(block * BLOCK, BLOCK) == content(block, 1)
+        nbd.close()
+        wrote[algorithm] = number * 50
+    for algorithm, block in wrote.items():
+        done = zramd("debug", "block", "--rundir", served.rundir, block)
+        assert (done.returncode, f"kind          {kinds[algorithm]}: " in done.stdout) == (0, True), done
+    assert zramd("check", "--rundir", served.rundir).returncode == 0
+
+
+def test_a_restart_refuses_a_recompression_that_gains_nothing(started: Callable[..., Started]) -> None:
+    served = started("recompression=zstd(level=9)")
+    assert (
+        "recompression='zstd(level=9)' makes nothing smaller than comp_algorithm='zstd(level=9)' did: use"
+        in served.refused("comp_algorithm=zstd(level=9)", status=2)
+    )
+    assert served.restart("comp_algorithm=zstd(level=9)", "recompression=off").returncode == 0
+    assert "use a higher level, or off" in served.refused("recompression=zstd", status=2)
+    done = zramd("set", "--rundir", served.rundir, "recompression=zstd(level=9)")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "zramd: run: recompression='zstd(level=9)' makes nothing smaller than "
+        "comp_algorithm='zstd(level=9)' did: use a higher level, or off\n",
+    )
+    assert zramd("set", "--rundir", served.rundir, "recompression=zstd(level=10)").returncode == 0
+
+
 def test_stop_after_a_restart_leaves_only_the_state(started: Callable[..., Started]) -> None:
     served = started()
     assert served.restart().returncode == 0

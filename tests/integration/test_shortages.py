@@ -18,10 +18,12 @@ from pathlib import Path
 
 import pytest
 from support.client import NbdSocket, bystander
-from support.run import wait_until
+from support.run import SANITIZED, preloaded, wait_until
 from support.server import PACKAGE_PARENT, PLUGIN, NbdkitProcess
 
+from zramd.core.device.device import Device
 from zramd.server import log, sockets
+from zramd.settings import codecs
 
 Serve = Callable[..., NbdkitProcess]
 MIB = 1 << 20
@@ -329,3 +331,39 @@ def test_run_folder_without_room(tmp_path: Path, memory_folder: Path) -> None:
         "the same name True",
         "stop 0  False",
     ]
+
+
+@pytest.mark.skipif(SANITIZED, reason="a sanitizer has a heap of its own")
+@pytest.mark.parametrize("algorithm", ["lz4", "lz4hc", "zstd(level=12)"])
+def test_no_memory_for_a_codec_keeps_the_server_from_starting(
+    algorithm: str, tmp_path: Path, malloc_shim: Path
+) -> None:
+    """That of the first request is made when the server starts."""
+
+    def metadata(name: str, level: int = 0) -> int:
+        return Device(1 << 20, codec=name, level=level).counters()["metadata_bytes"]
+
+    name, level = codecs.parse(algorithm)
+    size = metadata(name, level) - metadata("none") + (12 << 10)
+    if name == "zstd":
+        size -= (min(8, 2 * len(os.sched_getaffinity(0))) - 2) * (96 << 10)  # decoders
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "zramd", "serve", "--size", "1M"),
+            *(f"comp_algorithm={algorithm}", f"rundir={tmp_path}/run"),
+        ],
+        env={
+            **os.environ,
+            **preloaded(malloc_shim),
+            "PYTHONPATH": str(PACKAGE_PARENT),
+            "SHIM_REFUSED": str(size),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1, done
+    assert f"no memory to compress by {name}: {size} bytes" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "run").exists()

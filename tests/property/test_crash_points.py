@@ -17,6 +17,7 @@ from support.run import SCALE
 
 from zramd import Device
 from zramd.core.device.device import state_layout
+from zramd.core.device.tier import Tier
 from zramd.core.pool.zsmalloc import CHECK_LEVEL
 
 BLOCK = 4096
@@ -67,6 +68,7 @@ def operations(seed: int) -> Iterator[Operation]:
                 rnd.choice((bytes(8), rnd.randbytes(8), b"\1" * 8)) * 512,
                 rnd.randbytes(BLOCK),
                 rnd.randbytes(size := rnd.randrange(8, 3500)) + bytes(BLOCK - size),
+                rnd.randbytes(BLOCK // 2).hex().encode(),  # raw, until it is cold
             ]
             data = b"".join(rnd.choice(parts) for _ in range(count))
             yield (lambda device, d=data, o=offset: device.write(d, o), put(offset, data))
@@ -79,10 +81,21 @@ def operations(seed: int) -> Iterator[Operation]:
         elif kind == 17:
             zeros = put(offset, bytes(length))
             yield (lambda device, o=offset, n=length: device.zero(o, n, False), zeros)
-        elif kind == 18:
+        elif kind == 18 and number % 2:
             yield (lambda device: device.compact(), nothing)
+        elif kind == 18:
+            yield (cool_and_warm, nothing)
         else:
             yield (lambda device: device.release_stock(), nothing)
+
+
+def cool_and_warm(device: Device) -> None:
+    """Make all cold, and half of it hot again."""
+    tier = Tier(device)
+    device.cool(0, BLOCKS)
+    tier.sweep(coarse=False, keep=True, threshold=0)
+    device.read(bytearray(SIZE // 2), 0)
+    tier.promote(0, BLOCKS)
 
 
 def run(fd: int, verify: bool, seed: int, point: str, visit: int) -> tuple[int, int, int]:
@@ -93,7 +106,7 @@ def run(fd: int, verify: bool, seed: int, point: str, visit: int) -> tuple[int, 
         try:
             if point:
                 os.environ["ZRAMD_CRASH"] = f"{point}:{visit}"
-            device = Device(SIZE, state=fd, verify=verify)
+            device = Device(SIZE, state=fd, verify=verify, cold_level=3)
             for number, (work, _) in enumerate(operations(seed)):
                 told[:8] = struct.pack("<Q", number + 1)
                 work(device)
@@ -129,7 +142,7 @@ def test_killed_at(point: str, verify: bool) -> None:
     fd = os.memfd_create("zramd")
     os.ftruncate(fd, state_layout(SIZE)["bytes"])
     model = bytearray(SIZE)
-    leaked = 0
+    leaked = cold = 0
     # In the second round the process takes over what the first has left.
     for seed, visit in enumerate((0, *VISITS)):
         dies = bool(visit) and CHECK_LEVEL >= 3 and not (point in ONCE and visit > 1)
@@ -143,12 +156,20 @@ def test_killed_at(point: str, verify: bool) -> None:
         device.check()
         settle(device, model, seed, begun, done)
         leaked += device.counters()["leaked_objects"]
+        cold += device.counters()["cold_pages"]
         device.check()
         del device
     if point not in IN_RESET:
         assert leaked <= len(VISITS), "one kill leaks one object at most"
-    if CHECK_LEVEL >= 3 and point in ("object_published", "slot_stored", "free_pinned"):
+    if CHECK_LEVEL >= 3 and point in (
+        "object_published",
+        "cold_published",
+        "cold_stored",
+        "slot_stored",
+        "free_pinned",
+    ):
         assert leaked
+    assert cold
     os.close(fd)
 
 

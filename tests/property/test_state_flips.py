@@ -51,7 +51,7 @@ class Memory:
     def take_over(self) -> Device:
         fd = statefile.open_state(self.path, SIZE, True)
         try:
-            return Device(SIZE, state=fd, verify=True)
+            return Device(SIZE, state=fd, verify=True, cold_level=1, mark_cold=statefile.mark_cold)
         finally:
             os.close(fd)
 
@@ -91,6 +91,8 @@ def blocks(rnd: random.Random) -> Iterator[bytes]:
         yield bytes(BLOCK)
         for _ in range(6):
             yield rnd.randbytes(size := rnd.randrange(8, 3500)) + bytes(BLOCK - size)
+        yield rnd.randbytes(BLOCK // 2).hex().encode()
+        yield rnd.randbytes(size := rnd.randrange(8, 1700)).hex().encode() + bytes(BLOCK - 2 * size)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,7 @@ def saved() -> tuple[Memory, bytes]:
         device.write(next(source), block * BLOCK)
     for block in rnd.sample(range(BLOCKS), BLOCKS // 4):
         device.trim(block * BLOCK, BLOCK)
+    assert device.cool(0, BLOCKS * 3 // 4)[0] > 10
     content = bytearray(SIZE)
     device.read(content, 0)
     return memory, Content(content)
@@ -152,6 +155,7 @@ def use(device: Device, model: bytearray, rnd: random.Random, memory: Memory | N
         else:
             device.compact()
             device.release_stock()
+            device.cool(rnd.randrange(BLOCKS), 50)
     read_all(device, model)
     with suppress(CorruptionError):
         device.check()
@@ -234,14 +238,16 @@ def test_any_bit_of_a_slot_or_a_cell_loses_one_block(table: str) -> None:
         lambda: rnd.randbytes(600).ljust(BLOCK, b"\0"),
         lambda: rnd.randbytes(2500).ljust(BLOCK, b"\0"),
         lambda: rnd.randbytes(BLOCK),
+        lambda: rnd.randbytes(BLOCK // 2).hex().encode(),
     )
     sound = Memory()
     device = sound.take_over()
-    model = bytearray(b"".join(kinds[block % 4]() for block in range(BLOCKS)))
+    model = bytearray(b"".join(kinds[block % 5]() for block in range(BLOCKS)))
     device.write(model, 0)
+    assert device.cool(0, BLOCKS, threshold=BLOCK)[0] == BLOCKS // 5
     del device
     cells, _ = table_ends()
-    for block in (0, 101, 122, 255):
+    for block in (0, 101, 122, 253, 254):
         at = (1 << 16) + 8 * block
         if table == "cells":
             at = cells + 8 * int.from_bytes(os.pread(sound.fd, 4, at + 2), "little")

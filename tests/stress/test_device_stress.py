@@ -3,10 +3,11 @@
 Scaled by ZRAMD_STRESS (1 by default); the seed is printed and can be given as ZRAMD_SEED.
 """
 
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from support.content import block_content
@@ -14,6 +15,8 @@ from support.pages import PAGE
 from support.run import SCALE, SEED, run_threads
 
 from zramd import Device, PoolFullError
+from zramd.core.device import saving
+from zramd.errors import SaveError
 
 BLOCK = 4096
 
@@ -42,7 +45,7 @@ def test_owned_blocks_with_compaction(limit: int, ready: int) -> None:
         # A hundred classes have a page that is part-filled and one for what comes. With large ones that
         # would be all, and nothing would move.
         limit += 150 * (PAGE - BLOCK)
-    device = Device(16 << 20, mem_limit=limit)
+    device = Device(16 << 20, mem_limit=limit, cold_level=3)
     if ready:
         device.inherit_priority()  # as swap=local has it
     done = threading.Event()
@@ -97,17 +100,28 @@ def test_owned_blocks_with_compaction(limit: int, ready: int) -> None:
             if rnd.random() < 0.05:
                 device.check()
 
-    background = threading.Thread(target=compactor)
-    background.start()
+    def cooler() -> None:
+        """Two at once, which is one more than there is work for."""
+        rnd = random.Random(SEED)
+        while not done.is_set():
+            device.sweep(rnd.random() < 0.1)
+            device.cool(rnd.randrange(blocks), 64, age=rnd.randrange(2))
+            device.ages()
+
+    background = [threading.Thread(target=work) for work in (compactor, cooler, cooler)]
+    for thread in background:
+        thread.start()
     try:
         with reserve(device, ready):
             run_threads([worker(me) for me in range(workers)])
     finally:
         done.set()
-        background.join()
+        for thread in background:
+            thread.join()
     device.check()
     counters = device.counters()
     assert counters["objects_migrated"] > 0
+    assert counters["cold_pages"] > 0
     if limit:
         assert counters["mem_used_max"] <= limit
         assert counters["limit_compactions"] > 0
@@ -187,7 +201,7 @@ def test_partial_writes_lose_nobodys_bytes() -> None:
 
 @pytest.mark.parametrize("ready", [0, 1 << 20])
 def test_reset_and_limits_under_load(ready: int) -> None:
-    device = Device(16 << 20)
+    device = Device(16 << 20, cold_level=1)
     if ready:
         device.inherit_priority()
     done = threading.Event()
@@ -221,6 +235,17 @@ def test_reset_and_limits_under_load(ready: int) -> None:
             device.counters()
             device.pressure()
 
+    def cooler() -> None:
+        while not done.is_set():
+            device.sweep()
+            device.cool(0, 4096)
+            device.ages()
+
+    def saver() -> None:
+        while not done.is_set():
+            with open(os.memfd_create("saved"), "wb") as file, suppress(SaveError):
+                saving.save(device, file.fileno(), live=True)
+
     with reserve(device, ready):
-        run_threads([writer, writer, disturb, watch])
+        run_threads([writer, writer, disturb, watch, cooler, saver])
     device.check()

@@ -27,8 +27,11 @@ SIZE = WORKERS * BLOCKS * BLOCK
 
 
 def work(fd: int, told: mmap.mmap, versions: list[int], seed: int) -> None:
-    """Threads that write, trim and read blocks of their own, and tell what they begin and what is done."""
-    device = Device(SIZE, state=fd)
+    """Threads that write, trim and read blocks of their own, and tell what they begin and what is done.
+
+    Others compact meanwhile, and make blocks cold.
+    """
+    device = Device(SIZE, state=fd, cold_level=3)
 
     def worker(me: int) -> None:
         rnd = random.Random(seed + me)
@@ -51,6 +54,13 @@ def work(fd: int, told: mmap.mmap, versions: list[int], seed: int) -> None:
                 device.read(buf, block * BLOCK)
                 assert buf == data
 
+    def cooler() -> None:
+        rnd = random.Random(seed)
+        while True:
+            device.sweep()
+            device.cool(rnd.randrange(WORKERS * BLOCKS), 512, age=rnd.randrange(2))
+
+    threading.Thread(target=cooler, daemon=True).start()
     for me in range(WORKERS):
         threading.Thread(target=worker, args=(me,), daemon=True).start()
     while True:
@@ -68,7 +78,8 @@ def test_threads_that_are_killed() -> None:
     os.ftruncate(fd, state_layout(SIZE)["bytes"])
     told = mmap.mmap(-1, WORKERS * BLOCKS * 16)  # of each block: the version begun, the version done
     versions = [0] * WORKERS
-    leaked = pinned = 0
+    known = [0] * WORKERS * BLOCKS
+    leaked = pinned = written = cold = 0
     for _ in range(KILLS):
         child = os.fork()
         if child == 0:
@@ -83,6 +94,7 @@ def test_threads_that_are_killed() -> None:
         device = Device(SIZE, state=fd)
         device.check()
         leaked += device.counters()["leaked_objects"]
+        cold += device.counters()["cold_pages"]
         buf = bytearray(SIZE)
         device.read(buf, 0)
         for block in range(WORKERS * BLOCKS):
@@ -94,9 +106,15 @@ def test_threads_that_are_killed() -> None:
                 done = begun
                 pinned += 1
             struct.pack_into("<QQ", told, block * 16, done, done)
+            written += done != known[block]
+            known[block] = done
             versions[block // BLOCKS] = max(versions[block // BLOCKS], begun)
         device.check()
         del device
-    print(f"{KILLS} kills: {leaked} objects leaked, {pinned} blocks in flight were new")
+    print(
+        f"{KILLS} kills: {KILLS * WORKERS * BLOCKS} blocks compared, {written} of them written since the kill"
+        f" before, {cold} cold; {leaked} objects leaked, {pinned} blocks in flight were new"
+    )
     assert max(versions) > KILLS
+    assert cold > 100 * KILLS
     os.close(fd)

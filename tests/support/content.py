@@ -12,8 +12,11 @@ def block_content(block: int, version: int) -> bytes:
     if kind == 0:
         return (block << 32 | version).to_bytes(8, "little") * 512
     head = b"%08d %08d " % (block, version)
-    size = 4000 if kind == 1 else rnd.randrange(50, 3600)
-    return (head + rnd.randbytes(size) + bytes(4096))[: 4096 - 18] + head
+    size = 4000 if kind <= 2 else rnd.randrange(50, 3600)
+    data = rnd.randbytes(size)
+    if kind % 2 == 0:
+        data = data.hex().encode()[:size]  # which lz4 cannot compress, and zstd can
+    return (head + data + bytes(4096))[: 4096 - 18] + head
 
 
 def compressible(seed: int, size: int = 700) -> bytes:

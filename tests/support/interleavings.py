@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from zramd import Device, HandleError, PoolFullError, Zsmalloc
+from zramd.core.device import saving
+from zramd.errors import SaveError
 
 BLOCK = 4096
 BLOCKS = 80  # of the device; most of what they hold goes before the threads begin
-HOT = 10  # blocks that all threads use
+HOT = 10  # blocks that all threads use, or only the first two
 SHARED = 2  # blocks behind those, of which each thread has a part
 PART = BLOCK // 4
 OPERATIONS = 16  # of each thread
@@ -63,7 +65,9 @@ class Disk:
         self.blocks = [Block() for _ in range(BLOCKS)]
         self.clock = itertools.count(1)
         self.parts: dict[tuple[int, int], bytes] = {}
-        self.device = Device((BLOCKS + SHARED) * BLOCK, verify=dice.random() < 0.5)
+        self.resets = 0
+        self.hot = dice.choice((2, HOT, HOT))  # with 2 it is mostly about cold blocks
+        self.device = Device((BLOCKS + SHARED) * BLOCK, verify=dice.random() < 0.5, cold_level=1)
         for number in range(HOT, BLOCKS):
             self.write(number, content(dice))
         for number in dice.sample(range(HOT, BLOCKS), BLOCKS * 2 // 3):
@@ -90,6 +94,38 @@ class Disk:
     def trim(self, number: int) -> None:
         self._change(number, bytes(BLOCK), lambda: self.device.trim(number * BLOCK, BLOCK))
 
+    def reset(self) -> None:
+        """Drop all: a write of zeros to each block, all at once."""
+        self.resets += 1
+        writes = [Write(bytes(BLOCK), next(self.clock)) for _ in self.blocks]
+        for block, write in zip(self.blocks, writes, strict=True):
+            block.writes.append(write)
+        self.device.reset()
+        ended = next(self.clock)
+        for write in writes:
+            write.ended = ended
+
+    def save(self) -> None:
+        """Save it while it changes, and look at each block as if it was read meanwhile."""
+        began = next(self.clock)
+        fd = os.memfd_create("saved")
+        try:
+            saving.save(self.device, fd, live=True)
+        except SaveError:
+            assert self.resets
+            return
+        finally:
+            now = [block.allowed(began) for block in self.blocks]
+            os.lseek(fd, 0, os.SEEK_SET)
+            saved = os.fdopen(fd, "rb")
+        with saved:
+            copy = Device((BLOCKS + SHARED) * BLOCK)
+            saving.load(copy, saved.fileno())
+        for number in range(BLOCKS):
+            found = bytearray(BLOCK)
+            copy.read(found, number * BLOCK)
+            assert found in now[number], f"block {number} is saved as {bytes(found[:32]).hex()}"
+
     def read(self, number: int) -> None:
         began = next(self.clock)
         found = bytearray(BLOCK)
@@ -98,16 +134,20 @@ class Disk:
 
     def write_part(self, number: int, me: int, data: bytes) -> None:
         """Write what only this thread writes, in a block of which others write other parts."""
+        resets = self.resets
         try:
             self.device.write(data, number * BLOCK + me * PART)
             self.parts[number, me] = data
         except PoolFullError:
             pass
-        self.read_part(number, me)
+        if resets == self.resets:
+            self.read_part(number, me)
 
     def read_part(self, number: int, me: int) -> None:
         found = bytearray(PART)
         self.device.read(found, number * BLOCK + me * PART)
+        if self.resets and not any(found):
+            return
         assert found == self.parts.get((number, me), bytes(PART)), f"block {number} has lost part {me}"
 
     def end(self) -> None:
@@ -123,12 +163,16 @@ class Disk:
 
     def worker(self, dice: random.Random, me: int) -> None:
         for _ in range(OPERATIONS):
-            number = dice.randrange(HOT) if dice.random() < 0.7 else dice.randrange(BLOCKS)
-            kind = dice.randrange(10)
+            number = dice.randrange(self.hot) if dice.random() < 0.7 else dice.randrange(BLOCKS)
+            kind = dice.randrange(10 if self.hot == HOT else 7)
             if kind < 3:
                 self.read(number)
-            elif kind < 6:
+            elif kind < 5:
                 self.write(number, content(dice))
+            elif kind < 7:
+                # The second may get what the one before the first had: the handle, and as many bytes.
+                for _ in range(2):
+                    self.write(number % self.hot, digits(dice, BLOCK))
             elif kind < 8:
                 self.trim(number)
             else:
@@ -136,13 +180,20 @@ class Disk:
 
     def mover(self, dice: random.Random) -> None:
         for _ in range(OPERATIONS // 2):
-            kind = dice.randrange(8)
-            if kind < 2:
+            kind = dice.randrange(32) if self.hot == HOT else 17
+            if kind < 5:
                 self.device.compact()
-            elif kind < 5:
+            elif kind < 12:
                 self.device.compact(dice.randrange(1, 20000))
-            elif kind < 7:
+            elif kind < 17:
                 self.device.release_stock()
+            elif kind < 27:
+                self.device.cool(0, dice.choice((self.hot, self.hot, BLOCKS + SHARED)), age=dice.randrange(2))
+                self.device.sweep()
+            elif kind < 28:
+                self.save()
+            elif kind < 30:
+                self.reset()
             else:
                 self.device.check()
 
@@ -222,9 +273,17 @@ class Heap:
 
 
 def content(dice: random.Random) -> bytes:
-    """A block: one word repeated, compressible, or raw."""
+    """A block: one word repeated, compressible, or raw; half of them get smaller when they become cold."""
     size = dice.choice((0, *SIZES, BLOCK))
-    return dice.randbytes(8) * 512 if size == 0 else dice.randbytes(size) + bytes(BLOCK - size)
+    if size == 0:
+        return dice.randbytes(8) * 512
+    data = digits(dice, size) if dice.random() < 0.5 else dice.randbytes(size)
+    return data + bytes(BLOCK - size)
+
+
+def digits(dice: random.Random, size: int) -> bytes:
+    """What lz4 cannot compress, and zstd can."""
+    return dice.randbytes(size // 2).hex().encode()
 
 
 def whole(number: int, size: int) -> bytes:

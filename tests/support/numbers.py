@@ -57,6 +57,30 @@ LATENCIES = {
     "trim": (30_000, (43, 0, 0, 0)),
     "zero": (0, (0, 0, 0, 0)),
 }
+TIERS = {
+    "hot_pages": 61234,
+    "hot_data_size": 88 << 20,
+    "cold_pages": 52210,
+    "cold_data_size": 44 << 20,
+    "raw_pages": 1203,
+    "tried_pages": 907,
+    "same_pages": 14000,
+    "ages": [
+        *([10, 12034], [30, 8034], [60, 3000], [300, 20000], [600, 2000], [1800, 40000], [3600, 3]),
+        *([21600, 0], [None, 29376], ["idle", 14200]),
+    ],
+    "recompressed": 53313,
+    "recompress_useless": 1311,
+    "promoted": 340,
+    "recompressed_minute": 230,
+    "promoted_minute": 12,
+    "saved_bytes": 27 << 20,
+    "cpu_seconds": 2.312,
+    "recompression": "zstd(level=5)",
+    "cold_age": 300,
+    "mode": "calm",
+    "reason": "nothing has been cold for long enough",
+}
 
 
 class FakeDevice:

@@ -21,7 +21,10 @@ from support.content import block_content
 from support.run import run_threads, talk, wait_until, zramd_command
 from support.server import PACKAGE_PARENT
 
+from zramd import Device
 from zramd.contract import rundir
+from zramd.core.device import saving
+from zramd.server import statefile
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 4096
@@ -83,6 +86,7 @@ class Server:
 
     def __init__(self, package: Path, folder: Path, state: Path, *words: str) -> None:
         self.name = "kept"
+        self.package = package
         self.rundir = folder / "run"
         self.socket = self.rundir / "nbd.sock"
         settings = ("--size", "64M", f"rundir={self.rundir}", f"state={state}", *words)
@@ -206,6 +210,89 @@ def test_a_killed_servers_state(start: Callable[..., Server], tmp_path: Path, me
     assert again.is_of(PACKAGE_PARENT)
     verify(again, known)
     assert zramd_command("stop", "--rundir", again.rundir).returncode == 0
+
+
+def cold_state(path: Path) -> dict[int, int]:
+    """Leave a state with cold blocks, as a killed server does; the versions of its blocks."""
+    fd = statefile.open_state(str(path), 64 << 20, False)
+    device = Device(64 << 20, state=fd, cold_level=3, mark_cold=statefile.mark_cold)
+    os.close(fd)
+    known = dict.fromkeys(range(500), 1)
+    for block in known:
+        device.write(block_content(block, 1), block * BLOCK)
+    assert device.cool(0, 500)[0] > 100
+    return known
+
+
+def test_a_state_with_cold_blocks_is_refused_by_it(older: Path, tmp_path: Path, memory_folder: Path) -> None:
+    """In its own words; and nothing in the file is changed."""
+    path = memory_folder / "state"
+    known = cold_state(path)
+    before = path.stat()
+    words = ("start", "kept", "--size", "64M", f"rundir={tmp_path / 'run'}", f"state={path}")
+    done = zramd_command(*words, env={"PYTHONPATH": str(older)})
+    assert done.returncode == 1
+    assert f"state '{path}' has format 2, this zramd has 1: use the zramd that made it" in done.stderr
+    after = path.stat()
+    assert (after.st_mtime_ns, after.st_blocks, after.st_size) == (
+        before.st_mtime_ns,
+        before.st_blocks,
+        before.st_size,
+    )
+    verify_state(path, known)
+
+
+def verify_state(path: Path, known: dict[int, int]) -> None:
+    fd = statefile.open_state(str(path), 64 << 20, False)
+    device = Device(64 << 20, state=fd)
+    os.close(fd)
+    device.check()
+    for block, version in known.items():
+        found = bytearray(BLOCK)
+        device.read(found, block * BLOCK)
+        assert found == block_content(block, version)
+
+
+def test_a_server_with_cold_blocks_is_not_replaced_by_it(
+    older: Path, tmp_path: Path, memory_folder: Path
+) -> None:
+    """A restart by the older version fails before the server that is there has left."""
+    path = memory_folder / "state"
+    known = cold_state(path)
+    served = Server(PACKAGE_PARENT, tmp_path, path)
+    try:
+        pid = served.pid
+        done = zramd_command("restart", "--rundir", served.rundir, env={"PYTHONPATH": str(older)})
+        assert done.returncode == 1
+        assert "has format 2, this zramd has 1" in done.stderr
+        assert served.pid == pid
+        assert served.is_of(PACKAGE_PARENT)
+        verify(served, known)
+    finally:
+        os.kill(served.pid, signal.SIGKILL)
+
+
+def test_its_saves_and_ours(start: Callable[..., Server], tmp_path: Path) -> None:
+    """Without a cold block it loads what this version saves; with one it refuses, in its own words."""
+    served = start()
+    at = ("--rundir", served.rundir)
+    known = dict.fromkeys(range(200), 1)
+    for cold in (False, True):
+        device = Device(64 << 20, cold_level=3)
+        for block in known:
+            device.write(block_content(block, 1), block * BLOCK)
+        if cold:
+            assert device.cool(0, 200)[0] > 50
+        file = tmp_path / f"saved-{cold}"
+        with file.open("wb") as target:
+            saving.save(device, target.fileno())
+        done = zramd_command("load", *at, "--force", str(file), env={"PYTHONPATH": str(served.package)})
+        if cold:
+            assert done.returncode == 1
+            assert "it has another format than this zramd reads: format 2, not 1" in done.stderr
+        else:
+            assert (done.returncode, done.stderr) == (0, "")
+            verify(served, known)
 
 
 def test_its_commands(start: Callable[..., Server], tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,24 +47,11 @@ AGAIN = "connected to zram0 again"
 NO_SWAP = "Filename				Type		Size		Used		Priority"
 
 
-class Debian:
+class Debian(debian.Computer):
     """The machine with its disk, on or off; `guest` is it while it is on."""
 
     def __init__(self, machine: Machine, folder: Path) -> None:
-        self.machine = machine
-        self.folder = folder
-        self.guest: Guest
-        self.boots = 0
-
-    @contextmanager
-    def on(self) -> Iterator[Guest]:
-        self.boots += 1
-        folder = self.folder / f"boot{self.boots}"
-        folder.mkdir()
-        with Guest(self.machine, folder) as self.guest:
-            self.guest.wait_for_boot(BOOT_TIMEOUT)
-            print(f"boot {self.boots} took {self.guest.booted:.1f} s")
-            yield self.guest
+        super().__init__(machine, folder, BOOT_TIMEOUT)
 
     def log(self) -> list[str]:
         """The console: all that systemd and services say, to the very end."""
@@ -403,13 +388,14 @@ def under_io(guest: Guest, device: str) -> None:
         time.sleep(1)
         for number in range(5):
             restarted(guest, how)
-            wait_for(guest, f"dmesg | grep -c '{AGAIN}'", str(known + number + 1), 60)
+            # Where the machine is so busy that the kernel gives up waiting, the keeper connects more often.
+            wait_for(guest, f"[ $(dmesg | grep -c '{AGAIN}') -gt {known + number} ] && echo yes", "yes", 60)
             time.sleep(2)
         found = probe.stop(guest, "zram0")
         assert found["bad"] == []
         assert found["done"] > 200
         pauses = probe.pauses(again(guest)[known:], "zram0", found)
-        assert len(pauses) == 5
+        assert len(pauses) >= 5
         print(f"{how}: connected again after {[after for after, _ in pauses]} s")
         print(f"{how}: the slowest request took {[took for _, took in pauses]} s", flush=True)
 

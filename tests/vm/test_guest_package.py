@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,25 +42,12 @@ TROUBLE = re.compile(
 )
 
 
-class Computer:
+class Computer(debian.Computer):
     """A machine with zramd on its host, on or off."""
 
     def __init__(self, machine: Machine, folder: Path, host: attach.QemuWithState) -> None:
-        self.machine = machine
-        self.folder = folder
+        super().__init__(machine, folder, BOOT_TIMEOUT)
         self.host = host
-        self.guest: Guest
-        self.boots = 0
-
-    @contextmanager
-    def on(self) -> Iterator[Guest]:
-        self.boots += 1
-        folder = self.folder / f"boot{self.boots}"
-        folder.mkdir()
-        with Guest(self.machine, folder) as self.guest:
-            self.guest.wait_for_boot(BOOT_TIMEOUT)
-            print(f"boot {self.boots} took {self.guest.booted:.1f} s", flush=True)
-            yield self.guest
 
     def trouble(self) -> list[str]:
         return [line for line in self.guest.kernel_log() if TROUBLE.search(line)]

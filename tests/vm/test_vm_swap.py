@@ -83,6 +83,22 @@ def joined(result: dict[str, Any]) -> None:
         assert each["free"] == 4096 * sum(count << order for order, count in enumerate(each["blocks"]))
 
 
+def test_local_with_a_cold_tier(tmp_path: Path) -> None:
+    """A machine that swaps to itself: recompression takes no memory that requests may need."""
+    cold = ("--set", "recompression=zstd(level=3)", "--set", "cold_age=10", "--idle", "40")
+    result = vm_swap(tmp_path, "--attach", "local", "--suite", SUITES[0], *cold)
+    assert held(result, "what rests becomes cold")
+    assert held(result, "requests need no memory")
+    assert held(result, "no system call takes memory")
+    assert held(result, "the pool takes what the server says")
+    assert result["requests"]["reserve_misses"] == 0
+    moments = result["moments"]
+    assert moments["rested"]["used"] < moments["filled"]["used"]
+    assert result["pages_bad"] == 0
+    assert result["pages_verified"] > 10_000
+    assert result["swapoff"]["bad"] == 0
+
+
 def test_kernel_zram(tmp_path: Path) -> None:
     """The same with the kernel's own zram, so that there is something to compare with."""
     result = vm_swap(tmp_path, "--attach", "zram")
@@ -153,3 +169,17 @@ def test_programs_that_come_and_go(tmp_path: Path) -> None:
     assert refreshed, churn["refreshes"]
     assert churn["after"]["dead_share"] < 20
     assert {sample["stored"] >= sample["same"] for sample in churn["samples"]} == {True}
+
+
+REST = ("--rest", "30", "--pageout", "--set", "cold_age=10")
+
+
+def test_a_guest_that_rests(tmp_path: Path) -> None:
+    """What it has swapped out becomes cold by itself and takes less; every page is read back as it was."""
+    result = vm_swap(tmp_path, "--attach", "qemu", *REST)
+    assert result["pages_bad"] == 0
+    assert result["pages_verified"] > 10_000
+    assert held(result, "what rests")
+    rest = result["rest"]
+    assert rest["cold"] > rest["blocks"] // 4
+    assert rest["samples"][-1]["cold"] > rest["samples"][0]["cold"]

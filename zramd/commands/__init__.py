@@ -40,6 +40,9 @@ VERBS = {
     "stats": ("zramd.commands.show", "print every number of a device with its meaning"),
     "classes": ("zramd.commands.show", "print the table of size classes"),
     "compact": ("zramd.commands.show", "compact the pool now"),
+    "tiers": ("zramd.commands.tiers", "show what is hot and what is cold"),
+    "recompress": ("zramd.commands.tiers", "recompress blocks now, as zram does when it is asked to"),
+    "idle": ("zramd.commands.tiers", "mark blocks as idle, as zram does"),
     "set": ("zramd.commands.show", "change settings of a running device"),
     "check": ("zramd.commands.show", "walk every structure of a device"),
     "reset": ("zramd.commands.show", "drop all data of a device"),
@@ -106,6 +109,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, and that knows words which argparse does not.
 
     settings: takes key=value words, anywhere among the options, as `arguments.settings`.
+    pairs: takes such words that are no settings; these are offered by completion.
     nbdkit_options: takes what follows -- as `arguments.nbdkit_options`.
     more: returns what the help ends with; it is called only when somebody reads it.
     """
@@ -114,12 +118,14 @@ class Parser(argparse.ArgumentParser):
         self,
         *,
         settings: bool = False,
+        pairs: Sequence[str] = (),
         nbdkit_options: bool = False,
         more: Callable[[], str] = lambda: "",
         **rest: object,
     ) -> None:
         super().__init__(formatter_class=_Formatter, **rest)  # type: ignore[arg-type]
         self.takes_settings = settings
+        self.pairs = pairs
         self.takes_nbdkit_options = nbdkit_options
         self._more = more
 
@@ -132,7 +138,7 @@ class Parser(argparse.ArgumentParser):
         if self.takes_nbdkit_options:
             split = words.index("--") if "--" in words else len(words)
             words, namespace.nbdkit_options = words[:split], words[split + 1 :]
-        if self.takes_settings:
+        if self.takes_settings or self.pairs:
             values = self._values(words)
             settings = [
                 place

@@ -125,6 +125,7 @@ def words(path: str, verb: Parser) -> list[str]:
         found += action.option_strings
         if not action.option_strings and action.dest != "new_name":
             found += value_of(action)
+    found += verb.pairs
     if verb.takes_settings:
         live_only = path == "set"
         found += [f"{each.name}=" for each in config.SETTINGS if not (live_only and each.fixed)]

@@ -100,7 +100,9 @@ def nbdkit(root: str = "") -> Iterator[Finding]:
             "remove one of the two installations",
         )
     else:
-        yield Finding(OK, "zramd's core", f"{__version__}, in nbdkit's Python {found.get('zramd_python')}")
+        codecs = f"lz4 {found.get('zramd_lz4')} and zstd {found.get('zramd_zstd')}"
+        text = f"{__version__} with {codecs}, in nbdkit's Python {found.get('zramd_python')}"
+        yield Finding(OK, "zramd's core", text)
 
 
 def _fields(text: str) -> dict[str, str]:

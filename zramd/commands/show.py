@@ -183,11 +183,22 @@ def block(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def block_state(arguments: argparse.Namespace) -> int:
+    """Print zram's block_state. Raises DeviceError."""
+    served = servers.find(arguments.name, arguments.rundir)
+    with served.open_stream("GET", "/block_state") as control:
+        while piece := control.recv(65536):
+            sys.stdout.write(piece.decode())
+    return 0
+
+
 _KINDS = {
     "hole": "hole: never written, or freed",
     "same": "same: one 64-bit word, repeated",
     "lz4": "lz4: compressed",
-    "raw": "raw: does not compress",
+    "zstd": "zstd: compressed",
+    "raw": "raw: stored as it is",
+    "lost": "lost: it changed in memory, and reading it is an error until it is written again",
 }
 
 
@@ -277,3 +288,12 @@ def add(commands: Commands) -> None:
     parser.set_defaults(run=block)
     parser.add_argument("number", metavar="N", help="the block's number, from 0 on")
     _add_json(parser)
+    parser = parts.add_parser(
+        "block_state",
+        help="list the blocks that are stored, as zram's block_state does",
+        description="Print a line for each block that is stored, in the format of zram's block_state: its "
+        "number; when it was last asked for, in seconds since boot; and what it is: s same-filled, h stored "
+        "raw, i marked idle, r recompressed, n not shrunk by recompression.",
+    )
+    add_device(parser)
+    parser.set_defaults(run=block_state)

@@ -27,7 +27,10 @@ NBD_SOCKET = "nbd.sock"
 CONTROL_SOCKET = "control.sock"
 COMPACT_TIMEOUT = 60.0  # seconds that an answer to POST /compact takes at most: the work may go on
 DATA_ID = "data_id"  # names the data that the server holds: the same name, the same data
-STATS_FILES = ("disksize", "mm_stat", "io_stat", "frag_ratio", "stats.json", "classes", "metrics.prom")
+STATS_FILES = (
+    *("disksize", "comp_algorithm", "recomp_algorithm"),
+    *("mm_stat", "io_stat", "frag_ratio", "stats.json", "classes", "metrics.prom"),
+)
 STATE = "state_path"  # where the server's state is: what died with it, and what did not
 LOG = "log"  # what a server in the background has to say once it serves
 OLD_LOG = "log.1"  # and what the one before it said, if that did not stop in its normal way

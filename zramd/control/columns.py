@@ -65,6 +65,9 @@ COLUMNS = (
     Column("MOUNTPOINT", "text", "[SWAP], or where this machine has it mounted", _number("mountpoint")),
     Column("FRAG", "ratio", "percent of the pool that payload fills: more is better", _number("frag_ratio")),
     Column("HUGE-PAGES", "number", "blocks stored raw, because they do not compress", _number("huge_pages")),
+    Column(
+        "COLD-PAGES", "number", "blocks recompressed because nobody asked for them", _number("cold_pages")
+    ),
     Column("PEAK", "size", "most that TOTAL ever was", _number("mem_used_max")),
     Column("METADATA", "size", "memory beside the pool, for tables", _number("metadata_bytes")),
     Column("SWAP-USED", "number", "blocks that swap of this machine uses", _number("swap_used")),

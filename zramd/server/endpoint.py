@@ -31,7 +31,7 @@ LINGER = 0.5  # seconds to wait for the client's end, so that what it still send
 _FAILS = "the control socket does not answer"
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-_STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nConnection: close\r\n\r\n"
+_STREAM = "HTTP/1.1 200 OK\r\nContent-Type: {}\r\nConnection: close\r\n\r\n"
 
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,8}) (/[!-~]*) HTTP/1\.[01]\r")
 _REQUEST_START = re.compile(rb"[A-Z]{0,8}|[A-Z]{1,8} [ -~]*\r?")
@@ -134,8 +134,8 @@ class Endpoint:
                 method, path, body, length = _receive(sock, time.monotonic() + deadline)
                 self._begin(connection, (method, path), deadline)
                 if (method, path) in STREAMS_OUT:
-                    sock.sendall(_STREAM)
-                    self._routes.save(sock.fileno(), path)
+                    sock.sendall(_STREAM.format(STREAMS_OUT[method, path]).encode())
+                    self._routes.send(sock.fileno(), path)
                     return
                 if (method, path) in STREAMS_IN:
                     reply = self._routes.load(sock.fileno(), body, length)
@@ -165,7 +165,8 @@ class Endpoint:
                 if sum(one.lengthy for one in self._open) >= MAX_LENGTHY:
                     raise RefusedError(
                         503,
-                        f"{MAX_LENGTHY} saves, loads, compactions or checks are under way: ask again later",
+                        f"{MAX_LENGTHY} saves, loads, lists of blocks, compactions or checks are under way: "
+                        "ask again later",
                     )
                 connection.lengthy = True
             connection.waits = False

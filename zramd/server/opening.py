@@ -16,7 +16,8 @@ def make_device(config: Config) -> Device:
         return Device(
             config.disksize,
             mem_limit=config.mem_limit,
-            acceleration=config.acceleration,
+            codec=config.codec.name,
+            level=config.codec.level,
             verify=config.verify,
             cold_level=config.cold_level,
         )
@@ -25,10 +26,12 @@ def make_device(config: Config) -> Device:
         device = Device(
             config.disksize,
             mem_limit=config.mem_limit,
-            acceleration=config.acceleration,
+            codec=config.codec.name,
+            level=config.codec.level,
             verify=config.verify,
             cold_level=config.cold_level,
             state=fd,
+            mark_cold=statefile.mark_cold,
             progress=lambda done, total: say(f"taking over state '{path}': {100 * done // total} %"),
         )
     except PoolFullError as error:

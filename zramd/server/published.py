@@ -3,6 +3,7 @@
 import time
 
 from zramd.contract.rundir import Rundir
+from zramd.server import words
 from zramd.server.metricsfile import MetricsFile
 from zramd.stats import prometheus, snapshots, texts
 
@@ -28,6 +29,8 @@ class StatsFiles:
         """Write the files. Raises RundirError when one of them cannot be written."""
         publish = self._rundir.publish
         publish("disksize", f"{snapshot.values['disksize']}\n")
+        publish("comp_algorithm", words.comp_algorithm(snapshot.comp_algorithm))
+        publish("recomp_algorithm", words.recomp_algorithm(snapshot.recompression))
         publish("mm_stat", texts.mm_stat(snapshot))
         publish("io_stat", texts.io_stat(snapshot))
         publish("frag_ratio", texts.frag_ratio(snapshot))

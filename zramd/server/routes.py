@@ -3,6 +3,9 @@
 GET   /stats /mm_stat /io_stat /classes /classes.json /metrics /health /settings /block/N
 POST  /compact /check /reset /mem_used_max, /sockets PATH: sends those on which clients are accepted
 GET   /save /save/live      the whole device as a stream, see docs/save-format.md
+GET   /block_state          zram's, as a stream: a line for each block that is stored
+GET   /comp_algorithm /recomp_algorithm   zram's, as it shows them
+PUT   /recomp_algorithm /recompress /idle   zram's, see zramd.server.words
 PUT   /load                 such a stream into an empty device without clients
 PUT   /NAME for each setting that can be changed while the device is served
 """
@@ -14,16 +17,29 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from zramd.contract.rundir import COMPACT_TIMEOUT
-from zramd.errors import ConfigError, CorruptionError, DeviceError, ZramdError, is_shortage, reason, sentence
+from zramd.errors import (
+    ConfigError,
+    CorruptionError,
+    DeviceError,
+    UsageError,
+    ZramdError,
+    is_shortage,
+    reason,
+    sentence,
+)
+from zramd.server import words
+from zramd.server.tiers import Pass
 from zramd.settings.config import SETTINGS
 from zramd.stats import prometheus, snapshots, texts
 
 TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+_BINARY = "application/octet-stream"
 _BLOCK = "/block/"
-# Whose answer, or body, is a stream of any length.
-STREAMS_OUT = (("GET", "/save"), ("GET", "/save/live"))
+_PATIENCE = 600.0  # seconds that a reader of block_state may stand still: it may be a person with a pager
+# Whose answer, or body, is a stream of any length; an answer's content type.
+STREAMS_OUT = {("GET", "/save"): _BINARY, ("GET", "/save/live"): _BINARY, ("GET", "/block_state"): TEXT}
 STREAMS_IN = (("PUT", "/load"),)
 # What takes long, a stream or not.
 LENGTHY = (*STREAMS_OUT, *STREAMS_IN, ("POST", "/compact"), ("POST", "/check"))
@@ -41,12 +57,32 @@ class Device(Protocol):
     def reset_mem_used_max(self) -> None:
         """Forget the peak of the pool's size."""
 
+    @property
+    def disksize(self) -> int: ...
+    def block_state(self, buf: bytearray, first: int, now: int, sweep: int) -> tuple[int, int]:
+        """Fill a buffer with lines for blocks from `first` on; return its bytes, and the next block."""
+
+
+class Tiers(Protocol):
+    """What the endpoint asks of who recompresses."""
+
+    def submit(self, wanted: Pass) -> None:
+        """Have blocks recompressed in the background; raises DeviceError when recompression is off."""
+
+    def mark_idle(self, seconds: float | None) -> None:
+        """Mark the blocks that nobody asked for in so many seconds, None: all."""
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the section `tiers` of stats.json."""
+
 
 class Service(Protocol):
     """What the endpoint shows and steers."""
 
     @property
     def device(self) -> Device: ...
+    @property
+    def tiers(self) -> Tiers: ...
     def snapshot(self) -> snapshots.Snapshot: ...
     def classes(self) -> list[snapshots.ClassRow]: ...
     def health(self) -> dict[str, str | int]: ...
@@ -114,6 +150,10 @@ class Routes:
             "/check": {"POST": self._check},
             "/mem_used_max": {"POST": self._mem_used_max},
             "/reset": {"POST": self._reset},
+            "/comp_algorithm": {"GET": self._comp_algorithm},
+            "/recomp_algorithm": {"GET": self._recomp_algorithm, "PUT": self._set_recomp_algorithm},
+            "/recompress": {"PUT": self._recompress, "POST": self._recompress},
+            "/idle": {"PUT": self._idle, "POST": self._idle},
             "/sockets": {"POST": self._sockets},
         }
         for setting in SETTINGS:
@@ -136,11 +176,19 @@ class Routes:
             return handler(text)
         except RefusedError as refused:
             return refused.reply
+        except (ConfigError, UsageError) as error:
+            return Reply(400, TEXT, f"{error}\n")
+        except DeviceError as error:
+            return Reply(409, TEXT, f"{error}\n")
         except Exception as error:
             return Reply(500, TEXT, f"{sentence(error) or error or type(error).__name__}\n")
 
-    def save(self, fd: int, path: str) -> None:
+    def send(self, fd: int, path: str) -> None:
         """Answer one of STREAMS_OUT, after the header."""
+        if path == "/block_state":
+            with self._under_way("block_state"):
+                words.send_block_state(self._service.device, fd, _PATIENCE)
+            return
         with self._under_way("save"), suppress(ZramdError):  # the stream itself says so
             self._service.save(fd, live=path.endswith("live"))
 
@@ -217,10 +265,27 @@ class Routes:
         return _json({"sound": True})
 
     def _change(self, name: str, text: str) -> Reply:
-        try:
-            return _json({name: self._service.change(name, text)})
-        except ConfigError as error:
-            raise RefusedError(400, str(error)) from None
+        return _json({name: self._service.change(name, text)})
+
+    def _comp_algorithm(self, text: str) -> Reply:
+        return Reply(200, TEXT, words.comp_algorithm(self._service.settings()["comp_algorithm"]))
+
+    def _recomp_algorithm(self, text: str) -> Reply:
+        return Reply(200, TEXT, words.recomp_algorithm(self._service.tiers.numbers()["recompression"]))
+
+    def _set_recomp_algorithm(self, text: str) -> Reply:
+        now = self._service.tiers.numbers()["recompression"]
+        return self._change("recompression", words.recompression(text, now))
+
+    def _recompress(self, text: str) -> Reply:
+        wanted = words.recompress(text)
+        self._service.tiers.submit(wanted)
+        return _json({"recompress": wanted._asdict() | {"kinds": sorted(wanted.kinds)}})
+
+    def _idle(self, text: str) -> Reply:
+        seconds = words.idle(text)
+        self._service.tiers.mark_idle(seconds)
+        return _json({"idle": "all" if seconds is None else f"{seconds:g}"})
 
     def _mem_used_max(self, text: str) -> Reply:
         self._service.device.reset_mem_used_max()

@@ -49,7 +49,7 @@ def prepare(config: Config, shutdown: Callable[[], None]) -> "Prepared":
     """
     # As nbdkit has it once it serves: what started us may end before we have said all.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    self_test()
+    self_test(config)
     log = Log(prepare=protection.warm_stack if config.swap == "local" else lambda: None)
     ends = Ends()
     ends.add(log.stop)

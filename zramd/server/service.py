@@ -24,6 +24,7 @@ from zramd.server.tiers import Tiers
 from zramd.server.trouble import Troubles
 from zramd.server.undone import Undone
 from zramd.server.worker import Worker
+from zramd.settings import codecs
 from zramd.settings.config import Config, find
 from zramd.settings.config import value as parse_value
 from zramd.stats import snapshots
@@ -92,6 +93,7 @@ class Service:
             version=__version__,
             started=self._started,
             swap=swapuse.numbers(self.config.name, self.config.disksize),
+            tiers=self.tiers.numbers(),
         )
 
     def classes(self) -> list[snapshots.ClassRow]:
@@ -138,6 +140,7 @@ class Service:
             value = self.device.mem_limit  # whole pages
         with self._changes_lock:  # two changes at once
             changed = replace(self.config, **{name: value})
+            codecs.must_gain(changed.comp_algorithm, changed.recompression)
             self.tiers.configure(changed)
             self.config = changed
         self.compactor.configure(self.config)

@@ -2,9 +2,9 @@
 
     | header page | kept counters … | slots | classes of spans | cells | pages of the pool |
 
-The header is written once, when the file is new, and says what the rest was laid out for; it ends with its
-checksum. What is in the rest, zramd.core.device.recovery finds. The file is locked while a server has it
-mapped.
+The header is written when the file is new, and says what the rest was laid out for; it ends with its
+checksum. Later only its format is raised (mark_cold). What is in the rest, zramd.core.device.recovery
+finds. The file is locked while a server has it mapped.
 """
 
 import errno
@@ -21,9 +21,11 @@ from zramd.core.pool.size_classes import layout_sum
 from zramd.errors import StateError, UntrustedError, reason
 
 MAGIC = b"zramd state\n\0\x1a\xff\x00"
-VERSION = (
-    1  # of the file as a whole; raise it when what is in the slots, cells or headers means something else
-)
+# Of the file as a whole: the least format that a zramd must know to read all that may be in it. It is raised
+# before something is stored that means nothing to those before; a file of an older format is used as it is.
+FIRST = 1
+COLD = 2  # slots may have COLD
+NEWEST = COLD
 
 _TMPFS = 0x01021994
 _FIELDS = ("disksize", "verify", "slots", "cells", "spans", "span_size", "size_classes", "bytes")
@@ -135,7 +137,7 @@ def _create(fd: int, path: str, layout: dict[str, int]) -> None:
     size = os.fstat(fd).st_size
     try:
         os.ftruncate(fd, layout["bytes"])
-        trusted.write_at_start(fd, _pack(layout))
+        trusted.write_at_start(fd, _pack(layout, FIRST))
     except OSError as error:
         with suppress(OSError):
             os.ftruncate(fd, size)  # nobody is to take it for a large one
@@ -145,8 +147,18 @@ def _create(fd: int, path: str, layout: dict[str, int]) -> None:
         ) from None
 
 
-def _pack(layout: dict[str, int]) -> bytes:
-    body = struct.pack(f"<16sQ{len(_FIELDS)}Q", MAGIC, VERSION, *(layout[name] for name in _FIELDS))
+def mark_cold(fd: int) -> None:
+    """Raise the format of an accepted state so that only a zramd that knows cold blocks takes it over.
+
+    A kill leaves the old header or the new one: the kernel copies what lies on one page in one go.
+    """
+    _, version, *values, _ = _HEADER.unpack(os.pread(fd, _HEADER.size, 0))
+    if version < COLD:
+        trusted.write_at_start(fd, _pack(dict(zip(_FIELDS, values, strict=True)), COLD))
+
+
+def _pack(layout: dict[str, int], version: int) -> bytes:
+    body = struct.pack(f"<16sQ{len(_FIELDS)}Q", MAGIC, version, *(layout[name] for name in _FIELDS))
     return body + struct.pack("<Q", zlib.crc32(body))
 
 
@@ -158,13 +170,14 @@ def _accept(fd: int, path: str, layout: dict[str, int]) -> None:
     if len(header) < _HEADER.size:
         raise StateError(f"state '{path}' was cut off in its header: restore a copy, {_REMOVE}")
     _, version, *values, checksum = _HEADER.unpack(header)
-    # Another version's checksum may be elsewhere; damage would mostly make a large number of the version.
-    if version != VERSION and 0 < version < 1000:
+    is_sound = zlib.crc32(header[:-8]) == checksum
+    # A later format's checksum may be elsewhere; damage would mostly make a large number of the format.
+    if not FIRST <= version <= NEWEST and (is_sound or NEWEST < version < 1000):
         raise StateError(
-            f"state '{path}' has format {version}, this zramd has {VERSION}: "
+            f"state '{path}' has format {version}, this zramd knows {FIRST} to {NEWEST}: "
             f"use the zramd that made it, {_REMOVE}"
         )
-    if zlib.crc32(header[:-8]) != checksum:
+    if not is_sound:
         raise StateError(
             f"state '{path}' has a damaged header (its checksum differs): restore a copy, {_REMOVE}"
         )

@@ -57,6 +57,7 @@ _NO_ROOM = {
     errno.ENOSPC: "mem_limit leaves no room for a block's old and new payload at once",
     errno.EDQUOT: "the state's file system has no room for a block's old and new payload at once",
     errno.ENOMEM: "the system refuses memory for a block's new payload",
+    errno.ENOBUFS: "half of the reserve is left, which is for requests",
 }
 
 
@@ -140,19 +141,24 @@ def age_of(seconds: float) -> int:
     return next((age for age in range(OLDEST) if least_seconds(age) >= seconds), OLDEST)
 
 
+def _row(age: int) -> int:
+    """Return the row of the histogram for blocks of this age."""
+    if age == IDLE:
+        return -1
+    # Readers keep what is wanted young.
+    return 0 if age == WANTED else sum(most_seconds(age) > bound for bound in BOUNDS)
+
+
+_ROWS = tuple(_row(age) for age in range(256))  # made once: it is as much work as a whole snapshot
+
+
 def histogram(stored: list[int]) -> list[list[Any]]:
     """Return rows [upper bound in seconds, blocks] of what a sweep counted.
 
     The bound of the last two is None, for more, and "idle", for marked blocks.
     """
     rows: list[list[Any]] = [[bound, 0] for bound in (*BOUNDS, None, "idle")]
-    for age, count in enumerate(stored):
-        if age == WANTED:
-            row = 0  # its readers keep it young
-        elif age == IDLE:
-            row = -1
-        else:
-            row = sum(most_seconds(age) > bound for bound in BOUNDS)
+    for count, row in zip(stored, _ROWS, strict=False):
         rows[row][1] += count
     return rows
 

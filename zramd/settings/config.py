@@ -18,14 +18,12 @@ MAX_DISKSIZE = 4 << 40  # the core has the same: handles have 31 bits
 MAX_CLIENTS = 65536
 MIN_COLD_AGE = 10  # seconds: a sweep
 MAX_COLD_AGE = 5 * 3600  # the oldest that a block's age can tell is some more
-MAX_ACCELERATION = 65537  # LZ4_ACCELERATION_MAX: lz4 silently clamps what is above
 # sun_path holds 107 bytes and a NUL; control.sock is the longest socket name in the folder.
 MAX_RUNDIR_BYTES = 107 - len("/control.sock")
 
 _SUFFIXES = "KMGTPE"
 _SIZE = re.compile(r"(0x[0-9a-f]+|0[0-7]*|[1-9][0-9]*)(?:([KMGTPE])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
-_LZ4 = re.compile(r"lz4(?:\(\s*level\s*=\s*([0-9]{1,9})\s*\))?", re.ASCII)
 _BOOLEANS = {"on": True, "yes": True, "true": True, "1": True}
 _BOOLEANS |= {"off": False, "no": False, "false": False, "0": False}
 
@@ -102,15 +100,6 @@ def _name(text: str) -> str:
             f"'{text}' is not a name: use 1 to 64 letters, digits, _ . or -, not starting with . or -"
         )
     return text
-
-
-def _comp_algorithm(text: str) -> str:
-    match = _LZ4.fullmatch(text)
-    if match is None or not 1 <= int(match[1] or 1) <= MAX_ACCELERATION:
-        raise ConfigError(
-            f"'{text}' is not available: use lz4 or lz4(level=N) with N from 1 to {MAX_ACCELERATION}"
-        )
-    return f"lz4(level={int(match[1])})" if match[1] else "lz4"
 
 
 def _absolute(text: str) -> str:
@@ -255,11 +244,12 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "comp_algorithm",
-        _comp_algorithm,
+        codecs.comp_algorithm,
         "lz4",
-        "lz4(level=4)",
-        f"compressor; level is lz4's acceleration, 1 to {MAX_ACCELERATION}: higher is faster and compresses "
-        "less",
+        "zstd(level=3)",
+        "compressor of what is written: lz4, lz4hc, zstd or none, or one with a level: lz4(level=N) with N from 1 "
+        "to 65537: higher is faster and compresses less; lz4hc(level=N), 3 to 9; zstd(level=N), 1 to 19; a second "
+        "one is recompression's",
         fixed="compressors are set up when the device is made",
     ),
     Setting(
@@ -352,10 +342,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "recompression",
         codecs.recompression,
-        codecs.DEFAULT_RECOMPRESSION,
+        None,
         "zstd(level=3)",
         "how blocks are compressed again once nobody asks for them: zstd, zstd(level=N) with N from 1 to "
-        f"{codecs.MAX_LEVEL} [{codecs.USUAL_LEVEL}], or off",
+        f"{codecs.LEVELS[codecs.COLD][1]} [{codecs.LEVELS[codecs.COLD][2]}], or off",
+        shown_default=f"{codecs.DEFAULT_RECOMPRESSION}; off with comp_algorithm=zstd or none",
     ),
     Setting(
         "cold_age",
@@ -423,15 +414,14 @@ class Config:
     endpoint: bool
 
     @property
+    def codec(self) -> codecs.Codec:
+        """The algorithm of what is written, and its level."""
+        return codecs.parse(self.comp_algorithm)
+
+    @property
     def cold_level(self) -> int:
         """zstd's level for what is cold, 0: nothing is recompressed."""
         return codecs.cold_level(self.recompression)
-
-    @property
-    def acceleration(self) -> int:
-        """lz4's acceleration factor, taken from comp_algorithm."""
-        match = _LZ4.fullmatch(self.comp_algorithm)
-        return int(match[1]) if match and match[1] else 1
 
 
 def default_rundir(name: str) -> str:
@@ -481,6 +471,8 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
             values[setting.name] = value(setting, setting.default)
     if "disksize" not in values:
         raise ConfigError("disksize is missing: give the size of the device, such as disksize=1G")
+    values.setdefault("recompression", codecs.default_recompression(values["comp_algorithm"]))
+    codecs.must_gain(values["comp_algorithm"], values["recompression"])
     if values["metrics_file"] and not values["stats_interval"]:
         raise ConfigError(
             f"metrics_file='{values['metrics_file']}' would never be written: stats_interval is 0, use 1"

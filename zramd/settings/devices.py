@@ -19,7 +19,7 @@ from typing import Any
 from zramd import meminfo
 from zramd.contract import handover, rundir
 from zramd.errors import ConfigError, ZramdError, reason
-from zramd.settings import conffiles, config, expression, keys
+from zramd.settings import codecs, conffiles, config, expression, keys
 from zramd.settings.conffiles import Entry, Problem
 from zramd.settings.config import Config
 
@@ -326,7 +326,21 @@ class _Section:
                 f"{self.quote(key)} is more than half of this machine's {self.ram} MB: at its limit the OOM "
                 "killer may end more programs than it must, see docs/swapping.md: use at most ram / 2",
             )
+        self.check_algorithms()
         self.check_attach()
+
+    def check_algorithms(self) -> None:
+        pair = self.parsed["compression-algorithm"]
+        hot = self.parsed["comp_algorithm"] if "comp_algorithm" in self.values else pair.comp_algorithm
+        if "recompression" not in self.values:
+            return
+        if pair.recompression:
+            self.wrong("recompression", f"{self.quote('compression-algorithm')} has one already: remove one")
+            return
+        try:
+            codecs.must_gain(hot, self.parsed["recompression"])
+        except ConfigError as error:
+            self.wrong("recompression", str(error))
 
     def check_small(self, key: str, size: int) -> None:
         """Look whether a size of less than a megabyte was meant in another unit."""
@@ -379,7 +393,7 @@ class _Section:
             if key == "zram-resident-limit":
                 pairs["mem_limit"] = str(parsed[key])
             elif key == "compression-algorithm":
-                pairs["comp_algorithm"] = parsed[key]
+                pairs |= {name: value for name, value in parsed[key]._asdict().items() if value}
             elif (
                 key in parsed
                 and key != "disksize"

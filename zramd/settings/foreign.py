@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zramd.errors import ConfigError, printable
-from zramd.settings import conffiles, devices, expression, keys
+from zramd.settings import codecs, conffiles, devices, expression, keys
 from zramd.settings.conffiles import Entry, Problem
 from zramd.settings.devices import Sections
 
 _DEVICE = re.compile(r"zram[0-9]+", re.ASCII)
-_ALGORITHM = re.compile(r"([^()\s]*)(?:\(([^()]*)\))?")
 _ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z_0-9]*)=(.*)", re.ASCII)
 _COMMENTED = re.compile(r"#\s*(?:ALGO|PERCENT|PERCENTAGE|PRIORITY)=.*")
 _TAKEN_OVER = ("zram-size", "zram-resident-limit", "host-memory-limit", "swap-priority", "options")
@@ -239,28 +238,51 @@ def _unit_notes(entry: Entry) -> list[str]:
 
 
 def _algorithm(text: str) -> tuple[str, list[str]]:
-    """Return zramd's word for zram-generator's algorithms, '' for none, and what is not honoured."""
+    """Return zramd's words for zram-generator's algorithms, '' for none, and what is not honoured."""
     texts: list[str] = []
-    value, first = "", True
-    for word in re.findall(r"[^\s()]*\([^()]*\)|[^\s()]+", text):
-        match = _ALGORITHM.fullmatch(word)
-        name, parameters = (match[1], match[2]) if match else (word, None)
+    hot = cold = ""
+    for word in codecs.words(text):
+        name, _, parameters = word.removesuffix(")").partition("(")
         if not name:
-            texts.append(f"({parameters}) is for recompression, which zramd does not have")
-        elif not first:
-            texts.append(f"{name} is for recompression, which zramd does not have")
+            if not codecs.is_idle(word):
+                texts.append(f"{word} is left out: zramd recompresses what is idle, whatever else it is")
+        elif not hot and name not in codecs.LEVELS:
+            hot = "lz4"
+            texts.append(f"zramd has no {name}, and uses lz4 instead")
+        elif not hot:
+            hot = name + _level(name, parameters, texts)
+        elif name != codecs.COLD or cold:
+            texts.append(f"{word} is left out: zramd recompresses by {codecs.COLD}, once")
         else:
-            first = False
-            if name != "lz4":
-                texts.append(f"zramd has lz4 alone, and uses it instead of {name}")
-                continue
-            value = "lz4"
-            for parameter in re.split(r"[,\s]+", parameters or ""):
-                if parameter.startswith("level="):
-                    value = f"lz4({parameter})"
-                elif parameter:
-                    texts.append(f"zramd's lz4 has no parameter {parameter.partition('=')[0]}")
-    return value, texts
+            cold = name + _level(name, parameters, texts)
+    if cold and (useless := _useless(hot, cold)):
+        texts.append(f"{useless}: it is left out")
+        cold = ""
+    return " ".join(filter(None, (hot, cold))), texts
+
+
+def _useless(hot: str, cold: str) -> str:
+    """Return why an algorithm gains nothing over another, "" if it does."""
+    try:
+        written = codecs.comp_algorithm(hot), codecs.recompression(cold)
+    except ConfigError:
+        return ""  # devices.build reports it
+    try:
+        codecs.must_gain(*written)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _level(name: str, parameters: str, texts: list[str]) -> str:
+    """Return an algorithm's level among its parameters, as it is written; the others are not honoured."""
+    level = ""
+    for parameter in filter(None, re.split(r"[,\s]+", parameters)):
+        if parameter.startswith("level="):
+            level = f"({parameter})"
+        else:
+            texts.append(f"zramd's {name} has no parameter {parameter.partition('=')[0]}")
+    return level
 
 
 def _from_zramswap(name: str, lines: list[str]) -> tuple[Sections, list[str], list[Problem]]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from zramd.errors import ConfigError
-from zramd.settings import amounts, config, expression
+from zramd.settings import amounts, codecs, config, expression
 from zramd.settings.config import Setting
 
 MOST_AREAS = 24  # as `zramd attach --areas` has it
@@ -94,7 +94,11 @@ def table(ram: int) -> tuple[Setting, ...]:
         ),
         Setting("host-memory-limit", limit, "none", "8192", "no device where there is more memory than this"),
         Setting(
-            "compression-algorithm", config.find("comp_algorithm").parse, "lz4", "lz4(level=4)", "compressor"
+            "compression-algorithm",
+            codecs.pair,
+            "lz4",
+            "lz4 zstd(level=5)",
+            "comp_algorithm, and perhaps recompression after it, as zram-generator writes them",
         ),
         Setting(
             "attach", _attach, "swap", "no", "what this machine's kernel does with it: swap, device or no"

@@ -109,10 +109,27 @@ NUMBERS = (
     Number("huge_pages_since", "blocks", "Blocks stored raw since the start, including those freed since."),
     Number("cold_pages", "blocks", "Blocks recompressed because nobody asked for them.", "cold_pages"),
     Number("cold_data_size", "bytes", "Payloads of the cold blocks.", "cold_data_bytes"),
-    Number("recompressed", "blocks", "Blocks made cold since the start."),
-    Number("recompress_useless", "blocks", "Blocks that were recompressed in vain since the start."),
-    Number("recompress_saved", "bytes", "Payload that recompression has saved since the start."),
-    Number("promoted", "blocks", "Cold blocks made hot again since the start."),
+    Number(
+        "recompressed", "blocks", "Blocks made cold, those hot again included.", "recompressed_pages_total"
+    ),
+    Number(
+        "recompress_useless",
+        "blocks",
+        "Blocks that recompression could not shrink; each is tried once.",
+        "recompressed_in_vain_pages_total",
+    ),
+    Number(
+        "recompress_saved",
+        "bytes",
+        "Payload by which blocks became smaller when they became cold.",
+        "recompression_saved_bytes_total",
+    ),
+    Number(
+        "promoted",
+        "blocks",
+        "Cold blocks made hot, as they were read again and again.",
+        "promoted_pages_total",
+    ),
     Number("objs_allocated", "objects", "Places for objects on the pool's resident pages."),
     Number("objs_used", "objects", "Objects in the pool."),
     Number("zspages", "zspages", "Runs of pages that hold the objects."),

@@ -8,8 +8,9 @@ import sys
 from itertools import accumulate
 from math import inf
 
-from zramd.stats.numbers import NUMBERS
+from zramd.stats.numbers import NUMBERS, Number, Values
 from zramd.stats.snapshots import ClassRow, Snapshot
+from zramd.stats.tiers import AGES_MEANING, MODES, TIERS, ages
 
 
 def exposition(snapshot: Snapshot, rows: list[ClassRow]) -> str:
@@ -33,16 +34,25 @@ def exposition(snapshot: Snapshot, rows: list[ClassRow]) -> str:
         samples = [(f',op="{op}"', values[number]) for op, number in numbers.items()]
         family(f"{name}_total", "counter", meaning, *samples)
 
-    for number in NUMBERS:
-        value = values[number.name]
-        if number.metric and value is not None:
-            kind = "counter" if number.metric.endswith("_total") else "gauge"
-            family(
-                number.metric,
-                kind,
-                number.meaning,
-                ("", value if number.scale == 1 else value * number.scale),
-            )
+    def table(numbers: tuple[Number, ...], values: Values) -> None:
+        for number in numbers:
+            value = values[number.name]
+            if number.metric and value is not None:
+                kind = "counter" if number.metric.endswith("_total") else "gauge"
+                shown = value if number.scale == 1 else value * number.scale
+                family(number.metric, kind, number.meaning, ("", shown))
+
+    table(NUMBERS, values)
+    if s.tiers is not None:
+        table(TIERS, s.tiers)
+        family(
+            "age_pages",
+            "gauge",
+            AGES_MEANING,
+            *((f',age="{row.bound}"', row.blocks) for row in ages(s.tiers)),
+        )
+        modes = [(f',mode="{mode}"', int(mode == s.tiers["mode"])) for mode in MODES]
+        family("recompression_mode", "gauge", "How eager recompression is: 1 for what it is now.", *modes)
     by_op("requests", "Requests served.", read="reads", write="writes", trim="trims", zero="zeroes")
     head(
         "request_duration_seconds", "histogram", "Time from the start of a request to its end, by operation."

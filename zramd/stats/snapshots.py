@@ -48,6 +48,12 @@ class Snapshot:
     pid: int
     values: Values  # each of NUMBERS, by its name
     latency: dict[str, Latency]  # by operation: read, write, trim, zero
+    tiers: Values | None = None  # see zramd.stats.tiers
+
+    @property
+    def recompression(self) -> str:
+        """The setting of that name: what makes blocks cold, or off."""
+        return self.tiers["recompression"] if self.tiers else "off"
 
 
 class ClassRow(NamedTuple):
@@ -71,16 +77,19 @@ def take(
     version: str,
     started: float,
     swap: Values | None = None,
+    tiers: Values | None = None,
 ) -> Snapshot:
     """Return the device's numbers now; `started` is the server's start on the clock of time.monotonic().
 
-    `swap` has those that are SWAP: none where this machine does not swap to the device.
+    `swap` has those that are SWAP: none where this machine does not swap to the device. `tiers` has what the
+    device does not know itself: see zramd.stats.tiers.
     """
     counters = device.counters()
     values: Values = {name: counters[name] for name in COUNTED}
     values |= swap or dict.fromkeys(SWAP)
     values |= {"uptime": time.monotonic() - started, "resident_bytes": resident_bytes()}
-    return Snapshot(name, comp_algorithm, version, os.getpid(), derive(values), _take_latency(device))
+    latency = _take_latency(device)
+    return Snapshot(name, comp_algorithm, version, os.getpid(), derive(values), latency, tiers)
 
 
 def _take_latency(device: Source) -> dict[str, Latency]:

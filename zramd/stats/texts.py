@@ -77,7 +77,8 @@ def _class_line(
 def to_json(snapshot: Snapshot) -> str:
     """Return every number of the snapshot, derived ones included, as one JSON object.
 
-    `latency` holds, by operation, how many requests there were, with mean, p50, p90 and p99 in microseconds.
+    `latency` holds, by operation, how many requests there were, with mean, p50, p90 and p99 in microseconds;
+    `tiers` what is hot and cold: see zramd.stats.tiers.
     """
     values = {
         name: round(value, 3 if name == "uptime" else 4) if isinstance(value, float) else value
@@ -85,7 +86,8 @@ def to_json(snapshot: Snapshot) -> str:
     }
     about = {name: getattr(snapshot, name) for name in ABOUT}
     latency = {op: _latency_values(latency) for op, latency in snapshot.latency.items()}
-    return json.dumps({**about, **values, "latency": latency}, indent=2) + "\n"
+    parts = {"latency": latency} | ({"tiers": snapshot.tiers} if snapshot.tiers is not None else {})
+    return json.dumps({**about, **values, **parts}, indent=2) + "\n"
 
 
 def _latency_values(latency: Latency) -> dict[str, int | float]:

@@ -118,6 +118,36 @@ def memory(sample: Sample, width: int, glyphs: Glyphs) -> list[Line]:
     return [*lines, between(legend, right, width) if width > 90 else legend]
 
 
+def has_tiers(sample: Sample) -> bool:
+    """Say whether something is cold, or may become so."""
+    section = sample.stats.get("tiers")
+    if section is None:  # a server of an older version has none
+        return False
+    return bool(section["mode"] != "off" or section["cold_pages"])
+
+
+def tiers(sample: Sample, width: int, glyphs: Glyphs) -> Line:
+    """Return a bar of the payloads in the pool: what is hot, cold and raw, and what changes."""
+    section = sample.stats["tiers"]
+    parts = [
+        (section["hot_data_size"], glyphs.payload, "hot"),
+        (section["cold_data_size"], glyphs.gaps, "cold"),
+        (section["raw_pages"] * 4096, glyphs.tables, "raw"),
+    ]
+    whole = sum(size for size, _, _ in parts)
+    words: Line = []
+    for size, glyph, name in parts:
+        share = f" {100 * size / whole:.0f}%" if whole and width >= 80 else ""
+        words += [(f"  {glyphs.swatch or glyph}", name), (f" {name} {human(size)}{share}", "")]
+    if width >= 100:
+        cooled, warmed = section["recompressed_minute"], section["promoted_minute"]
+        changes = f"   {number(cooled)} cold/min  {number(warmed)} hot/min  {section['mode']}"
+        words.append((changes, "good" if cooled else "dim"))
+    room = width - _LABEL - len(plain(words))
+    filled = bar(parts, whole or 1, max(room, 1), glyphs)
+    return [("tiers".ljust(_LABEL), "bold"), *runs(filled), *words]
+
+
 def blocks(sample: Sample) -> Line:
     """Return what the stored blocks are."""
     stats = sample.stats
@@ -323,6 +353,7 @@ KEYS = (
 _MEANINGS = (
     ("stored", "data before compression, and how much of the device that is"),
     ("spent", "memory for it: payloads, gaps between them, tables beside the pool"),
+    ("tiers", "payloads: hot, cold (recompressed as nobody asked for them), and raw"),
     ("frag", "percent of the pool that payload fills, over time: more is better"),
     ("in use", "percent of the pool's places for objects that hold one"),
     ("trim", "trims and zeroing, and the data that they freed"),
@@ -362,11 +393,17 @@ def body(frame: Frame, width: int, height: int, glyphs: Glyphs) -> list[Line]:
     if sample is None or rates is None:
         return []
     spare = height - 23  # beyond a terminal of 24 rows
-    tall = 2 + min(max(spare - 5, 0), 10)
+    shown = has_tiers(sample)
+    # The smallest screen has no line to spare for them: there the frag ratio gives one up.
+    tall = 2 + min(max(spare - 5, 0), 10) - (shown and height < MIN_HEIGHT)
     gap: list[Line] = [[]]
     groups = [
         [header(frame, sample, width)],
-        [*memory(sample, width, glyphs), *([blocks(sample)] if spare >= 5 else [])],
+        [
+            *memory(sample, width, glyphs),
+            *([tiers(sample, width, glyphs)] if shown else []),
+            *([blocks(sample)] if spare >= 5 else []),
+        ],
         frag(frame.watch, width, tall, glyphs),
         [*requests(frame.watch, width, glyphs), compaction(sample, rates, width)],
     ]

@@ -152,7 +152,12 @@ class build_ext(_build_ext):
                 *self.profile.cflags,
             ],
             # as-needed: only the modules that call lz4 are linked with it
-            extra_link_args=["-Wl,--as-needed", *pkg_config("--libs", "liblz4"), *_ZSTD, *self.profile.ldflags],
+            extra_link_args=[
+                "-Wl,--as-needed",
+                *pkg_config("--libs", "liblz4"),
+                *_ZSTD,
+                *self.profile.ldflags,
+            ],
         )
 
     def run(self) -> None:

@@ -21,6 +21,7 @@ from bench import (
     connection_rows,
     corpus,
     density_rows,
+    dictionary,
     idle_rows,
     in_process_rows,
     large_rows,
@@ -28,6 +29,7 @@ from bench import (
     page,
     state_rows,
     steady_rows,
+    tier_rows,
     waiting_rows,
 )
 from bench.results import NotMeasuredError, Report
@@ -46,13 +48,26 @@ GROUPS: dict[str, Measure] = {
     "density": density_rows.measure,
     "steady": steady_rows.measure,
     "compaction": compaction_rows.measure,
+    "tiers": tier_rows.measure,
+    "dictionary": dictionary.measure,
     "idle": idle_rows.measure,
     "waiting": waiting_rows.measure,
     "state": state_rows.measure,
     "scale": large_rows.measure,
     "large": large_rows.measure_large,
 }
-NEED_CORPUS = {"lz4", "threads", "density", "steady", "compaction", "state", "scale", "large"}
+NEED_CORPUS = {
+    "lz4",
+    "threads",
+    "density",
+    "steady",
+    "compaction",
+    "tiers",
+    "dictionary",
+    "state",
+    "scale",
+    "large",
+}
 
 
 def main() -> int:
@@ -91,7 +106,7 @@ def main() -> int:
         command = "scripts/bench --report --large" if options.large else "scripts/bench --report"
         for file in page.write(report, options.report, command):
             print(f"zramd: wrote {os.path.relpath(file)}", file=sys.stderr)
-    return 0 if report.rows else 1
+    return 0 if report.rows or report.tables else 1
 
 
 def _measure(setup: Setup, options: argparse.Namespace) -> None:
@@ -123,7 +138,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--report", type=Path, metavar="FOLDER", nargs="?", const=DOCS)
     options = parser.parse_args()
     if options.only is None:
-        options.only = [group for group in GROUPS if group != "large"]
+        options.only = [group for group in GROUPS if group not in ("large", "dictionary")]
     if options.large:  # it measures what scale does, and more
         options.only = [group for group in options.only if group not in ("scale", "large")] + ["large"]
     if options.corpus and not os.access(options.corpus, os.R_OK):

@@ -127,12 +127,14 @@ class ZramdServer(Server):
         rundir = f"rundir={self._control.parent}"
         super().__init__(setup, name, "python", str(PLUGIN), f"disksize={disksize}", rundir, *pairs)
 
-    def request(self, method: str, path: str) -> dict[str, Any]:
+    def request(self, method: str, path: str, content: str = "") -> dict[str, Any]:
         """Send a request to the control socket and return its JSON answer; raises OSError or ValueError."""
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(60)
             client.connect(str(self._control))
-            client.sendall(f"{method} {path} HTTP/1.1\r\nContent-Length: 0\r\n\r\n".encode())
+            client.sendall(
+                f"{method} {path} HTTP/1.1\r\nContent-Length: {len(content)}\r\n\r\n{content}".encode()
+            )
             answer = b"".join(iter(lambda: client.recv(65536), b""))
         body: dict[str, Any] = json.loads(answer.partition(b"\r\n\r\n")[2])
         return body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 import zramd
-from vm import arm64_image, churn, dead, image, kernel, kills, pressure, report, scenario
+from vm import arm64_image, churn, dead, image, kernel, kills, pressure, report, rest, scenario
 from vm.errors import VmError
 from vm.guest import Machine, choose_accel
 from vm.plan import DISCARDS, KERNEL_ZRAM, LIBVIRT, MODES, ORDERS, Plan, default_memory
@@ -50,7 +51,11 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--discard", choices=DISCARDS, default=Plan.discard)
     parser.add_argument("--page-cluster", type=int, default=Plan.page_cluster)
     parser.add_argument("--sysctl", action="append", default=[])
+    parser.add_argument("--idle", type=float, default=0)
     parser.add_argument("--parameters", default="")
+    parser.add_argument("--rest", type=float, default=0)
+    parser.add_argument("--pages", type=Path)
+    parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--draw", type=Path)
     parser.add_argument("runs", nargs="*", default=[])
     parser.add_argument("--seed", type=int, default=1)
@@ -85,7 +90,11 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
         discard=asked.discard,
         page_cluster=asked.page_cluster,
         sysctls=tuple(asked.sysctl),
+        idle=asked.idle,
         parameters=asked.parameters,
+        rest=asked.rest,
+        pages=str(asked.pages.absolute()) if asked.pages else "",
+        settings=tuple(asked.set),
         size=asked.size,
     )
 
@@ -103,6 +112,8 @@ def run(this: Plan, machine: Machine, live: report.Live) -> report.Result:
                 pressure.pause(this, boot, result)
             elif this.limit:
                 pressure.full_pool(this, boot, result)
+            elif this.rest:
+                rest.rest(this, boot, result)
             elif this.kill:
                 kills.kills(this, boot, result)
             elif this.hog_seconds:
@@ -139,7 +150,9 @@ def refuse(asked: argparse.Namespace) -> None:
         raise VmError("--kill is qemu's: use it with --attach qemu")
     if asked.restart and not asked.kill:
         raise VmError("--restart wants the seconds between two: give --kill SECONDS, too")
-    others = (asked.minutes, asked.limit, asked.stall, asked.mem_limit, asked.nbd_options)
+    if asked.idle and any((asked.rest, asked.pause, asked.kill, asked.minutes, asked.limit, asked.churn)):
+        raise VmError("--idle is of the run that writes, frees and compacts: leave the others out")
+    others = (asked.minutes, asked.limit, asked.stall, asked.mem_limit, asked.nbd_options, asked.idle)
     if asked.attach == KERNEL_ZRAM and any(others):
         raise VmError("with --attach zram there is only the comparison: memory written, freed and compacted")
     if (asked.breaks or asked.refresh) and not asked.churn:
@@ -150,6 +163,11 @@ def refuse(asked: argparse.Namespace) -> None:
         )
     if asked.refresh and asked.attach in (KERNEL_ZRAM, "all"):
         raise VmError("--refresh is zramd's: use it with --attach qemu, guest or local")
+    for setting in (*asked.set, *asked.sysctl):
+        if "=" not in setting:
+            raise VmError(f"'{setting}' is not NAME=VALUE")
+    if asked.pages and not os.access(asked.pages, os.R_OK):
+        raise VmError(f"'{asked.pages}' cannot be read")
     if not 1 <= asked.areas <= MOST_AREAS:
         raise VmError(f"--areas {asked.areas} is not a number from 1 to {MOST_AREAS}")
     if asked.areas > 1 and asked.attach in (KERNEL_ZRAM, "all"):

@@ -35,6 +35,7 @@ class Attachment(ABC):
 
     name: str
     device: str  # in the guest
+    next_disk = "/dev/vdb"  # of the guest, where the device is not one of qemu's
 
     def __init__(self, size: int) -> None:
         """`size` is the device's, in bytes."""
@@ -193,6 +194,7 @@ class Qemu(_HostServer):
 
     name = "qemu"
     device = "/dev/vdb"
+    next_disk = "/dev/vdc"
 
     def __init__(self, size: int, settings: dict[str, str], folder: Path, werror: str = "report") -> None:
         """`werror` is what qemu does when a write fails: report, or enospc (then it pauses the guest)."""
@@ -353,13 +355,14 @@ class Local(Zramd):
 
 
 class KernelZram(Attachment):
-    """No zramd at all: the zram of the guest's kernel, with the same compressor."""
+    """No zramd at all: the zram of the guest's kernel, with lz4 or another compressor of its own."""
 
     name = "zram"
     device = "/dev/zram0"
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, algorithm: str = "lz4") -> None:
         super().__init__(size)
+        self._algorithm = algorithm
         self._guest: Guest | None = None
         self._table = 0  # its bytes, once the device has its size
 
@@ -367,7 +370,7 @@ class KernelZram(Attachment):
         self._guest = guest
         for path in guest.machine.images.zram_modules:
             guest.run(f"insmod {path}")
-        self._write("comp_algorithm", "lz4")
+        self._write("comp_algorithm", self._algorithm)
         self._write("disksize", str(self.size))
 
     def detach(self, guest: Guest) -> None:

@@ -1,4 +1,4 @@
-"""The picture of runs with programs that come and go: dead blocks and memory over time."""
+"""The pictures of runs over time: dead blocks and memory with --churn, cold blocks and memory with --rest."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ from vm.dead import MIB, Samples
 from vm.errors import VmError
 
 COLORS = ("#e0570f", "#2f86dd", "#2f9e62", "#a868d8")  # readable on white and on black, as those of bench
-PANELS: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
+Panels = tuple[tuple[str, Callable[[dict[str, Any]], float]], ...]
+CHURN: Panels = (
     ("dead blocks, % of those that take memory", lambda sample: float(sample["dead_share"])),
     ("memory that they all take, MiB", lambda sample: sample["total_bytes"] / MIB),
+)
+REST: Panels = (
+    ("memory for each block, bytes", lambda sample: float(sample["bytes_a_block"])),
+    ("cold blocks, %", lambda sample: 100 * sample["cold"] / sample["stored"]),
 )
 LEAST_STORED = 500  # blocks: a share of fewer says nothing
 
@@ -27,9 +32,10 @@ def draw(path: Path, runs: dict[str, Samples]) -> None:
     """Write the picture of some runs as SVG; the same runs give the same bytes. Raises VmError."""
     if not 0 < len(runs) <= len(COLORS):
         raise VmError(f"the picture has room for 1 to {len(COLORS)} runs, and {len(runs)} are named")
+    panels = CHURN if all("dead" in samples[0] for samples in runs.values() if samples) else REST
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]
         figure = Figure(figsize=(9, 3.3), layout="constrained")
-        for axes, (title, value) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             _panel(axes, title, value, runs)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})

@@ -86,10 +86,10 @@ def read(words: list[str]) -> dict[str, Samples]:
         name, _, path = word.partition("=")
         try:
             (run,) = json.loads(Path(path).read_text())
-            runs[name] = run["churn"]["samples"]
+            runs[name] = (run["churn"] or run["rest"])["samples"]
         except (OSError, ValueError, KeyError, TypeError):
             raise VmError(
-                f"'{word}' does not name a run of --churn: give NAME=FILE, a file of --json"
+                f"'{word}' does not name a run of --churn or --rest: give NAME=FILE, a file of --json"
             ) from None
     return runs
 

@@ -8,12 +8,14 @@ from /dev/vdb.
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from vm import image
 from vm.errors import VmError
-from vm.guest import Machine
+from vm.guest import Guest, Machine
 
 # In what order things happen at the end is seen on the console alone: the journal is closed before.
 PARAMETERS = (
@@ -38,6 +40,29 @@ class DebianMachine(Machine):
         """Return what qemu is told of the disk that the root is on."""
         assert isinstance(self.images, Disks)
         return f"driver=qcow2,node-name=root,discard=unmap,file.driver=file,file.filename={self.images.layer}"
+
+
+class Computer:
+    """A machine with its disk, on or off; `guest` is it while it is on."""
+
+    def __init__(self, machine: Machine, folder: Path, boot_timeout: float) -> None:
+        """`folder` gets one for each boot, with its console; `boot_timeout` is in seconds."""
+        self.machine = machine
+        self.folder = folder
+        self.guest: Guest
+        self.boots = 0
+        self._boot_timeout = boot_timeout
+
+    @contextmanager
+    def on(self) -> Iterator[Guest]:
+        """Boot it, and yield it once it takes commands; its end at the latest ends it. Raises VmError."""
+        self.boots += 1
+        folder = self.folder / f"boot{self.boots}"
+        folder.mkdir()
+        with Guest(self.machine, folder) as self.guest:
+            self.guest.wait_for_boot(self._boot_timeout)
+            print(f"boot {self.boots} took {self.guest.booted:.1f} s", flush=True)
+            yield self.guest
 
 
 def machine(base: Machine, folder: Path, payload: dict[str, Path]) -> Machine:

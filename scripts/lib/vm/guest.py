@@ -235,9 +235,12 @@ class Guest:
         last, _, status = line.partition(mark)  # a command's output need not end with a newline
         return int(status), "\n".join([*lines, *([last] if last else [])])
 
-    def start_workload(self, mib: int, seed: int) -> None:
-        """Start the program whose memory is verified; it ends when told so by `phase("quit")`."""
-        self.start(f"pattern {mib} {seed}")
+    def start_workload(self, mib: int, seed: int, pages: str = "") -> None:
+        """Start the program whose memory is verified; it ends when told so by `phase("quit")`.
+
+        `pages` is a file or disk of the guest from which it takes the content of its pages.
+        """
+        self.start(f"pattern {mib} {seed} {pages}".rstrip())
 
     def start(self, workload: str) -> None:
         """Start a workload of the guest's program: its verb and what follows that."""

@@ -24,7 +24,7 @@ from vm.kernel import Kernel
 GUEST = Path(__file__).parent / "guest"
 BOOT_MODULES = ["virtio_pci", "virtio_blk"]
 LATER_MODULES = ["virtio_net", "nbd"]  # loaded by the modes that need them
-ZRAM_MODULES = ["lz4", "zram"]  # the kernel's own, to compare with
+ZRAM_MODULES = ["lz4", "zstd", "zram"]  # the kernel's own, to compare with
 PROGRAMS = ["mkswap", "swapon", "swapoff", "addpart", "blkid", "nbd-client", "nbdkit", "strace"]
 PLUGINS = ["python", "file"]  # of nbdkit; a file on a tmpfs is what survives a server
 # Of Python's library: what no server needs. Folders that begin with config- hold what links against Python.

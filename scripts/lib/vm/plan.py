@@ -48,9 +48,13 @@ class Plan:
     discard: str = "both"  # of DISCARDS: what the kernel tells the device of freed swap
     page_cluster: int = 0  # 2 to the power of it pages are read at a time
     sysctls: tuple[str, ...] = ()  # further ones, as NAME=VALUE
+    idle: float = 0.0  # how long nothing is asked for once the workload is written
     parameters: str = ""  # further ones of the guest's kernel
     pageout: bool = False  # swap all of the workload out before it is freed
     workload_bytes: int = 0  # instead of what suits the guest's memory
+    rest: float = 0.0  # how long the guest rests once its memory is swapped out
+    pages: str = ""  # a file of memory pages, from which the workload takes the content of its own
+    settings: tuple[str, ...] = ()  # further ones of the server, as NAME=VALUE
     size: int = 0  # of the device, instead of what suits the guest's memory
 
     @property
@@ -64,7 +68,7 @@ class Plan:
         settings = {"swap": "local", "reserve": "4M"} if self.mode == "local" else {}
         if self.mem_limit:
             settings["mem_limit"] = str(self.mem_limit)
-        return settings
+        return settings | dict(setting.split("=", 1) for setting in self.settings)
 
     def workload(self, available: int) -> int:
         """Return the MiB of the workload for a guest that has `available` bytes free.

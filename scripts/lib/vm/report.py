@@ -17,6 +17,7 @@ MIB = 1 << 20
 # The moments that the report tells of, in their order.
 MOMENTS = {
     "empty": "before the workload",
+    "rested": "after --idle",
     "full": "after swap in/out",
     "before": "after freeing",
     "after": "after compaction",
@@ -83,6 +84,8 @@ class Result:
     kills: dict[str, Any] = field(default_factory=dict)
     slowest: float = 0.0  # of the workload's pages, seconds: how long it stood still
     churn: dict[str, Any] = field(default_factory=dict)  # programs that come and go: see vm.churn
+    rest: dict[str, Any] = field(default_factory=dict)  # what the device held while the guest rested: vm.rest
+    idle: dict[str, Any] = field(default_factory=dict)  # what the server held after --idle
     requests: dict[str, Any] = field(default_factory=dict)  # what the server's requests cost in the guest
     expectations: list[Expectation] = field(default_factory=list)
     error: str = ""
@@ -202,11 +205,13 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("compaction", result.compaction),
         ("guest's compact_memory", result.guest_compaction),
         ("swapoff while swapped", result.swapoff),
+        ("after nothing was asked for", result.idle),
         ("requests", result.requests),
         ("under pressure", result.hog),
         ("server in the guest", result.daemon),
         ("server stood still", result.stall),
         ("server ended", result.kills),
+        ("at rest", {key: value for key, value in result.rest.items() if key != "samples"}),
     ):
         if found:
             facts.append((name, ", ".join(f"{key} {value}" for key, value in found.items())))
@@ -235,6 +240,8 @@ def write_markdown(path: Path, result: Result) -> None:
     mode = f"{result.mode}{'-pressure' if result.hog else ''}"
     if result.churn:
         mode += "-churn"
+    if result.rest:
+        mode += "-rest"
     if result.kills:
         mode += f"-{result.kills['by']}"
     begin, end = f"<!-- {mode} -->\n", f"<!-- /{mode} -->\n"

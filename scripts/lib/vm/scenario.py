@@ -26,6 +26,8 @@ def fall_and_rise(plan: Plan, boot: Boot, result: Result) -> None:
         session.start_workload(mib)
         session.phase("fill", f"writing {mib} MiB of patterned memory")
         result.moments["filled"] = session.moment()
+        if plan.idle:
+            _idle(session)
         if plan.stall:
             _stall(session)
         if plan.mode == "local":
@@ -42,6 +44,17 @@ def fall_and_rise(plan: Plan, boot: Boot, result: Result) -> None:
         if plan.mode == "local":
             requests.stop_waits_for_swapoff(session)
         session.attachment.detach(session.guest)
+
+
+def _idle(session: Session) -> None:
+    """Ask for nothing for a while: what is swapped out becomes cold, if zramd is set to that."""
+    session.live.step(f"nothing is asked for {session.plan.idle:g} s")
+    time.sleep(session.plan.idle)
+    stats = session.attachment.stats()
+    session.result.moments["rested"] = session.moment()
+    if "recompression" in session.plan.zramd_settings:
+        cold = session.result.idle["cold_pages"] = stats["tiers"]["cold_pages"]
+        session.result.expect("what rests becomes cold", cold > 0, f"{cold} pages")
 
 
 def _make_holes(session: Session) -> None:

@@ -119,7 +119,7 @@ class Session:
     def start_workload(self, mib: int) -> None:
         """Start the workload with so many MiB of memory."""
         self.workload_mib = mib
-        self.guest.start_workload(mib, self.plan.seed)
+        self.guest.start_workload(mib, self.plan.seed, self.attachment.next_disk if self.plan.pages else "")
 
     def phase(self, phase: str, what: str = "") -> dict[str, Any]:
         """Let the workload do one phase, count its pages and return its answer."""
@@ -210,7 +210,7 @@ def booted(plan: Plan, boot: Boot, result: Result, **settings: str) -> Iterator[
             plan.memory,
             plan.cpus,
             machine.accel,
-            attachment.qemu_options(),
+            [*attachment.qemu_options(), *page_disk(plan.pages)],
             plan.parameters,
         )
 
@@ -230,6 +230,14 @@ def booted(plan: Plan, boot: Boot, result: Result, **settings: str) -> Iterator[
                     session.finish()
     finally:
         attachment.stop()
+
+
+def page_disk(pages: str) -> list[str]:
+    """Return what qemu is told of a disk with memory pages, the file `pages`; nothing without one."""
+    if not pages:
+        return []
+    file = f"driver=raw,node-name=pages,read-only=on,file.driver=file,file.filename={pages}"
+    return ["-blockdev", file, "-device", "virtio-blk-pci,drive=pages"]
 
 
 def partitions(device: str, size: int, count: int) -> dict[str, tuple[int, int]]:
@@ -255,7 +263,7 @@ def make_attachment(plan: Plan, folder: Path, size: int, settings: dict[str, str
     if plan.mode == "guest":
         return attach.GuestNbd(size, settings, folder, plan.nbd_options)
     if plan.mode == KERNEL_ZRAM:
-        return attach.KernelZram(size)
+        return attach.KernelZram(size, settings.get("comp_algorithm", "lz4"))
     return attach.Local(size, settings, plan.nbd_options)
 
 

@@ -480,6 +480,21 @@ def test_completion_knows_every_verb_and_setting(shell: str) -> None:
     assert [word[:-1] for word in set_words if word.endswith("=")] == live
 
 
+def test_completion_of_recompress_offers_what_the_server_takes() -> None:
+    from zramd.server import words
+
+    offered = [word for word in completion.words("recompress", every_parser()["recompress"]) if "=" in word]
+    assert {word.partition("=")[0] for word in offered} == {
+        "type",
+        "threshold",
+        "max_pages",
+        "algo",
+        "priority",
+    }
+    for word in offered:
+        words.recompress(word if word[-1] != "=" else f"{word}1")
+
+
 @pytest.mark.parametrize("shell", completion.SHELLS)
 def test_completion_is_a_good_script(shell: str) -> None:
     if shutil.which(shell) is None:

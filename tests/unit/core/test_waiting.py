@@ -274,8 +274,8 @@ def test_every_lock_hands_priority_on(tmp_path: Path) -> None:
 def test_a_long_request_lets_others_close_the_gate() -> None:
     """A reset comes in while blocks are written, and all is in order: it does not wait for the last one.
 
-    A reset, as it closes the gate once. A check does for each of its pieces, and on a busy processor all of these together
-    take longer than the request.
+    A reset, as it closes the gate once. A check does for each of its pieces, and on a busy processor all of
+    these together take longer than the request.
     """
     content = b"".join(noise(block)[:3000] + bytes(BLOCK - 3000) for block in range(64)) * 256
     device = Device(len(content))

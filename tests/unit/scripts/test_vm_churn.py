@@ -275,8 +275,11 @@ def test_runs_are_read_again(tmp_path: Path) -> None:
     """For their curves; what is none with --churn is said."""
     run, other = tmp_path / "run.json", tmp_path / "other.json"
     run.write_text(json.dumps([{"churn": found()}]))
-    other.write_text(json.dumps([{"churn": {}}]))
+    other.write_text(json.dumps([{"churn": {}, "rest": {}}]))
     assert dead.read([f"a={run}", f"b={run}"]) == dict.fromkeys("ab", found()["samples"])
+    rested = tmp_path / "rested.json"
+    rested.write_text(json.dumps([{"churn": {}, "rest": {"samples": [{"time": 1.0, "cold": 3}]}}]))
+    assert dead.read([f"a={rested}"]) == {"a": [{"time": 1.0, "cold": 3}]}
     for word in (str(run), f"a={other}", f"a={tmp_path}/none.json", f"a={tmp_path}"):
-        with pytest.raises(VmError, match="does not name a run of --churn"):
+        with pytest.raises(VmError, match="does not name a run of --churn or --rest"):
             dead.read([word])

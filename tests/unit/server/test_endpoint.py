@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.numbers import FakeDevice
+from support.numbers import TIERS, FakeDevice
 from support.run import wait_until
 
-from zramd.errors import CorruptionError
+from zramd.errors import CorruptionError, DeviceError
 from zramd.server import endpoint
+from zramd.server.tiers import Pass
 from zramd.server.trouble import Troubles
 from zramd.settings import config
 from zramd.stats import snapshots, texts
@@ -37,6 +38,28 @@ class FakeService:
         self.hold = threading.Event()
         self.hold.set()
         self.device = self
+        self.tiers = self
+        self.disksize = 1 << 30
+        self.passes: list[Pass] = []
+        self.idle: list[float | None] = []
+        self.tiers_off = ""
+
+    def submit(self, wanted: Pass) -> None:
+        if self.tiers_off:
+            raise DeviceError(self.tiers_off)
+        self.passes.append(wanted)
+
+    def mark_idle(self, seconds: float | None) -> None:
+        self.idle.append(seconds)
+
+    def numbers(self) -> dict[str, object]:
+        return dict(TIERS)
+
+    def block_state(self, buf: bytearray, first: int, now: int, sweep: int) -> tuple[int, int]:
+        self.hold.wait(10)
+        count = min(len(buf) // 40, self.disksize // 4096 - first)
+        buf[: 40 * count] = b"".join(b"%39d\n" % (first + block) for block in range(count))
+        return 40 * count, first + count
 
     def snapshot(self) -> snapshots.Snapshot:
         made = snapshots.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
@@ -187,6 +210,61 @@ def test_wrong_method(running: Running, method: str, path: str, allow: str) -> N
     assert f"\r\nAllow: {allow}\r\n".encode() in answer
 
 
+def test_recompress(running: Running) -> None:
+    code, text = running.ask("PUT", "/recompress", "type=huge_idle  threshold=300 max_pages=7\n")
+    kinds = ["huge", "idle"]
+    assert (code, json.loads(text)) == (
+        200,
+        {"recompress": {"kinds": kinds, "threshold": 300, "max_pages": 7}},
+    )
+    assert running.ask("POST", "/recompress")[0] == 200
+    assert running.service.passes == [Pass(frozenset(kinds), 300, 7), Pass()]
+
+
+def test_a_wrong_word_recompresses_nothing(running: Running) -> None:
+    code, text = running.ask("PUT", "/recompress", "type=hgue")
+    assert (code, text) == (400, "unknown type 'hgue': use one of idle, huge, huge_idle\n")
+    assert running.service.passes == []
+
+
+def test_recompress_while_it_is_off(running: Running) -> None:
+    running.service.tiers_off = "recompression is off: 'zramd set zram0 recompression=zstd' turns it on"
+    assert running.ask("PUT", "/recompress", "type=idle") == (409, running.service.tiers_off + "\n")
+    assert running.ask("PUT", "/recompress", "type=bad")[0] == 400
+
+
+def test_idle(running: Running) -> None:
+    assert running.ask("PUT", "/idle", "all\n") == (200, '{"idle": "all"}\n')
+    assert running.ask("POST", "/idle", "300") == (200, '{"idle": "300"}\n')
+    assert running.service.idle == [None, 300]
+    code, text = running.ask("PUT", "/idle", "al")
+    assert (code, text) == (400, "'al' is not an age: use all, or a time such as 300, 5min or 1h\n")
+    assert running.service.idle == [None, 300]
+
+
+def test_algorithms(running: Running) -> None:
+    running.service.more = {"comp_algorithm": "lz4"}
+    assert running.ask("GET", "/recomp_algorithm") == (200, "#1: [zstd] \n")
+    assert "[lz4] " in running.ask("GET", "/comp_algorithm")[1]
+
+
+def test_block_state_is_a_stream(running: Running) -> None:
+    answer = running.raw(b"GET /block_state HTTP/1.1\r\n\r\n")
+    header, _, body = answer.partition(b"\r\n\r\n")
+    assert b"Content-Length" not in header
+    assert b"Content-Type: text/plain" in header
+    assert [int(line) for line in body.splitlines()] == list(range(1 << 18))
+
+
+def test_block_state_waits_for_its_reader_and_ends_with_it(running: Running) -> None:
+    with running.connect() as sock:
+        sock.sendall(b"GET /block_state HTTP/1.1\r\n\r\n")
+        wait_until(lambda: "block_state" in running.ask("GET", "/health")[1])
+        assert len(sock.recv(100)) == 100
+    wait_until(lambda: "block_state" not in running.ask("GET", "/health")[1])
+    assert running.troubles.causes() == []
+
+
 def test_compact(running: Running) -> None:
     code, text = running.ask("POST", "/compact")
     assert (code, json.loads(text)) == (200, {"pages_freed": 42, "frag_ratio": 75.0})
@@ -241,9 +319,9 @@ def test_change(running: Running, name: str, text: str, value: object) -> None:
 
 
 def test_only_what_can_change_has_a_path(running: Running) -> None:
-    paths = running.ask("GET", "/")[1].split()
+    paths = running.ask("GET", "/")[1].splitlines()
     for setting in config.SETTINGS:
-        assert (f"/{setting.name}" in paths) is not bool(setting.fixed)
+        assert (f"PUT /{setting.name}" in paths) is not bool(setting.fixed)
 
 
 def test_settings(running: Running) -> None:
@@ -358,7 +436,10 @@ def test_what_takes_long_leaves_room(running: Running) -> None:
     wait_until(lambda: sum(one.lengthy for one in running.endpoint._open) == len(waiting))
     for request in ("POST /compact", "POST /check", "GET /save", "GET /save/live", "PUT /load"):
         code, text = running.ask(*request.split())
-        assert (code, text) == (503, "8 saves, loads, compactions or checks are under way: ask again later\n")
+        assert (code, text) == (
+            503,
+            "8 saves, loads, lists of blocks, compactions or checks are under way: ask again later\n",
+        )
     assert running.ask("GET", "/health")[0] == 200
     running.service.hold.set()
     for sock in waiting:

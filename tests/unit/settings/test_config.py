@@ -111,27 +111,107 @@ def test_bad_name(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "algorithm", "acceleration"),
+    ("text", "algorithm", "codec"),
     [
-        ("lz4", "lz4", 1),
-        ("lz4(level=1)", "lz4(level=1)", 1),
-        ("lz4(level=65537)", "lz4(level=65537)", 65537),
-        ("lz4( level = 08 )", "lz4(level=8)", 8),
+        ("lz4", "lz4", ("lz4", 1)),
+        ("lz4(level=1)", "lz4(level=1)", ("lz4", 1)),
+        ("lz4(level=65537)", "lz4(level=65537)", ("lz4", 65537)),
+        ("lz4( level = 08 )", "lz4(level=8)", ("lz4", 8)),
+        ("lz4hc", "lz4hc", ("lz4hc", 9)),
+        ("lz4hc(level=3)", "lz4hc(level=3)", ("lz4hc", 3)),
+        ("zstd", "zstd", ("zstd", 3)),
+        ("zstd(level=1)", "zstd(level=1)", ("zstd", 1)),
+        ("zstd(level=19)", "zstd(level=19)", ("zstd", 19)),
+        ("none", "none", ("none", 0)),
     ],
 )
-def test_algorithm(text: str, algorithm: str, acceleration: int) -> None:
+def test_algorithm(text: str, algorithm: str, codec: tuple[str, int]) -> None:
     parsed = parse(comp_algorithm=text)
-    assert (parsed.comp_algorithm, parsed.acceleration) == (algorithm, acceleration)
+    assert (parsed.comp_algorithm, parsed.codec) == (algorithm, codec)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "zstd", "LZ4", "lz4hc", "lz4(level=0)", "lz4(level=65538)", "lz4()", "lz4(level=-1)", "lz4 zstd"],
+    ["", "LZ4", "lzo-rle", "842", "deflate", "lz4()", "lz4(level=-1)", "zstd(dict=/x)", "lz4(level=1", "é"],
 )
 def test_bad_algorithm(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"is not available: use lz4 or lz4\(level=N\)") as caught:
+    with pytest.raises(ConfigError, match="is not available: use lz4, lz4hc, zstd or none") as caught:
         parse(comp_algorithm=text)
-    assert f"'{text}'" in str(caught.value)
+    assert f"comp_algorithm: '{text}'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "use"),
+    [
+        ("lz4(level=0)", "lz4(level=N) with N from 1 to 65537"),
+        ("lz4(level=65538)", "lz4(level=N) with N from 1 to 65537"),
+        ("lz4hc(level=2)", "lz4hc(level=N) with N from 3 to 9"),
+        ("lz4hc(level=10)", "lz4hc(level=N) with N from 3 to 9"),
+        ("zstd(level=0)", "zstd(level=N) with N from 1 to 19"),
+        ("zstd(level=20)", "zstd(level=N) with N from 1 to 19"),
+    ],
+)
+def test_a_level_out_of_range(text: str, use: str) -> None:
+    for setting in {"comp_algorithm", "recompression" if text.startswith("zstd") else "comp_algorithm"}:
+        with pytest.raises(ConfigError) as caught:
+            parse(**{setting: text})
+        assert str(caught.value) == f"{setting}: '{text}' is out of range: use {use}"
+
+
+def test_none_has_no_level() -> None:
+    with pytest.raises(ConfigError, match=r"'none\(level=1\)' is not available: none has no level"):
+        parse(comp_algorithm="none(level=1)")
+
+
+@pytest.mark.parametrize(
+    "text", ["lz4 zstd", "lz4 zstd(level=3)", "zstd(level=3) (type=idle)", "lz4,zstd(level=3)x"]
+)
+def test_two_algorithms_are_two_settings(text: str) -> None:
+    with pytest.raises(
+        ConfigError, match="is more than one algorithm: use comp_algorithm for what is written"
+    ):
+        parse(comp_algorithm=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "recompression", "level"),
+    [
+        ("zstd", "zstd", 3),
+        ("zstd(level=1)", "zstd(level=1)", 1),
+        ("zstd( level=019 )", "zstd(level=19)", 19),
+        ("off", "off", 0),
+        ("No", "off", 0),
+    ],
+)
+def test_recompression(text: str, recompression: str, level: int) -> None:
+    parsed = parse(recompression=text)
+    assert (parsed.recompression, parsed.cold_level) == (recompression, level)
+
+
+@pytest.mark.parametrize("text", ["", "on", "lz4", "lz4hc", "none", "zstd lz4", "zstd()", "lzo-rle(level=3)"])
+def test_bad_recompression(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(recompression=text)
+    sentence = f"recompression: '{text}' does not recompress: use zstd, zstd(level=N) or off"
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "default"),
+    [("lz4", "zstd(level=5)"), ("lz4hc(level=3)", "zstd(level=5)"), ("zstd", "off"), ("none", "off")],
+)
+def test_the_default_recompression_is_what_gains(algorithm: str, default: str) -> None:
+    assert parse(comp_algorithm=algorithm).recompression == default
+
+
+def test_a_recompression_that_gains_nothing() -> None:
+    for level in (1, 3):
+        with pytest.raises(
+            ConfigError, match="makes nothing smaller than comp_algorithm='zstd' did: use a higher"
+        ):
+            parse(comp_algorithm="zstd", recompression=f"zstd(level={level})")
+    assert parse(comp_algorithm="zstd", recompression="zstd(level=4)").recompression == "zstd(level=4)"
+    assert parse(comp_algorithm="zstd(level=19)", recompression="off").recompression == "off"
 
 
 @pytest.mark.parametrize("text", ["on", "yes", "TRUE", "1"])
@@ -202,21 +282,6 @@ def test_other_values() -> None:
     assert parsed.compaction_interval == 0.5
     assert parsed.stats_interval == 0
     assert parsed.pool_full == "eio"
-
-
-@pytest.mark.parametrize(
-    ("text", "shown", "level"),
-    [
-        ("zstd", "zstd", 3),
-        ("zstd(level=5)", "zstd(level=5)", 5),
-        ("zstd( level = 019 )", "zstd(level=19)", 19),
-        ("off", "off", 0),
-        ("No", "off", 0),
-    ],
-)
-def test_recompression(text: str, shown: str, level: int) -> None:
-    parsed = parse(recompression=text)
-    assert (parsed.recompression, parsed.cold_level) == (shown, level)
 
 
 @pytest.mark.parametrize(

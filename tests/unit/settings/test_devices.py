@@ -95,7 +95,7 @@ def test_every_key(root):
     }
     settings = device.settings()
     assert settings == config.parse(device.pairs)
-    assert (settings.mem_limit, settings.acceleration, settings.compaction) == (GIB, 4, False)
+    assert (settings.mem_limit, settings.codec, settings.compaction) == (GIB, ("lz4", 4), False)
     assert device.attached
     assert not device.swaps
 
@@ -111,7 +111,7 @@ def test_own_words_stand_for_generators(root):
     device = root.device("[a]\nsize = 3G\nmem_limit = 1G\ncomp_algorithm = lz4(level=2)\n")
     assert device.disksize == 3 * GIB
     assert device.settings().mem_limit == GIB
-    assert device.settings().acceleration == 2
+    assert device.settings().codec == ("lz4", 2)
 
 
 def test_a_later_file_replaces_key_by_key(root):
@@ -184,7 +184,20 @@ def test_memory_within_the_limit(root, text):
         ("disksize = ram / 2", "disksize: 'ram / 2' is not a size"),
         ("zram-resident-limit = mem", "zram-resident-limit: 'mem', character 1: there is no variable 'mem'"),
         ("host-memory-limit = lots", "host-memory-limit: 'lots', character 1: there is no variable 'lots'"),
-        ("compression-algorithm = zstd", "compression-algorithm: 'zstd' is not available: use lz4"),
+        ("compression-algorithm = lzo", "compression-algorithm: 'lzo' is not available: use lz4"),
+        ("compression-algorithm = lz4 lz4", "compression-algorithm: 'lz4' does not recompress: use zstd"),
+        ("compression-algorithm = lz4 zstd zstd", "compression-algorithm: 'lz4 zstd zstd' is more than two"),
+        (
+            "compression-algorithm = lz4 zstd (type=huge)",
+            "compression-algorithm: '(type=huge)' is not available",
+        ),
+        ("compression-algorithm = (type=idle)", "compression-algorithm: '(type=idle)' names no algorithm"),
+        ("compression-algorithm = zstd zstd", "compression-algorithm: recompression='zstd' makes nothing"),
+        (
+            "compression-algorithm = lz4 zstd(level=20)",
+            "compression-algorithm: 'zstd(level=20)' is out of range",
+        ),
+        ("comp_algorithm = lz4 zstd", "comp_algorithm: 'lz4 zstd' is more than one algorithm"),
         (
             "swap-priority = 32768",
             "swap-priority: '32768' is not a priority: use -1 (the kernel chooses) to 32767",
@@ -230,6 +243,35 @@ def test_errors_have_place_value_and_remedy(root, line, message):
     with pytest.raises(ConfigError) as caught:
         devices.find("zram0", str(root.path))
     assert str(caught.value).endswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "message"),
+    [
+        (
+            "compression-algorithm = lz4 zstd\nrecompression = off",
+            "compression-algorithm = lz4 zstd has one already",
+        ),
+        (
+            "compression-algorithm = zstd\nrecompression = zstd",
+            "recompression='zstd' makes nothing smaller than",
+        ),
+        ("comp_algorithm = zstd\nrecompression = zstd", "recompression='zstd' makes nothing smaller than"),
+    ],
+)
+def test_algorithms_that_do_not_go_together(root, algorithms, message):
+    (problem,) = root.problems(f"[zram0]\n{algorithms}\n")
+    assert problem.startswith(f"etc/zramd.conf:3: recompression: {message}")
+
+
+def test_algorithms_as_zram_generator_writes_them(root):
+    device = root.device("[zram0]\ncompression-algorithm = lz4(level=2)  zstd( level=7 ) ( type=idle )\n")
+    pairs = dict(device.pairs)
+    assert (pairs["comp_algorithm"], pairs["recompression"]) == ("lz4(level=2)", "zstd(level=7)")
+    assert device.settings().recompression == "zstd(level=7)"
+    assert "recompression" not in dict(root.device("[zram0]\ncompression-algorithm = zstd\n").pairs)
+    other = root.device("[zram0]\ncomp_algorithm = lz4hc\nrecompression = off\n").settings()
+    assert (other.comp_algorithm, other.recompression) == ("lz4hc", "off")
 
 
 def test_errors_outside_of_sections_stop_all(root):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from zramd.errors import ConfigError
-from zramd.settings import devices, foreign
+from zramd.settings import conffiles, devices, foreign
 from zramd.settings.devices import Configuration
 
 RAM = 8192
@@ -37,7 +37,7 @@ def test_everything_that_can_be_taken_over(tmp_path):
     assert translation.notes == []
     (device,) = build(translation).devices
     assert (device.disksize, device.swap_priority, device.options) == (2 * GIB, 50, "discard=pages")
-    assert (device.settings().mem_limit, device.settings().acceleration) == (GIB, 3)
+    assert (device.settings().mem_limit, device.settings().codec) == (GIB, ("lz4", 3))
     assert device.swaps
 
 
@@ -55,17 +55,27 @@ def test_everything_that_can_be_taken_over(tmp_path):
             "2: zram-size = 2G: 2G is a size here, a factor in zram-generator",
         ),
         (
-            "[zram0]\ncompression-algorithm = zstd(level=3)",
-            "2: compression-algorithm = zstd(level=3): zramd has lz4 alone, and uses it instead of zstd",
+            "[zram0]\ncompression-algorithm = lzo-rle",
+            "2: compression-algorithm = lzo-rle: zramd has no lzo-rle, and uses lz4 instead",
         ),
         (
-            "[zram0]\ncompression-algorithm = lz4 zstd",
-            "2: compression-algorithm = lz4 zstd: zstd is for recompression, which zramd does not have",
+            "[zram0]\ncompression-algorithm = lz4 lz4hc",
+            "2: compression-algorithm = lz4 lz4hc: lz4hc is left out: zramd recompresses by zstd, once",
         ),
         (
-            "[zram0]\ncompression-algorithm = lz4 (type=idle)",
-            "2: compression-algorithm = lz4 (type=idle): (type=idle) is for recompression, "
-            "which zramd does not have",
+            "[zram0]\ncompression-algorithm = lz4 zstd zstd(level=9)",
+            "2: compression-algorithm = lz4 zstd zstd(level=9): zstd(level=9) is left out: zramd "
+            "recompresses by zstd, once",
+        ),
+        (
+            "[zram0]\ncompression-algorithm = lz4 zstd (type=huge)",
+            "2: compression-algorithm = lz4 zstd (type=huge): (type=huge) is left out: zramd recompresses "
+            "what is idle, whatever else it is",
+        ),
+        (
+            "[zram0]\ncompression-algorithm = zstd zstd(level=1)",
+            "2: compression-algorithm = zstd zstd(level=1): recompression='zstd(level=1)' makes nothing "
+            "smaller than comp_algorithm='zstd' did: use a higher level, or off: it is left out",
         ),
         (
             "[zram0]\ncompression-algorithm = lz4(level=2,dict=/x)",
@@ -88,7 +98,33 @@ def test_what_is_not_honoured_is_named_and_the_rest_goes_on(tmp_path, text, note
     assert notes(translation) == [note]
     (device,) = build(translation).devices
     assert device.name == "zram0"
-    assert "(level=2)" not in text or device.settings().acceleration == 2
+    assert "(level=2)" not in text or device.settings().codec == ("lz4", 2)
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "hot", "cold"),
+    [
+        ("lz4", "lz4", "zstd(level=5)"),
+        ("zstd", "zstd", "off"),
+        ("zstd(level=3)", "zstd(level=3)", "off"),
+        ("lz4 zstd(level=3) (type=idle)", "lz4", "zstd(level=3)"),
+        ("lz4 (type=idle)", "lz4", "zstd(level=5)"),
+        ("lzo-rle zstd(level=7)", "lz4", "zstd(level=7)"),
+        ("zstd(level=1) zstd(level=9)", "zstd(level=1)", "zstd(level=9)"),
+        ("lz4hc lz4 zstd", "lz4hc", "zstd"),
+    ],
+)
+def test_the_second_algorithm_recompresses(tmp_path, algorithms, hot, cold):
+    translation = read(tmp_path, f"[zram0]\ncompression-algorithm = {algorithms}")
+    (device,) = build(translation).devices
+    assert (device.settings().comp_algorithm, device.settings().recompression) == (hot, cold)
+    # What is written means the same when it is read again.
+    again = tmp_path / "zramd.conf"
+    again.write_text(foreign.text(translation))
+    entries, problems = conffiles.parse(again.read_text().split("\n"), str(again))
+    assert not problems
+    sections = {"zram0": {entry.key: entry for entry in entries}}
+    assert devices.build(sections, RAM, []).devices[0].pairs == device.pairs
 
 
 @pytest.mark.parametrize("line", ["mount-point = /tmp", "fs-type = ext4"])
@@ -166,10 +202,10 @@ def test_zramswap(tmp_path, text, size, priority):
 
 def test_what_zramswap_has_and_zramd_has_not(tmp_path):
     translation = read(
-        tmp_path, "ALGO=zstd\nPERCENT=50\nSIZE=9\nCORES=$(nproc)\nCORES=2\nbroken='\n", "zramswap"
+        tmp_path, "ALGO=lzo\nPERCENT=50\nSIZE=9\nCORES=$(nproc)\nCORES=2\nbroken='\n", "zramswap"
     )
     assert sorted(notes(translation)) == [
-        "1: ALGO=zstd: zramd has lz4 alone, and uses it instead of zstd",
+        "1: ALGO=lzo: zramd has no lzo, and uses lz4 instead",
         "3: SIZE=9: PERCENT is given, which overrides it: it is left out",
         "4: 'CORES=$(nproc)' is not a plain KEY=VALUE: it is left out",
         "5: CORES=2: zramd has nothing of this kind: it is left out",

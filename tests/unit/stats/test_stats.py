@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support.numbers import COUNTERS, FakeDevice
+from support.numbers import COUNTERS, TIERS, FakeDevice
 
 from zramd.core.device.device import Device
-from zramd.stats import numbers, prometheus, snapshots, texts
+from zramd.core.device.tier import Tier
+from zramd.server.tiers import Tiers
+from zramd.settings import config
+from zramd.stats import numbers, prometheus, snapshots, texts, tiers
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -184,3 +187,51 @@ def test_each_field_of_the_counters_is_a_statistic() -> None:
         assert len(fields) > 4
         assert fields - kept_back <= found
         assert not kept_back & found
+
+
+@pytest.fixture
+def tiered() -> snapshots.Snapshot:
+    return snapshots.take(
+        FakeDevice(), name="a", comp_algorithm="lz4", version="0", started=0.0, tiers=dict(TIERS)
+    )
+
+
+def test_tiers_are_a_section_of_the_json(snapshot: snapshots.Snapshot, tiered: snapshots.Snapshot) -> None:
+    assert json.loads(texts.to_json(tiered))["tiers"] == TIERS
+    assert "tiers" not in json.loads(texts.to_json(snapshot))
+    assert (tiered.recompression, snapshot.recompression) == ("zstd(level=5)", "off")
+
+
+def test_tiers_in_prometheus(tiered: snapshots.Snapshot) -> None:
+    families = {family.name: family for family in text_string_to_metric_families(exposition_of(tiered))}
+
+    def value(name: str) -> float:
+        (sample,) = families[name].samples
+        return float(sample.value)
+
+    assert value("zramd_hot_pages") == TIERS["hot_pages"]
+    assert value("zramd_hot_data_bytes") == TIERS["hot_data_size"]
+    assert value("zramd_cold_pages") == COUNTERS["cold_pages"]
+    assert families["zramd_recompression_cpu_seconds"].type == "counter"
+    assert value("zramd_recompression_cpu_seconds") == TIERS["cpu_seconds"]
+    ages = {sample.labels["age"]: sample.value for sample in families["zramd_age_pages"].samples}
+    assert list(ages) == ["10", "30", "60", "300", "600", "1800", "3600", "21600", "more", "idle"]
+    assert (ages["10"], ages["more"], ages["idle"]) == (12034, 29376, 14200)
+    modes = {sample.labels["mode"]: sample.value for sample in families["zramd_recompression_mode"].samples}
+    assert modes == {"calm": 1, "wanted": 0, "full": 0, "paused": 0, "off": 0}
+
+
+def exposition_of(snapshot: snapshots.Snapshot) -> str:
+    return prometheus.exposition(snapshot, snapshots.take_classes(FakeDevice()))
+
+
+def test_what_the_tiers_report_is_in_the_table() -> None:
+    """A number without a line there would be documented nowhere."""
+    told = Tiers(Device(1 << 20), Tier(Device(1 << 20)), config.parse([("disksize", "1M")])).numbers()
+    assert told.keys() == TIERS.keys() == {number.name for number in tiers.TIERS} | {"ages"}
+    assert told["mode"] in tiers.MODES
+
+
+def test_no_metric_is_told_twice() -> None:
+    metrics = [number.metric for number in (*numbers.NUMBERS, *tiers.TIERS) if number.metric]
+    assert len(set(metrics)) == len(metrics)

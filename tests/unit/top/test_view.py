@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from support.numbers import TIERS
 from support.samples import sample
 
 from zramd.control.samples import Histogram, Sample, Watch
@@ -69,6 +70,11 @@ def styled(line: cells.Line, style: str) -> str:
     return "".join(words for words, name in line if name == style)
 
 
+def tiered(**changes: object) -> Sample:
+    """A device with a cold tier."""
+    return device(tiers={**TIERS, **changes})
+
+
 SIZES = [(80, 24), (60, 16), (61, 17), (79, 23), (100, 30), (132, 43), (250, 60), (400, 100)]
 
 
@@ -87,7 +93,12 @@ class TestScreen:
     def test_fits_exactly(
         self, long_watch: Watch, glyphs: Glyphs, width: int, height: int, changes: dict[str, object]
     ) -> None:
-        for drawn in (long_watch, Watch()):
+        for drawn in (
+            long_watch,
+            Watch(),
+            watched(tiered()),
+            watched(tiered(hot_data_size=0, cold_data_size=0)),
+        ):
             lines = text(view.screen(frame(watch=drawn, **changes), width, height, glyphs))
             assert [len(words) for words in lines] == [width] * (height - 1) + [width - 1]
 
@@ -109,6 +120,22 @@ class TestScreen:
             "q",
         ]
         assert [word for word in firsts if word in wanted] == wanted
+
+    @pytest.mark.parametrize(("width", "height"), SIZES)
+    def test_tiers_are_there_and_drive_nothing_out(self, width: int, height: int) -> None:
+        with_them, without = (
+            [
+                words.split()[0]
+                for words in text(view.screen(frame(one), width, height, MONO))
+                if words[:1].isalpha()
+            ]
+            for one in (tiered(), device())
+        )
+        assert "tiers" in with_them
+        assert [word for word in with_them if word != "tiers"] == [
+            word for word in without if word in with_them
+        ]
+        assert set(without) - set(with_them) <= {"in"}, "only the second line of frag may go, to make room"
 
     def test_ascii_is_ascii(self) -> None:
         for changes in ({}, {"help": True}):
@@ -451,3 +478,35 @@ def test_dead_blocks_where_this_machine_swaps(dead: int | None, words: str, styl
     assert [
         (shown.endswith(f"({words}) dead"), looks) for shown, looks in line if shown.endswith("dead")
     ] == [(True, style)] * bool(words)
+
+
+class TestTiers:
+    @pytest.mark.parametrize("width", [60, 79, 80, 100, 400])
+    @pytest.mark.parametrize("glyphs", [COLOUR, MONO, ASCII])
+    def test_the_bar_is_whole_and_its_parts_are_as_they_are_in_the_pool(
+        self, width: int, glyphs: Glyphs
+    ) -> None:
+        drawn = view.tiers(
+            tiered(hot_data_size=60 * MIB, cold_data_size=30 * MIB, raw_pages=2560), width, glyphs
+        )
+        room = len(cells.plain(drawn).rstrip())
+        assert room <= width
+        lengths = [len(words) for words, style in drawn if style in ("hot", "cold", "raw")][:3]
+        assert sum(lengths) >= 10
+        assert lengths[0] == pytest.approx(0.6 * sum(lengths), abs=1)
+        assert lengths[1] == pytest.approx(0.3 * sum(lengths), abs=1)
+
+    def test_words(self) -> None:
+        assert "hot 88M 64%" in cells.plain(view.tiers(tiered(), 80, MONO))
+        assert "cold 44M 32%" in cells.plain(view.tiers(tiered(), 80, MONO))
+        assert "230 cold/min  12 hot/min  calm" in cells.plain(view.tiers(tiered(), 120, MONO))
+
+    def test_an_empty_pool_has_an_empty_bar(self) -> None:
+        empty = tiered(hot_data_size=0, cold_data_size=0, raw_pages=0)
+        assert cells.plain(view.tiers(empty, 80, ASCII)).split()[:4] == ["tiers", "#", "hot", "0B"]
+
+    def test_they_are_shown_where_they_are_on_or_hold_something(self) -> None:
+        assert view.has_tiers(tiered())
+        assert view.has_tiers(tiered(mode="off"))
+        assert not view.has_tiers(tiered(mode="off", cold_pages=0))
+        assert not view.has_tiers(device()), "a server of an older version has none"

@@ -99,6 +99,15 @@ cdef uint64_t mark_idle(Blocks table, uint8_t age) noexcept nogil:
 
 
 cdef int promote(Blocks table, uint64_t block, scratch *s) noexcept nogil:
+    """_promote, one at a time with Blocks.cool: two could take each other's mark for their own."""
+    cdef int rc
+    pthread_mutex_lock(&table.cold.encoder_lock)
+    rc = _promote(table, block, s)
+    pthread_mutex_unlock(&table.cold.encoder_lock)
+    return rc
+
+
+cdef int _promote(Blocks table, uint64_t block, scratch *s) noexcept nogil:
     """Store a cold block as a write would, if it has AGE_WANTED: 1, 0, or -errno.
 
     0: it is not to be, or it would be raw. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM: there
@@ -111,7 +120,7 @@ cdef int promote(Blocks table, uint64_t block, scratch *s) noexcept nogil:
         return 0
     pthread_mutex_lock(&table.stripes[block % STRIPES])
     slot = table.get(block)
-    if slot_kind(slot) != COLD or slot & SLOT_TRIED:
+    if slot_kind(slot) != COLD:
         pthread_mutex_unlock(&table.stripes[block % STRIPES])
         return 0
     store_relaxed_8(&table.ages[block], AGE_COOLING)

@@ -1,5 +1,6 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from zramd.core.device.codec cimport codec
 from zramd.core.device.cold cimport Cold
 from zramd.core.system.gate cimport gate
 from zramd.core.system.latency cimport latency
@@ -16,6 +17,7 @@ cdef extern from *:
 
 cdef enum:
     STRIPES = 256
+    SCRATCHES_READY = 6         # where requests must not need memory. More come from the heap, which is resident then
     AGE_COARSE = 128            # a block of this age and more grows older in coarse sweeps only
     AGE_OLDEST = 252            # what comes after is no age
     AGE_WANTED = 253            # of a cold block: it was read in two sweeps within READ_AGAIN, and is to be hot again
@@ -24,11 +26,12 @@ cdef enum:
     READ_AGAIN = 3              # sweeps
 
 cdef struct scratch:
-    # What one request needs to compress and decompress.
+    # What one request needs to compress and decompress, at the begin of a page.
     scratch *next
+    char unused[56]
     char page[BLOCK_SIZE]       # a whole block while a part of it is merged in
-    char out[BLOCK_SIZE]        # lz4's output
-    char state[1]               # lz4's state: state_size() bytes
+    char out[BLOCK_SIZE]        # the codec's output
+    char state[1]               # the codec's state: state_size bytes, at a multiple of 64
 
 cdef enum op:
     OP_READ
@@ -70,7 +73,9 @@ cdef struct walk:
 
 cdef class Blocks:
     cdef uint64_t count
-    cdef int acceleration
+    cdef codec hot                          # of what is written
+    cdef uint64_t hot_marks                 # of the slot of what it has compressed
+    cdef bint promotes                      # what was cold and is wanted again is read faster if it is hot
     cdef bint verify
     cdef Pool pool
     cdef Region slot_table
@@ -89,6 +94,7 @@ cdef class Blocks:
     cdef counters *counters
 
     cdef int inherit_priority(self) noexcept nogil
+    cdef scratch *_scratch_make(self) noexcept nogil
     cdef scratch *scratch_take(self) noexcept nogil
     cdef void scratch_give(self, scratch *s) noexcept nogil
     cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot, bint waits) noexcept nogil
@@ -117,6 +123,9 @@ cdef class Blocks:
     cdef void _used(self, uint64_t block) noexcept nogil
     cdef void _read_again(self, uint64_t block, uint8_t age) noexcept nogil
     cdef int cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil
+    cdef int _cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil
+    cdef void _count_cold(self, uint64_t slot, uint64_t now) noexcept nogil
+    cdef int _store_cold(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil
     cdef int populate(self) noexcept nogil
     cdef void clear(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil

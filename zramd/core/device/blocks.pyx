@@ -15,7 +15,7 @@ Lock order: one stripe, then the pool's. No lock but the stripe of a part-writte
 """
 
 cimport cython
-from libc.errno cimport EAGAIN, EIO, ENOSPC
+from libc.errno cimport EAGAIN, EIO, ENOMEM, ENOSPC
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -24,19 +24,34 @@ from zramd.core.system cimport points
 from zramd.core.system.points cimport zr_point
 from zramd.core.device.checksum cimport checksum
 from zramd.core.device.cold cimport Cold
-from zramd.core.device.codec cimport decode, encode, fill, same_filled, state_size
+from zramd.core.device.codec cimport (
+    USE_LZ4,
+    USE_LZ4HC,
+    USE_ZSTD,
+    codec_of,
+    decode,
+    encode,
+    fill,
+    same_filled,
+    state_prepare,
+    state_size,
+)
+from zramd.core.device.frames cimport is_cold_payload
 from zramd.core.device.slots cimport (
     COLD,
     HOLE,
     LOST,
     RAW,
     SAME,
+    SLOT_COLD,
     SLOT_SIZE_MASK,
-    SLOT_TRIED,
+    SLOT_ZSTD,
     block_kind,
     cold_slot,
     has_object,
     is_candidate,
+    is_cold,
+    is_known,
     object_slot,
     same_slot,
     slot_bytes,
@@ -45,6 +60,7 @@ from zramd.core.device.slots cimport (
     slot_sum,
     sum_high,
     sum_low,
+    tried_slot,
 )
 from zramd.core.system.gate cimport gate, gate_close, gate_open
 from zramd.core.system.locks cimport (
@@ -99,10 +115,11 @@ cdef enum:
 cdef class Blocks:
     """The blocks 0 to count - 1, with their slots and counters in memory; each reads as zeros until it is written.
 
-    verify: store a checksum with each, and check it on each read. acceleration: lz4's.
+    verify: store a checksum with each, and check it on each read. name, level: the codec of what is written. Raises ValueError,
+    MemoryError.
     """
 
-    def __cinit__(self, uint64_t count, Memory memory not None, int acceleration, bint verify, int cold_level=0):
+    def __cinit__(self, uint64_t count, Memory memory not None, str name, int level, bint verify, int cold_level=0):
         cdef uint32_t i
         zr_static_assert(sizeof(counters) <= KEPT_STATE + KEPT_PAGES * <int>PAGE_SIZE - KEPT_DEVICE)
         zr_static_assert(BLOCK_SIZE == PAGE_SIZE)
@@ -111,9 +128,11 @@ cdef class Blocks:
             pthread_mutex_init(&self.stripes[i], NULL)
         pthread_mutex_init(&self.scratch_lock, NULL)
         self.count = count
-        self.acceleration = acceleration
+        self.hot = codec_of(name, level)
+        self.hot_marks = SLOT_ZSTD if self.hot.name == USE_ZSTD else 0
+        self.promotes = self.hot.name == USE_LZ4 or self.hot.name == USE_LZ4HC
         self.verify = verify
-        self.scratch_size = <uint32_t>whole_pages(sizeof(scratch) + state_size())
+        self.scratch_size = <uint32_t>whole_pages(sizeof(scratch) + state_size(&self.hot))
         self.counters = <counters *>memory.kept(KEPT_DEVICE)
         self.slot_table = memory.region(count * sizeof(uint64_t), True)
         self.slots = <uint64_t *>self.slot_table.base
@@ -121,8 +140,12 @@ cdef class Blocks:
         self.touched = <uint8_t *>self.touches.base
         self.ages_table = Region(count)
         self.ages = <uint8_t *>self.ages_table.base
-        self.cold = Cold(cold_level)
+        self.cold = Cold(cold_level, self.hot.name == USE_ZSTD)
         self.pool = Pool(count, memory)
+        # The first request is not to be the one that finds no memory for it.
+        self.scratches = self._scratch_make()
+        if self.scratches == NULL:
+            raise MemoryError(f"no memory to compress by {name}: {self.scratch_size} bytes")
 
     def __dealloc__(self):
         cdef scratch *s
@@ -146,6 +169,18 @@ cdef class Blocks:
     # --------------------------------------------------------------------------------------------------------
     # scratch: as many as there ever were requests at work at once; the last one used is still in the cache
 
+    cdef scratch *_scratch_make(self) noexcept nogil:
+        """One more; NULL when memory is short."""
+        cdef scratch *s = <scratch *>secret_alloc(self.scratch_size)
+        if s == NULL:
+            return NULL
+        s.next = NULL
+        if not state_prepare(&self.hot, s.state):
+            secret_free(s, self.scratch_size)
+            return NULL
+        counter_add(&self.scratch_count, 1)
+        return s
+
     cdef scratch *scratch_take(self) noexcept nogil:
         cdef scratch *s
         pthread_mutex_lock(&self.scratch_lock)
@@ -154,9 +189,7 @@ cdef class Blocks:
             self.scratches = s.next
         pthread_mutex_unlock(&self.scratch_lock)
         if s == NULL:
-            s = <scratch *>secret_alloc(self.scratch_size)  # without the lock: it may take long
-            if s != NULL:
-                counter_add(&self.scratch_count, 1)
+            s = self._scratch_make()    # without the lock: it may take long
         return s
 
     cdef void scratch_give(self, scratch *s) noexcept nogil:
@@ -171,18 +204,24 @@ cdef class Blocks:
     cdef int _store(self, uint64_t block, const char *content, scratch *s, uint64_t *slot, bint waits) noexcept nogil:
         """Store a block's content; the slot that stands for it. -ENOSPC: mem_limit leaves no room, -EDQUOT: the state's
         file system does not; with `waits`, not even after compaction. -ENOMEM: the system refuses memory."""
-        cdef uint64_t word
+        cdef uint64_t word, marks = 0
         cdef uint32_t size
+        cdef int rc
         if same_filled(content, &word):
             return self.store_word(block, word, slot) if waits else self._store_word(block, word, slot)
-        size = encode(content, s.out, self.pool.max_payload, s.state, self.acceleration)
+        size = encode(&self.hot, content, s.out, self.pool.max_payload, s.state)
         if size == 0:
             size = BLOCK_SIZE
         else:
             content = s.out
+            marks = self.hot_marks
         if waits:
-            return self.store_payload(block, content, size, slot)
-        return self._store_payload(block, content, size, slot)
+            rc = self.store_payload(block, content, size, slot)
+        else:
+            rc = self._store_payload(block, content, size, slot)
+        if rc == 0:
+            slot[0] |= marks
+        return rc
 
     cdef int store_word(self, uint64_t block, uint64_t word, uint64_t *slot) noexcept nogil:
         """Store a block that is one word repeated; the slot that stands for it. Errors as _store that waits."""
@@ -253,7 +292,7 @@ cdef class Blocks:
                 rc = 0
         elif what != LOST and self.pool.obj_begin(handle, &payload) == 0:
             if self.object_is_sound(block, slot, payload):
-                if what == COLD:
+                if is_cold(slot):
                     rc = self.cold.decode(payload, slot_bytes(slot), content)
                 else:
                     rc = decode(payload, slot_bytes(slot), content)
@@ -349,7 +388,7 @@ cdef class Blocks:
     cdef void _read_again(self, uint64_t block, uint8_t age) noexcept nogil:
         """Note that a request reads a block of this age, which is not 0. The caller has its stripe."""
         cdef uint64_t slot = self.get(block)
-        if slot_kind(slot) != COLD or slot & SLOT_TRIED or READ_AGAIN < age != AGE_WANTED:
+        if slot_kind(slot) != COLD or not self.promotes or READ_AGAIN < age != AGE_WANTED:
             store_relaxed_8(&self.ages[block], 0)
         elif age != AGE_WANTED:
             store_relaxed_8(&self.ages[block], AGE_WANTED)
@@ -444,80 +483,119 @@ cdef class Blocks:
         """Compress a block again, by the cold codec, and keep that if its chunk gets smaller: how many bytes, 0, or -errno.
 
         Only raw blocks, and those with a payload of threshold bytes or more, that nobody asked for in so many sweeps and that
-        were not tried in vain. page and out have room for a block each. One thread at a time, which also sweeps. -EAGAIN: a
-        request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM: there is no room for both, and none is made. Whoever
-        reads or writes it waits for a decompression at most.
+        were not tried in vain. What zstd compressed when it was written, and does not shrink any more, is cold as it is. page
+        and out have room for a block each. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM: there is
+        no room for both, and none is made; -ENOBUFS: half of the reserve is left, which is for requests. Whoever reads or
+        writes it waits for a decompression at most.
         """
-        cdef uint64_t slot, now = 0, handle = 0
-        cdef uint32_t size, sum = 0
-        cdef uint8_t was
-        cdef char *place
         cdef int rc
         if load_relaxed_8(&self.ages[block]) < age or self.get(block) == 0:
             return 0
+        # One at a time: two could take each other's mark for their own.
+        pthread_mutex_lock(&self.cold.encoder_lock)
+        rc = self._cool(block, threshold, age, page, out)
+        pthread_mutex_unlock(&self.cold.encoder_lock)
+        return rc
+
+    cdef int _cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil:
+        cdef uint64_t slot, now = 0
+        cdef uint32_t size
+        cdef uint8_t before
+        cdef bint stored
+        cdef int rc
         pthread_mutex_lock(&self.stripes[block % STRIPES])
         slot = self.get(block)
         size = slot_bytes(slot)
-        if not is_candidate(slot, threshold):
+        before = load_relaxed_8(&self.ages[block])
+        if before < age or not is_candidate(slot, threshold):
             pthread_mutex_unlock(&self.stripes[block % STRIPES])
             return 0
-        # A request puts another age here, and so takes the mark off: the slot alone does not say so, as the same handle may
-        # have come back with other content of the same size.
-        was = load_relaxed_8(&self.ages[block])
-        store_relaxed_8(&self.ages[block], AGE_COOLING)
         rc = self._load(block, slot, page)
+        if rc:
+            # It was changed in memory, and that is counted: once is enough.
+            now = tried_slot(slot)
+            store_release(&self.slots[block], now)
+            self._count_cold(slot, now)
+        else:
+            # A request puts another age here, and so takes the mark off: the slot alone does not say so, as the same handle
+            # may have come back with other content of the same size.
+            store_relaxed_8(&self.ages[block], AGE_COOLING)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
         if rc:
             return rc
         zr_point(points.cooling_read)
         size = self.cold.encode(page, out, self.pool.payload_below(size))
-        if size == 0:
-            pthread_mutex_lock(&self.stripes[block % STRIPES])
-            if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
-                store_release(&self.slots[block], slot | SLOT_TRIED)
-                store_relaxed_8(&self.ages[block], was)
-                counter_add(&self.counters.recompress_useless, 1)
-            pthread_mutex_unlock(&self.stripes[block % STRIPES])
-            return 0
-        rc = self.pool.obj_alloc(size, &handle, &place)
-        if rc:
-            if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
-                store_relaxed_8(&self.ages[block], was)
-            return rc
-        if self.verify:
-            sum = checksum(out, size, block)
-        memcpy(place, out, size)
-        self.pool.obj_publish(handle, sum_high(sum))
-        zr_point(points.cold_published)
+        if size:
+            rc = self._store_cold(block, out, size, &now)
+        else:
+            now = tried_slot(slot)
         pthread_mutex_lock(&self.stripes[block % STRIPES])
-        if load_relaxed_8(&self.ages[block]) == AGE_COOLING:
-            now = cold_slot(handle, size, sum)
-            store_release(&self.slots[block], now)
-            store_relaxed_8(&self.ages[block], was)
-            zr_point(points.cold_stored)
-            self._count(now, 1)
-            self._count(slot, <uint64_t>-1)
+        stored = load_relaxed_8(&self.ages[block]) == AGE_COOLING
+        if stored:
+            store_relaxed_8(&self.ages[block], before)
+            if rc == 0:
+                store_release(&self.slots[block], now)
+                if is_cold(now):
+                    zr_point(points.cold_stored)
+                self._count_cold(slot, now)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
-        if now == 0:
-            self.pool.obj_free(handle)
+        if size == 0 and stored:
+            counter_add(&self.counters.recompress_useless, 1)
+        if rc or size == 0:
+            return rc
+        self._free(block, slot if stored else now)
+        if not stored:
             return -EAGAIN
-        self._free(block, slot)
         counter_add(&self.counters.recompressed, 1)
         counter_add(&self.counters.recompress_saved, slot_bytes(slot) - size)
         return slot_bytes(slot) - size
+
+    cdef inline void _count_cold(self, uint64_t slot, uint64_t now) noexcept nogil:
+        """Count a block whose slot the cold codec has changed; one that it did not shrink is what it was, but for zstd's."""
+        if is_cold(now):
+            self._count(now, 1)
+            self._count(slot, <uint64_t>-1)
+
+    cdef int _store_cold(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
+        """Store a cold payload; the slot that stands for it. Errors as cool."""
+        cdef uint64_t handle = 0
+        cdef uint32_t sum = 0
+        cdef char *place
+        cdef int rc = self.pool.obj_alloc(size, &handle, &place, True)
+        if rc:
+            return rc
+        if self.verify:
+            sum = checksum(payload, size, block)
+        memcpy(place, payload, size)
+        self.pool.obj_publish(handle, sum_high(sum))
+        zr_point(points.cold_published)
+        slot[0] = cold_slot(handle, size, sum)
+        return 0
 
     # --------------------------------------------------------------------------------------------------------
     # all of them
 
     cdef int populate(self) noexcept nogil:
-        """Make the slots and the cells resident; 0, -EDQUOT or -ENOMEM."""
-        cdef uint64_t pages = self.count // SLOTS_PER_PAGE + 1
+        """Make the slots, the cells, some scratch, and what is needed for cold blocks resident; 0, -EDQUOT or -ENOMEM."""
+        cdef uint64_t pages = self.count // SLOTS_PER_PAGE + 1, page
+        cdef scratch *s
         cdef int rc = self.pool.populate()
         if rc == 0:
             rc = self.slot_table.populate(self.count * sizeof(uint64_t))
+        if rc == 0:
+            rc = self.ages_table.populate(self.count)
+        if rc == 0:
+            rc = self.cold.populate()
+        while rc == 0 and load_relaxed(&self.scratch_count) < SCRATCHES_READY:
+            s = self._scratch_make()
+            if s == NULL:
+                rc = -ENOMEM
+            else:
+                self.scratch_give(s)
         if rc:
             return rc
-        memset(self.touched, 1, pages)
+        for page in range(pages):
+            store_relaxed_8(&self.touched[page], 1)     # a sweep may be under way
         store_relaxed(&self.touched_pages, pages)
         return 0
 
@@ -527,6 +605,7 @@ cdef class Blocks:
         self.slot_table.clear()
         zr_point(points.slots_cleared)
         self.touches.clear()
+        self.ages_table.clear()
         store_relaxed(&self.touched_pages, 0)
         for i in range(sizeof(counters) // sizeof(uint64_t)):
             store_relaxed(<uint64_t *>self.counters + i, 0)
@@ -537,6 +616,7 @@ cdef class Blocks:
         return (
             (load_relaxed(&self.touched_pages) << PAGE_SHIFT)
             + (pages_of(self.count // SLOTS_PER_PAGE + 1) << PAGE_SHIFT)
+            + (pages_of(load_relaxed(&self.touched_pages) * SLOTS_PER_PAGE) << PAGE_SHIFT)
             + load_relaxed(&self.scratch_count) * self.scratch_size
             + sizeof(self.stripes)
             + self.cold.metadata_bytes()
@@ -588,6 +668,8 @@ cdef class Blocks:
             slot = self.slots[block]
             handle = slot_handle(slot)
             size = slot_bytes(slot)
+            if not is_known(slot):
+                return "a slot is of no kind"
             if slot_kind(slot) == SAME and not self.word_is_sound(block, slot, self.word_of(slot)):
                 return "a slot's checksum differs from its word"
             if not has_object(slot):
@@ -599,6 +681,8 @@ cdef class Blocks:
                 wrong = "a slot's size does not fit its object"
             elif not self.object_is_sound(block, slot, payload):
                 wrong = "a slot's checksum differs from its object"
+            elif slot & SLOT_COLD and not is_cold_payload(payload, size):
+                wrong = "a cold payload does not begin as one"
             self.pool.obj_end(handle)
             if wrong != NULL:
                 return wrong

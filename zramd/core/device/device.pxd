@@ -30,6 +30,7 @@ cdef class Device:
     cdef Memory memory
     cdef gate gate
     cdef uint64_t unfinished                # atomic: requests that left the gate in the middle of changing the device
+    cdef object mark_cold                   # to be called before a state's first cold block; None: no more
     cdef bint urgent                        # real-time threads make requests
     cdef state_words *kept
     cdef recovery_numbers recovered         # zeros: nothing was taken over

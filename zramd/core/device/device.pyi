@@ -12,7 +12,8 @@ class Device:
     """A compressed block device in memory; see the functions for what they raise."""
 
     disksize: int
-    acceleration: int
+    codec: str
+    level: int
     data_id: str
     mem_limit: int
     corrupt_block: int
@@ -23,11 +24,13 @@ class Device:
         disksize: int,
         *,
         mem_limit: int = 0,
-        acceleration: int = 1,
+        codec: str = "lz4",
+        level: int = 0,
         state: int = -1,
         verify: bool = False,
         progress: Callable[[int, int], object] | None = None,
         cold_level: int = 0,
+        mark_cold: Callable[[int], object] | None = None,
     ) -> Device: ...
     def read(self, buf: WriteableBuffer, offset: int) -> None: ...
     def write(self, buf: ReadableBuffer, offset: int) -> None: ...
@@ -50,6 +53,9 @@ class Device:
     def latencies(self) -> dict[str, tuple[int, tuple[int, ...]]]: ...
     def classes(self) -> list[tuple[int, ...]]: ...
     def block(self, number: int) -> dict[str, int | str]: ...
+    def block_state(
+        self, buf: WriteableBuffer, first: int, now: int, sweep_seconds: int
+    ) -> tuple[int, int]: ...
     def reset_mem_used_max(self) -> None: ...
     def reset(self) -> None: ...
     def check(self) -> None: ...

@@ -18,7 +18,8 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 
 from zramd.core.device.ages cimport census, sweep
 from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, OPS, Blocks, is_touched, op, scratch
-from zramd.core.device.numbers cimport describe_block, requests, table_latencies, table_stats
+from zramd.core.device.codec cimport codec_text
+from zramd.core.device.numbers cimport describe_block, describe_blocks, requests, table_latencies, table_stats
 from zramd.core.device.slots cimport is_zeros
 from zramd.core.system.checks cimport zr_static_assert
 from zramd.core.system.gate cimport (
@@ -35,6 +36,7 @@ from zramd.core.system.locks cimport (
     counter_add,
     counter_sub,
     load_relaxed,
+    load_relaxed_8,
     mutex_inherit,
     owned_add,
     pthread_mutex_destroy,
@@ -110,18 +112,22 @@ def state_layout(uint64_t disksize):
 cdef class Device:
     """A block device of disksize bytes (rounded up to 4096) that reads as zeros until it is written.
 
-    mem_limit: most bytes of pages the pool may use, 0: no limit. acceleration: lz4's, 1 compresses best.
+    mem_limit: most bytes of pages the pool may use, 0: no limit. codec, level: how blocks are compressed that are written:
+    lz4, lz4hc, zstd or none at a level of its own, 0: its usual one; what a state has may be of others. cold_level: zstd's,
+    for `cool`; 0: nothing is made cold.
     state: descriptor, the caller's to close, of the file that holds all data (see zramd.server.state); what is in it is
     taken over, and progress(done, total) called about every second meanwhile. -1: memory of this process.
     verify: store a checksum with each block, and check it on each read; a state is all with or all without.
+    cold_level: zstd's, 1 to 19, for what `cool` compresses again; 0: it compresses nothing.
+    mark_cold: called with a state's descriptor before its first cold block, which a zramd of before would not know.
     Raises ValueError for a size out of range, also of the state; MemoryError when the address space cannot be had;
     PoolFullError when the state's file system has no room for its first pages;
     CorruptionError when the state contradicts itself (then nothing in it was changed).
     Every method may be called from any number of threads.
     """
 
-    def __cinit__(self, uint64_t disksize, *, uint64_t mem_limit=0, int acceleration=1, int state=-1,
-                  bint verify=False, progress=None, int cold_level=0):
+    def __cinit__(self, uint64_t disksize, *, uint64_t mem_limit=0, str codec="lz4", int level=0, int state=-1,
+                  bint verify=False, progress=None, int cold_level=0, mark_cold=None):
         cdef Memory memory
         cdef Recovery recovery
         zr_static_assert(sizeof(state_words) <= KEPT_POOL - KEPT_STATE)
@@ -132,7 +138,7 @@ cdef class Device:
         self.disksize = self.blocks << BLOCK_SHIFT
         self.memory = memory = Memory(state)
         self.kept = <state_words *>memory.kept(KEPT_STATE)
-        self.table = Blocks(self.blocks, memory, acceleration, verify, cold_level)
+        self.table = Blocks(self.blocks, memory, codec, level, verify, cold_level)
         self.pool = self.table.pool
         if state >= 0:
             if os.fstat(state).st_size != memory.end:
@@ -140,6 +146,9 @@ cdef class Device:
             recovery = Recovery(self.table)
             recovery.run(progress)
             self.recovered = recovery.numbers()
+            self.mark_cold = mark_cold
+            if self.table.hot_marks:
+                self._expect_cold()
             if self.kept.loading:
                 self.reset()
                 self.kept.loading = 0
@@ -152,6 +161,12 @@ cdef class Device:
             self.kept.limit_asked = mem_limit + 1
         if not self.kept.data_id[0]:
             self._name_data()
+
+    def _expect_cold(self):
+        """From now on there may be cold blocks. Raises what mark_cold does."""
+        if self.mark_cold is not None:
+            self.mark_cold(self.memory.fd)
+            self.mark_cold = None
 
     def _name_data(self):
         cdef bytes name = os.urandom(sizeof(self.kept.data_id))
@@ -173,9 +188,14 @@ cdef class Device:
         return self.table.verify
 
     @property
-    def acceleration(self):
-        """lz4's: 1 compresses best."""
-        return self.table.acceleration
+    def codec(self):
+        """The name of what compresses blocks that are written."""
+        return codec_text(&self.table.hot)
+
+    @property
+    def level(self):
+        """That codec's; lz4's is its acceleration: 1 compresses best."""
+        return self.table.hot.level
 
     # --------------------------------------------------------------------------------------------------------
     # whole requests: 0 or -errno of the first block that failed; blocks before it are done
@@ -473,26 +493,27 @@ cdef class Device:
         with nogil:
             for block in range(self.blocks):
                 if self.table.get(block):
-                    counts[self.table.ages[block]] += 1
+                    counts[load_relaxed_8(&self.table.ages[block])] += 1
         return [counts[i] for i in range(256)]
 
     def cool(self, uint64_t first, uint64_t count, uint32_t threshold=0, uint8_t age=0):
-        """Make blocks cold that are raw, or have a payload of threshold bytes or more, and are old enough; (how many, payload
-        bytes less).
+        """Make blocks cold that are raw, or have a payload of threshold bytes or more, and are old enough; (how many,
+        payload bytes less).
 
-        The device must have a cold level; one thread at a time. Stops where there is no room for a block's old and new
-        payload at once.
+        The device must have a cold level. Stops where there is no room for a block's old and new payload at once, and
+        where half of a reserve is left, which is for requests.
         """
         cdef uint64_t block, done = 0, saved = 0
         cdef int rc = 0
         cdef scratch *s
         if not self.table.cold.level:
             raise ValueError("the device has no cold level")
+        self._expect_cold()
         s = self.table.scratch_take()
         if s == NULL:
             raise MemoryError("no memory to compress in")
         with nogil:
-            for block in range(first, min(first + count, self.blocks)):
+            for block in range(first, first + min(count, self.blocks - min(first, self.blocks))):
                 gate_enter(&self.gate)
                 rc = self.table.cool(block, threshold, age, s.page, s.out)
                 gate_leave(&self.gate)
@@ -589,9 +610,9 @@ cdef class Device:
         return pool_table(self.pool)
 
     def block(self, uint64_t number):
-        """What stands for a block, as a dict. `kind` is hole, same (one repeated word), lz4, raw, or lost.
+        """What stands for a block, as a dict. `kind` is hole, same (one repeated word), lz4, zstd, raw, or lost.
 
-        same: word, handle (0: the word is 0 and needs none). lz4 and raw: handle, payload_bytes, obj (bytes into the
+        same: word, handle (0: the word is 0 and needs none). lz4, zstd and raw: handle, payload_bytes, obj (bytes into the
         arena), zspage, chunk (of the zspage), class_index, class_size (bytes of a chunk), zspage_inuse and zspage_objs
         (chunks used and in all), zspage_pages (resident ones). An object may move at any time.
         Raises ValueError beyond the device's end; CorruptionError.
@@ -604,6 +625,22 @@ cdef class Device:
             return describe_block(self.table, number)
         finally:
             gate_release(&self.gate)
+
+    def block_state(self, buf, uint64_t first, uint64_t now, uint64_t sweep_seconds):
+        """Fill a writable buffer with lines of zram's block_state, for stored blocks from first on: (bytes written, next).
+
+        next: the block to go on with, the number of blocks at the end. now: seconds on the clock that is shown. Each call
+        holds check and reset up for 0.1 ms, and no request. Blocks that nobody has asked for since the start seem to be as
+        old as the start.
+        """
+        cdef Py_buffer view
+        cdef uint32_t written
+        PyObject_GetBuffer(buf, &view, PyBUF_WRITABLE)
+        with nogil:
+            written = describe_blocks(self.table, &self.gate, <char *>view.buf, <uint32_t>view.len, &first, now,
+                                      sweep_seconds)
+        PyBuffer_Release(&view)
+        return written, min(first, self.blocks)
 
     def reset_mem_used_max(self):
         """Forget the peak: mem_used_max starts again from what is used now."""

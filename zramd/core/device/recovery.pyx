@@ -26,7 +26,7 @@ from libc.string cimport memcpy
 
 from zramd.core.device.blocks cimport Blocks
 from zramd.core.device.slots cimport COLD, HOLE, LOST, RAW, SAME, SLOT_LOST
-from zramd.core.device.slots cimport block_kind, has_object, slot_bytes, slot_handle, slot_kind
+from zramd.core.device.slots cimport block_kind, has_object, is_known, slot_bytes, slot_handle, slot_kind
 from zramd.core.system.bits cimport bits_set, prefetch
 from zramd.core.system.checks cimport FILL_FREED, zr_fill, zr_poison, zr_unpoison
 from zramd.core.system.locks cimport counter_add, load_relaxed, store_relaxed
@@ -330,6 +330,8 @@ cdef class Recovery:
         cdef uint32_t size = slot_bytes(slot), index, offset, span
         cdef bint is_word = slot_kind(slot) == SAME
         cdef size_class *c
+        if not is_known(slot):
+            return "its slot is of no kind that this zramd knows"
         if handle == 0 and is_word:
             return NULL
         if handle == 0 or handle >= self.cells_end:

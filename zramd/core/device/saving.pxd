@@ -1,5 +1,6 @@
 from libc.stdint cimport uint32_t, uint64_t
 
+from zramd.core.device.cold cimport Cold
 from zramd.core.device.device cimport Device
 from zramd.core.types cimport BLOCK_SIZE
 
@@ -26,6 +27,7 @@ cdef struct tally:
     uint64_t same
     uint64_t raw
     uint64_t lost
+    uint64_t cold
     uint64_t payload_bytes
 
 cdef class _Stream:
@@ -39,10 +41,13 @@ cdef class _Stream:
     cdef int waited         # of those, since something moved
     cdef tally counted
     cdef uint64_t next      # the next block that may come
+    cdef uint64_t version   # of the format
+    cdef Cold cold          # decompresses what is cold
     cdef char page[BLOCK_SIZE]
 
     cdef int _wait(self, int fd, int events) noexcept nogil
     cdef int _write(self, int fd) noexcept nogil
+    cdef int _decode(self, uint32_t what, const char *data) noexcept nogil
     cdef void _seal(self, uint32_t kind, uint32_t records, uint32_t bytes) noexcept nogil
 
 cdef class _Writer(_Stream):
@@ -56,6 +61,7 @@ cdef class _Writer(_Stream):
     cdef uint64_t changes
     cdef const char *gave_up
 
+    cdef bint _has_cold(self) noexcept nogil
     cdef int _step(self) noexcept nogil
     cdef void _gather(self) noexcept nogil
     cdef uint32_t _record(self, uint64_t block, char *out) noexcept nogil
@@ -83,7 +89,6 @@ cdef class _Reader(_Stream):
     cdef const char *early
     cdef uint32_t early_left
     cdef uint64_t wrong_block   # + 1
-    cdef uint64_t version
 
     cdef int _fill(self, uint32_t need) noexcept nogil
     cdef int _fail(self, const char *wrong) noexcept nogil
@@ -92,5 +97,6 @@ cdef class _Reader(_Stream):
     cdef int _head(self) noexcept nogil
     cdef int _frame(self) noexcept nogil
     cdef int _records(self, uint32_t count, uint32_t bytes) noexcept nogil
+    cdef bint _is_record(self, uint32_t what) noexcept nogil
     cdef int _record(self, uint64_t block, uint32_t what, const char *data) noexcept nogil
     cdef int _end(self) noexcept nogil

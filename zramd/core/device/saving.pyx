@@ -17,10 +17,23 @@ from cpython.exc cimport PyErr_CheckSignals
 
 from zramd.core.device.checksum cimport crc_of
 from zramd.core.device.codec cimport decode
+from zramd.core.device.cold cimport Cold
 from zramd.core.device.blocks cimport OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, is_touched
 from zramd.core.device.device cimport Device
 from zramd.core.device.numbers cimport requests
-from zramd.core.device.slots cimport COLD, SAME, SLOT_LOST, SLOT_SAME, has_object, slot_bytes, slot_handle, slot_kind
+from zramd.core.device.slots cimport (
+    SAME,
+    SLOT_COLD,
+    SLOT_LOST,
+    SLOT_SAME,
+    SLOT_SIZE_MASK,
+    SLOT_TRIED,
+    has_object,
+    is_cold,
+    slot_bytes,
+    slot_handle,
+    slot_kind,
+)
 from zramd.core.system.gate cimport gate_close, gate_hold, gate_open, gate_release
 from zramd.core.system.locks cimport (
     load_relaxed,
@@ -55,7 +68,7 @@ cdef extern from *:
     ssize_t posix_write "write"(int fd, const void *source, size_t size) noexcept nogil
 
 cdef enum:
-    FORMAT = 1
+    FORMAT = 2              # without cold blocks a save has format 1, which older versions read
     WRONG = 1               # beside 0 and -errno: the stream is not what it should be
     RECORD_MAX = 8 + BLOCK_SIZE
     VISITS = 8192           # blocks looked at for one chunk
@@ -146,6 +159,14 @@ cdef class _Stream:
         self.size = FRAME_BYTES + bytes
         self.moved = 0
 
+    cdef int _decode(self, uint32_t what, const char *data) noexcept nogil:
+        """Decompress a record's payload, if it has one, in vain; 0 or -EIO."""
+        if what == SLOT_LOST or what == SLOT_SAME:
+            return 0
+        if is_cold(what):
+            return self.cold.decode(data, what & SLOT_SIZE_MASK, self.page)
+        return decode(data, what, self.page)
+
 
 cdef class _Writer(_Stream):
     """Writes a device."""
@@ -154,19 +175,32 @@ cdef class _Writer(_Stream):
         cdef char *at
         cdef uint32_t crc
         self.device = device
+        self.cold = device.table.cold
         self.fd = fd
         self.live = live
         self.patience = patience
         self.epoch = load_relaxed(&device.epoch)
         self.changes_before = self._changes()
         memcpy(self.buffer, magic, 8)
-        at = put(self.buffer + 8, FORMAT | <uint64_t>BLOCK_SIZE << 32)
+        with nogil:
+            self.version = FORMAT if self._has_cold() else 1
+        at = put(self.buffer + 8, self.version | <uint64_t>BLOCK_SIZE << 32)
         at = put(at, device.disksize)
         put(at, <uint64_t>int(time.time()))
         crc = crc_of(self.buffer, HEAD_BYTES - 4, 0)
         memcpy(self.buffer + HEAD_BYTES - 4, &crc, 4)
         self.total = crc_of(<const char *>&crc, 4, 0)
         self.size = HEAD_BYTES
+
+    cdef bint _has_cold(self) noexcept nogil:
+        """Whether a block is compressed by another codec than lz4 now."""
+        cdef uint64_t page, block
+        for page in range(self.device.blocks // SLOTS_PER_PAGE + 1):
+            if is_touched(&self.device.table.touched[page]):
+                for block in range(page * SLOTS_PER_PAGE, min((page + 1) * SLOTS_PER_PAGE, self.device.blocks)):
+                    if is_cold(load_relaxed(&self.device.table.slots[block])):
+                        return True
+        return False
 
     cdef uint64_t _changes(self) noexcept nogil:
         """Requests that changed the device so far."""
@@ -231,9 +265,9 @@ cdef class _Writer(_Stream):
                 what = SLOT_SAME
         elif has_object(slot) and self.device.pool.obj_begin(slot_handle(slot), &payload) == 0:
             if size and self.device.table.object_is_sound(block, slot, payload):
-                if slot_kind(slot) != COLD:
+                if self.version > 1 or not is_cold(slot):
                     memcpy(out + 8, payload, size)
-                    what = size
+                    what = size | slot & (SLOT_COLD | SLOT_TRIED) if is_cold(slot) else size
                 elif self.device.table.cold.decode(payload, size, out + 8) == 0:
                     what = BLOCK_SIZE
             self.device.pool.obj_end(slot_handle(slot))
@@ -241,7 +275,7 @@ cdef class _Writer(_Stream):
         if slot == 0:
             return 0
         # What a read would not get is not to stop a load either.
-        if what <= BLOCK_SIZE and decode(out + 8, what, self.page):
+        if self._decode(what, out + 8):
             what = SLOT_LOST
         put(out, block << 16 | what)
         self.counted.blocks += 1
@@ -252,9 +286,11 @@ cdef class _Writer(_Stream):
             self.counted.same += 1
             put(out + 8, word)
             return 16
-        self.counted.payload_bytes += what
+        size = what & SLOT_SIZE_MASK
+        self.counted.payload_bytes += size
         self.counted.raw += what == BLOCK_SIZE
-        return 8 + what
+        self.counted.cold += is_cold(what)
+        return 8 + size
 
     cdef void _finish(self) noexcept nogil:
         """Make the last frame, once all requests that may have changed what was written are counted."""
@@ -306,6 +342,7 @@ cdef class _Reader(_Stream):
         self.fd = fd
         self.copy = copy
         self.device = device
+        self.cold = Cold() if device is None else device.table.cold
         self.limit = limit
         self.patience = patience
         self.begun = begun
@@ -382,7 +419,7 @@ cdef class _Reader(_Stream):
         if word_at(self.buffer + HEAD_BYTES - 4) != crc_of(self.buffer, HEAD_BYTES - 4, 0):
             return self._fail("its header is damaged")
         self.version = word_at(self.buffer + 8)
-        if self.version != FORMAT or word_at(self.buffer + 12) != BLOCK_SIZE:
+        if not 1 <= self.version <= FORMAT or word_at(self.buffer + 12) != BLOCK_SIZE:
             return self._fail("it has another format than this zramd reads")
         self.disksize = long_at(self.buffer + 16)
         self.saved_at = long_at(self.buffer + 24)
@@ -432,13 +469,13 @@ cdef class _Reader(_Stream):
                 break
             block = long_at(body + at) >> 16
             what = long_at(body + at) & 0xFFFF
-            size = 0 if what == SLOT_LOST else 8 if what == SLOT_SAME else what
+            size = 0 if what == SLOT_LOST else 8 if what == SLOT_SAME else what & SLOT_SIZE_MASK
             at += 8
             if block < self.next or block >= self.disksize >> BLOCK_SHIFT:
                 rc = self._fail("a block is out of order")
-            elif (size == 0 and what != SLOT_LOST) or size > BLOCK_SIZE or size > bytes - at:
+            elif not self._is_record(what) or size > bytes - at:
                 rc = self._fail("a chunk contradicts itself")
-            elif what <= BLOCK_SIZE and decode(body + at, what, self.page):
+            elif self._decode(what, body + at):
                 self.wrong_block = block + 1
                 rc = self._fail("a block does not decompress")
             else:
@@ -451,6 +488,14 @@ cdef class _Reader(_Stream):
             rc = self._fail("a chunk contradicts itself")
         return rc
 
+    cdef bint _is_record(self, uint32_t what) noexcept nogil:
+        """Whether the format has such records."""
+        if what == SLOT_LOST or what == SLOT_SAME:
+            return True
+        if is_cold(what):
+            return self.version > 1 and not what & SLOT_SAME
+        return 1 <= what <= BLOCK_SIZE
+
     cdef int _record(self, uint64_t block, uint32_t what, const char *data) noexcept nogil:
         """Count a block that is right, and store it if a device is to be filled."""
         cdef uint64_t slot = SLOT_LOST
@@ -461,14 +506,16 @@ cdef class _Reader(_Stream):
         elif what == SLOT_SAME:
             self.counted.same += 1
         else:
-            self.counted.payload_bytes += what
+            self.counted.payload_bytes += what & SLOT_SIZE_MASK
             self.counted.raw += what == BLOCK_SIZE
+            self.counted.cold += is_cold(what)
         if self.device is None:
             return 0
         if what == SLOT_SAME:
             rc = self.device.table.store_word(block, long_at(data), &slot)
         elif what != SLOT_LOST:
-            rc = self.device.table.store_payload(block, data, what, &slot)
+            rc = self.device.table.store_payload(block, data, what & SLOT_SIZE_MASK, &slot)
+            slot |= what & (SLOT_COLD | SLOT_TRIED)
         if rc == 0:
             rc = self.device.table.put(block, slot, False)
         return rc
@@ -484,13 +531,16 @@ cdef class _Reader(_Stream):
 
     def run(self, progress):
         """Do it all; the numbers."""
-        cdef int rc = 0, priority
+        cdef int rc = 0, priority, steps
         cdef dict numbers
         while not self.ended or self.ready:
+            steps = STEPS if self.headed else 1
             with nogil:
                 priority = be_calm()
-                rc = self._step(STEPS)
+                rc = self._step(steps)
                 be_urgent(priority)
+            if rc == 0 and steps == 1 and self.device is not None and self.version > 1:
+                self.device._expect_cold()
             if rc == -EINTR:
                 PyErr_CheckSignals()
             elif rc:
@@ -524,7 +574,7 @@ cdef class _Reader(_Stream):
             return error_of(self.wrong)
         text = self.wrong.decode("ascii", "backslashreplace")
         if self.version > FORMAT:
-            return SaveError(f"{text}: format {self.version}, not {FORMAT}")
+            return SaveError(f"{text}: format {self.version}, not 1 or {FORMAT}")
         if self.wrong_block:
             return SaveError(f"{text}: block {self.wrong_block - 1}, in the chunk at byte {self.at}")
         if self.headed:

@@ -4,10 +4,11 @@
     |  half a sum   |           handle             |COLD|LOST|SAME|  payload bytes    |
 
 The payload of an object is what a block was compressed to, or all of it (raw); with COLD it begins with a byte that
-names another codec than lz4 (see cold.pyx). With SAME the block is one word
-repeated, and there is no object: the word is in the handle's cell, handle 0 is the word 0, and where others have the size
-is more of the sum. All of it 0 is a hole: a block that was never written, or freed. LOST alone: what the slot led to was
-changed in memory, and reading the block is an error. LOST with an object: the cold codec was tried, and did not shrink it.
+names another codec than lz4 (see frames.pyx). With SAME the block is one word repeated, and there is no object: the word is
+in the handle's cell, handle 0 is the word 0, and where others have the size is more of the sum. All of it 0 is a hole: a
+block that was never written, or freed. LOST alone: what the slot led to was changed in memory, and reading the block is an
+error. LOST with an object, and without COLD: the cold codec was tried, and did not shrink it. Both: zstd compressed the
+block when it was written, and the cold codec is still to come.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -20,6 +21,7 @@ cdef enum:
     SLOT_LOST = 0x4000          # the whole slot
     SLOT_TRIED = 0x4000         # with an object
     SLOT_COLD = 0x8000
+    SLOT_ZSTD = 0xC000
     SLOT_HANDLE_SHIFT = 16
     SLOT_SUM_SHIFT = 48       # the slot's half of the checksum is above
 
@@ -29,7 +31,8 @@ cdef enum block_kind:
     LOST
     LZ4
     RAW
-    COLD
+    ZSTD                        # as it was written
+    COLD                        # zstd too, but the cold codec has had it
 
 cdef inline uint64_t sum_low(uint32_t sum) noexcept nogil:
     """The half of a checksum that is in the slot."""
@@ -58,17 +61,28 @@ cdef inline block_kind slot_kind(uint64_t slot) noexcept nogil:
     if slot == SLOT_LOST:
         return LOST
     if slot & SLOT_COLD:
-        return COLD
+        return COLD if not slot & SLOT_TRIED else ZSTD
     return RAW if slot_bytes(slot) == BLOCK_SIZE else LZ4
+
+cdef inline bint is_cold(uint64_t slot) noexcept nogil:
+    """Whether the payload begins with the name of its codec: it is not lz4's."""
+    return slot & SLOT_COLD and not slot & SLOT_SAME
+
+cdef inline bint is_known(uint64_t slot) noexcept nogil:
+    """Whether a slot's flags and size go together: others come from bits that changed in memory."""
+    if slot & SLOT_SAME:
+        return not slot & (SLOT_COLD | SLOT_LOST)
+    return not slot & SLOT_COLD or slot_bytes(slot) < BLOCK_SIZE
 
 cdef inline bint has_object(uint64_t slot) noexcept nogil:
     """Whether a slot's handle is that of an object."""
     return slot != 0 and not slot & SLOT_SAME and slot != SLOT_LOST
 
 cdef inline bint is_candidate(uint64_t slot, uint32_t threshold) noexcept nogil:
-    """Whether a block may become cold: it is raw, or has a payload of threshold bytes or more, and was not tried in vain."""
-    cdef block_kind what = slot_kind(slot)
-    return not slot & SLOT_TRIED and (what == RAW or what == LZ4 and slot_bytes(slot) >= threshold)
+    """Whether a block may become cold: it is raw, or its payload has threshold bytes or more, and was not tried yet."""
+    if not has_object(slot) or (slot & SLOT_COLD != 0) != (slot & SLOT_TRIED != 0):
+        return False
+    return slot_kind(slot) == RAW or slot_bytes(slot) >= threshold
 
 cdef inline bint is_zeros(uint64_t slot) noexcept nogil:
     """Whether a block is the word 0 repeated, and not a hole."""
@@ -81,6 +95,10 @@ cdef inline uint64_t object_slot(uint64_t handle, uint32_t size, uint32_t sum) n
 cdef inline uint64_t cold_slot(uint64_t handle, uint32_t size, uint32_t sum) noexcept nogil:
     """The same for a cold object."""
     return object_slot(handle, size, sum) | SLOT_COLD
+
+cdef inline uint64_t tried_slot(uint64_t slot) noexcept nogil:
+    """The slot of an object that the cold codec did not shrink."""
+    return slot & ~<uint64_t>SLOT_TRIED if slot & SLOT_COLD else slot | SLOT_TRIED
 
 cdef inline uint64_t same_slot(uint64_t handle, uint32_t sum) noexcept nogil:
     """A slot that stands for a word; sum: its checksum, or 0, of which the lower 29 bits are kept."""

@@ -90,11 +90,15 @@ cdef class Tier:
         From block `first` on, tries at most; those that have a payload of threshold bytes or more (raw: that are raw) and
         are `age` old or older (idle: that are marked). next: where to go on, the device's end (or beyond): all were looked
         at. tried: how many, with payloads of tried_bytes; of them `done` are cold now, with saved bytes less. stopped: 0, or
-        the errno for which there was no room for the last one's old and new payload at once. Raises MemoryError.
+        the errno for which there was no room for the last one's old and new payload at once. Raises MemoryError, and what
+        marks a state as one with cold blocks.
         """
         cdef step s
         cdef int priority
-        cdef scratch *room = self.device.table.scratch_take()
+        cdef scratch *room
+        if self.device.table.cold.level:
+            self.device._expect_cold()
+        room = self.device.table.scratch_take()
         if room == NULL:
             raise MemoryError("no memory to recompress in")
         memset(&s, 0, sizeof(s))

@@ -48,7 +48,7 @@ cdef class Arena:
     cdef uint32_t record_size
     cdef uint32_t records_populated      # spans below this one have resident records
 
-    cdef int64_t take(self, uint32_t npages) noexcept nogil
+    cdef int64_t take(self, uint32_t npages, bint modest) noexcept nogil
     cdef void give(self, uint32_t span, bint keep) noexcept nogil
     cdef uint32_t whole(self, uint32_t mask) noexcept nogil
     cdef int take_room(self, uint32_t span, uint32_t mask, bint unused) noexcept nogil
@@ -72,7 +72,7 @@ cdef class Arena:
     cdef int _populate(self, uint32_t span, uint32_t npages) noexcept nogil
     cdef void _note_demand(self, uint32_t npages) noexcept nogil
     cdef uint32_t _ready_wanted(self, uint32_t npages) noexcept nogil
-    cdef int64_t _ready_take(self, uint32_t npages) noexcept nogil
+    cdef int64_t _ready_take(self, uint32_t npages, bint modest) noexcept nogil
     cdef void _ready_give(self, uint32_t span) noexcept nogil
     cdef uint32_t _ready_pop(self, uint32_t npages) noexcept nogil
     cdef void _ready_push(self, uint32_t span) noexcept nogil

@@ -16,7 +16,7 @@ Requests take spans from the reserve and return them there, without a system cal
 """
 
 cimport cython
-from libc.errno cimport ENOMEM, ENOSPC
+from libc.errno cimport ENOBUFS, ENOMEM, ENOSPC
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.mman cimport PROT_READ, PROT_WRITE, mprotect
@@ -85,17 +85,22 @@ cdef class Arena:
         pthread_cond_destroy(&self.work)
         pthread_mutex_destroy(&self.lock)
 
-    cdef int64_t take(self, uint32_t npages) noexcept nogil:
+    cdef int64_t take(self, uint32_t npages, bint modest) noexcept nogil:
         """A free span for a zspage of npages, from the stock first; -ENOMEM when none is left.
 
         Its resident pages are those below npages at most: what a longer zspage left there is given back.
+        modest: of a reserve only from its upper half, and no page that is not resident; else -ENOBUFS.
         """
         cdef int64_t span = -ENOMEM
         cdef uint32_t excess
         pthread_mutex_lock(&self.lock)
         if load_relaxed(&self.reserve):
-            span = self._ready_take(npages)
-        if span < 0:
+            span = self._ready_take(npages, modest)
+        else:
+            modest = False
+        if span < 0 and modest:
+            span = -ENOBUFS
+        elif span < 0:
             if self.warm != NIL:
                 span = self.warm
                 self.warm = self.links[span]
@@ -435,11 +440,11 @@ cdef class Arena:
             return rc
         return 1
 
-    cdef int64_t _ready_take(self, uint32_t npages) noexcept nogil:
+    cdef int64_t _ready_take(self, uint32_t npages, bint modest) noexcept nogil:
         """A ready span of npages or, failing that, a longer one, then a shorter one, whose other pages are not
         resident; its pages count as used. -ENOMEM: none.
 
-        The lock is held.
+        modest: not a shorter one, and none that leaves less than half of the reserve. The lock is held.
         """
         cdef uint32_t i, n
         self._note_demand(npages)
@@ -447,6 +452,8 @@ cdef class Arena:
             pthread_cond_signal(&self.work)
         for i in range(1, SPAN_LENGTHS):
             n = npages + i - 1 if npages + i <= SPAN_LENGTHS else SPAN_LENGTHS - i
+            if modest and (n < npages or load_relaxed(&self.ready_pages) < load_relaxed(&self.reserve) // 2 + n):
+                break
             if self.ready[n] != NIL:
                 if not self._charge(n):
                     break

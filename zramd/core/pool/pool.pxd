@@ -54,7 +54,7 @@ cdef class Pool:
     # objects: each returns 0 or -errno. alloc and begin pin the object until end.
     cdef uint32_t _class_for(self, uint32_t size) noexcept nogil
     cdef uint32_t payload_below(self, uint32_t size) noexcept nogil
-    cdef int obj_alloc(self, uint32_t size, uint64_t *handle, char **payload) noexcept nogil
+    cdef int obj_alloc(self, uint32_t size, uint64_t *handle, char **payload, bint modest=*) noexcept nogil
     cdef int obj_begin(self, uint64_t handle, char **payload) noexcept nogil
     cdef void obj_end(self, uint64_t handle) noexcept nogil
     cdef void obj_publish(self, uint64_t handle, uint64_t sum) noexcept nogil
@@ -83,10 +83,10 @@ cdef class Pool:
     cdef void _cell_give(self, uint64_t handle) noexcept nogil
     cdef int _pin(self, uint64_t handle, uint64_t *obj) noexcept nogil
     cdef void _await_mover(self, uint64_t cell) noexcept nogil
-    cdef int _obj_alloc(self, uint32_t index, uint64_t handle, char **payload) noexcept nogil
+    cdef int _obj_alloc(self, uint32_t index, uint64_t handle, char **payload, bint modest) noexcept nogil
     cdef int _spare_take(self, size_class *c, uint64_t handle, uint32_t *span) noexcept nogil
-    cdef int _new_take(self, size_class *c, uint32_t index, uint64_t handle, uint32_t *span) noexcept nogil
+    cdef int _new_take(self, size_class *c, uint32_t index, uint64_t handle, uint32_t *span, bint modest) noexcept nogil
     cdef int _part_filled_take(self, size_class *c, uint64_t handle, uint32_t *span) noexcept nogil
     cdef int _resident_take(self, size_class *c, uint64_t handle, uint32_t *span) noexcept nogil
-    cdef int64_t _zspage_new(self, size_class *c, uint32_t index) noexcept nogil
+    cdef int64_t _zspage_new(self, size_class *c, uint32_t index, bint modest) noexcept nogil
     cdef int _class_take_room(self, uint32_t span) noexcept nogil

@@ -253,10 +253,11 @@ cdef class Pool:
     # --------------------------------------------------------------------------------------------------------
     # objects
 
-    cdef int obj_alloc(self, uint32_t size, uint64_t *handle, char **payload) noexcept nogil:
+    cdef int obj_alloc(self, uint32_t size, uint64_t *handle, char **payload, bint modest=False) noexcept nogil:
         """Make an object of size bytes; pinned, until obj_end publishes what was written to payload.
 
         -EINVAL: size is not 1 to 4096; -ENOSPC: mem_limit; -EDQUOT: the file system of the state; -ENOMEM.
+        modest: -ENOBUFS where a reserve is needed for requests, see Arena.take.
         """
         cdef uint32_t index
         cdef int rc
@@ -267,7 +268,7 @@ cdef class Pool:
         if rc:
             return rc
         zr_point(points.cell_taken)
-        rc = self._obj_alloc(index, handle[0], payload)
+        rc = self._obj_alloc(index, handle[0], payload, modest)
         if rc:
             self._cell_give(handle[0])
         return rc
@@ -283,7 +284,7 @@ cdef class Pool:
         cdef uint32_t index = self._class_for(size)
         return min(self.max_payload, self.classes[index - 1].size - HEADER_SIZE) if index else 0
 
-    cdef int _obj_alloc(self, uint32_t index, uint64_t handle, char **payload) noexcept nogil:
+    cdef int _obj_alloc(self, uint32_t index, uint64_t handle, char **payload, bint modest) noexcept nogil:
         cdef size_class *c = &self.classes[index]
         cdef uint32_t span = NIL
         cdef int chunk
@@ -293,7 +294,7 @@ cdef class Pool:
         if chunk < 0:
             chunk = self._part_filled_take(c, handle, &span)
         if chunk < 0:
-            chunk = self._new_take(c, index, handle, &span)
+            chunk = self._new_take(c, index, handle, &span, modest)
         if chunk >= 0:
             zspage_regroup(self, c, span)
             start = chunk_at(self, c, span, chunk)
@@ -314,9 +315,9 @@ cdef class Pool:
         span[0] = self.spare[self.spares - 1]
         return chunk_take(self, c, span[0], handle, False)
 
-    cdef int _new_take(self, size_class *c, uint32_t index, uint64_t handle, uint32_t *span) noexcept nogil:
+    cdef int _new_take(self, size_class *c, uint32_t index, uint64_t handle, uint32_t *span, bint modest) noexcept nogil:
         """The first chunk of a new zspage; or what _zspage_new and chunk_take say."""
-        cdef int64_t fresh = self._zspage_new(c, index)
+        cdef int64_t fresh = self._zspage_new(c, index, modest)
         cdef int chunk
         if fresh < 0:
             return <int>fresh
@@ -370,9 +371,9 @@ cdef class Pool:
                 tries = SIFT_TRIES
         return chunk
 
-    cdef int64_t _zspage_new(self, size_class *c, uint32_t index) noexcept nogil:
-        """An empty zspage, listed; its span, or -ENOMEM, -EDQUOT."""
-        cdef int64_t span = self.arena.take(c.pages)
+    cdef int64_t _zspage_new(self, size_class *c, uint32_t index, bint modest) noexcept nogil:
+        """An empty zspage, listed; its span, or -ENOMEM, -EDQUOT, -ENOBUFS."""
+        cdef int64_t span = self.arena.take(c.pages, modest)
         cdef zspage *z
         cdef uint32_t page
         cdef int rc

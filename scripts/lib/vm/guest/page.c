@@ -3,9 +3,28 @@
 
 #include "tool.h"
 
+#include <fcntl.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #define WORDS (PAGE / 8)
+
+static const uint64_t *source; /* pages to take, or NULL */
+static uint64_t source_pages;
+
+void page_source(const char *path)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    off_t size = fd < 0 ? -1 : lseek(fd, 0, SEEK_END);
+    if (size < PAGE)
+        die(path);
+    source_pages = size / PAGE;
+    source = mmap(NULL, source_pages * PAGE, PROT_READ, MAP_SHARED, fd, 0);
+    if (source == MAP_FAILED)
+        die(path);
+    close(fd);
+}
 
 /* Words of a vocabulary: the smaller it is, the more lz4 finds. */
 static void text(uint64_t *out, uint64_t random)
@@ -57,6 +76,11 @@ void page_content(uint64_t *out, uint64_t seed, uint64_t page, uint64_t version)
 {
     uint64_t random = mix(mix(seed ^ (page << 20)) + version) | 1;
     unsigned kind = mix(random) % 100;
+    if (source) {
+        memcpy(out, source + mix(random) % source_pages * WORDS, PAGE);
+        out[0] = random; /* no two pages are equal */
+        return;
+    }
     if (kind < 6)
         noise(out, random, 0);
     else if (kind < 9)

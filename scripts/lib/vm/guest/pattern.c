@@ -171,8 +171,10 @@ int pattern_main(int argc, char **argv)
 {
     char line[128];
     struct memory memory = {0};
-    if (argc != 2)
+    if (argc != 2 && argc != 3)
         return 2;
+    if (argc == 3)
+        page_source(argv[2]);
     memory.pages = number(argv[0]) * (MIB / PAGE);
     memory.seed = number(argv[1]);
     memory.random = mix(memory.seed) | 1;

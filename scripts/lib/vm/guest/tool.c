@@ -92,7 +92,7 @@ int main(int argc, char **argv)
     for (size_t i = 0; argc > 1 && i < sizeof verbs / sizeof *verbs; i++)
         if (!strcmp(argv[1], verbs[i].name))
             return verbs[i].main(argc - 2, argv + 2);
-    fprintf(stderr, "usage: guest_tool pattern MIB SEED | churn SEED | hog SECONDS SEED | monitor RUNDIR |"
+    fprintf(stderr, "usage: guest_tool pattern MIB SEED [PAGES] | churn SEED | hog SECONDS SEED | monitor RUNDIR |"
                     " control SOCKET METHOD PATH [BODY]\n");
     return 2;
 }

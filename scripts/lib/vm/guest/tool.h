@@ -17,6 +17,9 @@ int hog_main(int argc, char **argv);
 int monitor_main(int argc, char **argv);
 int control_main(int argc, char **argv);
 
+/* Take the content of pages from this file or disk of memory pages, instead of making it. */
+void page_source(const char *path);
+
 /* Put the content of a page into `out` (4096 bytes, aligned to 8): a pure function of the three numbers. */
 void page_content(uint64_t *out, uint64_t seed, uint64_t page, uint64_t version);
 
