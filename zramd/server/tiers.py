@@ -124,13 +124,13 @@ class Source(Protocol):
 
 
 def least_seconds(age: int) -> int:
-    """Return for how long, at least, nobody has asked for a block of this age, up to OLDEST."""
+    """Return for how many seconds at least nobody has asked for a block of this age, up to OLDEST."""
     sweeps = age - 1 if age <= _FINE else _FINE + COARSE * (age - _FINE - 1)
     return max(0, int(SWEEP) * sweeps)
 
 
 def most_seconds(age: int) -> float:
-    """Return for how long at most, just after a sweep."""
+    """Return for how many seconds at most, just after a sweep, nobody has asked for a block of this age."""
     if age >= OLDEST:
         return float("inf")
     return SWEEP * (age if age < _FINE else _FINE + COARSE * (age - _FINE + 1) - 1)
@@ -424,8 +424,8 @@ class Tiers:
     def numbers(self) -> dict[str, Any]:
         """Return the section `tiers` of stats.json; nothing is waited for.
 
-        ages: rows [upper bound in seconds, blocks] of the last sweep; the bound of the last two is None,
-        for more, and "idle", for marked. mode: calm, wanted, full, off or paused. reason: one sentence, why it
+        ages: rows [upper bound in seconds, blocks] of the last sweep; the bound of the last two is None, for
+        more, and "idle", for marked. mode: calm, wanted, full, off or paused. reason: one sentence, why it
         does not do more right now.
         """
         found = self._device.counters()

@@ -1,15 +1,18 @@
 """What becomes cold by itself, with a clock and a device of the test's own: nothing here sleeps."""
 
 import errno
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from support.run import wait_until
 
 from zramd.errors import DeviceError
 from zramd.server import tiers
 from zramd.server.tiers import IDLE, SWEEP, Pass, Policy, Tiers, View
+from zramd.server.worker import Worker
 from zramd.settings import config
 
 RAW = 4096
@@ -628,6 +631,30 @@ class TestByHand:
             block.age = min(number, 252)
         make(device).mark_idle(seconds)
         assert sum(block.age == IDLE for block in device.blocks) == 254 - age
+
+
+def test_a_stop_waits_for_one_step() -> None:
+    """Whatever is left of a pass."""
+    device = FakeDevice(*blocks(1_000_000))
+    started, stopping = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        started.set()
+        assert stopping.wait(10)
+
+    device.during_step = hold
+    served = make(device)
+    worker = Worker(served)
+    worker.start()
+    served.submit(Pass())
+    assert started.wait(10)
+    stopper = threading.Thread(target=worker.stop)
+    stopper.start()
+    wait_until(lambda: worker._stopping)
+    stopping.set()
+    stopper.join(10)
+    assert not stopper.is_alive()
+    assert len(device.steps) == 1
 
 
 class TestPromotion:
