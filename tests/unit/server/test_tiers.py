@@ -377,8 +377,11 @@ class TestPasses:
         device = FakeDevice(*blocks(5000))
         device.each = 1e-3
         served = make(device, cold_age="20min")
+        for block in device.blocks[:20]:
+            block.age = 128
         run(device, served, 1200)
-        assert device.cpu == 0
+        assert device.cold() == 20
+        device.cpu = 0.0
         run(device, served, 40)
         assert 1 < device.cpu < 0.05 * 40 + tiers.BURST + tiers.STEP * device.each
 
@@ -471,6 +474,12 @@ class TestBackOff:
         assert pauses[:5] == [2, 4, 8, 16, 32]
         assert set(pauses[5:]) == {60}
         assert "gained less than 1%" in served.numbers()["reason"]
+
+    @pytest.mark.parametrize(("gained", "backs_off"), [(0, True), (999, True), (1000, False)])
+    def test_what_is_worth_it(self, gained: int, backs_off: bool) -> None:
+        policy = Policy(settings())
+        policy.pass_ended(0, 100_000, gained)
+        assert policy.backs_off is backs_off
 
     @pytest.mark.parametrize("how", ["setting", "by hand", "mode"])
     def test_ends(self, how: str) -> None:
@@ -585,6 +594,15 @@ class TestByHand:
         served.submit(Pass())
         assert run(device, served, 1) < 0.21
         assert device.cold() == 10_000
+
+    def test_is_not_charged_to_what_comes_after(self) -> None:
+        device = FakeDevice(*blocks(10_000, size=RAW), *blocks(100))
+        for block in device.blocks:
+            block.age = 5
+        served = make(device, cold_age="10")
+        served.submit(Pass(frozenset({"huge"})))
+        run(device, served, 12)
+        assert device.cold() == 10_100
 
     def test_max_pages_over_steps(self) -> None:
         device = FakeDevice(*blocks(1000))
