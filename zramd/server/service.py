@@ -128,8 +128,8 @@ class Service:
     def change(self, name: str, text: str) -> Any:
         """Change a setting that can be while the device is served; return its value as it is then.
 
-        Raises ConfigError for a value that cannot be used, and for a setting that stays as it is; DeviceError when there is
-        no memory for the change.
+        Raises ConfigError for a value that cannot be used, and for a setting that stays as it is; DeviceError
+        when there is no memory for the change.
         """
         setting = find(name)
         if setting.fixed:

@@ -1,7 +1,7 @@
-"""The thread that does what can wait: compaction, and what becomes cold. One for both, as each has locked memory.
+"""The thread that does what can wait: compaction and recompression. One for both: each locks memory.
 
-Each part says how long it wants to rest after a turn. What is due the longest has the next one. While a part leaves its time
-to clients, the others do as well: two of them together are no more of a burden than one.
+Each part says how long it wants to rest after a turn. What is due the longest has the next one. While a part
+leaves its time to clients, the others do as well: two of them together are no more of a burden than one.
 """
 
 import os
@@ -24,8 +24,8 @@ PAUSE = 0.1  # seconds, where there is no memory to wait longer
 class Part(Protocol):
     """What the thread does one turn of after the other.
 
-    title: what it is called in a sentence. failure: why the last turn failed, or "". yields: whether it rests now so that
-    clients have the processor. wake: calls for a turn at once, from any thread; the worker sets it.
+    title: what it is called in a sentence. failure: why the last turn failed, or "". yields: whether it rests
+    now so that clients have the processor. wake: calls for a turn at once, from any thread.
     """
 
     title: str

@@ -19,7 +19,7 @@ def number(text: str, least: float, most: float) -> float | None:
 
 
 def duration(text: str, least: float, most: float) -> float | None:
-    """Return the seconds of 300, 90s, 5min, 1.5h or 1d, None if the text is no time from `least` to `most`."""
+    """Return the seconds of 300, 90s, 5min, 1.5h or 1d; None: it is no time from `least` to `most`."""
     match = _DURATION.fullmatch(text)
     seconds = number(match[1], 0, most) if match else None
     if match is None or seconds is None:

@@ -353,8 +353,8 @@ SETTINGS: tuple[Setting, ...] = (
         _cold_age,
         "5min",
         "1h",
-        "time for which nobody has asked for a block before it is recompressed, in seconds or with a unit (s, "
-        f"min, h), {MIN_COLD_AGE} seconds to {MAX_COLD_AGE // 3600} hours; less when memory is short",
+        "time for which nobody has asked for a block before it is recompressed, in seconds or with a unit "
+        f"(s, min, h), {MIN_COLD_AGE} seconds to {MAX_COLD_AGE // 3600} hours; less when memory is short",
     ),
     Setting(
         "stats_interval",

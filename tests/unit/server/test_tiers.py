@@ -1,14 +1,18 @@
 """What becomes cold by itself, with a clock and a device of the test's own: nothing here sleeps."""
 
 import errno
+import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from support.run import wait_until
 
 from zramd.errors import DeviceError
 from zramd.server import tiers
 from zramd.server.tiers import IDLE, SWEEP, Pass, Policy, Tiers, View
+from zramd.server.worker import Worker
 from zramd.settings import config
 
 RAW = 4096
@@ -44,6 +48,8 @@ class FakeDevice:
         self.short = False
         self.level = 5
         self.stopped = 0
+        self.freeable = 0
+        self.compactions = 0
         self.no_memory = False
         self.sweeps: list[tuple[bool, bool]] = []
         self.steps: list[tuple[int, int, int, bool, bool]] = []  # tries, threshold, age, raw, idle
@@ -57,6 +63,12 @@ class FakeDevice:
 
     def pressure(self) -> tuple[int, int, int, int, int]:
         return 0, self.used, self.limit, self.done, self.inflight
+
+    def compact(self, budget: int = 0) -> int:
+        self.compactions += 1
+        self.stopped = 0 if self.freeable else self.stopped
+        self.freeable = 0
+        return 1
 
     def counters(self) -> dict[str, int]:
         raw = sum(block.size == RAW and not block.cold for block in self.blocks)
@@ -209,7 +221,8 @@ class TestMemory:
     def test_psi(self, tmp_path: Path, some: str, short: bool) -> None:
         psi = tmp_path / "memory"
         psi.write_text(
-            f"some avg10={some} avg60=50.00 avg300=50.00 total=1\nfull avg10=50.00 avg60=0.00 avg300=0.00 total=1\n"
+            f"some avg10={some} avg60=50.00 avg300=50.00 total=1\n"
+            "full avg10=50.00 avg60=0.00 avg300=0.00 total=1\n"
         )
         assert tiers.memory_is_short(str(psi)) is short
 
@@ -364,8 +377,11 @@ class TestPasses:
         device = FakeDevice(*blocks(5000))
         device.each = 1e-3
         served = make(device, cold_age="20min")
+        for block in device.blocks[:20]:
+            block.age = 128
         run(device, served, 1200)
-        assert device.cpu == 0
+        assert device.cold() == 20
+        device.cpu = 0.0
         run(device, served, 40)
         assert 1 < device.cpu < 0.05 * 40 + tiers.BURST + tiers.STEP * device.each
 
@@ -449,7 +465,7 @@ class TestBackOff:
         return began
 
     def pauses(self, began: list[float]) -> list[int]:
-        return [round((after - before) / SWEEP) for before, after in zip(began, began[1:], strict=False)]
+        return [round((after - before) / SWEEP) for before, after in pairwise(began)]
 
     def test_doubles(self) -> None:
         device = FakeDevice(*blocks(40, shrinks=False))
@@ -458,6 +474,12 @@ class TestBackOff:
         assert pauses[:5] == [2, 4, 8, 16, 32]
         assert set(pauses[5:]) == {60}
         assert "gained less than 1%" in served.numbers()["reason"]
+
+    @pytest.mark.parametrize(("gained", "backs_off"), [(0, True), (999, True), (1000, False)])
+    def test_what_is_worth_it(self, gained: int, backs_off: bool) -> None:
+        policy = Policy(settings())
+        policy.pass_ended(0, 100_000, gained)
+        assert policy.backs_off is backs_off
 
     @pytest.mark.parametrize("how", ["setting", "by hand", "mode"])
     def test_ends(self, how: str) -> None:
@@ -506,6 +528,21 @@ class TestNoRoom:
         assert len(device.order) == tiers.REFUSALS
         assert served.numbers()["mode"] == "paused"
         assert served.numbers()["reason"].startswith("mem_limit leaves no room")
+
+    def test_compaction_makes_room(self) -> None:
+        """Once in a row of refusals."""
+        device = FakeDevice(*blocks(1000))
+        device.stopped, device.freeable = errno.ENOSPC, 8
+        served = make(device, cold_age="10")
+        run(device, served, 40)
+        assert device.compactions == 1
+        assert device.cold() == 999  # the one that was refused has its turn with the next
+        device.stopped = errno.ENOSPC
+        device.blocks = blocks(1000)
+        device.order.clear()
+        run(device, served, 25)
+        assert device.cold() == 0
+        assert (device.compactions - 1) * tiers.REFUSALS == len(device.order) > 0
 
     def test_one_that_finds_room(self) -> None:
         policy = Policy(settings())
@@ -558,6 +595,15 @@ class TestByHand:
         assert run(device, served, 1) < 0.21
         assert device.cold() == 10_000
 
+    def test_is_not_charged_to_what_comes_after(self) -> None:
+        device = FakeDevice(*blocks(10_000, size=RAW), *blocks(100))
+        for block in device.blocks:
+            block.age = 5
+        served = make(device, cold_age="10")
+        served.submit(Pass(frozenset({"huge"})))
+        run(device, served, 12)
+        assert device.cold() == 10_100
+
     def test_max_pages_over_steps(self) -> None:
         device = FakeDevice(*blocks(1000))
         served = make(device)
@@ -603,6 +649,30 @@ class TestByHand:
             block.age = min(number, 252)
         make(device).mark_idle(seconds)
         assert sum(block.age == IDLE for block in device.blocks) == 254 - age
+
+
+def test_a_stop_waits_for_one_step() -> None:
+    """Whatever is left of a pass."""
+    device = FakeDevice(*blocks(1_000_000))
+    started, stopping = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        started.set()
+        assert stopping.wait(10)
+
+    device.during_step = hold
+    served = make(device)
+    worker = Worker(served)
+    worker.start()
+    served.submit(Pass())
+    assert started.wait(10)
+    stopper = threading.Thread(target=worker.stop)
+    stopper.start()
+    wait_until(lambda: worker._stopping)
+    stopping.set()
+    stopper.join(10)
+    assert not stopper.is_alive()
+    assert len(device.steps) == 1
 
 
 class TestPromotion:

@@ -110,8 +110,8 @@ cdef int promote(Blocks table, uint64_t block, scratch *s) noexcept nogil:
 cdef int _promote(Blocks table, uint64_t block, scratch *s) noexcept nogil:
     """Store a cold block as a write would, if it has AGE_WANTED: 1, 0, or -errno.
 
-    0: it is not to be, or it would be raw. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM: there is
-    no room for both, and none is made. The steps are those of Blocks.cool.
+    0: it is not to be, or it would be raw. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM: there
+    is no room for both, and none is made. The steps are those of Blocks.cool.
     """
     cdef uint64_t slot, now = 0
     cdef bint stored = False

@@ -58,9 +58,9 @@ cdef class Tier:
     def sweep(self, bint coarse, bint keep, uint32_t threshold):
         """Let every block grow older (see Device.ages); (stored, raw, others, tried): how many blocks there are.
 
-        The first three are lists of 256, by age: all that are stored; candidates that are raw; candidates that have a payload of
-        threshold bytes or more. tried: those that recompression did not shrink. keep: leave alone what is to be hot again,
-        else its reads are forgotten.
+        The first three are lists of 256, by age: all that are stored; candidates that are raw; candidates that have a payload
+        of threshold bytes or more. tried: those that recompression did not shrink. keep: leave alone what is to be hot
+        again, else its reads are forgotten.
         """
         cdef census found
         cdef int i, priority
@@ -87,11 +87,11 @@ cdef class Tier:
     def cool(self, uint64_t first, uint64_t tries, uint32_t threshold, uint8_t age, bint raw=False, bint idle=False):
         """Try to make a few blocks cold: (next, tried, tried_bytes, done, saved, stopped).
 
-        From block `first` on, tries at most; those that have a payload of threshold bytes or more (raw: that are raw) and are
-        `age` old or older (idle: that are marked). next: where to go on, the device's end (or beyond): all were looked at.
-        tried: how many, with payloads of tried_bytes; of them `done` are cold now, with saved bytes less. stopped: 0, or the errno
-        for which there was no room for the last one's old and new payload at once. Raises MemoryError, and what marks a
-        state as one with cold blocks.
+        From block `first` on, tries at most; those that have a payload of threshold bytes or more (raw: that are raw) and
+        are `age` old or older (idle: that are marked). next: where to go on, the device's end (or beyond): all were looked
+        at. tried: how many, with payloads of tried_bytes; of them `done` are cold now, with saved bytes less. stopped: 0, or
+        the errno for which there was no room for the last one's old and new payload at once. Raises MemoryError, and what
+        marks a state as one with cold blocks.
         """
         cdef step s
         cdef int priority
