@@ -485,9 +485,9 @@ cdef class Blocks:
         """Compress a block again, by the cold codec, and keep that if its chunk gets smaller: how many bytes, 0, or -errno.
 
         Only raw blocks, and those with a payload of threshold bytes or more, that nobody asked for in so many sweeps and
-        that were not tried in vain. What zstd compressed when it was written, and does not shrink any more, is cold as it is.
-        page and out have room for a block each. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM:
-        there is no room for both, and none is made; -ENOBUFS: half of the reserve is left, which is for requests. Whoever
+        that were not tried in vain. What zstd compressed when it was written, and does not shrink any more, is cold as it
+        is. page and out have room for a block each. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT,
+        -ENOMEM: there is no room for both, and none is made; -ENOBUFS: half of the reserve is left, which is for requests. Whoever
         reads or writes it waits for a decompression at most.
         """
         cdef int rc

@@ -58,8 +58,8 @@ cdef class Tier:
     def sweep(self, bint coarse, bint keep, uint32_t threshold):
         """Let every block grow older (see Device.ages); (stored, raw, others, tried): how many blocks there are.
 
-        The first three are lists of 256, by age: all that are stored; candidates that are raw; candidates that have a payload
-        of threshold bytes or more. tried: those that recompression did not shrink. keep: leave alone what is to be hot
+        The first three are lists of 256, by age: all that are stored; candidates that are raw; candidates with a payload of
+        threshold bytes or more. tried: those that recompression did not shrink. keep: leave alone what is to be hot
         again, else its reads are forgotten.
         """
         cdef census found
