@@ -31,6 +31,8 @@ GROUPS = {
     "density": 20,
     "steady": 14,
     "compaction": 3,
+    "tiers": 8,
+    "dictionary": 0,
     "idle": 4,
     "waiting": 5 if os.geteuid() == 0 else 0,
     "state": 7,

@@ -97,7 +97,7 @@ def table(ram: int) -> tuple[Setting, ...]:
             "compression-algorithm",
             codecs.pair,
             "lz4",
-            "lz4 zstd(level=5)",
+            "lz4 zstd(level=4)",
             "comp_algorithm, and perhaps recompression after it, as zram-generator writes them",
         ),
         Setting(

@@ -13,7 +13,7 @@ from zramd import Device
 from zramd.core.pool.size_classes import CLASSES
 
 SOURCE = Path(__file__).with_name("dictionary.c")
-TRIED = ((3, 0), (5, 0), (6, 0), (5, 64), (6, 16), (6, 32), (6, 64), (6, 112))  # level, KiB
+TRIED = ((3, 0), (4, 0), (5, 0), (6, 0), (4, 64), (5, 64), (6, 16), (6, 32), (6, 64), (6, 112))  # level, KiB
 LEAST = 300  # bytes of a payload that zramd makes cold
 NAMES = 1 + 8  # bytes of a cold object beside the frame: the codec's name, the handle
 
@@ -57,7 +57,7 @@ def measure(setup: Setup) -> list[Row]:
             "zstd level",
             "dictionary",
             "pool, of lz4's",
-            "of level 5's",
+            "of level 4's",
             "µs to compress",
             "µs to read",
             "median",
@@ -83,7 +83,7 @@ def measure(setup: Setup) -> list[Row]:
             for size, cold in zip(payloads, sizes, strict=True)
         )
         rows.append((level, kib, after, times.split()))
-    plain = next(after for level, kib, after, _ in rows if (level, kib) == (5, 0))
+    plain = next(after for level, kib, after, _ in rows if (level, kib) == (4, 0))
     for level, kib, after, times in rows:
         name = f"{kib} KiB" if kib else "none"
         table.rows.append([str(level), name, f"{after / before:.3f}", f"{after / plain:.3f}", *times])

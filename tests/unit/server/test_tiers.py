@@ -46,7 +46,7 @@ class FakeDevice:
         self.used, self.limit = used, limit
         self.refused = self.done = self.inflight = 0
         self.short = False
-        self.level = 5
+        self.level = 4
         self.stopped = 0
         self.freeable = 0
         self.compactions = 0
@@ -385,6 +385,18 @@ class TestPasses:
         run(device, served, 40)
         assert 1 < device.cpu < 0.05 * 40 + tiers.BURST + tiers.STEP * device.each
 
+    def test_works_in_spells(self) -> None:
+        """What was saved up is used in one go, as each rest leaves the caches to others."""
+        device = FakeDevice(*blocks(5000))
+        device.each = 1e-4
+        times: list[float] = []
+        device.during_step = lambda: times.append(device.now)
+        run(device, make(device, cold_age="10"), 35)
+        assert len(times) > 50
+        step = tiers.STEP * device.each
+        rests = sum(after - before > 2 * step for before, after in pairwise(times))
+        assert 1 < rests < len(times) / 5
+
     def test_step_by_step(self) -> None:
         device = FakeDevice(*blocks(1000))
         run(device, make(device, cold_age="10"), 120)
@@ -718,9 +730,9 @@ class TestSettings:
         device = FakeDevice(*blocks(100))
         served = make(device, cold_age="10")
         device.no_memory = True
-        with pytest.raises(DeviceError, match=r"^recompression stays zstd\(level=5\): .*no memory"):
+        with pytest.raises(DeviceError, match=r"^recompression stays zstd\(level=4\): .*no memory"):
             served.configure(settings(recompression="zstd(level=9)"))
-        assert served.numbers()["recompression"] == "zstd(level=5)"
+        assert served.numbers()["recompression"] == "zstd(level=4)"
         run(device, served, 60)
         assert device.cold() == 100
 

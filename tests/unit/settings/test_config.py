@@ -79,7 +79,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         compaction_near_limit=90.0,
         compaction_interval=1.0,
         compaction_step=65536,
-        recompression="zstd(level=5)",
+        recompression="zstd(level=4)",
         cold_age=300.0,
         stats_interval=1.0,
         metrics_file="",
@@ -198,7 +198,7 @@ def test_bad_recompression(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("algorithm", "default"),
-    [("lz4", "zstd(level=5)"), ("lz4hc(level=3)", "zstd(level=5)"), ("zstd", "off"), ("none", "off")],
+    [("lz4", "zstd(level=4)"), ("lz4hc(level=3)", "zstd(level=4)"), ("zstd", "off"), ("none", "off")],
 )
 def test_the_default_recompression_is_what_gains(algorithm: str, default: str) -> None:
     assert parse(comp_algorithm=algorithm).recompression == default

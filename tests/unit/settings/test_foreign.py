@@ -104,11 +104,11 @@ def test_what_is_not_honoured_is_named_and_the_rest_goes_on(tmp_path, text, note
 @pytest.mark.parametrize(
     ("algorithms", "hot", "cold"),
     [
-        ("lz4", "lz4", "zstd(level=5)"),
+        ("lz4", "lz4", "zstd(level=4)"),
         ("zstd", "zstd", "off"),
         ("zstd(level=3)", "zstd(level=3)", "off"),
         ("lz4 zstd(level=3) (type=idle)", "lz4", "zstd(level=3)"),
-        ("lz4 (type=idle)", "lz4", "zstd(level=5)"),
+        ("lz4 (type=idle)", "lz4", "zstd(level=4)"),
         ("lzo-rle zstd(level=7)", "lz4", "zstd(level=7)"),
         ("zstd(level=1) zstd(level=9)", "zstd(level=1)", "zstd(level=9)"),
         ("lz4hc lz4 zstd", "lz4hc", "zstd"),
