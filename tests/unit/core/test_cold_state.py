@@ -1,5 +1,6 @@
 """Cold blocks in a state: its format, what check() says of faults, flipped bits, and a reserve's half."""
 
+import errno
 import os
 import random
 import resource
@@ -20,6 +21,7 @@ from test_state_refused import fingerprint, refused, with_field
 
 from zramd import Device
 from zramd.core.device.device import state_layout
+from zramd.core.device.tier import Tier
 from zramd.errors import CorruptionError, CorruptObjectError
 from zramd.server import statefile
 
@@ -444,6 +446,16 @@ def test_a_pass_leaves_half_of_the_reserve() -> None:
             done += device.cool(0, len(model))[0]
     assert as_written(device, model)
     device.check()
+
+
+def test_a_limit_with_a_reserve() -> None:
+    """Where mem_limit leaves no room, that is what is told: compaction may make some, and the reserve is untouched."""
+    device, _ = with_reserve(4 << 20, 300)
+    before = device.counters()["reserve_bytes"]
+    assert before > 2 << 20
+    device.mem_limit = BLOCK
+    assert Tier(device).cool(0, 300, 0, 0)[5] == errno.ENOSPC
+    assert device.counters()["reserve_bytes"] == before
 
 
 def test_a_pass_makes_no_page_resident() -> None:

@@ -42,6 +42,7 @@ from zramd.core.system.locks cimport (
     pthread_mutex_lock,
     pthread_mutex_unlock,
     store_relaxed,
+    this_thread,
 )
 from zramd.core.system.points cimport zr_point
 from zramd.core.memory.region cimport KEPT_ARENA, Memory, Region, page_unit, region_populate, whole_pages
@@ -54,6 +55,8 @@ cdef enum:
     STOCK_PAGES = 64        # 256 KiB: covers what 16 workers empty and start between two looks of the compactor
     GROW_SPANS = 512        # address space becomes writable 16 MiB at a time: strict overcommit charges what is writable
     RECORD_SPANS = 1024     # spans whose records the refiller makes resident at once
+    LAST_SHARE = 64         # a page in so many of mem_limit is for who makes payloads smaller,
+    LAST_UNITS = 16         # and of the kernel's so many at most
     RETRY_US = 10000        # until the refiller asks again when the system refused memory
 
 
@@ -89,7 +92,8 @@ cdef class Arena:
         """A free span for a zspage of npages, from the stock first; -ENOMEM when none is left.
 
         Its resident pages are those below npages at most: what a longer zspage left there is given back.
-        modest: of a reserve only from its upper half, and no page that is not resident; else -ENOBUFS.
+        modest: of a reserve only from its upper half, and no page that is not resident; else -ENOBUFS. -ENOSPC: there
+        mem_limit refuses these pages; others find out when they take the page.
         """
         cdef int64_t span = -ENOMEM
         cdef uint32_t excess
@@ -98,9 +102,9 @@ cdef class Arena:
             span = self._ready_take(npages, modest)
         else:
             modest = False
-        if span < 0 and modest:
+        if span == -ENOMEM and modest:
             span = -ENOBUFS
-        elif span < 0:
+        elif span < 0 and not modest:
             if self.warm != NIL:
                 span = self.warm
                 self.warm = self.links[span]
@@ -152,7 +156,7 @@ cdef class Arena:
         if load_relaxed(&self.reserve):
             self._ready_give(span)
             return
-        if resident and not (keep and load_relaxed(&self.stock) + resident <= STOCK_PAGES):
+        if resident and not (keep and load_relaxed(&self.stock) + resident <= STOCK_PAGES and not self.owes()):
             self.decommit(span, self.committed[span])
             resident = 0
         pthread_mutex_lock(&self.lock)
@@ -217,13 +221,30 @@ cdef class Arena:
             mask ^= run
         return rc
 
+    cdef void set_limit(self, uint64_t pages, bint shrinks) noexcept nogil:
+        """Let there be so many pages, 0: any number. shrinks: requests leave a few of them to who makes payloads smaller.
+
+        In a full pool that could not begin otherwise: each page is taken by whoever asks first, and most ask again and again.
+        """
+        store_relaxed(&self.mem_limit, pages)
+        store_relaxed(&self.limit, pages - (min(pages // LAST_SHARE, LAST_UNITS * self.unit) if shrinks else 0))
+
+    cdef bint _may_pass(self, uint64_t pages) noexcept nogil:
+        """Whether the caller may have so many pages, which are above what requests may have."""
+        return load_relaxed(&self.shrinker) == this_thread() and pages <= load_relaxed(&self.mem_limit)
+
+    cdef bint owes(self) noexcept nogil:
+        """Whether more pages are resident than requests may have: what is freed is not kept for the next of them."""
+        cdef uint64_t limit = load_relaxed(&self.limit)
+        return limit and load_relaxed(&self.pages) > limit
+
     cdef bint _charge(self, uint64_t n) noexcept nogil:
         """Count n more pages as resident, unless that would pass the limit."""
         cdef uint64_t pages, limit, peak
         while True:
             pages = load_relaxed(&self.pages)
             limit = load_relaxed(&self.limit)
-            if limit and pages + n > limit:
+            if limit and pages + n > limit and not self._may_pass(pages + n):
                 return False
             if compare_swap(&self.pages, pages, pages + n):
                 break
@@ -442,7 +463,7 @@ cdef class Arena:
 
     cdef int64_t _ready_take(self, uint32_t npages, bint modest) noexcept nogil:
         """A ready span of npages or, failing that, a longer one, then a shorter one, whose other pages are not
-        resident; its pages count as used. -ENOMEM: none.
+        resident; its pages count as used. -ENOMEM: none; -ENOSPC: mem_limit.
 
         modest: not a shorter one, and none that leaves less than half of the reserve. The lock is held.
         """
@@ -456,7 +477,7 @@ cdef class Arena:
                 break
             if self.ready[n] != NIL:
                 if not self._charge(n):
-                    break
+                    return -ENOSPC
                 return self._ready_pop(n)
         return -ENOMEM
 
