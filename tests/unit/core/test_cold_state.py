@@ -244,6 +244,18 @@ def test_check_finds_a_payload_of_another_codec(state: State) -> None:
         state.device.check()
 
 
+def test_what_cannot_be_read_is_not_made_hot_again_and_again(state: State) -> None:
+    block, device, tier = state.first("zstd"), state.device, Tier(state.device)
+    at, _ = state.payload(block)
+    tier.sweep(False, True, 300)
+    device.read(bytearray(BLOCK), block * BLOCK)
+    state.flip(at, 1)
+    assert tier.promote(0, BLOCKS)[1:] == (1, 0, 0)
+    assert tier.promote(0, BLOCKS)[1:] == (0, 0, 0)
+    assert device.ages()[255] == 0
+    assert device.counters()["checksum_errors"] == 1
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_check_compares_the_counters(state: State, which: int) -> None:
     """cold_pages and cold_data_size, which are neighbours among the words that are kept."""
