@@ -67,8 +67,8 @@ def idle(text: str) -> float | None:
         raise UsageError(f"'{printable(text)}' is not an age: use all, or a time such as 300, 5min or 1h")
     if seconds > MAX_COLD_AGE:
         raise UsageError(
-            f"'{printable(text)}' is too long: of a block that nobody asked for in {MAX_COLD_AGE // 3600} hours "
-            "its age tells no more"
+            f"'{printable(text)}' is too long: of a block that nobody asked for in "
+            f"{MAX_COLD_AGE // 3600} hours its age tells no more"
         )
     return seconds
 

@@ -670,7 +670,7 @@ def test_no_pass_is_queued_for_a_thread_that_is_gone() -> None:
     device.during_step = broken
     served.submit(Pass())
     worker.turn()
-    with pytest.raises(DeviceError, match="^background recompression does not run any more, .*: restart"):
+    with pytest.raises(DeviceError, match=r"^background recompression does not run any more, .*: restart"):
         served.submit(Pass())
 
 

@@ -224,7 +224,7 @@ cdef class Arena:
     cdef void set_limit(self, uint64_t pages, bint shrinks) noexcept nogil:
         """Let there be so many pages, 0: any number. shrinks: requests leave a few of them to who makes payloads smaller.
 
-        In a full pool that could not begin otherwise: each page is taken by whoever asks first, and most ask again and again.
+        In a full pool that could not begin otherwise: each page is taken by whoever asks first, again and again.
         """
         store_relaxed(&self.mem_limit, pages)
         store_relaxed(&self.limit, pages - (min(pages // LAST_SHARE, LAST_UNITS * self.unit) if shrinks else 0))
