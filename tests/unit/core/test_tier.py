@@ -151,7 +151,9 @@ class TestCool:
         assert [read(device, number) for number in range(300)] == contents
         device.check()
 
-    @pytest.mark.parametrize("content", [hexadecimal, lambda seed: hexadecimal(seed)[:1800].ljust(BLOCK, b"\0")])
+    @pytest.mark.parametrize(
+        "content", [hexadecimal, lambda seed: hexadecimal(seed)[:1800].ljust(BLOCK, b"\0")]
+    )
     def test_a_full_pool(self, content: Callable[[int], bytes]) -> None:
         """Pages that are all full, so that compaction finds none: the last ones of mem_limit are for this."""
         device, tier = made(mem_limit=256 * BLOCK)

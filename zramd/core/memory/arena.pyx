@@ -92,19 +92,21 @@ cdef class Arena:
         """A free span for a zspage of npages, from the stock first; -ENOMEM when none is left.
 
         Its resident pages are those below npages at most: what a longer zspage left there is given back.
-        modest: of a reserve only from its upper half, and no page that is not resident; else -ENOBUFS. -ENOSPC: there
-        mem_limit refuses these pages; others find out when they take the page.
+        modest: of a reserve only from its upper half, and no page that is not resident; else -ENOBUFS, or -ENOSPC where
+        mem_limit would refuse them anyway. Others find that out when they take a page.
         """
         cdef int64_t span = -ENOMEM
+        cdef uint64_t limit
         cdef uint32_t excess
         pthread_mutex_lock(&self.lock)
         if load_relaxed(&self.reserve):
             span = self._ready_take(npages, modest)
         else:
             modest = False
-        if span == -ENOMEM and modest:
-            span = -ENOBUFS
-        elif span < 0 and not modest:
+        if span < 0 and modest:
+            limit = load_relaxed(&self.mem_limit)
+            span = -ENOSPC if limit and load_relaxed(&self.pages) + npages > limit else -ENOBUFS
+        elif span < 0:
             if self.warm != NIL:
                 span = self.warm
                 self.warm = self.links[span]
@@ -463,7 +465,7 @@ cdef class Arena:
 
     cdef int64_t _ready_take(self, uint32_t npages, bint modest) noexcept nogil:
         """A ready span of npages or, failing that, a longer one, then a shorter one, whose other pages are not
-        resident; its pages count as used. -ENOMEM: none; -ENOSPC: mem_limit.
+        resident; its pages count as used. -ENOMEM: none.
 
         modest: not a shorter one, and none that leaves less than half of the reserve. The lock is held.
         """
@@ -477,7 +479,7 @@ cdef class Arena:
                 break
             if self.ready[n] != NIL:
                 if not self._charge(n):
-                    return -ENOSPC
+                    break
                 return self._ready_pop(n)
         return -ENOMEM
 
