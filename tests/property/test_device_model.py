@@ -13,6 +13,7 @@ from support.run import SCALE
 
 from zramd import Device, PoolFullError
 from zramd.core.device.device import state_layout
+from zramd.core.device.tier import Tier
 
 BLOCK = 4096
 BLOCKS = 64
@@ -50,7 +51,7 @@ class DeviceModel(RuleBasedStateMachine):
         self.fd = -1
         self.verify = False
         self.codec, self.cold_level, self.codecs = "lz4", 3, {"lz4"}
-        self.device = self.make()
+        self.device = Device(SIZE, cold_level=3)
         self.model = bytearray(SIZE)
         self.refiller: threading.Thread | None = None
 
@@ -220,7 +221,47 @@ class DeviceModel(RuleBasedStateMachine):
         assert now == self.model
 
 
-TestDeviceModel = DeviceModel.TestCase
+class TierModel(DeviceModel):
+    """With what the background does to blocks, step by step."""
+
+    @rule(
+        first=st.integers(0, BLOCKS), tries=st.integers(1, BLOCKS), age=st.integers(0, 3), raw=st.booleans()
+    )
+    def step(self, first: int, tries: int, age: int, raw: bool) -> None:
+        """As the background does it, with blocks that have grown older."""
+        before = self.device.counters()
+        _, tried, _, done, saved, _ = Tier(self.device).cool(first, tries, 0, age, raw=raw)
+        after = self.device.counters()
+        assert done <= tried <= tries
+        assert before["compr_data_size"] - after["compr_data_size"] == saved
+        assert after["recompressed"] == before["recompressed"] + done
+
+    @rule(coarse=st.booleans(), keep=st.booleans())
+    def sweep(self, coarse: bool, keep: bool) -> None:
+        stored, raw, others, tried = Tier(self.device).sweep(coarse, keep, 300)
+        found = self.device.counters()
+        assert sum(stored) == found["pages_stored"]
+        assert sum(raw) <= found["huge_pages"]
+        assert sum(raw) + sum(others) + tried <= found["pages_stored"] - found["same_pages"]
+
+    @rule(first=st.integers(0, BLOCKS - 1), tries=st.integers(1, BLOCKS))
+    def promote(self, first: int, tries: int) -> None:
+        """What is read in two sweeps is made hot again, if there is room."""
+        before = self.device.counters()
+        tier = Tier(self.device)
+        for _ in range(2):
+            tier.sweep(False, True, 300)
+            self.read((first * BLOCK, SIZE - first * BLOCK))
+        _, tried, done, _ = tier.promote(first, tries)
+        after = self.device.counters()
+        assert done <= tried <= tries
+        assert before["cold_pages"] - after["cold_pages"] == done == after["promoted"] - before["promoted"]
+        assert before["pages_stored"] == after["pages_stored"]
+        if self.device.mem_limit:
+            assert after["mem_used_total"] <= max(self.device.mem_limit, before["mem_used_total"])
+
+
+TestDeviceModel = TierModel.TestCase
 TestDeviceModel.settings = settings(
     deadline=None, stateful_step_count=40, max_examples=int(100 * max(SCALE, 1))
 )

@@ -48,7 +48,7 @@ def _panel(
     axes.set_title(title, loc="left")
     last = []
     for color, samples in zip(COLORS, runs.values(), strict=False):
-        enough = [each for each in samples if each["stored"] >= LEAST_STORED]
+        enough = [each for each in samples if each["stored"] >= LEAST_STORED and each["time"] >= 0]
         points = [(each["time"], value(each)) for each in enough] or [(0.0, 0.0)]
         axes.plot(*zip(*points, strict=True), color=color, linewidth=1.6)
         last.append(points[-1])
