@@ -71,7 +71,9 @@ RACES: dict[str, Edits] = {
         "device/blocks.pyx": [
             (
                 """        pthread_mutex_lock(&self.stripes[block % STRIPES])
-        self._used(block)
+        age = load_relaxed_8(&self.ages[block])
+        if age:
+            self._read_again(block, age)
         rc = self._load(block, self.get(block), dst if n == BLOCK_SIZE else s.page)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
 """,

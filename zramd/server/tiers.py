@@ -387,6 +387,7 @@ class Tiers:
         self._cpu_seconds = 0.0
         self.wake: Callable[[], None] = lambda: None
         self.failure = ""
+        self._ended = False
         self.yields = False
         self.interval = LOOK
 
@@ -411,10 +412,13 @@ class Tiers:
     def submit(self, wanted: Pass) -> None:
         """Queue a pass by hand, and do not wait for it.
 
-        Raises DeviceError, one sentence, when recompression is off, or when too many passes are queued.
+        Raises DeviceError, one sentence, when recompression is off or has failed, or when too many passes are
+        queued.
         """
         if not self._config.cold_level:
             raise DeviceError("recompression is off: set it to zstd first")
+        if self._ended:
+            raise DeviceError(f"{self.title} does not run any more, the log says why: restart the server")
         if len(self._by_hand) >= MOST_PASSES:
             raise DeviceError(f"{MOST_PASSES} passes are queued already: try again when some are done")
         self._by_hand.append(_Walk(wanted))
@@ -495,6 +499,7 @@ class Tiers:
 
     def end(self) -> None:
         """Take note that it does not run any more."""
+        self._ended = True
 
     def tick(self) -> float:
         """Do what is due, at most one step, and return the seconds until the next is due."""
@@ -537,6 +542,9 @@ class Tiers:
         if policy.promotes and census.stored[WANTED]:
             self._hot_again = 0
         found = self._device.counters()
+        if self._minute and found["recompressed"] < self._minute[-1][1]:
+            self._minute.clear()  # the device was reset, and counts from 0 again
+            self._minute.append((now - SWEEP, 0, 0))
         self._minute.append((now, found["recompressed"], found["promoted"]))
         while len(self._minute) > 1 and self._minute[1][0] <= now - MINUTE:
             self._minute.popleft()

@@ -13,6 +13,7 @@ from typing import Protocol
 from zramd.errors import UsageError, printable
 from zramd.server.tiers import SWEEP, Pass
 from zramd.settings import amounts, codecs
+from zramd.settings.config import MAX_COLD_AGE
 
 HOT = tuple(codecs.LEVELS)
 COLD = (codecs.COLD,)
@@ -23,7 +24,7 @@ TYPES = {
 }
 MAX_THRESHOLD = 4096  # bytes: a raw block has as many, and none has more
 MAX_PAGES = 1 << 30  # blocks of the largest device
-MAX_IDLE = 1e12  # seconds: any time that has passed
+MAX_IDLE = 1e12  # seconds: any time
 PRIORITY = 1  # the only one: zram has three algorithms to recompress by, zramd one
 PIECE = 64 << 10  # bytes of block_state that are made at a time
 _RECOMPRESS = ("type", "threshold", "max_pages", "algo", "priority")
@@ -56,13 +57,19 @@ def recompress(text: str) -> Pass:
 def idle(text: str) -> float | None:
     """Return for how many seconds nobody has asked for the blocks that `idle` is to mark; None: all blocks.
 
-    Raises UsageError for anything else than `all`, seconds, or, which is ours, a time with a unit.
+    Raises UsageError for anything else than `all`, seconds, or, which is ours, a time with a unit; and for
+    one that no block's age can tell, for else younger blocks would be marked.
     """
     if text == "all":
         return None
     seconds = amounts.duration(text, 0, MAX_IDLE)
     if seconds is None:
         raise UsageError(f"'{printable(text)}' is not an age: use all, or a time such as 300, 5min or 1h")
+    if seconds > MAX_COLD_AGE:
+        raise UsageError(
+            f"'{printable(text)}' is too long: of a block that nobody asked for in "
+            f"{MAX_COLD_AGE // 3600} hours its age tells no more"
+        )
     return seconds
 
 

@@ -1,5 +1,6 @@
 """Cold blocks in a state: its format, what check() says of faults, flipped bits, and a reserve's half."""
 
+import errno
 import os
 import random
 import resource
@@ -20,6 +21,7 @@ from test_state_refused import fingerprint, refused, with_field
 
 from zramd import Device
 from zramd.core.device.device import state_layout
+from zramd.core.device.tier import Tier
 from zramd.errors import CorruptionError, CorruptObjectError
 from zramd.server import statefile
 
@@ -242,6 +244,18 @@ def test_check_finds_a_payload_of_another_codec(state: State) -> None:
         state.device.check()
 
 
+def test_what_cannot_be_read_is_not_made_hot_again_and_again(state: State) -> None:
+    block, device, tier = state.first("zstd"), state.device, Tier(state.device)
+    at, _ = state.payload(block)
+    tier.sweep(False, True, 300)
+    device.read(bytearray(BLOCK), block * BLOCK)
+    state.flip(at, 1)
+    assert tier.promote(0, BLOCKS)[1:] == (1, 0, 0)
+    assert tier.promote(0, BLOCKS)[1:] == (0, 0, 0)
+    assert device.ages()[255] == 0
+    assert device.counters()["checksum_errors"] == 1
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_check_compares_the_counters(state: State, which: int) -> None:
     """cold_pages and cold_data_size, which are neighbours among the words that are kept."""
@@ -444,6 +458,16 @@ def test_a_pass_leaves_half_of_the_reserve() -> None:
             done += device.cool(0, len(model))[0]
     assert as_written(device, model)
     device.check()
+
+
+def test_a_limit_with_a_reserve() -> None:
+    """Where mem_limit leaves no room, that is what is told: compaction may make some."""
+    device, _ = with_reserve(4 << 20, 300)
+    before = device.counters()["reserve_bytes"]
+    assert before > 2 << 20
+    device.mem_limit = BLOCK
+    assert Tier(device).cool(0, 300, 0, 0)[5] == errno.ENOSPC
+    assert device.counters()["reserve_bytes"] == before
 
 
 def test_a_pass_makes_no_page_resident() -> None:

@@ -1,12 +1,14 @@
 """zramd.core.device.tier: blocks of a real device become cold and hot again, step by step."""
 
 import errno
+from collections.abc import Callable
 
 import pytest
 from support.content import noise
 
 from zramd.core.device.device import Device
 from zramd.core.device.tier import Tier
+from zramd.errors import PoolFullError
 
 BLOCK = 4096
 WANTED, IDLE = 253, 254
@@ -27,6 +29,30 @@ def made(*contents: bytes, level: int = 5, **given: int | bool) -> tuple[Device,
     for number, content in enumerate(contents):
         device.write(content, number * BLOCK)
     return device, Tier(device)
+
+
+def fill(device: Device, content: Callable[[int], bytes], number: int) -> int:
+    """Write blocks from this one on until there is no room; the block that had none."""
+    while True:
+        try:
+            device.write(content(number), number * BLOCK)
+        except PoolFullError:
+            return number
+        number += 1
+
+
+def cool_all(device: Device, tier: Tier) -> int:
+    """As the server does it: what finds no room has some made, and waits for the next pass; how many blocks."""
+    done, gains = 0, True
+    while gains:
+        at, gains = 0, False
+        while at < device.disksize // BLOCK:
+            at, _, _, now, _, stopped = tier.cool(at, 64, 0, 0)
+            done += now
+            gains = gains or now > 0
+            if stopped:
+                device.compact()
+    return done
 
 
 def read(device: Device, number: int) -> bytes:
@@ -124,6 +150,49 @@ class TestCool:
         assert (at, done, stopped) == (tried, tried - 1, errno.ENOSPC)
         assert [read(device, number) for number in range(300)] == contents
         device.check()
+
+    @pytest.mark.parametrize(
+        "content", [hexadecimal, lambda seed: hexadecimal(seed)[:1800].ljust(BLOCK, b"\0")]
+    )
+    def test_a_full_pool(self, content: Callable[[int], bytes]) -> None:
+        """Pages that are all full, so that compaction finds none: the last ones of mem_limit are for this."""
+        device, tier = made(mem_limit=256 * BLOCK)
+        number = fill(device, content, 0)
+        used = device.counters()["mem_used_total"]
+        assert used == device.mem_limit - 256 * BLOCK // 64
+        done = cool_all(device, tier)
+        assert done == number
+        after = device.counters()
+        assert after["mem_used_total"] < used
+        assert after["mem_used_max"] <= device.mem_limit
+        assert fill(device, content, number) > number + number // 4
+        assert [read(device, block) for block in range(number)] == [content(block) for block in range(number)]
+        device.check()
+
+    def test_a_writer_that_tries_again_and_again(self) -> None:
+        """It is refused until a block has become cold, and does not take the page that the next one needs."""
+        device, tier = made(mem_limit=256 * BLOCK)
+        first = number = fill(device, hexadecimal, 0)
+        at, cold = 0, 0
+        while cold < first:
+            number = fill(device, hexadecimal, number)
+            at, _, _, done, _, stopped = tier.cool(at, 1, 0, 0)
+            assert (done, stopped) == (1, 0)
+            cold += done
+        assert number > first + first // 3
+        assert device.counters()["mem_used_max"] <= device.mem_limit
+        device.check()
+
+    def test_without_recompression_the_limit_is_for_requests(self) -> None:
+        device, tier = made(mem_limit=256 * BLOCK)
+        tier.level = 0
+        number = fill(device, hexadecimal, 0)
+        assert device.counters()["mem_used_total"] == device.mem_limit
+        tier.level = 5
+        with pytest.raises(PoolFullError):
+            device.write(hexadecimal(number), number * BLOCK)
+        device.mem_limit += BLOCK
+        assert fill(device, hexadecimal, number) == number
 
     def test_the_device_ends(self) -> None:
         _, tier = made(text(1))

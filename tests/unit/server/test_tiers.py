@@ -663,6 +663,21 @@ class TestByHand:
         assert sum(block.age == IDLE for block in device.blocks) == 254 - age
 
 
+def test_no_pass_is_queued_for_a_thread_that_is_gone() -> None:
+    device = FakeDevice(*blocks(40))
+    served = make(device)
+    worker = Worker(served)
+    device.during_step = broken
+    served.submit(Pass())
+    worker.turn()
+    with pytest.raises(DeviceError, match=r"^background recompression does not run any more, .*: restart"):
+        served.submit(Pass())
+
+
+def broken() -> None:
+    raise ValueError("broken")
+
+
 def test_a_stop_waits_for_one_step() -> None:
     """Whatever is left of a pass."""
     device = FakeDevice(*blocks(1_000_000))
@@ -770,6 +785,16 @@ class TestNumbers:
         assert served.numbers()["recompressed_minute"] == 40
         run(device, served, 75)
         assert (served.numbers()["recompressed"], served.numbers()["recompressed_minute"]) == (40, 0)
+
+    def test_a_minute_after_a_reset(self) -> None:
+        """The device counts from 0 again: what comes then counts at once."""
+        device = FakeDevice(*blocks(400))
+        served = make(device, cold_age="10")
+        run(device, served, 35)
+        assert served.numbers()["recompressed_minute"] == 400
+        device.blocks[:] = [*blocks(40), *blocks(360, size=100)]
+        run(device, served, 35)
+        assert (served.numbers()["recompressed"], served.numbers()["recompressed_minute"]) == (40, 40)
 
     def test_every_reason_is_one_sentence(self) -> None:
         device = FakeDevice(*blocks(1000), *blocks(40, shrinks=False))

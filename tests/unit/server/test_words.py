@@ -151,7 +151,7 @@ def test_a_text_is_of_the_grammar_or_refused_in_one_sentence_and_nothing_is_queu
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("all", None), ("0", 0), ("300", 300), ("86400", 86400), ("5min", 300), ("1.5h", 5400), ("1d", 86400)],
+    [("all", None), ("0", 0), ("300", 300), ("18000", 18000), ("5min", 300), ("1.5h", 5400), ("5h", 18000)],
 )
 def test_idle(text: str, seconds: float | None) -> None:
     assert words.idle(text) == seconds
@@ -172,13 +172,20 @@ def test_idle_refuses(text: str) -> None:
     assert str(refused.value).isprintable()
 
 
+@pytest.mark.parametrize("text", ["18001", "86400", "1d", "5.1h"])
+def test_idle_refuses_what_no_age_tells(text: str) -> None:
+    """Blocks of 6 hours are not to be marked for it."""
+    with pytest.raises(UsageError, match=f"^'{text}' is too long: .* in 5 hours its age tells no more$"):
+        words.idle(text)
+
+
 @given(st.one_of(st.text(), st.from_regex(r"[0-9.]{0,5} ?(s|min|h|d|m|)", fullmatch=True)))
 def test_idle_takes_all_or_a_time_and_nothing_else(text: str) -> None:
     try:
         seconds = words.idle(text)
     except UsageError:
         assert text != "all"
-        assert re.fullmatch(r"[0-9]{1,12}", text, re.ASCII) is None
+        assert re.fullmatch(r"[0-9]{1,4}", text, re.ASCII) is None
     else:
         is_time = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+) ?(s|min|h|d)?", text, re.ASCII)
         assert text == "all" if seconds is None else is_time

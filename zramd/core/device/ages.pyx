@@ -123,8 +123,9 @@ cdef int _promote(Blocks table, uint64_t block, scratch *s) noexcept nogil:
     if slot_kind(slot) != COLD:
         pthread_mutex_unlock(&table.stripes[block % STRIPES])
         return 0
-    store_relaxed_8(&table.ages[block], AGE_COOLING)
     rc = table._load(block, slot, s.page)
+    # What cannot be read is not tried again before others read it.
+    store_relaxed_8(&table.ages[block], 1 if rc else AGE_COOLING)
     pthread_mutex_unlock(&table.stripes[block % STRIPES])
     if rc:
         return rc

@@ -487,8 +487,8 @@ cdef class Blocks:
         Only raw blocks, and those with a payload of threshold bytes or more, that nobody asked for in so many sweeps and
         that were not tried in vain. What zstd compressed when it was written, and does not shrink any more, is cold as it
         is. page and out have room for a block each. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT,
-        -ENOMEM: there is no room for both, and none is made; -ENOBUFS: half of the reserve is left, which is for requests. Whoever
-        reads or writes it waits for a decompression at most.
+        -ENOMEM: there is no room for both, and none is made; -ENOBUFS: half of the reserve is left, which is for requests.
+        Whoever reads or writes it waits for a decompression at most.
         """
         cdef int rc
         if load_relaxed_8(&self.ages[block]) < age or self.get(block) == 0:

@@ -155,7 +155,7 @@ cdef class Device:
                 self.dropped = True
         # A limit that was changed at work stays, until another one is asked for than the last time.
         if self.kept.limit_asked == mem_limit + 1:
-            self.pool.set_mem_limit(self.kept.limit)
+            self.pool.set_mem_limit(self.kept.limit, cold_level > 0)
         else:
             self.mem_limit = mem_limit
             self.kept.limit_asked = mem_limit + 1
@@ -575,7 +575,7 @@ cdef class Device:
         return (
             freeable_pages(self.pool),
             load_relaxed(&self.pool.arena.pages),
-            load_relaxed(&self.pool.arena.limit),
+            load_relaxed(&self.pool.arena.mem_limit),
             sum([requests(self.table, <op>kind) for kind in range(OPS)]),
             load_relaxed(&self.gate.inside),
         )
@@ -587,7 +587,7 @@ cdef class Device:
 
     @mem_limit.setter
     def mem_limit(self, uint64_t limit):
-        self.pool.set_mem_limit(limit)
+        self.pool.set_mem_limit(limit, self.table.cold.level > 0)
         self.kept.limit = limit
 
     def counters(self):

@@ -54,6 +54,8 @@ cdef class Tier:
             pthread_mutex_lock(&self.lock)
             self.device.table.cold.exchange_encoder(fresh)
             pthread_mutex_unlock(&self.lock)
+        # What it leaves to recompression.
+        self.device.pool.set_mem_limit(self.device.pool.mem_limit(), self.device.table.cold.level > 0)
 
     def sweep(self, bint coarse, bint keep, uint32_t threshold):
         """Let every block grow older (see Device.ages); (stored, raw, others, tried): how many blocks there are.
@@ -96,7 +98,8 @@ cdef class Tier:
         cdef step s
         cdef int priority
         cdef scratch *room
-        if self.device.table.cold.level:
+        cdef bint expected = self.device.table.cold.level != 0
+        if expected:
             self.device._expect_cold()
         room = self.device.table.scratch_take()
         if room == NULL:
@@ -106,7 +109,7 @@ cdef class Tier:
         with nogil:
             priority = be_calm()
             pthread_mutex_lock(&self.lock)
-            if self.device.table.cold.level:
+            if expected and self.device.table.cold.level:  # which another thread may have set meanwhile
                 self._cool(self.device.table, &s, tries, threshold, age, raw, idle, room)
             else:
                 s.next = self.device.blocks

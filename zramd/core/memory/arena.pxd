@@ -30,7 +30,9 @@ cdef class Arena:
     cdef uint64_t stock                 # atomic: resident pages of the warm spans
     cdef uint64_t pages                 # atomic: resident pages, the stock among them
     cdef uint64_t *pages_max            # atomic: the most there ever were; kept
-    cdef uint64_t limit                 # atomic: most pages there may be, 0: no limit
+    cdef uint64_t mem_limit             # atomic: most pages there may be, 0: no limit
+    cdef uint64_t limit                 # atomic: the same, but for the shrinker's last pages
+    cdef uint64_t shrinker              # atomic: who makes a payload smaller right now, 0: nobody
 
     # The reserve: free spans that the refiller makes resident ahead of need. Guarded by lock.
     cdef uint64_t reserve               # atomic: pages to keep ready, 0: no reserve
@@ -52,7 +54,10 @@ cdef class Arena:
     cdef void give(self, uint32_t span, bint keep) noexcept nogil
     cdef uint32_t whole(self, uint32_t mask) noexcept nogil
     cdef int take_room(self, uint32_t span, uint32_t mask, bint unused) noexcept nogil
+    cdef void set_limit(self, uint64_t pages, bint shrinks) noexcept nogil
+    cdef bint owes(self) noexcept nogil
     cdef bint _charge(self, uint64_t n) noexcept nogil
+    cdef bint _may_pass(self, uint64_t pages) noexcept nogil
     cdef int commit(self, uint32_t span, uint32_t mask) noexcept nogil
     cdef int decommit(self, uint32_t span, uint32_t mask) noexcept nogil
     cdef void _release(self, uint32_t span, uint32_t mask) noexcept nogil

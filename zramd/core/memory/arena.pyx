@@ -42,6 +42,7 @@ from zramd.core.system.locks cimport (
     pthread_mutex_lock,
     pthread_mutex_unlock,
     store_relaxed,
+    this_thread,
 )
 from zramd.core.system.points cimport zr_point
 from zramd.core.memory.region cimport KEPT_ARENA, Memory, Region, page_unit, region_populate, whole_pages
@@ -54,6 +55,8 @@ cdef enum:
     STOCK_PAGES = 64        # 256 KiB: covers what 16 workers empty and start between two looks of the compactor
     GROW_SPANS = 512        # address space becomes writable 16 MiB at a time: strict overcommit charges what is writable
     RECORD_SPANS = 1024     # spans whose records the refiller makes resident at once
+    LAST_SHARE = 64         # a page in so many of mem_limit is for who makes payloads smaller,
+    LAST_UNITS = 16         # and of the kernel's so many at most
     RETRY_US = 10000        # until the refiller asks again when the system refused memory
 
 
@@ -89,9 +92,11 @@ cdef class Arena:
         """A free span for a zspage of npages, from the stock first; -ENOMEM when none is left.
 
         Its resident pages are those below npages at most: what a longer zspage left there is given back.
-        modest: of a reserve only from its upper half, and no page that is not resident; else -ENOBUFS.
+        modest: of a reserve only from its upper half, and no page that is not resident; else -ENOBUFS, or -ENOSPC where
+        mem_limit would refuse them anyway. Others find that out when they take a page.
         """
         cdef int64_t span = -ENOMEM
+        cdef uint64_t limit
         cdef uint32_t excess
         pthread_mutex_lock(&self.lock)
         if load_relaxed(&self.reserve):
@@ -99,7 +104,8 @@ cdef class Arena:
         else:
             modest = False
         if span < 0 and modest:
-            span = -ENOBUFS
+            limit = load_relaxed(&self.mem_limit)
+            span = -ENOSPC if limit and load_relaxed(&self.pages) + npages > limit else -ENOBUFS
         elif span < 0:
             if self.warm != NIL:
                 span = self.warm
@@ -152,7 +158,7 @@ cdef class Arena:
         if load_relaxed(&self.reserve):
             self._ready_give(span)
             return
-        if resident and not (keep and load_relaxed(&self.stock) + resident <= STOCK_PAGES):
+        if resident and not (keep and load_relaxed(&self.stock) + resident <= STOCK_PAGES and not self.owes()):
             self.decommit(span, self.committed[span])
             resident = 0
         pthread_mutex_lock(&self.lock)
@@ -217,13 +223,30 @@ cdef class Arena:
             mask ^= run
         return rc
 
+    cdef void set_limit(self, uint64_t pages, bint shrinks) noexcept nogil:
+        """Let there be so many pages, 0: any number. shrinks: requests leave a few of them to who makes payloads smaller.
+
+        In a full pool that could not begin otherwise: each page is taken by whoever asks first, again and again.
+        """
+        store_relaxed(&self.mem_limit, pages)
+        store_relaxed(&self.limit, pages - (min(pages // LAST_SHARE, LAST_UNITS * self.unit) if shrinks else 0))
+
+    cdef bint _may_pass(self, uint64_t pages) noexcept nogil:
+        """Whether the caller may have so many pages, which are above what requests may have."""
+        return load_relaxed(&self.shrinker) == this_thread() and pages <= load_relaxed(&self.mem_limit)
+
+    cdef bint owes(self) noexcept nogil:
+        """Whether more pages are resident than requests may have: what is freed is not kept for the next of them."""
+        cdef uint64_t limit = load_relaxed(&self.limit)
+        return limit and load_relaxed(&self.pages) > limit
+
     cdef bint _charge(self, uint64_t n) noexcept nogil:
         """Count n more pages as resident, unless that would pass the limit."""
         cdef uint64_t pages, limit, peak
         while True:
             pages = load_relaxed(&self.pages)
             limit = load_relaxed(&self.limit)
-            if limit and pages + n > limit:
+            if limit and pages + n > limit and not self._may_pass(pages + n):
                 return False
             if compare_swap(&self.pages, pages, pages + n):
                 break

@@ -73,7 +73,7 @@ cdef class Pool:
     # all of it
     cdef int inherit_priority(self) noexcept nogil
     cdef uint64_t mem_limit(self) noexcept nogil
-    cdef void set_mem_limit(self, uint64_t limit) noexcept nogil
+    cdef void set_mem_limit(self, uint64_t limit, bint shrinks) noexcept nogil
     cdef int populate(self) noexcept nogil
     cdef void clear(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil

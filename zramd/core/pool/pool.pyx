@@ -76,6 +76,7 @@ from zramd.core.system.locks cimport (
     store_relaxed,
     store_relaxed_16,
     store_release,
+    this_thread,
 )
 from zramd.core.system.points cimport zr_point
 from zramd.core.types cimport (
@@ -257,7 +258,8 @@ cdef class Pool:
         """Make an object of size bytes; pinned, until obj_end publishes what was written to payload.
 
         -EINVAL: size is not 1 to 4096; -ENOSPC: mem_limit; -EDQUOT: the file system of the state; -ENOMEM.
-        modest: -ENOBUFS where a reserve is needed for requests, see Arena.take.
+        modest: -ENOBUFS where a reserve is needed for requests, see Arena.take; but mem_limit's last pages are for
+        this, see Arena.set_limit. One thread at a time.
         """
         cdef uint32_t index
         cdef int rc
@@ -268,7 +270,11 @@ cdef class Pool:
         if rc:
             return rc
         zr_point(points.cell_taken)
+        if modest:
+            store_relaxed(&self.arena.shrinker, this_thread())
         rc = self._obj_alloc(index, handle[0], payload, modest)
+        if modest:
+            store_relaxed(&self.arena.shrinker, 0)
         if rc:
             self._cell_give(handle[0])
         return rc
@@ -539,12 +545,15 @@ cdef class Pool:
 
     cdef uint64_t mem_limit(self) noexcept nogil:
         """Most bytes of pages the pool may use, 0: no limit."""
-        return load_relaxed(&self.arena.limit) << PAGE_SHIFT
+        return load_relaxed(&self.arena.mem_limit) << PAGE_SHIFT
 
-    cdef void set_mem_limit(self, uint64_t limit) noexcept nogil:
-        """Rounded up to pages. Raising and lowering it takes effect at once."""
+    cdef void set_mem_limit(self, uint64_t limit, bint shrinks) noexcept nogil:
+        """Rounded up to pages. Raising and lowering it takes effect at once. shrinks: see Arena.set_limit.
+
+        One thread at a time.
+        """
         cdef uint32_t i
-        store_relaxed(&self.arena.limit, pages_of(limit))
+        self.arena.set_limit(pages_of(limit), shrinks)
         # Who compacts now had the old one: what it tries in vain may be worth a try.
         counter_add(&self.undone, 1)
         for i in range(self.class_count):

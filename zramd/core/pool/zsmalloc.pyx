@@ -140,7 +140,7 @@ cdef class Zsmalloc:
     def mem_limit(self, value):
         cdef uint64_t limit = natural(value, "mem_limit")
         with nogil:
-            self.pool.set_mem_limit(limit)
+            self.pool.set_mem_limit(limit, False)
 
     def malloc(self, size):
         """A handle to a new object of size bytes, 1 to 4096, all zero.

@@ -53,6 +53,7 @@ cdef extern from *:
     #define ordered_store(p, v) __atomic_store_n((p), (v), __ATOMIC_SEQ_CST)
     #include <pthread.h>
     #include <time.h>
+    #define this_thread() ((uint64_t)pthread_self())
     /* Make a lock that is not in use yet pass its waiter's priority on to its holder; 0 or an errno. */
     static inline int mutex_inherit(pthread_mutex_t *lock)
     {
@@ -111,6 +112,7 @@ cdef extern from *:
     void ordered_store(uint64_t *p, uint64_t value) noexcept nogil
     int mutex_inherit(pthread_mutex_t *lock) noexcept nogil
     void nap() noexcept nogil
+    uint64_t this_thread() noexcept nogil     # never 0
 
 cdef enum:
     LET_IN_SPINS = 200      # about what a thread on another processor takes to wake up
