@@ -42,7 +42,7 @@ def fill(device: Device, content: Callable[[int], bytes], number: int) -> int:
 
 
 def cool_all(device: Device, tier: Tier) -> int:
-    """As the server does it: what finds no room has some made, and waits for the next pass; how many blocks."""
+    """As the server does it: what finds no room has some made and is tried again: how many."""
     done, gains = 0, True
     while gains:
         at, gains = 0, False
