@@ -209,19 +209,19 @@ RACES: dict[str, Edits] = {
     },
     # Two writes have come meanwhile, and the second has got the handle of before: only its age tells.
     "a block becomes cold if its slot is as before": {
-        "device/blocks.pyx": [
+        "device/cooling.pyx": [
             (
-                "        stored = load_relaxed_8(&self.ages[block]) == AGE_COOLING\n",
-                "        stored = self.get(block) == slot\n",
+                "    stored = load_relaxed_8(&table.ages[block]) == AGE_COOLING\n",
+                "    stored = table.get(block) == slot\n",
             )
         ]
     },
     # What it was compressed from is gone, by a write, a trim or a reset.
     "a block becomes cold whatever came meanwhile": {
-        "device/blocks.pyx": [
+        "device/cooling.pyx": [
             (
-                "        stored = load_relaxed_8(&self.ages[block]) == AGE_COOLING\n",
-                "        stored = self.get(block) != 0\n",
+                "    stored = load_relaxed_8(&table.ages[block]) == AGE_COOLING\n",
+                "    stored = table.get(block) != 0\n",
             )
         ]
     },

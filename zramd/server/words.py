@@ -11,7 +11,8 @@ import time
 from typing import Protocol
 
 from zramd.errors import UsageError, printable
-from zramd.server.tiers import SWEEP, Pass
+from zramd.server.ages import SWEEP
+from zramd.server.tiers import Pass
 from zramd.settings import amounts, codecs
 from zramd.settings.config import MAX_COLD_AGE
 

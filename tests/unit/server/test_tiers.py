@@ -10,8 +10,10 @@ import pytest
 from support.run import wait_until
 
 from zramd.errors import DeviceError
-from zramd.server import tiers
-from zramd.server.tiers import IDLE, SWEEP, Pass, Policy, Tiers, View
+from zramd.server import ages, tierpolicy, tiers
+from zramd.server.ages import IDLE, SWEEP
+from zramd.server.tierpolicy import Policy, View
+from zramd.server.tiers import Pass, Tiers
 from zramd.server.worker import Worker
 from zramd.settings import config
 
@@ -135,7 +137,7 @@ class FakeDevice:
     def promote(self, first: int, tries: int) -> tuple[int, int, int, int]:
         if self.stopped:
             return first, 1, 0, self.stopped
-        wanted = [block for block in self.blocks if block.age == tiers.WANTED]
+        wanted = [block for block in self.blocks if block.age == ages.WANTED]
         for block in wanted[:tries]:
             block.cold, block.age = False, 0
         return len(self.blocks), len(wanted), len(wanted), 0
@@ -175,26 +177,26 @@ def blocks(count: int, **given: int | bool) -> list[Block]:
 class TestAges:
     def test_at_least(self) -> None:
         """A block of age_of(N) was left alone for N seconds, and no younger one surely was."""
-        assert [tiers.age_of(seconds) for seconds in (0, 1, 10, 11, 300, 1270)] == [0, 2, 2, 3, 31, 128]
-        assert tiers.age_of(1271) == 129
-        assert tiers.age_of(1 << 60) == tiers.OLDEST
-        for age in range(1, tiers.OLDEST):
-            assert tiers.least_seconds(age) < tiers.most_seconds(age)
-            assert tiers.least_seconds(age) <= tiers.least_seconds(age + 1)
+        assert [ages.age_of(seconds) for seconds in (0, 1, 10, 11, 300, 1270)] == [0, 2, 2, 3, 31, 128]
+        assert ages.age_of(1271) == 129
+        assert ages.age_of(1 << 60) == ages.OLDEST
+        for age in range(1, ages.OLDEST):
+            assert ages.least_seconds(age) < ages.most_seconds(age)
+            assert ages.least_seconds(age) <= ages.least_seconds(age + 1)
 
     def test_ages_of_a_block_that_is_left_alone(self) -> None:
         """However the coarse sweeps fall, its age never tells more time than has gone by."""
         for late in (0.1, SWEEP / 2, SWEEP - 0.1):
-            for first in range(tiers.COARSE):
+            for first in range(ages.COARSE):
                 age, passed = 0, late
                 for number in range(first, first + 2500):
-                    if age < 128 or (number % tiers.COARSE == 0 and age < tiers.OLDEST):
+                    if age < 128 or (number % ages.COARSE == 0 and age < ages.OLDEST):
                         age += 1
-                    assert tiers.least_seconds(age) <= passed <= tiers.most_seconds(age)
+                    assert ages.least_seconds(age) <= passed <= ages.most_seconds(age)
                     passed += SWEEP
 
     def test_any_cold_age_can_be_told(self) -> None:
-        assert tiers.least_seconds(tiers.OLDEST) >= config.MAX_COLD_AGE
+        assert ages.least_seconds(ages.OLDEST) >= config.MAX_COLD_AGE
 
     def test_histogram(self) -> None:
         stored = [0] * 256
@@ -206,10 +208,10 @@ class TestAges:
             (251, 5),
             (252, 6),
             (IDLE, 7),
-            (tiers.WANTED, 8),
+            (ages.WANTED, 8),
         ):
             stored[age] = count
-        rows = tiers.histogram(stored)
+        rows = ages.histogram(stored)
         assert [bound for bound, _ in rows] == [10, 30, 60, 300, 600, 1800, 3600, 21600, None, "idle"]
         assert [count for _, count in rows] == [9, 2, 0, 3, 4, 0, 0, 5, 6, 7]
 
@@ -224,7 +226,7 @@ class TestMemory:
             f"some avg10={some} avg60=50.00 avg300=50.00 total=1\n"
             "full avg10=50.00 avg60=0.00 avg300=0.00 total=1\n"
         )
-        assert tiers.memory_is_short(str(psi)) is short
+        assert tierpolicy.memory_is_short(str(psi)) is short
 
     @pytest.mark.parametrize(("available", "short"), [(100, False), (99, True)])
     @pytest.mark.parametrize("psi", [None, "", "some total=1\n"])
@@ -232,10 +234,10 @@ class TestMemory:
         if psi is not None:
             (tmp_path / "memory").write_text(psi)
         (tmp_path / "meminfo").write_text(f"MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: {available} kB\n")
-        assert tiers.memory_is_short(str(tmp_path / "memory"), str(tmp_path / "meminfo")) is short
+        assert tierpolicy.memory_is_short(str(tmp_path / "memory"), str(tmp_path / "meminfo")) is short
 
     def test_unknown(self, tmp_path: Path) -> None:
-        assert not tiers.memory_is_short(str(tmp_path / "none"), str(tmp_path / "none"))
+        assert not tierpolicy.memory_is_short(str(tmp_path / "none"), str(tmp_path / "none"))
 
 
 class TestModes:
@@ -257,9 +259,9 @@ class TestModes:
         policy = Policy(settings())
         assert policy.look(100, View(0, 0, 0, True))
         assert policy.mode == "wanted"
-        policy.look(100 + tiers.HOLD - 1, View(0, 0, 0, False))
+        policy.look(100 + tierpolicy.HOLD - 1, View(0, 0, 0, False))
         assert policy.mode == "wanted"
-        assert policy.look(100 + tiers.HOLD, View(0, 0, 0, False))
+        assert policy.look(100 + tierpolicy.HOLD, View(0, 0, 0, False))
         assert policy.mode == "calm"
 
     def test_refused_writes(self) -> None:
@@ -269,7 +271,7 @@ class TestModes:
         assert policy.mode == "calm"
         policy.look(1, View(1000, 1000, 6, False))
         assert policy.mode == "full"
-        policy.look(1 + tiers.HOLD, View(1000, 1000, 6, False))
+        policy.look(1 + tierpolicy.HOLD, View(1000, 1000, 6, False))
         assert policy.mode == "wanted"
 
     def test_what_is_cold(self) -> None:
@@ -346,13 +348,13 @@ class TestPasses:
         assert sorted(device.order) == list(range(40))
 
     def test_few_candidates_are_not_worth_a_walk(self) -> None:
-        device = FakeDevice(*blocks(tiers.ENOUGH - 1), *blocks(1000, size=100))
+        device = FakeDevice(*blocks(tierpolicy.ENOUGH - 1), *blocks(1000, size=100))
         served = make(device, cold_age="10")
         run(device, served, 600)
         assert device.steps == []
         device.blocks.append(Block())
         run(device, served, 60)
-        assert device.cold() == tiers.ENOUGH
+        assert device.cold() == tierpolicy.ENOUGH
 
     def test_nothing_stored(self) -> None:
         """An empty device is looked at once a sweep."""
@@ -383,7 +385,7 @@ class TestPasses:
         assert device.cold() == 20
         device.cpu = 0.0
         run(device, served, 40)
-        assert 1 < device.cpu < 0.05 * 40 + tiers.BURST + tiers.STEP * device.each
+        assert 1 < device.cpu < 0.05 * 40 + tierpolicy.BURST + tiers.STEP * device.each
 
     def test_works_in_spells(self) -> None:
         """What was saved up is used in one go, as each rest leaves the caches to others."""
@@ -528,7 +530,7 @@ class TestNoRoom:
         assert served.numbers()["mode"] == "paused"
         assert served.numbers()["reason"].startswith("the s")
         device.stopped = 0
-        run(device, served, 2 * tiers.NO_ROOM_PAUSE)
+        run(device, served, 2 * tierpolicy.NO_ROOM_PAUSE)
         assert device.cold() == 99
         assert served.numbers()["mode"] == "calm"
 
@@ -537,7 +539,7 @@ class TestNoRoom:
         device.stopped = errno.ENOSPC
         served = make(device, cold_age="10")
         run(device, served, 21)
-        assert len(device.order) == tiers.REFUSALS
+        assert len(device.order) == tierpolicy.REFUSALS
         assert served.numbers()["mode"] == "paused"
         assert served.numbers()["reason"].startswith("mem_limit leaves no room")
 
@@ -554,11 +556,11 @@ class TestNoRoom:
         device.order.clear()
         run(device, served, 25)
         assert device.cold() == 0
-        assert (device.compactions - 1) * tiers.REFUSALS == len(device.order) > 0
+        assert (device.compactions - 1) * tierpolicy.REFUSALS == len(device.order) > 0
 
     def test_one_that_finds_room(self) -> None:
         policy = Policy(settings())
-        for _ in range(tiers.REFUSALS - 1):
+        for _ in range(tierpolicy.REFUSALS - 1):
             policy.stepped(0, 0, errno.ENOSPC)
         policy.stepped(0, 1, 0)
         policy.stepped(0, 0, errno.ENOSPC)
@@ -705,13 +707,13 @@ def test_a_stop_waits_for_one_step() -> None:
 class TestPromotion:
     def test_in_calm(self) -> None:
         device = FakeDevice(*blocks(5))
-        device.blocks[3].cold, device.blocks[3].age = True, tiers.WANTED
+        device.blocks[3].cold, device.blocks[3].age = True, ages.WANTED
         run(device, make(device), 12)
         assert device.cold() == 0
 
     def test_not_under_pressure(self) -> None:
         device = FakeDevice(*blocks(5))
-        device.blocks[3].cold, device.blocks[3].age = True, tiers.WANTED
+        device.blocks[3].cold, device.blocks[3].age = True, ages.WANTED
         device.short = True
         run(device, make(device), 12)
         assert device.cold() == 1
@@ -725,7 +727,7 @@ class TestPromotion:
 
     def test_no_room(self) -> None:
         device = FakeDevice(*blocks(5))
-        device.blocks[3].cold, device.blocks[3].age = True, tiers.WANTED
+        device.blocks[3].cold, device.blocks[3].age = True, ages.WANTED
         device.stopped = errno.ENOSPC
         served = make(device)
         run(device, served, 15)

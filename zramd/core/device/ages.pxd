@@ -1,6 +1,14 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from zramd.core.device.blocks cimport Blocks, scratch
+from zramd.core.device.blocks cimport Blocks
+
+cdef extern from *:
+    """
+    /* the age of a block, if no request has asked for it meanwhile */
+    #define change_age(p, old, new) ({ uint8_t expected = (old); \
+        __atomic_compare_exchange_n((p), &expected, (new), 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED); })
+    """
+    bint change_age(uint8_t *p, uint8_t old, uint8_t new) noexcept nogil
 
 cdef enum:
     AGES = 256
@@ -14,4 +22,3 @@ cdef struct census:
 
 cdef void sweep(Blocks table, bint coarse, bint keep, uint32_t threshold, census *found) noexcept nogil
 cdef uint64_t mark_idle(Blocks table, uint8_t age) noexcept nogil
-cdef int promote(Blocks table, uint64_t block, scratch *s) noexcept nogil

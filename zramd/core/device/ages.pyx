@@ -10,7 +10,6 @@ A request makes it 0, whatever it was, but for AGE_WANTED: see Blocks._read_agai
 that is.
 """
 
-from libc.errno cimport EAGAIN
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -20,31 +19,12 @@ from zramd.core.device.blocks cimport (
     AGE_IDLE,
     AGE_OLDEST,
     AGE_WANTED,
-    STRIPES,
     Blocks,
     is_touched,
-    scratch,
 )
-from zramd.core.device.slots cimport COLD, RAW, SLOT_COLD, SLOT_TRIED, has_object, is_candidate, slot_kind
-from zramd.core.system cimport points
-from zramd.core.system.locks cimport (
-    counter_add,
-    load_relaxed_8,
-    pthread_mutex_lock,
-    pthread_mutex_unlock,
-    store_relaxed_8,
-    store_release,
-)
-from zramd.core.system.points cimport zr_point
+from zramd.core.device.slots cimport RAW, SLOT_COLD, SLOT_TRIED, has_object, is_candidate, slot_kind
+from zramd.core.system.locks cimport load_relaxed_8, store_relaxed_8
 from zramd.core.types cimport SLOTS_PER_PAGE
-
-cdef extern from *:
-    """
-    /* the age of a block, if no request has asked for it meanwhile */
-    #define change_age(p, old, new) ({ uint8_t expected = (old); \
-        __atomic_compare_exchange_n((p), &expected, (new), 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED); })
-    """
-    bint change_age(uint8_t *p, uint8_t old, uint8_t new) noexcept nogil
 
 
 cdef void sweep(Blocks table, bint coarse, bint keep, uint32_t threshold, census *found) noexcept nogil:
@@ -96,58 +76,3 @@ cdef uint64_t mark_idle(Blocks table, uint8_t age) noexcept nogil:
             if now == AGE_IDLE or change_age(&table.ages[block], now, AGE_IDLE):
                 marked += 1
     return marked
-
-
-cdef int promote(Blocks table, uint64_t block, scratch *s) noexcept nogil:
-    """_promote, one at a time with Blocks.cool: two could take each other's mark for their own."""
-    cdef int rc
-    pthread_mutex_lock(&table.cold.encoder_lock)
-    rc = _promote(table, block, s)
-    pthread_mutex_unlock(&table.cold.encoder_lock)
-    return rc
-
-
-cdef int _promote(Blocks table, uint64_t block, scratch *s) noexcept nogil:
-    """Store a cold block as a write would, if it has AGE_WANTED: 1, 0, or -errno.
-
-    0: it is not to be, or it would be raw. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT, -ENOMEM: there
-    is no room for both, and none is made. The steps are those of Blocks.cool.
-    """
-    cdef uint64_t slot, now = 0
-    cdef bint stored = False
-    cdef int rc
-    if load_relaxed_8(&table.ages[block]) != AGE_WANTED:
-        return 0
-    pthread_mutex_lock(&table.stripes[block % STRIPES])
-    slot = table.get(block)
-    if slot_kind(slot) != COLD:
-        pthread_mutex_unlock(&table.stripes[block % STRIPES])
-        return 0
-    rc = table._load(block, slot, s.page)
-    # What cannot be read is not tried again before others read it.
-    store_relaxed_8(&table.ages[block], 1 if rc else AGE_COOLING)
-    pthread_mutex_unlock(&table.stripes[block % STRIPES])
-    if rc:
-        return rc
-    zr_point(points.warming_read)
-    rc = table._store(block, s.page, s, &now, False)
-    if rc or slot_kind(now) == RAW:
-        change_age(&table.ages[block], AGE_COOLING, 1)
-        if rc == 0:
-            table._free(block, now)
-        return rc
-    zr_point(points.warm_published)
-    pthread_mutex_lock(&table.stripes[block % STRIPES])
-    if load_relaxed_8(&table.ages[block]) == AGE_COOLING:
-        stored = True
-        store_release(&table.slots[block], now)
-        store_relaxed_8(&table.ages[block], 0)
-        zr_point(points.warm_stored)
-        table._count(now, 1)
-        table._count(slot, <uint64_t>-1)
-    pthread_mutex_unlock(&table.stripes[block % STRIPES])
-    table._free(block, slot if stored else now)
-    if not stored:
-        return -EAGAIN
-    counter_add(&table.counters.promoted, 1)
-    return 1

@@ -122,10 +122,6 @@ cdef class Blocks:
     cdef int zero_block(self, uint64_t block, bint hole) noexcept nogil
     cdef void _used(self, uint64_t block) noexcept nogil
     cdef void _read_again(self, uint64_t block, uint8_t age) noexcept nogil
-    cdef int cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil
-    cdef int _cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil
-    cdef void _count_cold(self, uint64_t slot, uint64_t now) noexcept nogil
-    cdef int _store_cold(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil
     cdef int populate(self) noexcept nogil
     cdef void clear(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil

@@ -3,7 +3,6 @@
     write:  encode -> pool.obj_alloc -> copy -> obj_publish -> slot -> free the old object
     read:   slot -> pool.obj_begin -> decode into the caller's buffer -> obj_end
     trim:   slot = 0 -> free
-    cool:   decode, age = AGE_COOLING -> encode, cold -> obj_publish -> slot, if the age is that still -> free the old
 
 A block is read or written whole, under the lock of its stripe. A new object is complete before its slot changes, so a
 write that fails leaves the old content (and a crash leaves either). Nothing here knows where an object is, and compaction
@@ -17,7 +16,7 @@ but the stripe of a part-written block, or encoder_lock.
 """
 
 cimport cython
-from libc.errno cimport EAGAIN, EIO, ENOMEM, ENOSPC
+from libc.errno cimport EIO, ENOMEM, ENOSPC
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -49,9 +48,7 @@ from zramd.core.device.slots cimport (
     SLOT_SIZE_MASK,
     SLOT_ZSTD,
     block_kind,
-    cold_slot,
     has_object,
-    is_candidate,
     is_cold,
     is_known,
     object_slot,
@@ -62,7 +59,6 @@ from zramd.core.device.slots cimport (
     slot_sum,
     sum_high,
     sum_low,
-    tried_slot,
 )
 from zramd.core.system.gate cimport gate, gate_close, gate_open
 from zramd.core.system.locks cimport (
@@ -477,102 +473,6 @@ cdef class Blocks:
         if hole and self.get(block) == 0:
             return 0
         return self.put(block, 0 if hole else self._same_slot(block, 0, 0), False)
-
-    # --------------------------------------------------------------------------------------------------------
-    # a block that nobody asks for becomes cold
-
-    cdef int cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil:
-        """Compress a block again, by the cold codec, and keep that if its chunk gets smaller: how many bytes, 0, or -errno.
-
-        Only raw blocks, and those with a payload of threshold bytes or more, that nobody asked for in so many sweeps and
-        that were not tried in vain. What zstd compressed when it was written, and does not shrink any more, is cold as it
-        is. page and out have room for a block each. -EAGAIN: a request has asked for it meanwhile. -ENOSPC, -EDQUOT,
-        -ENOMEM: there is no room for both, and none is made; -ENOBUFS: half of the reserve is left, which is for requests.
-        Whoever reads or writes it waits for a decompression at most.
-        """
-        cdef int rc
-        if load_relaxed_8(&self.ages[block]) < age or self.get(block) == 0:
-            return 0
-        # One at a time: two could take each other's mark for their own.
-        pthread_mutex_lock(&self.cold.encoder_lock)
-        rc = self._cool(block, threshold, age, page, out)
-        pthread_mutex_unlock(&self.cold.encoder_lock)
-        return rc
-
-    cdef int _cool(self, uint64_t block, uint32_t threshold, uint8_t age, char *page, char *out) noexcept nogil:
-        cdef uint64_t slot, now = 0
-        cdef uint32_t size
-        cdef uint8_t before
-        cdef bint stored
-        cdef int rc
-        pthread_mutex_lock(&self.stripes[block % STRIPES])
-        slot = self.get(block)
-        size = slot_bytes(slot)
-        before = load_relaxed_8(&self.ages[block])
-        if before < age or not is_candidate(slot, threshold):
-            pthread_mutex_unlock(&self.stripes[block % STRIPES])
-            return 0
-        rc = self._load(block, slot, page)
-        if rc:
-            # It was changed in memory, and that is counted: once is enough.
-            now = tried_slot(slot)
-            store_release(&self.slots[block], now)
-            self._count_cold(slot, now)
-        else:
-            # A request puts another age here, and so takes the mark off: the slot alone does not say so, as the same handle
-            # may have come back with other content of the same size.
-            store_relaxed_8(&self.ages[block], AGE_COOLING)
-        pthread_mutex_unlock(&self.stripes[block % STRIPES])
-        if rc:
-            return rc
-        zr_point(points.cooling_read)
-        size = self.cold.encode(page, out, self.pool.payload_below(size))
-        if size:
-            rc = self._store_cold(block, out, size, &now)
-        else:
-            now = tried_slot(slot)
-        pthread_mutex_lock(&self.stripes[block % STRIPES])
-        stored = load_relaxed_8(&self.ages[block]) == AGE_COOLING
-        if stored:
-            store_relaxed_8(&self.ages[block], before)
-            if rc == 0:
-                store_release(&self.slots[block], now)
-                if is_cold(now):
-                    zr_point(points.cold_stored)
-                self._count_cold(slot, now)
-        pthread_mutex_unlock(&self.stripes[block % STRIPES])
-        if size == 0 and stored:
-            counter_add(&self.counters.recompress_useless, 1)
-        if rc or size == 0:
-            return rc
-        self._free(block, slot if stored else now)
-        if not stored:
-            return -EAGAIN
-        counter_add(&self.counters.recompressed, 1)
-        counter_add(&self.counters.recompress_saved, slot_bytes(slot) - size)
-        return slot_bytes(slot) - size
-
-    cdef inline void _count_cold(self, uint64_t slot, uint64_t now) noexcept nogil:
-        """Count a block whose slot the cold codec has changed; one that it did not shrink is what it was, but for zstd's."""
-        if is_cold(now):
-            self._count(now, 1)
-            self._count(slot, <uint64_t>-1)
-
-    cdef int _store_cold(self, uint64_t block, const char *payload, uint32_t size, uint64_t *slot) noexcept nogil:
-        """Store a cold payload; the slot that stands for it. Errors as cool."""
-        cdef uint64_t handle = 0
-        cdef uint32_t sum = 0
-        cdef char *place
-        cdef int rc = self.pool.obj_alloc(size, &handle, &place, True)
-        if rc:
-            return rc
-        if self.verify:
-            sum = checksum(payload, size, block)
-        memcpy(place, payload, size)
-        self.pool.obj_publish(handle, sum_high(sum))
-        zr_point(points.cold_published)
-        slot[0] = cold_slot(handle, size, sum)
-        return 0
 
     # --------------------------------------------------------------------------------------------------------
     # all of them

@@ -19,6 +19,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from zramd.core.device.ages cimport census, sweep
 from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, OPS, Blocks, is_touched, op, scratch
 from zramd.core.device.codec cimport codec_text
+from zramd.core.device.cooling cimport cool
 from zramd.core.device.numbers cimport describe_block, describe_blocks, requests, table_latencies, table_stats
 from zramd.core.device.slots cimport is_zeros
 from zramd.core.system.checks cimport zr_static_assert
@@ -515,7 +516,7 @@ cdef class Device:
         with nogil:
             for block in range(first, first + min(count, self.blocks - min(first, self.blocks))):
                 gate_enter(&self.gate)
-                rc = self.table.cool(block, threshold, age, s.page, s.out)
+                rc = cool(self.table, block, threshold, age, s.page, s.out)
                 gate_leave(&self.gate)
                 if rc > 0:
                     done += 1

@@ -9,9 +9,10 @@ from libc.errno cimport EAGAIN, EIO
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from zramd.core.device.ages cimport AGES, census, mark_idle, promote, sweep
+from zramd.core.device.ages cimport AGES, census, mark_idle, sweep
 from zramd.core.device.blocks cimport AGE_IDLE, AGE_WANTED, Blocks, is_touched, scratch
 from zramd.core.device.cold cimport Cold
+from zramd.core.device.cooling cimport cool, promote
 from zramd.core.device.device cimport Device
 from zramd.core.device.slots cimport RAW, is_candidate, slot_bytes, slot_kind
 from zramd.core.system.gate cimport gate_enter, gate_leave
@@ -139,7 +140,7 @@ cdef class Tier:
             s.tried += 1
             s.tried_bytes += slot_bytes(slot)
             gate_enter(&self.device.gate)
-            rc = table.cool(block, threshold, age, room.page, room.out)
+            rc = cool(table, block, threshold, age, room.page, room.out)
             gate_leave(&self.device.gate)
             if rc > 0:
                 s.done += 1
