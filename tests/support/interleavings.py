@@ -20,6 +20,7 @@ from functools import partial
 
 from zramd import Device, HandleError, PoolFullError, Zsmalloc
 from zramd.core.device import saving
+from zramd.core.device.tier import Tier
 from zramd.errors import SaveError
 
 BLOCK = 4096
@@ -68,6 +69,7 @@ class Disk:
         self.resets = 0
         self.hot = dice.choice((2, HOT, HOT))  # with 2 it is mostly about cold blocks
         self.device = Device((BLOCKS + SHARED) * BLOCK, verify=dice.random() < 0.5, cold_level=1)
+        self.tier = Tier(self.device)
         for number in range(HOT, BLOCKS):
             self.write(number, content(dice))
         for number in dice.sample(range(HOT, BLOCKS), BLOCKS * 2 // 3):
@@ -188,6 +190,7 @@ class Disk:
             elif kind < 17:
                 self.device.release_stock()
             elif kind < 27:
+                self.tier.promote(0, BLOCKS + SHARED)  # what others have read since it became cold
                 self.device.cool(0, dice.choice((self.hot, self.hot, BLOCKS + SHARED)), age=dice.randrange(2))
                 self.device.sweep()
             elif kind < 28:

@@ -190,7 +190,8 @@ def test_restart_with_clients(start: Callable[..., Server], older: Path, words: 
     assert served.pid != before
     assert served.is_of(PACKAGE_PARENT)
     assert all(client.connections == 2 for client in clients)
-    assert served.ask("/settings") == settings
+    now = served.ask("/settings")
+    assert {name: now[name] for name in settings} == settings, "what it had is as it was, whatever is new"
     for client in clients:
         verify(served, client.known)
     done = zramd_command("check", "--rundir", served.rundir)
@@ -263,8 +264,9 @@ def test_a_server_with_cold_blocks_is_not_replaced_by_it(
     try:
         pid = served.pid
         done = zramd_command("restart", "--rundir", served.rundir, env={"PYTHONPATH": str(older)})
-        assert done.returncode == 1
-        assert "has format 2, this zramd has 1" in done.stderr
+        # What it does not know and finds first, a setting or the state, depends on how old it is.
+        assert done.returncode in (1, 2)
+        assert "has format 2, this zramd has 1" in done.stderr or "unknown setting 'rec" in done.stderr
         assert served.pid == pid
         assert served.is_of(PACKAGE_PARENT)
         verify(served, known)
