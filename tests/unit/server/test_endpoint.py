@@ -260,7 +260,7 @@ def test_block_state_waits_for_its_reader_and_ends_with_it(running: Running) -> 
     with running.connect() as sock:
         sock.sendall(b"GET /block_state HTTP/1.1\r\n\r\n")
         wait_until(lambda: "block_state" in running.ask("GET", "/health")[1])
-        assert len(sock.recv(100)) == 100
+        assert len(sock.recv(100, socket.MSG_WAITALL)) == 100
     wait_until(lambda: "block_state" not in running.ask("GET", "/health")[1])
     assert running.troubles.causes() == []
 
