@@ -238,7 +238,9 @@ class TestFullPoolOfASwap:
         plugin.write_text(WITHOUT_RIGHTS)
         monkeypatch.setattr(support.server, "PLUGIN", plugin)
         monkeypatch.setenv("PYTHONMALLOC", "malloc")
-        served = serve(swap="local", reserve="4M", mem_limit="1M")
+        # Of a smaller limit recompression has less than a zspage of raw blocks, and what is left of one
+        # is not resident.
+        served = serve(swap="local", reserve="4M", mem_limit="4M")
         client = NbdSocket(served)
         client.read(0, BLOCK)
         assert self.writes(client, range(100)) == 0
@@ -258,7 +260,7 @@ class TestFullPoolOfASwap:
         mapped, before = maps.read_text(), faults_of_threads(served)
         refused = self.writes(client, range(100, 12_000))
         after = faults_of_threads(served)
-        assert refused > 11_000
+        assert refused > 10_000
         (refills,) = (thread for thread in before if thread.endswith(" zramd-refill"))
         after[refills] = before[refills]
         assert after == before
@@ -276,7 +278,7 @@ class TestFullPoolOfASwap:
             wait_until(
                 lambda: all("TracerPid:\t0" not in (t / "status").read_text() for t in tasks.iterdir())
             )
-            assert self.writes(client, range(100, 1000)) > 600
+            assert self.writes(client, range(100, 2000)) > 600
             strace.terminate()
         (refills,) = (task.name for task in tasks.iterdir() if "refill" in (task / "comm").read_text())
         lines = calls.read_text().splitlines()
