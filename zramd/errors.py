@@ -9,6 +9,7 @@
         ├── CorruptionError         a structure contradicts itself
         ├── SwapError               a measure of swap=local cannot be had
         ├── StateError              the state file cannot be had or trusted
+        ├── BackingError            the backing cannot be had or trusted, or is not the one that is needed
         ├── SaveError               a saved device is damaged, cut off, foreign, or does not fit
         ├── AttachError             a kernel device cannot be attached, detached, swapped to
         ├── UnitsError              systemd's units cannot be installed or removed
@@ -77,6 +78,10 @@ class SwapError(ZramdError):
 
 class StateError(ZramdError):
     """The state file cannot be opened, is in use, or is not what it should be; the message has the remedy."""
+
+
+class BackingError(ZramdError):
+    """The backing cannot be opened, is in use, or is not what it should be; the message has the remedy."""
 
 
 class SaveError(ZramdError):

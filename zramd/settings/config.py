@@ -387,8 +387,8 @@ SETTINGS: tuple[Setting, ...] = (
         _age,
         "1h",
         "30min",
-        "with backing: time for which nobody has asked for a block before it leaves memory, as with cold_age; "
-        "less when memory is short",
+        "with backing: time for which nobody has asked for a block before it leaves memory, written as that "
+        "of cold_age; less when memory is short",
     ),
     Setting(
         "writeback_limit",

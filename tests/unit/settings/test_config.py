@@ -317,7 +317,7 @@ def test_backing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert parse(backing="").backing == ""
     with pytest.raises(ConfigError, match="is not a path"):
         parse(backing="a\0b")
-    with pytest.raises(ConfigError, match="backing='/tmp/zramd-test/stats.json' is the name of a file of"):
+    with pytest.raises(ConfigError, match=r"backing='/tmp/zramd-test/stats.json' is the name of a file of"):
         parse(backing="/tmp/zramd-test/stats.json")
     with pytest.raises(ConfigError, match="backing='x' is a second value: backing is already '/dev/sdb'"):
         config.parse([("size", "1M"), ("writeback-device", "/dev/sdb"), ("backing", "x")])
