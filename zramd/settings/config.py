@@ -326,7 +326,8 @@ SETTINGS: tuple[Setting, ...] = (
         _thread_model,
         "auto",
         "parallel",
-        "serialize_requests: one thread for each client; parallel: several; auto: one",
+        "serialize_requests: one thread for each client; parallel: several; auto: one, and several with "
+        "backing, if nbdkit is 1.34 or later",
         fixed="nbdkit asks for it once, when it starts",
     ),
     Setting(

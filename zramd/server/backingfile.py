@@ -1,0 +1,148 @@
+"""The backing of a server: which one it may use, and from when on it is its own.
+
+    look         before the server from which we take over has left: it has the backing, and we only look
+    open_for     alone, before the device is made; what is on it is as it was
+    take_over    the device is made, and has said which data it holds: the superblock is to name that
+
+A superblock that names other data is accepted when that data has gone (Superblock.is_needed), or when it is
+the data of our state. Which that is, the device knows, once it has taken its state over.
+
+The name stays the same while anything is out: state and superblock must never disagree about it, whatever
+ends us. A reset makes a new one, which `renew` writes; until then the old one does as well.
+"""
+
+import os
+
+from zramd.contract import superblock
+from zramd.contract.superblock import Superblock
+from zramd.core.device.backing import Backing
+from zramd.core.device.device import Device
+from zramd.errors import BackingError
+from zramd.kernel import backingfile, blockdevices
+from zramd.kernel.backingfile import Opened
+from zramd.settings.config import Config
+
+
+def look(config: Config) -> None:
+    """Raise BackingError if the backing, which a server may be using now, is none for this device."""
+    opened = backingfile.open_to_look(config.backing)
+    try:
+        _accept(config, opened)
+    finally:
+        os.close(opened.fd)
+
+
+def open_for(config: Config) -> "BackingFile":
+    """Return the backing, which is ours alone. Raises BackingError, one sentence; it is as it was then."""
+    opened = backingfile.open_alone(config.backing)
+    try:
+        return BackingFile(config, opened, _accept(config, opened))
+    except BaseException:
+        os.close(opened.fd)
+        raise
+
+
+def _accept(config: Config, opened: Opened) -> Superblock | None:
+    """Return what the superblock says, if the device may use such a backing. Raises BackingError."""
+    path = config.backing
+    if own := blockdevices.own(opened.number, config.name):
+        raise BackingError(
+            f"backing '{path}' lies on {own}, which is {config.name} itself: use a disk, or a part of one"
+        )
+    if config.swap == "local":
+        _refuse_for_swap(path, opened)
+    found = backingfile.look(opened)
+    if found and found.is_needed():
+        if found.size > opened.size:
+            raise BackingError(
+                f"backing '{path}' has shrunk from {found.size} to {opened.size} bytes: make it as large as "
+                f"it was, or, if nobody needs what is on it, run 'zramd backing format --force {path}'"
+            )
+        if not config.state:
+            raise _anothers(path, found)
+    return found
+
+
+def _refuse_for_swap(path: str, opened: Opened) -> None:
+    """Raise BackingError for what may need memory to take what this machine swaps out."""
+    if not opened.is_block:
+        raise BackingError(
+            f"backing '{path}' is a file, and with swap=local a file system would need memory when there is "
+            "none: use a partition, or another block device"
+        )
+    if name := blockdevices.takes_memory(opened.number):
+        raise BackingError(
+            f"backing '{path}' is on {name}, for which the kernel would need memory when there is none: with "
+            "swap=local use a partition of a disk of this machine"
+        )
+    if name := blockdevices.swapped_to(opened.number):
+        raise BackingError(f"backing '{path}' is on {name}, which is used as swap: use another one")
+
+
+def _anothers(path: str, found: Superblock) -> BackingError:
+    """Return the error for a backing with blocks that are not ours, but that another state may need."""
+    where = "" if found.machine == superblock.machine_id() else " of another machine"
+    return BackingError(
+        f"backing '{path}' may hold blocks of {found.name}{where} (data {found.data_id}): start it with the "
+        f"state that has that data, or, if nobody needs it, run 'zramd backing format --force {path}'"
+    )
+
+
+class BackingFile:
+    """A backing that this server alone has open, until it ends.
+
+    core: what the device writes to. data_id: what the superblock names, if it may be ours, else ''.
+    """
+
+    def __init__(self, config: Config, opened: Opened, found: Superblock | None) -> None:
+        """Take over the descriptor; `found` is what the superblock says, None if there is none."""
+        self.path = opened.path
+        self._opened = opened
+        self._found = found
+        self._name, self._has_state = config.name, bool(config.state)
+        # Records lie where the granule says that they do, so what may be ours keeps its size and granule.
+        is_kept = found is not None and self._has_state and found.size <= opened.size
+        self._size = found.size if found and is_kept else opened.size
+        self.data_id = found.data_id if found and is_kept else ""
+        self.core = Backing(opened.fd, self._size, superblock.granule_of(self._size), opened.sector)
+
+    def take_over(self, device: Device) -> None:
+        """Have superblock and device name the same data; `device` was just made with this backing.
+
+        Raises BackingError when the backing may hold what another state needs, or cannot be written.
+        """
+        if self.data_id == device.backing_id:  # as the device has seen to if anything is out
+            if self._is_stale():
+                self._put(self.data_id)
+            return
+        if self._found and self._found.is_needed() and self.data_id != device.data_id:
+            raise _anothers(self.path, self._found)
+        self._claim(device)
+
+    def renew(self, device: Device) -> None:
+        """Name the data that the device holds since a reset or a load, if nothing is out.
+
+        Only the thread that writes to the backing may call this. Raises BackingError; nothing is worse then.
+        """
+        if device.backing_id != device.data_id and not device.counters()["out_pages"]:
+            self._claim(device)
+
+    def _claim(self, device: Device) -> None:
+        self._put(device.data_id)
+        device.claim_backing()
+
+    def _is_stale(self) -> bool:
+        """Say whether the superblock says something else than who we are, such as after a boot."""
+        return self._found is not None and self._found != self._made(self.data_id, self._found.claimed)
+
+    def _put(self, data_id: str) -> None:
+        made = self._made(data_id)
+        backingfile.put(self._opened, made)
+        self._found, self.data_id = made, data_id
+
+    def _made(self, data_id: str, claimed: int | None = None) -> Superblock:
+        granule = superblock.granule_of(self._size)
+        made = superblock.new(
+            self._size, granule, data_id=data_id, name=self._name, has_state=self._has_state
+        )
+        return made if claimed is None else made._replace(claimed=claimed)
