@@ -119,3 +119,17 @@ def disk_folder() -> Iterator[Path]:
                 yield Path(name)
                 return
     pytest.skip("neither the folder for temporary files nor /var/tmp has direct I/O")
+
+
+@pytest.fixture
+def loop_device(disk_folder: Path) -> Iterator[str]:
+    """A blank block device of 16 MiB: a file as /dev/loopN."""
+    if os.geteuid():
+        pytest.skip("only root can make a loop device")
+    file = disk_folder / "loop"
+    subprocess.run(["fallocate", "--length", "16M", file], check=True)
+    done = subprocess.run(["losetup", "--find", "--show", file], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"there are no loop devices: {done.stderr.strip()}")
+    yield done.stdout.strip()
+    subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)

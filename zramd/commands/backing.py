@@ -11,15 +11,15 @@ from zramd.contract import superblock
 from zramd.contract.superblock import EXTENT, Superblock
 from zramd.control import servers
 from zramd.control.human import spelled
-from zramd.kernel import backingfile
-from zramd.kernel.backingfile import Opened
+from zramd.kernel import backingdevice
+from zramd.kernel.backingdevice import Opened
 
 
 def show(arguments: argparse.Namespace) -> int:
     """Print what the superblock says."""
-    opened = backingfile.open_to_look(os.path.abspath(arguments.path))
+    opened = backingdevice.open_to_look(os.path.abspath(arguments.path))
     try:
-        found, used = backingfile.look(opened), backingfile.is_used(opened)
+        found, used = backingdevice.look(opened), backingdevice.is_used(opened)
     finally:
         os.close(opened.fd)
     if arguments.json:
@@ -69,7 +69,7 @@ def _as_dict(opened: Opened, found: Superblock | None, used: bool) -> dict[str, 
 def make_free(arguments: argparse.Namespace) -> int:
     """Make a backing that any device may use."""
     path = os.path.abspath(arguments.path)
-    made = backingfile.make_free(path, force=arguments.force)
+    made = backingdevice.make_free(path, force=arguments.force)
     print(f"{path} is ready: {spelled(made.size)}")
     return 0
 

@@ -18,14 +18,14 @@ from zramd.contract.superblock import Superblock
 from zramd.core.device.backing import Backing
 from zramd.core.device.device import Device
 from zramd.errors import BackingError
-from zramd.kernel import backingfile, blockdevices
-from zramd.kernel.backingfile import Opened
+from zramd.kernel import backingdevice, blockdevices
+from zramd.kernel.backingdevice import Opened
 from zramd.settings.config import Config
 
 
 def look(config: Config) -> None:
     """Raise BackingError if the backing, which a server may be using now, is none for this device."""
-    opened = backingfile.open_to_look(config.backing)
+    opened = backingdevice.open_to_look(config.backing)
     try:
         _accept(config, opened)
     finally:
@@ -34,7 +34,7 @@ def look(config: Config) -> None:
 
 def open_for(config: Config) -> "BackingFile":
     """Return the backing, which is ours alone. Raises BackingError, one sentence; it is as it was then."""
-    opened = backingfile.open_alone(config.backing)
+    opened = backingdevice.open_alone(config.backing)
     try:
         return BackingFile(config, opened, _accept(config, opened))
     except BaseException:
@@ -51,7 +51,7 @@ def _accept(config: Config, opened: Opened) -> Superblock | None:
         )
     if config.swap == "local":
         _refuse_for_swap(path, opened)
-    found = backingfile.look(opened)
+    found = backingdevice.look(opened)
     if found and found.is_needed():
         if found.size > opened.size:
             raise BackingError(
@@ -137,7 +137,7 @@ class BackingFile:
 
     def _put(self, data_id: str) -> None:
         made = self._made(data_id)
-        backingfile.put(self._opened, made)
+        backingdevice.put(self._opened, made)
         self._found, self.data_id = made, data_id
 
     def _made(self, data_id: str, claimed: int | None = None) -> Superblock:

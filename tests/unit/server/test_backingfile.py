@@ -11,7 +11,7 @@ from zramd.contract import superblock
 from zramd.contract.superblock import EXTENT, Superblock
 from zramd.core.device import backing as core
 from zramd.errors import BackingError
-from zramd.kernel import backingfile as kernel
+from zramd.kernel import backingdevice as kernel
 from zramd.kernel import blockdevices
 from zramd.server import backingfile
 from zramd.server.backingfile import BackingFile
@@ -294,3 +294,14 @@ class TestSwapLocal:
     def test_what_is_swapped_to(self, place, disk):
         disk.swap = "sda2"
         assert place.refusal(swap="local") == "is on sda2, which is used as swap: use another one"
+
+    def test_a_loop_device(self, place, loop_device):
+        settings = {"size": "1M", "rundir": "/run/x", "backing": loop_device}
+        backingfile.look(config.parse(settings.items()))
+        with pytest.raises(BackingError) as caught:
+            backingfile.look(config.parse({**settings, "swap": "local"}.items()))
+        name = os.path.basename(loop_device)
+        assert str(caught.value) == (
+            f"backing '{loop_device}' is on {name}, for which the kernel would need memory when there is "
+            "none: with swap=local use a partition of a disk of this machine"
+        )

@@ -11,8 +11,8 @@ import pytest
 
 from zramd.contract import superblock
 from zramd.errors import BackingError
-from zramd.kernel import backingfile, blockdevices
-from zramd.kernel.backingfile import Opened
+from zramd.kernel import backingdevice, blockdevices
+from zramd.kernel.backingdevice import Opened
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -33,7 +33,7 @@ def backing(disk_folder: Path) -> str:
 
 @contextmanager
 def alone(path: str) -> Iterator[Opened]:
-    opened = backingfile.open_alone(path)
+    opened = backingdevice.open_alone(path)
     try:
         yield opened
     finally:
@@ -43,7 +43,7 @@ def alone(path: str) -> Iterator[Opened]:
 def refusal(path: str | Path) -> str:
     """Why a backing is refused."""
     with pytest.raises(BackingError) as caught, alone(str(path)) as opened:
-        backingfile.look(opened)
+        backingdevice.look(opened)
     sentence = str(caught.value)
     assert sentence.startswith(f"backing '{path}' ")
     assert "\n" not in sentence
@@ -55,7 +55,7 @@ def claimed(path: str, **changes: object) -> superblock.Superblock:
     with alone(path) as opened:
         made = superblock.new(opened.size, 16, data_id="ab" * 16, name="swap0", has_state=True)
         made = made._replace(**changes)
-        backingfile.put(opened, made)
+        backingdevice.put(opened, made)
     return made
 
 
@@ -63,7 +63,7 @@ def test_a_blank_one(backing):
     with alone(backing) as opened:
         assert opened.size == opened.end == SIZE
         assert opened.sector == 4096
-        assert backingfile.look(opened) is None
+        assert backingdevice.look(opened) is None
 
 
 def test_only_whole_extents_are_used(disk_folder):
@@ -75,7 +75,7 @@ def test_what_is_written_comes_back(backing):
     made = claimed(backing)
     before = Path(backing).read_bytes()
     with alone(backing) as opened:
-        assert backingfile.look(opened) == made
+        assert backingdevice.look(opened) == made
     assert before[4096:] == bytes(SIZE - 4096)
 
 
@@ -92,7 +92,7 @@ def test_other_content(backing, at):
         f"that, run 'zramd backing format --force {backing}'"
     )
     with pytest.raises(BackingError, match="holds something else"):
-        backingfile.make_free(backing, force=False)
+        backingdevice.make_free(backing, force=False)
     assert Path(backing).read_bytes() == before
 
 
@@ -101,7 +101,7 @@ def test_what_lies_between_may_be_anything(backing):
         file.seek(MIB)
         file.write(b"\1" * (SIZE - 2 * MIB))
     with alone(backing) as opened:
-        assert backingfile.look(opened) is None
+        assert backingdevice.look(opened) is None
 
 
 def test_a_folder_or_a_device_of_another_kind(disk_folder):
@@ -123,7 +123,7 @@ def test_a_service_that_cannot_see_a_device(monkeypatch):
     path = "/dev/zramd-test-none"
     assert "make it, a partition" in refusal(path)
     monkeypatch.setenv("INVOCATION_ID", "1" * 32)
-    monkeypatch.setattr(backingfile.os.path, "isdir", lambda path: False)
+    monkeypatch.setattr(backingdevice.os.path, "isdir", lambda path: False)
     assert refusal(path).endswith("that its unit does not name: docs/systemd.md, 'Backing'")
 
 
@@ -141,7 +141,7 @@ def test_what_cannot_be_opened(backing, monkeypatch, number, remedy):
     def refuse(*arguments: object, **more: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(backingfile.trusted.Place, "open", refuse)
+    monkeypatch.setattr(backingdevice.trusted.Place, "open", refuse)
     assert refusal(backing) == f"cannot be opened: {os.strerror(number).lower()}: {remedy}"
 
 
@@ -149,9 +149,9 @@ def test_without_direct_io(backing, monkeypatch):
     def refuse(*arguments: object, **more: object) -> int:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    monkeypatch.setattr(backingfile.os, "preadv", refuse)  # a few open, and refuse to read
+    monkeypatch.setattr(backingdevice.os, "preadv", refuse)  # a few open, and refuse to read
     assert "a file system without direct I/O (O_DIRECT)" in refusal(backing)
-    monkeypatch.setattr(backingfile.trusted.Place, "open", refuse)
+    monkeypatch.setattr(backingdevice.trusted.Place, "open", refuse)
     assert "a file system without direct I/O (O_DIRECT)" in refusal(backing)
 
 
@@ -188,11 +188,11 @@ def test_two_servers(backing):
     with alone(backing):
         assert refusal(backing) == "is in use by another server: stop that first, or use another one"
         with pytest.raises(BackingError, match="is in use by another server"):
-            backingfile.make_free(backing, force=True)
-        looked = backingfile.open_to_look(backing)  # as a successor does
-        assert backingfile.is_used(looked)
-        assert backingfile.look(looked) is None
-    assert not backingfile.is_used(looked)
+            backingdevice.make_free(backing, force=True)
+        looked = backingdevice.open_to_look(backing)  # as a successor does
+        assert backingdevice.is_used(looked)
+        assert backingdevice.look(looked) is None
+    assert not backingdevice.is_used(looked)
     os.close(looked.fd)
 
 
@@ -210,7 +210,7 @@ def test_no_descriptor_is_left(backing, disk_folder, memory_folder):
         refusal(path)
     with pytest.raises(BackingError):
         claimed(backing)
-        backingfile.make_free(backing, force=False)
+        backingdevice.make_free(backing, force=False)
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -218,33 +218,33 @@ class TestFormat:
     """`zramd backing format`: whatever somebody may need stays, unless it is forced."""
 
     def test_blank(self, backing):
-        made = backingfile.make_free(backing, force=False)
+        made = backingdevice.make_free(backing, force=False)
         assert (made.data_id, made.has_state, made.size, made.granule) == ("", False, SIZE, 16)
         with alone(backing) as opened:
-            assert backingfile.look(opened) == made
+            assert backingdevice.look(opened) == made
 
     def test_other_content_is_gone_when_forced(self, backing):
         with open(backing, "r+b") as file:
             for at in (1080, SIZE - 512):
                 file.seek(at)
                 file.write(b"\x53\xef")
-        backingfile.make_free(backing, force=True)
+        backingdevice.make_free(backing, force=True)
         assert Path(backing).read_bytes()[4096:] == bytes(SIZE - 4096)
 
     def test_what_a_state_may_need(self, backing):
         made = claimed(backing)
         with pytest.raises(BackingError, match="may hold blocks of swap0, whose state would be of no use"):
-            backingfile.make_free(backing, force=False)
+            backingdevice.make_free(backing, force=False)
         with alone(backing) as opened:
-            assert backingfile.look(opened) == made
-        backingfile.make_free(backing, force=True)
+            assert backingdevice.look(opened) == made
+        backingdevice.make_free(backing, force=True)
 
     @pytest.mark.parametrize("changes", [{"has_state": False}, {"boot": "b" * 32}])
     def test_what_has_gone(self, backing, changes):
         if not superblock.machine_id():
             pytest.skip("this machine has no /etc/machine-id")
         claimed(backing, **changes)
-        assert backingfile.make_free(backing, force=False).data_id == ""
+        assert backingdevice.make_free(backing, force=False).data_id == ""
 
     def test_damage(self, backing):
         claimed(backing)
@@ -252,74 +252,59 @@ class TestFormat:
             file.seek(100)
             file.write(b"\1")
         with pytest.raises(BackingError, match="has a damaged superblock"):
-            backingfile.make_free(backing, force=False)
-        backingfile.make_free(backing, force=True)
+            backingdevice.make_free(backing, force=False)
+        backingdevice.make_free(backing, force=True)
 
     def test_a_disk_that_fails(self, backing, monkeypatch):
         def fail(*arguments: object) -> None:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-        monkeypatch.setattr(backingfile.os, "fdatasync", fail)
+        monkeypatch.setattr(backingdevice.os, "fdatasync", fail)
         with pytest.raises(BackingError, match="cannot be written: input/output error: the kernel's log"):
-            backingfile.make_free(backing, force=False)
+            backingdevice.make_free(backing, force=False)
 
 
-@pytest.fixture
-def loop(disk_folder: Path) -> Iterator[str]:
-    """A block device: a file as /dev/loopN."""
-    if os.geteuid():
-        pytest.skip("only root can make a loop device")
-    allocate(disk_folder / "disk", 16 * MIB)
-    done = subprocess.run(
-        ["losetup", "--find", "--show", disk_folder / "disk"], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"there are no loop devices: {done.stderr.strip()}")
-    yield done.stdout.strip()
-    subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
-
-
-def test_a_block_device(loop):
-    number = os.stat(loop).st_rdev
-    with alone(loop) as opened:
-        assert opened == Opened(loop, opened.fd, 16 * MIB, 16 * MIB, opened.sector, number, True)
+def test_a_block_device(loop_device):
+    number = os.stat(loop_device).st_rdev
+    with alone(loop_device) as opened:
+        assert opened == Opened(loop_device, opened.fd, 16 * MIB, 16 * MIB, opened.sector, number, True)
         assert opened.sector in (512, 4096)
-        assert backingfile.look(opened) is None
-        assert refusal(loop) == (
+        assert backingdevice.look(opened) is None
+        assert refusal(loop_device) == (
             "is in use: another program has it, perhaps another zramd: stop that first, or use another one"
         )
-        looked = backingfile.open_to_look(loop)
-        assert backingfile.is_used(looked)
-    assert not backingfile.is_used(looked)
+        looked = backingdevice.open_to_look(loop_device)
+        assert backingdevice.is_used(looked)
+    assert not backingdevice.is_used(looked)
     os.close(looked.fd)
-    assert backingfile.make_free(loop, force=False).size == 16 * MIB
-    assert blockdevices.takes_memory(number) == os.path.basename(loop)
+    assert backingdevice.make_free(loop_device, force=False).size == 16 * MIB
+    assert blockdevices.takes_memory(number) == os.path.basename(loop_device)
 
 
-def test_a_block_device_with_a_file_system(loop, tmp_path):
-    subprocess.run(["mkfs.ext4", "-q", loop], check=True)
-    assert refusal(loop).startswith("holds something else")
+def test_a_block_device_with_a_file_system(loop_device, tmp_path):
+    subprocess.run(["mkfs.ext4", "-q", loop_device], check=True)
+    assert refusal(loop_device).startswith("holds something else")
     (tmp_path / "there").mkdir()
-    subprocess.run(["mount", loop, tmp_path / "there"], check=True)
+    subprocess.run(["mount", loop_device, tmp_path / "there"], check=True)
     try:
-        name = os.path.basename(loop)
+        name = os.path.basename(loop_device)
         for force in (True, False):
             with pytest.raises(BackingError) as caught:
-                backingfile.make_free(loop, force=force)
+                backingdevice.make_free(loop_device, force=force)
             assert str(caught.value) == (
-                f"backing '{loop}' is in use: {name} is mounted on '{tmp_path}/there': stop that first, or "
-                "use another one"
+                f"backing '{loop_device}' is in use: {name} is mounted on '{tmp_path}/there': stop that "
+                "first, or use another one"
             )
     finally:
         subprocess.run(["umount", tmp_path / "there"], check=True)
-    backingfile.make_free(loop, force=True)
-    found = subprocess.run(["blkid", "-p", loop], capture_output=True, text=True, check=False)
+    backingdevice.make_free(loop_device, force=True)
+    found = subprocess.run(["blkid", "-p", loop_device], capture_output=True, text=True, check=False)
     assert found.stdout == ""  # nothing of it is left to be taken for a file system
 
 
-def test_a_read_only_block_device(loop):
-    subprocess.run(["blockdev", "--setro", loop], check=True)
+def test_a_read_only_block_device(loop_device):
+    subprocess.run(["blockdev", "--setro", loop_device], check=True)
     try:
-        assert "read-only" in refusal(loop) or "permission" in refusal(loop)
+        assert "read-only" in refusal(loop_device) or "permission" in refusal(loop_device)
     finally:
-        subprocess.run(["blockdev", "--setrw", loop], check=True)
+        subprocess.run(["blockdev", "--setrw", loop_device], check=True)
