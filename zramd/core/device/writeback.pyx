@@ -91,6 +91,8 @@ cdef const char *magic = b"zramdext"
 cdef class Writeback:
     """Writes blocks of a device to its backing, and brings them back, in steps. Any thread may call it; one does.
 
+    A device has one: two would take each other's marks for their own.
+
     Raises ValueError for a device without a backing, MemoryError.
     """
 
@@ -372,9 +374,11 @@ cdef class Writeback:
             moved[0] = size * self.moving // self.used
             counter_add(&table.counters.bd_writes, written[0])
             counter_add(&table.counters.reclaimed_bytes, moved[0])
+            # The last first: a block may have been written since it was gathered, and gathered again. The mark is that of
+            # the last one, which takes it off.
             for i in range(self.count):
                 gate_enter(&self.device.gate)
-                blocks[0] += self._commit(table, &self.entries[i], extent)
+                blocks[0] += self._commit(table, &self.entries[self.count - 1 - i], extent)
                 gate_leave(&self.device.gate)
         self.backing.give(extent, rc != 0)
         return rc
