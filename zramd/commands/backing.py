@@ -13,6 +13,7 @@ from zramd.control import servers
 from zramd.control.human import spelled
 from zramd.kernel import backingdevice
 from zramd.kernel.backingdevice import Opened
+from zramd.launch import backingunit
 
 
 def show(arguments: argparse.Namespace) -> int:
@@ -82,6 +83,13 @@ def back(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def allow(arguments: argparse.Namespace) -> int:
+    """Let a device's service use its backing."""
+    for sentence in backingunit.allow(arguments.name):
+        print(sentence)
+    return 0
+
+
 def add(commands: Commands) -> None:
     """Add the verbs."""
     parser = commands.add_parser(
@@ -117,3 +125,11 @@ def add(commands: Commands) -> None:
     )
     add_device(one)
     one.set_defaults(run=back)
+    one = verbs.add_parser(
+        "allow",
+        help="let the service of a device use its backing",
+        description="Write a drop-in that lets the service zramd@NAME use the backing that zramd.conf gives the "
+        "device, and nothing else. Run it again when that changes.",
+    )
+    one.add_argument("name", metavar="NAME", help="the device, as zramd.conf names it")
+    one.set_defaults(run=allow)

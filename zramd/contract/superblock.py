@@ -50,7 +50,10 @@ class Superblock(NamedTuple):
 
 
 def new(size: int, granule: int, *, data_id: str = "", name: str = "", has_state: bool = False) -> Superblock:
-    """Return the superblock that this machine writes now; without data_id, of a backing that is free."""
+    """Return the superblock that this machine writes now; without data_id the backing is free.
+
+    size, granule: bytes.
+    """
     return Superblock(granule, size, data_id, name, machine_id(), boot_id(), int(time.time()), has_state)
 
 

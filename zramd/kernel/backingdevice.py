@@ -24,6 +24,7 @@ EDGE = 1 << 20  # bytes at the beginning and at the end by which something else 
 _IN_MEMORY = ("tmpfs", "ramfs", "rootfs")
 _BLKROGET, _BLKSSZGET = 0x125E, 0x1268  # linux/fs.h
 _INT = struct.Struct("i")
+_ALLOW = "run 'zramd backing allow' with the device's name as root (docs/systemd.md, 'Backing')"
 _PREPARE = "a partition, or a file made by 'fallocate -l 8G'"
 
 
@@ -176,13 +177,13 @@ def _cannot_be_opened(path: str, error: OSError) -> BackingError:
             )
     remedy = "use another one"
     if _is_hidden(path, error):
-        remedy = "a service sees no device that its unit does not name: docs/systemd.md, 'Backing'"
+        remedy = f"the service may not have it yet: {_ALLOW}"
     elif number in (errno.ENOENT, errno.ENOTDIR):
         remedy = f"make it, {_PREPARE}"
     elif number in (errno.EACCES, errno.EPERM):
         remedy = "run zramd as a user who may write to it, such as root"
     elif number == errno.EROFS:
-        remedy = "services may not write there until their unit lets them: docs/systemd.md, 'Backing'"
+        remedy = f"a service may not write there yet: {_ALLOW}"
     elif number in (errno.ENXIO, errno.ENODEV, errno.ENOMEDIUM):
         remedy = "there is no disk behind it: use another one"
     return BackingError(f"backing '{path}' cannot be opened: {reason(error)}: {remedy}")
@@ -199,7 +200,7 @@ def _is_hidden(path: str, error: OSError) -> bool:
 
 
 def read(opened: Opened, at: int, length: int = superblock.BYTES) -> bytes:
-    """Return what is on a backing; the place and the length in whole sectors. Raises OSError."""
+    """Return `length` bytes of what is on a backing; it and the place in whole sectors. Raises OSError."""
     memory = mmap.mmap(-1, length)
     done = 0
     while done < length:

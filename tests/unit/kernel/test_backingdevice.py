@@ -124,14 +124,21 @@ def test_a_service_that_cannot_see_a_device(monkeypatch):
     assert "make it, a partition" in refusal(path)
     monkeypatch.setenv("INVOCATION_ID", "1" * 32)
     monkeypatch.setattr(backingdevice.os.path, "isdir", lambda path: False)
-    assert refusal(path).endswith("that its unit does not name: docs/systemd.md, 'Backing'")
+    assert refusal(path).endswith(
+        "the service may not have it yet: run 'zramd backing allow' with the device's name as root "
+        "(docs/systemd.md, 'Backing')"
+    )
 
 
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [
         (errno.EACCES, "run zramd as a user who may write to it, such as root"),
-        (errno.EROFS, "services may not write there until their unit lets them: docs/systemd.md, 'Backing'"),
+        (
+            errno.EROFS,
+            "a service may not write there yet: run 'zramd backing allow' with the device's name as root "
+            "(docs/systemd.md, 'Backing')",
+        ),
         (errno.ENXIO, "there is no disk behind it: use another one"),
         (errno.ENOMEDIUM, "there is no disk behind it: use another one"),
         (errno.EIO, "use another one"),
