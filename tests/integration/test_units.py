@@ -377,6 +377,8 @@ def test_a_backing_that_a_service_may_write(disk_folder: Path) -> None:
     )
     drop_in = documented_drop_in("backing")
     assert drop_in.replace("    ", "") == backingunit.drop_in_for("/srv/zram0.backing")
+    device = documented_drop_in("backing device").replace("    ", "")
+    assert device == backingunit.drop_in_for("/dev/sdb1")
     done = as_service(root, drop_in.replace("/srv/", "/"), words)
     assert done.returncode == 124, done  # it served until it was ended
     assert superblock.unpack(path.read_bytes()[: superblock.BYTES], str(path)).name == "unit"

@@ -128,8 +128,8 @@ def add(commands: Commands) -> None:
     one = verbs.add_parser(
         "allow",
         help="let the service of a device use its backing",
-        description="Write a drop-in that lets the service zramd@NAME use the backing that zramd.conf gives the "
-        "device, and nothing else. Run it again when that changes.",
+        description="Write a drop-in that lets the service zramd@NAME use the backing that zramd.conf gives "
+        "the device, and nothing else. Run it again when that changes.",
     )
     one.add_argument("name", metavar="NAME", help="the device, as zramd.conf names it")
     one.set_defaults(run=allow)

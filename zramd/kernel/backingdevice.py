@@ -199,6 +199,23 @@ def _is_hidden(path: str, error: OSError) -> bool:
     )
 
 
+def refuse_for_swap(opened: Opened) -> None:
+    """Raise BackingError for what may need memory to take what this machine swaps out. Raises OSError."""
+    path = opened.path
+    if not opened.is_block:
+        raise BackingError(
+            f"backing '{path}' is a file, and with swap=local a file system would need memory when there is "
+            "none: use a partition, or another block device"
+        )
+    if name := blockdevices.takes_memory(opened.number):
+        raise BackingError(
+            f"backing '{path}' is on {name}, for which the kernel would need memory when there is none: with "
+            "swap=local use a partition of a disk of this machine"
+        )
+    if name := blockdevices.swapped_to(opened.number):
+        raise BackingError(f"backing '{path}' is on {name}, which is used as swap: use another one")
+
+
 def read(opened: Opened, at: int, length: int = superblock.BYTES) -> bytes:
     """Return `length` bytes of what is on a backing; it and the place in whole sectors. Raises OSError."""
     memory = mmap.mmap(-1, length)

@@ -1,7 +1,7 @@
 """What a service may do for its backing: a drop-in of zramd@NAME.service, as zramd.conf has it.
 
-The units shipped let a server see no device and write to no folder but its own. Which ones a backing needs, only
-the configuration says, so they are added to the one service that needs them.
+The units shipped let a server see no device, and write to no folder but its own. Which ones a backing needs,
+only the configuration says, so they are added to the one service that needs them.
 """
 
 import os

@@ -50,7 +50,7 @@ def _accept(config: Config, opened: Opened) -> Superblock | None:
             f"backing '{path}' lies on {own}, which is {config.name} itself: use a disk, or a part of one"
         )
     if config.swap == "local":
-        _refuse_for_swap(path, opened)
+        backingdevice.refuse_for_swap(opened)
     found = backingdevice.look(opened)
     if found and found.is_needed():
         if found.size > opened.size:
@@ -61,22 +61,6 @@ def _accept(config: Config, opened: Opened) -> Superblock | None:
         if not config.state:
             raise _anothers(path, found)
     return found
-
-
-def _refuse_for_swap(path: str, opened: Opened) -> None:
-    """Raise BackingError for what may need memory to take what this machine swaps out."""
-    if not opened.is_block:
-        raise BackingError(
-            f"backing '{path}' is a file, and with swap=local a file system would need memory when there is "
-            "none: use a partition, or another block device"
-        )
-    if name := blockdevices.takes_memory(opened.number):
-        raise BackingError(
-            f"backing '{path}' is on {name}, for which the kernel would need memory when there is none: with "
-            "swap=local use a partition of a disk of this machine"
-        )
-    if name := blockdevices.swapped_to(opened.number):
-        raise BackingError(f"backing '{path}' is on {name}, which is used as swap: use another one")
 
 
 def _anothers(path: str, found: Superblock) -> BackingError:
