@@ -116,8 +116,8 @@ def config_complete() -> None:
 def _best_thread_model(config: settings.Config) -> str:
     # One thread for each client: clients run in parallel, and several threads of one would queue for the
     # interpreter. But where a read may wait for a disk, the requests behind it are not to wait as well. An
-    # nbdkit before 1.34 would abort with several, and take everyone's data along, when a client vanishes while
-    # they answer: "raw_send_socket: Assertion `sock >= 0' failed".
+    # nbdkit before 1.34 would abort with several, and take everyone's data along, when a client vanishes
+    # while they answer: "raw_send_socket: Assertion `sock >= 0' failed".
     return "parallel" if config.backing and hasattr(nbdkit, "disconnect") else "serialize_requests"
 
 

@@ -202,6 +202,17 @@ def test_a_backing_that_another_state_needs(
     assert superblock(backing).has_state
 
 
+def test_from_one_backing_to_another(serve: Serve, state: Path, backing: Path) -> None:
+    """The data has the same name on both, but its blocks are on the second: the first is refused."""
+    put_out(state, backing, 0)
+    other = allocate(backing.with_name("other"))
+    put_out(state, other)
+    assert superblock(backing).data_id == superblock(other).data_id
+    assert refused(serve, state=state, backing=backing).startswith(f"backing '{backing}' is not the one on")
+    served = serve(state=state, backing=other)
+    assert NbdSocket(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
+
+
 def test_a_backing_in_use(serve: Serve, backing: Path) -> None:
     served = serve(backing=backing, name="swap0")
     assert f"what goes to backing '{backing}' is lost when this server ends: it has no state" in (

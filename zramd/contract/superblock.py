@@ -2,6 +2,8 @@
 
     | superblock, 4096 bytes | rest of extent 0, unused | extents 1 … n-1: records of blocks |
 
+By its id a state knows the backing on which its blocks are: the data may have moved to another one since.
+
 Where each record lies, the slots of the device know, in memory. So what is on a backing means nothing without
 the data that the superblock names, and that is gone when its server had no state, or when the machine was
 booted since: a state lies in memory.
@@ -21,11 +23,12 @@ VERSION = 1
 BYTES = 4096  # of it, the last four of which are its checksum
 EXTENT = 65536  # bytes; what is written at once, and extent 0 is for this
 LEAST = 16 * EXTENT  # bytes of a backing
+MOST = 16 << 40  # bytes that are used of one: a granule is at most 4096 bytes, and its number has 32 bits
 MACHINE = "/etc/machine-id"
 BOOT = "/proc/sys/kernel/random/boot_id"
 
 _GRANULE = 16  # bytes, in which records are counted, as long as 32 bits hold the number
-_FIELDS = struct.Struct("<16sIIQ16s16s16sQI64s")
+_FIELDS = struct.Struct("<16sIIQ16s16s16s16sQI64s")
 _SUM = struct.Struct("<I")
 _HAS_STATE = 1
 _NONE = "0" * 32
@@ -36,12 +39,18 @@ class Superblock(NamedTuple):
 
     granule: int  # bytes
     size: int  # bytes that are used of the backing, whole extents
-    data_id: str  # of the data whose blocks are on it, as Device.data_id
+    id: str  # its own, new whenever a device makes it its own: a state with blocks there knows it by that
+    data_id: str  # of the device's data then, as Device.data_id
     name: str  # of the device
     machine: str
     boot: str
     claimed: int  # when that was written, in seconds since 1970
     has_state: bool  # whether that data may still be there after its server has ended
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """All ids, in the order in which they are packed."""
+        return (self.id, self.data_id, self.machine, self.boot)
 
     def is_needed(self) -> bool:
         """Say whether the data that it names may exist still: a boot ends what a state holds."""
@@ -54,7 +63,10 @@ def new(size: int, granule: int, *, data_id: str = "", name: str = "", has_state
 
     size, granule: bytes.
     """
-    return Superblock(granule, size, data_id, name, machine_id(), boot_id(), int(time.time()), has_state)
+    name_of_it = f"{int.from_bytes(os.urandom(16), 'big') | 1:032x}" if data_id else ""
+    return Superblock(
+        granule, size, name_of_it, data_id, name, machine_id(), boot_id(), int(time.time()), has_state
+    )
 
 
 def granule_of(size: int) -> int:
@@ -66,8 +78,8 @@ def granule_of(size: int) -> int:
 
 
 def usable(size: int) -> int:
-    """Return the bytes of whole extents."""
-    return size // EXTENT * EXTENT
+    """Return the bytes of a backing of `size` bytes that are used: whole extents."""
+    return min(size, MOST) // EXTENT * EXTENT
 
 
 def pack(superblock: Superblock) -> bytes:
@@ -77,7 +89,7 @@ def pack(superblock: Superblock) -> bytes:
         VERSION,
         superblock.granule,
         superblock.size,
-        *(bytes.fromhex(text or _NONE) for text in (superblock.data_id, superblock.machine, superblock.boot)),
+        *(bytes.fromhex(text or _NONE) for text in superblock.ids),
         superblock.claimed,
         _HAS_STATE * superblock.has_state,
         superblock.name.encode(),
@@ -106,9 +118,9 @@ def unpack(data: bytes, path: str) -> Superblock | None:
             f"backing '{path}' has a damaged superblock (its checksum differs): if nobody needs what is on "
             f"it, run 'zramd backing format --force {path}'"
         )
-    data_id, machine, boot = ("" if raw.hex() == _NONE else raw.hex() for raw in ids)
+    own, data_id, machine, boot = ("" if raw.hex() == _NONE else raw.hex() for raw in ids)
     shown = name.rstrip(b"\0").decode(errors="replace")
-    return Superblock(granule, size, data_id, shown, machine, boot, claimed, bool(flags & _HAS_STATE))
+    return Superblock(granule, size, own, data_id, shown, machine, boot, claimed, bool(flags & _HAS_STATE))
 
 
 def _is_possible(size: int, granule: int) -> bool:

@@ -7,8 +7,8 @@
 A superblock that names other data is accepted when that data has gone (Superblock.is_needed), or when it is
 the data of our state. Which that is, the device knows, once it has taken its state over.
 
-The name stays the same while anything is out: state and superblock must never disagree about it, whatever
-ends us. A reset makes a new one, which `renew` writes; until then the old one does as well.
+The id of the superblock stays while anything is out: state and superblock must never disagree about it,
+whatever ends us. What a reset or a load makes of the data, `renew` writes there; until then the old one does.
 """
 
 import os
@@ -75,7 +75,7 @@ def _anothers(path: str, found: Superblock) -> BackingError:
 class BackingFile:
     """A backing that this server alone has open, until it ends.
 
-    core: what the device writes to. data_id: what the superblock names, if it may be ours, else ''.
+    core: what the device writes to. id: the superblock's, if what is on it may be ours, else ''.
     """
 
     def __init__(self, config: Config, opened: Opened, found: Superblock | None) -> None:
@@ -87,20 +87,23 @@ class BackingFile:
         # Records lie where the granule says that they do, so what may be ours keeps its size and granule.
         is_kept = found is not None and self._has_state and found.size <= opened.size
         self._size = found.size if found and is_kept else opened.size
-        self.data_id = found.data_id if found and is_kept else ""
+        self.id = found.id if found and is_kept else ""
         self.core = Backing(opened.fd, self._size, superblock.granule_of(self._size), opened.sector)
 
     def take_over(self, device: Device) -> None:
-        """Have superblock and device name the same data; `device` was just made with this backing.
+        """Have superblock and device know each other; `device` was just made with this backing.
 
         Raises BackingError when the backing may hold what another state needs, or cannot be written.
         """
-        if self.data_id == device.backing_id:  # as the device has seen to if anything is out
-            if self._is_stale():
-                self._put(self.data_id)
+        found = self._found
+        if found and self.id == device.backing_id:  # as the device has seen to if anything is out
+            current = self._made(found.data_id)._replace(id=found.id, claimed=found.claimed)
+            if found != current:  # the machine was booted since, say
+                self._put(current)
             return
-        if self._found and self._found.is_needed() and self.data_id != device.data_id:
-            raise _anothers(self.path, self._found)
+        # A server that was killed while it made it its own has written the superblock, and no more.
+        if found and found.is_needed() and found.data_id != device.data_id:
+            raise _anothers(self.path, found)
         self._claim(device)
 
     def renew(self, device: Device) -> None:
@@ -108,25 +111,20 @@ class BackingFile:
 
         Only the thread that writes to the backing may call this. Raises BackingError; nothing is worse then.
         """
-        if device.backing_id != device.data_id and not device.counters()["out_pages"]:
+        is_named = self._found is not None and self._found.data_id == device.data_id
+        if not is_named and not device.counters()["out_pages"]:
             self._claim(device)
 
     def _claim(self, device: Device) -> None:
-        self._put(device.data_id)
-        device.claim_backing()
+        self._put(self._made(device.data_id))
+        device.claim_backing(self.id)
 
-    def _is_stale(self) -> bool:
-        """Say whether the superblock says something else than who we are, such as after a boot."""
-        return self._found is not None and self._found != self._made(self.data_id, self._found.claimed)
-
-    def _put(self, data_id: str) -> None:
-        made = self._made(data_id)
+    def _put(self, made: Superblock) -> None:
         backingdevice.put(self._opened, made)
-        self._found, self.data_id = made, data_id
+        self._found, self.id = made, made.id
 
-    def _made(self, data_id: str, claimed: int | None = None) -> Superblock:
+    def _made(self, data_id: str) -> Superblock:
         granule = superblock.granule_of(self._size)
-        made = superblock.new(
+        return superblock.new(
             self._size, granule, data_id=data_id, name=self._name, has_state=self._has_state
         )
-        return made if claimed is None else made._replace(claimed=claimed)

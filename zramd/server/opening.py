@@ -82,7 +82,7 @@ def _ways(config: Config, backing: "BackingFile | None") -> dict[str, Any]:
         "verify": config.verify,
         "cold_level": config.cold_level,
         "backing": backing and backing.core,
-        "backing_id": backing.data_id if backing else "",
+        "backing_id": backing.id if backing else "",
     }
 
 

@@ -82,6 +82,20 @@ def test_a_sound_superblock_with_impossible_numbers(size, granule):
         superblock.unpack(superblock.pack(made(size=size, granule=granule)), "/dev/x")
 
 
+def test_an_id_of_its_own():
+    """Each device that makes it its own gives it another; an odd number, so that half of it is never zero."""
+    ids = [superblock.new(GIB, 16, data_id=DATA).id for _ in range(20)]
+    assert len(set(ids)) == 20
+    assert all(len(bytes.fromhex(each)) == 16 and int(each, 16) & 1 for each in ids)
+    assert superblock.new(GIB, 16).id == ""
+
+
+def test_no_more_is_used_than_can_be():
+    assert superblock.usable((1 << 20) + 65535) == 1 << 20
+    assert superblock.usable(1 << 45) == 1 << 44
+    assert superblock.granule_of(1 << 44) == 4096
+
+
 def test_a_granule_for_each_size():
     for size, granule in (
         (1 << 20, 16),

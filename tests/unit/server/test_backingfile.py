@@ -18,7 +18,8 @@ from zramd.server.backingfile import BackingFile
 from zramd.settings import config
 
 SIZE = 4 << 20
-MINE, OTHER, THIRD = "1" * 32, "2" * 32, "3" * 32
+MINE, OTHER, THIRD = "1" * 32, "2" * 32, "3" * 32  # data
+ID = "5" * 32  # of a backing
 NONE = "0" * 32
 
 
@@ -31,9 +32,9 @@ class Device:
     def counters(self) -> dict[str, int]:
         return {"out_pages": self.out}
 
-    def claim_backing(self) -> None:
+    def claim_backing(self, backing_id: str) -> None:
         assert not self.out
-        self.backing_id = self.data_id
+        self.backing_id = backing_id
 
 
 class Place:
@@ -74,7 +75,8 @@ class Place:
 
     def write(self, **changes: object) -> Superblock:
         """Have it be another server's, one with a state."""
-        made = superblock.new(SIZE, 16, data_id=OTHER, name="other", has_state=True)._replace(**changes)
+        made = superblock.new(SIZE, 16, data_id=OTHER, name="other", has_state=True)
+        made = made._replace(**{"id": ID, **changes})
         with self.path.open("r+b") as file:
             file.write(superblock.pack(made))
         return made
@@ -110,23 +112,26 @@ def test_the_core_and_the_superblock_agree():
 
 def test_a_blank_one_becomes_ours(place):
     made = place.open(**STATE)
-    assert (made.data_id, made.core.size, made.core.granule) == ("", SIZE, 16)
+    assert (made.id, made.core.size, made.core.granule) == ("", SIZE, 16)
     device = Device()
     made.take_over(device)
     found = place.superblock()
     assert found is not None
     assert (found.data_id, found.name, found.has_state, found.size) == (MINE, "swap0", True, SIZE)
-    assert device.backing_id == MINE
+    assert device.backing_id == found.id == made.id != MINE
     assert kernel.look(made._opened) == found
 
 
 def test_the_next_server_with_the_state(place):
-    place.open(**STATE).take_over(Device())
+    device = Device()
+    place.open(**STATE).take_over(device)
     before = place.superblock()
     again = place.open(**STATE)
-    assert again.data_id == MINE
-    again.take_over(Device(backing_id=MINE, out=5))
-    again.take_over(Device(backing_id=MINE))
+    assert again.id == device.backing_id == before.id
+    device.out = 5
+    again.take_over(device)
+    device.out = 0
+    again.take_over(device)
     assert place.superblock() == before  # nothing is written where nothing is new
 
 
@@ -144,11 +149,11 @@ def test_that_of_another_device(place, settings):
     sentence = f"may hold blocks of other (data {OTHER}): start it with the state that has that data, or, if"
     if settings:  # it may be ours: our state says
         made = place.open(**settings)
-        for device in (Device(), Device(backing_id=THIRD)):
+        for device in (Device(), Device(backing_id="7" * 32)):
             with pytest.raises(BackingError) as caught:
                 made.take_over(device)
             assert str(caught.value).startswith(f"backing '{place.path}' {sentence}")
-            assert device.backing_id != device.data_id
+            assert device.backing_id != ID
     else:
         assert place.refusal(**settings).startswith(sentence)
     assert place.superblock() == before
@@ -161,7 +166,7 @@ def test_that_of_another_machine(place):
     with pytest.raises(BackingError, match="of another machine"):
         made.take_over(Device())
     assert place.superblock() == before
-    made.take_over(Device(data_id=THIRD, backing_id=OTHER, out=1))  # the state came along
+    made.take_over(Device(data_id=THIRD, backing_id=ID, out=1))  # the state came along
     assert place.superblock().machine == superblock.machine_id()
     assert place.superblock().data_id == OTHER
 
@@ -180,9 +185,26 @@ def test_what_went_with_the_memory(place):
 def test_a_state_that_outlived_a_boot(place):
     """Somebody has copied it to a disk and back: from now on nobody else may have its backing."""
     place.write(boot="8" * 32)
-    place.open(**STATE).take_over(Device(data_id=THIRD, backing_id=OTHER, out=3))
+    place.open(**STATE).take_over(Device(data_id=THIRD, backing_id=ID, out=3))
     found = place.superblock()
-    assert (found.data_id, found.boot, found.is_needed()) == (OTHER, superblock.boot_id(), True)
+    assert (found.id, found.boot, found.is_needed()) == (ID, superblock.boot_id(), True)
+
+
+def test_a_device_that_moved_to_another_one(place, disk_folder):
+    """What was left on the first is of no use, though the data has the same name."""
+    device = Device()
+    place.open(**STATE).take_over(device)
+    first = place.superblock()
+    other = Place(disk_folder / "other")
+    other.open(**STATE).take_over(device)
+    other.close()
+    second = other.superblock()
+    assert first.data_id == second.data_id == MINE
+    assert device.backing_id == second.id != first.id
+    made = place.open(**STATE)
+    assert made.id == first.id != device.backing_id  # so the device refuses it if anything is out
+    made.take_over(device)
+    assert device.backing_id == place.superblock().id not in (first.id, second.id)
 
 
 def test_a_reset(place):
@@ -190,32 +212,33 @@ def test_a_reset(place):
     made = place.open(**STATE)
     device = Device()
     made.take_over(device)
+    first = place.superblock()
     device.data_id = OTHER  # a reset; killed here, the next one starts as ours
-    place.open(**STATE).take_over(device)
-    assert (device.backing_id, place.superblock().data_id) == (MINE, MINE)
     made = place.open(**STATE)
+    made.take_over(device)
+    assert place.superblock() == first
     device.out = 1
     made.renew(device)
-    assert (device.backing_id, place.superblock().data_id) == (MINE, MINE)  # what is out needs that
+    assert place.superblock() == first  # what is out needs that
     device.out = 0
     made.renew(device)
-    assert (device.backing_id, place.superblock().data_id) == (OTHER, OTHER)
-    before = place.superblock()
+    second = place.superblock()
+    assert second.data_id == OTHER
+    assert device.backing_id == second.id != first.id  # a copy of the old state does not take it for its own
     made.renew(device)
-    assert place.superblock() == before
+    assert place.superblock() == second
 
 
 def test_killed_between_superblock_and_state(place, monkeypatch):
     made = place.open(**STATE)
     device = Device()
+    monkeypatch.setattr(device, "claim_backing", lambda backing_id: None)
     made.take_over(device)
-    device.data_id = OTHER
-    monkeypatch.setattr(device, "claim_backing", lambda: None)
-    made.renew(device)
-    assert (device.backing_id, place.superblock().data_id) == (MINE, OTHER)
+    assert place.superblock().data_id == MINE
+    assert device.backing_id == NONE
     monkeypatch.undo()
     place.open(**STATE).take_over(device)
-    assert (device.backing_id, place.superblock().data_id) == (OTHER, OTHER)
+    assert device.backing_id == place.superblock().id
 
 
 def test_a_disk_that_takes_no_superblock(place, monkeypatch):
@@ -230,7 +253,7 @@ def test_a_disk_that_takes_no_superblock(place, monkeypatch):
     monkeypatch.setattr(kernel.os, "pwritev", fail)
     with pytest.raises(BackingError, match="cannot be written: input/output error"):
         made.renew(device)
-    assert device.backing_id == MINE
+    assert device.backing_id == place.superblock().id
 
 
 def test_a_smaller_one(place):
@@ -240,7 +263,7 @@ def test_a_smaller_one(place):
     assert place.refusal() == sentence
     place.write(size=2 * SIZE, has_state=False)
     made = place.open(**STATE)
-    assert (made.core.size, made.data_id) == (SIZE, "")  # nothing on it can be ours
+    assert (made.core.size, made.id) == (SIZE, "")  # nothing on it can be ours
 
 
 def test_a_larger_one(place):
