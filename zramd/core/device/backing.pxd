@@ -10,9 +10,17 @@ cdef enum:
     RECORD_HEAD = 12
     ROOM = 2 * BLOCK_SIZE       # a record, with all of the sectors that it is on
     GRANULE = 16                # bytes; twice as many for each doubling beyond 64 GiB
-    # Of an extent's word: how much of it lives, how many read it, and what is the matter with it.
-    EXTENT_LIVE = 0xFFFFFFFF
-    EXTENT_READER = 1 << 32
+
+cdef extern from *:
+    """
+    /* Of an extent's word: the bytes of it that live, one thread that reads it, and what is the matter with it: it is being
+       written; writing it failed, or reading all of it. */
+    #define EXTENT_LIVE ((uint64_t)0xFFFFFFFF)
+    #define EXTENT_READER ((uint64_t)1 << 32)
+    #define EXTENT_WRITTEN ((uint64_t)1 << 62)
+    #define EXTENT_BAD ((uint64_t)1 << 63)
+    """
+    uint64_t EXTENT_LIVE, EXTENT_READER, EXTENT_WRITTEN, EXTENT_BAD
 
 cdef enum:
     AWAY = 1                    # beside 0 and -errno: the block is out

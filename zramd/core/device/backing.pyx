@@ -71,10 +71,6 @@ cdef extern from *:
 EXTENT = EXTENT_BYTES
 MAX_PLACES = 1 << 32
 
-# Of an extent's word, too.
-cdef uint64_t WRITTEN = <uint64_t>1 << 62       # it is being written
-cdef uint64_t BAD = <uint64_t>1 << 63           # writing it failed, or reading all of it
-
 
 def granule_for(uint64_t size):
     """The granule of a backing of so many bytes: the least of which 32 bits can tell the number."""
@@ -182,14 +178,14 @@ cdef class Backing:
                 break
             before = load_relaxed(word)
         counter_sub(&self.live, size)
-        if now != before and now & EXTENT_LIVE == 0 and not now & (WRITTEN | BAD):
+        if now != before and now & EXTENT_LIVE == 0 and not now & (EXTENT_WRITTEN | EXTENT_BAD):
             counter_sub(&self.used, 1)
 
     cdef void forget_all(self) noexcept nogil:
         """Take note that no slot leads here any more. Nobody adds or drops meanwhile, but some may read or write."""
         cdef uint64_t i
         for i in range(self.extents):
-            fetch_and(&self.words[i], ~<uint64_t>EXTENT_LIVE)
+            fetch_and(&self.words[i], ~EXTENT_LIVE)
         store_relaxed(&self.live, 0)
         self.count_used()
 
@@ -199,7 +195,7 @@ cdef class Backing:
         for i in range(1, self.extents):
             word = load_relaxed(&self.words[i])
             live += word & EXTENT_LIVE
-            used += not word & BAD and word & (EXTENT_LIVE | WRITTEN) != 0
+            used += not word & EXTENT_BAD and word & (EXTENT_LIVE | EXTENT_WRITTEN) != 0
         store_relaxed(&self.used, used)
         store_relaxed(&self.live, live)
 
@@ -212,7 +208,7 @@ cdef class Backing:
         for looked in range(1, self.extents):
             at = at + 1 if at + 1 < self.extents else 1
             # (Most are in use on a full backing: their word alone is looked at.)
-            if load_acquire(&self.words[at]) == 0 and compare_swap(&self.words[at], 0, WRITTEN):
+            if load_acquire(&self.words[at]) == 0 and compare_swap(&self.words[at], 0, EXTENT_WRITTEN):
                 counter_add(&self.used, 1)
                 self.cursor = at
                 return at
@@ -222,15 +218,15 @@ cdef class Backing:
         """Take note that an extent is written, or cannot be (is_bad): then it is not tried again."""
         cdef uint64_t before
         if is_bad:
-            fetch_or(&self.words[extent], BAD)
+            fetch_or(&self.words[extent], EXTENT_BAD)
             counter_add(&self.bad, 1)
-        before = fetch_and(&self.words[extent], ~WRITTEN)
+        before = fetch_and(&self.words[extent], ~EXTENT_WRITTEN)
         if is_bad or before & EXTENT_LIVE == 0:
             counter_sub(&self.used, 1)
 
     cdef void give_up(self, uint64_t extent) noexcept nogil:
         """Take note that an extent cannot be read: nothing moves from it, and it is not written again."""
-        if not fetch_or(&self.words[extent], BAD) & BAD:
+        if not fetch_or(&self.words[extent], EXTENT_BAD) & EXTENT_BAD:
             counter_add(&self.bad, 1)
             counter_sub(&self.used, 1)
 

@@ -16,7 +16,6 @@ from libc.string cimport memcmp, memcpy, memset
 
 from zramd.core.device.backing cimport (
     EXTENT_BYTES,
-    EXTENT_LIVE,
     EXTENT_READER,
     EXTENT_SHIFT,
     RECORD_HEAD,
@@ -284,7 +283,7 @@ cdef class Writeback:
         """Copy what lives of an extent into the buffer; 0 or -errno: some of it cannot be read."""
         cdef extent_head head
         cdef record r
-        cdef uint64_t slot, first = extent << EXTENT_SHIFT, found = 0
+        cdef uint64_t slot, first = extent << EXTENT_SHIFT
         cdef uint32_t at = self.backing.head, size, i
         cdef const char *payload
         cdef int rc = self.backing.read(self.other, EXTENT_BYTES, first)
@@ -304,11 +303,12 @@ cdef class Writeback:
                 return -EIO
             payload = self.other + at + RECORD_HEAD
             slot = table.get(r.block) if r.block < table.count else 0
-            if is_out(slot) and slot_handle(slot) << self.backing.granule_shift == first + at:
-                found += self.backing.record_bytes(slot_bytes(slot))
-                if r.what != out_what(slot) or sum_low(r.sum) != slot_sum(slot) or (
-                        r.sum != record_sum(r.block, r.what, payload)):
-                    rc = -EIO       # the others can be read
+            # (Also of those that are dead: which block it was of is only known if it is right.)
+            if r.sum != record_sum(r.block, r.what, payload):
+                rc = -EIO           # the others can be read
+            elif is_out(slot) and slot_handle(slot) << self.backing.granule_shift == first + at:
+                if r.what != out_what(slot) or sum_low(r.sum) != slot_sum(slot):
+                    rc = -EIO
                 elif self._has_room(size):
                     memcpy(self.buffer + self.used + RECORD_HEAD, payload, size)
                     self.entries[self.count].slot = slot
@@ -317,8 +317,7 @@ cdef class Writeback:
                     self.moving += self.backing.record_bytes(size)
                     records[0] += 1
             at += self.backing.record_bytes(size)
-        # (Less may live by now, but not more.)
-        return rc if load_relaxed(&self.backing.words[extent]) & EXTENT_LIVE <= found else -EIO
+        return rc
 
     # --------------------------------------------------------------------------------------------------------
     # flush
