@@ -230,8 +230,9 @@ def test_a_backing_in_use(serve: Serve, backing: Path) -> None:
     assert shown["used now"] == "yes"
     assert shown["size"] == "8 MiB, 128 extents of 64 KiB"
     assert shown["holds"].startswith("blocks of swap0, data ")
-    assert shown["needed"] == "no: that data is gone"
+    assert shown["needed"] == "yes, now"
     served.stop(signal.SIGKILL)
+    assert "\nneeded    no: that data is gone\n" in zramd_command("backing", "show", backing).stdout
     answer = json.loads(zramd_command("backing", "show", "-J", backing).stdout)
     assert (answer["used"], answer["needed"], answer["superblock"]["name"]) == (False, False, "swap0")
     serve(backing=backing)
@@ -293,3 +294,27 @@ def test_a_block_device(serve: Serve, state: Path, loop_device: str) -> None:
     wait_until(lambda: served.process.poll() is not None)
     served = serve(state=state, backing=loop_device)
     assert NbdSocket(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
+
+
+def test_a_restart_on_a_block_device(started: Callable[..., Started], loop_device: str) -> None:
+    """Two processes cannot have it at once, not for a moment."""
+    served = started(f"writeback-device={loop_device}")
+    for _ in range(3):
+        pid = served.pid
+        done = served.restart()
+        assert (done.returncode, done.stderr) == (0, "")
+        assert served.pid != pid
+    assert served.ask("/settings")["backing"] == loop_device
+
+
+def test_without_a_state_the_user_is_told(tmp_path: Path, backing: Path) -> None:
+    """Of a server in the background, by the command that starts it."""
+    folder = tmp_path / "run"
+    done = zramd_command("start", "none0", "--size", "16M", f"rundir={folder}", f"backing={backing}")
+    try:
+        assert done.returncode == 0
+        assert done.stderr == (
+            f"zramd: what goes to backing '{backing}' is lost when this server ends: it has no state\n"
+        )
+    finally:
+        assert zramd_command("stop", "--rundir", folder).returncode == 0

@@ -42,12 +42,18 @@ def _rows(opened: Opened, found: Superblock | None, used: bool) -> dict[str, str
         rows["holds"] = "nothing: it was formatted, and no server has used it yet"
     else:
         rows["holds"] = f"blocks of {found.name}, data {found.data_id}"
-        rows["needed"] = "its data may exist still" if found.is_needed() else "no: that data is gone"
+        rows["needed"] = _needed(found, used)
     if found:
         rows["written"] = f"{_local(found.claimed)}, {_where(found)}"
         rows["granule"] = f"{found.granule} bytes"
     rows["used now"] = "yes" if used else "no"
     return rows
+
+
+def _needed(found: Superblock, used: bool) -> str:
+    if used:
+        return "yes, now"
+    return "perhaps: that data has a state" if found.is_needed() else "no: that data is gone"
 
 
 def _where(found: Superblock) -> str:
