@@ -109,12 +109,19 @@ def config_complete() -> None:
     full = {"enospc": errno.ENOSPC, "eio": errno.EIO}[_config.pool_full]
     requests.prepare(nbdkit.set_error, full, not hasattr(nbdkit, "disconnect"))
     _thread_model = _config.thread_model
+    if _thread_model == "auto":
+        _thread_model = _best_thread_model(_config)
+
+
+def _best_thread_model(config: settings.Config) -> str:
+    # One thread for each client: clients run in parallel, and several threads of one would queue for the
+    # interpreter. But where a read may wait for a disk, the requests behind it are not to wait as well. An
+    # nbdkit before 1.34 would abort with several, and take everyone's data along, when a client vanishes
+    # while they answer: "raw_send_socket: Assertion `sock >= 0' failed".
+    return "parallel" if config.backing and hasattr(nbdkit, "disconnect") else "serialize_requests"
 
 
 def thread_model() -> int:
-    # One thread for each client, on every nbdkit: clients run in parallel, and several threads of one would
-    # queue for the interpreter. An nbdkit before 1.34 would abort with them, and take everyone's data along,
-    # when a client vanishes while they answer: "raw_send_socket: Assertion `sock >= 0' failed".
     model = "serialize_requests" if _thread_model == "auto" else _thread_model
     value: int = getattr(nbdkit, f"THREAD_MODEL_{model.upper()}")
     return value

@@ -15,6 +15,8 @@ import pytest
 from support.server import PACKAGE_PARENT, NbdkitProcess
 
 import zramd
+from zramd.contract import superblock
+from zramd.launch import backingunit
 
 UNITS = (
     *("zramd@.service", "zramd-attach@.service", "zramd-refresh.service", "zramd-refresh.timer"),
@@ -356,6 +358,30 @@ def test_paths_that_a_service_may_write(tmp_path: Path, memory_folder: Path, wha
         assert path.stat().st_size
     nothing = as_service(root, "", words[:-1])
     assert (nothing.returncode, nothing.stderr) == (124, ""), nothing
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts")
+def test_a_backing_that_a_service_may_write(disk_folder: Path) -> None:
+    """A file: refused, and done with the drop-in that 'zramd backing allow' writes, which is documented."""
+    root = disk_folder
+    (root / "run").mkdir(0o700)
+    path = root / "zram0.backing"
+    subprocess.run(["fallocate", "--length", "4M", path], check=True)
+    path.chmod(0o600)
+    words = ["--name", "unit", "--size", "16M", f"rundir={root}/run", f"backing={path}"]
+    refused = as_service(root, "", words)
+    assert refused.returncode == 1, refused
+    assert (
+        "a service may not write there yet: run 'zramd backing allow' with the device's name"
+        in refused.stderr
+    )
+    drop_in = documented_drop_in("backing")
+    assert drop_in.replace("    ", "") == backingunit.drop_in_for("/srv/zram0.backing")
+    device = documented_drop_in("backing device").replace("    ", "")
+    assert device == backingunit.drop_in_for("/dev/sdb1")
+    done = as_service(root, drop_in.replace("/srv/", "/"), words)
+    assert done.returncode == 124, done  # it served until it was ended
+    assert superblock.unpack(path.read_bytes()[: superblock.BYTES], str(path)).name == "unit"
 
 
 def test_no_core_dump_of_a_service() -> None:

@@ -52,7 +52,11 @@ def run(packages: Path, library: Path | None, *words: object) -> subprocess.Comp
     """Run interleavings.py with a build of zramd."""
     return subprocess.run(
         [sys.executable, "-P", SUPPORT / "interleavings.py", *map(str, words)],
-        env={**os.environ, "PYTHONPATH": f"{packages}:{SUPPORT.parent}", **(preloaded(library) if library else {})},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{packages}:{SUPPORT.parent}",
+            **(preloaded(library) if library else {}),
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -70,7 +74,9 @@ def test_no_interleaving_goes_wrong(library: Path | None) -> None:
     if found.returncode:
         where = f"{SUPPORT / 'interleavings.py'} {last_seed(found)} 1"
         load = f"LD_PRELOAD={library} " if library else ""
-        pytest.fail(f"{load}PYTHONPATH={PACKAGES}:{SUPPORT.parent} {sys.executable} -P {where}\n{found.stderr}")
+        pytest.fail(
+            f"{load}PYTHONPATH={PACKAGES}:{SUPPORT.parent} {sys.executable} -P {where}\n{found.stderr}"
+        )
     assert len(found.stdout.splitlines()) == SEEDS
 
 

@@ -51,7 +51,13 @@ class Disk:
 
 
 def write_out(
-    device: Device, first: int = 0, end: int = 1 << 40, age: int = 0, *, hands: Writeback | None = None, **which: bool
+    device: Device,
+    first: int = 0,
+    end: int = 1 << 40,
+    age: int = 0,
+    *,
+    hands: Writeback | None = None,
+    **which: bool,
 ) -> int:
     """Write blocks out until none is left, or no extent is free; how many are out now that were not."""
     hands = hands or Writeback(device)

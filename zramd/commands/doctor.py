@@ -10,14 +10,18 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from zramd import __version__, meminfo
 from zramd.commands import Commands
 from zramd.contract import rundir
+from zramd.errors import BackingError, ZramdError
+from zramd.kernel import backingdevice
 from zramd.kernel.swap import MIN_FREE, parse_swaps
 from zramd.launch import installed
 from zramd.launch.nbdkit import plugin_path
 from zramd.process.buffers import SEND_BUFFER
+from zramd.settings import devices
 
 OLDEST_NBDKIT = (1, 28)  # calls `cleanup`
 THREADS_NBDKIT = (1, 34)  # survives a client that vanishes while several threads serve it
@@ -244,6 +248,30 @@ def socket_buffers(root: str = "") -> Iterator[Finding]:
             yield Finding(OK, f"net.core.{name}", text)
 
 
+def backings() -> Iterator[Finding]:
+    """What the configuration has blocks written to."""
+    with suppress(ZramdError):  # 'zramd config check' says what is wrong with it
+        for device in devices.load().devices:
+            if path := device.settings().backing:
+                yield _backing(f"backing of {device.name}", path, swaps=device.swaps)
+
+
+def _backing(name: str, path: str, *, swaps: bool) -> Finding:
+    try:
+        opened = backingdevice.open_to_look(path)
+        try:
+            if swaps:
+                backingdevice.refuse_for_swap(opened)
+            found = backingdevice.look(opened)
+        finally:
+            os.close(opened.fd)
+    except BackingError as error:
+        text, _, remedy = str(error).removeprefix(f"backing '{path}' ").rpartition(": ")
+        return Finding(PROBLEM, name, f"{path} {text}", remedy)
+    holds = f"holds blocks of {found.name}" if found and found.is_needed() else "is free"
+    return Finding(OK, name, f"{path} {holds}")
+
+
 def _memory(root: str) -> int:
     try:
         return meminfo.read("MemTotal", f"{root}{meminfo.PATH}") or 0
@@ -286,6 +314,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     local_swap,
     swap_settings,
     socket_buffers,
+    backings,
 )
 
 

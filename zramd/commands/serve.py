@@ -4,6 +4,7 @@ import argparse
 
 from zramd.commands import Commands, add_device
 from zramd.contract import rundir
+from zramd.errors import say
 from zramd.launch import lifecycle
 from zramd.launch.lifecycle import DEFAULT_SIZE
 from zramd.launch.uris import uri
@@ -28,6 +29,8 @@ def start(arguments: argparse.Namespace) -> int:
         lines.append(("socket", f"{settings.rundir}/{rundir.NBD_SOCKET}"))
     lines.append(("NBD URI", uri(settings, options) or "as nbdkit was told"))
     print("".join(f"{what:<13} {value}\n" for what, value in lines), end="")
+    if settings.backing and not settings.state:  # a server in the foreground says so itself
+        say(f"what goes to backing '{settings.backing}' is lost when this server ends: it has no state")
     return 0
 
 

@@ -27,7 +27,7 @@ TRANSPORTS = {
 }
 PRINTS = {"--help", "--version", "-V", "--dump-plugin", "--dump-config", "--short-options", "--long-options"}
 STANDARD_INPUT = {"-s", "--single", "--stdin"}
-# For each client, with thread_model=parallel. nbdkit's own 16 queue for the interpreter: docs/benchmarks.md.
+# For each client, with several threads. nbdkit's own 16 queue for the interpreter: docs/benchmarks.md.
 THREADS = 4
 # nbdkit's options whose value is the next word, if it is not attached with '='.
 _SHORT_WITH_VALUE = "DegiPptuU"
@@ -179,12 +179,15 @@ def command(settings: Config, pairs: list[tuple[str, str]], options: Options) ->
 def threads(settings: Config, options: Options) -> list[str]:
     """Return the option that limits each client's threads; nothing where it is one, or the user's choice."""
     given = not {"-t", "--threads"}.isdisjoint(options.values)
-    return [] if given or settings.thread_model != "parallel" else [f"--threads={THREADS}"]
+    model = settings.thread_model
+    # What auto means, the plugin decides, which knows nbdkit; one with a thread for each client ignores this.
+    several = model == "parallel" or (model == "auto" and settings.backing)
+    return [f"--threads={THREADS}"] if several and not given else []
 
 
 def _words(settings: Config, pairs: list[tuple[str, str]]) -> list[str]:
     """Return the settings as nbdkit takes them; paths hold wherever the server stands."""
-    paths = ("rundir", "state", "metrics_file")
+    paths = ("rundir", "state", "backing", "metrics_file")
     return [
         f"{key}={getattr(settings, name) if (name := config.find(key).name) in paths else value}"
         for key, value in pairs

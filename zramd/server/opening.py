@@ -1,37 +1,50 @@
-"""Makes the device that a server serves: an empty one, or one with what its state has."""
+"""Makes the device that a server serves: an empty one, or one with what its state has, and its backing."""
 
 import os
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zramd.core.device.device import Device
-from zramd.errors import CorruptionError, PoolFullError, StateError
+from zramd.errors import BackingError, CorruptionError, PoolFullError, StateError
 from zramd.server import statefile
 from zramd.server.log import say
 from zramd.settings.config import Config
 
+if TYPE_CHECKING:
+    from zramd.server.backingfile import BackingFile
 
-def make_device(config: Config) -> Device:
-    """Return the device, with what is in the state if there is one. Raises StateError, MemoryError."""
+
+class Made(NamedTuple):
+    """A device, and where it writes what leaves memory."""
+
+    device: Device
+    backing: "BackingFile | None"
+
+
+def make_device(config: Config) -> Made:
+    """Return the device, with what is in the state if there is one.
+
+    Raises StateError, BackingError, MemoryError.
+    """
+    backing = _open_backing(config)
+    if config.state:
+        device = _from_state(config, backing)
+    else:
+        device = Device(config.disksize, **_ways(config, backing))
+    if backing:
+        backing.take_over(device)
+    return Made(device, backing)
+
+
+def _from_state(config: Config, backing: "BackingFile | None") -> Device:
     path = config.state
-    if not path:
-        return Device(
-            config.disksize,
-            mem_limit=config.mem_limit,
-            codec=config.codec.name,
-            level=config.codec.level,
-            verify=config.verify,
-            cold_level=config.cold_level,
-        )
     fd = statefile.open_state(path, config.disksize, config.verify)
     try:
         device = Device(
             config.disksize,
-            mem_limit=config.mem_limit,
-            codec=config.codec.name,
-            level=config.codec.level,
-            verify=config.verify,
-            cold_level=config.cold_level,
+            **_ways(config, backing),
             state=fd,
             mark_cold=statefile.mark_cold,
+            mark_out=statefile.mark_out,
             progress=lambda done, total: say(f"taking over state '{path}': {100 * done // total} %"),
         )
     except PoolFullError as error:
@@ -40,6 +53,8 @@ def make_device(config: Config) -> Device:
         raise StateError(
             f"state '{path}' contradicts itself ({error}): restore a copy, or remove the file to start empty"
         ) from None
+    except BackingError:
+        raise _not_its_backing(config) from None
     finally:
         os.close(fd)  # the device has one of its own, and the lock with it
     if device.dropped:
@@ -56,3 +71,39 @@ def make_device(config: Config) -> Device:
             f"{counters['recovery_ms']} ms, and freed {counters['leaked_objects']} objects that no block held"
         )
     return device
+
+
+def _ways(config: Config, backing: "BackingFile | None") -> dict[str, Any]:
+    """Return how a device compresses, and what bounds it."""
+    return {
+        "mem_limit": config.mem_limit,
+        "codec": config.codec.name,
+        "level": config.codec.level,
+        "verify": config.verify,
+        "cold_level": config.cold_level,
+        "backing": backing and backing.core,
+        "backing_id": backing.id if backing else "",
+    }
+
+
+def _open_backing(config: Config) -> "BackingFile | None":
+    """Return the backing, None if there is to be none. Raises BackingError."""
+    if not config.backing:
+        return None
+    from zramd.server import backingfile  # only here: most servers have none
+
+    if not config.state:
+        say(f"what goes to backing '{config.backing}' is lost when this server ends: it has no state")
+    return backingfile.open_for(config)
+
+
+def _not_its_backing(config: Config) -> BackingError:
+    if not config.backing:
+        return BackingError(
+            f"state '{config.state}' has blocks on a backing: start it with backing=PATH; "
+            "'zramd backing show PATH' says whose blocks are on one"
+        )
+    return BackingError(
+        f"backing '{config.backing}' is not the one on which blocks of state '{config.state}' are: use that; "
+        "'zramd backing show PATH' says whose blocks are on one"
+    )

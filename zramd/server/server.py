@@ -13,7 +13,6 @@ from contextlib import suppress
 
 from zramd.contract import handover
 from zramd.contract.rundir import BACKGROUND, CONTROL_SOCKET, STATE, Rundir
-from zramd.core.device.device import Device
 from zramd.core.system.process import at_failing_exit, dump_little, name_thread
 from zramd.core.system.threads import start_thread
 from zramd.errors import RundirError, reason
@@ -29,7 +28,7 @@ from zramd.server.housekeeping import Chore, Housekeeper
 from zramd.server.leaving import STOP_SIGNALS, Leaving
 from zramd.server.log import Log
 from zramd.server.metricsfile import MetricsFile
-from zramd.server.opening import make_device
+from zramd.server.opening import Made, make_device
 from zramd.server.published import StatsFiles
 from zramd.server.reports import Reports
 from zramd.server.selftest import self_test
@@ -45,7 +44,8 @@ AGAIN = 1.0  # seconds between two tries of what could not be done so far
 def prepare(config: Config, shutdown: Callable[[], None]) -> "Prepared":
     """Do all that can fail before nbdkit forks. `shutdown` asks nbdkit to end and returns at once.
 
-    Raises RundirError, CorruptionError when the self-test fails, MemoryError, SwapError, StateError.
+    Raises RundirError, CorruptionError when the self-test fails, MemoryError, SwapError, StateError,
+    BackingError.
     """
     # As nbdkit has it once it serves: what started us may end before we have said all.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -59,6 +59,10 @@ def prepare(config: Config, shutdown: Callable[[], None]) -> "Prepared":
     if handover.takes_over():
         if config.state:
             statefile.look(config.state, config.disksize, config.verify)
+        if config.backing:
+            from zramd.server import backingfile  # only here: most servers have none
+
+            backingfile.look(config)
         if config.metrics_file:
             MetricsFile(config.metrics_file, config.name)
         if config.swap == "local":
@@ -67,11 +71,11 @@ def prepare(config: Config, shutdown: Callable[[], None]) -> "Prepared":
     if handover.must_be_left():  # or it was stopped: then the state is not for us
         files = _take_folder(config, ends)
         step("server.device")
-        device = make_device(config)
+        made = make_device(config)
         step("server.rundir")
     else:
         step("server.device")
-        device = make_device(config)
+        made = make_device(config)
         step("server.rundir")
         files = _take_folder(config, ends)
     if config.metrics_file:
@@ -83,7 +87,7 @@ def prepare(config: Config, shutdown: Callable[[], None]) -> "Prepared":
         except RundirError:
             ends.fail()
             raise
-    return Prepared(config, device, files, log, ends, shutdown)
+    return Prepared(config, made, files, log, ends, shutdown)
 
 
 def _take_folder(config: Config, ends: Ends) -> Files:
@@ -109,14 +113,15 @@ class Prepared:
     def __init__(
         self,
         config: Config,
-        device: Device,
+        made: Made,
         files: Files,
         log: Log,
         ends: Ends,
         shutdown: Callable[[], None],
     ) -> None:
         self.config = config
-        self.device = device
+        self.device = made.device
+        self.backing = made.backing
         self.files = files
         self.log = log
         self.ends = ends
@@ -151,7 +156,9 @@ class Serving:
         self._troubles = troubles = Troubles()
         self._manager = notify.Manager()
         self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.service = service = Service(config, device, files.rundir, troubles, self._wake_up)
+        self.service = service = Service(
+            config, device, files.rundir, troubles, self._wake_up, backing=prepared.backing
+        )
         undone = service.undone
         with suppress(OSError):  # it only makes dumps smaller
             dump_little()

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zramd import __version__
 from zramd.contract.rundir import DATA_ID, Rundir
@@ -29,6 +29,9 @@ from zramd.settings.config import Config, find
 from zramd.settings.config import value as parse_value
 from zramd.stats import snapshots
 
+if TYPE_CHECKING:
+    from zramd.server.backingfile import BackingFile
+
 STREAM_PATIENCE = 600.0  # seconds that a save or a load may stand still: ssh may ask for a password
 _DATA_ID_FAILS = "data_id is not written"
 
@@ -36,7 +39,8 @@ _DATA_ID_FAILS = "data_id is not written"
 class Service:
     """One device for all its users: see zramd.server.routes.Service.
 
-    config: the settings as they are now. device: what is served. clients: how many there are.
+    config: the settings as they are now. device: what is served. backing: where it writes what leaves memory.
+    clients: how many there are.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Service:
         rundir: Rundir,
         troubles: Troubles,
         wake_up: Callable[[], None] = lambda: None,
+        backing: "BackingFile | None" = None,
     ) -> None:
         """`wake_up` has the housekeeper look around: a setting was changed, or a client has come."""
         self.config = config
@@ -58,6 +63,7 @@ class Service:
         self.tiers = Tiers(device, Tier(device), config)
         self.worker = Worker(self.compactor, self.tiers)
         self.device = device
+        self.backing = backing
         self._rundir = rundir
         self._troubles = troubles
         self._wake_up = wake_up

@@ -3,8 +3,8 @@
     | header page | kept counters … | slots | classes of spans | cells | pages of the pool |
 
 The header is written when the file is new, and says what the rest was laid out for; it ends with its
-checksum. Later only its format is raised (mark_cold). What is in the rest, zramd.core.device.recovery
-finds. The file is locked while a server has it mapped.
+checksum. Later only its format is raised (mark_cold, mark_out). What is in the rest,
+zramd.core.device.recovery finds. The file is locked while a server has it mapped.
 """
 
 import errno
@@ -25,7 +25,8 @@ MAGIC = b"zramd state\n\0\x1a\xff\x00"
 # before something is stored that means nothing to those before; a file of an older format is used as it is.
 FIRST = 1
 COLD = 2  # slots may have COLD
-NEWEST = COLD
+OUT = 3  # slots may lead to a backing
+NEWEST = OUT
 
 _TMPFS = 0x01021994
 _FIELDS = ("disksize", "verify", "slots", "cells", "spans", "span_size", "size_classes", "bytes")
@@ -148,13 +149,23 @@ def _create(fd: int, path: str, layout: dict[str, int]) -> None:
 
 
 def mark_cold(fd: int) -> None:
-    """Raise the format of an accepted state so that only a zramd that knows cold blocks takes it over.
+    """Raise the format of an accepted state so that only a zramd that knows cold blocks takes it over."""
+    _raise_format(fd, COLD)
+
+
+def mark_out(fd: int) -> None:
+    """Raise it so that only a zramd that knows blocks on a backing takes it over."""
+    _raise_format(fd, OUT)
+
+
+def _raise_format(fd: int, least: int) -> None:
+    """Have the header say that format `least` must be known, or a later one that it says already.
 
     A kill leaves the old header or the new one: the kernel copies what lies on one page in one go.
     """
     _, version, *values, _ = _HEADER.unpack(os.pread(fd, _HEADER.size, 0))
-    if version < COLD:
-        trusted.write_at_start(fd, _pack(dict(zip(_FIELDS, values, strict=True)), COLD))
+    if version < least:
+        trusted.write_at_start(fd, _pack(dict(zip(_FIELDS, values, strict=True)), least))
 
 
 def _pack(layout: dict[str, int], version: int) -> bytes:

@@ -1,6 +1,7 @@
 """`zramd doctor`: what it finds on machines of all kinds, as files in a folder show them."""
 
 import io
+import subprocess
 import sys
 from pathlib import Path
 
@@ -191,3 +192,39 @@ def test_doctor_on_a_system_without_a_name(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 # The man page agrees with the parser.
+
+
+# Backings.
+
+
+def configure(root: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    write(root, {"etc/zramd.conf": text, "proc/meminfo": "MemTotal: 8388608 kB\n"})
+    monkeypatch.setenv("ZRAMD_ROOT", str(root))
+
+
+def test_doctor_looks_at_backings(disk_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = disk_folder / "good"
+    subprocess.run(["fallocate", "--length", "4M", good], check=True)
+    good.chmod(0o600)
+    text = f"[a]\nattach = no\nbacking = {good}\n[b]\nattach = no\nbacking = {disk_folder}/none\n[c]\n"
+    configure(tmp_path, monkeypatch, text)
+    found = [finding.as_dict() for finding in doctor.backings()]
+    assert found == [
+        {"name": "backing of a", "level": "ok", "text": f"{good} is free", "remedy": ""},
+        {
+            "name": "backing of b",
+            "level": "problem",
+            "text": f"{disk_folder}/none cannot be opened: no such file or directory",
+            "remedy": "make it, a partition, or a file made by 'fallocate -l 8G'",
+        },
+    ]
+    configure(tmp_path, monkeypatch, f"[a]\nbacking = {good}\n")
+    (finding,) = doctor.backings()
+    assert finding.text.startswith(f"{good} is a file, and with swap=local a file system would need memory")
+
+
+def test_doctor_with_a_configuration_that_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure(tmp_path, monkeypatch, "[a]\nbacking = /x\n[b\n")
+    assert list(doctor.backings()) == []
+    (tmp_path / "etc/zramd.conf").unlink()
+    assert list(doctor.backings()) == []

@@ -42,7 +42,9 @@ def noise(seed: int) -> bytes:
 def filled(disk: Disk, **settings: object) -> tuple[Device, list[bytes]]:
     """A device with text, raw blocks, words and holes."""
     device = disk.device(SIZE, **settings)
-    contents = [(text, noise, lambda _: b"w" * BLOCK, lambda _: bytes(BLOCK))[n % 4](n) for n in range(BLOCKS)]
+    contents = [
+        (text, noise, lambda _: b"w" * BLOCK, lambda _: bytes(BLOCK))[n % 4](n) for n in range(BLOCKS)
+    ]
     for number, content in enumerate(contents):
         if number % 4 < 3:
             device.write(content, number * BLOCK)
@@ -63,7 +65,8 @@ def verify(device: Device, contents: list[bytes]) -> None:
 
 class TestBacking:
     @pytest.mark.parametrize(
-        ("size", "granule"), [(1 << 20, 16), (1 << 36, 16), ((1 << 36) + 1, 32), (1 << 38, 64), (1 << 44, 4096)]
+        ("size", "granule"),
+        [(1 << 20, 16), (1 << 36, 16), ((1 << 36) + 1, 32), (1 << 38, 64), (1 << 44, 4096)],
     )
     def test_granule(self, size: int, granule: int) -> None:
         assert granule_for(size) == granule
@@ -623,10 +626,18 @@ device.check()
 def test_a_disk_that_stands_still(comes: str, tmp_path: Path) -> None:
     """Who waits for the disk holds nothing but the extent: others go on, also check and reset, which close the gate."""
     shim = tmp_path / "pread.so"
-    subprocess.run(["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", shim, SUPPORT / "shim_pread.c"], check=True)
+    subprocess.run(
+        ["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", shim, SUPPORT / "shim_pread.c"],
+        check=True,
+    )
     found = subprocess.run(
         [sys.executable, "-c", STANDS_STILL, comes],
-        env={**os.environ, **preloaded(shim), "SHIM_PREAD": str(tmp_path / "flag"), "PYTHONPATH": f"{PACKAGES}:{SUPPORT.parent}"},
+        env={
+            **os.environ,
+            **preloaded(shim),
+            "SHIM_PREAD": str(tmp_path / "flag"),
+            "PYTHONPATH": f"{PACKAGES}:{SUPPORT.parent}",
+        },
         capture_output=True,
         text=True,
         timeout=30 * PATIENCE,

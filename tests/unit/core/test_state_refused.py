@@ -90,8 +90,8 @@ def test_refuses_another_verify(old: Path) -> None:
 
 
 def test_refuses_another_version(old: Path) -> None:
-    with_field(old, "version", 3)
-    refused(old, r"has format 3, this zramd knows 1 to 2: use the zramd that made it")
+    with_field(old, "version", 4)
+    refused(old, r"has format 4, this zramd knows 1 to 3: use the zramd that made it")
 
 
 @pytest.mark.parametrize("name", ["slots", "cells", "spans", "span_size", "size_classes", "bytes"])

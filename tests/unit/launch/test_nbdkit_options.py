@@ -68,6 +68,15 @@ def test_threads_for_each_client(model: str, words: str, given: list[str]) -> No
     assert line[4 : line.index("python")] == given
 
 
+@pytest.mark.parametrize(
+    ("model", "given"), [("auto", [f"--threads={nbdkit.THREADS}"]), ("serialize_requests", [])]
+)
+def test_threads_where_a_read_may_wait_for_a_disk(model: str, given: list[str]) -> None:
+    pairs = [("size", "1G"), ("rundir", "/run/z"), ("thread_model", model), ("backing", "/dev/sdb")]
+    line = nbdkit.command(config.parse(pairs), pairs, nbdkit.read_options([]))
+    assert line[4 : line.index("python")] == given
+
+
 def test_plugin_is_there() -> None:
     assert os.path.exists(nbdkit.plugin_path())
 

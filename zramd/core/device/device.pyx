@@ -128,7 +128,7 @@ cdef class Device:
     verify: store a checksum with each block, and check it on each read; a state is all with or all without.
     cold_level: zstd's, 1 to 19, for what `cool` compresses again; 0: it compresses nothing.
     mark_cold: called with a state's descriptor before its first cold block, which a zramd of before would not know.
-    backing: where blocks can be written to that nobody asks for; None: nowhere. backing_id: the data_id that its superblock
+    backing: where blocks can be written to that nobody asks for; None: nowhere. backing_id: the name that its superblock
     has. mark_out: as mark_cold, before the first block goes out.
     Raises BackingError for a state whose blocks are out, with another backing or none: then nothing in it was changed.
     Raises ValueError for a size out of range, also of the state; MemoryError when the address space cannot be had;
@@ -200,14 +200,16 @@ cdef class Device:
 
     @property
     def backing_id(self):
-        """The data_id by which the backing is this device's; zeros: there is none that is."""
+        """The name by which the backing is this device's; zeros: there is none that is."""
         return f"{self.kept.backing_id[1]:016x}{self.kept.backing_id[0]:016x}"
 
-    def claim_backing(self):
-        """Make data_id the name by which the backing is this device's, once its superblock says so. Nothing may be out."""
+    def claim_backing(self, str backing_id=""):
+        """Make backing_id, 32 hexadecimal digits of an odd number, the name by which the backing is this device's, once its
+        superblock says so; "": data_id. Nothing may be out."""
+        cdef object name = int(backing_id or self.data_id, 16)
         self.kept.backing_id[0] = 0         # not to be half the one name and half the other after a crash
-        store_release(&self.kept.backing_id[1], self.kept.data_id[1])
-        store_release(&self.kept.backing_id[0], self.kept.data_id[0])
+        store_release(&self.kept.backing_id[1], name >> 64)
+        store_release(&self.kept.backing_id[0], name & 0xffffffffffffffff)
 
     @property
     def budget(self):

@@ -1,0 +1,330 @@
+"""Whose backing it is: what a server may use, what it writes there, and what it leaves alone."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from zramd.contract import superblock
+from zramd.contract.superblock import EXTENT, Superblock
+from zramd.core.device import backing as core
+from zramd.errors import BackingError
+from zramd.kernel import backingdevice as kernel
+from zramd.kernel import blockdevices
+from zramd.server import backingfile
+from zramd.server.backingfile import BackingFile
+from zramd.settings import config
+
+SIZE = 4 << 20
+MINE, OTHER, THIRD = "1" * 32, "2" * 32, "3" * 32  # data
+ID = "5" * 32  # of a backing
+NONE = "0" * 32
+
+
+class Device:
+    """What a backing asks a device for."""
+
+    def __init__(self, data_id: str = MINE, backing_id: str = NONE, out: int = 0) -> None:
+        self.data_id, self.backing_id, self.out = data_id, backing_id, out
+
+    def counters(self) -> dict[str, int]:
+        return {"out_pages": self.out}
+
+    def claim_backing(self, backing_id: str) -> None:
+        assert not self.out
+        self.backing_id = backing_id
+
+
+class Place:
+    """A backing, and servers that use it one after the other."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size(SIZE)
+        self.opened: list[BackingFile] = []
+
+    def size(self, size: int) -> None:
+        fd = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600)
+        os.ftruncate(fd, size)
+        os.posix_fallocate(fd, 0, size)
+        os.close(fd)
+
+    def settings(self, **settings: str) -> config.Config:
+        pairs = {"size": "1M", "rundir": "/run/x", "backing": str(self.path), **settings}
+        return config.parse(pairs.items())
+
+    def open(self, **settings: str) -> BackingFile:
+        """The backing of a server; the one before has ended."""
+        self.close()
+        before = self.superblock()
+        made = backingfile.open_for(self.settings(**settings))
+        self.opened.append(made)
+        assert self.superblock() == before
+        return made
+
+    def close(self) -> None:
+        while self.opened:
+            made = self.opened.pop()
+            os.close(made._opened.fd)
+            del made.core  # it has a descriptor of its own
+
+    def superblock(self) -> Superblock | None:
+        return superblock.unpack(self.path.read_bytes()[: superblock.BYTES], str(self.path))
+
+    def write(self, **changes: object) -> Superblock:
+        """Have it be another server's, one with a state."""
+        made = superblock.new(SIZE, 16, data_id=OTHER, name="other", has_state=True)
+        made = made._replace(**{"id": ID, **changes})
+        with self.path.open("r+b") as file:
+            file.write(superblock.pack(made))
+        return made
+
+    def refusal(self, **settings: str) -> str:
+        """Why a server refuses it; the same when it only looks, and what is on it stays."""
+        self.close()
+        before = self.path.read_bytes()
+        with pytest.raises(BackingError) as caught:
+            backingfile.open_for(self.settings(**settings))
+        with pytest.raises(BackingError) as looked:
+            backingfile.look(self.settings(**settings))
+        assert str(caught.value) == str(looked.value)
+        assert self.path.read_bytes() == before
+        return str(caught.value).removeprefix(f"backing '{self.path}' ")
+
+
+STATE = {"state": "/dev/shm/x.state", "name": "swap0"}
+
+
+@pytest.fixture
+def place(disk_folder: Path) -> Iterator[Place]:
+    made = Place(disk_folder / "backing")
+    yield made
+    made.close()
+
+
+def test_the_core_and_the_superblock_agree():
+    assert core.EXTENT == EXTENT
+    for size in (1 << 20, 64 << 30, (64 << 30) + EXTENT, 1 << 40):
+        assert core.granule_for(size) == superblock.granule_of(size)
+
+
+def test_a_blank_one_becomes_ours(place):
+    made = place.open(**STATE)
+    assert (made.id, made.core.size, made.core.granule) == ("", SIZE, 16)
+    device = Device()
+    made.take_over(device)
+    found = place.superblock()
+    assert found is not None
+    assert (found.data_id, found.name, found.has_state, found.size) == (MINE, "swap0", True, SIZE)
+    assert device.backing_id == found.id == made.id != MINE
+    assert kernel.look(made._opened) == found
+
+
+def test_the_next_server_with_the_state(place):
+    device = Device()
+    place.open(**STATE).take_over(device)
+    before = place.superblock()
+    again = place.open(**STATE)
+    assert again.id == device.backing_id == before.id
+    device.out = 5
+    again.take_over(device)
+    device.out = 0
+    again.take_over(device)
+    assert place.superblock() == before  # nothing is written where nothing is new
+
+
+def test_a_server_without_a_state_leaves_nothing_that_is_needed(place):
+    place.open(name="tmp0").take_over(Device())
+    place.open(name="tmp1").take_over(Device(data_id=OTHER))
+    assert place.superblock().name == "tmp1"
+    place.open(**STATE).take_over(Device(data_id=THIRD))
+    assert place.superblock().data_id == THIRD
+
+
+@pytest.mark.parametrize("settings", [{}, STATE])
+def test_that_of_another_device(place, settings):
+    before = place.write()
+    sentence = f"may hold blocks of other (data {OTHER}): start it with the state that has that data, or, if"
+    if settings:  # it may be ours: our state says
+        made = place.open(**settings)
+        for device in (Device(), Device(backing_id="7" * 32)):
+            with pytest.raises(BackingError) as caught:
+                made.take_over(device)
+            assert str(caught.value).startswith(f"backing '{place.path}' {sentence}")
+            assert device.backing_id != ID
+    else:
+        assert place.refusal(**settings).startswith(sentence)
+    assert place.superblock() == before
+
+
+def test_that_of_another_machine(place):
+    before = place.write(machine="9" * 32, boot="8" * 32)
+    assert place.refusal().startswith("may hold blocks of other of another machine (data 2222")
+    made = place.open(**STATE)
+    with pytest.raises(BackingError, match="of another machine"):
+        made.take_over(Device())
+    assert place.superblock() == before
+    made.take_over(Device(data_id=THIRD, backing_id=ID, out=1))  # the state came along
+    assert place.superblock().machine == superblock.machine_id()
+    assert place.superblock().data_id == OTHER
+
+
+def test_what_went_with_the_memory(place):
+    if not superblock.machine_id():
+        pytest.skip("this machine has no /etc/machine-id")
+    place.write(boot="8" * 32)
+    place.open().take_over(Device())
+    assert place.superblock().data_id == MINE
+    place.write(boot="8" * 32)
+    place.open(**STATE).take_over(Device())
+    assert place.superblock().data_id == MINE
+
+
+def test_a_state_that_outlived_a_boot(place):
+    """Somebody has copied it to a disk and back: from now on nobody else may have its backing."""
+    place.write(boot="8" * 32)
+    place.open(**STATE).take_over(Device(data_id=THIRD, backing_id=ID, out=3))
+    found = place.superblock()
+    assert (found.id, found.boot, found.is_needed()) == (ID, superblock.boot_id(), True)
+
+
+def test_a_device_that_moved_to_another_one(place, disk_folder):
+    """What was left on the first is of no use, though the data has the same name."""
+    device = Device()
+    place.open(**STATE).take_over(device)
+    first = place.superblock()
+    other = Place(disk_folder / "other")
+    other.open(**STATE).take_over(device)
+    other.close()
+    second = other.superblock()
+    assert first.data_id == second.data_id == MINE
+    assert device.backing_id == second.id != first.id
+    made = place.open(**STATE)
+    assert made.id == first.id != device.backing_id  # so the device refuses it if anything is out
+    made.take_over(device)
+    assert device.backing_id == place.superblock().id not in (first.id, second.id)
+
+
+def test_a_reset(place):
+    """State and superblock agree at each moment at which a server may die."""
+    made = place.open(**STATE)
+    device = Device()
+    made.take_over(device)
+    first = place.superblock()
+    device.data_id = OTHER  # a reset; killed here, the next one starts as ours
+    made = place.open(**STATE)
+    made.take_over(device)
+    assert place.superblock() == first
+    device.out = 1
+    made.renew(device)
+    assert place.superblock() == first  # what is out needs that
+    device.out = 0
+    made.renew(device)
+    second = place.superblock()
+    assert second.data_id == OTHER
+    assert device.backing_id == second.id != first.id  # a copy of the old state does not take it for its own
+    made.renew(device)
+    assert place.superblock() == second
+
+
+def test_killed_between_superblock_and_state(place, monkeypatch):
+    made = place.open(**STATE)
+    device = Device()
+    monkeypatch.setattr(device, "claim_backing", lambda backing_id: None)
+    made.take_over(device)
+    assert place.superblock().data_id == MINE
+    assert device.backing_id == NONE
+    monkeypatch.undo()
+    place.open(**STATE).take_over(device)
+    assert device.backing_id == place.superblock().id
+
+
+def test_a_disk_that_takes_no_superblock(place, monkeypatch):
+    made = place.open(**STATE)
+    device = Device()
+    made.take_over(device)
+    device.data_id = OTHER
+
+    def fail(*arguments: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(kernel.os, "pwritev", fail)
+    with pytest.raises(BackingError, match="cannot be written: input/output error"):
+        made.renew(device)
+    assert device.backing_id == place.superblock().id
+
+
+def test_a_smaller_one(place):
+    place.write(size=2 * SIZE)
+    sentence = place.refusal(**STATE)
+    assert sentence.startswith(f"has shrunk from {2 * SIZE} to {SIZE} bytes: make it as large as it was, or")
+    assert place.refusal() == sentence
+    place.write(size=2 * SIZE, has_state=False)
+    made = place.open(**STATE)
+    assert (made.core.size, made.id) == (SIZE, "")  # nothing on it can be ours
+
+
+def test_a_larger_one(place):
+    place.write(boot="8" * 32)
+    place.close()
+    place.size(2 * SIZE)
+    assert place.open(**STATE).core.size == SIZE  # what may be ours lies as it was
+    assert place.open().core.size == 2 * SIZE
+
+
+@pytest.mark.parametrize("data", [b"something else", superblock.MAGIC + b"\1" * 100])
+def test_other_content(place, data):
+    with place.path.open("r+b") as file:
+        file.write(data)
+    assert "run 'zramd backing format --force " in place.refusal(**STATE)
+
+
+def test_the_device_itself(place, monkeypatch):
+    monkeypatch.setattr(blockdevices, "own", lambda number, name: {"zram0": "nbd0"}.get(name, ""))
+    assert place.refusal() == "lies on nbd0, which is zram0 itself: use a disk, or a part of one"
+    place.open(name="zram1")
+
+
+class TestSwapLocal:
+    """This machine swaps to the device: nothing may need memory to take what is swapped out."""
+
+    @pytest.fixture
+    def disk(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+        """What the kernel says of a block device; our file plays one."""
+        found = SimpleNamespace(memory="", swap="")
+        look_at = kernel._look_at
+        monkeypatch.setattr(
+            kernel, "_look_at", lambda path, fd: look_at(path, fd)._replace(is_block=True, sector=4096)
+        )
+        monkeypatch.setattr(blockdevices, "takes_memory", lambda number: found.memory)
+        monkeypatch.setattr(blockdevices, "swapped_to", lambda number: found.swap)
+        return found
+
+    def test_a_file(self, place):
+        assert place.refusal(swap="local").startswith("is a file, and with swap=local a file system would")
+
+    def test_a_partition(self, place, disk):
+        made = place.open(swap="local")
+        assert made.core.size == SIZE
+
+    def test_what_takes_memory(self, place, disk):
+        disk.memory = "loop0"
+        assert place.refusal(swap="local").startswith("is on loop0, for which the kernel would need memory")
+        place.open()
+
+    def test_what_is_swapped_to(self, place, disk):
+        disk.swap = "sda2"
+        assert place.refusal(swap="local") == "is on sda2, which is used as swap: use another one"
+
+    def test_a_loop_device(self, place, loop_device):
+        settings = {"size": "1M", "rundir": "/run/x", "backing": loop_device}
+        backingfile.look(config.parse(settings.items()))
+        with pytest.raises(BackingError) as caught:
+            backingfile.look(config.parse({**settings, "swap": "local"}.items()))
+        name = os.path.basename(loop_device)
+        assert str(caught.value) == (
+            f"backing '{loop_device}' is on {name}, for which the kernel would need memory when there is "
+            "none: with swap=local use a partition of a disk of this machine"
+        )
