@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from zramd.stats.snapshots import ClassRow, Latency, Snapshot
+from zramd.stats.writeback import used
 
 ABOUT = ("name", "comp_algorithm", "version", "pid")  # what stats.json has beside the numbers
 # The columns of zram's own files, in zram's order.
@@ -28,6 +29,18 @@ def io_stat(snapshot: Snapshot) -> str:
     # zram prints a literal 0 for invalid_io, without a width: with no invalid request this is the same line.
     widths = {"invalid_io": 0}
     return " ".join(f"{snapshot.values[name]:{widths.get(name, 8)}}" for name in IO_STAT) + "\n"
+
+
+def bd_stat(snapshot: Snapshot) -> str:
+    """Return zram's bd_stat line, in its width: what is in use, read and written, in units of 4096 bytes."""
+    section = snapshot.writeback
+    columns = (used(section), section["bd_reads"], section["bd_writes"]) if section else (0, 0, 0)
+    return " ".join(f"{size >> 12:8}" for size in columns) + "\n"
+
+
+def backing_dev(snapshot: Snapshot) -> str:
+    """Return zram's backing_dev: the device's path, or none."""
+    return f"{snapshot.writeback['backing'] if snapshot.writeback else 'none'}\n"
 
 
 def sentence(snapshot: Snapshot) -> str:
@@ -78,7 +91,8 @@ def to_json(snapshot: Snapshot) -> str:
     """Return every number of the snapshot, derived ones included, as one JSON object.
 
     `latency` holds, by operation, how many requests there were, with mean, p50, p90 and p99 in microseconds;
-    `tiers` what is hot and cold: see zramd.stats.tiers.
+    `tiers` what is hot and cold; `writeback` what is out, where there is a backing device: see the modules of
+    these names in zramd.stats.
     """
     values = {
         name: round(value, 3 if name == "uptime" else 4) if isinstance(value, float) else value
@@ -86,8 +100,9 @@ def to_json(snapshot: Snapshot) -> str:
     }
     about = {name: getattr(snapshot, name) for name in ABOUT}
     latency = {op: _latency_values(latency) for op, latency in snapshot.latency.items()}
-    parts = {"latency": latency} | ({"tiers": snapshot.tiers} if snapshot.tiers is not None else {})
-    return json.dumps({**about, **values, **parts}, indent=2) + "\n"
+    sections = {"tiers": snapshot.tiers, "writeback": snapshot.writeback}
+    parts = {name: section for name, section in sections.items() if section is not None}
+    return json.dumps({**about, **values, "latency": latency, **parts}, indent=2) + "\n"
 
 
 def _latency_values(latency: Latency) -> dict[str, int | float]:
