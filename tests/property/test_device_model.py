@@ -238,7 +238,7 @@ class TierModel(DeviceModel):
 
     @rule(coarse=st.booleans(), keep=st.booleans())
     def sweep(self, coarse: bool, keep: bool) -> None:
-        stored, raw, others, tried = Tier(self.device).sweep(coarse, keep, 300)
+        stored, raw, others, tried, *_ = Tier(self.device).sweep(coarse, keep, 300)
         found = self.device.counters()
         assert sum(stored) == found["pages_stored"]
         assert sum(raw) <= found["huge_pages"]

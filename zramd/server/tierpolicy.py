@@ -42,6 +42,10 @@ class Census(NamedTuple):
     raw: list[int]  # candidates
     others: list[int]  # candidates
     tried: int
+    unread: list[int] = []  # bytes in memory of blocks that nobody has read since they were written
+    read: list[int] = []  # of others
+    huge: list[int] = []  # of raw ones among both
+    back: int = 0  # blocks that are out, and read again and again
 
 
 class View(NamedTuple):

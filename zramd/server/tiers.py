@@ -56,7 +56,7 @@ class Steps(Protocol):
 
     def sweep(
         self, coarse: bool, keep: bool, threshold: int
-    ) -> tuple[list[int], list[int], list[int], int]: ...
+    ) -> tuple[list[int], list[int], list[int], int, list[int], list[int], list[int], int]: ...
     def mark_idle(self, age: int) -> int: ...
     def cool(
         self, first: int, tries: int, threshold: int, age: int, raw: bool = False, idle: bool = False
@@ -289,7 +289,7 @@ class Tiers:
         census = Census(*self._steps.sweep(self._sweeps % COARSE == 0, policy.promotes, THRESHOLD))
         self._census = census
         policy.swept(census)
-        if policy.promotes and census.stored[WANTED]:
+        if policy.promotes and census.stored[WANTED] > census.back:
             self._hot_again = 0
         found = self._device.counters()
         if self._minute and found["recompressed"] < self._minute[-1][1]:
