@@ -70,7 +70,7 @@ PATHS = {
     "GET /writeback_limit": "zram's: what may be written now, in units of 4096 bytes",
     "POST /writeback_limit": "sets that; `PUT` is the setting of that name: bytes a day",
     "GET /writeback_limit_enable": "zram's: `1` while there is a limit, else `0`",
-    "PUT /writeback_limit_enable": "`0`: no limit (`writeback_limit=off`); `1`: the one before, or the default",
+    "PUT /writeback_limit_enable": "`0`: no limit (`writeback_limit=off`); `1`: the one before, or 1G",
     "POST /writeback_limit_enable": "the same",
     "PUT /bring_back": "brings everything back into memory, in the background, that is out",
     "POST /bring_back": "the same",

@@ -172,9 +172,11 @@ def block(arguments: argparse.Namespace) -> int:
         f"block         {values['block']}, bytes {values['block'] * 4096} to {values['block'] * 4096 + 4095}"
     )
     print(f"kind          {_KINDS[values['kind']]}")
-    for name in ("word", "handle", "place", "payload_bytes"):
+    for name in ("word", "handle", "codec", "payload_bytes"):
         if name in values:
             print(f"{name:<13} {values[name]:#018x}" if name == "word" else f"{name:<13} {values[name]}")
+    if "place" in values:
+        print(f"place         {values['place']:#x}, bytes into the backing device")
     if "zspage" in values:
         print(f"class         {values['class_index']}, chunks of {values['class_size']} bytes")
         used = f"{values['zspage_inuse']} of {values['zspage_objs']} chunks used"

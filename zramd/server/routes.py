@@ -90,11 +90,8 @@ class Writeback(Protocol):
     def bring_back(self) -> None:
         """Have everything brought back in the background that is out; raises DeviceError."""
 
-    def left(self) -> int | None:
-        """Return the bytes that may still be written, None: there is no limit."""
-
-    def set_left(self, left: int) -> None:
-        """Set them."""
+    def set_left(self, size: int) -> None:
+        """Let so many bytes be written from now on; raises DeviceError without a limit."""
 
 
 class Service(Protocol):
@@ -105,9 +102,7 @@ class Service(Protocol):
     @property
     def tiers(self) -> Tiers: ...
     @property
-    def writeback(self) -> Writeback | None:
-        """None without a backing device."""
-
+    def writeback(self) -> Writeback: ...
     def snapshot(self) -> snapshots.Snapshot: ...
     def classes(self) -> list[snapshots.ClassRow]: ...
     def health(self) -> dict[str, str | int]: ...
@@ -330,42 +325,45 @@ class Routes:
     def _bd_stat(self, text: str) -> Reply:
         return Reply(200, TEXT, texts.bd_stat(self._service.snapshot()))
 
-    def _backing(self) -> Writeback:
-        if self._service.writeback is None:
+    def _section(self) -> dict[str, Any]:
+        """Return what is told of the backing device; nothing when there is none."""
+        return self._service.snapshot().writeback or {}
+
+    def _need_backing(self) -> None:
+        if not self._section():
             raise DeviceError("there is no backing device: 'zramd restart NAME backing=PATH' gives it one")
-        return self._service.writeback
 
     def _write_back(self, text: str) -> Reply:
         wanted = words.writeback(text, self._service.device.disksize >> 12)
-        self._backing().submit(wanted)
+        self._need_backing()
+        self._service.writeback.submit(wanted)
         return _json({"writeback": {"kinds": sorted(wanted.kinds), "ranges": wanted.ranges}})
 
     def _bring_back(self, text: str) -> Reply:
         words.bring_back(text)
-        self._backing().bring_back()
+        self._need_backing()
+        self._service.writeback.bring_back()
         return _json({"bring_back": "all"})
 
-    def _left(self) -> int | None:
-        """Return the bytes that are left of writeback_limit, None: it is off, or there is no backing device."""
-        return None if self._service.writeback is None else self._service.writeback.left()
-
     def _limit(self, text: str) -> Reply:
-        return Reply(200, TEXT, f"{(self._left() or 0) >> 12}\n")
+        return Reply(200, TEXT, f"{(self._section().get('limit_left') or 0) >> 12}\n")
 
     def _set_limit(self, text: str) -> Reply:
-        left, writeback = words.writeback_limit(text), self._backing()
-        if self._left() is None:
-            raise DeviceError("there is no limit: write 1 to writeback_limit_enable first")
-        writeback.set_left(left)
+        left = words.writeback_limit(text)
+        self._need_backing()
+        self._service.writeback.set_left(left)
         return _json({_LIMIT: left >> 12})
 
     def _limit_enable(self, text: str) -> Reply:
-        return Reply(200, TEXT, f"{int(self._left() is not None)}\n")
+        return Reply(200, TEXT, f"{int(self._is_limited())}\n")
+
+    def _is_limited(self) -> bool:
+        return bool(self._section().get(_LIMIT))
 
     def _set_limit_enable(self, text: str) -> Reply:
         wanted = words.writeback_limit_enable(text)
-        self._backing()
-        if wanted != (self._left() is not None):
+        self._need_backing()
+        if wanted != self._is_limited():
             self._change(_LIMIT, (self._former_limit or find(_LIMIT).default or "") if wanted else "off")
         return _json({f"{_LIMIT}_enable": int(wanted)})
 

@@ -23,8 +23,8 @@ from zramd.server.compactor import Compactor
 from zramd.server.tiers import Tiers
 from zramd.server.trouble import Troubles
 from zramd.server.undone import Undone
-from zramd.server.writeback import Writeback
 from zramd.server.worker import Worker
+from zramd.server.writeback import Without, Writeback
 from zramd.settings import codecs
 from zramd.settings.config import Config, find
 from zramd.settings.config import value as parse_value
@@ -58,7 +58,7 @@ class Service:
         self.compactor = Compactor(device, config)
         self.tiers = Tiers(device, Tier(device), config)
         self.worker = Worker(self.compactor, self.tiers)
-        self.writeback: Writeback | None = None  # none without a backing device
+        self.writeback: Writeback = Without()
         self.device = device
         self._rundir = rundir
         self._troubles = troubles
@@ -96,7 +96,7 @@ class Service:
             started=self._started,
             swap=swapuse.numbers(self.config.name, self.config.disksize),
             tiers=self.tiers.numbers(),
-            writeback=self.writeback.numbers() if self.writeback else None,
+            writeback=self.writeback.numbers(),
         )
 
     def classes(self) -> list[snapshots.ClassRow]:

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple, Protocol
 
+from zramd.errors import DeviceError
+
 
 class WritePass(NamedTuple):
     """A pass by hand, as zram's `writeback` means it: blocks of all these kinds, or the ranges."""
@@ -19,11 +21,30 @@ class Writeback(Protocol):
     def bring_back(self) -> None:
         """Have everything brought back into memory that is out. Raises DeviceError, one sentence."""
 
-    def left(self) -> int | None:
-        """Return the bytes that writeback_limit leaves, None: it is off."""
+    def set_left(self, size: int) -> None:
+        """Let so many bytes be written from now on. Raises DeviceError without a limit."""
 
-    def set_left(self, left: int) -> None:
-        """Set them."""
+    def numbers(self) -> dict[str, Any] | None:
+        """Return the section `writeback` of stats.json, None: there is no backing."""
 
-    def numbers(self) -> dict[str, Any]:
-        """Return the section `writeback` of stats.json."""
+
+class Without:
+    """What a server has that has no backing."""
+
+    _refusal = "there is no backing: start the server with backing=PATH"
+
+    def submit(self, wanted: WritePass) -> None:
+        """Raise DeviceError."""
+        raise DeviceError(self._refusal)
+
+    def bring_back(self) -> None:
+        """Raise DeviceError."""
+        raise DeviceError(self._refusal)
+
+    def set_left(self, size: int) -> None:
+        """Raise DeviceError."""
+        raise DeviceError(self._refusal)
+
+    def numbers(self) -> dict[str, Any] | None:
+        """Return None: there is no such section."""
+        return None

@@ -6,12 +6,14 @@ with their metrics. Server and command line use the table.
 
 from zramd.stats.numbers import Number, Values
 
+SUPERBLOCK = 64 << 10  # bytes at the beginning of a backing device that never hold records
+
 WRITEBACK = (
     Number("backing", "", "The setting: the backing device, or file."),
-    Number("backing_size", "bytes", "Size of the backing device.", "backing_size_bytes"),
+    Number("backing_size", "bytes", "Size of the backing device, in whole extents.", "backing_size_bytes"),
     Number("backing_free", "bytes", "Extents of the backing device that are free.", "backing_free_bytes"),
     Number("backing_bad", "bytes", "Extents given up after a write error.", "backing_bad_bytes"),
-    Number("out_pages", "blocks", "Blocks that are out: on the backing device, and not in memory."),
+    Number("out_pages", "blocks", "Blocks on the backing device, and not in memory."),
     Number("out_data_size", "bytes", "Payloads of the blocks that are out."),
     Number(
         "out_live_bytes", "bytes", "Room that they take in their extents, with headers.", "backing_live_bytes"
@@ -45,5 +47,5 @@ WRITEBACK = (
 
 def used(section: Values) -> int:
     """Return the bytes of the extents that hold records."""
-    size: int = section["backing_size"] - section["backing_free"] - section["backing_bad"]
-    return max(size, 0)
+    held: int = section["backing_size"] - SUPERBLOCK - section["backing_free"] - section["backing_bad"]
+    return max(held, 0)

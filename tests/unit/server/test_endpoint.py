@@ -13,6 +13,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.numbers import TIERS, WRITEBACK, FakeDevice
@@ -22,7 +23,7 @@ from zramd.errors import CorruptionError, DeviceError
 from zramd.server import endpoint, routes
 from zramd.server.tiers import Pass
 from zramd.server.trouble import Troubles
-from zramd.server.writeback import WritePass
+from zramd.server.writeback import Without, WritePass
 from zramd.settings import config
 from zramd.stats import snapshots, texts
 
@@ -45,12 +46,13 @@ class FakeWriteback:
     def bring_back(self) -> None:
         self.returns += 1
 
-    def left(self) -> int | None:
-        return self.rest if self.limit else None
+    def set_left(self, size: int) -> None:
+        if not self.limit:
+            raise DeviceError("writeback_limit is off")
+        self.rest = size
 
-    def set_left(self, left: int) -> None:
-        assert self.limit
-        self.rest = left
+    def numbers(self) -> dict[str, Any]:
+        return WRITEBACK | {"writeback_limit": self.limit, "limit_left": self.rest if self.limit else None}
 
 
 class FakeService:
@@ -70,7 +72,7 @@ class FakeService:
         self.passes: list[Pass] = []
         self.idle: list[float | None] = []
         self.tiers_off = ""
-        self.writeback: FakeWriteback | None = None
+        self.writeback: FakeWriteback | Without = Without()
 
     def submit(self, wanted: Pass) -> None:
         if self.tiers_off:
@@ -92,8 +94,7 @@ class FakeService:
     def snapshot(self) -> snapshots.Snapshot:
         made = snapshots.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
         changed = {"mem_limit": self.limit, "mem_used_max": self.peak}
-        out = dict(WRITEBACK) if self.writeback else None
-        return dataclasses.replace(made, values=made.values | changed, writeback=out)
+        return dataclasses.replace(made, values=made.values | changed, writeback=self.writeback.numbers())
 
     def classes(self) -> list[snapshots.ClassRow]:
         return snapshots.take_classes(FakeDevice())
@@ -265,8 +266,8 @@ def test_recompress_while_it_is_off(running: Running) -> None:
 @pytest.fixture
 def backed(running: Running) -> FakeWriteback:
     """What writes out, of a device that has a backing device."""
-    running.service.writeback = FakeWriteback()
-    return running.service.writeback
+    made = running.service.writeback = FakeWriteback()
+    return made
 
 
 def test_writeback(running: Running, backed: FakeWriteback) -> None:
@@ -309,28 +310,31 @@ def test_writeback_limit(running: Running, backed: FakeWriteback) -> None:
     backed.limit = 0
     assert running.ask("GET", "/writeback_limit") == (200, "0\n")
     code, text = running.ask("POST", "/writeback_limit", "1")
-    assert (code, text) == (409, "there is no limit: write 1 to writeback_limit_enable first\n")
+    assert (code, text) == (409, "writeback_limit is off\n")
     assert backed.rest == 400 << 20
 
 
 class LimitedService(FakeService):
     """One whose setting writeback_limit is what its writeback goes by."""
 
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.backed = self.writeback = FakeWriteback()
+        self.backed.limit = limit
+
     def settings(self) -> dict[str, object]:
-        assert self.writeback
-        return {**super().settings(), "writeback_limit": self.writeback.limit}
+        return {**super().settings(), "writeback_limit": self.backed.limit}
 
     def change(self, name: str, text: str) -> object:
-        assert self.writeback
         assert name == "writeback_limit"
-        self.writeback.limit = 0 if text == "off" else config.parse_size(text)
-        return self.writeback.limit
+        self.backed.limit = 0 if text == "off" else config.parse_size(text)
+        return self.backed.limit
 
 
 def test_writeback_limit_enable() -> None:
     """0 is writeback_limit=off; 1 is the limit that there was, whoever has switched it off."""
-    service = LimitedService()
-    backed = service.writeback = FakeWriteback()
+    service = LimitedService(2 << 30)
+    backed = service.backed
     made = routes.Routes(service)
 
     def ask(method: str, path: str, text: str = "") -> tuple[int, str]:
@@ -355,22 +359,20 @@ def test_writeback_limit_enable() -> None:
 
 
 def test_a_limit_that_was_never_on_is_the_default() -> None:
-    service = LimitedService()
-    backed = service.writeback = FakeWriteback()
-    backed.limit = 0
+    service = LimitedService(0)
     assert routes.Routes(service).answer("POST", "/writeback_limit_enable", b"1").status == 200
-    assert backed.limit == config.parse_size(config.find("writeback_limit").default or "")
+    assert service.backed.limit == config.parse_size(config.find("writeback_limit").default or "")
 
 
 def test_what_is_shown_of_a_backing_device(running: Running, backed: FakeWriteback) -> None:
     assert running.ask("GET", "/backing_dev") == (200, f"{WRITEBACK['backing']}\n")
-    used = 2 * 1024 * 256 - 32
+    used = 2 * 1024 * 256 - 32 - 16  # without what was given up, and the superblock
     assert running.ask("GET", "/bd_stat") == (200, f"{used:8} {40 * 256:8} {1700 * 256:8}\n")
-    assert json.loads(running.ask("GET", "/stats")[1])["writeback"] == WRITEBACK
+    assert json.loads(running.ask("GET", "/stats")[1])["writeback"] == backed.numbers()
 
 
 def test_without_a_backing_device(running: Running) -> None:
-    """What can be read is as in a kernel whose zram has none; what would do something says why it does not."""
+    """What can be read is as in a kernel whose zram has none; what would do something says why not."""
     told = "there is no backing device: 'zramd restart NAME backing=PATH' gives it one\n"
     for path, text in (
         ("/writeback", "type=idle"),

@@ -1,11 +1,13 @@
 """zram's words: each is what zram's documentation says, and everything else is refused."""
 
 import re
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.numbers import WRITEBACK
 
 from zramd.errors import ConfigError, UsageError
 from zramd.server import words
@@ -121,6 +123,9 @@ class Queue:
 
     def submit(self, wanted: Pass | WritePass) -> None:
         self.passes.append(wanted)
+
+    def snapshot(self) -> Any:
+        return SimpleNamespace(writeback=WRITEBACK)
 
 
 def meaning(text: str) -> Pass | None:
