@@ -165,7 +165,8 @@ def test_import_of_zram_generator(root):
     assert (status, errors) == (0, "")
     for note in (
         "set!two = echo 2: zramd runs no commands",
-        "writeback-device = /dev/sdb: ",
+        "writeback-device = /dev/sdb: zramd itself writes what nobody has asked for in an hour",
+        "\nbacking = /dev/sdb\n",
         "zramd has no lzo-rle, and uses lz4 instead",
         "\ncompression-algorithm = lz4 zstd(level=4)\n",
     ):

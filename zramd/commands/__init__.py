@@ -52,6 +52,7 @@ VERBS = {
     "debug": ("zramd.commands.show", "look into a device"),
     "save": ("zramd.commands.saving", "save a device to a file"),
     "load": ("zramd.commands.saving", "load a saved device into a running one"),
+    "backing": ("zramd.commands.backing", "look at a backing, make one ready, bring everything back from it"),
     "attach": (
         "zramd.commands.attach",
         "make a running device a block device of this kernel, and swap to it if asked",

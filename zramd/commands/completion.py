@@ -115,7 +115,7 @@ SHELLS = {
     "fish": Shell(_FISH, "case {texts}; set offers {words}", " "),
 }
 # In the lists of words, @devices stands for the devices that have a run folder, @files for files and folders.
-_BY_METAVAR = {"NAME": "@devices", "FILE": "@files", "FOLDER": "@files"}
+_BY_METAVAR = {"NAME": "@devices", "FILE": "@files", "FOLDER": "@files", "PATH": "@files"}
 
 
 def words(path: str, verb: Parser) -> list[str]:

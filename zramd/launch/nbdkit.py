@@ -184,7 +184,7 @@ def threads(settings: Config, options: Options) -> list[str]:
 
 def _words(settings: Config, pairs: list[tuple[str, str]]) -> list[str]:
     """Return the settings as nbdkit takes them; paths hold wherever the server stands."""
-    paths = ("rundir", "state", "metrics_file")
+    paths = ("rundir", "state", "backing", "metrics_file")
     return [
         f"{key}={getattr(settings, name) if (name := config.find(key).name) in paths else value}"
         for key, value in pairs

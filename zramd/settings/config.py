@@ -18,6 +18,7 @@ MAX_DISKSIZE = 4 << 40  # the core has the same: handles have 31 bits
 MAX_CLIENTS = 65536
 MIN_COLD_AGE = 10  # seconds: a sweep
 MAX_COLD_AGE = 5 * 3600  # the oldest that a block's age can tell is some more
+MIN_WRITEBACK_LIMIT = 64 << 10  # an extent: less would never be written
 # sun_path holds 107 bytes and a NUL; control.sock is the longest socket name in the folder.
 MAX_RUNDIR_BYTES = 107 - len("/control.sock")
 
@@ -138,6 +139,21 @@ def _state(text: str) -> str:
     return _absolute(text) if text and text != "systemd" else text
 
 
+def _backing(text: str) -> str:
+    if "\0" in text:
+        raise ConfigError(f"'{text}' is not a path")
+    return _absolute(text) if text else ""
+
+
+def _writeback_limit(text: str) -> int:
+    if text.lower() == "off":
+        return 0
+    size = parse_size(text)
+    if 0 < size < MIN_WRITEBACK_LIMIT:
+        raise ConfigError(f"'{text}' is out of range: use 64K or more, or off for no limit")
+    return size
+
+
 def _boolean(text: str) -> bool:
     try:
         return _BOOLEANS[text.lower()]
@@ -178,7 +194,7 @@ def _seconds(text: str) -> float:
     return _number(text, 0.01, 3600, "seconds")
 
 
-def _cold_age(text: str) -> float:
+def _age(text: str) -> float:
     seconds = amounts.duration(text, MIN_COLD_AGE, MAX_COLD_AGE)
     if seconds is None:
         raise ConfigError(
@@ -208,7 +224,7 @@ class Setting:
     @property
     def is_size(self) -> bool:
         """Whether the value is a number of bytes."""
-        return self.parse in (parse_size, _disksize, _step, _reserve)
+        return self.parse in (parse_size, _disksize, _step, _reserve, _writeback_limit)
 
     @property
     def default_text(self) -> str:
@@ -350,11 +366,36 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "cold_age",
-        _cold_age,
+        _age,
         "5min",
         "1h",
         "time for which nobody has asked for a block before it is recompressed, in seconds or with a unit "
         f"(s, min, h), {MIN_COLD_AGE} seconds to {MAX_COLD_AGE // 3600} hours; less when memory is short",
+    ),
+    Setting(
+        "backing",
+        _backing,
+        "",
+        "/dev/sdb1",
+        "block device, or preallocated file, to which blocks go that nobody has asked for in a long time",
+        aliases=("writeback-device",),
+        shown_default="none: all data stays in memory",
+        fixed="what has left memory lies on it",
+    ),
+    Setting(
+        "writeback_age",
+        _age,
+        "1h",
+        "30min",
+        "with backing: time for which nobody has asked for a block before it leaves memory, written as that "
+        "of cold_age; less when memory is short",
+    ),
+    Setting(
+        "writeback_limit",
+        _writeback_limit,
+        "1G",
+        "10G",
+        "with backing: most bytes that are written to it in a day, 64K or more, or off",
     ),
     Setting(
         "stats_interval",
@@ -388,7 +429,10 @@ _BY_KEY = {key: setting for setting in SETTINGS for key in (setting.name, *setti
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting, checked; sizes in bytes, times in seconds, shares in percent."""
+    """Every setting, checked; sizes in bytes, times in seconds, shares in percent.
+
+    writeback_limit: 0 for none.
+    """
 
     disksize: int
     name: str
@@ -409,6 +453,9 @@ class Config:
     compaction_step: int
     recompression: str
     cold_age: float
+    backing: str
+    writeback_age: float
+    writeback_limit: int
     stats_interval: float
     metrics_file: str
     endpoint: bool
@@ -485,7 +532,7 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
 
 def _refuse_own_names(values: dict[str, Any]) -> None:
     """Raise ConfigError for a file that the server itself makes, replaces and removes in its run folder."""
-    for key in ("state", "metrics_file"):
+    for key in ("state", "backing", "metrics_file"):
         folder, name = os.path.split(values[key])
         if folder == values["rundir"] and name in rundir.NAMES:
             raise ConfigError(

@@ -233,7 +233,7 @@ def _check_paths(found: list[ConfiguredDevice], problems: list[Problem]) -> None
     owners: dict[str, tuple[str, str]] = {}  # real path → section and key that have it
     for device in found:
         settings = device.settings()
-        paths = [(key, getattr(settings, key)) for key in ("rundir", "state", "metrics_file")]
+        paths = [(key, getattr(settings, key)) for key in ("rundir", "state", "backing", "metrics_file")]
         paths += [("rundir", f"{settings.rundir}/{name}") for name in rundir.NAMES]
         for key, path in paths:
             if not path or path == handover.SYSTEMD:
@@ -328,6 +328,9 @@ class _Section:
             )
         self.check_algorithms()
         self.check_attach()
+        for key in ("writeback_age", "writeback_limit"):
+            if key in self.values and not parsed["backing"]:
+                self.note(key, f"{self.quote(key)} has no effect without backing")
 
     def check_algorithms(self) -> None:
         pair = self.parsed["compression-algorithm"]

@@ -29,6 +29,10 @@ _ZRAMSWAP = {
     "SIZE": (r"[0-9]{1,9}", "a number of megabytes without a unit"),
     "PRIORITY": (r"-1|[0-9]{1,5}", "a whole number"),
 }
+_WRITEBACK = (
+    "zramd itself writes what nobody has asked for in an hour, at most 1G a day (writeback_age, "
+    "writeback_limit), to a device that is blank, or after 'zramd backing format'"
+)
 _ZRAMSWAP_OLD = {"PERCENTAGE": "PERCENT", "ALLOCATION": "SIZE"}
 _ZRAMSWAP_ALL = {*_ZRAMSWAP, *_ZRAMSWAP_OLD, "CORES"}
 # Other programs whose files are easily taken for one of those two, and keys that show which.
@@ -205,7 +209,8 @@ def _section(name: str, values: dict[str, Entry]) -> tuple[dict[str, Entry] | No
             if value:
                 result[key] = entry._replace(value=value)
         elif key == "writeback-device":
-            note(entry, "zramd keeps pages that do not compress in memory, and writes nothing back")
+            result["backing"] = entry._replace(key="backing")
+            note(entry, _WRITEBACK)
         elif key not in ("", "fs-type", "zram-fraction", "max-zram-size"):
             close = get_close_matches(key, _KNOWN, n=1)
             hint = f": did you mean '{close[0]}'?" if close else ""

@@ -18,7 +18,6 @@ TWINS = {
 # Words of zram-generator that zramd refuses, and what to do instead.
 REFUSED = {
     "mount-point": "zramd mounts nothing: use attach = device, and mkfs and mount in a unit of your own",
-    "writeback-device": "zramd keeps all data in memory: remove it",
     "zram-fraction": "it is obsolete: use zram-size = ram * FRACTION",
     "max-zram-size": "it is obsolete: use zram-size = min(…, MEGABYTES)",
     "memory-limit": "it is obsolete: use host-memory-limit",

@@ -428,7 +428,7 @@ def man_sections() -> dict[str, str]:
     sections = {}
     for part in re.split(r"^\.It Ic ", text, flags=re.MULTILINE)[1:]:
         words = part.split("\n")[0].split()
-        verb = " ".join(words[:2]) if words[0] in ("config", "debug") else words[0]
+        verb = " ".join(words[:2]) if words[0] in ("backing", "config", "debug") else words[0]
         sections[verb] = part
     return sections
 

@@ -81,6 +81,9 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         compaction_step=65536,
         recompression="zstd(level=4)",
         cold_age=300.0,
+        backing="",
+        writeback_age=3600.0,
+        writeback_limit=1 << 30,
         stats_interval=1.0,
         metrics_file="",
         endpoint=True,
@@ -252,6 +255,12 @@ def test_false(text: str) -> None:
         ("cold_age", "min"),
         ("cold_age", ""),
         ("cold_age", "300ms"),
+        ("writeback_age", "9"),
+        ("writeback_age", "6h"),
+        ("writeback_limit", "none"),
+        ("writeback_limit", "1"),
+        ("writeback_limit", "65535"),
+        ("writeback_limit", "1G a day"),
         ("client_limit", "0"),
         ("client_limit", "65537"),
         ("client_limit", "-1"),
@@ -291,6 +300,27 @@ def test_other_values() -> None:
 def test_cold_age(text: str, seconds: float) -> None:
     assert parse(cold_age=text).cold_age == seconds
     assert parse(cold_age=config.written(parse(cold_age=text).cold_age)).cold_age == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"), [("64K", 65536), ("1G", 1 << 30), ("off", 0), ("OFF", 0), ("0", 0)]
+)
+def test_writeback_limit(text: str, limit: int) -> None:
+    assert parse(writeback_limit=text).writeback_limit == limit
+    assert parse(writeback_limit=config.written(limit)).writeback_limit == limit  # as a restart has it
+
+
+def test_backing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse(backing="disk").backing == f"{tmp_path}/disk"
+    assert parse(**{"writeback-device": "/dev/sdb1"}).backing == "/dev/sdb1"
+    assert parse(backing="").backing == ""
+    with pytest.raises(ConfigError, match="is not a path"):
+        parse(backing="a\0b")
+    with pytest.raises(ConfigError, match=r"backing='/tmp/zramd-test/stats.json' is the name of a file of"):
+        parse(backing="/tmp/zramd-test/stats.json")
+    with pytest.raises(ConfigError, match="backing='x' is a second value: backing is already '/dev/sdb'"):
+        config.parse([("size", "1M"), ("writeback-device", "/dev/sdb"), ("backing", "x")])
 
 
 def test_metrics_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -224,10 +224,6 @@ def test_memory_within_the_limit(root, text):
             "swap: 'other' would let this machine's swap deadlock: use local, or attach = no or device",
         ),
         ("mount-point = /tmp", "mount-point = /tmp: zramd mounts nothing: use attach = device"),
-        (
-            "writeback-device = /dev/sda",
-            "writeback-device = /dev/sda: zramd keeps all data in memory: remove it",
-        ),
         ("zram-fraction = 0.5", "zram-fraction = 0.5: it is obsolete: use zram-size = ram * FRACTION"),
         ("name = x", "name = x: the section's name is the device's: remove it"),
         ("swap-prioritty = 1", "unknown key 'swap-prioritty': did you mean 'swap-priority'?"),
@@ -436,6 +432,7 @@ def test_one_file_of_two_devices(root):
     here, there = f"{root.path}/x", f"{root.path}/link/x"
     for key, first, second in (
         ("state", here, there),
+        ("backing", here, there),
         ("metrics_file", f"{here}.prom", f"{there}.prom"),
         ("rundir", here, there),
     ):
@@ -448,6 +445,25 @@ def test_one_file_of_two_devices(root):
         "etc/zramd.conf:3: metrics_file = /x.prom is also state of [a]: use another"
     ]
     assert root.problems("[a]\nstate = systemd\n[b]\nstate = systemd\n") == []
+
+
+def test_a_backing_by_both_its_names(root):
+    device = root.load("[a]\nwriteback-device = /dev/sdb\nwriteback_limit = off\n").find("a")
+    assert device.settings().backing == "/dev/sdb"
+    assert device.settings().writeback_limit == 0
+    assert device.where["backing"] == f"{root.path}/etc/zramd.conf:2"
+    assert root.problems("[a]\nbacking = /dev/sdb\n[b]\nwriteback-device = /dev/sdb\n") == [
+        "etc/zramd.conf:4: backing = /dev/sdb is also that of [a]: use another"
+    ]
+    assert root.problems("[a]\nbacking = /dev/sdb\nwriteback-device = /dev/sdc\n") == [
+        "etc/zramd.conf:3: writeback-device = /dev/sdc is a second value: backing = /dev/sdb is at "
+        f"{root.path}/etc/zramd.conf:2"
+    ]
+
+
+def test_what_belongs_to_a_backing_without_one(root):
+    (note,) = root.load("[a]\nwriteback_age = 2h\n").notes
+    assert note.endswith("etc/zramd.conf:2: writeback_age = 2h has no effect without backing")
 
 
 def test_a_device_that_is_not_there_where_others_have_errors(root):

@@ -83,8 +83,9 @@ def test_everything_that_can_be_taken_over(tmp_path):
         ),
         (
             "[zram0]\nwriteback-device = /dev/sda",
-            "2: writeback-device = /dev/sda: zramd keeps pages that do not compress in memory, "
-            "and writes nothing back",
+            "2: writeback-device = /dev/sda: zramd itself writes what nobody has asked for in an hour, "
+            "at most 1G a day (writeback_age, writeback_limit), to a device that is blank, or after "
+            "'zramd backing format'",
         ),
         (
             "[zram0]\nswap-prioriti = 4",

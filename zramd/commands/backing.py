@@ -1,0 +1,119 @@
+"""`zramd backing`: what lies on a backing, a backing made ready, and what is out brought back."""
+
+import argparse
+import json
+import os
+import time
+from typing import Any
+
+from zramd.commands import Commands, add_device
+from zramd.contract import superblock
+from zramd.contract.superblock import EXTENT, Superblock
+from zramd.control import servers
+from zramd.control.human import spelled
+from zramd.kernel import backingfile
+from zramd.kernel.backingfile import Opened
+
+
+def show(arguments: argparse.Namespace) -> int:
+    """Print what the superblock says."""
+    opened = backingfile.open_to_look(os.path.abspath(arguments.path))
+    try:
+        found, used = backingfile.look(opened), backingfile.is_used(opened)
+    finally:
+        os.close(opened.fd)
+    if arguments.json:
+        print(json.dumps(_as_dict(opened, found, used), indent=2))
+        return 0
+    rows = _rows(opened, found, used)
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        print(f"{name:<{width}}  {text}")
+    return 0
+
+
+def _rows(opened: Opened, found: Superblock | None, used: bool) -> dict[str, str]:
+    size = found.size if found else opened.size
+    rows = {"backing": opened.path, "size": f"{spelled(size)}, {size // EXTENT} extents of {spelled(EXTENT)}"}
+    if found is None:
+        rows["holds"] = "nothing: the first server that uses it makes it its own"
+    elif not found.data_id:
+        rows["holds"] = "nothing: it was formatted, and no server has used it yet"
+    else:
+        rows["holds"] = f"blocks of {found.name}, data {found.data_id}"
+        rows["needed"] = "its data may exist still" if found.is_needed() else "no: that data is gone"
+    if found:
+        rows["written"] = f"{_local(found.claimed)}, {_where(found)}"
+        rows["granule"] = f"{found.granule} bytes"
+    rows["used now"] = "yes" if used else "no"
+    return rows
+
+
+def _where(found: Superblock) -> str:
+    if not found.machine or found.machine != superblock.machine_id():
+        return f"on another machine, {found.machine or 'which has no id'}"
+    return "since this machine was booted" if found.boot == superblock.boot_id() else "before the last boot"
+
+
+def _local(seconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _as_dict(opened: Opened, found: Superblock | None, used: bool) -> dict[str, Any]:
+    result: dict[str, Any] = {"backing": opened.path, "size": opened.size, "used": used}
+    if found:
+        result |= {"superblock": found._asdict(), "needed": found.is_needed()}
+    return result
+
+
+def make_free(arguments: argparse.Namespace) -> int:
+    """Make a backing that any device may use."""
+    path = os.path.abspath(arguments.path)
+    made = backingfile.make_free(path, force=arguments.force)
+    print(f"{path} is ready: {spelled(made.size)}")
+    return 0
+
+
+def back(arguments: argparse.Namespace) -> int:
+    """Have a server bring back all that is out, and do not wait for it."""
+    served = servers.find(arguments.name, arguments.rundir)
+    served.request("POST", "/bring_back")
+    print("blocks are brought back in the background: 'zramd tiers' shows how far that is")
+    return 0
+
+
+def add(commands: Commands) -> None:
+    """Add the verbs."""
+    parser = commands.add_parser(
+        "backing",
+        description="Look at the block device or file to which a device writes what nobody asks for, and "
+        "make one ready (docs/backing.md).",
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    one = verbs.add_parser(
+        "show",
+        help="print whose blocks are on a backing",
+        description="Print whose blocks are on a backing, and whether a server uses it now. Nothing is "
+        "changed. Exit status 1 if it is none.",
+    )
+    one.add_argument("path", metavar="PATH", help="the block device or file")
+    one.add_argument("-J", "--json", action="store_true", help="print JSON; sizes in bytes")
+    one.set_defaults(run=show)
+    one = verbs.add_parser(
+        "format",
+        help="make a backing ready for any device",
+        description="Make a block device or a preallocated file ready as a backing for any device. Refused "
+        "while it is in use; and, without --force, if something else is on it, or blocks that a device may "
+        "need.",
+    )
+    one.add_argument("path", metavar="PATH", help="the block device or file")
+    one.add_argument("-f", "--force", action="store_true", help="whatever is on it is lost")
+    one.set_defaults(run=make_free)
+    one = verbs.add_parser(
+        "back",
+        help="bring everything back from a device's backing",
+        description="Have everything brought back into memory that is out on a device's backing, as far as "
+        "there is room. The command does not wait for it.",
+    )
+    add_device(one)
+    one.set_defaults(run=back)
