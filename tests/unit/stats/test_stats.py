@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.numbers import COUNTERS, TIERS, WRITEBACK, FakeDevice
 
+from zramd.core.device.backing import EXTENT
 from zramd.core.device.device import Device
 from zramd.core.device.tier import Tier
 from zramd.server.tiers import Tiers
@@ -232,6 +233,14 @@ def test_bd_stat_and_backing_dev(snapshot: snapshots.Snapshot, backed: snapshots
     assert texts.backing_dev(backed) == "/dev/disk/by-partlabel/swap-out\n"
     assert texts.bd_stat(snapshot) == "       0        0        0\n"
     assert texts.backing_dev(snapshot) == "none\n"
+
+
+def test_an_empty_backing_device_has_no_block_in_use() -> None:
+    """The superblock has an extent of its own."""
+    assert writeback.SUPERBLOCK == EXTENT
+    size = 10 * EXTENT
+    assert writeback.used({"backing_size": size, "backing_free": 9 * EXTENT, "backing_bad": 0}) == 0
+    assert writeback.used({"backing_size": size, "backing_free": 7 * EXTENT, "backing_bad": EXTENT}) == EXTENT
 
 
 def test_writeback_is_a_section_of_the_json(snapshot: snapshots.Snapshot, backed: snapshots.Snapshot) -> None:
