@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from support.backing import preallocated
 from support.client import NbdSocket
 from support.run import wait_until
 from support.server import NbdkitProcess
@@ -88,8 +89,8 @@ def work(served: NbdkitProcess) -> None:
 
 
 @pytest.fixture
-def worked(serve: Serve) -> NbdkitProcess:
-    served = serve(name="swap0", mem_limit="32M", compaction="off")
+def worked(serve: Serve, disk_folder: Path) -> NbdkitProcess:
+    served = serve(name="swap0", mem_limit="32M", compaction="off", backing=preallocated(disk_folder))
     work(served)
     return served
 
@@ -319,11 +320,17 @@ def test_node_exporter(serve: Serve, tmp_path: Path) -> None:
     assert names(exposition(devices[0])) <= names(text)
 
 
-def test_prometheus(serve: Serve, tmp_path: Path) -> None:
+def test_prometheus(serve: Serve, tmp_path: Path, disk_folder: Path) -> None:
     """Server, file, node_exporter, Prometheus: each query of the dashboard has an answer."""
     folder = tmp_path / "textfiles"
     folder.mkdir()
-    served = serve(name="swap0", metrics_file=folder / "a.prom", stats_interval="0.1", mem_limit="32M")
+    served = serve(
+        name="swap0",
+        metrics_file=folder / "a.prom",
+        stats_interval="0.1",
+        mem_limit="32M",
+        backing=preallocated(disk_folder),
+    )
     address = f"127.0.0.1:{free_port()}"
     with node_exporter(folder) as url:
         target = urllib.parse.urlsplit(url).netloc
