@@ -6,6 +6,7 @@ Names and columns are zram's and zsmalloc's own. zramd.stats.prometheus has the 
 import json
 from typing import Any
 
+from zramd.errors import printable
 from zramd.stats.snapshots import ClassRow, Latency, Snapshot
 from zramd.stats.writeback import used
 
@@ -40,13 +41,15 @@ def bd_stat(snapshot: Snapshot) -> str:
 
 def backing_dev(snapshot: Snapshot) -> str:
     """Return zram's backing_dev: the device's path, or none."""
-    return f"{snapshot.writeback['backing'] if snapshot.writeback else 'none'}\n"
+    return f"{printable(snapshot.writeback['backing']) if snapshot.writeback else 'none'}\n"
 
 
 def sentence(snapshot: Snapshot) -> str:
     """Return what a service manager shows of a server in one line."""
     values = snapshot.values
     stored = f"{values['orig_data_size'] >> 20} MiB stored in {values['total_bytes'] >> 20} MiB of memory"
+    if values["out_pages"]:
+        stored += f", {values['out_pages'] >> 8} MiB of it out"
     return f"{stored}, frag ratio {values['frag_ratio']:.0f} %" if values["mem_used_total"] else stored
 
 

@@ -16,7 +16,10 @@ WRITEBACK = (
     Number("out_pages", "blocks", "Blocks on the backing device, and not in memory."),
     Number("out_data_size", "bytes", "Payloads of the blocks that are out."),
     Number(
-        "out_live_bytes", "bytes", "Room that they take in their extents, with headers.", "backing_live_bytes"
+        "out_live_bytes",
+        "bytes",
+        "Room that blocks which are out take in their extents.",
+        "backing_live_bytes",
     ),
     Number("bd_reads", "bytes", "Bytes read from the backing device."),
     Number("bd_writes", "bytes", "Bytes written to the backing device."),
@@ -27,7 +30,12 @@ WRITEBACK = (
     Number("reclaimed_bytes", "bytes", "Of bd_writes, what was moved to empty other extents."),
     Number("bd_read_errors", "reads", "Reads that the backing device refused, or answered with other data."),
     Number("bd_write_errors", "writes", "Writes that the backing device refused."),
-    Number("writeback_age", "seconds", "The setting: when a block goes out.", "writeback_age_seconds"),
+    Number(
+        "writeback_age",
+        "seconds",
+        "The setting: when a block that nobody asks for goes out.",
+        "writeback_age_seconds",
+    ),
     Number(
         "writeback_limit",
         "bytes",
@@ -40,7 +48,9 @@ WRITEBACK = (
         "What may be written now; none without a limit.",
         "writeback_limit_left_bytes",
     ),
-    Number("mode", "", "How eager it is: calm, wanted (memory is short), full, paused or off."),
+    Number(
+        "mode", "", "How eager it is: calm, wanted (memory is short), full, paused or off (brought back)."
+    ),
     Number("reason", "", "Why it does not do more right now."),
 )
 

@@ -137,6 +137,17 @@ def test_the_swap_of_this_machine_is_in_the_snapshot() -> None:
     assert 'zramd_refreshed_blocks_total{device="zram0"} 5\n' in prometheus.exposition(taken, [])
 
 
+def test_the_sentence_for_a_service_manager_says_what_is_out(snapshot: snapshots.Snapshot) -> None:
+    values = snapshot.values | {"orig_data_size": 90 << 20, "total_bytes": 20 << 20}
+    shown = [
+        texts.sentence(dataclasses.replace(snapshot, values=values | {"out_pages": out})) for out in (0, 5120)
+    ]
+    assert shown == [
+        "90 MiB stored in 20 MiB of memory, frag ratio 75 %",
+        "90 MiB stored in 20 MiB of memory, 20 MiB of it out, frag ratio 75 %",
+    ]
+
+
 def test_large_counters_stay_exact(snapshot: snapshots.Snapshot) -> None:
     large = dataclasses.replace(snapshot, values=snapshot.values | {"written_bytes": (1 << 53) + 1})
     assert f" {(1 << 53) + 1}\n" in prometheus.exposition(large, [])
@@ -231,6 +242,8 @@ def test_bd_stat_and_backing_dev(snapshot: snapshots.Snapshot, backed: snapshots
     """In zram's "%8llu %8llu %8llu\\n", in units of 4096 bytes: extents in use, read, written."""
     assert texts.bd_stat(backed) == "  524240    10240   435200\n"
     assert texts.backing_dev(backed) == "/dev/disk/by-partlabel/swap-out\n"
+    odd = dataclasses.replace(backed, writeback=WRITEBACK | {"backing": "/dev/a\nb"})
+    assert texts.backing_dev(odd).count("\n") == 1
     assert texts.bd_stat(snapshot) == "       0        0        0\n"
     assert texts.backing_dev(snapshot) == "none\n"
 
