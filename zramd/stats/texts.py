@@ -49,7 +49,7 @@ def sentence(snapshot: Snapshot) -> str:
     values = snapshot.values
     stored = f"{values['orig_data_size'] >> 20} MiB stored in {values['total_bytes'] >> 20} MiB of memory"
     if values["out_pages"]:
-        stored += f", {values['out_pages'] >> 8} MiB of it out"
+        stored += f" and {values['out_data_size'] >> 20} MiB on the backing device"
     return f"{stored}, frag ratio {values['frag_ratio']:.0f} %" if values["mem_used_total"] else stored
 
 

@@ -140,11 +140,14 @@ def test_the_swap_of_this_machine_is_in_the_snapshot() -> None:
 def test_the_sentence_for_a_service_manager_says_what_is_out(snapshot: snapshots.Snapshot) -> None:
     values = snapshot.values | {"orig_data_size": 90 << 20, "total_bytes": 20 << 20}
     shown = [
-        texts.sentence(dataclasses.replace(snapshot, values=values | {"out_pages": out})) for out in (0, 5120)
+        texts.sentence(
+            dataclasses.replace(snapshot, values=values | {"out_pages": out, "out_data_size": size})
+        )
+        for out, size in ((0, 0), (5120, 7 << 20))
     ]
     assert shown == [
         "90 MiB stored in 20 MiB of memory, frag ratio 75 %",
-        "90 MiB stored in 20 MiB of memory, 20 MiB of it out, frag ratio 75 %",
+        "90 MiB stored in 20 MiB of memory and 7 MiB on the backing device, frag ratio 75 %",
     ]
 
 
