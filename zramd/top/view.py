@@ -167,8 +167,8 @@ def backing(sample: Sample, width: int, glyphs: Glyphs) -> Line:
         changes = f"  {number(written)} out/min  {number(back)} back/min"
         words.append((changes, "good" if written else "dim"))
     if width >= 100:
-        words.append(("  no limit" if left is None else f"  {human(left)} left today", "dim"))
-        words.append((f"  {out['mode']}", "dim"))
+        words.append(("  no limit" if left is None else f"  {human(left)} left", "dim"))
+        words.append((f"  {out['mode']}", "fair" if out["mode"] == "paused" else "dim"))
     room = width - _LABEL - len(plain(words))
     parts = [(live, glyphs.out, "out"), (taken - live, glyphs.gaps, "gaps")]
     filled = bar(parts, max(size, 1), max(room, 1), glyphs)

@@ -574,11 +574,14 @@ class TestBacking:
     def test_words(self) -> None:
         shown = cells.plain(view.backing(backed(), 100, MONO))
         assert shown.startswith("disk    ▚")
-        assert shown.endswith("2G of 8G  63% live  4.5k out/min  7 back/min  700M left today  calm")
+        assert shown.endswith("2G of 8G  63% live  4.5k out/min  7 back/min  700M left  calm")
         assert "errors" not in shown
         assert cells.plain(view.backing(backed(), 60, MONO)).endswith("2G of 8G")
         endless = view.backing(backed(limit_left=None, writeback_limit=0, mode="paused"), 100, MONO)
         assert cells.plain(endless).endswith("no limit  paused")
+
+    def test_a_device_that_is_left_alone_is_seen(self) -> None:
+        assert styled(view.backing(backed(mode="paused"), 100, MONO), "fair") == "  paused"
 
     def test_errors_are_seen_at_any_width(self) -> None:
         for width in (60, 80, 200):
