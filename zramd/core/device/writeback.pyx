@@ -16,6 +16,7 @@ from libc.string cimport memcmp, memcpy, memset
 
 from zramd.core.device.backing cimport (
     EXTENT_BYTES,
+    EXTENT_LIVE,
     EXTENT_READER,
     EXTENT_SHIFT,
     RECORD_HEAD,
@@ -90,6 +91,8 @@ cdef const char *magic = b"zramdext"
 @cython.final
 cdef class Writeback:
     """Writes blocks of a device to its backing, and brings them back, in steps. Any thread may call it; one does.
+
+    A device has one: two would take each other's marks for their own.
 
     Raises ValueError for a device without a backing, MemoryError.
     """
@@ -281,7 +284,7 @@ cdef class Writeback:
         """Copy what lives of an extent into the buffer; 0 or -errno: some of it cannot be read."""
         cdef extent_head head
         cdef record r
-        cdef uint64_t slot, first = extent << EXTENT_SHIFT
+        cdef uint64_t slot, first = extent << EXTENT_SHIFT, found = 0
         cdef uint32_t at = self.backing.head, size, i
         cdef const char *payload
         cdef int rc = self.backing.read(self.other, EXTENT_BYTES, first)
@@ -302,6 +305,7 @@ cdef class Writeback:
             payload = self.other + at + RECORD_HEAD
             slot = table.get(r.block) if r.block < table.count else 0
             if is_out(slot) and slot_handle(slot) << self.backing.granule_shift == first + at:
+                found += self.backing.record_bytes(slot_bytes(slot))
                 if r.what != out_what(slot) or sum_low(r.sum) != slot_sum(slot) or (
                         r.sum != record_sum(r.block, r.what, payload)):
                     rc = -EIO       # the others can be read
@@ -313,7 +317,8 @@ cdef class Writeback:
                     self.moving += self.backing.record_bytes(size)
                     records[0] += 1
             at += self.backing.record_bytes(size)
-        return rc
+        # (Less may live by now, but not more.)
+        return rc if load_relaxed(&self.backing.words[extent]) & EXTENT_LIVE <= found else -EIO
 
     # --------------------------------------------------------------------------------------------------------
     # flush
@@ -372,9 +377,11 @@ cdef class Writeback:
             moved[0] = size * self.moving // self.used
             counter_add(&table.counters.bd_writes, written[0])
             counter_add(&table.counters.reclaimed_bytes, moved[0])
+            # The last first: a block may have been written since it was gathered, and gathered again. The mark is that of
+            # the last one, which takes it off.
             for i in range(self.count):
                 gate_enter(&self.device.gate)
-                blocks[0] += self._commit(table, &self.entries[i], extent)
+                blocks[0] += self._commit(table, &self.entries[self.count - 1 - i], extent)
                 gate_leave(&self.device.gate)
         self.backing.give(extent, rc != 0)
         return rc
