@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support.backing import preallocated
+from support.backings import preallocated
 from support.client import NbdSocket
 from support.run import wait_until
 from support.server import NbdkitProcess

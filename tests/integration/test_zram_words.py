@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.backing import preallocated
+from support.backings import preallocated
 from support.client import NbdSocket
 from support.run import wait_until
 from support.run import zramd_command as zramd

@@ -1,16 +1,14 @@
 """zram's block_state: a line for each block that is stored, in the kernel's format."""
 
-import os
 import random
 import re
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from support.backings import Disk
 from support.run import run_threads
 
-from zramd.core.device.backing import Backing
 from zramd.core.device.device import Device
 from zramd.core.device.tier import Tier
 from zramd.core.device.writeback import Writeback
@@ -100,13 +98,9 @@ def test_what_zstd_compressed_when_it_was_written_is_not_recompressed() -> None:
 
 
 @pytest.fixture
-def backed(disk_folder: Path) -> Iterator[Device]:
+def backed() -> Device:
     """A device that can write blocks out."""
-    path = disk_folder / "out"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
-    os.posix_fallocate(fd, 0, 1 << 20)
-    yield Device(64 << 20, cold_level=3, backing=Backing(fd, 1 << 20, 16, 4096))
-    os.close(fd)
+    return Disk().device(64 << 20)
 
 
 def write_out(device: Device) -> None:
