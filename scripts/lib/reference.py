@@ -15,8 +15,9 @@ from zramd.contract import rundir
 from zramd.server import routes
 from zramd.settings import config
 from zramd.stats import texts
-from zramd.stats.numbers import NUMBERS
+from zramd.stats.numbers import NUMBERS, Number
 from zramd.stats.tiers import AGES_MEANING, TIERS
+from zramd.stats.writeback import WRITEBACK
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "reference.md"
@@ -33,6 +34,8 @@ FILES = {
     "disksize": "size of the device in bytes",
     "comp_algorithm": "zram's list of algorithms, with the one that compresses in brackets",
     "recomp_algorithm": "the same of those that recompress, after `#1:`; empty when that is off",
+    "backing_dev": "zram's: the backing device's path, or `none`",
+    "bd_stat": "zram's three columns",
     "mm_stat": "zram's nine columns, see [below](#zrams-own-files)",
     "io_stat": "zram's four columns",
     "frag_ratio": "percent of the pool's pages that payload fills; higher is better",
@@ -55,10 +58,22 @@ PATHS = {
     "GET /comp_algorithm": "zram's list of algorithms, with the one that compresses in brackets",
     "GET /recomp_algorithm": "the same of those that recompress; nothing when recompression is off",
     "PUT /recomp_algorithm": "`algo=zstd priority=1`, or the setting `recompression`",
+    "POST /recomp_algorithm": "the same",
     "PUT /recompress": "zram's: recompresses in the background, see [below](#zrams-words)",
     "POST /recompress": "the same",
     "PUT /idle": "zram's: `all`, or a time in which nobody has asked for a block",
     "POST /idle": "the same",
+    "GET /backing_dev": "zram's: the backing device's path, or `none`",
+    "GET /bd_stat": "zram's line of three numbers, see [below](#zrams-words)",
+    "PUT /writeback": "zram's: writes blocks out in the background, see [below](#zrams-words)",
+    "POST /writeback": "the same",
+    "GET /writeback_limit": "zram's: what may be written now, in units of 4096 bytes",
+    "POST /writeback_limit": "sets that; `PUT` is the setting of that name: bytes a day",
+    "GET /writeback_limit_enable": "zram's: `1` while there is a limit, else `0`",
+    "PUT /writeback_limit_enable": "`0`: no limit (`writeback_limit=off`); `1`: the one before, or 1G",
+    "POST /writeback_limit_enable": "the same",
+    "PUT /bring_back": "brings everything back into memory, in the background, that is out",
+    "POST /bring_back": "the same",
     "GET /block_state": "zram's: a line for each block that is stored, as a stream",
     "GET /save": "the device as a stream ([format](save-format.md)); fails if a client changes it meanwhile",
     "GET /save/live": "the same while clients write: blocks are from different moments",
@@ -133,27 +148,34 @@ def fixed() -> str:
 
 def numbers() -> str:
     """Return every number of stats.json, in its order."""
-    rows = []
-    for number in NUMBERS:
-        metric = f"`zramd_{number.metric}`" if number.metric else ""
-        rows.append((f"`{number.name}`", number.unit, number.meaning, metric))
-    return table("number", "unit", "meaning", "in Prometheus", rows=rows)
+    return _numbers(NUMBERS)
 
 
 def tiers() -> str:
     """Return every number of the section `tiers` of stats.json, in its order."""
+    return _numbers(TIERS, ("`ages`", "blocks", AGES_MEANING, "`zramd_age_pages`"))
+
+
+def writeback() -> str:
+    """Return every number of the section `writeback` of stats.json, in its order."""
+    return _numbers(WRITEBACK)
+
+
+def _numbers(found: Iterable[Number], *more: tuple[str, ...]) -> str:
     rows = [
         (f"`{number.name}`", number.unit, number.meaning, f"`zramd_{number.metric}`" if number.metric else "")
-        for number in TIERS
+        for number in found
     ]
-    rows.append(("`ages`", "blocks", AGES_MEANING, "`zramd_age_pages`"))
-    return table("number", "unit", "meaning", "in Prometheus", rows=rows)
+    return table("number", "unit", "meaning", "in Prometheus", rows=[*rows, *more])
 
 
 def columns() -> str:
-    """Return which numbers the lines of mm_stat and io_stat are."""
+    """Return which numbers the lines of mm_stat, io_stat and bd_stat are."""
     files = (("mm_stat", texts.MM_STAT), ("io_stat", texts.IO_STAT))
-    rows = ((f"`{name}`", " ".join(f"`{one}`" for one in found)) for name, found in files)
+    rows = [(f"`{name}`", " ".join(f"`{one}`" for one in found)) for name, found in files]
+    rows.append(
+        ("`bd_stat`", "extents in use, `bd_reads`, `bd_writes` of `writeback`, in units of 4096 bytes")
+    )
     return table("file", "its numbers, in zram's order", rows=rows)
 
 
@@ -217,6 +239,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "fixed": fixed,
     "numbers": numbers,
     "tiers": tiers,
+    "writeback": writeback,
     "columns": columns,
     "files": files,
     "paths": paths,

@@ -26,8 +26,8 @@ Serve = Callable[..., NbdkitProcess]
 MIB = 1 << 20
 STOP_SECONDS = 10.0  # it is one, on a machine that does nothing else; for ever, if it waits for a client
 STATS_FILES = [
-    *("classes", "comp_algorithm", "disksize", "frag_ratio", "io_stat", "metrics.prom", "mm_stat"),
-    *("recomp_algorithm", "stats.json"),
+    *("backing_dev", "bd_stat", "classes", "comp_algorithm", "disksize", "frag_ratio", "io_stat"),
+    *("metrics.prom", "mm_stat", "recomp_algorithm", "stats.json"),
 ]
 
 

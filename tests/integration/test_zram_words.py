@@ -5,12 +5,17 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from support.backings import preallocated
 from support.client import NbdSocket
 from support.run import wait_until
 from support.run import zramd_command as zramd
 from support.server import NbdkitProcess
+
+from zramd.stats.tiers import MODES
+from zramd.stats.writeback import WRITEBACK
 
 Serve = Callable[..., NbdkitProcess]
 BLOCK = 4096
@@ -224,3 +229,151 @@ def test_tiers_of_several(serve: Serve) -> None:
     assert [told["name"] for told in json.loads(said("tiers", "-J", *places))["devices"]] == ["a", "b"]
     other.stop(9)
     assert refused("tiers", *places, status=1) == refused("list", *places, status=1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# writing back
+
+STORED = {*TEXTS, *SIXES, *NOISE}  # what has an object; words take no memory that could be given back
+
+
+@pytest.fixture
+def backed(serve: Serve, disk_folder: Path) -> Iterator[Filled]:
+    """The same with a backing, to which nothing goes by itself."""
+    path = preallocated(disk_folder)
+    made = Filled(serve(recompression="zstd(level=3)", cold_age="1h", writeback_age="5h", backing=path))
+    yield made
+    made.client.close()
+
+
+def test_writeback_by_number(backed: Filled) -> None:
+    assert backed.put("/writeback", "page_index=7 page_indexes=95-104 page_indexes=299-302")[0] == 200
+    wait_until(lambda: backed.marked("w") == {7, *range(95, 105), 299})
+    backed.check()
+    assert backed.marked("w") == {7, *range(95, 105), 299}, "one read brings nothing back"
+
+
+@pytest.mark.parametrize("words", ["idle", "type=idle"])
+def test_writeback_of_what_is_idle(backed: Filled, words: str) -> None:
+    said("idle", "all", *at(backed))
+    backed.client.read(TEXTS[3] * BLOCK, BLOCK)
+    assert backed.put("/writeback", words)[0] == 200
+    wait_until(lambda: backed.marked("w") == STORED - {TEXTS[3]})
+    assert backed.marked("i") == set()
+    backed.check()
+
+
+def test_writeback_of_what_is_huge(backed: Filled) -> None:
+    assert said("writeback", *at(backed), "type=huge") == (
+        "blocks are written out in the background: 'zramd tiers' shows how far that is\n"
+    )
+    wait_until(lambda: backed.marked("w") == {*SIXES, *NOISE})
+    assert backed.marked("h") == {*SIXES, *NOISE}
+    assert backed.served.stats()["huge_pages"] == 0, "none is in memory"
+
+
+def test_writeback_of_what_did_not_shrink(backed: Filled) -> None:
+    said("recompress", *at(backed))
+    wait_until(lambda: backed.marked("n") == set(NOISE))
+    said("writeback", *at(backed), "type=incompressible")
+    wait_until(lambda: backed.marked("w") == set(NOISE))
+    backed.check()
+
+
+def test_writeback_of_what_is_huge_and_idle(backed: Filled) -> None:
+    said("idle", "all", *at(backed))
+    backed.client.read(NOISE[5] * BLOCK, BLOCK)
+    assert backed.put("/writeback", "huge_idle")[0] == 200
+    wait_until(lambda: backed.marked("w") == {*SIXES, *NOISE} - {NOISE[5]})
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["type=hgue"], ["page_index=99999999"], ["page_indexes=9-3"], ["type=huge", "type=huge"]]
+)
+def test_wrong_words_write_nothing(backed: Filled, words: list[str]) -> None:
+    status, sentence = backed.put("/writeback", " ".join(words))
+    assert status == 400
+    assert refused("writeback", *at(backed), *words, status=2) == f"run: {sentence.rstrip()}"
+    assert backed.put("/writeback", "page_index=3")[0] == 200
+    wait_until(lambda: backed.marked("w") == {3})
+
+
+def test_what_is_out_comes_back(backed: Filled) -> None:
+    assert backed.put("/writeback", "page_indexes=0-299")[0] == 200
+    wait_until(lambda: backed.marked("w") == STORED)
+    assert backed.served.stats()["compr_data_size"] == 0
+    assert said("bring-back", *at(backed)) == (
+        "blocks are brought back in the background: 'zramd tiers' shows how far that is\n"
+    )
+    wait_until(lambda: backed.marked("w") == set())
+    assert backed.served.stats()["brought_back"] == len(STORED)
+    backed.check()
+
+
+def test_bd_stat_and_backing_dev_are_files_and_paths(backed: Filled) -> None:
+    served = backed.served
+    assert backed.put("/writeback", "page_indexes=0-299")[0] == 200
+    wait_until(lambda: backed.marked("w") == STORED)
+    backed.client.read(0, BLOCK)
+    text = served.request("GET", "/bd_stat")[1]
+    used, read, written = map(int, text.split())
+    assert text == f"{used:8} {read:8} {written:8}\n"
+    stats = served.stats()
+    assert (read, written) == (stats["bd_reads"] // BLOCK, stats["bd_writes"] // BLOCK)
+    # What lz4 does not shrink are 200 blocks, and only the last extent is not full.
+    assert used % 16 == 0
+    assert 200 <= written <= used <= 320
+    assert read >= 1
+    told = {"bd_stat": text, "backing_dev": f"{stats['writeback']['backing']}\n"}
+    for name, shown in told.items():
+        assert served.request("GET", f"/{name}")[1] == shown
+        wait_until(lambda name=name, shown=shown: (served.rundir / name).read_text() == shown)
+
+
+def test_the_limit_is_what_is_left_now(backed: Filled) -> None:
+    def ask(method: str, path: str, text: str = "") -> tuple[int, str]:
+        return backed.served.request(method, path, text)
+
+    assert ask("GET", "/writeback_limit_enable") == (200, "1\n")
+    assert ask("POST", "/writeback_limit", "16") == (200, '{"writeback_limit": 16}\n')
+    assert ask("POST", "/writeback", "page_indexes=200-299")[0] == 200
+    wait_until(lambda: backed.served.stats()["bd_writes"] > 0)
+    wait_until(lambda: ask("GET", "/writeback_limit") == (200, "0\n"))
+    assert 0 < backed.served.stats()["bd_writes"] <= 16 * BLOCK
+    assert 0 < len(backed.marked("w")) < 16
+    assert ask("POST", "/writeback_limit_enable", "0") == (200, '{"writeback_limit_enable": 0}\n')
+    assert ask("GET", "/writeback_limit_enable") == (200, "0\n")
+    assert ask("POST", "/writeback_limit", "16")[0] == 409
+    assert ask("POST", "/writeback", "page_indexes=200-299")[0] == 200
+    wait_until(lambda: backed.marked("w") == set(NOISE))
+    assert ask("POST", "/writeback_limit_enable", "1") == (200, '{"writeback_limit_enable": 1}\n')
+    assert json.loads(ask("GET", "/settings")[1])["writeback_limit"] == 1 << 30
+
+
+def test_what_is_out_is_shown(backed: Filled) -> None:
+    said("writeback", *at(backed), "page_indexes=0-199")
+    wait_until(lambda: backed.marked("w") == {*TEXTS, *SIXES})
+    text = said("tiers", *at(backed))
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line}
+    assert {name: rows[name][1] for name in ("hot", "raw", "same", "out", "all")} == {
+        **{"hot": "0", "raw": str(EACH), "same": str(EACH), "out": str(2 * EACH), "all": str(4 * EACH)}
+    }
+    (told,) = json.loads(said("tiers", "--json", *at(backed)))["devices"]
+    assert told["writeback"].keys() == {number.name for number in WRITEBACK}, "each is documented"
+    assert told["writeback"]["mode"] in MODES
+    assert told["writeback"]["out_pages"] == backed.served.stats()["out_pages"] == 2 * EACH
+    assert said("list", "-n", "-o", "OUT-PAGES", *at(backed)).split() == [str(2 * EACH)]
+    block = said("debug", "block", *at(backed), "3")
+    assert "kind          out: on the backing device, and not in memory\n" in block
+    assert re.search(r"^codec +lz4$", block, re.MULTILINE)
+    assert re.search(r"^place +0x[0-9a-f]+, bytes into the backing device$", block, re.MULTILINE)
+
+
+def test_without_a_backing_nothing_is_written(filled: Filled) -> None:
+    told = "run: there is no backing device: 'zramd restart NAME backing=PATH' gives it one"
+    assert refused("writeback", *at(filled), "type=huge", status=1) == told
+    assert refused("bring-back", *at(filled), status=1) == told
+    assert filled.served.request("POST", "/writeback_limit_enable", "1")[0] == 409
+    assert filled.served.request("GET", "/backing_dev") == (200, "none\n")
+    assert filled.served.request("GET", "/bd_stat") == (200, "       0        0        0\n")
+    assert "writeback" not in filled.served.stats()

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     # The command line. It talks to servers, and never loads what they are made of.
     "control": {*GROUND, "contract", "process", "settings", "stats", "kernel"},
     "launch": {*GROUND, "zramd", "contract", "process", "settings", "guest", "kernel", "control"},
-    "top": {*GROUND, "control"},
+    "top": {*GROUND, "control", "stats"},
     "commands": {
         *GROUND,
         *("zramd", "contract", "process", "settings", "stats", "kernel", "control", "launch", "top"),

@@ -1,6 +1,7 @@
-"""A backing in memory, and what moves blocks to it and back, for tests."""
+"""A backing in memory, and what moves blocks to it and back, for tests; and a file for servers."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from zramd import Device
@@ -83,3 +84,14 @@ def bring_back(device: Device, *, wanted: bool = False) -> int:
         if stopped:
             break
     return done
+
+
+def preallocated(folder: Path, size: int = 16 << 20) -> Path:
+    """Make a file that can be a server's backing; the folder has direct I/O, see disk_folder."""
+    path = folder / "out"
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, size)
+    finally:
+        os.close(fd)
+    return path

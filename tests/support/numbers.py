@@ -81,6 +81,29 @@ TIERS = {
     "mode": "calm",
     "reason": "nothing has been cold for long enough",
 }
+WRITEBACK = {
+    "backing": "/dev/disk/by-partlabel/swap-out",
+    "backing_size": 8 << 30,
+    "backing_free": 6 << 30,
+    "backing_bad": 128 << 10,
+    "out_pages": 1_200_000,
+    "out_data_size": 1200 << 20,
+    "out_live_bytes": 1300 << 20,
+    "bd_reads": 40 << 20,
+    "bd_writes": 1700 << 20,
+    "written_out": 1_400_000,
+    "brought_back": 2300,
+    "written_out_minute": 4500,
+    "brought_back_minute": 7,
+    "reclaimed_bytes": 90 << 20,
+    "bd_read_errors": 0,
+    "bd_write_errors": 0,
+    "writeback_age": 3600,
+    "writeback_limit": 1 << 30,
+    "limit_left": 700 << 20,
+    "mode": "calm",
+    "reason": "nobody has left a whole extent of blocks alone for 1 h",
+}
 
 
 class FakeDevice:

@@ -172,9 +172,11 @@ def block(arguments: argparse.Namespace) -> int:
         f"block         {values['block']}, bytes {values['block'] * 4096} to {values['block'] * 4096 + 4095}"
     )
     print(f"kind          {_KINDS[values['kind']]}")
-    for name in ("word", "handle", "payload_bytes"):
+    for name in ("word", "handle", "codec", "payload_bytes"):
         if name in values:
             print(f"{name:<13} {values[name]:#018x}" if name == "word" else f"{name:<13} {values[name]}")
+    if "place" in values:
+        print(f"place         {values['place']:#x}, bytes into the backing device")
     if "zspage" in values:
         print(f"class         {values['class_index']}, chunks of {values['class_size']} bytes")
         used = f"{values['zspage_inuse']} of {values['zspage_objs']} chunks used"
@@ -198,6 +200,7 @@ _KINDS = {
     "lz4": "lz4: compressed",
     "zstd": "zstd: compressed",
     "raw": "raw: stored as it is",
+    "out": "out: on the backing device, and not in memory",
     "lost": "lost: it changed in memory, and reading it is an error until it is written again",
 }
 
@@ -292,8 +295,8 @@ def add(commands: Commands) -> None:
         "block_state",
         help="list the blocks that are stored, as zram's block_state does",
         description="Print a line for each block that is stored, in the format of zram's block_state: its "
-        "number; when it was last asked for, in seconds since boot; and what it is: s same-filled, h stored "
-        "raw, i marked idle, r recompressed, n not shrunk by recompression.",
+        "number; when it was last asked for, in seconds since boot; and what it is: s same-filled, w written "
+        "out, h stored raw, i marked idle, r recompressed, n not shrunk by recompression.",
     )
     add_device(parser)
     parser.set_defaults(run=block_state)

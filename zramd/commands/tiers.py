@@ -1,4 +1,4 @@
-"""Verbs of the tiers: tiers, and zram's recompress and idle."""
+"""Verbs of the tiers: tiers, zram's recompress, idle and writeback, and bring-back."""
 
 import argparse
 import json
@@ -10,8 +10,9 @@ from typing import Any
 from zramd.commands import Commands, add_device, folder
 from zramd.control import servers
 from zramd.control.human import human
-from zramd.errors import DeviceError, UsageError, say
+from zramd.errors import DeviceError, UsageError, printable, say
 from zramd.stats.tiers import ages
+from zramd.stats.writeback import used
 from zramd.top.cells import ASCII, MONO, Glyphs, bar
 
 WIDTH = 80
@@ -27,7 +28,7 @@ _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def tiers(arguments: argparse.Namespace) -> int:
-    """Print what is hot and what is cold; devices whose server has died are named on standard error."""
+    """Print what is hot, cold and out; devices whose server has died are named on standard error."""
     if arguments.rundir or arguments.names:
         wanted = [servers.find(name) for name in arguments.names]
         wanted += [servers.find(None, folder) for folder in arguments.rundir]
@@ -50,7 +51,9 @@ def tiers(arguments: argparse.Namespace) -> int:
             continue
         if not arguments.json:
             sys.stdout.write("\n" * bool(found) + report(stats, glyphs))
-        found.append({"name": stats["name"], "comp_algorithm": stats["comp_algorithm"], **stats["tiers"]})
+        told = {"name": stats["name"], "comp_algorithm": stats["comp_algorithm"], **stats["tiers"]}
+        out = {"writeback": stats["writeback"]} if "writeback" in stats else {}
+        found.append(told | out)
     if arguments.json:
         print(json.dumps({"devices": found}, indent=2))
     return status
@@ -58,27 +61,40 @@ def tiers(arguments: argparse.Namespace) -> int:
 
 def report(stats: dict[str, Any], glyphs: Glyphs) -> str:
     """Return what is where, for how long nobody asked for it, and what the background makes of it."""
-    section = stats["tiers"]
-    lines = [*_heading(stats), "", *_places(section, glyphs), "", *_ages(section, glyphs), ""]
-    return "\n".join([*lines, *_work(section)]) + "\n"
+    section, out = stats["tiers"], stats.get("writeback")
+    lines = [*_heading(stats), "", *_places(section, out, glyphs), "", *_ages(section, glyphs), ""]
+    lines += _work(section, out)
+    if out is not None:
+        lines += ["", *_backing(out)]
+    return "\n".join([*lines, *_reasons(section, out)]) + "\n"
 
 
 def _heading(stats: dict[str, Any]) -> Iterator[str]:
-    section = stats["tiers"]
-    mode = section["mode"]
-    cold = f"cold {section['recompression']} after {duration(section['cold_age'])}: {_MODES.get(mode, mode)}"
+    section, out = stats["tiers"], stats.get("writeback")
+    cold = f"cold {section['recompression']} after {duration(section['cold_age'])}: {_mode(section)}"
     off = "recompression is off"
-    yield f"{stats['name']}: hot {stats['comp_algorithm']}, {off if mode == 'off' else cold}"
+    yield f"{stats['name']}: hot {stats['comp_algorithm']}, {off if section['mode'] == 'off' else cold}"
+    if out is not None:
+        when = f"after {duration(out['writeback_age'])}: {_mode(out)}"
+        when = "off" if out["mode"] == "off" else when
+        yield f"{'':<{len(stats['name'])}}  out to {printable(out['backing'])} {when}"
 
 
-def _places(section: dict[str, Any], glyphs: Glyphs) -> Iterator[str]:
-    """Yield a table of the tiers: what they hold, and what that takes."""
+def _mode(section: dict[str, Any]) -> str:
+    mode: str = section["mode"]
+    return _MODES.get(mode, mode)
+
+
+def _places(section: dict[str, Any], out: dict[str, Any] | None, glyphs: Glyphs) -> Iterator[str]:
+    """Yield a table of the tiers: what they hold, and what that takes, in memory or out."""
     rows = [
         ("hot", section["hot_pages"], section["hot_data_size"]),
         ("cold", section["cold_pages"], section["cold_data_size"]),
         ("raw", section["raw_pages"], section["raw_pages"] * 4096),
         ("same", section["same_pages"], 0),
     ]
+    if out is not None:
+        rows.append(("out", out["out_pages"], out["out_data_size"]))
     blocks, payload = sum(row[1] for row in rows), sum(row[2] for row in rows)
     yield f"{'':<{_LABEL}}{'blocks':>10} {'share':>6} {'data':>8} {'payload':>8} {'ratio':>6}"
     for name, count, size in [*rows, ("all", blocks, payload)]:
@@ -100,20 +116,48 @@ def _ages(section: dict[str, Any], glyphs: Glyphs) -> Iterator[str]:
         yield _with_bar(line, row.blocks, total, glyphs).rstrip()
 
 
-def _work(section: dict[str, Any]) -> Iterator[str]:
-    """Yield what was done, and why it is not more."""
+def _work(section: dict[str, Any], out: dict[str, Any] | None) -> Iterator[str]:
+    """Yield what was done."""
     saved, vain = human(max(section["saved_bytes"], 0)), section["recompress_useless"]
     yield f"{'':<{_LABEL}}{'a minute':>10} {'since start':>12}"
-    yield (
-        f"{'made cold':<{_LABEL}}{section['recompressed_minute']:>10} {section['recompressed']:>12}  "
-        f"{saved} saved, {vain} tried in vain"
-    )
-    hot = f"{section['promoted_minute']:>10} {section['promoted']:>12}"
-    yield f"{'made hot':<{_LABEL}}{hot}  read again and again"
+    yield _done("made cold", section, "recompressed", f"{saved} saved, {vain} tried in vain")
+    yield _done("made hot", section, "promoted", "read again and again")
+    if out is not None:
+        moved = f", {human(out['reclaimed_bytes'])} of it moved" if out["reclaimed_bytes"] else ""
+        yield _done("sent out", out, "written_out", f"{human(out['bd_writes'])} written{moved}")
+        yield _done("came back", out, "brought_back", "read again and again, or asked for")
     yield f"{'processor':<{_LABEL}}{'':>10} {section['cpu_seconds']:>10.2f} s"
-    if section["reason"]:
-        yield ""
-        yield from textwrap.wrap(f"Not more now: {section['reason']}.", WIDTH)
+
+
+def _done(label: str, section: dict[str, Any], name: str, words: str) -> str:
+    return f"{label:<{_LABEL}}{section[f'{name}_minute']:>10} {section[name]:>12}  {words}"
+
+
+def _backing(out: dict[str, Any]) -> Iterator[str]:
+    """Yield how full the backing device is, what may be written to it, and what has failed."""
+    taken, bad = used(out), out["backing_bad"]
+    live = f", {_share(out['out_live_bytes'], taken)} of that live" if taken else ""
+    given_up = f", {human(bad)} given up" if bad else ""
+    yield f"{'backing':<{_LABEL}}{human(out['backing_size']):>10}  {human(taken)} in use{live}{given_up}"
+    if out["limit_left"] is not None:
+        left = f"{human(out['limit_left'])} may be written now"
+        yield f"{'a day':<{_LABEL}}{human(out['writeback_limit']):>10}  {left}"
+    else:
+        yield f"{'a day':<{_LABEL}}{'no limit':>10}"
+    reads, writes = out["bd_read_errors"], out["bd_write_errors"]
+    if reads or writes:
+        yield f"{'errors':<{_LABEL}}{reads + writes:>10}  {reads} reads and {writes} writes of it failed"
+
+
+def _reasons(section: dict[str, Any], out: dict[str, Any] | None) -> Iterator[str]:
+    """Yield why it is not more."""
+    reasons = [("Not more now", section["reason"])]
+    if out is not None:
+        reasons = [("No more cold now", section["reason"]), ("No more out now", out["reason"])]
+    for place, (label, reason) in enumerate(each for each in reasons if each[1]):
+        if place == 0:
+            yield ""
+        yield from textwrap.wrap(f"{label}: {reason}.", WIDTH)
 
 
 def _share(count: int, whole: int) -> str:
@@ -162,6 +206,22 @@ def idle(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def writeback(arguments: argparse.Namespace) -> int:
+    """Have the server write blocks out, and do not wait for it."""
+    served = _find(arguments)
+    served.request("POST", "/writeback", " ".join(arguments.settings))
+    print("blocks are written out in the background: 'zramd tiers' shows how far that is")
+    return 0
+
+
+def bring_back(arguments: argparse.Namespace) -> int:
+    """Have the server bring back all that is out, and do not wait for it."""
+    served = _find(arguments)
+    served.request("POST", "/bring_back")
+    print("blocks are brought back in the background: 'zramd tiers' shows how far that is")
+    return 0
+
+
 _PAIRS = ("type=idle", "type=huge", "type=huge_idle", "threshold=", "max_pages=", "algo=zstd", "priority=1")
 _WORDS = """
 words, as zram's file recompress takes them, in any order:
@@ -177,14 +237,31 @@ Without type= all blocks are meant, however young they are. A block that
 recompression did not shrink is tried again once it has been written again.
 If a word is wrong, nothing is done.
 """
+_WRITE_PAIRS = (
+    *("type=idle", "type=huge", "type=huge_idle", "type=incompressible"),
+    *("page_index=", "page_indexes="),
+)
+_WRITE_WORDS = """
+words, as zram's file writeback takes them:
+  type=idle            blocks that are marked idle (zramd idle)
+  type=huge            blocks that are stored raw
+  type=huge_idle       blocks that are both
+  type=incompressible  blocks that recompression did not shrink
+or, as often as you like:
+  page_index=N         this block, however young it is
+  page_indexes=N-M     these, the last one included
+
+What is written counts against writeback_limit. If a word is wrong, nothing is
+done.
+"""
 
 
 def add(commands: Commands) -> None:
     """Add the verbs."""
     parser = commands.add_parser(
         "tiers",
-        description="Show which blocks are hot, cold, raw or of one word, how long ago somebody asked for "
-        "them, and what recompression does. Without a name: of every device.",
+        description="Show which blocks are hot, cold, raw, of one word or out on a backing device, how long "
+        "ago somebody asked for them, and what the background does. Without a name: of every device.",
     )
     parser.add_argument("names", metavar="NAME", nargs="*", help="only these devices")
     parser.add_argument(
@@ -220,3 +297,20 @@ def add(commands: Commands) -> None:
         help="all, or a time in which nobody has asked for a block, such as 300, 5min or 1h",
     )
     parser.set_defaults(run=idle)
+    parser = commands.add_parser(
+        "writeback",
+        usage="zramd writeback [--rundir FOLDER] NAME word=value ...",
+        description="Have blocks written out to the backing device now that would go there by and by. The "
+        "command does not wait for it.",
+        more=lambda: _WRITE_WORDS,
+        pairs=_WRITE_PAIRS,
+    )
+    add_device(parser)
+    parser.set_defaults(run=writeback)
+    parser = commands.add_parser(
+        "bring-back",
+        description="Have everything brought back into memory that is out on the backing device, so that the "
+        "device can be taken away. The command does not wait for it.",
+    )
+    add_device(parser)
+    parser.set_defaults(run=bring_back)

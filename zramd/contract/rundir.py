@@ -28,7 +28,7 @@ CONTROL_SOCKET = "control.sock"
 COMPACT_TIMEOUT = 60.0  # seconds that an answer to POST /compact takes at most: the work may go on
 DATA_ID = "data_id"  # names the data that the server holds: the same name, the same data
 STATS_FILES = (
-    *("disksize", "comp_algorithm", "recomp_algorithm"),
+    *("disksize", "comp_algorithm", "recomp_algorithm", "backing_dev", "bd_stat"),
     *("mm_stat", "io_stat", "frag_ratio", "stats.json", "classes", "metrics.prom"),
 )
 STATE = "state_path"  # where the server's state is: what died with it, and what did not

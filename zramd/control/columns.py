@@ -68,6 +68,7 @@ COLUMNS = (
     Column(
         "COLD-PAGES", "number", "blocks recompressed because nobody asked for them", _number("cold_pages")
     ),
+    Column("OUT-PAGES", "number", "blocks on the backing device, and not in memory", _number("out_pages")),
     Column("PEAK", "size", "most that TOTAL ever was", _number("mem_used_max")),
     Column("METADATA", "size", "memory beside the pool, for tables", _number("metadata_bytes")),
     Column("SWAP-USED", "number", "blocks that swap of this machine uses", _number("swap_used")),

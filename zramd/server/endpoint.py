@@ -23,7 +23,7 @@ from zramd.server.trouble import Troubles
 MAX_CONNECTIONS = 16
 MAX_LENGTHY = 8  # of them, for what takes long
 MAX_HEADER = 8 << 10
-MAX_BODY = 1 << 10
+MAX_BODY = 4 << 10  # as one of zram's files takes
 ALONE = 0.5  # the same, where no thread can be had and the housekeeping thread answers itself
 DEADLINE = 5.0  # seconds for a client to send its request and take the answer
 LINGER = 0.5  # seconds to wait for the client's end, so that what it still sends does not destroy the answer

@@ -32,6 +32,8 @@ class StatsFiles:
         publish("comp_algorithm", words.comp_algorithm(snapshot.comp_algorithm))
         publish("recomp_algorithm", words.recomp_algorithm(snapshot.recompression))
         publish("mm_stat", texts.mm_stat(snapshot))
+        publish("backing_dev", texts.backing_dev(snapshot))
+        publish("bd_stat", texts.bd_stat(snapshot))
         publish("io_stat", texts.io_stat(snapshot))
         publish("frag_ratio", texts.frag_ratio(snapshot))
         publish("stats.json", texts.to_json(snapshot))

@@ -5,7 +5,10 @@ POST  /compact /check /reset /mem_used_max, /sockets PATH: sends those on which 
 GET   /save /save/live      the whole device as a stream, see docs/save-format.md
 GET   /block_state          zram's, as a stream: a line for each block that is stored
 GET   /comp_algorithm /recomp_algorithm   zram's, as it shows them
-PUT   /recomp_algorithm /recompress /idle   zram's, see zramd.server.words
+GET   /backing_dev /bd_stat /writeback_limit /writeback_limit_enable   the same
+POST  /recomp_algorithm /recompress /idle /writeback   zram's, see zramd.server.words; PUT does the same
+POST  /writeback_limit /writeback_limit_enable   zram's; PUT is the setting writeback_limit, of bytes a day
+POST  /bring_back           what is out comes back into memory
 PUT   /load                 such a stream into an empty device without clients
 PUT   /NAME for each setting that can be changed while the device is served
 """
@@ -29,7 +32,8 @@ from zramd.errors import (
 )
 from zramd.server import words
 from zramd.server.tiers import Pass
-from zramd.settings.config import SETTINGS
+from zramd.server.writeback import WritePass
+from zramd.settings.config import SETTINGS, find
 from zramd.stats import prometheus, snapshots, texts
 
 TEXT = "text/plain; charset=utf-8"
@@ -37,6 +41,7 @@ _JSON = "application/json"
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _BINARY = "application/octet-stream"
 _BLOCK = "/block/"
+_LIMIT = "writeback_limit"
 _PATIENCE = 600.0  # seconds that a reader of block_state may stand still: it may be a person with a pager
 # Whose answer, or body, is a stream of any length; an answer's content type.
 STREAMS_OUT = {("GET", "/save"): _BINARY, ("GET", "/save/live"): _BINARY, ("GET", "/block_state"): TEXT}
@@ -76,6 +81,19 @@ class Tiers(Protocol):
         """Return the section `tiers` of stats.json."""
 
 
+class Writeback(Protocol):
+    """What the endpoint asks of who writes to the backing device."""
+
+    def submit(self, wanted: WritePass) -> None:
+        """Have blocks written out in the background; raises DeviceError when that cannot be."""
+
+    def bring_back(self) -> None:
+        """Have everything brought back in the background that is out; raises DeviceError."""
+
+    def set_left(self, size: int) -> None:
+        """Let so many bytes be written from now on; raises DeviceError without a limit."""
+
+
 class Service(Protocol):
     """What the endpoint shows and steers."""
 
@@ -83,6 +101,8 @@ class Service(Protocol):
     def device(self) -> Device: ...
     @property
     def tiers(self) -> Tiers: ...
+    @property
+    def writeback(self) -> Writeback: ...
     def snapshot(self) -> snapshots.Snapshot: ...
     def classes(self) -> list[snapshots.ClassRow]: ...
     def health(self) -> dict[str, str | int]: ...
@@ -135,6 +155,7 @@ class Routes:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._streams: list[str] = []  # those under way: save, load
+        self._former_limit = ""  # what writeback_limit was before it was switched off
         self._routes: dict[str, dict[str, Handler]] = {
             "/": {"GET": self._index},
             "/stats": {"GET": self._stats},
@@ -151,14 +172,21 @@ class Routes:
             "/mem_used_max": {"POST": self._mem_used_max},
             "/reset": {"POST": self._reset},
             "/comp_algorithm": {"GET": self._comp_algorithm},
-            "/recomp_algorithm": {"GET": self._recomp_algorithm, "PUT": self._set_recomp_algorithm},
-            "/recompress": {"PUT": self._recompress, "POST": self._recompress},
-            "/idle": {"PUT": self._idle, "POST": self._idle},
+            "/recomp_algorithm": {"GET": self._recomp_algorithm, **_written(self._set_recomp_algorithm)},
+            "/recompress": _written(self._recompress),
+            "/idle": _written(self._idle),
+            "/backing_dev": {"GET": self._backing_dev},
+            "/bd_stat": {"GET": self._bd_stat},
+            "/writeback": _written(self._write_back),
+            f"/{_LIMIT}": {"GET": self._limit, "POST": self._set_limit},
+            f"/{_LIMIT}_enable": {"GET": self._limit_enable, **_written(self._set_limit_enable)},
+            "/bring_back": _written(self._bring_back),
             "/sockets": {"POST": self._sockets},
         }
         for setting in SETTINGS:
             if not setting.fixed:
-                self._routes[f"/{setting.name}"] = {"PUT": partial(self._change, setting.name)}
+                methods = self._routes.setdefault(f"/{setting.name}", {})
+                methods["PUT"] = partial(self._change, setting.name)
 
     def answer(self, method: str, path: str, body: bytes) -> Reply:
         """Return the answer to one request."""
@@ -265,7 +293,11 @@ class Routes:
         return _json({"sound": True})
 
     def _change(self, name: str, text: str) -> Reply:
-        return _json({name: self._service.change(name, text)})
+        before = self._service.settings()[name] if name == _LIMIT else ""
+        value = self._service.change(name, text)
+        if before:
+            self._former_limit = str(before)
+        return _json({name: value})
 
     def _comp_algorithm(self, text: str) -> Reply:
         return Reply(200, TEXT, words.comp_algorithm(self._service.settings()["comp_algorithm"]))
@@ -287,6 +319,54 @@ class Routes:
         self._service.tiers.mark_idle(seconds)
         return _json({"idle": "all" if seconds is None else f"{seconds:g}"})
 
+    def _backing_dev(self, text: str) -> Reply:
+        return Reply(200, TEXT, texts.backing_dev(self._service.snapshot()))
+
+    def _bd_stat(self, text: str) -> Reply:
+        return Reply(200, TEXT, texts.bd_stat(self._service.snapshot()))
+
+    def _section(self) -> dict[str, Any]:
+        """Return what is told of the backing device; nothing when there is none."""
+        return self._service.snapshot().writeback or {}
+
+    def _need_backing(self) -> None:
+        if not self._section():
+            raise DeviceError("there is no backing device: 'zramd restart NAME backing=PATH' gives it one")
+
+    def _write_back(self, text: str) -> Reply:
+        wanted = words.writeback(text, self._service.device.disksize >> 12)
+        self._need_backing()
+        self._service.writeback.submit(wanted)
+        return _json({"writeback": {"kinds": sorted(wanted.kinds), "ranges": wanted.ranges}})
+
+    def _bring_back(self, text: str) -> Reply:
+        words.bring_back(text)
+        self._need_backing()
+        self._service.writeback.bring_back()
+        return _json({"bring_back": "all"})
+
+    def _limit(self, text: str) -> Reply:
+        return Reply(200, TEXT, f"{(self._section().get('limit_left') or 0) >> 12}\n")
+
+    def _set_limit(self, text: str) -> Reply:
+        left = words.writeback_limit(text)
+        self._need_backing()
+        self._service.writeback.set_left(left)
+        return _json({_LIMIT: left >> 12})
+
+    def _limit_enable(self, text: str) -> Reply:
+        return Reply(200, TEXT, f"{int(self._is_limited())}\n")
+
+    def _is_limited(self) -> bool:
+        return bool(self._section().get(_LIMIT))
+
+    def _set_limit_enable(self, text: str) -> Reply:
+        wanted = words.writeback_limit_enable(text)
+        self._need_backing()
+        if wanted != self._is_limited():
+            self._change(_LIMIT, (self._former_limit or find(_LIMIT).default or "") if wanted else "off")
+        return _json({f"{_LIMIT}_enable": int(wanted)})
+
     def _mem_used_max(self, text: str) -> Reply:
         self._service.device.reset_mem_used_max()
         return _json({"mem_used_max": self._service.snapshot().values["mem_used_max"]})
@@ -303,6 +383,11 @@ class Routes:
         if not self._service.reset():
             raise RefusedError(409, "device is in use: disconnect every client before a reset")
         return _json({"reset": True})
+
+
+def _written(handler: Handler) -> dict[str, Handler]:
+    """Return the methods of what stands for a file of zram's that is written to."""
+    return {"PUT": handler, "POST": handler}
 
 
 def _json(values: dict[str, Any]) -> Reply:

@@ -24,6 +24,7 @@ from zramd.server.tiers import Tiers
 from zramd.server.trouble import Troubles
 from zramd.server.undone import Undone
 from zramd.server.worker import Worker
+from zramd.server.writeback import Without, Writeback
 from zramd.settings import codecs
 from zramd.settings.config import Config, find
 from zramd.settings.config import value as parse_value
@@ -62,6 +63,7 @@ class Service:
         self.compactor = Compactor(device, config)
         self.tiers = Tiers(device, Tier(device), config)
         self.worker = Worker(self.compactor, self.tiers)
+        self.writeback: Writeback = Without()
         self.device = device
         self.backing = backing
         self._rundir = rundir
@@ -100,6 +102,7 @@ class Service:
             started=self._started,
             swap=swapuse.numbers(self.config.name, self.config.disksize),
             tiers=self.tiers.numbers(),
+            writeback=self.writeback.numbers(),
         )
 
     def classes(self) -> list[snapshots.ClassRow]:

@@ -193,7 +193,7 @@ class Tiers:
         now, census = self._clock(), self._census
         before = self._minute[0] if self._minute else (0.0, found["recompressed"], found["promoted"])
         return {
-            "hot_pages": max(0, found["pages_stored"] - raw - cold - same),
+            "hot_pages": max(0, found["pages_stored"] - raw - cold - same - found["out_pages"]),
             "hot_data_size": max(0, found["compr_data_size"] - found["cold_data_size"] - (raw << 12)),
             "cold_pages": cold,
             "cold_data_size": found["cold_data_size"],

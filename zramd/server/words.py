@@ -1,4 +1,5 @@
-"""What zram's files take and show of recompression: the words of recompress, idle and recomp_algorithm.
+"""What zram's files take and show of recompression and of writing back: the words of recompress, idle,
+recomp_algorithm, writeback, writeback_limit and writeback_limit_enable.
 
 A word that is unknown, doubled, without a value or out of range is refused, and nothing is done. (The kernel
 took an unknown type for none until 7.1, and recompressed the whole device.)
@@ -13,6 +14,7 @@ from typing import Protocol
 from zramd.errors import UsageError, printable
 from zramd.server.ages import SWEEP
 from zramd.server.tiers import Pass
+from zramd.server.writeback import WritePass
 from zramd.settings import amounts, codecs
 from zramd.settings.config import MAX_COLD_AGE
 
@@ -23,6 +25,7 @@ TYPES = {
     "huge": frozenset(("huge",)),
     "huge_idle": frozenset(("huge", "idle")),
 }
+WRITE_TYPES = {**TYPES, "incompressible": frozenset(("incompressible",))}
 MAX_THRESHOLD = 4096  # bytes: a raw block has as many, and none has more
 MAX_PAGES = 1 << 30  # blocks of the largest device
 MAX_IDLE = 1e12  # seconds: any time
@@ -30,6 +33,8 @@ PRIORITY = 1  # the only one: zram has three algorithms to recompress by, zramd 
 PIECE = 64 << 10  # bytes of block_state that are made at a time
 _RECOMPRESS = ("type", "threshold", "max_pages", "algo", "priority")
 _ALGORITHM = ("algo", "priority")
+_WRITEBACK = ("type", "page_index", "page_indexes")
+MAX_LEFT = 1 << 40  # blocks of what is left of writeback_limit: 4 PiB
 
 
 class Source(Protocol):
@@ -89,6 +94,40 @@ def recompression(text: str, now: str) -> str:
     return now if now.partition("(")[0] == found["algo"] else found["algo"]
 
 
+def writeback(text: str, blocks: int) -> WritePass:
+    """Return what `writeback` is to do on a device of so many blocks.
+
+    Raises UsageError for anything else than one type=, or page_index= and page_indexes=FIRST-LAST, as many as
+    one likes. A type may stand alone, without its key, as kernels before 6.16 have it.
+    """
+    if text.strip() in WRITE_TYPES:
+        return WritePass(WRITE_TYPES[text.strip()])
+    found = _words(text, _WRITEBACK, several=_WRITEBACK[1:])
+    if not found:
+        raise UsageError("nothing is named to write back: write it as in 'type=idle', or 'page_indexes=0-99'")
+    if "type" not in dict(found):
+        return WritePass(frozenset(), tuple(_range(key, value, blocks) for key, value in found))
+    if len(found) > 1:
+        raise UsageError("type= and numbers of blocks exclude each other: ask for one, then for the other")
+    return WritePass(_choice("type", found[0][1], WRITE_TYPES))
+
+
+def writeback_limit(text: str) -> int:
+    """Return the bytes that `writeback_limit` is to leave, from blocks of 4096. Raises UsageError."""
+    return _number("writeback_limit", text, 0, MAX_LEFT) << 12
+
+
+def writeback_limit_enable(text: str) -> bool:
+    """Return whether there is to be a limit. Raises UsageError for anything else than 0 and 1."""
+    return bool(_number("writeback_limit_enable", text, 0, 1))
+
+
+def bring_back(text: str) -> None:
+    """Raise UsageError for any word: everything comes back, and nobody is to believe that it is less."""
+    if text:
+        raise UsageError(f"'{printable(text)}' is too much: everything is brought back that is out")
+
+
 def shown(names: tuple[str, ...], chosen: str) -> str:
     """Return the line in which zram shows algorithms: the one that is used in brackets."""
     return "".join(f"[{name}] " if name == chosen else f"{name} " for name in names) + "\n"
@@ -134,16 +173,21 @@ def _send(fd: int, data: memoryview, patience: float) -> None:
 
 def _pairs(text: str, known: tuple[str, ...]) -> dict[str, str]:
     """Return the values of words key=value. Raises UsageError for one that is unknown, doubled, or empty."""
-    found: dict[str, str] = {}
+    return dict(_words(text, known))
+
+
+def _words(text: str, known: tuple[str, ...], several: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """Return keys and values in their order; those of `several` may come again. Raises as _pairs does."""
+    found: list[tuple[str, str]] = []
     for word in re.findall(r"[^ \t\r\n]+", text):
         key, _, value = word.partition("=")
         if key not in known:
             raise UsageError(f"unknown word '{printable(word)}': {_usable(word, known)}")
         if not value:
             raise UsageError(f"'{printable(word)}' has no value: write it as in {_EXAMPLES[key]}")
-        if key in found:
+        if key not in several and key in dict(found):
             raise UsageError(f"'{key}' is given twice: once is enough")
-        found[key] = value
+        found.append((key, value))
     return found
 
 
@@ -153,11 +197,13 @@ _EXAMPLES = {
     "max_pages": "max_pages=10000",
     "algo": "algo=zstd",
     "priority": "priority=1",
+    "page_index": "page_index=42",
+    "page_indexes": "page_indexes=0-99",
 }
 
 
 def _usable(word: str, known: tuple[str, ...]) -> str:
-    if word in TYPES and "type" in known:
+    if word in (WRITE_TYPES if "page_index" in known else TYPES) and "type" in known:
         return f"did you mean 'type={word}'?"
     return f"use some of {', '.join(f'{key}=' for key in known)}"
 
@@ -177,6 +223,17 @@ def _number(key: str, text: str, least: int, most: int) -> int:
     if not _is_number(text) or len(text) > 19 or not least <= int(text) <= most:
         raise UsageError(f"{key} cannot be '{printable(text)}': use a whole number from {least} to {most}")
     return int(text)
+
+
+def _range(key: str, text: str, blocks: int) -> tuple[int, int]:
+    """Return the first block that is named, and the one after the last. Raises UsageError."""
+    first, dash, last = text.partition("-") if key == "page_indexes" else (text, "-", text)
+    if not dash:
+        raise UsageError(f"{key} cannot be '{printable(text)}': write it as in {_EXAMPLES[key]}")
+    begin, end = (_number(key, number, 0, blocks - 1) for number in (first, last))
+    if begin > end:
+        raise UsageError(f"{key} cannot be '{text}': the lower number comes first, as in {key}={end}-{begin}")
+    return begin, end + 1
 
 
 def _check_algorithm(found: dict[str, str]) -> None:

@@ -44,7 +44,7 @@ def _compression_ratio(n: Values) -> float | None:
 
 
 def _dead_blocks(n: Values) -> int | None:
-    """Return what takes memory and is not swap's any more. A page of one word is used, and takes none."""
+    """Return what is stored and is not swap's any more. A page of one word is used, and takes nothing."""
     if n["swap_used"] is None:
         return None
     dead: int = max(0, n["pages_stored"] - n["same_pages"] - n["swap_used"])
@@ -130,6 +130,40 @@ NUMBERS = (
         "Cold blocks made hot, as they were read again and again.",
         "promoted_pages_total",
     ),
+    Number("out_pages", "blocks", "Blocks on the backing device, and not in memory.", "out_pages"),
+    Number("out_data_size", "bytes", "Payloads of the blocks that are out.", "out_data_bytes"),
+    Number(
+        "written_out",
+        "blocks",
+        "Blocks that went out, those that came back included.",
+        "written_out_pages_total",
+    ),
+    Number(
+        "brought_back",
+        "blocks",
+        "Blocks that came back into memory, as they were read again.",
+        "brought_back_pages_total",
+    ),
+    Number("bd_reads", "bytes", "Bytes read from the backing device.", "backing_read_bytes_total"),
+    Number("bd_writes", "bytes", "Bytes written to the backing device.", "backing_written_bytes_total"),
+    Number(
+        "reclaimed_bytes",
+        "bytes",
+        "Of bd_writes, what was moved to empty other extents.",
+        "backing_reclaimed_bytes_total",
+    ),
+    Number(
+        "bd_read_errors",
+        "reads",
+        "Reads that the backing device refused, or answered with other data.",
+        "backing_read_errors_total",
+    ),
+    Number(
+        "bd_write_errors",
+        "writes",
+        "Writes that the backing device refused.",
+        "backing_write_errors_total",
+    ),
     Number("objs_allocated", "objects", "Places for objects on the pool's resident pages."),
     Number("objs_used", "objects", "Objects in the pool."),
     Number("zspages", "zspages", "Runs of pages that hold the objects."),
@@ -186,7 +220,8 @@ NUMBERS = (
     Number(
         "dead_blocks",
         "blocks",
-        "Blocks that take memory and that swap of this machine has freed, at least: 'zramd refresh'.",
+        "Blocks that take memory, or are out, and that swap of this machine has freed, at least: "
+        "'zramd refresh'.",
         "dead_blocks",
         derived=_dead_blocks,
     ),

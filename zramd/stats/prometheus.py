@@ -11,6 +11,7 @@ from math import inf
 from zramd.stats.numbers import NUMBERS, Number, Values
 from zramd.stats.snapshots import ClassRow, Snapshot
 from zramd.stats.tiers import AGES_MEANING, MODES, TIERS, ages
+from zramd.stats.writeback import WRITEBACK
 
 
 def exposition(snapshot: Snapshot, rows: list[ClassRow]) -> str:
@@ -42,6 +43,9 @@ def exposition(snapshot: Snapshot, rows: list[ClassRow]) -> str:
                 shown = value if number.scale == 1 else value * number.scale
                 family(number.metric, kind, number.meaning, ("", shown))
 
+    def modes(name: str, meaning: str, now: str) -> None:
+        family(name, "gauge", meaning, *((f',mode="{mode}"', int(mode == now)) for mode in MODES))
+
     table(NUMBERS, values)
     if s.tiers is not None:
         table(TIERS, s.tiers)
@@ -51,8 +55,10 @@ def exposition(snapshot: Snapshot, rows: list[ClassRow]) -> str:
             AGES_MEANING,
             *((f',age="{row.bound}"', row.blocks) for row in ages(s.tiers)),
         )
-        modes = [(f',mode="{mode}"', int(mode == s.tiers["mode"])) for mode in MODES]
-        family("recompression_mode", "gauge", "How eager recompression is: 1 for what it is now.", *modes)
+        modes("recompression_mode", "How eager recompression is: 1 for what it is now.", s.tiers["mode"])
+    if s.writeback is not None:
+        table(WRITEBACK, s.writeback)
+        modes("writeback_mode", "How eager writing out is: 1 for what it is now.", s.writeback["mode"])
     by_op("requests", "Requests served.", read="reads", write="writes", trim="trims", zero="zeroes")
     head(
         "request_duration_seconds", "histogram", "Time from the start of a request to its end, by operation."

@@ -49,6 +49,7 @@ class Snapshot:
     values: Values  # each of NUMBERS, by its name
     latency: dict[str, Latency]  # by operation: read, write, trim, zero
     tiers: Values | None = None  # see zramd.stats.tiers
+    writeback: Values | None = None  # see zramd.stats.writeback
 
     @property
     def recompression(self) -> str:
@@ -78,18 +79,19 @@ def take(
     started: float,
     swap: Values | None = None,
     tiers: Values | None = None,
+    writeback: Values | None = None,
 ) -> Snapshot:
     """Return the device's numbers now; `started` is the server's start on the clock of time.monotonic().
 
-    `swap` has those that are SWAP: none where this machine does not swap to the device. `tiers` has what the
-    device does not know itself: see zramd.stats.tiers.
+    `swap` has those that are SWAP: none where this machine does not swap to the device. `tiers` and
+    `writeback` have what the device does not know itself: see the modules of these names in zramd.stats.
     """
     counters = device.counters()
     values: Values = {name: counters[name] for name in COUNTED}
     values |= swap or dict.fromkeys(SWAP)
     values |= {"uptime": time.monotonic() - started, "resident_bytes": resident_bytes()}
     latency = _take_latency(device)
-    return Snapshot(name, comp_algorithm, version, os.getpid(), derive(values), latency, tiers)
+    return Snapshot(name, comp_algorithm, version, os.getpid(), derive(values), latency, tiers, writeback)
 
 
 def _take_latency(device: Source) -> dict[str, Latency]:

@@ -6,7 +6,9 @@ Names and columns are zram's and zsmalloc's own. zramd.stats.prometheus has the 
 import json
 from typing import Any
 
+from zramd.errors import printable
 from zramd.stats.snapshots import ClassRow, Latency, Snapshot
+from zramd.stats.writeback import used
 
 ABOUT = ("name", "comp_algorithm", "version", "pid")  # what stats.json has beside the numbers
 # The columns of zram's own files, in zram's order.
@@ -30,10 +32,24 @@ def io_stat(snapshot: Snapshot) -> str:
     return " ".join(f"{snapshot.values[name]:{widths.get(name, 8)}}" for name in IO_STAT) + "\n"
 
 
+def bd_stat(snapshot: Snapshot) -> str:
+    """Return zram's bd_stat line, in its width: what is in use, read and written, in units of 4096 bytes."""
+    section = snapshot.writeback
+    columns = (used(section), section["bd_reads"], section["bd_writes"]) if section else (0, 0, 0)
+    return " ".join(f"{size >> 12:8}" for size in columns) + "\n"
+
+
+def backing_dev(snapshot: Snapshot) -> str:
+    """Return zram's backing_dev: the device's path, or none."""
+    return f"{printable(snapshot.writeback['backing']) if snapshot.writeback else 'none'}\n"
+
+
 def sentence(snapshot: Snapshot) -> str:
     """Return what a service manager shows of a server in one line."""
     values = snapshot.values
     stored = f"{values['orig_data_size'] >> 20} MiB stored in {values['total_bytes'] >> 20} MiB of memory"
+    if values["out_pages"]:
+        stored += f" and {values['out_data_size'] >> 20} MiB on the backing device"
     return f"{stored}, frag ratio {values['frag_ratio']:.0f} %" if values["mem_used_total"] else stored
 
 
@@ -78,7 +94,8 @@ def to_json(snapshot: Snapshot) -> str:
     """Return every number of the snapshot, derived ones included, as one JSON object.
 
     `latency` holds, by operation, how many requests there were, with mean, p50, p90 and p99 in microseconds;
-    `tiers` what is hot and cold: see zramd.stats.tiers.
+    `tiers` what is hot and cold; `writeback` what is out, where there is a backing device: see the modules of
+    these names in zramd.stats.
     """
     values = {
         name: round(value, 3 if name == "uptime" else 4) if isinstance(value, float) else value
@@ -86,8 +103,9 @@ def to_json(snapshot: Snapshot) -> str:
     }
     about = {name: getattr(snapshot, name) for name in ABOUT}
     latency = {op: _latency_values(latency) for op, latency in snapshot.latency.items()}
-    parts = {"latency": latency} | ({"tiers": snapshot.tiers} if snapshot.tiers is not None else {})
-    return json.dumps({**about, **values, **parts}, indent=2) + "\n"
+    sections = {"tiers": snapshot.tiers, "writeback": snapshot.writeback}
+    parts = {name: section for name, section in sections.items() if section is not None}
+    return json.dumps({**about, **values, "latency": latency, **parts}, indent=2) + "\n"
 
 
 def _latency_values(latency: Latency) -> dict[str, int | float]:

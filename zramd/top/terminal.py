@@ -32,6 +32,7 @@ _STYLES: dict[str, tuple[int | None, int | None, tuple[str, ...]]] = {
     "hot": (209, 1, ()),
     "cold": (75, 6, ()),
     "raw": (245, 7, ()),
+    "out": (140, 5, ()),
     "limit": (203, 1, ("bold",)),
     "good": (71, 2, ()),
     "fair": (179, 3, ()),

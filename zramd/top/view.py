@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from zramd.control.human import human
 from zramd.control.samples import Rates, Sample, Watch
+from zramd.stats.writeback import used
 from zramd.top.cells import (
     Glyphs,
     Line,
@@ -119,33 +120,59 @@ def memory(sample: Sample, width: int, glyphs: Glyphs) -> list[Line]:
 
 
 def has_tiers(sample: Sample) -> bool:
-    """Say whether something is cold, or may become so."""
+    """Say whether something is cold or out, or may become so."""
     section = sample.stats.get("tiers")
     if section is None:  # a server of an older version has none
         return False
-    return bool(section["mode"] != "off" or section["cold_pages"])
+    return bool(section["mode"] != "off" or section["cold_pages"] or "writeback" in sample.stats)
 
 
 def tiers(sample: Sample, width: int, glyphs: Glyphs) -> Line:
-    """Return a bar of the payloads in the pool: what is hot, cold and raw, and what changes."""
-    section = sample.stats["tiers"]
+    """Return a bar of the payloads: what is hot, cold, raw and out, and what changes."""
+    section, out = sample.stats["tiers"], sample.stats.get("writeback")
     parts = [
         (section["hot_data_size"], glyphs.payload, "hot"),
         (section["cold_data_size"], glyphs.gaps, "cold"),
         (section["raw_pages"] * 4096, glyphs.tables, "raw"),
     ]
+    if out is not None:
+        parts.append((out["out_data_size"], glyphs.out, "out"))
+    need = 20 * len(parts)  # columns for names and sizes with their shares
     whole = sum(size for size, _, _ in parts)
     words: Line = []
     for size, glyph, name in parts:
-        share = f" {100 * size / whole:.0f}%" if whole and width >= 80 else ""
+        share = f" {100 * size / whole:.0f}%" if whole and width >= need + 20 else ""
         words += [(f"  {glyphs.swatch or glyph}", name), (f" {name} {human(size)}{share}", "")]
-    if width >= 100:
+    if width >= need + 40:
         cooled, warmed = section["recompressed_minute"], section["promoted_minute"]
         changes = f"   {number(cooled)} cold/min  {number(warmed)} hot/min  {section['mode']}"
         words.append((changes, "good" if cooled else "dim"))
     room = width - _LABEL - len(plain(words))
     filled = bar(parts, whole or 1, max(room, 1), glyphs)
     return [("tiers".ljust(_LABEL), "bold"), *runs(filled), *words]
+
+
+def backing(sample: Sample, width: int, glyphs: Glyphs) -> Line:
+    """Return how full the backing device is, and what happens to it. There is one."""
+    out = sample.stats["writeback"]
+    size, taken = out["backing_size"], used(out)
+    live = min(out["out_live_bytes"], taken)
+    words: Line = [(f"  {human(taken)} of {human(size)}", "")]
+    errors, left = out["bd_read_errors"] + out["bd_write_errors"], out["limit_left"]
+    if errors:
+        words.append((f"  {number(errors)} errors", "bad"))
+    if width >= 80:
+        words.append((f"  {100 * live / taken if taken else 100:.0f}% live", ""))
+        written, back = out["written_out_minute"], out["brought_back_minute"]
+        changes = f"  {number(written)} out/min  {number(back)} back/min"
+        words.append((changes, "good" if written else "dim"))
+    if width >= 100:
+        words.append(("  no limit" if left is None else f"  {human(left)} left", "dim"))
+        words.append((f"  {out['mode']}", "fair" if out["mode"] == "paused" else "dim"))
+    room = width - _LABEL - len(plain(words))
+    parts = [(live, glyphs.out, "out"), (taken - live, glyphs.gaps, "gaps")]
+    filled = bar(parts, max(size, 1), max(room, 1), glyphs)
+    return [("disk".ljust(_LABEL), "bold"), *runs(filled), *words]
 
 
 def blocks(sample: Sample) -> Line:
@@ -353,7 +380,8 @@ KEYS = (
 _MEANINGS = (
     ("stored", "data before compression, and how much of the device that is"),
     ("spent", "memory for it: payloads, gaps between them, tables beside the pool"),
-    ("tiers", "payloads: hot, cold (recompressed as nobody asked for them), and raw"),
+    ("tiers", "payloads: hot, cold (recompressed as nobody asked for them), raw, out"),
+    ("disk", "extents in use of the backing device, and how much of them lives"),
     ("frag", "percent of the pool that payload fills, over time: more is better"),
     ("in use", "percent of the pool's places for objects that hold one"),
     ("trim", "trims and zeroing, and the data that they freed"),
@@ -394,14 +422,16 @@ def body(frame: Frame, width: int, height: int, glyphs: Glyphs) -> list[Line]:
         return []
     spare = height - 23  # beyond a terminal of 24 rows
     shown = has_tiers(sample)
-    # The smallest screen has no line to spare for them: there the frag ratio gives one up.
-    tall = 2 + min(max(spare - 5, 0), 10) - (shown and height < MIN_HEIGHT)
+    # The smallest screens have no line to spare for them: there the frag ratio gives one up.
+    disk = "writeback" in sample.stats and height >= MIN_HEIGHT
+    tall = 2 + min(max(spare - 5, 0), 10) - (shown and height < MIN_HEIGHT + disk)
     gap: list[Line] = [[]]
     groups = [
         [header(frame, sample, width)],
         [
             *memory(sample, width, glyphs),
             *([tiers(sample, width, glyphs)] if shown else []),
+            *([backing(sample, width, glyphs)] if disk else []),
             *([blocks(sample)] if spare >= 5 else []),
         ],
         frag(frame.watch, width, tall, glyphs),

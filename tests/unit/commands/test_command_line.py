@@ -495,6 +495,20 @@ def test_completion_of_recompress_offers_what_the_server_takes() -> None:
         words.recompress(word if word[-1] != "=" else f"{word}1")
 
 
+def test_completion_of_writeback_offers_what_the_server_takes() -> None:
+    from zramd.server import words
+
+    offered = [word for word in completion.words("writeback", every_parser()["writeback"]) if "=" in word]
+    assert {word for word in offered if word.startswith("type=")} == {
+        f"type={name}" for name in words.WRITE_TYPES
+    }
+    assert {word.partition("=")[0] for word in offered} == {"type", "page_index", "page_indexes"}
+    for word in offered:
+        words.writeback(
+            {"page_index=": "page_index=1", "page_indexes=": "page_indexes=1-2"}.get(word, word), 3
+        )
+
+
 @pytest.mark.parametrize("shell", completion.SHELLS)
 def test_completion_is_a_good_script(shell: str) -> None:
     if shutil.which(shell) is None:

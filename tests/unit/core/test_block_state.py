@@ -6,9 +6,12 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from support.backings import Disk
 from support.run import run_threads
 
 from zramd.core.device.device import Device
+from zramd.core.device.tier import Tier
+from zramd.core.device.writeback import Writeback
 
 BLOCK = 4096
 NOW, SWEEP = 1_000_000, 10
@@ -92,6 +95,41 @@ def test_what_zstd_compressed_when_it_was_written_is_not_recompressed() -> None:
     assert state(device)[0][1] == "......"
     device.cool(0, 1)
     assert state(device)[0][1] == "....r.", "shrunk or not: the cold codec has had it"
+
+
+@pytest.fixture
+def backed() -> Device:
+    """A device that can write blocks out."""
+    return Disk().device(64 << 20)
+
+
+def write_out(device: Device) -> None:
+    hands = Writeback(device)
+    hands.gather(0, device.disksize // BLOCK, 0)
+    assert hands.flush()[-1] == 0
+
+
+def test_what_is_out_is_written_back(backed: Device) -> None:
+    """It is still huge, or recompressed, as in zram, but not idle."""
+    for block, content in enumerate((WORD, TEXT, ZSTD_ONLY, NOISE)):
+        put(backed, block, content)
+    backed.cool(2, 1)
+    Tier(backed).mark_idle(0)
+    before = state(backed)
+    assert [flags for _, flags in before.values()] == ["s.....", "...i..", "...ir.", "..hi.."]
+    write_out(backed)
+    assert [flags for _, flags in state(backed).values()] == ["s.....", ".w....", ".w..r.", ".wh..."]
+    backed.read(bytearray(BLOCK), BLOCK)
+    assert state(backed)[1] == (NOW, ".w...."), "nothing comes back for one read"
+    put(backed, 3, TEXT)
+    assert state(backed)[3] == (NOW, "......")
+
+
+def test_what_goes_out_again_comes_back(backed: Device) -> None:
+    put(backed, 7, TEXT)
+    write_out(backed)
+    Writeback(backed).bring_back(0, backed.disksize // BLOCK, wanted=False)
+    assert state(backed)[7][1] == "......"
 
 
 def test_the_access_time_goes_by_sweeps(device: Device) -> None:

@@ -13,17 +13,46 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.numbers import TIERS, FakeDevice
+from support.numbers import TIERS, WRITEBACK, FakeDevice
 from support.run import wait_until
 
 from zramd.errors import CorruptionError, DeviceError
-from zramd.server import endpoint
+from zramd.server import endpoint, routes
 from zramd.server.tiers import Pass
 from zramd.server.trouble import Troubles
+from zramd.server.writeback import Without, WritePass
 from zramd.settings import config
 from zramd.stats import snapshots, texts
+
+
+class FakeWriteback:
+    """What writes to a backing device; `limit` is the setting writeback_limit, 0 for off."""
+
+    def __init__(self) -> None:
+        self.passes: list[WritePass] = []
+        self.returns = 0
+        self.limit = 2 << 30
+        self.rest = 5 << 20
+        self.full = ""
+
+    def submit(self, wanted: WritePass) -> None:
+        if self.full:
+            raise DeviceError(self.full)
+        self.passes.append(wanted)
+
+    def bring_back(self) -> None:
+        self.returns += 1
+
+    def set_left(self, size: int) -> None:
+        if not self.limit:
+            raise DeviceError("writeback_limit is off")
+        self.rest = size
+
+    def numbers(self) -> dict[str, Any]:
+        return WRITEBACK | {"writeback_limit": self.limit, "limit_left": self.rest if self.limit else None}
 
 
 class FakeService:
@@ -43,6 +72,7 @@ class FakeService:
         self.passes: list[Pass] = []
         self.idle: list[float | None] = []
         self.tiers_off = ""
+        self.writeback: FakeWriteback | Without = Without()
 
     def submit(self, wanted: Pass) -> None:
         if self.tiers_off:
@@ -64,7 +94,7 @@ class FakeService:
     def snapshot(self) -> snapshots.Snapshot:
         made = snapshots.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
         changed = {"mem_limit": self.limit, "mem_used_max": self.peak}
-        return dataclasses.replace(made, values=made.values | changed)
+        return dataclasses.replace(made, values=made.values | changed, writeback=self.writeback.numbers())
 
     def classes(self) -> list[snapshots.ClassRow]:
         return snapshots.take_classes(FakeDevice())
@@ -233,6 +263,132 @@ def test_recompress_while_it_is_off(running: Running) -> None:
     assert running.ask("PUT", "/recompress", "type=bad")[0] == 400
 
 
+@pytest.fixture
+def backed(running: Running) -> FakeWriteback:
+    """What writes out, of a device that has a backing device."""
+    made = running.service.writeback = FakeWriteback()
+    return made
+
+
+def test_writeback(running: Running, backed: FakeWriteback) -> None:
+    code, text = running.ask("POST", "/writeback", "huge_idle\n")
+    assert (code, json.loads(text)) == (200, {"writeback": {"kinds": ["huge", "idle"], "ranges": []}})
+    last = running.service.disksize // 4096 - 1
+    code, text = running.ask("PUT", "/writeback", f"page_index=7 page_indexes=9-{last}")
+    ranges = [[7, 8], [9, last + 1]]
+    assert (code, json.loads(text)) == (200, {"writeback": {"kinds": [], "ranges": ranges}})
+    assert backed.passes == [
+        WritePass(frozenset({"huge", "idle"})),
+        WritePass(frozenset(), ((7, 8), (9, last + 1))),
+    ]
+    assert running.ask("POST", "/writeback", f"page_index={last + 1}")[0] == 400
+    assert running.ask("POST", "/writeback", "")[0] == 400
+    backed.full = "16 passes are queued already: try again when some are done"
+    assert running.ask("POST", "/writeback", "type=idle") == (409, backed.full + "\n")
+    assert len(backed.passes) == 2
+
+
+def test_as_many_numbers_as_one_of_zrams_files_takes(running: Running, backed: FakeWriteback) -> None:
+    text = " ".join(f"page_index={block}" for block in range(250))
+    assert 3 << 10 < len(text) < 4 << 10
+    assert running.ask("POST", "/writeback", text)[0] == 200
+    assert backed.passes[0].ranges == tuple((block, block + 1) for block in range(250))
+
+
+def test_bring_back(running: Running, backed: FakeWriteback) -> None:
+    assert running.ask("POST", "/bring_back") == (200, '{"bring_back": "all"}\n')
+    assert running.ask("POST", "/bring_back", "page_index=1")[0] == 400
+    assert backed.returns == 1
+
+
+def test_writeback_limit(running: Running, backed: FakeWriteback) -> None:
+    assert running.ask("GET", "/writeback_limit") == (200, f"{5 << 8}\n")
+    assert running.ask("POST", "/writeback_limit", "102400\n") == (200, '{"writeback_limit": 102400}\n')
+    assert backed.rest == 400 << 20
+    assert running.ask("GET", "/writeback_limit") == (200, "102400\n")
+    assert running.ask("POST", "/writeback_limit", "1G")[0] == 400
+    backed.limit = 0
+    assert running.ask("GET", "/writeback_limit") == (200, "0\n")
+    code, text = running.ask("POST", "/writeback_limit", "1")
+    assert (code, text) == (409, "writeback_limit is off\n")
+    assert backed.rest == 400 << 20
+
+
+class LimitedService(FakeService):
+    """One whose setting writeback_limit is what its writeback goes by."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.backed = self.writeback = FakeWriteback()
+        self.backed.limit = limit
+
+    def settings(self) -> dict[str, object]:
+        return {**super().settings(), "writeback_limit": self.backed.limit}
+
+    def change(self, name: str, text: str) -> object:
+        assert name == "writeback_limit"
+        self.backed.limit = 0 if text == "off" else config.parse_size(text)
+        return self.backed.limit
+
+
+def test_writeback_limit_enable() -> None:
+    """0 is writeback_limit=off; 1 is the limit that there was, whoever has switched it off."""
+    service = LimitedService(2 << 30)
+    backed = service.backed
+    made = routes.Routes(service)
+
+    def ask(method: str, path: str, text: str = "") -> tuple[int, str]:
+        reply = made.answer(method, f"/writeback_limit{path}", text.encode())
+        return reply.status, reply.body
+
+    assert ask("GET", "_enable") == (200, "1\n")
+    assert ask("POST", "_enable", "1\n") == (200, '{"writeback_limit_enable": 1}\n')
+    assert backed.limit == 2 << 30
+    assert ask("POST", "_enable", "0") == (200, '{"writeback_limit_enable": 0}\n')
+    assert ask("GET", "_enable") == (200, "0\n")
+    assert backed.limit == 0
+    assert ask("POST", "_enable", "1")[0] == 200
+    assert backed.limit == 2 << 30
+    assert ask("PUT", "", "3G") == (200, f'{{"writeback_limit": {3 << 30}}}\n')
+    assert ask("PUT", "", "off") == ask("PUT", "", "off") == (200, '{"writeback_limit": 0}\n')
+    assert ask("PUT", "_enable", "1")[0] == 200
+    assert backed.limit == 3 << 30
+    for text in ("", "2", "off"):
+        assert ask("POST", "_enable", text)[0] == 400
+    assert backed.limit == 3 << 30
+
+
+def test_a_limit_that_was_never_on_is_the_default() -> None:
+    service = LimitedService(0)
+    assert routes.Routes(service).answer("POST", "/writeback_limit_enable", b"1").status == 200
+    assert service.backed.limit == config.parse_size(config.find("writeback_limit").default or "")
+
+
+def test_what_is_shown_of_a_backing_device(running: Running, backed: FakeWriteback) -> None:
+    assert running.ask("GET", "/backing_dev") == (200, f"{WRITEBACK['backing']}\n")
+    used = 2 * 1024 * 256 - 32 - 16  # without what was given up, and the superblock
+    assert running.ask("GET", "/bd_stat") == (200, f"{used:8} {40 * 256:8} {1700 * 256:8}\n")
+    assert json.loads(running.ask("GET", "/stats")[1])["writeback"] == backed.numbers()
+
+
+def test_without_a_backing_device(running: Running) -> None:
+    """What can be read is as in a kernel whose zram has none; what would do something says why not."""
+    told = "there is no backing device: 'zramd restart NAME backing=PATH' gives it one\n"
+    for path, text in (
+        ("/writeback", "type=idle"),
+        ("/bring_back", ""),
+        ("/writeback_limit", "100"),
+        ("/writeback_limit_enable", "1"),
+    ):
+        assert running.ask("POST", path, text) == (409, told)
+        assert running.ask("POST", path, "nonsense")[0] == 400
+    assert running.ask("GET", "/backing_dev") == (200, "none\n")
+    assert running.ask("GET", "/bd_stat") == (200, "       0        0        0\n")
+    assert running.ask("GET", "/writeback_limit") == running.ask("GET", "/writeback_limit_enable")
+    assert running.ask("GET", "/writeback_limit_enable") == (200, "0\n")
+    assert "writeback" not in json.loads(running.ask("GET", "/stats")[1])
+
+
 def test_idle(running: Running) -> None:
     assert running.ask("PUT", "/idle", "all\n") == (200, '{"idle": "all"}\n')
     assert running.ask("POST", "/idle", "300") == (200, '{"idle": "300"}\n')
@@ -396,7 +552,7 @@ def test_ends_too_early(running: Running, data: bytes) -> None:
         (b"GET /" + b"x" * 1000 + b" HTTP/1.1\r\n\r\n", 404),
         (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n", 431),
         (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 3000, 431),
-        (b"PUT /mem_limit HTTP/1.1\r\nContent-Length: 1025\r\n\r\n", 413),
+        (b"PUT /mem_limit HTTP/1.1\r\nContent-Length: 4097\r\n\r\n", 413),
         (b"PUT /mem_limit HTTP/1.1\r\ncontent-length: 99999999999999999999\r\n\r\n", 413),
         (b"PUT /mem_limit HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n1\r\n0\r\n\r\n", 411),
     ],

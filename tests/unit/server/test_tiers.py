@@ -46,7 +46,7 @@ class FakeDevice:
         self.each = 80e-6  # seconds that a block takes
         self.walk = 0.0  # seconds of a step that finds nothing
         self.used, self.limit = used, limit
-        self.refused = self.done = self.inflight = 0
+        self.refused = self.done = self.inflight = self.out = 0
         self.short = False
         self.level = 4
         self.stopped = 0
@@ -76,7 +76,8 @@ class FakeDevice:
         raw = sum(block.size == RAW and not block.cold for block in self.blocks)
         cold = [block.size for block in self.blocks if block.cold]
         return {
-            "pages_stored": len(self.blocks),
+            "pages_stored": len(self.blocks) + self.out,
+            "out_pages": self.out,
             "same_pages": 0,
             "huge_pages": raw,
             "cold_pages": len(cold),
@@ -778,6 +779,12 @@ class TestNumbers:
         assert (found["cold_pages"], found["tried_pages"], found["saved_bytes"]) == (50, 10, 50_000)
         assert found["hot_data_size"] == 10 * 2000 + 5 * 100
         assert found["cold_data_size"] == 30 * 1000 + 20 * 3096
+
+    def test_what_is_out_is_not_hot(self) -> None:
+        device = FakeDevice(*blocks(40))
+        served = make(device)
+        device.out = 7
+        assert served.numbers()["hot_pages"] == 40
 
     def test_minute(self) -> None:
         device = FakeDevice(*blocks(40))

@@ -1,16 +1,19 @@
 """zram's words: each is what zram's documentation says, and everything else is refused."""
 
 import re
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.numbers import WRITEBACK
 
 from zramd.errors import ConfigError, UsageError
 from zramd.server import words
 from zramd.server.routes import Routes
 from zramd.server.tiers import Pass
+from zramd.server.writeback import WritePass
 from zramd.settings import config
 
 IDLE, HUGE, BOTH = frozenset(["idle"]), frozenset(["huge"]), frozenset(["idle", "huge"])
@@ -110,14 +113,19 @@ GRAMMAR = re.compile(
 
 
 class Queue:
-    """The service that a request for recompression comes to."""
+    """The service that a request for recompression, or for writing out, comes to."""
+
+    disksize = 16 * 4096
 
     def __init__(self) -> None:
-        self.tiers = self
-        self.passes: list[Pass] = []
+        self.tiers = self.writeback = self.device = self
+        self.passes: list[Pass | WritePass] = []
 
-    def submit(self, wanted: Pass) -> None:
+    def submit(self, wanted: Pass | WritePass) -> None:
         self.passes.append(wanted)
+
+    def snapshot(self) -> Any:
+        return SimpleNamespace(writeback=WRITEBACK)
 
 
 def meaning(text: str) -> Pass | None:
@@ -147,6 +155,150 @@ def test_a_text_is_of_the_grammar_or_refused_in_one_sentence_and_nothing_is_queu
         assert (reply.status, queue.passes) == (400, [])
         assert reply.body.endswith("\n")
         assert reply.body[:-1].isprintable(), "one line, which a terminal can show"
+
+
+def of_kinds(*kinds: str) -> WritePass:
+    return WritePass(frozenset(kinds))
+
+
+def of_blocks(*ranges: tuple[int, int]) -> WritePass:
+    return WritePass(frozenset(), ranges)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        # zram's own lines, old and new.
+        ("idle", of_kinds("idle")),
+        ("huge", of_kinds("huge")),
+        ("huge_idle", of_kinds("huge", "idle")),
+        ("incompressible", of_kinds("incompressible")),
+        ("type=idle", of_kinds("idle")),
+        ("type=huge", of_kinds("huge")),
+        (" type=huge_idle\n", of_kinds("huge", "idle")),
+        ("type=incompressible", of_kinds("incompressible")),
+        ("page_index=15", of_blocks((15, 16))),
+        ("page_index=0", of_blocks((0, 1))),
+        ("page_indexes=1-15", of_blocks((1, 16))),
+        ("page_indexes=3-3", of_blocks((3, 4))),
+        (
+            "page_indexes=1-4 page_index=14 page_index=9 page_indexes=10-11",
+            of_blocks((1, 5), (14, 15), (9, 10), (10, 12)),
+        ),
+        ("page_index=7 page_index=7", of_blocks((7, 8), (7, 8))),
+    ],
+)
+def test_writeback(text: str, wanted: WritePass) -> None:
+    assert words.writeback(text, 16) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "nothing is named to write back: write it as in 'type=idle', or 'page_indexes=0-99'"),
+        (" \n", "nothing is named"),
+        ("type=hgue", "unknown type 'hgue': use one of idle, huge, huge_idle, incompressible"),
+        ("type=all", "unknown type 'all'"),
+        ("all", "unknown word 'all': use some of type=, page_index=, page_indexes="),
+        ("Idle", "unknown word 'Idle'"),
+        ("idle huge", "unknown word 'idle': did you mean 'type=idle'\\?"),
+        ("incompressible page_index=1", "unknown word 'incompressible': did you mean 'type=incompressible'"),
+        ("type=idle type=huge", "'type' is given twice"),
+        ("type=", "'type=' has no value: write it as in type=idle"),
+        ("page_index", "'page_index' has no value: write it as in page_index=42"),
+        ("page_indexes=", "'page_indexes=' has no value: write it as in page_indexes=0-99"),
+        ("type=idle page_index=1", "type= and numbers of blocks exclude each other"),
+        ("page_indexes=1-4 type=huge", "type= and numbers of blocks exclude each other"),
+        ("threshold=300", "unknown word 'threshold=300'"),
+        ("page_index=16", "page_index cannot be '16': use a whole number from 0 to 15"),
+        ("page_index=-1", "page_index cannot be '-1'"),
+        ("page_index=1-3", "page_index cannot be '1-3'"),
+        ("page_index=0x1", "page_index cannot be '0x1'"),
+        ("page_index=٣", "page_index cannot be '٣'"),
+        ("page_index=" + "9" * 900, "page_index cannot be '9+'"),
+        ("page_indexes=3", "page_indexes cannot be '3': write it as in page_indexes=0-99"),
+        ("page_indexes=3-", "page_indexes cannot be ''"),
+        ("page_indexes=-3", "page_indexes cannot be ''"),
+        ("page_indexes=1-2-3", "page_indexes cannot be '2-3'"),
+        ("page_indexes=0-16", "page_indexes cannot be '16'"),
+        ("page_indexes=5-4", "page_indexes cannot be '5-4': the lower number comes first, as in .*=4-5$"),
+        ("page_index=1 page_index=16", "page_index cannot be '16'"),
+        ("\x1b[2J", r"unknown word '\\x1b\[2J'"),
+    ],
+)
+def test_writeback_refuses(text: str, sentence: str) -> None:
+    with pytest.raises(UsageError, match=f"^{sentence}") as refused:
+        words.writeback(text, 16)
+    assert str(refused.value).isprintable()
+
+
+ANY_BLOCKS = st.lists(
+    st.tuples(
+        st.sampled_from(["type", "page_index", "page_indexes", "idle", ""]),
+        st.sampled_from(["=", "=", "=", "", " "]),
+        st.one_of(
+            st.from_regex(r"[0-9]{1,3}-?[0-9]{0,3}", fullmatch=True),
+            st.sampled_from(["idle", "huge", "huge_idle", "incompressible", "", "0-15", "15"]),
+            st.text(max_size=3),
+        ),
+    ).map("".join)
+).map(" ".join)
+WRITE_GRAMMAR = re.compile(
+    r"(?:type=)?(idle|huge|huge_idle|incompressible)|((?:page_index=[0-9]{1,19}|page_indexes=[0-9]{1,19}-[0-9]{1,19})"
+    r"(?:[ \t\r\n]+(?:page_index=[0-9]{1,19}|page_indexes=[0-9]{1,19}-[0-9]{1,19}))*)",
+    re.ASCII,
+)
+
+
+def write_meaning(text: str) -> WritePass | None:
+    """What zram's grammar makes of a text for a device of 16 blocks, by one expression; None: nothing."""
+    match = WRITE_GRAMMAR.fullmatch(text.strip())
+    if match is None or match[1]:
+        return of_kinds(*match[1].split("_")) if match else None
+    ranges = []
+    for first, last in re.findall(r"=([0-9]+)-?([0-9]*)", match[2]):
+        ranges.append((int(first), int(last or first) + 1))
+    return of_blocks(*ranges) if all(a < b <= 16 for a, b in ranges) else None
+
+
+@given(st.one_of(ANY_BLOCKS, st.text()))
+@example("huge_idle")
+@example("page_index=15 page_indexes=0-15")
+@example("page_indexes=15-0")
+def test_a_text_names_what_is_written_out_or_is_refused_in_one_sentence(text: str) -> None:
+    queue = Queue()
+    reply = Routes(cast(Any, queue)).answer("POST", "/writeback", text.encode())
+    wanted = write_meaning(text)
+    if wanted is not None:
+        assert (reply.status, queue.passes) == (200, [wanted])
+    else:
+        assert (reply.status, queue.passes) == (400, [])
+        assert reply.body.endswith("\n")
+        assert reply.body[:-1].isprintable()
+
+
+@pytest.mark.parametrize(("text", "left"), [("0", 0), ("102400", 400 << 20), (str(1 << 40), 1 << 52)])
+def test_writeback_limit_counts_in_blocks(text: str, left: int) -> None:
+    assert words.writeback_limit(text) == left
+
+
+@pytest.mark.parametrize("text", ["", "off", "1G", "-1", "0x10", "1.5", str((1 << 40) + 1), "1 2", "٣"])
+def test_writeback_limit_refuses(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^writeback_limit cannot be '.*': use a whole number from 0 to"):
+        words.writeback_limit(text)
+
+
+def test_writeback_limit_enable() -> None:
+    assert [words.writeback_limit_enable(text) for text in "01"] == [False, True]
+    for text in ("", "2", "on", "-1", "true"):
+        with pytest.raises(UsageError, match=r"^writeback_limit_enable cannot be '.*': use a whole number"):
+            words.writeback_limit_enable(text)
+
+
+def test_bring_back_takes_no_word() -> None:
+    words.bring_back("")
+    with pytest.raises(UsageError, match=r"^'page_index=1' is too much"):
+        words.bring_back("page_index=1")
 
 
 @pytest.mark.parametrize(

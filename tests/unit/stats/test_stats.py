@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support.numbers import COUNTERS, TIERS, FakeDevice
+from support.numbers import COUNTERS, TIERS, WRITEBACK, FakeDevice
 
+from zramd.core.device.backing import EXTENT
 from zramd.core.device.device import Device
 from zramd.core.device.tier import Tier
 from zramd.server.tiers import Tiers
 from zramd.settings import config
-from zramd.stats import numbers, prometheus, snapshots, texts, tiers
+from zramd.stats import numbers, prometheus, snapshots, texts, tiers, writeback
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -136,6 +137,20 @@ def test_the_swap_of_this_machine_is_in_the_snapshot() -> None:
     assert 'zramd_refreshed_blocks_total{device="zram0"} 5\n' in prometheus.exposition(taken, [])
 
 
+def test_the_sentence_for_a_service_manager_says_what_is_out(snapshot: snapshots.Snapshot) -> None:
+    values = snapshot.values | {"orig_data_size": 90 << 20, "total_bytes": 20 << 20}
+    shown = [
+        texts.sentence(
+            dataclasses.replace(snapshot, values=values | {"out_pages": out, "out_data_size": size})
+        )
+        for out, size in ((0, 0), (5120, 7 << 20))
+    ]
+    assert shown == [
+        "90 MiB stored in 20 MiB of memory, frag ratio 75 %",
+        "90 MiB stored in 20 MiB of memory and 7 MiB on the backing device, frag ratio 75 %",
+    ]
+
+
 def test_large_counters_stay_exact(snapshot: snapshots.Snapshot) -> None:
     large = dataclasses.replace(snapshot, values=snapshot.values | {"written_bytes": (1 << 53) + 1})
     assert f" {(1 << 53) + 1}\n" in prometheus.exposition(large, [])
@@ -221,6 +236,49 @@ def test_tiers_in_prometheus(tiered: snapshots.Snapshot) -> None:
     assert modes == {"calm": 1, "wanted": 0, "full": 0, "paused": 0, "off": 0}
 
 
+@pytest.fixture
+def backed(snapshot: snapshots.Snapshot) -> snapshots.Snapshot:
+    return dataclasses.replace(snapshot, writeback=dict(WRITEBACK))
+
+
+def test_bd_stat_and_backing_dev(snapshot: snapshots.Snapshot, backed: snapshots.Snapshot) -> None:
+    """In zram's "%8llu %8llu %8llu\\n", in units of 4096 bytes: extents in use, read, written."""
+    assert texts.bd_stat(backed) == "  524240    10240   435200\n"
+    assert texts.backing_dev(backed) == "/dev/disk/by-partlabel/swap-out\n"
+    odd = dataclasses.replace(backed, writeback=WRITEBACK | {"backing": "/dev/a\nb"})
+    assert texts.backing_dev(odd).count("\n") == 1
+    assert texts.bd_stat(snapshot) == "       0        0        0\n"
+    assert texts.backing_dev(snapshot) == "none\n"
+
+
+def test_an_empty_backing_device_has_no_block_in_use() -> None:
+    """The superblock has an extent of its own."""
+    assert writeback.SUPERBLOCK == EXTENT
+    size = 10 * EXTENT
+    assert writeback.used({"backing_size": size, "backing_free": 9 * EXTENT, "backing_bad": 0}) == 0
+    assert writeback.used({"backing_size": size, "backing_free": 7 * EXTENT, "backing_bad": EXTENT}) == EXTENT
+
+
+def test_writeback_is_a_section_of_the_json(snapshot: snapshots.Snapshot, backed: snapshots.Snapshot) -> None:
+    assert json.loads(texts.to_json(backed))["writeback"] == WRITEBACK
+    assert "writeback" not in json.loads(texts.to_json(snapshot))
+
+
+def test_writeback_in_prometheus(snapshot: snapshots.Snapshot, backed: snapshots.Snapshot) -> None:
+    families = {family.name: family for family in text_string_to_metric_families(exposition_of(backed))}
+    for number in writeback.WRITEBACK:
+        if number.metric:
+            (sample,) = families[f"zramd_{number.metric}"].samples
+            assert sample.value == WRITEBACK[number.name]
+            assert families[f"zramd_{number.metric}"].type == "gauge"
+    modes = {sample.labels["mode"]: sample.value for sample in families["zramd_writeback_mode"].samples}
+    assert modes == {"calm": 1, "wanted": 0, "full": 0, "paused": 0, "off": 0}
+    endless = dataclasses.replace(backed, writeback=WRITEBACK | {"writeback_limit": 0, "limit_left": None})
+    assert "zramd_writeback_limit_left_bytes" not in exposition_of(endless)
+    assert 'zramd_writeback_limit_bytes{device="zram0"} 0\n' in exposition_of(endless)
+    assert "zramd_writeback_" not in exposition_of(snapshot)
+
+
 def exposition_of(snapshot: snapshots.Snapshot) -> str:
     return prometheus.exposition(snapshot, snapshots.take_classes(FakeDevice()))
 
@@ -233,5 +291,6 @@ def test_what_the_tiers_report_is_in_the_table() -> None:
 
 
 def test_no_metric_is_told_twice() -> None:
-    metrics = [number.metric for number in (*numbers.NUMBERS, *tiers.TIERS) if number.metric]
+    tables = (*numbers.NUMBERS, *tiers.TIERS, *writeback.WRITEBACK)
+    metrics = [number.metric for number in tables if number.metric]
     assert len(set(metrics)) == len(metrics)

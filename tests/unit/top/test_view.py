@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from support.numbers import TIERS
+from support.numbers import TIERS, WRITEBACK
 from support.samples import sample
 
 from zramd.control.samples import Histogram, Sample, Watch
@@ -75,6 +75,11 @@ def tiered(**changes: object) -> Sample:
     return device(tiers={**TIERS, **changes})
 
 
+def backed(**changes: object) -> Sample:
+    """A device with a backing device too."""
+    return device(tiers=dict(TIERS), writeback={**WRITEBACK, **changes})
+
+
 SIZES = [(80, 24), (60, 16), (61, 17), (79, 23), (100, 30), (132, 43), (250, 60), (400, 100)]
 
 
@@ -98,6 +103,8 @@ class TestScreen:
             Watch(),
             watched(tiered()),
             watched(tiered(hot_data_size=0, cold_data_size=0)),
+            watched(backed()),
+            watched(backed(out_data_size=0, backing_size=0, backing_free=0, bd_read_errors=1 << 50)),
         ):
             lines = text(view.screen(frame(watch=drawn, **changes), width, height, glyphs))
             assert [len(words) for words in lines] == [width] * (height - 1) + [width - 1]
@@ -137,8 +144,25 @@ class TestScreen:
         ]
         assert set(without) - set(with_them) <= {"in"}, "only the second line of frag may go, to make room"
 
+    @pytest.mark.parametrize(("width", "height"), SIZES)
+    def test_a_backing_device_is_there_and_drives_nothing_out(self, width: int, height: int) -> None:
+        with_it, without = (
+            [
+                words.split()[0]
+                for words in text(view.screen(frame(one), width, height, MONO))
+                if words[:1].isalpha()
+            ]
+            for one in (backed(), device())
+        )
+        assert "tiers" in with_it
+        assert ("disk" in with_it) == (height > view.MIN_HEIGHT), "the smallest screen has no line for it"
+        assert [word for word in with_it if word not in ("tiers", "disk")] == [
+            word for word in without if word in with_it
+        ]
+        assert set(without) - set(with_it) <= {"in"}
+
     def test_ascii_is_ascii(self) -> None:
-        for changes in ({}, {"help": True}):
+        for changes in ({}, {"help": True}, {"watch": watched(backed())}):
             assert "".join(text(view.screen(frame(**changes), 80, 24, ASCII))).isascii()
 
     def test_too_small_says_so(self) -> None:
@@ -510,3 +534,56 @@ class TestTiers:
         assert view.has_tiers(tiered(mode="off"))
         assert not view.has_tiers(tiered(mode="off", cold_pages=0))
         assert not view.has_tiers(device()), "a server of an older version has none"
+
+    @pytest.mark.parametrize("width", [60, 79, 80, 100, 120, 400])
+    @pytest.mark.parametrize("glyphs", [COLOUR, MONO, ASCII])
+    def test_what_is_out_has_its_part_of_the_bar(self, width: int, glyphs: Glyphs) -> None:
+        sizes = {"hot_data_size": 60 * MIB, "cold_data_size": 30 * MIB, "raw_pages": 2560}
+        one = tiered(**sizes)
+        one.stats["writeback"] = WRITEBACK | {"out_data_size": 100 * MIB}
+        drawn = view.tiers(one, width, glyphs)
+        assert len(cells.plain(drawn)) <= width
+        bar = [(words, style) for words, style in drawn if style in ("hot", "cold", "raw", "out")]
+        lengths = [len(words) for words, _ in bar[: len(bar) - 4]]
+        assert bar[-1] == (f"  {glyphs.swatch or glyphs.out}", "out")
+        assert lengths[-1] == pytest.approx(0.5 * sum(lengths), abs=1)
+
+    def test_words_of_what_is_out(self) -> None:
+        assert "raw 4.7M 0%" in cells.plain(view.tiers(backed(), 100, MONO))
+        assert "out 1.2G 90%" in cells.plain(view.tiers(backed(), 100, MONO))
+        assert cells.plain(view.tiers(backed(), 120, MONO)).endswith("12 hot/min  calm")
+        off = backed()
+        off.stats["tiers"] = TIERS | {"mode": "off", "cold_pages": 0}
+        assert view.has_tiers(off), "what is out may have been hot"
+
+
+class TestBacking:
+    @pytest.mark.parametrize("width", [60, 79, 80, 100, 400])
+    @pytest.mark.parametrize("glyphs", [COLOUR, MONO, ASCII])
+    def test_the_bar_shows_what_is_in_use_and_what_of_it_lives(self, width: int, glyphs: Glyphs) -> None:
+        size = 1024 * MIB
+        one = backed(
+            backing_size=size, backing_free=size // 4, backing_bad=size // 4, out_live_bytes=size // 4
+        )
+        drawn = view.backing(one, width, glyphs)
+        assert len(cells.plain(drawn).rstrip()) <= width
+        live, dead = (sum(len(words) for words, name in drawn if name == style) for style in ("out", "gaps"))
+        assert live == pytest.approx(dead, abs=2), "cells are cut off at eighths"
+        assert live >= 1
+
+    def test_words(self) -> None:
+        shown = cells.plain(view.backing(backed(), 100, MONO))
+        assert shown.startswith("disk    ▚")
+        assert shown.endswith("2G of 8G  63% live  4.5k out/min  7 back/min  700M left  calm")
+        assert "errors" not in shown
+        assert cells.plain(view.backing(backed(), 60, MONO)).endswith("2G of 8G")
+        endless = view.backing(backed(limit_left=None, writeback_limit=0, mode="paused"), 100, MONO)
+        assert cells.plain(endless).endswith("no limit  paused")
+
+    def test_a_device_that_is_left_alone_is_seen(self) -> None:
+        assert styled(view.backing(backed(mode="paused"), 100, MONO), "fair") == "  paused"
+
+    def test_errors_are_seen_at_any_width(self) -> None:
+        for width in (60, 80, 200):
+            drawn = view.backing(backed(bd_read_errors=2, bd_write_errors=1), width, MONO)
+            assert styled(drawn, "bad") == "  3 errors"

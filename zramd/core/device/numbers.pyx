@@ -176,7 +176,7 @@ cdef inline void put_line(char *out, uint64_t block, uint64_t slot, uint8_t age,
         out[34] = c'w'
     if what == RAW or (what == OUT and slot_bytes(slot) == BLOCK_SIZE):
         out[35] = c'h'
-    if age == AGE_IDLE and what != SAME:
+    if age == AGE_IDLE and what != SAME and what != OUT:
         out[36] = c'i'
     if what == COLD or (what == OUT and slot & SLOT_OUT_ZSTD):
         out[37] = c'r'
