@@ -5,6 +5,7 @@ threads nor clocks: they are told what happened and answer what to do.
 """
 
 import errno
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from zramd import meminfo
@@ -36,12 +37,15 @@ _NO_ROOM = {
 
 
 class Census(NamedTuple):
-    """What a sweep has counted: blocks by their age."""
+    """What a sweep has counted, by age: blocks, and bytes of payloads that could leave memory."""
 
     stored: list[int]
     raw: list[int]  # candidates
     others: list[int]  # candidates
     tried: int
+    unread: Sequence[int] = ()  # bytes: of blocks that nobody has read since they were written
+    read: Sequence[int] = ()  # bytes: of the other blocks
+    huge: Sequence[int] = ()  # bytes: of raw ones among both
 
 
 class View(NamedTuple):
