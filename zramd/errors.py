@@ -9,6 +9,7 @@
         ├── CorruptionError         a structure contradicts itself
         ├── SwapError               a measure of swap=local cannot be had
         ├── StateError              the state file cannot be had or trusted
+        ├── BackingError            the backing cannot be had or trusted, or is not the state's
         ├── SaveError               a saved device is damaged, cut off, foreign, or does not fit
         ├── AttachError             a kernel device cannot be attached, detached, swapped to
         ├── UnitsError              systemd's units cannot be installed or removed
@@ -79,6 +80,10 @@ class StateError(ZramdError):
     """The state file cannot be opened, is in use, or is not what it should be; the message has the remedy."""
 
 
+class BackingError(ZramdError):
+    """The backing cannot be opened, is in use, or is not what it should be; the message has the remedy."""
+
+
 class SaveError(ZramdError):
     """A saved device is damaged, cut off, foreign, or does not fit; the message says where and what.
 
@@ -119,7 +124,8 @@ class UsageError(ZramdError):
 def error_from(code: int, what: str) -> Exception:
     """Return the exception for a negative errno from the core; `what` names the operation.
 
-    EDQUOT is the core's word for the state's file system, which clients know as ENOSPC too.
+    EDQUOT is the core's word for the state's file system, which clients know as ENOSPC too; EREMOTEIO for
+    the backing.
     """
     if code == -errno.ENOSPC:
         return PoolFullError(f"{what}: mem_limit leaves no room")
@@ -127,6 +133,8 @@ def error_from(code: int, what: str) -> Exception:
         return PoolFullError(f"{what}: the file system of the state is full")
     if code == -errno.EIO:
         return CorruptObjectError(f"{what}: an object does not decompress")
+    if code == -errno.EREMOTEIO:
+        return OSError(errno.EIO, f"{what}: it is out, and the backing does not have it as it was written")
     if code == -errno.ENOENT:
         return HandleError(f"{what}: the handle is not live")
     if code == -errno.EINVAL:

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.backings import Disk, bring_back, write_out
 from support.run import SCALE
 
 from zramd import Device
 from zramd.core.device.device import state_layout
 from zramd.core.device.tier import Tier
+from zramd.core.device.writeback import Writeback
 from zramd.core.pool.zsmalloc import CHECK_LEVEL
 
 BLOCK = 4096
@@ -84,7 +86,8 @@ def operations(seed: int) -> Iterator[Operation]:
         elif kind == 18 and number % 2:
             yield (lambda device: device.compact(), nothing)
         elif kind == 18:
-            yield (cool_and_warm, nothing)
+            both = ((cool_and_warm, nothing), (out_and_back, put(0, bytes(SIZE // 16))))
+            yield rnd.choice(both)
         else:
             yield (lambda device: device.release_stock(), nothing)
 
@@ -98,7 +101,20 @@ def cool_and_warm(device: Device) -> None:
     tier.promote(0, BLOCKS)
 
 
-def run(fd: int, verify: bool, seed: int, point: str, visit: int) -> tuple[int, int, int]:
+def out_and_back(device: Device) -> None:
+    """Write most blocks out, move what is left of the first extents, and bring some back."""
+    hands = Writeback(device)
+    write_out(device, 0, BLOCKS * 3 // 4, hands=hands)
+    device.trim(0, SIZE // 16)
+    while hands.reclaim(0.9):
+        pass
+    hands.flush()
+    device.read(bytearray(SIZE // 4), SIZE // 4)
+    if device.counters()["written_out"] % 2:
+        bring_back(device)
+
+
+def run(fd: int, disk: Disk, verify: bool, seed: int, point: str, visit: int) -> tuple[int, int, int]:
     """Do all operations in a child that dies at a point; how it ended, operations begun and done."""
     told = mmap.mmap(-1, 16)
     child = os.fork()
@@ -106,7 +122,7 @@ def run(fd: int, verify: bool, seed: int, point: str, visit: int) -> tuple[int, 
         try:
             if point:
                 os.environ["ZRAMD_CRASH"] = f"{point}:{visit}"
-            device = Device(SIZE, state=fd, verify=verify, cold_level=3)
+            device = disk.device(SIZE, state=fd, verify=verify)
             for number, (work, _) in enumerate(operations(seed)):
                 told[:8] = struct.pack("<Q", number + 1)
                 work(device)
@@ -141,22 +157,25 @@ def settle(device: Device, model: bytearray, seed: int, begun: int, done: int) -
 def test_killed_at(point: str, verify: bool) -> None:
     fd = os.memfd_create("zramd")
     os.ftruncate(fd, state_layout(SIZE)["bytes"])
+    disk = Disk(20)
+    disk.device(SIZE, state=fd, verify=verify)  # who dies early has told nobody that it has it
     model = bytearray(SIZE)
-    leaked = cold = 0
+    leaked = cold = out = 0
     # In the second round the process takes over what the first has left.
     for seed, visit in enumerate((0, *VISITS)):
         dies = bool(visit) and CHECK_LEVEL >= 3 and not (point in ONCE and visit > 1)
-        status, begun, done = run(fd, verify, seed, point if visit else "", visit)
+        status, begun, done = run(fd, disk, verify, seed, point if visit else "", visit)
         if dies:
             assert os.WIFSIGNALED(status), f"{point} is not reached {visit} times"
             assert os.WTERMSIG(status) == signal.SIGKILL
         else:
             assert (status, done) == (0, OPERATIONS)
-        device = Device(SIZE, state=fd, verify=verify)
+        device = disk.device(SIZE, state=fd, verify=verify, claims=False)
         device.check()
         settle(device, model, seed, begun, done)
         leaked += device.counters()["leaked_objects"]
         cold += device.counters()["cold_pages"]
+        out += device.counters()["out_pages"]
         device.check()
         del device
     if point not in IN_RESET:
@@ -167,9 +186,11 @@ def test_killed_at(point: str, verify: bool) -> None:
         "cold_stored",
         "slot_stored",
         "free_pinned",
+        "out_stored",
     ):
         assert leaked
     assert cold
+    assert out
     os.close(fd)
 
 

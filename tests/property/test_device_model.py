@@ -3,17 +3,20 @@
 Also with a state file, which another device takes over again and again: as it was left, as after a kill.
 """
 
+import errno
 import os
 import threading
 
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.backings import Disk, bring_back, write_out
 from support.run import SCALE
 
 from zramd import Device, PoolFullError
 from zramd.core.device.device import state_layout
 from zramd.core.device.tier import Tier
+from zramd.core.device.writeback import Writeback
 
 BLOCK = 4096
 BLOCKS = 64
@@ -51,7 +54,9 @@ class DeviceModel(RuleBasedStateMachine):
         self.fd = -1
         self.verify = False
         self.codec, self.cold_level, self.codecs = "lz4", 3, {"lz4"}
-        self.device = Device(SIZE, cold_level=3)
+        self.disk = Disk(5)  # too small for all
+        self.device = self.disk.device(SIZE)
+        self.hands = Writeback(self.device)
         self.model = bytearray(SIZE)
         self.refiller: threading.Thread | None = None
 
@@ -61,16 +66,26 @@ class DeviceModel(RuleBasedStateMachine):
         kept=st.booleans(),
         verify=st.booleans(),
         codec=st.sampled_from(CODECS),
+        granule=st.sampled_from((16, 64, 4096)),
         data=st.data(),
     )
     def start(
-        self, full: bool, reserve: bool, kept: bool, verify: bool, codec: str, data: st.DataObject
+        self,
+        full: bool,
+        reserve: bool,
+        kept: bool,
+        verify: bool,
+        codec: str,
+        granule: int,
+        data: st.DataObject,
     ) -> None:
         self.verify, self.codec = verify, codec
         self.codecs = {codec}  # that the device has ever had
         if kept:
             self.fd = os.memfd_create("zramd")
             os.ftruncate(self.fd, state_layout(SIZE)["bytes"])
+        if granule != 16:
+            self.disk = Disk(5, granule=granule)
         self.device = self.make()
         if reserve:
             self.device.reserve_start(SIZE // 4)
@@ -80,7 +95,11 @@ class DeviceModel(RuleBasedStateMachine):
             self.write((0, SIZE), data)
 
     def make(self) -> Device:
-        return Device(SIZE, codec=self.codec, state=self.fd, verify=self.verify, cold_level=self.cold_level)
+        device = self.disk.device(
+            SIZE, codec=self.codec, state=self.fd, verify=self.verify, cold_level=self.cold_level
+        )
+        self.hands = Writeback(device)
+        return device
 
     def stop_refiller(self) -> None:
         if self.refiller is not None:
@@ -99,7 +118,13 @@ class DeviceModel(RuleBasedStateMachine):
         after = self.device.counters()
         assert after["leaked_objects"] == 0
         for name in before:
-            changes = ("mem_used_total", "metadata_bytes", "stock_pages", "freeable_pages", "objs_allocated")
+            changes = (
+                "mem_used_total",
+                "metadata_bytes",
+                "stock_pages",
+                "freeable_pages",
+                "objs_allocated",
+            )
             if name not in changes and not name.startswith(("reserve_", "recover")):
                 assert after[name] == before[name], name
         assert after["mem_used_total"] <= before["mem_used_total"]
@@ -238,8 +263,11 @@ class TierModel(DeviceModel):
 
     @rule(coarse=st.booleans(), keep=st.booleans())
     def sweep(self, coarse: bool, keep: bool) -> None:
-        stored, raw, others, tried = Tier(self.device).sweep(coarse, keep, 300)
+        stored, raw, others, tried, unread, read, huge, back = Tier(self.device).sweep(coarse, keep, 300)
         found = self.device.counters()
+        assert sum(unread) + sum(read) == found["compr_data_size"]
+        assert sum(huge) == found["huge_pages"] * BLOCK
+        assert back <= found["out_pages"]
         assert sum(stored) == found["pages_stored"]
         assert sum(raw) <= found["huge_pages"]
         assert sum(raw) + sum(others) + tried <= found["pages_stored"] - found["same_pages"]
@@ -258,6 +286,70 @@ class TierModel(DeviceModel):
         assert before["cold_pages"] - after["cold_pages"] == done == after["promoted"] - before["promoted"]
         assert before["pages_stored"] == after["pages_stored"]
         if self.device.mem_limit:
+            assert after["mem_used_total"] <= max(self.device.mem_limit, before["mem_used_total"])
+
+    @rule(
+        first=st.integers(0, BLOCKS),
+        count=st.integers(0, BLOCKS),
+        age=st.integers(0, 2),
+        raw=st.booleans(),
+        unread=st.booleans(),
+    )
+    def write_out(self, first: int, count: int, age: int, raw: bool, unread: bool) -> None:
+        self.hands.drop()
+        before = self.device.counters()
+        done = write_out(self.device, first, first + count, age, hands=self.hands, raw=raw, unread=unread)
+        after = self.device.counters()
+        assert after["out_pages"] - before["out_pages"] == done <= count
+        assert after["written_out"] - before["written_out"] == done
+        assert before["pages_stored"] == after["pages_stored"]
+        if raw:
+            assert before["huge_pages"] - after["huge_pages"] == done
+        assert after["backing_free"] > 0, "the last one is for reclaim"
+
+    @rule(first=st.integers(0, BLOCKS), count=st.integers(1, BLOCKS))
+    def gather(self, first: int, count: int) -> None:
+        """What is in the buffer changes nothing, whatever comes before it is written."""
+        end = min(first + count, BLOCKS)
+        at, taken, _ = self.hands.gather(min(first, end), end, 0)
+        assert taken <= at - min(first, end)
+        assert bool(self.hands.pending) >= bool(taken)
+
+    @rule(drops=st.booleans())
+    def flush(self, drops: bool) -> None:
+        if drops:
+            self.hands.drop()
+        blocks, written, moved, _, stopped = self.hands.flush()
+        assert not (drops and blocks)
+        assert (written > 0) >= (blocks > 0)
+        assert moved <= written
+        assert stopped in (0, errno.ENOSPC)
+        assert self.hands.pending == 0
+
+    @rule(share=st.sampled_from((0.1, 0.5, 1.0)))
+    def reclaim(self, share: float) -> None:
+        before = self.device.counters()
+        while self.hands.reclaim(share):
+            pass
+        self.hands.flush()
+        after = self.device.counters()
+        assert after["bd_read_errors"] == 0
+        assert after["backing_live"] == before["backing_live"] or after["written_out"] > before["written_out"]
+        assert after["backing_free"] > 0
+
+    @rule(wanted=st.booleans())
+    def bring_back(self, wanted: bool) -> None:
+        if wanted:
+            for _ in range(2):
+                Tier(self.device).sweep(False, True, 300)
+                self.read((0, SIZE))
+        before = self.device.counters()
+        done = bring_back(self.device, wanted=wanted)
+        after = self.device.counters()
+        assert before["out_pages"] - after["out_pages"] == done
+        if not self.device.mem_limit:
+            assert wanted or after["out_pages"] == 0 == after["backing_live"]
+        else:
             assert after["mem_used_total"] <= max(self.device.mem_limit, before["mem_used_total"])
 
 

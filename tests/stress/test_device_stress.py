@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
+from support.backings import Disk, write_out
 from support.content import block_content
 from support.pages import PAGE
 from support.run import SCALE, SEED, run_threads
 
 from zramd import Device, PoolFullError
 from zramd.core.device import saving
+from zramd.core.device.writeback import Writeback
 from zramd.errors import SaveError
 
 BLOCK = 4096
@@ -45,7 +47,7 @@ def test_owned_blocks_with_compaction(limit: int, ready: int) -> None:
         # A hundred classes have a page that is part-filled and one for what comes. With large ones that
         # would be all, and nothing would move.
         limit += 150 * (PAGE - BLOCK)
-    device = Device(16 << 20, mem_limit=limit, cold_level=3)
+    device = Disk(48).device(16 << 20, mem_limit=limit)
     if ready:
         device.inherit_priority()  # as swap=local has it
     done = threading.Event()
@@ -108,7 +110,20 @@ def test_owned_blocks_with_compaction(limit: int, ready: int) -> None:
             device.cool(rnd.randrange(blocks), 64, age=rnd.randrange(2))
             device.ages()
 
-    background = [threading.Thread(target=work) for work in (compactor, cooler, cooler)]
+    def leaver() -> None:
+        rnd = random.Random(SEED)
+        hands = Writeback(device)
+        while not done.is_set():
+            at = rnd.randrange(blocks)
+            write_out(device, at, at + 200, rnd.randrange(2), hands=hands)
+            if device.counters()["backing_free"] < 10:
+                while hands.reclaim(0.8):
+                    pass
+                hands.flush()
+            if rnd.random() < 0.1:
+                hands.bring_back(at, at + 100, False)
+
+    background = [threading.Thread(target=work) for work in (compactor, cooler, cooler, leaver)]
     for thread in background:
         thread.start()
     try:
@@ -121,7 +136,10 @@ def test_owned_blocks_with_compaction(limit: int, ready: int) -> None:
     device.check()
     counters = device.counters()
     assert counters["objects_migrated"] > 0
-    assert counters["cold_pages"] > 0
+    assert counters["recompressed"] > 0
+    assert counters["written_out"] > 0
+    assert counters["bd_reads"] > 0
+    assert counters["bd_read_errors"] == 0
     if limit:
         assert counters["mem_used_max"] <= limit
         assert counters["limit_compactions"] > 0

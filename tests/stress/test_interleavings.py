@@ -52,7 +52,7 @@ def run(packages: Path, library: Path | None, *words: object) -> subprocess.Comp
     """Run interleavings.py with a build of zramd."""
     return subprocess.run(
         [sys.executable, "-P", SUPPORT / "interleavings.py", *map(str, words)],
-        env={**os.environ, "PYTHONPATH": str(packages), **(preloaded(library) if library else {})},
+        env={**os.environ, "PYTHONPATH": f"{packages}:{SUPPORT.parent}", **(preloaded(library) if library else {})},
         capture_output=True,
         text=True,
         check=False,
@@ -70,7 +70,7 @@ def test_no_interleaving_goes_wrong(library: Path | None) -> None:
     if found.returncode:
         where = f"{SUPPORT / 'interleavings.py'} {last_seed(found)} 1"
         load = f"LD_PRELOAD={library} " if library else ""
-        pytest.fail(f"{load}PYTHONPATH={PACKAGES} {sys.executable} -P {where}\n{found.stderr}")
+        pytest.fail(f"{load}PYTHONPATH={PACKAGES}:{SUPPORT.parent} {sys.executable} -P {where}\n{found.stderr}")
     assert len(found.stdout.splitlines()) == SEEDS
 
 
@@ -91,7 +91,7 @@ def test_every_point_is_reached(library: Path) -> None:
     names = set(re.findall(r"^        (\w+)\b", POINTS.read_text().split("enum point:")[1], re.MULTILINE))
     assert names > ALONE
     reached: set[str] = set()
-    for seed in range(20):
+    for seed in range(40):
         reached |= set(re.findall(r"^\d+ (\w+)$", run(PACKAGES, library, seed, "TRACE").stdout, re.MULTILINE))
     assert reached == names - ALONE
 

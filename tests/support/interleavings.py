@@ -18,9 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from support import backings
+
 from zramd import Device, HandleError, PoolFullError, Zsmalloc
 from zramd.core.device import saving
 from zramd.core.device.tier import Tier
+from zramd.core.device.writeback import Writeback
 from zramd.errors import SaveError
 
 BLOCK = 4096
@@ -68,8 +71,10 @@ class Disk:
         self.parts: dict[tuple[int, int], bytes] = {}
         self.resets = 0
         self.hot = dice.choice((2, HOT, HOT))  # with 2 it is mostly about cold blocks
-        self.device = Device((BLOCKS + SHARED) * BLOCK, verify=dice.random() < 0.5, cold_level=1)
-        self.tier = Tier(self.device)
+        # Too small for all blocks: extents are emptied, and written again, while others read them.
+        backing = backings.Disk(dice.choice((4, 6)))
+        self.device = backing.device((BLOCKS + SHARED) * BLOCK, verify=dice.random() < 0.5, cold_level=1)
+        self.tier, self.hands = Tier(self.device), Writeback(self.device)
         for number in range(HOT, BLOCKS):
             self.write(number, content(dice))
         for number in dice.sample(range(HOT, BLOCKS), BLOCKS * 2 // 3):
@@ -182,23 +187,38 @@ class Disk:
 
     def mover(self, dice: random.Random) -> None:
         for _ in range(OPERATIONS // 2):
-            kind = dice.randrange(32) if self.hot == HOT else 17
+            kind = dice.randrange(40) if self.hot == HOT else dice.choice((17, 40))
             if kind < 5:
                 self.device.compact()
             elif kind < 12:
                 self.device.compact(dice.randrange(1, 20000))
             elif kind < 17:
                 self.device.release_stock()
-            elif kind < 27:
+            elif kind < 28:
                 self.tier.promote(0, BLOCKS + SHARED)  # what others have read since it became cold
                 self.device.cool(0, dice.choice((self.hot, self.hot, BLOCKS + SHARED)), age=dice.randrange(2))
                 self.device.sweep()
-            elif kind < 28:
+            elif kind < 29:
                 self.save()
-            elif kind < 30:
+            elif kind < 31:
                 self.reset()
-            else:
+            elif kind < 33:
                 self.device.check()
+            else:
+                self.leave(dice)
+
+    def leave(self, dice: random.Random) -> None:
+        """Blocks go out, or are about to, or move from one extent to another."""
+        first = dice.choice((0, 0, dice.randrange(BLOCKS)))
+        last = self.hot if first == 0 and dice.random() < 0.5 else BLOCKS + SHARED
+        full = self.hands.gather(first, last, 0)[2]
+        if not full:
+            self.hands.reclaim(dice.choice((0.3, 1.0)))
+        if full or dice.random() < 0.7:
+            self.hands.flush()
+        if dice.random() < 0.3:
+            backings.bring_back(self.device, wanted=dice.random() < 0.3)
+        assert self.device.counters()["bd_read_errors"] == 0
 
 
 class Heap:

@@ -196,10 +196,10 @@ RACES: dict[str, Edits] = {
     "a part is written without the stripe's lock in between": {
         "device/blocks.pyx": [
             (
-                """        rc = self._load(block, self.get(block), s.page)
+                """            rc = self._load(block, self.get(block), s.page)
         if rc == 0:
 """,
-                """        rc = self._load(block, self.get(block), s.page)
+                """            rc = self._load(block, self.get(block), s.page)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
         pthread_mutex_lock(&self.stripes[block % STRIPES])
         if rc == 0:
@@ -222,6 +222,42 @@ RACES: dict[str, Edits] = {
             (
                 "    stored = load_relaxed_8(&table.ages[block]) == AGE_COOLING\n",
                 "    stored = table.get(block) != 0\n",
+            )
+        ]
+    },
+    # What was copied from it is not what it holds any more.
+    "a block goes out whatever came meanwhile": {
+        "device/writeback.pyx": [
+            (
+                """        stored = table.get(e.block) == e.slot
+        if not e.moves:
+            stored = stored and load_relaxed_8(&table.ages[e.block]) == AGE_LEAVING
+""",
+                """        stored = table.get(e.block) == e.slot
+        if not e.moves:
+""",
+            )
+        ]
+    },
+    # It was written meanwhile, and is in the buffer twice.
+    "of a block that was gathered twice the first copy counts": {
+        "device/writeback.pyx": [
+            ("&self.entries[self.count - 1 - i], extent)", "&self.entries[i], extent)"),
+        ]
+    },
+    # All that lived on it is gone, and it is written again.
+    "an extent may be written while it is read": {
+        "device/backing.pyx": [
+            ("        counter_add(self._word(slot), EXTENT_READER)\n", "        pass\n"),
+            ("        fetch_sub(self._word(slot), EXTENT_READER)\n", "        pass\n"),
+        ]
+    },
+    # Another thread has written another part of the block meanwhile.
+    "a part is merged with what was read from the backing": {
+        "device/blocks.pyx": [
+            (
+                "        if loaded == 0 or self.get(block) != loaded:\n",
+                "        if loaded == 0:\n",
             )
         ]
     },

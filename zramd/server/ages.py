@@ -4,7 +4,7 @@ from typing import Any
 
 SWEEP = 10.0  # seconds of the monotonic clock, which does not go on while the machine sleeps
 COARSE = 16  # each so manieth sweep also ages the old blocks
-OLDEST, WANTED, IDLE = 252, 253, 254  # ages, see core/device/ages.pyx
+OLDEST, WANTED, IDLE = 251, 253, 254  # ages, see core/device/ages.pyx
 _FINE = 128  # sweeps; above it only coarse ones count
 BOUNDS = (10, 30, 60, 300, 600, 1800, 3600, 21600)  # seconds: the rows of the histogram
 

@@ -43,9 +43,10 @@ class Census(NamedTuple):
     raw: list[int]  # candidates
     others: list[int]  # candidates
     tried: int
-    unread: Sequence[int] = ()  # bytes: of blocks that nobody has read since they were written
-    read: Sequence[int] = ()  # bytes: of the other blocks
-    huge: Sequence[int] = ()  # bytes: of raw ones among both
+    unread: Sequence[int] = ()  # bytes in memory of blocks that nobody has read since they were written
+    read: Sequence[int] = ()  # of others
+    huge: Sequence[int] = ()  # of raw ones among both
+    back: int = 0  # blocks that are out, and read again and again
 
 
 class View(NamedTuple):

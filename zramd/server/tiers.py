@@ -294,10 +294,12 @@ class Tiers:
         self._next_sweep = now + SWEEP
         self._sweeps += 1
         policy = self._policy
-        census = Census(*self._steps.sweep(self._sweeps % COARSE == 0, policy.promotes, THRESHOLD))
+        # What is read again is to be hot again, or back in memory: both are for calm.
+        keep = policy.mode == "calm"
+        census = Census(*self._steps.sweep(self._sweeps % COARSE == 0, keep, THRESHOLD))
         self._census = census
         policy.swept(census)
-        if policy.promotes and census.stored[WANTED]:
+        if policy.promotes and census.stored[WANTED] > census.back:
             self._hot_again = 0
         found = self._device.counters()
         self._minute.add(now, found["recompressed"], found["promoted"])

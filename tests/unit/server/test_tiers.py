@@ -528,11 +528,11 @@ class TestByHand:
         run(device, served, 5)
         assert (device.level, device.order) == (0, [])
 
-    @pytest.mark.parametrize(("seconds", "age"), [(None, 0), (0, 0), (300, 31), (1e9, 252)])
+    @pytest.mark.parametrize(("seconds", "age"), [(None, 0), (0, 0), (300, 31), (1e9, ages.OLDEST)])
     def test_idle(self, seconds: float | None, age: int) -> None:
         device = FakeDevice(*(Block() for _ in range(254)))
         for number, block in enumerate(device.blocks):
-            block.age = min(number, 252)
+            block.age = min(number, ages.OLDEST)
         make(device).mark_idle(seconds)
         assert sum(block.age == IDLE for block in device.blocks) == 254 - age
 

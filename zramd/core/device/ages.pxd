@@ -19,6 +19,11 @@ cdef struct census:
     uint64_t raw[AGES]          # candidates
     uint64_t others[AGES]       # candidates
     uint64_t tried
-
+    # Bytes that would leave memory if blocks went out: of those that nobody has read since they were written, of others,
+    # and of raw ones among both.
+    uint64_t unread[AGES]
+    uint64_t read[AGES]
+    uint64_t huge[AGES]
+    uint64_t back               # blocks that are out, and wanted
 cdef void sweep(Blocks table, bint coarse, bint keep, uint32_t threshold, census *found) noexcept nogil
 cdef uint64_t mark_idle(Blocks table, uint8_t age) noexcept nogil

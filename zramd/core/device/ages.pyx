@@ -1,8 +1,9 @@
 """How long nobody has asked for a block, and what follows from it: functions over Blocks.
 
     age 0 to 127      sweeps since a request asked for it: the server makes one every 10 s
-    128 to 252        the same, but only each 16th sweep counts
-    253, AGE_WANTED   a cold block that was read in two sweeps within 30 s
+    128 to 251        the same, but only each 16th sweep counts
+    252, AGE_LEAVING  it is being written to the backing
+    253, AGE_WANTED   a cold block that was read in two sweeps within 30 s, or one that is out, within 10 min
     254, AGE_IDLE     marked by hand
     255, AGE_COOLING  it is being made cold, or hot again
 
@@ -17,14 +18,16 @@ from zramd.core.device.blocks cimport (
     AGE_COARSE,
     AGE_COOLING,
     AGE_IDLE,
+    AGE_LEAVING,
     AGE_OLDEST,
     AGE_WANTED,
     Blocks,
+    is_read,
     is_touched,
 )
-from zramd.core.device.slots cimport RAW, SLOT_COLD, SLOT_TRIED, has_object, is_candidate, slot_kind
+from zramd.core.device.slots cimport RAW, SLOT_COLD, SLOT_TRIED, has_object, is_candidate, slot_bytes, slot_kind
 from zramd.core.system.locks cimport load_relaxed_8, store_relaxed_8
-from zramd.core.types cimport SLOTS_PER_PAGE
+from zramd.core.types cimport BLOCK_SIZE, SLOTS_PER_PAGE
 
 
 cdef void sweep(Blocks table, bint coarse, bint keep, uint32_t threshold, census *found) noexcept nogil:
@@ -51,6 +54,15 @@ cdef void sweep(Blocks table, bint coarse, bint keep, uint32_t threshold, census
             if slot == 0:
                 continue
             found.stored[age] += 1
+            if has_object(slot):
+                if is_read(table.reads, block):
+                    found.read[age] += slot_bytes(slot)
+                else:
+                    found.unread[age] += slot_bytes(slot)
+                if slot_kind(slot) == RAW:
+                    found.huge[age] += BLOCK_SIZE
+            elif age == AGE_WANTED:
+                found.back += 1
             if is_candidate(slot, threshold):
                 if slot_kind(slot) == RAW:
                     found.raw[age] += 1
@@ -71,7 +83,7 @@ cdef uint64_t mark_idle(Blocks table, uint8_t age) noexcept nogil:
             if not has_object(table.get(block)):
                 continue
             now = load_relaxed_8(&table.ages[block])
-            if now == AGE_WANTED and age or now < age or now == AGE_COOLING:
+            if now == AGE_WANTED and age or now < age or now == AGE_COOLING or now == AGE_LEAVING:
                 continue
             if now == AGE_IDLE or change_age(&table.ages[block], now, AGE_IDLE):
                 marked += 1

@@ -1,8 +1,8 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from zramd.core.device.backing cimport Backing
 from zramd.core.device.codec cimport codec
 from zramd.core.device.cold cimport Cold
-from zramd.core.system.gate cimport gate
 from zramd.core.system.latency cimport latency
 from zramd.core.system.locks cimport pthread_mutex_t
 from zramd.core.memory.region cimport Memory, Region
@@ -12,23 +12,29 @@ from zramd.core.types cimport BLOCK_SIZE
 cdef extern from *:
     """
     #define is_touched(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+    #define read_bit(n) ((uint64_t)1 << (n) % 64)
+    #define is_read(bits, n) ((__atomic_load_n(&(bits)[(n) / 64], __ATOMIC_RELAXED) & read_bit(n)) != 0)
     """
     bint is_touched(uint8_t *p) noexcept nogil
+    bint is_read(uint64_t *bits, uint64_t block) noexcept nogil
 
 cdef enum:
     STRIPES = 256
     SCRATCHES_READY = 6         # where requests must not need memory. More come from the heap, which is resident then
     AGE_COARSE = 128            # a block of this age and more grows older in coarse sweeps only
-    AGE_OLDEST = 252            # what comes after is no age
-    AGE_WANTED = 253            # of a cold block: it was read in two sweeps within READ_AGAIN, and is to be hot again
+    AGE_OLDEST = 251            # what comes after is no age
+    AGE_LEAVING = 252           # it is being written to the backing
+    AGE_WANTED = 253            # of a cold block or one that is out: it was read in two sweeps within READ_AGAIN
     AGE_IDLE = 254              # marked by zram's word `idle`
     AGE_COOLING = 255           # it is being made cold, or hot again
     READ_AGAIN = 3              # sweeps
+    OUT_READ_AGAIN = 60         # the same for one that is out
 
 cdef struct scratch:
     # What one request needs to compress and decompress, at the begin of a page.
     scratch *next
-    char unused[56]
+    char unused[48]
+    char *room                  # for what is read from the backing: its ROOM bytes, if there is one
     char page[BLOCK_SIZE]       # a whole block while a part of it is merged in
     char out[BLOCK_SIZE]        # the codec's output
     char state[1]               # the codec's state: state_size bytes, at a multiple of 64
@@ -64,12 +70,15 @@ cdef struct counters:
     uint64_t recompress_useless
     uint64_t recompress_saved
     uint64_t promoted
-
-cdef struct walk:
-    # How far a walk that looks for faults is; zeros to begin with.
-    uint64_t block
-    uint32_t span
-    bint done
+    uint64_t out_pages
+    uint64_t out_data_size
+    uint64_t written_out        # blocks
+    uint64_t brought_back       # blocks
+    uint64_t bd_reads           # bytes
+    uint64_t bd_writes          # bytes
+    uint64_t reclaimed_bytes    # of these
+    uint64_t bd_read_errors
+    uint64_t bd_write_errors
 
 cdef class Blocks:
     cdef uint64_t count
@@ -85,7 +94,10 @@ cdef class Blocks:
     cdef uint64_t touched_pages             # atomic
     cdef Region ages_table
     cdef uint8_t *ages                      # of each block: sweeps since it was asked for. Atomic bytes, kept by nobody
+    cdef Region reads_table
+    cdef uint64_t *reads                    # a bit for each block: whether it was read since it was written. Atomic hints
     cdef Cold cold
+    cdef Backing backing                    # None: there is none
     cdef pthread_mutex_t stripes[STRIPES]   # stripe b % STRIPES guards block b
     cdef pthread_mutex_t scratch_lock       # guards the one below
     cdef scratch *scratches                 # those not in use, last in first out
@@ -94,6 +106,7 @@ cdef class Blocks:
     cdef counters *counters
 
     cdef int inherit_priority(self) noexcept nogil
+    cdef uint32_t _scratch_bytes(self) noexcept nogil
     cdef scratch *_scratch_make(self) noexcept nogil
     cdef scratch *scratch_take(self) noexcept nogil
     cdef void scratch_give(self, scratch *s) noexcept nogil
@@ -117,7 +130,13 @@ cdef class Blocks:
     cdef void prefetch(self, uint64_t block) noexcept nogil
     cdef int write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil
     cdef int merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
-    cdef int _merge(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
+    cdef int merge_loaded(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s,
+                          uint64_t loaded) noexcept nogil
+    cdef int _merge(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s,
+                    uint64_t loaded) noexcept nogil
+    cdef bint is_away(self, uint64_t slot) noexcept nogil
+    cdef bint pin_away(self, uint64_t block, uint64_t *slot) noexcept nogil
+    cdef int load_away(self, uint64_t block, uint64_t slot, scratch *s) noexcept nogil
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil
     cdef int zero_block(self, uint64_t block, bint hole) noexcept nogil
     cdef void _used(self, uint64_t block) noexcept nogil
@@ -125,7 +144,3 @@ cdef class Blocks:
     cdef int populate(self) noexcept nogil
     cdef void clear(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil
-    cdef const char *find_fault(self, gate *closed, uint64_t *where) noexcept nogil
-    cdef const char *_find_piece_fault(self, walk *w, uint64_t *where) noexcept nogil
-    cdef const char *_find_slot_fault(self, walk *w, uint64_t *where) noexcept nogil
-    cdef const char *_find_count_fault(self, uint64_t *where) noexcept nogil

@@ -23,6 +23,7 @@ from libc.string cimport memcpy, memset
 from zramd.core.system.checks cimport zr_assert_held, zr_static_assert
 from zramd.core.system cimport points
 from zramd.core.system.points cimport zr_point
+from zramd.core.device.backing cimport AWAY, ROOM, Backing
 from zramd.core.device.checksum cimport checksum
 from zramd.core.device.cold cimport Cold
 from zramd.core.device.codec cimport (
@@ -37,20 +38,20 @@ from zramd.core.device.codec cimport (
     state_prepare,
     state_size,
 )
-from zramd.core.device.frames cimport is_cold_payload
 from zramd.core.device.slots cimport (
     COLD,
     HOLE,
     LOST,
+    OUT,
     RAW,
     SAME,
-    SLOT_COLD,
+    SLOT_OUT_ZSTD,
     SLOT_SIZE_MASK,
     SLOT_ZSTD,
     block_kind,
     has_object,
     is_cold,
-    is_known,
+    is_out,
     object_slot,
     same_slot,
     slot_bytes,
@@ -60,15 +61,12 @@ from zramd.core.device.slots cimport (
     sum_high,
     sum_low,
 )
-from zramd.core.system.gate cimport gate, gate_close, gate_open
 from zramd.core.system.locks cimport (
     counter_add,
     load_acquire,
     load_relaxed,
-    load_relaxed_32,
     load_relaxed_8,
     mutex_inherit,
-    nap,
     pthread_mutex_destroy,
     pthread_mutex_init,
     pthread_mutex_lock,
@@ -87,8 +85,7 @@ from zramd.core.memory.region cimport (
     secret_free,
     whole_pages,
 )
-from zramd.core.pool.compaction cimport compact_begin, compact_end, make_room
-from zramd.core.pool.faults cimport find_pool_fault, find_zspage_fault
+from zramd.core.pool.compaction cimport make_room
 from zramd.core.pool.pool cimport Pool
 from zramd.core.types cimport (
     BLOCK_SIZE,
@@ -98,15 +95,18 @@ from zramd.core.types cimport (
     pages_of,
 )
 
+cdef extern from "<errno.h>":
+    int EREMOTEIO
+
 cdef extern from *:
     """
+    #define note_read(bits, n) ((void)__atomic_fetch_or(&(bits)[(n) / 64], read_bit(n), __ATOMIC_RELAXED))
+    #define clear_read(bits, n) ((void)__atomic_fetch_and(&(bits)[(n) / 64], ~read_bit(n), __ATOMIC_RELAXED))
     #define touch(p) (__atomic_exchange_n((p), 1, __ATOMIC_RELAXED) == 0)
     """
     bint touch(uint8_t *p) noexcept nogil   # whether it was not before
-
-cdef enum:
-    PIECE_SLOTS = 2048      # of a walk that looks for faults: 0.1 ms, with verify 0.4
-    PIECE_CHUNKS = 8192
+    void note_read(uint64_t *bits, uint64_t block) noexcept nogil
+    void clear_read(uint64_t *bits, uint64_t block) noexcept nogil
 
 
 @cython.final
@@ -117,7 +117,8 @@ cdef class Blocks:
     ValueError, MemoryError.
     """
 
-    def __cinit__(self, uint64_t count, Memory memory not None, str name, int level, bint verify, int cold_level=0):
+    def __cinit__(self, uint64_t count, Memory memory not None, str name, int level, bint verify, int cold_level=0,
+                  Backing backing=None):
         cdef uint32_t i
         zr_static_assert(sizeof(counters) <= KEPT_STATE + KEPT_PAGES * <int>PAGE_SIZE - KEPT_DEVICE)
         zr_static_assert(BLOCK_SIZE == PAGE_SIZE)
@@ -130,6 +131,7 @@ cdef class Blocks:
         self.hot_marks = SLOT_ZSTD if self.hot.name == USE_ZSTD else 0
         self.promotes = self.hot.name == USE_LZ4 or self.hot.name == USE_LZ4HC
         self.verify = verify
+        self.backing = backing
         self.scratch_size = <uint32_t>whole_pages(sizeof(scratch) + state_size(&self.hot))
         self.counters = <counters *>memory.kept(KEPT_DEVICE)
         self.slot_table = memory.region(count * sizeof(uint64_t), True)
@@ -138,6 +140,8 @@ cdef class Blocks:
         self.touched = <uint8_t *>self.touches.base
         self.ages_table = Region(count)
         self.ages = <uint8_t *>self.ages_table.base
+        self.reads_table = Region(count // 8 + sizeof(uint64_t))
+        self.reads = <uint64_t *>self.reads_table.base
         self.cold = Cold(cold_level, self.hot.name == USE_ZSTD)
         self.pool = Pool(count, memory)
         # The first request is not to be the one that finds no memory for it.
@@ -151,7 +155,7 @@ cdef class Blocks:
         while self.scratches != NULL:
             s = self.scratches
             self.scratches = s.next
-            secret_free(s, self.scratch_size)
+            secret_free(s, self._scratch_bytes())
         pthread_mutex_destroy(&self.scratch_lock)
         for i in range(STRIPES):
             pthread_mutex_destroy(&self.stripes[i])
@@ -167,14 +171,18 @@ cdef class Blocks:
     # --------------------------------------------------------------------------------------------------------
     # scratch: as many as there ever were requests at work at once; the last one used is still in the cache
 
+    cdef uint32_t _scratch_bytes(self) noexcept nogil:
+        return self.scratch_size if self.backing is None else self.scratch_size + ROOM
+
     cdef scratch *_scratch_make(self) noexcept nogil:
         """One more; NULL when memory is short."""
-        cdef scratch *s = <scratch *>secret_alloc(self.scratch_size)
+        cdef scratch *s = <scratch *>secret_alloc(self._scratch_bytes())
         if s == NULL:
             return NULL
         s.next = NULL
+        s.room = NULL if self.backing is None else <char *>s + self.scratch_size
         if not state_prepare(&self.hot, s.state):
-            secret_free(s, self.scratch_size)
+            secret_free(s, self._scratch_bytes())
             return NULL
         counter_add(&self.scratch_count, 1)
         return s
@@ -273,7 +281,7 @@ cdef class Blocks:
         return same_slot(handle, checksum(<const char *>&word, sizeof(word), block) if self.verify else 0)
 
     cdef int _load(self, uint64_t block, uint64_t slot, char *content) noexcept nogil:
-        """The content that a block's slot stands for; 0 or -EIO."""
+        """The content that a block's slot stands for; 0, -EIO, or AWAY: it is out."""
         cdef uint64_t handle = slot_handle(slot), word
         cdef char *payload
         cdef int rc = -EIO
@@ -283,7 +291,10 @@ cdef class Blocks:
         if what == HOLE:
             memset(content, 0, BLOCK_SIZE)
             return 0
-        if what == SAME:
+        if what == OUT:
+            if self.is_away(slot):
+                return AWAY
+        elif what == SAME:
             word = self.word_of(slot)
             if self.word_is_sound(block, slot, word):
                 fill(content, word)
@@ -326,6 +337,9 @@ cdef class Blocks:
         cdef uint64_t handle = slot_handle(slot)
         if has_object(slot):
             self.pool.obj_free(handle)
+        elif is_out(slot):
+            if self.is_away(slot):
+                self.backing.drop(slot)
         # A wrong slot must not free another block's word.
         elif slot_kind(slot) == SAME and handle and self.word_is_sound(block, slot, self.pool.word_read(handle)):
             self.pool.word_free(handle)
@@ -379,14 +393,20 @@ cdef class Blocks:
         return rc
 
     cdef inline void _used(self, uint64_t block) noexcept nogil:
-        """Note that a request has asked for a block. The caller has its stripe."""
+        """Note that a request changes a block. The caller has its stripe."""
         if load_relaxed_8(&self.ages[block]):
             store_relaxed_8(&self.ages[block], 0)
+            if is_read(self.reads, block):
+                clear_read(self.reads, block)
 
     cdef void _read_again(self, uint64_t block, uint8_t age) noexcept nogil:
         """Note that a request reads a block of this age, which is not 0. The caller has its stripe."""
-        cdef uint64_t slot = self.get(block)
-        if slot_kind(slot) != COLD or not self.promotes or READ_AGAIN < age != AGE_WANTED:
+        cdef block_kind what = slot_kind(self.get(block))
+        cdef bint again = age == AGE_WANTED or (
+            age <= OUT_READ_AGAIN if what == OUT else age <= READ_AGAIN and what == COLD and self.promotes)
+        if not is_read(self.reads, block):
+            note_read(self.reads, block)
+        if not again:
             store_relaxed_8(&self.ages[block], 0)
         elif age != AGE_WANTED:
             store_relaxed_8(&self.ages[block], AGE_WANTED)
@@ -399,6 +419,9 @@ cdef class Blocks:
         counter_add(&self.counters.pages_stored, n)
         if what == SAME:
             counter_add(&self.counters.same_pages, n)
+        elif what == OUT:
+            counter_add(&self.counters.out_pages, n)
+            counter_add(&self.counters.out_data_size, n * slot_bytes(slot))
         elif what != LOST:
             counter_add(&self.counters.compr_data_size, n * slot_bytes(slot))
         if what == COLD:
@@ -421,26 +444,33 @@ cdef class Blocks:
         return self.put(block, slot, False) if rc == 0 else rc
 
     cdef int merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil:
-        """Write n bytes (zeros when src is NULL) at a place in a block: its other bytes stay."""
+        """Write n bytes (zeros when src is NULL) at a place in a block: its other bytes stay. AWAY: it is out."""
+        return self.merge_loaded(block, at, src, n, s, 0)
+
+    cdef int merge_loaded(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s,
+                          uint64_t loaded) noexcept nogil:
+        """merge_block, of one whose content is in s.page unless its slot is another than `loaded` by now."""
         # First: were there no room for it once the object has taken some, each try would free that, and take it again.
         cdef bint in_vain = False
         cdef int rc = self._slot_make_room(block)
         if rc:
             return rc
-        rc = self._merge(block, at, src, n, s)
+        rc = self._merge(block, at, src, n, s, loaded)
         if rc == -ENOSPC:
             counter_add(&self.counters.limit_compactions, 1)
         # Room is made without the stripe, on which readers of other blocks may wait: then the block may be another.
-        while rc and make_room(self.pool, rc, &in_vain):
-            rc = self._merge(block, at, src, n, s)
+        while rc < 0 and make_room(self.pool, rc, &in_vain):
+            rc = self._merge(block, at, src, n, s, loaded)
         return rc
 
-    cdef int _merge(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil:
-        """merge_block, if there is room now."""
+    cdef int _merge(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s,
+                    uint64_t loaded) noexcept nogil:
+        """merge_loaded, if there is room now."""
         cdef uint64_t slot
-        cdef int rc
+        cdef int rc = 0
         pthread_mutex_lock(&self.stripes[block % STRIPES])
-        rc = self._load(block, self.get(block), s.page)
+        if loaded == 0 or self.get(block) != loaded:
+            rc = self._load(block, self.get(block), s.page)
         if rc == 0:
             if src != NULL:
                 memcpy(s.page + at, src, n)
@@ -450,6 +480,37 @@ cdef class Blocks:
             if rc == 0:
                 return self.put(block, slot, True)
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
+        return rc
+
+    cdef inline bint is_away(self, uint64_t slot) noexcept nogil:
+        """Whether a slot leads to a place on the backing; bits that changed in memory may only seem to say so."""
+        return is_out(slot) and self.backing is not None and self.backing.has_place(slot)
+
+    cdef bint pin_away(self, uint64_t block, uint64_t *slot) noexcept nogil:
+        """Keep what a block that is out has on the backing, until it is unpinned; False: it is not out."""
+        cdef bint found
+        pthread_mutex_lock(&self.stripes[block % STRIPES])
+        slot[0] = self.get(block)
+        found = self.is_away(slot[0])
+        if found:
+            self.backing.pin(slot[0])
+        pthread_mutex_unlock(&self.stripes[block % STRIPES])
+        return found
+
+    cdef int load_away(self, uint64_t block, uint64_t slot, scratch *s) noexcept nogil:
+        """Read what a pinned slot leads to into s.page; 0 or -EREMOTEIO. It waits for the disk, and holds nothing else."""
+        cdef const char *payload
+        cdef int rc = self.backing.load(block, slot, s.room, &payload, &self.counters.bd_reads)
+        zr_point(points.away_read)
+        if rc == 0:
+            if slot & SLOT_OUT_ZSTD:
+                rc = self.cold.decode(payload, slot_bytes(slot), s.page)
+            else:
+                rc = decode(payload, slot_bytes(slot), s.page)
+        if rc:
+            counter_add(&self.counters.bd_read_errors, 1)
+            store_relaxed(&self.counters.corrupt_block, block + 1)
+            rc = -EREMOTEIO
         return rc
 
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil:
@@ -487,7 +548,11 @@ cdef class Blocks:
         if rc == 0:
             rc = self.ages_table.populate(self.count)
         if rc == 0:
+            rc = self.reads_table.populate(self.reads_table.size)
+        if rc == 0:
             rc = self.cold.populate()
+        if rc == 0 and self.backing is not None:
+            rc = self.backing.populate()
         while rc == 0 and load_relaxed(&self.scratch_count) < SCRATCHES_READY:
             s = self._scratch_make()
             if s == NULL:
@@ -508,6 +573,9 @@ cdef class Blocks:
         zr_point(points.slots_cleared)
         self.touches.clear()
         self.ages_table.clear()
+        self.reads_table.clear()
+        if self.backing is not None:
+            self.backing.forget_all()
         store_relaxed(&self.touched_pages, 0)
         for i in range(sizeof(counters) // sizeof(uint64_t)):
             store_relaxed(<uint64_t *>self.counters + i, 0)
@@ -519,113 +587,10 @@ cdef class Blocks:
             (load_relaxed(&self.touched_pages) << PAGE_SHIFT)
             + (pages_of(self.count // SLOTS_PER_PAGE + 1) << PAGE_SHIFT)
             + (pages_of(load_relaxed(&self.touched_pages) * SLOTS_PER_PAGE) << PAGE_SHIFT)
-            + load_relaxed(&self.scratch_count) * self.scratch_size
+            + load_relaxed(&self.scratch_count) * self._scratch_bytes()
+            + (pages_of(load_relaxed(&self.touched_pages) * SLOTS_PER_PAGE // 8) << PAGE_SHIFT)
+            + (0 if self.backing is None else self.backing.table.size)
             + sizeof(self.stripes)
             + self.cold.metadata_bytes()
             + self.pool.metadata_bytes()
         )
-
-    cdef const char *find_fault(self, gate *closed, uint64_t *where) noexcept nogil:
-        """Walk every structure, piece by piece with the gate closed; NULL, or what is wrong, with a block, handle or span
-        in where[0]."""
-        cdef const char *wrong = NULL
-        cdef walk w
-        memset(&w, 0, sizeof(w))
-        while wrong == NULL and not w.done:
-            gate_close(closed)
-            compact_begin(self.pool)
-            wrong = self._find_piece_fault(&w, where)
-            compact_end(self.pool)
-            gate_open(closed)
-            if not w.done:
-                nap()       # a waiter at the gate only wakes up now, and is not to find it closed again
-        return wrong
-
-    cdef const char *_find_piece_fault(self, walk *w, uint64_t *where) noexcept nogil:
-        """A piece of that walk, until w.done. Nobody else may be here, but between two pieces they may.
-
-        First each slot with its object, then each zspage with its chunks: what is right or wrong by itself. Last, and at
-        one moment, all that is counted and listed.
-        """
-        if w.block < self.count:
-            return self._find_slot_fault(w, where)
-        if w.span < load_relaxed_32(&self.pool.arena.top):
-            return find_zspage_fault(self.pool, &w.span, PIECE_CHUNKS, where)
-        w.done = True
-        return self._find_count_fault(where)
-
-    cdef const char *_find_slot_fault(self, walk *w, uint64_t *where) noexcept nogil:
-        """Look whether some slots lead to what they stand for."""
-        cdef uint64_t block, slot, handle, left = PIECE_SLOTS
-        cdef uint32_t size
-        cdef const char *wrong
-        cdef char *payload
-        while left and w.block < self.count:
-            left -= 1
-            block = where[0] = w.block
-            if not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
-                w.block += SLOTS_PER_PAGE - block % SLOTS_PER_PAGE
-                continue
-            w.block += 1
-            slot = self.slots[block]
-            handle = slot_handle(slot)
-            size = slot_bytes(slot)
-            if not is_known(slot):
-                return "a slot is of no kind"
-            if slot_kind(slot) == SAME and not self.word_is_sound(block, slot, self.word_of(slot)):
-                return "a slot's checksum differs from its word"
-            if not has_object(slot):
-                continue
-            if self.pool.obj_begin(handle, &payload):
-                return "a slot's handle is not live"
-            wrong = NULL
-            if size == 0 or size > self.pool.obj_capacity(handle):
-                wrong = "a slot's size does not fit its object"
-            elif not self.object_is_sound(block, slot, payload):
-                wrong = "a slot's checksum differs from its object"
-            elif slot & SLOT_COLD and not is_cold_payload(payload, size):
-                wrong = "a cold payload does not begin as one"
-            self.pool.obj_end(handle)
-            if wrong != NULL:
-                return wrong
-        return NULL
-
-    cdef const char *_find_count_fault(self, uint64_t *where) noexcept nogil:
-        """Look whether the counters are those of the slots, and the pool's those of the cells.
-
-        Slots are unique when their handles are as many as the cells.
-        """
-        cdef uint64_t block, slot, touched = 0
-        cdef uint64_t stored = 0, lost = 0, same = 0, words = 0, huge = 0, compr = 0, cold = 0, cold_size = 0
-        cdef block_kind what
-        where[0] = 0
-        for block in range(self.count // SLOTS_PER_PAGE + 1):
-            touched += self.touched[block]
-        if touched != self.touched_pages:
-            return "the count of touched slot pages is wrong"
-        block = 0
-        while block < self.count:
-            if not is_touched(&self.touched[block // SLOTS_PER_PAGE]):
-                block += SLOTS_PER_PAGE - block % SLOTS_PER_PAGE
-                continue
-            slot = self.slots[block]
-            block += 1
-            what = slot_kind(slot)
-            stored += what != HOLE
-            lost += what == LOST
-            same += what == SAME
-            words += what == SAME and slot_handle(slot) != 0
-            huge += what == RAW
-            if has_object(slot):
-                compr += slot_bytes(slot)
-            if what == COLD:
-                cold += 1
-                cold_size += slot_bytes(slot)
-        if (cold != self.counters.cold_pages or cold_size != self.counters.cold_data_size):
-            return "the counters of the cold blocks differ from the slots"
-        if (stored != self.counters.pages_stored or same != self.counters.same_pages
-                or compr != self.counters.compr_data_size or huge != self.counters.huge_pages):
-            return "the counters differ from the slots"
-        if stored - lost - same + words != self.pool.cells_used:
-            return "the slots' handles are not as many as the cells in use"
-        return find_pool_fault(self.pool, where, words)

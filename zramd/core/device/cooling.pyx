@@ -14,7 +14,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from zramd.core.device.ages cimport change_age
-from zramd.core.device.blocks cimport AGE_COOLING, AGE_WANTED, STRIPES, Blocks, scratch
+from zramd.core.device.blocks cimport AGE_COOLING, AGE_LEAVING, AGE_WANTED, STRIPES, Blocks, scratch
 from zramd.core.device.checksum cimport checksum
 from zramd.core.device.slots cimport (
     COLD,
@@ -67,7 +67,7 @@ cdef int _cool(Blocks table, uint64_t block, uint32_t threshold, uint8_t age, ch
     slot = table.get(block)
     size = slot_bytes(slot)
     before = load_relaxed_8(&table.ages[block])
-    if before < age or not is_candidate(slot, threshold):
+    if before < age or before == AGE_LEAVING or not is_candidate(slot, threshold):
         pthread_mutex_unlock(&table.stripes[block % STRIPES])
         return 0
     rc = table._load(block, slot, page)

@@ -3,6 +3,8 @@ from typing import Any, final
 
 from _typeshed import ReadableBuffer, WriteableBuffer
 
+from zramd.core.device.backing import Backing
+
 MAX_DISKSIZE: int
 
 def state_layout(disksize: int) -> dict[str, int]: ...
@@ -15,6 +17,8 @@ class Device:
     codec: str
     level: int
     data_id: str
+    backing_id: str
+    budget: tuple[int, int]
     mem_limit: int
     corrupt_block: int
     verify: bool
@@ -31,7 +35,11 @@ class Device:
         progress: Callable[[int, int], object] | None = None,
         cold_level: int = 0,
         mark_cold: Callable[[int], object] | None = None,
+        backing: Backing | None = None,
+        backing_id: str = "",
+        mark_out: Callable[[int], object] | None = None,
     ) -> Device: ...
+    def claim_backing(self) -> None: ...
     def read(self, buf: WriteableBuffer, offset: int) -> None: ...
     def write(self, buf: ReadableBuffer, offset: int) -> None: ...
     def trim(self, offset: int, length: int) -> None: ...

@@ -17,9 +17,11 @@ from libc.string cimport memcpy, memset
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 
 from zramd.core.device.ages cimport census, sweep
+from zramd.core.device.backing cimport AWAY, Backing
 from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, OPS, Blocks, is_touched, op, scratch
 from zramd.core.device.codec cimport codec_text
 from zramd.core.device.cooling cimport cool
+from zramd.core.device.faults cimport find_table_fault
 from zramd.core.device.numbers cimport describe_block, describe_blocks, requests, table_latencies, table_stats
 from zramd.core.device.slots cimport is_zeros
 from zramd.core.system.checks cimport zr_static_assert
@@ -42,6 +44,8 @@ from zramd.core.system.locks cimport (
     owned_add,
     pthread_mutex_destroy,
     pthread_mutex_init,
+    store_relaxed,
+    store_release,
 )
 from zramd.core.system.process cimport be_calm, be_urgent
 from zramd.core.device.recovery cimport Recovery
@@ -62,6 +66,9 @@ from zramd.core.pool.size_classes import pool_layout
 from zramd.errors import CorruptionError, error_from
 
 MAX_DISKSIZE = 4 << 40      # bytes: 2**30 blocks; handles have 31 bits
+
+cdef extern from "<errno.h>":
+    int EREMOTEIO
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -121,6 +128,9 @@ cdef class Device:
     verify: store a checksum with each block, and check it on each read; a state is all with or all without.
     cold_level: zstd's, 1 to 19, for what `cool` compresses again; 0: it compresses nothing.
     mark_cold: called with a state's descriptor before its first cold block, which a zramd of before would not know.
+    backing: where blocks can be written to that nobody asks for; None: nowhere. backing_id: the data_id that its superblock
+    has. mark_out: as mark_cold, before the first block goes out.
+    Raises BackingError for a state whose blocks are out, with another backing or none: then nothing in it was changed.
     Raises ValueError for a size out of range, also of the state; MemoryError when the address space cannot be had;
     PoolFullError when the state's file system has no room for its first pages;
     CorruptionError when the state contradicts itself (then nothing in it was changed).
@@ -128,7 +138,8 @@ cdef class Device:
     """
 
     def __cinit__(self, uint64_t disksize, *, uint64_t mem_limit=0, str codec="lz4", int level=0, int state=-1,
-                  bint verify=False, progress=None, int cold_level=0, mark_cold=None):
+                  bint verify=False, progress=None, int cold_level=0, mark_cold=None, Backing backing=None,
+                  str backing_id="", mark_out=None):
         cdef Memory memory
         cdef Recovery recovery
         zr_static_assert(sizeof(state_words) <= KEPT_POOL - KEPT_STATE)
@@ -139,15 +150,16 @@ cdef class Device:
         self.disksize = self.blocks << BLOCK_SHIFT
         self.memory = memory = Memory(state)
         self.kept = <state_words *>memory.kept(KEPT_STATE)
-        self.table = Blocks(self.blocks, memory, codec, level, verify, cold_level)
+        self.table = Blocks(self.blocks, memory, codec, level, verify, cold_level, backing)
         self.pool = self.table.pool
         if state >= 0:
             if os.fstat(state).st_size != memory.end:
                 raise ValueError(f"a state of {os.fstat(state).st_size} bytes is not one of {memory.end} bytes")
-            recovery = Recovery(self.table)
+            recovery = Recovery(self.table, self.kept.backing_id[0] != 0, backing is not None and backing_id == self.backing_id)
             recovery.run(progress)
             self.recovered = recovery.numbers()
             self.mark_cold = mark_cold
+            self.mark_out = mark_out
             if self.table.hot_marks:
                 self._expect_cold()
             if self.kept.loading:
@@ -169,6 +181,12 @@ cdef class Device:
             self.mark_cold(self.memory.fd)
             self.mark_cold = None
 
+    def _expect_out(self):
+        """From now on blocks may be out. Raises what mark_out does."""
+        if self.mark_out is not None:
+            self.mark_out(self.memory.fd)
+            self.mark_out = None
+
     def _name_data(self):
         cdef bytes name = os.urandom(sizeof(self.kept.data_id))
         memcpy(self.kept.data_id, <const char *>name, sizeof(self.kept.data_id))
@@ -179,6 +197,27 @@ cdef class Device:
         """Names the data that the device holds, as hexadecimal digits: the same name, the same data, also in a state that
         was taken over. A device begins with a new one when it is empty, reset, or loaded."""
         return f"{self.kept.data_id[1]:016x}{self.kept.data_id[0]:016x}"
+
+    @property
+    def backing_id(self):
+        """The data_id by which the backing is this device's; zeros: there is none that is."""
+        return f"{self.kept.backing_id[1]:016x}{self.kept.backing_id[0]:016x}"
+
+    def claim_backing(self):
+        """Make data_id the name by which the backing is this device's, once its superblock says so. Nothing may be out."""
+        self.kept.backing_id[0] = 0         # not to be half the one name and half the other after a crash
+        store_release(&self.kept.backing_id[1], self.kept.data_id[1])
+        store_release(&self.kept.backing_id[0], self.kept.data_id[0])
+
+    @property
+    def budget(self):
+        """(bytes that may be written to the backing, seconds of the boot's clock when it was so), kept in the state."""
+        return load_relaxed(&self.kept.budget_left), load_relaxed(&self.kept.budget_at)
+
+    @budget.setter
+    def budget(self, left_at):
+        store_relaxed(&self.kept.budget_left, left_at[0])
+        store_relaxed(&self.kept.budget_at, left_at[1])
 
     def __dealloc__(self):
         pthread_mutex_destroy(&self.gate.lock)
@@ -254,6 +293,8 @@ cdef class Device:
                 rc = self.table.write_block(p.block, src + (p.offset - offset), s)
             else:
                 rc = self.table.merge_block(p.block, p.at, src + (p.offset - offset), p.size, s)
+                if rc == AWAY:
+                    rc = self._merge_away(&p, src + (p.offset - offset), s)
         if s != NULL:
             self.table.scratch_give(s)
         if rc:
@@ -276,6 +317,8 @@ cdef class Device:
             if p.offset + p.size < p.end:
                 self.table.prefetch(p.block + 1)
             rc = self.table.read_block(p.block, p.at, dst + (p.offset - offset), p.size, s)
+            if rc == AWAY:
+                rc = self._read_away(&p, dst + (p.offset - offset), &s)
         if s != NULL:
             self.table.scratch_give(s)
         if rc:
@@ -305,8 +348,61 @@ cdef class Device:
                 counter_add(&self.table.counters.notify_free, 1)
             elif exact and (self.table.get(p.block) or not hole):
                 rc = self.table.merge_block(p.block, p.at, NULL, p.size, s)
+                if rc == AWAY:
+                    rc = self._merge_away(&p, NULL, s)
         if s != NULL:
             self.table.scratch_give(s)
+        return rc
+
+    cdef int _load_away(self, uint64_t block, scratch *s, uint64_t *slot, bint changes) noexcept nogil:
+        """Read a block that is out into s.page, and leave its slot pinned: 0; AWAY: it is not out any more; -EREMOTEIO.
+
+        Whoever wants the device alone does not wait for the disk, and so nobody else does behind him: the gate is left
+        meanwhile.
+        """
+        cdef int rc
+        if not self.table.pin_away(block, slot):
+            return AWAY
+        if changes:
+            counter_add(&self.unfinished, 1)
+        gate_leave(&self.gate)
+        rc = self.table.load_away(block, slot[0], s)
+        gate_enter(&self.gate)
+        if changes:
+            counter_sub(&self.unfinished, 1)
+        if rc:
+            self.table.backing.unpin(slot[0])
+        return rc
+
+    cdef int _read_away(self, const piece *p, char *dst, scratch **s) noexcept nogil:
+        """Read a piece of a block that was found to be out. s: the request's scratch, which is taken if there is none."""
+        cdef uint64_t slot = 0
+        cdef int rc = AWAY
+        if s[0] == NULL:
+            s[0] = self.table.scratch_take()
+            if s[0] == NULL:
+                return -ENOMEM
+        while rc == AWAY:
+            rc = self._load_away(p.block, s[0], &slot, False)
+            if rc == 0:
+                self.table.backing.unpin(slot)
+                memcpy(dst, s[0].page + p.at, p.size)
+            elif rc == AWAY:
+                rc = self.table.read_block(p.block, p.at, dst, p.size, s[0])
+        return rc
+
+    cdef int _merge_away(self, const piece *p, const char *src, scratch *s) noexcept nogil:
+        """Change a part of a block that was found to be out."""
+        cdef uint64_t slot = 0
+        cdef int rc = AWAY
+        while rc == AWAY:
+            rc = self._load_away(p.block, s, &slot, True)
+            if rc == 0:
+                # While it is pinned nothing else can have this slot: if the block still has it, it is what was read.
+                rc = self.table.merge_loaded(p.block, p.at, src, p.size, s, slot)
+                self.table.backing.unpin(slot)
+            elif rc == AWAY:
+                rc = self.table.merge_block(p.block, p.at, src, p.size, s)
         return rc
 
     cdef uint64_t _extent(self, uint64_t offset, uint64_t end, int *kind) noexcept nogil:
@@ -389,7 +485,7 @@ cdef class Device:
     cdef str culprit(self, int rc, uint64_t offset, uint64_t length):
         """Which block of a range that was read does not match its checksum, as the end of a sentence."""
         cdef uint64_t block = load_relaxed(&self.table.counters.corrupt_block) - 1
-        if rc != -EIO or not offset >> BLOCK_SHIFT <= block <= (offset + length) >> BLOCK_SHIFT:
+        if (rc != -EIO and rc != -EREMOTEIO) or not offset >> BLOCK_SHIFT <= block <= (offset + length) >> BLOCK_SHIFT:
             return ""
         return f", block {block}"
 
@@ -595,6 +691,8 @@ cdef class Device:
         """Every number that is kept, by the names of the statistics, as a dict of ints. Nothing is waited for."""
         cdef dict recovered = self.recovered
         own = {"disksize": self.disksize, "requests_inflight": load_relaxed(&self.gate.inside)}
+        if self.table.backing is not None:
+            own |= self.table.backing.numbers()
         return pool_stats(self.pool) | table_stats(self.table) | recovered | own
 
     @property
@@ -611,11 +709,12 @@ cdef class Device:
         return pool_table(self.pool)
 
     def block(self, uint64_t number):
-        """What stands for a block, as a dict. `kind` is hole, same (one repeated word), lz4, zstd, raw, or lost.
+        """What stands for a block, as a dict. `kind` is hole, same (one repeated word), lz4, zstd, raw, out, or lost.
 
         same: word, handle (0: the word is 0 and needs none). lz4, zstd and raw: handle, payload_bytes, obj (bytes into the
         arena), zspage, chunk (of the zspage), class_index, class_size (bytes of a chunk), zspage_inuse and zspage_objs
         (chunks used and in all), zspage_pages (resident ones). An object may move at any time.
+        out: payload_bytes, codec (lz4, zstd or raw), place (of its record on the backing, in bytes).
         Raises ValueError beyond the device's end; CorruptionError.
         """
         if number >= self.blocks:
@@ -677,7 +776,7 @@ cdef class Device:
         cdef int priority
         with nogil:
             priority = be_calm()
-            wrong = self.table.find_fault(&self.gate, &where)
+            wrong = find_table_fault(self.table, &self.gate, &where)
             be_urgent(priority)
         if wrong != NULL:
             raise CorruptionError(f"{wrong.decode()} (at {where})")

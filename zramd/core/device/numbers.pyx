@@ -10,6 +10,7 @@ from zramd.core.device.blocks cimport (
     AGE_COARSE,
     AGE_COOLING,
     AGE_IDLE,
+    AGE_LEAVING,
     AGE_OLDEST,
     AGE_WANTED,
     OP_READ,
@@ -26,8 +27,10 @@ from zramd.core.device.slots cimport (
     HOLE,
     LOST,
     LZ4,
+    OUT,
     RAW,
     SAME,
+    SLOT_OUT_ZSTD,
     SLOT_TRIED,
     block_kind,
     has_object,
@@ -41,7 +44,7 @@ from zramd.core.system.gate cimport gate, gate_enter, gate_leave
 from zramd.core.system.latency cimport BUCKETS
 from zramd.core.system.locks cimport load_relaxed, load_relaxed_8, pthread_mutex_lock, pthread_mutex_unlock
 from zramd.core.system.words cimport number_words, read_words
-from zramd.core.types cimport BLOCK_SHIFT, SLOTS_PER_PAGE
+from zramd.core.types cimport BLOCK_SHIFT, BLOCK_SIZE, SLOTS_PER_PAGE
 
 from zramd.errors import CorruptionError
 
@@ -108,6 +111,14 @@ cdef dict describe_block(Blocks table, uint64_t number):
         return {"block": number, "kind": "lost"}
     if what == SAME:
         return {"block": number, "kind": "same", "word": word, "handle": slot_handle(slot)}
+    if what == OUT:
+        return {
+            "block": number,
+            "kind": "out",
+            "codec": "raw" if slot_bytes(slot) == BLOCK_SIZE else "zstd" if slot & SLOT_OUT_ZSTD else "lz4",
+            "payload_bytes": slot_bytes(slot),
+            "place": slot_handle(slot) * table.backing.granule,
+        }
     return {
         "block": number,
         "kind": "raw" if what == RAW else "zstd" if is_cold(slot) else "lz4",
@@ -141,7 +152,7 @@ cdef inline uint64_t accessed(uint8_t age, uint64_t now, uint64_t sweep) noexcep
         return now
     if age == AGE_IDLE:
         return 0
-    if age == AGE_COOLING:
+    if age == AGE_COOLING or age == AGE_LEAVING:
         sweeps = AGE_OLDEST
     if sweeps > AGE_COARSE:
         sweeps = AGE_COARSE + (sweeps - AGE_COARSE) * COARSE_SWEEPS
@@ -161,11 +172,13 @@ cdef inline void put_line(char *out, uint64_t block, uint64_t slot, uint8_t age,
     memset(out + 33, c'.', 6)
     if what == SAME:
         out[33] = c's'
-    if what == RAW:
+    if what == OUT:
+        out[34] = c'w'
+    if what == RAW or (what == OUT and slot_bytes(slot) == BLOCK_SIZE):
         out[35] = c'h'
     if age == AGE_IDLE and what != SAME:
         out[36] = c'i'
-    if what == COLD:
+    if what == COLD or (what == OUT and slot & SLOT_OUT_ZSTD):
         out[37] = c'r'
     if (what == RAW or what == LZ4) and slot & SLOT_TRIED:
         out[38] = c'n'

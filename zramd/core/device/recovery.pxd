@@ -1,6 +1,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from zramd.core.memory.arena cimport Arena
+from zramd.core.device.backing cimport Backing
 from zramd.core.device.blocks cimport Blocks
 from zramd.core.memory.region cimport Region
 from zramd.core.pool.pool cimport Pool
@@ -31,6 +32,9 @@ cdef class Recovery:
     cdef Region touches
     cdef uint64_t blocks
     cdef bint verify
+    cdef Backing backing            # None: there is none, or it is not the state's
+    cdef bint had_backing           # blocks may be out
+    cdef bint lacks_backing         # a block is out, and there is none
     cdef Region used                # bitmap: the handles that slots hold
     # The chunks that slots lead to. Of zspages with a bitmap it is theirs; of each other span SPAN_CHUNKS bits are here,
     # from where the `next` of its record says.
@@ -58,6 +62,8 @@ cdef class Recovery:
     cdef uint64_t cold
     cdef uint64_t cold_bytes
     cdef uint64_t compr
+    cdef uint64_t out
+    cdef uint64_t out_bytes
     cdef uint64_t handles
     cdef uint64_t slot_pages        # that hold something
     cdef uint64_t leaked

@@ -25,8 +25,8 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from zramd.core.device.blocks cimport Blocks
-from zramd.core.device.slots cimport COLD, HOLE, LOST, RAW, SAME, SLOT_LOST
-from zramd.core.device.slots cimport block_kind, has_object, is_known, slot_bytes, slot_handle, slot_kind
+from zramd.core.device.slots cimport COLD, HOLE, LOST, OUT, RAW, SAME, SLOT_LOST
+from zramd.core.device.slots cimport block_kind, has_object, is_known, is_out, slot_bytes, slot_handle, slot_kind
 from zramd.core.system.bits cimport bits_set, prefetch
 from zramd.core.system.checks cimport FILL_FREED, zr_fill, zr_poison, zr_unpoison
 from zramd.core.system.locks cimport counter_add, load_relaxed, store_relaxed
@@ -60,7 +60,7 @@ import os
 import time
 from contextlib import suppress
 
-from zramd.errors import CorruptionError, error_from
+from zramd.errors import BackingError, CorruptionError, error_from
 from zramd.core.system.threads import start_thread
 
 cdef extern from *:
@@ -96,7 +96,7 @@ cdef enum:
 cdef class Recovery:
     """Rebuilds the pool of blocks that were just made over a state's memory. Nobody else may use them meanwhile."""
 
-    def __cinit__(self, Blocks table not None):
+    def __cinit__(self, Blocks table not None, bint had_backing, bint has_it):
         self.table = table
         self.pool = table.pool
         self.arena = table.pool.arena
@@ -105,11 +105,13 @@ cdef class Recovery:
         self.touches = table.touches
         self.blocks = table.count
         self.verify = table.verify
+        self.had_backing = had_backing
+        self.backing = table.backing if has_it else None
 
     def run(self, progress):
         """Do it. Calls progress(pieces done, pieces) about every second, unless it is None.
 
-        Raises CorruptionError when the state contradicts itself, MemoryError or PoolFullError when the system or the file
+        Raises BackingError when blocks are out and the backing is not the one they are on, CorruptionError when the state contradicts itself, MemoryError or PoolFullError when the system or the file
         system has no room for what it takes; then nothing was changed in it.
         """
         cdef uint64_t slot_pieces = (self.blocks + PIECE_PAGES * SLOTS_PER_PAGE - 1) // (PIECE_PAGES * SLOTS_PER_PAGE)
@@ -131,6 +133,8 @@ cdef class Recovery:
         self._in_parallel(FIND_PAGES, span_pieces, progress, 0, total)
         self._in_parallel(SCAN_SLOTS, slot_pieces, progress, span_pieces, total)
         self._look_failed()
+        if self.lacks_backing:
+            raise BackingError("blocks of the state are out, on another backing than this one")
         if self.wrong == NULL and self.dispute_count:
             self._settle_disputes()
         if self.wrong == NULL and self.mend_count > MENDS:
@@ -150,6 +154,10 @@ cdef class Recovery:
         self.table.counters.compr_data_size = self.compr
         self.table.counters.same_pages = self.same
         self.table.counters.huge_pages = self.huge
+        self.table.counters.out_pages = self.out
+        self.table.counters.out_data_size = self.out_bytes
+        if self.table.backing is not None:
+            self.table.backing.count_used()
         self.table.counters.cold_pages = self.cold
         self.table.counters.cold_data_size = self.cold_bytes
         self.table.touched_pages = self.slot_pages
@@ -188,7 +196,7 @@ cdef class Recovery:
     cdef void _work(self) noexcept nogil:
         cdef uint64_t piece
         cdef uint32_t first, last, span
-        while self.wrong == NULL and self.failed == 0:
+        while self.wrong == NULL and self.failed == 0 and not self.lacks_backing:
             piece = fetch_add(&self.cursor, 1)
             if piece >= self.pieces:
                 break
@@ -272,13 +280,14 @@ cdef class Recovery:
         """Go over a page of slots; whether there was one in use."""
         cdef uint64_t batch_end, slot, handle, obj, b, n
         cdef uint64_t stored = 0, same = 0, huge = 0, compr = 0, handles = 0, cold = 0, cold_bytes = 0
+        cdef uint64_t out = 0, out_bytes = 0
         cdef block_kind what
         cdef const char *wrong
         while block < end:
             batch_end = min(block + BATCH, end)
             for b in range(block, batch_end):
                 handle = slot_handle(self.slots[b])
-                if handle < self.cells_end:
+                if handle < self.cells_end:     # (Those of blocks that are out are none; it does no harm.)
                     prefetch(&self.pool.cells[handle])
             for b in range(block, batch_end if self.verify else block):
                 slot = self.slots[b]
@@ -293,6 +302,8 @@ cdef class Recovery:
                 if what == HOLE:
                     continue
                 wrong = NULL if what == LOST else self._scan_slot(block, slot)
+                if self.lacks_backing:
+                    return True
                 if wrong != NULL:
                     n = fetch_add(&self.lost_now, 1) if self.verify else LOST
                     if n >= LOST:
@@ -305,6 +316,11 @@ cdef class Recovery:
                 stored += 1
                 if what == LOST:
                     counter_add(&self.lost, 1)
+                    continue
+                if what == OUT:
+                    self.backing.add(slot)
+                    out += 1
+                    out_bytes += slot_bytes(slot)
                     continue
                 handles += slot_handle(slot) != 0
                 same += what == SAME
@@ -319,6 +335,8 @@ cdef class Recovery:
         counter_add(&self.same, same)
         counter_add(&self.huge, huge)
         counter_add(&self.compr, compr)
+        counter_add(&self.out, out)
+        counter_add(&self.out_bytes, out_bytes)
         counter_add(&self.cold, cold)
         counter_add(&self.cold_bytes, cold_bytes)
         counter_add(&self.handles, handles)
@@ -332,6 +350,13 @@ cdef class Recovery:
         cdef size_class *c
         if not is_known(slot):
             return "its slot is of no kind that this zramd knows"
+        if is_out(slot):
+            if self.backing is None and self.had_backing:
+                self.lacks_backing = True
+                return NULL
+            if self.backing is not None and self.backing.has_place(slot):
+                return NULL
+            return "its slot leads beyond the backing"
         if handle == 0 and is_word:
             return NULL
         if handle == 0 or handle >= self.cells_end:
@@ -413,6 +438,8 @@ cdef class Recovery:
             if not (<uint8_t *>self.touches.base)[block // SLOTS_PER_PAGE]:
                 continue
             if slot_handle(self.slots[block]) == 0 or slot_handle(self.slots[block]) >= self.cells_end:
+                continue
+            if is_out(self.slots[block]):
                 continue
             for i in range(count):
                 # (Of two that are both in the right, whose words are alike, the first one keeps it.)

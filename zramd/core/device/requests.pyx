@@ -9,7 +9,7 @@ Each of them holds the GIL, takes the arguments apart, and releases the GIL for 
 thread's Python state, see threadstate.pyx.
 """
 
-from libc.errno cimport EDQUOT, ENOMEM, ENOSPC
+from libc.errno cimport EDQUOT, EIO, ENOMEM, ENOSPC
 from libc.stdint cimport uint64_t
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -65,6 +65,9 @@ cdef extern from *:
     object zr_function(int request, zr_handler serve)
     void zr_raise(object error) noexcept
 
+cdef extern from "<errno.h>":
+    int EREMOTEIO
+
 cdef enum:
     # NBDKIT_FLAG_...: part of nbdkit's interface, the same in all its versions
     MAY_TRIM = 1
@@ -112,7 +115,7 @@ cdef void fail(Device device, int rc, uint64_t offset, uint64_t length) noexcept
     """Raise the exception for -errno, and tell nbdkit which errno the client gets."""
     cdef bint full = rc == -ENOSPC or rc == -EDQUOT or rc == -ENOMEM
     if tell_errno is not None:
-        tell_errno(full_errno if full else -rc)
+        tell_errno(full_errno if full else EIO if rc == -EREMOTEIO else -rc)
     if full:
         zr_raise(pool_full if rc == -ENOSPC else state_full if rc == -EDQUOT else no_memory)
     else:

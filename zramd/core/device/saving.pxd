@@ -60,11 +60,13 @@ cdef class _Writer(_Stream):
     cdef uint64_t changes_before
     cdef uint64_t changes
     cdef const char *gave_up
+    cdef char *room         # to read from the backing
 
     cdef bint _has_cold(self) noexcept nogil
     cdef int _step(self) noexcept nogil
     cdef void _gather(self) noexcept nogil
     cdef uint32_t _record(self, uint64_t block, char *out) noexcept nogil
+    cdef uint32_t _record_away(self, uint64_t block, uint64_t slot, char *out) noexcept nogil
     cdef void _finish(self) noexcept nogil
     cdef void _give_up(self, const char *why) noexcept nogil
     cdef uint64_t _changes(self) noexcept nogil

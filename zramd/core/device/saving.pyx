@@ -18,6 +18,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from zramd.core.device.checksum cimport crc_of
 from zramd.core.device.codec cimport decode
 from zramd.core.device.cold cimport Cold
+from zramd.core.device.backing cimport ROOM
 from zramd.core.device.blocks cimport OP_TRIM, OP_WRITE, OP_ZERO, STRIPES, is_touched
 from zramd.core.device.device cimport Device
 from zramd.core.device.numbers cimport requests
@@ -28,6 +29,7 @@ from zramd.core.device.slots cimport (
     SLOT_SAME,
     SLOT_SIZE_MASK,
     SLOT_TRIED,
+    SLOT_OUT_ZSTD,
     has_object,
     is_cold,
     slot_bytes,
@@ -36,6 +38,7 @@ from zramd.core.device.slots cimport (
 )
 from zramd.core.system.gate cimport gate_close, gate_hold, gate_open, gate_release
 from zramd.core.system.locks cimport (
+    counter_add,
     load_relaxed,
     owned_add,
     pthread_mutex_lock,
@@ -171,11 +174,18 @@ cdef class _Stream:
 cdef class _Writer(_Stream):
     """Writes a device."""
 
+    def __dealloc__(self):
+        secret_free(self.room, ROOM)
+
     def __init__(self, Device device, int fd, bint live, int patience):
         cdef char *at
         cdef uint32_t crc
         self.device = device
         self.cold = device.table.cold
+        if device.table.backing is not None:
+            self.room = <char *>secret_alloc(ROOM)
+            if self.room == NULL:
+                raise MemoryError("no memory to read blocks in that are out")
         self.fd = fd
         self.live = live
         self.patience = patience
@@ -193,12 +203,12 @@ cdef class _Writer(_Stream):
         self.size = HEAD_BYTES
 
     cdef bint _has_cold(self) noexcept nogil:
-        """Whether a block is compressed by another codec than lz4 now."""
+        """Whether a block is compressed by another codec than lz4 now, or is out."""
         cdef uint64_t page, block
         for page in range(self.device.blocks // SLOTS_PER_PAGE + 1):
             if is_touched(&self.device.table.touched[page]):
                 for block in range(page * SLOTS_PER_PAGE, min((page + 1) * SLOTS_PER_PAGE, self.device.blocks)):
-                    if is_cold(load_relaxed(&self.device.table.slots[block])):
+                    if load_relaxed(&self.device.table.slots[block]) & SLOT_COLD:
                         return True
         return False
 
@@ -259,7 +269,9 @@ cdef class _Writer(_Stream):
         pthread_mutex_lock(&self.device.table.stripes[block % STRIPES])
         slot = self.device.table.get(block)
         size = slot_bytes(slot)
-        if slot_kind(slot) == SAME:
+        if self.device.table.is_away(slot):
+            self.device.table.backing.pin(slot)
+        elif slot_kind(slot) == SAME:
             word = self.device.table.word_of(slot)
             if self.device.table.word_is_sound(block, slot, word):
                 what = SLOT_SAME
@@ -274,6 +286,8 @@ cdef class _Writer(_Stream):
         pthread_mutex_unlock(&self.device.table.stripes[block % STRIPES])
         if slot == 0:
             return 0
+        if self.device.table.is_away(slot):
+            what = self._record_away(block, slot, out + 8)
         # What a read would not get is not to stop a load either.
         if self._decode(what, out + 8):
             what = SLOT_LOST
@@ -291,6 +305,20 @@ cdef class _Writer(_Stream):
         self.counted.raw += what == BLOCK_SIZE
         self.counted.cold += is_cold(what)
         return 8 + size
+
+    cdef uint32_t _record_away(self, uint64_t block, uint64_t slot, char *out) noexcept nogil:
+        """Write the payload of a block that is out, whose slot is pinned, to out; what it is, as in a record."""
+        cdef const char *payload
+        cdef uint32_t size = slot_bytes(slot), what = SLOT_LOST
+        if self.device.table.backing.load(block, slot, self.room, &payload, &self.device.table.counters.bd_reads):
+            counter_add(&self.device.table.counters.bd_read_errors, 1)
+        elif self.version > 1 or not slot & SLOT_OUT_ZSTD:
+            memcpy(out, payload, size)
+            what = size | SLOT_COLD if slot & SLOT_OUT_ZSTD else size
+        elif self.cold.decode(payload, size, out) == 0:
+            what = BLOCK_SIZE
+        self.device.table.backing.unpin(slot)
+        return what
 
     cdef void _finish(self) noexcept nogil:
         """Make the last frame, once all requests that may have changed what was written are counted."""

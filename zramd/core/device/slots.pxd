@@ -9,6 +9,9 @@ in the handle's cell, handle 0 is the word 0, and where others have the size is 
 block that was never written, or freed. LOST alone: what the slot led to was changed in memory, and reading the block is an
 error. LOST with an object, and without COLD: the cold codec was tried, and did not shrink it. Both: zstd compressed the
 block when it was written, and the cold codec is still to come.
+
+SAME with COLD: the block is out, see backing.pyx. Its payload is on the backing, at a place in granules that is where others
+have the handle; half of its record's checksum is above that, and bit 14 says that the payload is zstd's.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -22,6 +25,8 @@ cdef enum:
     SLOT_TRIED = 0x4000         # with an object
     SLOT_COLD = 0x8000
     SLOT_ZSTD = 0xC000
+    SLOT_OUT = 0xA000           # both bits
+    SLOT_OUT_ZSTD = 0x4000      # of one that is out
     SLOT_HANDLE_SHIFT = 16
     SLOT_SUM_SHIFT = 48       # the slot's half of the checksum is above
 
@@ -33,6 +38,7 @@ cdef enum block_kind:
     RAW
     ZSTD                        # as it was written
     COLD                        # zstd too, but the cold codec has had it
+    OUT                         # on the backing
 
 cdef inline uint64_t sum_low(uint32_t sum) noexcept nogil:
     """The half of a checksum that is in the slot."""
@@ -57,7 +63,7 @@ cdef inline block_kind slot_kind(uint64_t slot) noexcept nogil:
     if slot == 0:
         return HOLE
     if slot & SLOT_SAME:
-        return SAME
+        return SAME if not slot & SLOT_COLD else OUT
     if slot == SLOT_LOST:
         return LOST
     if slot & SLOT_COLD:
@@ -71,12 +77,16 @@ cdef inline bint is_cold(uint64_t slot) noexcept nogil:
 cdef inline bint is_known(uint64_t slot) noexcept nogil:
     """Whether a slot's flags and size go together: others come from bits that changed in memory."""
     if slot & SLOT_SAME:
-        return not slot & (SLOT_COLD | SLOT_LOST)
+        return not slot & SLOT_LOST or slot & SLOT_COLD
     return not slot & SLOT_COLD or slot_bytes(slot) < BLOCK_SIZE
 
 cdef inline bint has_object(uint64_t slot) noexcept nogil:
     """Whether a slot's handle is that of an object."""
     return slot != 0 and not slot & SLOT_SAME and slot != SLOT_LOST
+
+cdef inline bint is_out(uint64_t slot) noexcept nogil:
+    """Whether a block's payload is on the backing; its handle is then a place there."""
+    return slot & SLOT_OUT == SLOT_OUT
 
 cdef inline bint is_candidate(uint64_t slot, uint32_t threshold) noexcept nogil:
     """Whether a block may become cold: it is raw, or its payload has threshold bytes or more, and was not tried yet."""
@@ -86,7 +96,7 @@ cdef inline bint is_candidate(uint64_t slot, uint32_t threshold) noexcept nogil:
 
 cdef inline bint is_zeros(uint64_t slot) noexcept nogil:
     """Whether a block is the word 0 repeated, and not a hole."""
-    return slot & SLOT_SAME and slot_handle(slot) == 0
+    return slot_kind(slot) == SAME and slot_handle(slot) == 0
 
 cdef inline uint64_t object_slot(uint64_t handle, uint32_t size, uint32_t sum) noexcept nogil:
     """A slot with an object of size bytes; sum: its checksum, or 0, of which the cell keeps the other half."""
@@ -103,3 +113,11 @@ cdef inline uint64_t tried_slot(uint64_t slot) noexcept nogil:
 cdef inline uint64_t same_slot(uint64_t handle, uint32_t sum) noexcept nogil:
     """A slot that stands for a word; sum: its checksum, or 0, of which the lower 29 bits are kept."""
     return SLOT_SAME | sum_low(sum) << SLOT_SUM_SHIFT | handle << SLOT_HANDLE_SHIFT | sum_high(sum) & SLOT_SIZE_MASK
+
+cdef inline uint64_t out_slot(uint64_t place, uint32_t what, uint32_t sum) noexcept nogil:
+    """The slot of a block that is out; what: payload bytes, with SLOT_OUT_ZSTD if they are zstd's, as its record has it."""
+    return sum_low(sum) << SLOT_SUM_SHIFT | place << SLOT_HANDLE_SHIFT | SLOT_OUT | what
+
+cdef inline uint32_t out_what(uint64_t slot) noexcept nogil:
+    """What the record of a block that is out has as its size and kind."""
+    return <uint32_t>slot & (SLOT_OUT_ZSTD | SLOT_SIZE_MASK)

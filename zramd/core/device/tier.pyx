@@ -59,10 +59,12 @@ cdef class Tier:
         self.device.pool.set_mem_limit(self.device.pool.mem_limit(), self.device.table.cold.level > 0)
 
     def sweep(self, bint coarse, bint keep, uint32_t threshold):
-        """Let every block grow older (see Device.ages); (stored, raw, others, tried): how many blocks there are.
+        """Let every block grow older (see Device.ages); (stored, raw, others, tried, unread, read, huge, back).
 
         The first three are lists of 256, by age: all that are stored; candidates that are raw; candidates with a payload of
-        threshold bytes or more. tried: those that recompression did not shrink. keep: leave alone what is to be hot
+        threshold bytes or more. tried: those that recompression did not shrink. unread, read, huge: lists, too, of payload
+        bytes in memory: of blocks that nobody has read since they were written, of others, and of raw ones among them. back:
+        blocks that are out, and were read so often that they are to be in memory. keep: leave alone what is to be hot
         again, else its reads are forgotten.
         """
         cdef census found
@@ -78,6 +80,10 @@ cdef class Tier:
             [found.raw[i] for i in range(AGES)],
             [found.others[i] for i in range(AGES)],
             found.tried,
+            [found.unread[i] for i in range(AGES)],
+            [found.read[i] for i in range(AGES)],
+            [found.huge[i] for i in range(AGES)],
+            found.back,
         )
 
     def mark_idle(self, uint8_t age):

@@ -81,6 +81,19 @@ cdef extern from *:
         warm_published
         warm_stored
 
+        # a block goes out, to the backing
+        leaving_copied
+        extent_taken        # to be written
+        extent_written
+        out_stored
+        out_object_freed    # what it was in memory
+        out_moved           # its slot leads to another extent: reclaim
+
+        # a block that is out
+        away_read           # or not, and nothing of it is looked at yet
+        back_published      # and is to be in memory again
+        back_stored
+
         page_given_back     # and is counted as resident yet
         slots_cleared       # by reset
         pool_cleared

@@ -1,0 +1,628 @@
+"""Blocks that are out: what is on the backing, what reads of it, and what is refused."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.backings import SECTOR, Disk, bring_back, write_out
+from support.run import PATIENCE, preloaded
+from test_state_refused import fingerprint
+
+import zramd
+from zramd import Device
+from zramd.core.device import saving
+from zramd.core.device.backing import EXTENT, Backing, granule_for
+from zramd.core.device.device import state_layout
+from zramd.core.device.tier import Tier
+from zramd.core.device.writeback import Writeback
+from zramd.errors import BackingError
+
+SUPPORT = Path(__file__).resolve().parents[2] / "support"
+PACKAGES = Path(zramd.__file__).parents[1]
+BLOCK = 4096
+BLOCKS = 256
+SIZE = BLOCKS * BLOCK
+
+
+def text(seed: int) -> bytes:
+    """A block that compresses well."""
+    return (b"block %d of text " % seed * 300)[:BLOCK]
+
+
+def noise(seed: int) -> bytes:
+    """A block that does not."""
+    return bytes(b ^ seed & 0xFF for b in os.urandom(BLOCK))
+
+
+def filled(disk: Disk, **settings: object) -> tuple[Device, list[bytes]]:
+    """A device with text, raw blocks, words and holes."""
+    device = disk.device(SIZE, **settings)
+    contents = [(text, noise, lambda _: b"w" * BLOCK, lambda _: bytes(BLOCK))[n % 4](n) for n in range(BLOCKS)]
+    for number, content in enumerate(contents):
+        if number % 4 < 3:
+            device.write(content, number * BLOCK)
+    return device, contents
+
+
+def look(device: Device, number: int) -> bytes:
+    found = bytearray(BLOCK)
+    device.read(found, number * BLOCK)
+    return bytes(found)
+
+
+def verify(device: Device, contents: list[bytes]) -> None:
+    for number, content in enumerate(contents):
+        assert look(device, number) == content, number
+    device.check()
+
+
+class TestBacking:
+    @pytest.mark.parametrize(
+        ("size", "granule"), [(1 << 20, 16), (1 << 36, 16), ((1 << 36) + 1, 32), (1 << 38, 64), (1 << 44, 4096)]
+    )
+    def test_granule(self, size: int, granule: int) -> None:
+        assert granule_for(size) == granule
+
+    @pytest.mark.parametrize(
+        ("size", "granule", "sector"),
+        [(EXTENT, 16, 512), (0, 16, 512), (1 << 20, 8, 512), (1 << 20, 24, 512), (1 << 20, 8192, 512), (1 << 20, 16, 256),
+         (1 << 20, 16, 8192), (1 << 37, 16, 512)],
+    )  # fmt: skip
+    def test_what_cannot_be(self, size: int, granule: int, sector: int) -> None:
+        with pytest.raises(ValueError, match="size|granule|sectors"):
+            Backing(0, size, granule, sector)
+
+    def test_numbers(self) -> None:
+        disk = Disk(5)
+        assert disk.backing().numbers() == {
+            "backing_size": 5 * EXTENT,
+            "backing_extents": 4,
+            "backing_free": 4,
+            "backing_bad": 0,
+            "backing_live": 0,
+        }
+
+    def test_a_device_without_one(self) -> None:
+        device = Device(SIZE)
+        with pytest.raises(ValueError, match="no backing"):
+            Writeback(device)
+        assert "backing_size" not in device.counters()
+
+
+@pytest.mark.parametrize("verify_setting", [False, True])
+@pytest.mark.parametrize("codec", ["lz4", "zstd", "none"])
+def test_out_and_back(codec: str, verify_setting: bool) -> None:
+    disk = Disk()
+    device, contents = filled(disk, codec=codec, verify=verify_setting)
+    device.cool(0, BLOCKS // 2)
+    before = device.counters()
+    payload = before["compr_data_size"]
+    assert write_out(device) == BLOCKS // 2
+    device.compact()
+    found = device.counters()
+    assert (found["out_pages"], found["compr_data_size"], found["out_data_size"]) == (BLOCKS // 2, 0, payload)
+    assert found["mem_used_total"] == 0
+    assert found["huge_pages"] == found["cold_pages"] == 0
+    assert found["same_pages"] == BLOCKS // 4
+    assert payload < found["backing_live"] <= found["bd_writes"] < payload * 1.1 + 3 * BLOCK
+    verify(device, contents)
+    assert found["bd_reads"] < device.counters()["bd_reads"] <= BLOCKS // 2 * 2 * BLOCK
+    assert device.block(0)["kind"] == device.block(1)["kind"] == "out"
+    assert device.block(1)["codec"] == "raw"
+    assert bring_back(device) == BLOCKS // 2
+    after = device.counters()
+    assert (after["out_pages"], after["backing_live"], after["backing_free"]) == (0, 0, 15)
+    assert after["compr_data_size"] == payload
+    verify(device, contents)
+
+
+def test_parts_and_trims_of_what_is_out() -> None:
+    device, contents = filled(Disk())
+    write_out(device)
+    device.write(b"part", 8 * BLOCK + 100)
+    contents[8] = contents[8][:100] + b"part" + contents[8][104:]
+    device.zero(12 * BLOCK + 50, 60)
+    contents[12] = contents[12][:50] + bytes(60) + contents[12][110:]
+    device.trim(16 * BLOCK, BLOCK)
+    contents[16] = bytes(BLOCK)
+    device.write(contents[0], 20 * BLOCK)
+    contents[20] = contents[0]
+    found = device.counters()
+    assert found["out_pages"] == BLOCKS // 2 - 4
+    assert found["bd_reads"] == 2 * SECTOR  # trims and whole writes do no I/O
+    verify(device, contents)
+    part = bytearray(10)
+    device.read(part, 4 * BLOCK + 7)
+    assert part == contents[4][7:17]
+    whole = bytearray(SIZE)
+    device.read(whole, 0)
+    assert whole == b"".join(contents)
+
+
+def test_extents_show_data() -> None:
+    device, _ = filled(Disk())
+    before = device.extents(0, SIZE)
+    write_out(device)
+    assert device.extents(0, SIZE) == before
+
+
+class TestGather:
+    def test_what_is_asked_for(self) -> None:
+        device, contents = filled(Disk())
+        tier, hands = Tier(device), Writeback(device)
+        assert hands.gather(0, BLOCKS, 1)[:2] == (BLOCKS, 0)
+        assert hands.pending == 0
+        tier.sweep(False, True, 300)
+        assert hands.gather(0, 4, 1) == (4, 2, False)
+        hands.drop()
+        assert hands.gather(0, 8, 1, raw=True) == (8, 2, False)
+        hands.drop()
+        tier.mark_idle(0)
+        look(device, 1)
+        assert hands.gather(0, 8, 0, idle=True)[1] == 3
+        hands.drop()
+        # A read that comes in the same sweep as the write is not seen.
+        assert hands.gather(0, 8, 0, unread=True)[1] == 3
+        hands.drop()
+        device.write(contents[1], BLOCK)
+        tier.sweep(False, True, 300)
+        assert hands.gather(0, 8, 0, unread=True)[1] == 3 + 0
+        hands.drop()
+
+    def test_tried(self) -> None:
+        device, _ = filled(Disk())
+        hands = Writeback(device)
+        assert hands.gather(0, 8, 0, tried=True)[1] == 0
+        device.cool(0, 8)
+        assert hands.gather(0, 8, 0, tried=True, raw=True)[1] == 2
+
+    def test_ages_are_put_back(self) -> None:
+        device, _ = filled(Disk())
+        tier, hands = Tier(device), Writeback(device)
+        for _ in range(3):
+            tier.sweep(False, True, 300)
+        before = device.ages()
+        hands.gather(0, BLOCKS, 0)
+        assert device.ages() != before
+        hands.drop()
+        assert device.ages() == before
+
+    def test_full(self) -> None:
+        device, _ = filled(Disk())
+        hands = Writeback(device)
+        at, taken, full = hands.gather(0, BLOCKS, 0)
+        assert full
+        assert at < BLOCKS
+        assert EXTENT - BLOCK - 16 <= hands.pending <= EXTENT
+        assert hands.flush()[:3] == (taken, EXTENT, 0)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda device: look(device, 0),
+            lambda device: device.write(text(3), 0),
+            lambda device: device.write(b"x", 5),
+            lambda device: device.trim(0, BLOCK),
+            lambda device: device.reset(),
+        ],
+    )
+    def test_who_is_asked_for_stays(self, change: Callable[[Device], None]) -> None:
+        device, _ = filled(Disk())
+        hands = Writeback(device)
+        hands.gather(0, 1, 0)
+        change(device)
+        now = look(device, 0)
+        assert hands.flush()[0] == 0
+        assert device.counters()["out_pages"] == 0
+        assert device.counters()["backing_free"] == 15
+        assert look(device, 0) == now
+        device.check()
+
+    def test_who_becomes_cold_meanwhile(self) -> None:
+        device, contents = filled(Disk())
+        hands = Writeback(device)
+        hands.gather(0, 1, 0)
+        assert device.cool(0, 1)[0] == 0, "it is about to leave"
+        assert hands.flush()[0] == 1
+        verify(device, contents)
+
+
+class TestFull:
+    def test_the_last_extent_is_for_reclaim(self) -> None:
+        disk = Disk(4)
+        device, contents = filled(disk)
+        hands = Writeback(device)
+        done = write_out(device, hands=hands)
+        assert 0 < done < BLOCKS // 2
+        assert device.counters()["backing_free"] == 1
+        hands.gather(0, BLOCKS, 0)
+        assert hands.flush() == (0, 0, 0, 0, errno.ENOSPC)
+        verify(device, contents)
+        # Most of them die: two extents become one.
+        for number in range(BLOCKS):
+            if number % 16 != 1:
+                device.trim(number * BLOCK, BLOCK)
+                contents[number] = bytes(BLOCK)
+        live = device.counters()["backing_live"]
+        assert hands.reclaim(0.1) == 0
+        moved = 0
+        while (records := hands.reclaim(0.6)) > 0:
+            moved += records
+        assert moved > 0
+        blocks, written, of_it, _, stopped = hands.flush()
+        assert (blocks, stopped) == (0, 0)
+        assert 0.9 * written < of_it <= written
+        found = device.counters()
+        assert found["backing_live"] == live
+        assert found["backing_free"] == 2
+        assert found["reclaimed_bytes"] == of_it
+        verify(device, contents)
+
+    def test_many_times_its_size(self) -> None:
+        """Blocks die at random; what is written stays below twice what goes out."""
+        disk = Disk(64)
+        device, contents = filled(disk)
+        hands = Writeback(device)
+        for round_ in range(40):
+            for number in range(round_ % 2, BLOCKS, 2):
+                contents[number] = text(number + round_)
+                device.write(contents[number], number * BLOCK)
+            write_out(device, hands=hands)
+            while hands.reclaim(0.5):
+                pass
+            hands.flush()
+        device.check()
+        verify(device, contents)
+
+
+class TestErrors:
+    def test_a_write_that_fails(self) -> None:
+        disk = Disk()
+        device, contents = filled(disk)
+        hands = Writeback(device)
+        path = f"/proc/self/fd/{disk.fd}"
+        device_backing = os.open(path, os.O_RDONLY)
+        backing = Backing(device_backing, disk.size, 16, SECTOR)
+        device = Device(SIZE, backing=backing)
+        for number, content in enumerate(contents):
+            device.write(content, number * BLOCK)
+        hands = Writeback(device)
+        hands.gather(0, BLOCKS, 0)
+        assert hands.flush()[0::4] == (0, errno.EBADF)
+        found = device.counters()
+        assert (found["out_pages"], found["bd_write_errors"], found["bd_writes"]) == (0, 1, 0)
+        assert (found["backing_bad"], found["backing_free"]) == (1, 14)
+        assert hands.pending == 0
+        verify(device, contents)
+        # It is back.
+        backing.reopen(disk.fd)
+        assert write_out(device, hands=hands) == BLOCKS // 2
+        assert device.counters()["backing_bad"] == 1
+        verify(device, contents)
+        os.close(device_backing)
+
+    def test_a_read_that_fails(self) -> None:
+        disk = Disk()
+        device, contents = filled(disk)
+        write_out(device)
+        writes_only = os.open(f"/proc/self/fd/{disk.fd}", os.O_WRONLY)
+        disk_again = disk.fd
+        backing = disk.backing()
+        device = Device(SIZE, backing=backing)
+        for number, content in enumerate(contents):
+            device.write(content, number * BLOCK)
+        write_out(device)
+        backing.reopen(writes_only)
+        for number in (0, 1, 200, 201):
+            with pytest.raises(OSError, match=rf"block {number}\b.*|out") as failure:
+                look(device, number)
+            assert failure.value.errno == errno.EIO
+            assert f"block {number}" in str(failure.value)
+            with pytest.raises(OSError, match="out"):
+                device.write(b"part", number * BLOCK + 9)
+        assert device.counters()["bd_read_errors"] == 8
+        assert look(device, 2) == contents[2]
+        with pytest.raises(OSError, match="Bad file"):
+            device.trim(0, BLOCK)
+            Writeback(device).reclaim(1.0)
+        device.check()
+        backing.reopen(disk_again)
+        contents[0] = bytes(BLOCK)
+        verify(device, contents)
+        os.close(writes_only)
+
+    def test_bits_that_change_on_the_backing(self) -> None:
+        """Whichever it is: an error or the content, never another content."""
+        disk = Disk(3)
+        device = disk.device(SIZE)
+        content = text(1)
+        device.write(content, 0)
+        write_out(device)
+        place, size = int(device.block(0)["place"]), int(device.block(0)["payload_bytes"])
+        failed = 0
+        for bit in range((12 + size) * 8):
+            disk.flip(place + bit // 8, bit % 8)
+            try:
+                assert look(device, 0) == content
+            except OSError as error:
+                assert error.errno == errno.EIO
+                failed += 1
+            disk.flip(place + bit // 8, bit % 8)
+        assert failed == (12 + size) * 8
+        assert look(device, 0) == content
+
+    def test_bits_of_an_extent_that_is_reclaimed(self) -> None:
+        disk = Disk(4)
+        device = disk.device(SIZE)
+        contents = [text(number) for number in range(8)]
+        for number, content in enumerate(contents):
+            device.write(content, number * BLOCK)
+        hands = Writeback(device)
+        hands.gather(0, 8, 0)
+        hands.flush()
+        first = int(device.block(0)["place"])
+        for at in (first - 64, first - 60, first - 48, first, first + 4, first + 30):
+            disk.flip(at, 3)
+            with pytest.raises(OSError, match="Input/output"):
+                hands.reclaim(1.0)
+            assert device.counters()["backing_bad"] == 1
+            hands.flush()
+            disk.flip(at, 3)
+            for number, content in enumerate(contents):
+                assert look(device, number) == content
+            device.check()
+            bring_back(device)
+            device.check()
+            device = disk.device(SIZE)
+            for number, content in enumerate(contents):
+                device.write(content, number * BLOCK)
+            hands = Writeback(device)
+            hands.gather(0, 8, 0)
+            hands.flush()
+
+    def test_another_blocks_record(self) -> None:
+        """A slot that leads to the record of another block reads as an error."""
+        disk = Disk(3)
+        fd = os.memfd_create("state")
+        os.ftruncate(fd, state_layout(SIZE)["bytes"])
+        device = disk.device(SIZE, state=fd)
+        device.write(text(1), 0)
+        device.write(text(2), BLOCK)
+        write_out(device)
+        slots = state_slots(fd)
+        one, two = (os.pread(fd, 8, slots + 8 * number) for number in range(2))
+        os.pwrite(fd, two, slots)
+        with pytest.raises(OSError, match="block 0"):
+            look(device, 0)
+        os.pwrite(fd, one, slots)
+        assert look(device, 0) == text(1)
+        os.close(fd)
+
+
+def state_slots(fd: int) -> int:
+    """Where the slots begin in a state: after the head."""
+    return 1 << 16
+
+
+class TestState:
+    def make(self) -> int:
+        fd = os.memfd_create("state")
+        os.ftruncate(fd, state_layout(SIZE)["bytes"])
+        return fd
+
+    @pytest.mark.parametrize("verify_setting", [False, True])
+    def test_taken_over(self, verify_setting: bool) -> None:
+        disk, fd = Disk(), self.make()
+        device, contents = filled(disk, state=fd, verify=verify_setting)
+        device.cool(0, BLOCKS // 4)
+        write_out(device, 0, 200)
+        before = device.counters()
+        again = disk.device(SIZE, state=fd, verify=verify_setting)
+        after = again.counters()
+        for name in before:
+            if name.startswith(("out_", "bd_", "backing_", "written", "cold")):
+                assert after[name] == before[name], name
+        verify(again, contents)
+        os.close(fd)
+
+    def test_not_without_its_backing(self) -> None:
+        disk, fd = Disk(), self.make()
+        device, contents = filled(disk, state=fd)
+        write_out(device, 0, 8)
+        del device
+        before = fingerprint(Path(f"/proc/self/fd/{fd}"))
+        with pytest.raises(BackingError, match="another backing"):
+            Device(SIZE, state=fd, cold_level=3)
+        with pytest.raises(BackingError, match="another backing"):
+            Device(SIZE, state=fd, cold_level=3, backing=disk.backing(), backing_id="0" * 31 + "1")
+        with pytest.raises(BackingError, match="another backing"):
+            Disk().device(SIZE, state=fd)
+        assert fingerprint(Path(f"/proc/self/fd/{fd}")) == before
+        verify(disk.device(SIZE, state=fd), contents)
+        os.close(fd)
+
+    def test_shrunk(self) -> None:
+        """A place beyond the backing is no place: the state contradicts it."""
+        disk, fd = Disk(), self.make()
+        device, _ = filled(disk, state=fd)
+        write_out(device)
+        del device
+        small = Backing(disk.fd, 3 * EXTENT, 16, SECTOR)
+        with pytest.raises(Exception, match="beyond the backing"):
+            Device(SIZE, state=fd, backing=small, backing_id=disk.backing_id)
+        os.close(fd)
+
+    def test_it_is_marked_before_the_first_goes_out(self) -> None:
+        disk, fd = Disk(), self.make()
+        marked: list[int] = []
+        device = disk.device(SIZE, state=fd, mark_out=marked.append)
+        device.write(text(1), 0)
+        hands = Writeback(device)
+        assert not marked
+        hands.gather(0, 1, 0)
+        assert len(marked) == 1
+        hands.gather(0, 1, 0)
+        assert len(marked) == 1
+        os.close(fd)
+
+    def test_reset(self) -> None:
+        """Nothing is out any more, and all extents are free, without any I/O."""
+        disk, fd = Disk(), self.make()
+        device, _ = filled(disk, state=fd)
+        write_out(device)
+        device.reset()
+        found = device.counters()
+        assert (found["out_pages"], found["backing_free"], found["backing_live"]) == (0, 15, 0)
+        device.check()
+        Device(SIZE, state=fd)  # needs no backing
+        os.close(fd)
+
+    def test_the_budget_is_kept(self) -> None:
+        disk, fd = Disk(), self.make()
+        device = disk.device(SIZE, state=fd)
+        assert device.budget == (0, 0)
+        device.budget = (12345, 678)
+        assert disk.device(SIZE, state=fd).budget == (12345, 678)
+        os.close(fd)
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_save_has_what_is_out(cold: bool) -> None:
+    device, contents = filled(Disk())
+    if cold:
+        device.cool(0, BLOCKS)
+    write_out(device, 0, 150)
+    fd = os.memfd_create("saved")
+    numbers = saving.save(device, fd, live=False)
+    assert numbers["lost"] == 0
+    os.lseek(fd, 0, os.SEEK_SET)
+    copy = Device(SIZE)
+    saving.load(copy, fd)
+    verify(copy, contents)
+    assert device.counters()["out_pages"] > 0
+    os.close(fd)
+
+
+def test_a_save_without_the_backing() -> None:
+    """What cannot be read is lost in the save, and said."""
+    disk = Disk()
+    backing = disk.backing()
+    device = Device(SIZE, backing=backing)
+    for number in range(8):
+        device.write(text(number), number * BLOCK)
+    write_out(device, 0, 4)
+    gone = os.open("/dev/null", os.O_WRONLY)
+    backing.reopen(gone)
+    fd = os.memfd_create("saved")
+    assert saving.save(device, fd, live=False)["lost"] == 4
+    os.close(fd)
+    os.close(gone)
+
+
+class TestReadAgain:
+    def test_twice_within_ten_minutes(self) -> None:
+        device, contents = filled(Disk())
+        tier, hands = Tier(device), Writeback(device)
+        write_out(device, hands=hands)
+        look(device, 0)
+        assert hands.bring_back(0, BLOCKS) == (BLOCKS, 0, 0, 0)
+        for _ in range(59):
+            tier.sweep(False, True, 300)
+        look(device, 0)
+        assert tier.sweep(False, True, 300)[7] == 1
+        assert hands.bring_back(0, BLOCKS) == (BLOCKS, 1, 1, 0)
+        assert device.block(0)["kind"] == "lz4"
+        assert device.counters()["brought_back"] == 1
+        verify(device, contents)
+
+    def test_later_is_not_again(self) -> None:
+        device, _ = filled(Disk())
+        tier, hands = Tier(device), Writeback(device)
+        write_out(device, hands=hands)
+        look(device, 0)
+        for _ in range(61):
+            tier.sweep(False, True, 300)
+        look(device, 0)
+        assert hands.bring_back(0, BLOCKS) == (BLOCKS, 0, 0, 0)
+
+    def test_no_room(self) -> None:
+        disk = Disk()
+        device = disk.device(SIZE)
+        for number in range(64):
+            device.write(noise(number), number * BLOCK)
+        write_out(device)
+        device.compact()
+        device.mem_limit = 16 * BLOCK
+        assert bring_back(device) < 64
+        device.check()
+        assert device.counters()["out_pages"] > 0
+
+
+STANDS_STILL = """
+import os, sys, threading, time
+from support.backings import Disk, write_out
+from zramd import Device
+
+BLOCK, flag = 4096, os.environ["SHIM_PREAD"]
+disk = Disk()
+device = Device(256 * BLOCK, backing=disk.backing())
+for number in range(4):
+    device.write((b"block %d, " % number * 700)[:BLOCK], number * BLOCK)
+write_out(device, 0, 2)
+open(flag, "w").close()
+results = []
+
+def read():
+    found = bytearray(BLOCK)
+    device.read(found, 0)
+    results.append(bytes(found[:8]))
+
+def write():
+    device.write(b"part", BLOCK + 100)
+    results.append(b"written ")
+
+threads = [threading.Thread(target=work) for work in (read, write)]
+for thread in threads:
+    thread.start()
+while os.path.getsize(flag) < 2:
+    time.sleep(0.01)
+found = bytearray(BLOCK)
+device.read(found, 2 * BLOCK)
+assert found.startswith(b"block 2, ")
+device.write(b"x" * BLOCK, 3 * BLOCK)
+device.write(b"y" * BLOCK, 0)  # of the very block
+device.check()
+device.counters()
+assert not results
+if sys.argv[1] == "reset":
+    device.reset()
+os.unlink(flag)
+for thread in threads:
+    thread.join()
+assert sorted(results) == [b"block 0,", b"written "], results
+device.read(found, BLOCK)
+rest = bytes(50) if sys.argv[1] == "reset" else (b"block 1, " * 700)[50:100]
+assert bytes(found[50:104]) == rest + b"part", bytes(found[50:104])
+device.check()
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
+@pytest.mark.parametrize("comes", ["nothing", "reset"])
+def test_a_disk_that_stands_still(comes: str, tmp_path: Path) -> None:
+    """Who waits for the disk holds nothing: others go on, also check and reset, which close the gate."""
+    shim = tmp_path / "pread.so"
+    subprocess.run(["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", shim, SUPPORT / "shim_pread.c"], check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", STANDS_STILL, comes],
+        env={**os.environ, **preloaded(shim), "SHIM_PREAD": str(tmp_path / "flag"), "PYTHONPATH": f"{PACKAGES}:{SUPPORT.parent}"},
+        capture_output=True,
+        text=True,
+        timeout=30 * PATIENCE,
+    )
+    assert (found.returncode, found.stderr) == (0, "")
