@@ -14,6 +14,8 @@ from zramd.core.device.device import Device
 from zramd.core.device.saving import load as load_stream
 from zramd.core.device.saving import save as save_stream
 from zramd.core.device.tier import Tier
+from zramd.core.device.writeback import Writeback as Hands
+from zramd.core.system.process import idle_io
 from zramd.errors import ConfigError, DeviceError
 from zramd.kernel import swapuse
 from zramd.process.steps import step
@@ -24,6 +26,7 @@ from zramd.server.tiers import Tiers
 from zramd.server.trouble import Troubles
 from zramd.server.undone import Undone
 from zramd.server.worker import Worker
+from zramd.server.writeback import Without, Writeback
 from zramd.settings import codecs
 from zramd.settings.config import Config, find
 from zramd.settings.config import value as parse_value
@@ -57,6 +60,11 @@ class Service:
         self.compactor = Compactor(device, config)
         self.tiers = Tiers(device, Tier(device), config)
         self.worker = Worker(self.compactor, self.tiers)
+        self.writeback: Writeback | Without = Without()
+        self.out_worker: Worker | None = None
+        if config.backing:
+            self.writeback = Writeback(device, Hands(device), config, self.tiers)
+            self.out_worker = Worker(self.writeback, name="zramd-out", prepare=idle_io)
         self.device = device
         self._rundir = rundir
         self._troubles = troubles
@@ -108,6 +116,8 @@ class Service:
             causes.append(f"background compaction {compactor}")
         if self.tiers.failure:
             causes.append(f"{self.tiers.title} failed: {self.tiers.failure}")
+        if self.writeback.trouble:
+            causes.append(self.writeback.trouble)
         return {
             "status": "degraded" if causes else "ok",
             "causes": causes,
@@ -142,6 +152,7 @@ class Service:
             changed = replace(self.config, **{name: value})
             codecs.must_gain(changed.comp_algorithm, changed.recompression)
             self.tiers.configure(changed)
+            self.writeback.configure(changed)
             self.config = changed
         self.compactor.configure(self.config)
         self._wake_up()  # stats_interval
