@@ -1,4 +1,4 @@
-"""`zramd backing`: what lies on a backing, a backing made ready, and what is out brought back."""
+"""`zramd backing`: what lies on a backing, a backing made ready, and who may use it."""
 
 import argparse
 import json
@@ -6,10 +6,9 @@ import os
 import time
 from typing import Any
 
-from zramd.commands import Commands, add_device
+from zramd.commands import Commands
 from zramd.contract import superblock
 from zramd.contract.superblock import EXTENT, Superblock
-from zramd.control import servers
 from zramd.control.human import spelled
 from zramd.kernel import backingdevice
 from zramd.kernel.backingdevice import Opened
@@ -81,14 +80,6 @@ def make_free(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def back(arguments: argparse.Namespace) -> int:
-    """Have a server bring back all that is out, and do not wait for it."""
-    served = servers.find(arguments.name, arguments.rundir)
-    served.request("POST", "/bring_back")
-    print("blocks are brought back in the background: 'zramd tiers' shows how far that is")
-    return 0
-
-
 def allow(arguments: argparse.Namespace) -> int:
     """Let a device's service use its backing."""
     for sentence in backingunit.allow(arguments.name):
@@ -123,14 +114,6 @@ def add(commands: Commands) -> None:
     one.add_argument("path", metavar="PATH", help="the block device or file")
     one.add_argument("-f", "--force", action="store_true", help="whatever is on it is lost")
     one.set_defaults(run=make_free)
-    one = verbs.add_parser(
-        "back",
-        help="bring everything back from a device's backing",
-        description="Have everything brought back into memory that is out on a device's backing, as far as "
-        "there is room. The command does not wait for it.",
-    )
-    add_device(one)
-    one.set_defaults(run=back)
     one = verbs.add_parser(
         "allow",
         help="let the service of a device use its backing",

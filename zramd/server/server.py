@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from zramd.contract import handover
 from zramd.contract.rundir import BACKGROUND, CONTROL_SOCKET, STATE, Rundir
@@ -38,6 +39,7 @@ from zramd.settings.config import Config
 
 SWAPOFF_INTERVAL = 0.5  # seconds between two looks whether swap is off, while a stop waits for it
 REFILLER_NICE = -20  # the reserve is refilled ahead of what ordinary programs do
+DISK_PATIENCE = 10.0  # seconds that a stop waits for what is being written to the backing
 AGAIN = 1.0  # seconds between two tries of what could not be done so far
 
 
@@ -186,6 +188,9 @@ class Serving:
         endpoint = self._make_endpoint()
         service.worker.start()
         ends.add(service.worker.stop)
+        if service.out_worker is not None:
+            service.out_worker.start()
+            ends.add(partial(service.out_worker.stop, patience=DISK_PATIENCE))
         self._leaving = leaving = Leaving(
             config,
             device,

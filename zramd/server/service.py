@@ -14,6 +14,8 @@ from zramd.core.device.device import Device
 from zramd.core.device.saving import load as load_stream
 from zramd.core.device.saving import save as save_stream
 from zramd.core.device.tier import Tier
+from zramd.core.device.writeback import Writeback as Hands
+from zramd.core.system.process import idle_io
 from zramd.errors import ConfigError, DeviceError
 from zramd.kernel import swapuse
 from zramd.process.steps import step
@@ -63,7 +65,11 @@ class Service:
         self.compactor = Compactor(device, config)
         self.tiers = Tiers(device, Tier(device), config)
         self.worker = Worker(self.compactor, self.tiers)
-        self.writeback: Writeback = Without()
+        self.writeback: Writeback | Without = Without()
+        self.out_worker: Worker | None = None
+        if config.backing:
+            self.writeback = Writeback(device, Hands(device), config, self.tiers)
+            self.out_worker = Worker(self.writeback, name="zramd-out", prepare=idle_io)
         self.device = device
         self.backing = backing
         self._rundir = rundir
@@ -117,6 +123,8 @@ class Service:
             causes.append(f"background compaction {compactor}")
         if self.tiers.failure:
             causes.append(f"{self.tiers.title} failed: {self.tiers.failure}")
+        if self.writeback.trouble:
+            causes.append(self.writeback.trouble)
         return {
             "status": "degraded" if causes else "ok",
             "causes": causes,
@@ -151,6 +159,7 @@ class Service:
             changed = replace(self.config, **{name: value})
             codecs.must_gain(changed.comp_algorithm, changed.recompression)
             self.tiers.configure(changed)
+            self.writeback.configure(changed)
             self.config = changed
         self.compactor.configure(self.config)
         self._wake_up()  # stats_interval

@@ -5,6 +5,7 @@ threads nor clocks: they are told what happened and answer what to do.
 """
 
 import errno
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from zramd import meminfo
@@ -36,15 +37,15 @@ _NO_ROOM = {
 
 
 class Census(NamedTuple):
-    """What a sweep has counted: blocks by their age."""
+    """What a sweep has counted, by age: blocks, and bytes of payloads that could leave memory."""
 
     stored: list[int]
     raw: list[int]  # candidates
     others: list[int]  # candidates
     tried: int
-    unread: list[int] = []  # bytes in memory of blocks that nobody has read since they were written
-    read: list[int] = []  # of others
-    huge: list[int] = []  # of raw ones among both
+    unread: Sequence[int] = ()  # bytes in memory of blocks that nobody has read since they were written
+    read: Sequence[int] = ()  # of others
+    huge: Sequence[int] = ()  # of raw ones among both
     back: int = 0  # blocks that are out, and read again and again
 
 

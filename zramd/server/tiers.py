@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from zramd.errors import DeviceError, sentence
 from zramd.server.ages import COARSE, IDLE, SWEEP, WANTED, age_of, histogram
 from zramd.server.compactor import MIN_PAUSE, Pressure
+from zramd.server.minute import Minute
 from zramd.server.tierpolicy import ENOUGH, GAIN, Census, Policy, View, memory_is_short
 from zramd.settings.config import Config
 
@@ -27,7 +28,6 @@ STEP = 64  # blocks that are tried before looking at requests: 1.3 ms at zstd's 
 # with 600, and the pool is 1 % smaller.
 THRESHOLD = 300
 MOST_PASSES = 16  # by hand, that wait
-MINUTE = 60.0
 
 
 class Pass(NamedTuple):
@@ -54,9 +54,7 @@ class Steps(Protocol):
 
     level: int
 
-    def sweep(
-        self, coarse: bool, keep: bool, threshold: int
-    ) -> tuple[list[int], list[int], list[int], int, list[int], list[int], list[int], int]: ...
+    def sweep(self, coarse: bool, keep: bool, threshold: int) -> tuple[Any, ...]: ...
     def mark_idle(self, age: int) -> int: ...
     def cool(
         self, first: int, tries: int, threshold: int, age: int, raw: bool = False, idle: bool = False
@@ -133,7 +131,7 @@ class Tiers:
         self._next_sweep = clock() + SWEEP
         self._next_look = float("-inf")
         self._census: Census | None = None
-        self._minute: deque[tuple[float, int, int]] = deque()
+        self._minute = Minute()
         self._cpu_seconds = 0.0
         self.wake: Callable[[], None] = lambda: None
         self.failure = ""
@@ -158,6 +156,16 @@ class Tiers:
             ) from None
         self._config = self._changed = config
         self.wake()
+
+    @property
+    def mode(self) -> str:
+        """How memory stands: calm, wanted or full; one truth for all that goes by it, see Policy.look."""
+        return self._policy.mode
+
+    @property
+    def census(self) -> Census | None:
+        """What the last sweep has counted, None before the first; another object after each."""
+        return self._census
 
     def submit(self, wanted: Pass) -> None:
         """Queue a pass by hand, and do not wait for it.
@@ -191,7 +199,7 @@ class Tiers:
         found = self._device.counters()
         raw, cold, same = found["huge_pages"], found["cold_pages"], found["same_pages"]
         now, census = self._clock(), self._census
-        before = self._minute[0] if self._minute else (0.0, found["recompressed"], found["promoted"])
+        recompressed, promoted = self._minute.rise(found["recompressed"], found["promoted"])
         return {
             "hot_pages": max(0, found["pages_stored"] - raw - cold - same - found["out_pages"]),
             "hot_data_size": max(0, found["compr_data_size"] - found["cold_data_size"] - (raw << 12)),
@@ -204,8 +212,8 @@ class Tiers:
             "recompressed": found["recompressed"],
             "recompress_useless": found["recompress_useless"],
             "promoted": found["promoted"],
-            "recompressed_minute": max(0, found["recompressed"] - before[1]),
-            "promoted_minute": max(0, found["promoted"] - before[2]),
+            "recompressed_minute": recompressed,
+            "promoted_minute": promoted,
             "saved_bytes": found["recompress_saved"],
             "cpu_seconds": round(self._cpu_seconds, 3),
             "recompression": self._config.recompression,
@@ -286,18 +294,15 @@ class Tiers:
         self._next_sweep = now + SWEEP
         self._sweeps += 1
         policy = self._policy
-        census = Census(*self._steps.sweep(self._sweeps % COARSE == 0, policy.promotes, THRESHOLD))
+        # What is read again is to be hot again, or back in memory: both are for calm.
+        keep = policy.mode == "calm"
+        census = Census(*self._steps.sweep(self._sweeps % COARSE == 0, keep, THRESHOLD))
         self._census = census
         policy.swept(census)
         if policy.promotes and census.stored[WANTED] > census.back:
             self._hot_again = 0
         found = self._device.counters()
-        if self._minute and found["recompressed"] < self._minute[-1][1]:
-            self._minute.clear()  # the device was reset, and counts from 0 again
-            self._minute.append((now - SWEEP, 0, 0))
-        self._minute.append((now, found["recompressed"], found["promoted"]))
-        while len(self._minute) > 1 and self._minute[1][0] <= now - MINUTE:
-            self._minute.popleft()
+        self._minute.add(now, found["recompressed"], found["promoted"])
 
     def _look(self, now: float) -> None:
         """See how memory stands, more seldom while nothing is stored."""

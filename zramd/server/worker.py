@@ -1,7 +1,8 @@
-"""The thread that does what can wait: compaction and recompression. One for both: each locks memory.
+"""Threads that do what can wait. Compaction and recompression share one: each locks memory.
 
 Each part says how long it wants to rest after a turn. What is due the longest has the next one. While a part
-leaves its time to clients, the others do as well: two of them together are no more of a burden than one.
+leaves its time to clients, the others do as well: two of them together are no more of a burden than one. What
+waits for a disk has a thread of its own: nothing else stands still when that hangs.
 """
 
 import os
@@ -61,7 +62,16 @@ class _Turn:
 class Worker:
     """The thread that serves some parts."""
 
-    def __init__(self, *parts: Part, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *parts: Part,
+        name: str = "zramd-worker",
+        prepare: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`prepare` is what the thread does first; it may raise OSError, which is passed over."""
+        self._name = name
+        self._prepare = prepare
         self._clock = clock
         self._turns = [_Turn(part) for part in parts]
         self._wake = threading.Event()
@@ -74,14 +84,21 @@ class Worker:
         """Start the thread; only after the process has forked for the last time."""
         for turn in self._turns:
             turn.part.begin()
-        self.thread = start_thread("zramd-worker", self._work)
+        self.thread = start_thread(self._name, self._work)
 
-    def stop(self) -> None:
-        """End the thread; waits for the step it is in."""
+    def stop(self, patience: float | None = None) -> None:
+        """End the thread; waits for the step it is in, at most `patience` seconds.
+
+        A thread that is in a longer one ends after it, if the process does not end before.
+        """
         self._stopping = True
         self._wake.set()
         if self.thread is not None:
-            self.thread.join()
+            self.thread.join(patience)
+            if self.thread.is_alive():
+                say(
+                    f"{', '.join(turn.part.title for turn in self._turns)} is still under way: not waited for"
+                )
 
     def turn(self) -> float:
         """Let the part have a turn that is due the longest; return the seconds until the next is due."""
@@ -124,9 +141,11 @@ class Worker:
         self._wake.clear()
 
     def _work(self) -> None:
-        name_thread("zramd-worker")
+        name_thread(self._name)
         with suppress(OSError):  # a sandbox may forbid it: clients then compete on equal terms
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        with suppress(OSError):
+            self._prepare()
         try:
             while self._turns and not self._stopping:
                 delay = self.turn()

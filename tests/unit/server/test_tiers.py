@@ -4,7 +4,6 @@ import errno
 import threading
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from support.run import wait_until
@@ -12,7 +11,6 @@ from support.run import wait_until
 from zramd.errors import DeviceError
 from zramd.server import ages, tierpolicy, tiers
 from zramd.server.ages import IDLE, SWEEP
-from zramd.server.tierpolicy import Policy, View
 from zramd.server.tiers import Pass, Tiers
 from zramd.server.worker import Worker
 from zramd.settings import config
@@ -173,118 +171,6 @@ def run(device: FakeDevice, served: Tiers, seconds: float) -> float:
 
 def blocks(count: int, **given: int | bool) -> list[Block]:
     return [Block(**given) for _ in range(count)]  # type: ignore[arg-type]
-
-
-class TestAges:
-    def test_at_least(self) -> None:
-        """A block of age_of(N) was left alone for N seconds, and no younger one surely was."""
-        assert [ages.age_of(seconds) for seconds in (0, 1, 10, 11, 300, 1270)] == [0, 2, 2, 3, 31, 128]
-        assert ages.age_of(1271) == 129
-        assert ages.age_of(1 << 60) == ages.OLDEST
-        for age in range(1, ages.OLDEST):
-            assert ages.least_seconds(age) < ages.most_seconds(age)
-            assert ages.least_seconds(age) <= ages.least_seconds(age + 1)
-
-    def test_ages_of_a_block_that_is_left_alone(self) -> None:
-        """However the coarse sweeps fall, its age never tells more time than has gone by."""
-        for late in (0.1, SWEEP / 2, SWEEP - 0.1):
-            for first in range(ages.COARSE):
-                age, passed = 0, late
-                for number in range(first, first + 2500):
-                    if age < 128 or (number % ages.COARSE == 0 and age < ages.OLDEST):
-                        age += 1
-                    assert ages.least_seconds(age) <= passed <= ages.most_seconds(age)
-                    passed += SWEEP
-
-    def test_any_cold_age_can_be_told(self) -> None:
-        assert ages.least_seconds(ages.OLDEST) >= config.MAX_COLD_AGE
-
-    def test_histogram(self) -> None:
-        stored = [0] * 256
-        for age, count in (
-            (1, 1),
-            (2, 2),
-            (30, 3),
-            (31, 4),
-            (251, 5),
-            (252, 6),
-            (IDLE, 7),
-            (ages.WANTED, 8),
-        ):
-            stored[age] = count
-        rows = ages.histogram(stored)
-        assert [bound for bound, _ in rows] == [10, 30, 60, 300, 600, 1800, 3600, 21600, None, "idle"]
-        assert [count for _, count in rows] == [9, 2, 0, 3, 4, 0, 0, 5, 6, 7]
-
-
-class TestMemory:
-    @pytest.mark.parametrize(
-        ("some", "short"), [("0.00", False), ("9.99", False), ("10.00", True), ("87.20", True)]
-    )
-    def test_psi(self, tmp_path: Path, some: str, short: bool) -> None:
-        psi = tmp_path / "memory"
-        psi.write_text(
-            f"some avg10={some} avg60=50.00 avg300=50.00 total=1\n"
-            "full avg10=50.00 avg60=0.00 avg300=0.00 total=1\n"
-        )
-        assert tierpolicy.memory_is_short(str(psi)) is short
-
-    @pytest.mark.parametrize(("available", "short"), [(100, False), (99, True)])
-    @pytest.mark.parametrize("psi", [None, "", "some total=1\n"])
-    def test_without_psi(self, tmp_path: Path, psi: str | None, available: int, short: bool) -> None:
-        if psi is not None:
-            (tmp_path / "memory").write_text(psi)
-        (tmp_path / "meminfo").write_text(f"MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: {available} kB\n")
-        assert tierpolicy.memory_is_short(str(tmp_path / "memory"), str(tmp_path / "meminfo")) is short
-
-    def test_unknown(self, tmp_path: Path) -> None:
-        assert not tierpolicy.memory_is_short(str(tmp_path / "none"), str(tmp_path / "none"))
-
-
-class TestModes:
-    def test_near_the_limit(self) -> None:
-        """From 80 % of mem_limit on, until it is below 70 %."""
-        policy = Policy(settings())
-        modes = []
-        for used in (799, 800, 750, 700, 699, 750, 799, 800):
-            policy.look(0, View(used, 1000, 0, False))
-            modes.append(policy.mode)
-        assert modes == ["calm", "wanted", "wanted", "wanted", "calm", "calm", "calm", "wanted"]
-
-    def test_no_limit(self) -> None:
-        policy = Policy(settings())
-        policy.look(0, View(1 << 30, 0, 0, False))
-        assert policy.mode == "calm"
-
-    def test_short_of_memory(self) -> None:
-        policy = Policy(settings())
-        assert policy.look(100, View(0, 0, 0, True))
-        assert policy.mode == "wanted"
-        policy.look(100 + tierpolicy.HOLD - 1, View(0, 0, 0, False))
-        assert policy.mode == "wanted"
-        assert policy.look(100 + tierpolicy.HOLD, View(0, 0, 0, False))
-        assert policy.mode == "calm"
-
-    def test_refused_writes(self) -> None:
-        """Only those that come while it looks: what was refused before it began is long over."""
-        policy = Policy(settings())
-        policy.look(0, View(0, 1000, 5, False))
-        assert policy.mode == "calm"
-        policy.look(1, View(1000, 1000, 6, False))
-        assert policy.mode == "full"
-        policy.look(1 + tierpolicy.HOLD, View(1000, 1000, 6, False))
-        assert policy.mode == "wanted"
-
-    def test_what_is_cold(self) -> None:
-        policy = Policy(settings(cold_age="1h"))
-        assert (policy.cold_age, policy.share) == (3600, 0.05)
-        policy.look(0, View(800, 1000, 0, False))
-        assert (policy.cold_age, policy.share) == (30, 0.25)
-        policy.look(1, View(800, 1000, 1, False))
-        assert (policy.cold_age, policy.share, policy.age) == (0, 0.25, 1)
-        young = Policy(settings(cold_age="10"))
-        young.look(0, View(800, 1000, 0, False))
-        assert young.cold_age == 10
 
 
 class TestSweeps:
@@ -490,12 +376,6 @@ class TestBackOff:
         assert set(pauses[5:]) == {60}
         assert "gained less than 1%" in served.numbers()["reason"]
 
-    @pytest.mark.parametrize(("gained", "backs_off"), [(0, True), (999, True), (1000, False)])
-    def test_what_is_worth_it(self, gained: int, backs_off: bool) -> None:
-        policy = Policy(settings())
-        policy.pass_ended(0, 100_000, gained)
-        assert policy.backs_off is backs_off
-
     @pytest.mark.parametrize("how", ["setting", "by hand", "mode"])
     def test_ends(self, how: str) -> None:
         device = FakeDevice(*blocks(40, shrinks=False))
@@ -558,14 +438,6 @@ class TestNoRoom:
         run(device, served, 25)
         assert device.cold() == 0
         assert (device.compactions - 1) * tierpolicy.REFUSALS == len(device.order) > 0
-
-    def test_one_that_finds_room(self) -> None:
-        policy = Policy(settings())
-        for _ in range(tierpolicy.REFUSALS - 1):
-            policy.stepped(0, 0, errno.ENOSPC)
-        policy.stepped(0, 1, 0)
-        policy.stepped(0, 0, errno.ENOSPC)
-        assert not policy.is_paused(0)
 
     def test_a_pass_by_hand_tries_and_gives_up(self) -> None:
         device = FakeDevice(*blocks(100))
@@ -657,11 +529,11 @@ class TestByHand:
         run(device, served, 5)
         assert (device.level, device.order) == (0, [])
 
-    @pytest.mark.parametrize(("seconds", "age"), [(None, 0), (0, 0), (300, 31), (1e9, 252)])
+    @pytest.mark.parametrize(("seconds", "age"), [(None, 0), (0, 0), (300, 31), (1e9, ages.OLDEST)])
     def test_idle(self, seconds: float | None, age: int) -> None:
         device = FakeDevice(*(Block() for _ in range(254)))
         for number, block in enumerate(device.blocks):
-            block.age = min(number, 252)
+            block.age = min(number, ages.OLDEST)
         make(device).mark_idle(seconds)
         assert sum(block.age == IDLE for block in device.blocks) == 254 - age
 
@@ -718,13 +590,6 @@ class TestPromotion:
         device.short = True
         run(device, make(device), 12)
         assert device.cold() == 1
-
-    def test_not_where_it_gains_nothing(self) -> None:
-        """What zstd compresses when it is written is as slow to read."""
-        made = settings()
-        object.__setattr__(made, "comp_algorithm", "zstd(level=3)")
-        assert not Policy(made).promotes
-        assert Policy(settings()).promotes
 
     def test_no_room(self) -> None:
         device = FakeDevice(*blocks(5))

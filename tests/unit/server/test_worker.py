@@ -1,10 +1,14 @@
 """One thread for what can wait: whose turn it is, and what happens when one fails."""
 
+import subprocess
+import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from support.run import wait_until
 
+from zramd.core.system.process import idle_io
 from zramd.server.worker import Worker
 
 
@@ -130,3 +134,63 @@ def test_life() -> None:
     assert not part.ended
     worker.stop()
     assert part.ended
+
+
+def test_what_waits_for_a_disk_has_a_thread_of_its_own() -> None:
+    """It is told apart by its name; where a sandbox forbids what it is to do first, it does without."""
+    tried: list[str] = []
+
+    def refused() -> None:
+        tried.append(Path(f"/proc/self/task/{threading.get_native_id()}/comm").read_text())
+        raise PermissionError("forbidden")
+
+    part = FakePart("one", [])
+    worker = Worker(part, name="zramd-out", prepare=refused)
+    worker.start()
+    wait_until(lambda: part.log)
+    worker.stop()
+    assert tried == ["zramd-out\n"]
+
+
+def test_a_stop_need_not_wait_for_a_disk(capfd: pytest.CaptureFixture[str]) -> None:
+    part = FakePart("one", [])
+    answers = threading.Event()
+    part.during_turn = lambda: assert_true(answers.wait(10))
+    worker = Worker(part)
+    worker.start()
+    wait_until(lambda: part.log)
+    worker.stop(patience=0.01)
+    assert capfd.readouterr().err == "zramd: background test is still under way: not waited for\n"
+    assert not part.ended
+    answers.set()
+    worker.stop()
+    assert part.ended
+    assert part.log == ["one"]
+    assert capfd.readouterr().err == ""
+
+
+def test_idle_io() -> None:
+    """The calling thread's alone."""
+
+    def ionice(*options: str) -> str:
+        command = ["ionice", *options, "-p", str(threading.get_native_id())]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    found: list[str] = []
+
+    def work() -> None:
+        ionice("-c", "best-effort", "-n", "4")
+        found.append(ionice())
+        idle_io()
+        found.append(ionice())
+
+    before = ionice()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == ["best-effort: prio 4", "idle"]
+    assert ionice() == before
+
+
+def assert_true(value: bool) -> None:
+    assert value

@@ -354,7 +354,9 @@ cdef class Recovery:
             if self.backing is None and self.had_backing:
                 self.lacks_backing = True
                 return NULL
-            if self.backing is not None and self.backing.has_place(slot):
+            if self.backing is None:
+                return "its slot is of no kind that this zramd knows"
+            if self.backing.has_place(slot):
                 return NULL
             return "its slot leads beyond the backing"
         if handle == 0 and is_word:

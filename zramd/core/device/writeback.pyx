@@ -155,8 +155,9 @@ cdef class Writeback:
 
         From block `first` on, not beyond `end`, and of 65,536 at most: those with an object that are `age` old or older
         (raw: that are raw; idle: that are marked; unread: that nobody has read since they were written; tried: that
-        recompression did not shrink). next: where to go on. taken: how many are in the buffer now that were not. full: the
-        next one has no room there. Raises what marks a state as one with blocks that are out.
+        recompression did not shrink). Of those that are marked nobody knows the age: they are of none but 0. next: where to
+        go on. taken: how many are in the buffer now that were not. full: the next one has no room there. Raises what marks a
+        state as one with blocks that are out.
         """
         cdef uint64_t taken = 0
         cdef bint full
@@ -504,6 +505,8 @@ cdef bint is_leaving(Blocks table, uint64_t block, uint64_t slot, const wanted *
     cdef uint8_t age = load_relaxed_8(&table.ages[block])
     if age < which.age or AGE_OLDEST < age != AGE_IDLE or (which.idle and age != AGE_IDLE) or not has_object(slot):
         return False
+    if age == AGE_IDLE and which.age and not which.idle:
+        return False    # a mark alone is no age: scripts mark all, to see later what is marked still
     if which.unread and is_read(table.reads, block):
         return False
     if which.tried and (not slot & SLOT_TRIED or slot & SLOT_COLD):

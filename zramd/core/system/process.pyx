@@ -44,6 +44,12 @@ cdef extern from *:
             bytes[i] = 0;
     }
 
+    /* ioprio.h is no header of the C library's: the calling thread, class idle. */
+    static int yield_disks(void)
+    {
+        return (int)syscall(SYS_ioprio_set, 1 /* IOPRIO_WHO_PROCESS */, 0, 3 << 13 /* IOPRIO_CLASS_IDLE */);
+    }
+
     /* The kernel has a record for a thread that waits for a lock which hands on priority, and makes it the first time. */
     static void use_lock(void)
     {
@@ -155,6 +161,7 @@ cdef extern from *:
     int Py_IsInitialized() nogil
     int on_exit(void (*work)(int status, void *nothing) noexcept nogil, void *nothing) nogil
     int prctl(int option, ...) nogil
+    int yield_disks() nogil
     int mlockall(int flags) nogil
     int munlockall() nogil
     int mlock(const void *start, size_t size) nogil
@@ -190,6 +197,12 @@ def set_io_flusher():
 def is_io_flusher():
     """Whether the calling thread is marked so."""
     return prctl(PR_GET_IO_FLUSHER, <unsigned long>0, <unsigned long>0, <unsigned long>0, <unsigned long>0) == 1
+
+
+def idle_io():
+    """Have the calling thread's I/O wait for everybody else's, where a disk's scheduler knows classes. Raises OSError."""
+    if yield_disks():
+        fail()
 
 
 cdef bint memory_is_locked() noexcept nogil:
