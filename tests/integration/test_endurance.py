@@ -254,11 +254,11 @@ class TestFullPoolOfASwap:
     @pytest.mark.parametrize(
         "limit", [MIB, MIB + BLOCK, MIB + 7 * BLOCK, 3 * MIB, 4 * MIB], ids=lambda limit: f"{limit >> 10}K"
     )
-    def test_no_page(
-        self, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
-    ) -> None:
-        """No thread takes one, while the last pages are taken and from the first refusal on, but the one that does it
-        for the reserve. The limit need not be a number of whole zspages of raw blocks."""
+    def test_no_page(self, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+        """No thread takes one, for the last pages and from the first refusal on, but that of the reserve.
+
+        The limit need not be a number of whole zspages of raw blocks.
+        """
         served, client = self.full(serve, tmp_path, monkeypatch, limit)
         maps = Path(f"/proc/{served.process.pid}/maps")
         mapped, before = maps.read_text(), faults_of_threads(served)

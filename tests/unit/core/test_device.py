@@ -476,7 +476,7 @@ def fill_and_compact(device: Device, rnd: random.Random) -> None:
 @pytest.mark.parametrize("sizes", [(4096, 4096), (1, 4096), (2500, 3800)], ids=["raw", "all", "large"])
 @pytest.mark.parametrize("cold_level", [0, 3])
 def test_last_pages_below_the_limit_are_ready(pages: int, sizes: tuple[int, int], cold_level: int) -> None:
-    """With a reserve no write takes a page that is not resident, however many the limit leaves; all it leaves are had."""
+    """With a reserve no write takes a page that is not resident, and all that the limit leaves are had."""
     device = Device(4096 * BLOCK, mem_limit=pages * UNIT * BLOCK, cold_level=cold_level)
     device.reserve_start(16 << 20)
     rnd = random.Random(pages)
