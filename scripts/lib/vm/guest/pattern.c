@@ -20,13 +20,13 @@ struct memory {
     unsigned char *live; /* of each page: whether it holds something */
     uint64_t pages, seed, random;
     unsigned long pace; /* pages a second, 0: as many as it can */
+    double due; /* when the next page may be touched */
 };
 
 struct tally {
     uint64_t written, verified, freed, bad;
     uint64_t first_bad, first_byte; /* number of the page, place in it */
     double slowest, busy; /* seconds that the slowest page took, and all together */
-    double started;
 };
 
 static void took(struct tally *tally, double started)
@@ -37,14 +37,15 @@ static void took(struct tally *tally, double started)
         tally->slowest = seconds;
 }
 
-/* Wait until the pages that were touched so far are not more than the pace allows. */
-static void keep_pace(const struct memory *memory, const struct tally *tally)
+/* Wait until another page may be touched. What was late is not made up for: that would be faster than the pace. */
+static void keep_pace(struct memory *memory)
 {
+    double time = now();
     if (!memory->pace)
         return;
-    double ahead = (double)(tally->written + tally->verified) / memory->pace - (now() - tally->started);
-    if (ahead > 0.01)
-        usleep(ahead * 1e6);
+    memory->due = (memory->due > time - 0.05 ? memory->due : time - 0.05) + 1.0 / memory->pace;
+    if (memory->due > time + 0.01)
+        usleep((memory->due - time) * 1e6);
 }
 
 static void write_page(struct memory *memory, uint64_t page, struct tally *tally)
@@ -55,7 +56,7 @@ static void write_page(struct memory *memory, uint64_t page, struct tally *tally
     page_content((uint64_t *)(memory->start + page * PAGE), memory->seed, page, memory->versions[page]);
     took(tally, started);
     tally->written++;
-    keep_pace(memory, tally);
+    keep_pace(memory);
 }
 
 static void verify_page(struct memory *memory, uint64_t page, struct tally *tally)
@@ -67,7 +68,7 @@ static void verify_page(struct memory *memory, uint64_t page, struct tally *tall
     double started = now();
     int same = !memcmp(wanted, found, PAGE);
     took(tally, started);
-    keep_pace(memory, tally);
+    keep_pace(memory);
     if (same)
         return;
     if (!tally->bad++) {
@@ -153,8 +154,8 @@ static int do_phase(struct memory *memory, const char *line)
     struct tally tally = {0};
     char phase[16] = "", unit[16] = "";
     unsigned long count = 0;
+    double started = now();
 
-    tally.started = now();
     if (sscanf(line, "churn %15s %lu", unit, &count) == 2)
         churn(memory, &tally, *unit == 'p' ? count : UINT64_MAX, *unit == 's' ? count : 1e9);
     else if (sscanf(line, "free %lu", &count) == 1)
@@ -170,7 +171,7 @@ static int do_phase(struct memory *memory, const char *line)
     else
         return 0;
     sscanf(line, "%15s", phase);
-    answer(phase, memory, &tally, now() - tally.started);
+    answer(phase, memory, &tally, now() - started);
     return 1;
 }
 
