@@ -320,12 +320,12 @@ class Local(Zramd):
     def attach(self, guest: Guest) -> None:
         self._guest = guest
         pairs = " ".join(shlex.quote(f"{key}={value}") for key, value in self.settings.items())
-        log = "/run/zramd.log"
+        log, status = "/run/zramd.log", "/run/zramd.status"
         serve = f"/usr/bin/python3 -m zramd serve --name {NAME} --size {self.size} {pairs}"
-        guest.run(f"setsid {serve} >{log} 2>&1 &")
+        guest.run(f"{{ setsid {serve} >{log} 2>&1; echo $? >{status}; }} &")
         end = time.monotonic() + READY_TIMEOUT * guest.machine.patience
         while guest.try_run(f"/bin/guest_tool control {RUNDIR}/control.sock GET /health")[0]:
-            if time.monotonic() > end or not guest.try_run(f"grep -qE '^zramd: |error:' {log}")[0]:
+            if time.monotonic() > end or not guest.try_run(f"[ -e {status} ]")[0]:
                 raise VmError(f"zramd does not serve in the guest: {self.log()}")
             time.sleep(0.2)
         guest.run(f"insmod {guest.machine.images.later_modules[-1]}")
