@@ -140,11 +140,11 @@ def served(machine: Machine, tmp_path: Path) -> Iterator[Served]:
 
 
 def test_a_disk_that_refuses_writes(served: Served) -> None:
-    """Blocks stay in memory, and are read from there; once it takes them they go out."""
+    """Blocks stay in memory, and are read from there; it is left alone for a while, and health tells of it."""
     served.disk.fail_writes()
     served.write()
     found = served.wait_until(lambda now: now["bd_write_errors"] >= 8)
-    assert (found["out_pages"], found["mode"]) == (0, "off")
+    assert (found["out_pages"], found["mode"]) == (0, "paused")
     assert found["reason"]
     assert len(served.read()["right"]) == BLOCKS
     assert "degraded" in served.server.request("GET", "/health")
