@@ -63,6 +63,7 @@ vm_packages=(
     qemu-system-x86 # runs the virtual machine
     busybox-static  # the guest's shell
     nbd-client      # attaches the kernel's NBD device
+    dmsetup         # makes disks of the guest fail, or slow
     e2fsprogs       # makes the guests' root images
     mmdebstrap      # makes a Debian out of packages
     libvirt-clients # virsh, and the check of descriptions

@@ -231,16 +231,14 @@ class TestFullPoolOfASwap:
     """With swap=local a write is refused with what is there: the kernel sends it because memory is short."""
 
     def full(
-        self, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int = MIB
     ) -> tuple[NbdkitProcess, NbdSocket]:
         """A server whose next writes are refused, none was yet; and a client that it has met."""
         plugin = tmp_path / "plugin.py"
         plugin.write_text(WITHOUT_RIGHTS)
         monkeypatch.setattr(support.server, "PLUGIN", plugin)
         monkeypatch.setenv("PYTHONMALLOC", "malloc")
-        # Of a smaller limit recompression has less than a zspage of raw blocks, and what is left of one
-        # is not resident.
-        served = serve(swap="local", reserve="4M", mem_limit="4M")
+        served = serve(swap="local", reserve="4M", mem_limit=str(limit))
         client = NbdSocket(served)
         client.read(0, BLOCK)
         assert self.writes(client, range(100)) == 0
@@ -253,14 +251,20 @@ class TestFullPoolOfASwap:
         noise = os.urandom(BLOCK)
         return sum(client.ask(client.WRITE, block % 8192 * BLOCK, BLOCK, noise) == 28 for block in blocks)
 
-    def test_no_page(self, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """No thread takes one, from the first refusal on, but the one that does it for the reserve."""
-        served, client = self.full(serve, tmp_path, monkeypatch)
+    @pytest.mark.parametrize(
+        "limit", [MIB, MIB + BLOCK, MIB + 7 * BLOCK, 3 * MIB, 4 * MIB], ids=lambda limit: f"{limit >> 10}K"
+    )
+    def test_no_page(self, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+        """No thread takes one, for the last pages and from the first refusal on, but that of the reserve.
+
+        The limit need not be a number of whole zspages of raw blocks.
+        """
+        served, client = self.full(serve, tmp_path, monkeypatch, limit)
         maps = Path(f"/proc/{served.process.pid}/maps")
         mapped, before = maps.read_text(), faults_of_threads(served)
         refused = self.writes(client, range(100, 12_000))
         after = faults_of_threads(served)
-        assert refused > 10_000
+        assert refused > 12_000 - limit // BLOCK - 100
         (refills,) = (thread for thread in before if thread.endswith(" zramd-refill"))
         after[refills] = before[refills]
         assert after == before
@@ -278,7 +282,7 @@ class TestFullPoolOfASwap:
             wait_until(
                 lambda: all("TracerPid:\t0" not in (t / "status").read_text() for t in tasks.iterdir())
             )
-            assert self.writes(client, range(100, 2000)) > 600
+            assert self.writes(client, range(100, 1000)) > 600
             strace.terminate()
         (refills,) = (task.name for task in tasks.iterdir() if "refill" in (task / "comm").read_text())
         lines = calls.read_text().splitlines()

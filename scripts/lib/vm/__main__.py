@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import zramd
-from vm import arm64_image, churn, dead, image, kernel, kills, pressure, report, rest, scenario
+from vm import arm64_image, churn, dead, image, kernel, kills, pressure, report, rest, scenario, writeback
 from vm.errors import VmError
 from vm.guest import Machine, choose_accel
 from vm.plan import DISCARDS, KERNEL_ZRAM, LIBVIRT, MODES, ORDERS, Plan, default_memory
@@ -54,6 +54,12 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--idle", type=float, default=0)
     parser.add_argument("--parameters", default="")
     parser.add_argument("--rest", type=float, default=0)
+    parser.add_argument("--backing", type=parse_size, default=0)
+    parser.add_argument("--iops", type=int, default=0)
+    parser.add_argument("--writeback", action="store_true")
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--timer", type=float, default=Plan.timer)
+    parser.add_argument("--pace", type=int, default=0)
     parser.add_argument("--pages", type=Path)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--draw", type=Path)
@@ -96,6 +102,11 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
         pages=str(asked.pages.absolute()) if asked.pages else "",
         settings=tuple(asked.set),
         size=asked.size,
+        backing=asked.backing,
+        iops=asked.iops,
+        writeback=asked.writeback,
+        timer=asked.timer,
+        pace=asked.pace,
     )
 
 
@@ -112,6 +123,8 @@ def run(this: Plan, machine: Machine, live: report.Live) -> report.Result:
                 pressure.pause(this, boot, result)
             elif this.limit:
                 pressure.full_pool(this, boot, result)
+            elif this.writeback:
+                writeback.write_back(this, boot, result)
             elif this.rest:
                 rest.rest(this, boot, result)
             elif this.kill:
@@ -153,7 +166,7 @@ def refuse(asked: argparse.Namespace) -> None:
     if asked.idle and any((asked.rest, asked.pause, asked.kill, asked.minutes, asked.limit, asked.churn)):
         raise VmError("--idle is of the run that writes, frees and compacts: leave the others out")
     others = (asked.minutes, asked.limit, asked.stall, asked.mem_limit, asked.nbd_options, asked.idle)
-    if asked.attach == KERNEL_ZRAM and any(others):
+    if asked.attach == KERNEL_ZRAM and any(others) and not asked.writeback:
         raise VmError("with --attach zram there is only the comparison: memory written, freed and compacted")
     if (asked.breaks or asked.refresh) and not asked.churn:
         raise VmError("--breaks and --refresh are of --churn: give --churn MINUTES, too")
@@ -163,6 +176,7 @@ def refuse(asked: argparse.Namespace) -> None:
         )
     if asked.refresh and asked.attach in (KERNEL_ZRAM, "all"):
         raise VmError("--refresh is zramd's: use it with --attach qemu, guest or local")
+    refuse_backing(asked)
     for setting in (*asked.set, *asked.sysctl):
         if "=" not in setting:
             raise VmError(f"'{setting}' is not NAME=VALUE")
@@ -174,6 +188,26 @@ def refuse(asked: argparse.Namespace) -> None:
         raise VmError(
             "--areas divides a disk, and the kernel's zram takes no partitions: use another --attach"
         )
+
+
+def refuse_backing(asked: argparse.Namespace) -> None:
+    """Raise VmError if what is asked for of a disk for what leaves memory does not go together."""
+    if asked.iops and (not asked.backing or asked.attach not in ("local", KERNEL_ZRAM)):
+        raise VmError("--iops is of the guest's own disk: use it with --backing, and --attach local or zram")
+    if asked.attach == KERNEL_ZRAM and asked.backing and not asked.writeback:
+        raise VmError("the kernel's zram writes nothing out by itself: give --writeback, too")
+    if asked.writeback and not asked.backing:
+        raise VmError("--writeback wants a disk: give --backing SIZE, too")
+    if asked.writeback and any(
+        (asked.rest, asked.pause, asked.kill, asked.minutes, asked.limit, asked.churn)
+    ):
+        raise VmError("--writeback is a run of its own: leave the others out")
+    if asked.compare and (not asked.writeback or asked.attach != "local"):
+        raise VmError(
+            "--compare is of --writeback with --attach local: the kernel's zram is in the guest, too"
+        )
+    if asked.timer <= 0:
+        raise VmError(f"--timer {asked.timer:g} is not a number of seconds above 0")
 
 
 def main() -> int:
@@ -199,11 +233,14 @@ def main() -> int:
         accel = choose_accel(machine, Path(name))
     machine = Machine(cloud, images, machine.memory, machine.cpus, accel)
     results = []
-    for mode in MODES if asked.attach == "all" else [asked.attach]:
+    modes = [KERNEL_ZRAM, "local"] if asked.compare else MODES if asked.attach == "all" else [asked.attach]
+    for mode in modes:
         result = run(plan(asked, mode), machine, live)
         result.settings = {"kernel": cloud.release, "accel": accel, "command": _asked()}
         print(report.text(result), flush=True)
         results.append(result)
+    if asked.compare and all(result.writeback for result in results):
+        print(report.comparison(writeback.comparison(*results)))
     if asked.json:
         asked.json.write_text(as_json([result.as_dict() for result in results]))
     if asked.markdown:

@@ -35,7 +35,7 @@ class Attachment(ABC):
 
     name: str
     device: str  # in the guest
-    next_disk = "/dev/vdb"  # of the guest, where the device is not one of qemu's
+    next_disk = "/dev/vdb"  # of the guest, where neither the device nor its backing is one of qemu's
 
     def __init__(self, size: int) -> None:
         """`size` is the device's, in bytes."""
@@ -320,12 +320,12 @@ class Local(Zramd):
     def attach(self, guest: Guest) -> None:
         self._guest = guest
         pairs = " ".join(shlex.quote(f"{key}={value}") for key, value in self.settings.items())
-        log = "/run/zramd.log"
+        log, status = "/run/zramd.log", "/run/zramd.status"
         serve = f"/usr/bin/python3 -m zramd serve --name {NAME} --size {self.size} {pairs}"
-        guest.run(f"setsid {serve} >{log} 2>&1 &")
+        guest.run(f"{{ setsid {serve} >{log} 2>&1; echo $? >{status}; }} &")
         end = time.monotonic() + READY_TIMEOUT * guest.machine.patience
         while guest.try_run(f"/bin/guest_tool control {RUNDIR}/control.sock GET /health")[0]:
-            if time.monotonic() > end or not guest.try_run(f"grep -qE '^zramd: |error:' {log}")[0]:
+            if time.monotonic() > end or not guest.try_run(f"[ -e {status} ]")[0]:
                 raise VmError(f"zramd does not serve in the guest: {self.log()}")
             time.sleep(0.2)
         guest.run(f"insmod {guest.machine.images.later_modules[-1]}")
@@ -360,9 +360,10 @@ class KernelZram(Attachment):
     name = "zram"
     device = "/dev/zram0"
 
-    def __init__(self, size: int, algorithm: str = "lz4") -> None:
+    def __init__(self, size: int, settings: dict[str, str] | None = None) -> None:
+        """`settings` are those of zramd's that this has, too: comp_algorithm, mem_limit, backing."""
         super().__init__(size)
-        self._algorithm = algorithm
+        self._settings = settings or {}
         self._guest: Guest | None = None
         self._table = 0  # its bytes, once the device has its size
 
@@ -370,8 +371,12 @@ class KernelZram(Attachment):
         self._guest = guest
         for path in guest.machine.images.zram_modules:
             guest.run(f"insmod {path}")
-        self._write("comp_algorithm", self._algorithm)
+        self._write("comp_algorithm", self._settings.get("comp_algorithm", "lz4"))
+        if "backing" in self._settings:
+            self._write("backing_dev", self._settings["backing"])
         self._write("disksize", str(self.size))
+        if "mem_limit" in self._settings:
+            self._write("mem_limit", self._settings["mem_limit"])
 
     def detach(self, guest: Guest) -> None:
         self._write("reset", "1")
@@ -384,15 +389,27 @@ class KernelZram(Attachment):
             return None
         if not self._table:
             self._table = self._table_bytes()
-        return self._numbers(beat["mm_stat"], beat["io_stat"])
+        return self._numbers(beat["mm_stat"], beat["io_stat"], beat.get("bd_stat", []))
 
     def stats(self) -> dict[str, Any]:
         self._table = self._table_bytes()
-        return self._numbers(self._read("mm_stat"), self._read("io_stat"))
+        backing = self._read("bd_stat") if "backing" in self._settings else []
+        return self._numbers(self._read("mm_stat"), self._read("io_stat"), backing)
 
-    def _numbers(self, memory: list[int], requests: list[int]) -> dict[str, Any]:
+    def write_back_by_timer(self, seconds: float) -> None:
+        """Write back as users do, by a script with pauses of so many seconds: what was idle since."""
+        zram = "/sys/block/zram0"
+        work = f"echo idle >{zram}/writeback; echo all >{zram}/idle"
+        words = "read began rest </proc/uptime; {work}; read ended rest </proc/uptime; echo $began $ended"
+        self._run(f"while sleep {seconds:g}; do {words.format(work=work)}; done >/run/timer.log 2>&1 &")
+
+    def rounds(self) -> list[str]:
+        """Return what that script has said: when each of its rounds began and ended."""
+        return self._run("cat /run/timer.log").splitlines()
+
+    def _numbers(self, memory: list[int], requests: list[int], backing: list[int]) -> dict[str, Any]:
         stored, used, total = memory[:3]
-        return {
+        numbers = {
             "pages_stored": stored // 4096,
             "same_pages": memory[5],
             "orig_data_size": stored,
@@ -402,7 +419,13 @@ class KernelZram(Attachment):
             "total_bytes": total + self._table + HANDLE_BYTES * stored // 4096,
             "pages_compacted": memory[6],
             "notify_free": requests[3],
+            "failed_writes": requests[1],
         }
+        if backing:
+            out, reads, writes = backing  # blocks
+            section = {"out_pages": out, "bd_reads": reads * 4096, "bd_writes": writes * 4096}
+            numbers["writeback"] = {**section, "written_out": writes}
+        return numbers
 
     def compact(self) -> int:
         before = self.stats()["pages_compacted"]

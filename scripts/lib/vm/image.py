@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vm.errors import VmError
@@ -25,7 +25,8 @@ GUEST = Path(__file__).parent / "guest"
 BOOT_MODULES = ["virtio_pci", "virtio_blk"]
 LATER_MODULES = ["virtio_net", "nbd"]  # loaded by the modes that need them
 ZRAM_MODULES = ["lz4", "zstd", "zram"]  # the kernel's own, to compare with
-PROGRAMS = ["mkswap", "swapon", "swapoff", "addpart", "blkid", "nbd-client", "nbdkit", "strace"]
+DM_MODULES = ["dm_mod", "dm_flakey", "dm_delay"]  # disks that fail, or are slow
+PROGRAMS = ["mkswap", "swapon", "swapoff", "addpart", "blkid", "dmsetup", "nbd-client", "nbdkit", "strace"]
 PLUGINS = ["python", "file"]  # of nbdkit; a file on a tmpfs is what survives a server
 # Of Python's library: what no server needs. Folders that begin with config- hold what links against Python.
 LEFT_OUT = ("test", "idlelib", "lib2to3", "ensurepip", "pydoc_data", "distutils", "unittest")
@@ -41,6 +42,7 @@ class Images:
     root: Path
     later_modules: list[str]  # paths in the guest, in the order in which to load them
     zram_modules: list[str]
+    dm_modules: list[str] = field(default_factory=list)
 
 
 def prepare(folder: Path, kernel: Kernel, package: Path) -> Images:
@@ -52,14 +54,15 @@ def prepare(folder: Path, kernel: Kernel, package: Path) -> Images:
     boot = kernel.module_files(BOOT_MODULES)
     later = [path for path in kernel.module_files(LATER_MODULES) if path not in boot]
     files = dict(_root_files(package))
-    zram = kernel.module_files(ZRAM_MODULES)
-    files |= {f"lib/modules/{path.name}": path for path in (*later, *zram)}
+    zram, mapper = kernel.module_files(ZRAM_MODULES), kernel.module_files(DM_MODULES)
+    files |= {f"lib/modules/{path.name}": path for path in (*later, *zram, *mapper)}
     made_of = digest([*files.items(), *((path.name, path) for path in (*boot, *sorted(GUEST.iterdir())))])
     images = Images(
         folder / f"initramfs-{made_of}.img",
         folder / f"root-{made_of}.img",
         [f"/lib/modules/{path.name}" for path in later],
         [f"/lib/modules/{path.name}" for path in zram],
+        [f"/lib/modules/{path.name}" for path in mapper],
     )
     with locked(folder):
         if not images.root.exists():

@@ -19,6 +19,10 @@ CHURN_MEMORY = 256 * MIB
 CHURN_POOL = 160 * MIB
 CHURN_DEVICE = 1024 * MIB
 
+# With a disk for what leaves memory: of the guest's memory so much is swapped, and the pool may take so much.
+TIMES = 4
+POOL = 1 / 2
+
 DISCARDS = {"both": "--discard", "pages": "--discard=pages", "once": "--discard=once", "none": ""}
 ORDERS = ("descending", "equal")
 
@@ -56,6 +60,11 @@ class Plan:
     pages: str = ""  # a file of memory pages, from which the workload takes the content of its own
     settings: tuple[str, ...] = ()  # further ones of the server, as NAME=VALUE
     size: int = 0  # of the device, instead of what suits the guest's memory
+    backing: int = 0  # of a disk for what leaves memory
+    iops: int = 0  # most requests a second to that disk
+    writeback: bool = False  # only look at what is written to it while much more is written than memory holds
+    timer: float = 60.0  # between two rounds of the script that tells the kernel's zram to write back
+    pace: int = 0  # pages a second of that workload, 0: what suits the pool
 
     @property
     def in_guest(self) -> bool:
@@ -63,11 +72,18 @@ class Plan:
         return _in_guest(self.mode)
 
     @property
+    def pool_limit(self) -> int:
+        """The server's mem_limit, 0 for none."""
+        return self.mem_limit or (int(POOL * self.memory) if self.writeback else 0)
+
+    @property
     def zramd_settings(self) -> dict[str, str]:
         """The settings of every server of this run."""
         settings = {"swap": "local", "reserve": "4M"} if self.mode == "local" else {}
-        if self.mem_limit:
-            settings["mem_limit"] = str(self.mem_limit)
+        if self.pool_limit:
+            settings["mem_limit"] = str(self.pool_limit)
+        if self.writeback:
+            settings |= {"writeback_age": f"{max(10, self.timer):g}", "writeback_limit": "off"}
         return settings | dict(setting.split("=", 1) for setting in self.settings)
 
     def workload(self, available: int) -> int:
@@ -87,6 +103,16 @@ class Plan:
         return max(resident + swapped, available // 2) // MIB
 
     @property
+    def pages_a_second(self) -> int:
+        """The pace of the workload with --writeback.
+
+        What a script writes out is as old as one or two of its rounds, and until then the pool must have
+        room for it: for what the workload touches, and for what makes room for the pool itself.
+        """
+        room = self.pool_limit / STORED * (1 - STORED)
+        return self.pace or int(0.6 * room / 4096 / (2 * self.timer))
+
+    @property
     def device_size(self) -> int:
         """The bytes of the swap device.
 
@@ -98,6 +124,10 @@ class Plan:
             return self.size
         if self.churn_seconds:
             return CHURN_DEVICE
+        if (
+            self.writeback
+        ):  # less than half of it is ever used, so that the kernel keeps places of clean pages
+            return 2 * TIMES * self.memory
         if self.in_guest and self.hog_seconds:
             return self.memory // 2
         return 3 * self.memory // 2

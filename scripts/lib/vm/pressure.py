@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from vm import writeback
 from vm.attach import Qemu
 from vm.plan import MIB, Plan
 from vm.report import Result
@@ -43,7 +44,11 @@ def hog(plan: Plan, boot: Boot, result: Result) -> None:
             "failed_writes": stats["failed_writes"],
         }
         _expect_survival(session, before.get("daemon_pid", 0))
-        if plan.mem_limit:
+        if plan.backing:
+            result.writeback = writeback.numbers(session, stats)
+            out = result.writeback["written_out"]
+            result.expect("blocks go out to the disk", out > 0, f"{out} blocks")
+        elif plan.mem_limit:
             result.expect(
                 "swap writes fail when the pool is full", stats["failed_writes"] > 0, stats["failed_writes"]
             )

@@ -87,6 +87,7 @@ class Result:
     rest: dict[str, Any] = field(default_factory=dict)  # what the device held while the guest rested: vm.rest
     idle: dict[str, Any] = field(default_factory=dict)  # what the server held after --idle
     requests: dict[str, Any] = field(default_factory=dict)  # what the server's requests cost in the guest
+    writeback: dict[str, Any] = field(default_factory=dict)  # what went out to a disk: vm.writeback
     expectations: list[Expectation] = field(default_factory=list)
     error: str = ""
 
@@ -183,6 +184,12 @@ def text(result: Result) -> str:
     return "\n".join(lines)
 
 
+def comparison(found: dict[str, str]) -> str:
+    """Return a comparison of two runs for people."""
+    lines = [f"  {name:<36} {value}" for name, value in found.items()]
+    return "\n".join(["zramd beside the kernel's own zram, on the same workload", *lines])
+
+
 def _facts(result: Result) -> list[tuple[str, str]]:
     facts = [
         (
@@ -208,14 +215,19 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("after nothing was asked for", result.idle),
         ("requests", result.requests),
         ("under pressure", result.hog),
+        ("written out", _without_series(result.writeback)),
         ("server in the guest", result.daemon),
         ("server stood still", result.stall),
         ("server ended", result.kills),
-        ("at rest", {key: value for key, value in result.rest.items() if key != "samples"}),
+        ("at rest", _without_series(result.rest)),
     ):
         if found:
             facts.append((name, ", ".join(f"{key} {value}" for key, value in found.items())))
     return facts
+
+
+def _without_series(found: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in found.items() if not isinstance(value, list)}
 
 
 def _compaction_table(result: Result) -> list[str]:
@@ -244,6 +256,8 @@ def write_markdown(path: Path, result: Result) -> None:
         mode += "-rest"
     if result.kills:
         mode += f"-{result.kills['by']}"
+    if result.writeback:
+        mode += "-backing"
     begin, end = f"<!-- {mode} -->\n", f"<!-- /{mode} -->\n"
     machine = f"{_processor()}, {os.cpu_count()} CPUs; guest kernel {result.settings['kernel']}"
     section = (

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vm import attach, buddy
+from vm import attach, backing, buddy
 from vm.guest import Beat, Guest, Machine
 from vm.plan import DISCARDS, KERNEL_ZRAM, LIBVIRT, MIB, Plan
 from vm.report import Live, Moment, Result
@@ -202,15 +202,25 @@ class Session:
 def booted(plan: Plan, boot: Boot, result: Result, **settings: str) -> Iterator[Session]:
     """Start the server, boot the guest, and end both with the `with`; `settings` are zramd's."""
     machine, folder, live = boot.machine, boot.folder, boot.live
-    attachment = make_attachment(plan, folder, plan.device_size, {**plan.zramd_settings, **settings})
-    try:
+    with ExitStack() as cleanup:
+        disk = None
+        if plan.backing:
+            disk = backing.Disk(machine.images.root.parent, plan.backing, plan.iops)
+            cleanup.callback(disk.remove)
+            settings.setdefault("backing", backing.IN_GUEST if plan.in_guest else str(disk.path))
+        attachment = make_attachment(plan, folder, plan.device_size, {**plan.zramd_settings, **settings})
+        cleanup.callback(attachment.stop)
+        disks = attachment.qemu_options()
+        if disk and plan.in_guest:
+            disks += disk.qemu_options()
+            attachment.next_disk = "/dev/vdc"
         machine = Machine(
             machine.kernel,
             machine.images,
             plan.memory,
             plan.cpus,
             machine.accel,
-            [*attachment.qemu_options(), *page_disk(plan.pages)],
+            [*disks, *page_disk(plan.pages)],
             plan.parameters,
         )
 
@@ -228,8 +238,6 @@ def booted(plan: Plan, boot: Boot, result: Result, **settings: str) -> Iterator[
             finally:
                 if guest.beats:
                     session.finish()
-    finally:
-        attachment.stop()
 
 
 def page_disk(pages: str) -> list[str]:
@@ -263,7 +271,7 @@ def make_attachment(plan: Plan, folder: Path, size: int, settings: dict[str, str
     if plan.mode == "guest":
         return attach.GuestNbd(size, settings, folder, plan.nbd_options)
     if plan.mode == KERNEL_ZRAM:
-        return attach.KernelZram(size, settings.get("comp_algorithm", "lz4"))
+        return attach.KernelZram(size, settings)
     return attach.Local(size, settings, plan.nbd_options)
 
 

@@ -470,3 +470,24 @@ def fill_and_compact(device: Device, rnd: random.Random) -> None:
         before = device.counters()
         assert device.compact(1 << 30) == device.pressure()[0] == 0
         assert device.counters()["objects_migrated"] == before["objects_migrated"]
+
+
+@pytest.mark.parametrize("pages", [1, 7, 64, 201, 250, 255, 256, 257])
+@pytest.mark.parametrize("sizes", [(4096, 4096), (1, 4096), (2500, 3800)], ids=["raw", "all", "large"])
+@pytest.mark.parametrize("cold_level", [0, 3])
+def test_last_pages_below_the_limit_are_ready(pages: int, sizes: tuple[int, int], cold_level: int) -> None:
+    """With a reserve no write takes a page that is not resident, and all that the limit leaves are had."""
+    device = Device(4096 * BLOCK, mem_limit=pages * UNIT * BLOCK, cold_level=cold_level)
+    device.reserve_start(16 << 20)
+    rnd = random.Random(pages)
+    for _ in range(3):
+        with pytest.raises(PoolFullError):
+            for block in range(4096):
+                device.write(rnd.randbytes(rnd.randint(*sizes)).ljust(BLOCK, b"\0"), block * BLOCK)
+        counters = device.counters()
+        assert counters["reserve_misses"] == 0
+        most = pages * UNIT - (min(pages * UNIT // 64, 16 * UNIT) if cold_level else 0)
+        assert counters["mem_used_total"] == most // UNIT * UNIT * BLOCK
+        for block in rnd.sample(range(4096), 2000):
+            device.trim(block * BLOCK, BLOCK)
+    device.check()

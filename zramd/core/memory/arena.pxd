@@ -55,6 +55,7 @@ cdef class Arena:
     cdef uint32_t whole(self, uint32_t mask) noexcept nogil
     cdef int take_room(self, uint32_t span, uint32_t mask, bint unused) noexcept nogil
     cdef void set_limit(self, uint64_t pages, bint shrinks) noexcept nogil
+    cdef bint _is_full(self) noexcept nogil
     cdef bint owes(self) noexcept nogil
     cdef bint _charge(self, uint64_t n) noexcept nogil
     cdef bint _may_pass(self, uint64_t pages) noexcept nogil

@@ -89,7 +89,8 @@ cdef class Arena:
         pthread_mutex_destroy(&self.lock)
 
     cdef int64_t take(self, uint32_t npages, bint modest) noexcept nogil:
-        """A free span for a zspage of npages, from the stock first; -ENOMEM when none is left.
+        """A free span for a zspage of npages, from the stock first; -ENOMEM when none is left, -ENOSPC
+        of a reserve when mem_limit leaves no page.
 
         Its resident pages are those below npages at most: what a longer zspage left there is given back.
         modest: of a reserve only from its upper half, and no page that is not resident; else -ENOBUFS, or -ENOSPC where
@@ -101,12 +102,14 @@ cdef class Arena:
         pthread_mutex_lock(&self.lock)
         if load_relaxed(&self.reserve):
             span = self._ready_take(npages, modest)
+            if span < 0 and not modest and self._is_full():
+                span = -ENOSPC
         else:
             modest = False
         if span < 0 and modest:
             limit = load_relaxed(&self.mem_limit)
             span = -ENOSPC if limit and load_relaxed(&self.pages) + npages > limit else -ENOBUFS
-        elif span < 0:
+        elif span == -ENOMEM:
             if self.warm != NIL:
                 span = self.warm
                 self.warm = self.links[span]
@@ -234,6 +237,11 @@ cdef class Arena:
     cdef bint _may_pass(self, uint64_t pages) noexcept nogil:
         """Whether the caller may have so many pages, which are above what requests may have."""
         return load_relaxed(&self.shrinker) == this_thread() and pages <= load_relaxed(&self.mem_limit)
+
+    cdef bint _is_full(self) noexcept nogil:
+        """Whether the limit leaves the caller not one page of the kernel's."""
+        cdef uint64_t limit = load_relaxed(&self.limit), pages = load_relaxed(&self.pages) + self.unit
+        return limit and pages > limit and not self._may_pass(pages)
 
     cdef bint owes(self) noexcept nogil:
         """Whether more pages are resident than requests may have: what is freed is not kept for the next of them."""
@@ -467,6 +475,7 @@ cdef class Arena:
         """A ready span of npages or, failing that, a longer one, then a shorter one, whose other pages are not
         resident; its pages count as used. -ENOMEM: none.
 
+        So are the last pages below the limit had, which are seldom just as many as a zspage has: a shorter one fits.
         modest: not a shorter one, and none that leaves less than half of the reserve. The lock is held.
         """
         cdef uint32_t i, n
@@ -477,9 +486,7 @@ cdef class Arena:
             n = npages + i - 1 if npages + i <= SPAN_LENGTHS else SPAN_LENGTHS - i
             if modest and (n < npages or load_relaxed(&self.ready_pages) < load_relaxed(&self.reserve) // 2 + n):
                 break
-            if self.ready[n] != NIL:
-                if not self._charge(n):
-                    break
+            if self.ready[n] != NIL and self._charge(n):
                 return self._ready_pop(n)
         return -ENOMEM
 

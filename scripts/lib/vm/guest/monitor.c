@@ -144,6 +144,7 @@ int monitor_main(int argc, char **argv)
         used = add_stats(used, argv[0]);
         used = add_zram(used, "mm_stat");
         used = add_zram(used, "io_stat");
+        used = add_zram(used, "bd_stat");
         used += snprintf(line + used, sizeof line - used, "}\n");
         if (used >= sizeof line || write(1, line, used) < 0)
             return 1;

@@ -1,6 +1,6 @@
 /* The workload: anonymous memory whose every page is known. It reads one phase a line and answers each with a
    line: fill (writes every page that holds nothing), churn pages|seconds N, free PERCENT, pageout (all of it to
-   swap), verify, quit. */
+   swap), verify, pace N (the phases that follow touch at most so many pages a second; 0: any number), quit. */
 
 #include "tool.h"
 
@@ -19,19 +19,33 @@ struct memory {
     uint32_t *versions; /* of each page: how often it was written */
     unsigned char *live; /* of each page: whether it holds something */
     uint64_t pages, seed, random;
+    unsigned long pace; /* pages a second, 0: as many as it can */
+    double due; /* when the next page may be touched */
 };
 
 struct tally {
     uint64_t written, verified, freed, bad;
     uint64_t first_bad, first_byte; /* number of the page, place in it */
-    double slowest; /* seconds that the slowest page took */
+    double slowest, busy; /* seconds that the slowest page took, and all together */
 };
 
 static void took(struct tally *tally, double started)
 {
     double seconds = now() - started;
+    tally->busy += seconds;
     if (seconds > tally->slowest)
         tally->slowest = seconds;
+}
+
+/* Wait until another page may be touched. What was late is not made up for: that would be faster than the pace. */
+static void keep_pace(struct memory *memory)
+{
+    double time = now();
+    if (!memory->pace)
+        return;
+    memory->due = (memory->due > time - 0.05 ? memory->due : time - 0.05) + 1.0 / memory->pace;
+    if (memory->due > time + 0.01)
+        usleep((memory->due - time) * 1e6);
 }
 
 static void write_page(struct memory *memory, uint64_t page, struct tally *tally)
@@ -42,6 +56,7 @@ static void write_page(struct memory *memory, uint64_t page, struct tally *tally
     page_content((uint64_t *)(memory->start + page * PAGE), memory->seed, page, memory->versions[page]);
     took(tally, started);
     tally->written++;
+    keep_pace(memory);
 }
 
 static void verify_page(struct memory *memory, uint64_t page, struct tally *tally)
@@ -53,6 +68,7 @@ static void verify_page(struct memory *memory, uint64_t page, struct tally *tall
     double started = now();
     int same = !memcmp(wanted, found, PAGE);
     took(tally, started);
+    keep_pace(memory);
     if (same)
         return;
     if (!tally->bad++) {
@@ -126,9 +142,9 @@ static uint64_t count_live(const struct memory *memory)
 static void answer(const char *phase, const struct memory *memory, const struct tally *tally, double seconds)
 {
     printf("{\"phase\": \"%s\", \"pages\": %lu, \"live\": %lu, \"written\": %lu, \"verified\": %lu, \"freed\": %lu, "
-           "\"bad\": %lu, \"first_bad\": %lu, \"first_byte\": %lu, \"slowest\": %.3f, \"seconds\": %.3f}\n",
+           "\"bad\": %lu, \"first_bad\": %lu, \"first_byte\": %lu, \"slowest\": %.3f, \"busy\": %.3f, \"seconds\": %.3f}\n",
            phase, memory->pages, count_live(memory), tally->written, tally->verified, tally->freed, tally->bad,
-           tally->first_bad, tally->first_byte, tally->slowest, seconds);
+           tally->first_bad, tally->first_byte, tally->slowest, tally->busy, seconds);
     fflush(stdout);
 }
 
@@ -144,6 +160,8 @@ static int do_phase(struct memory *memory, const char *line)
         churn(memory, &tally, *unit == 'p' ? count : UINT64_MAX, *unit == 's' ? count : 1e9);
     else if (sscanf(line, "free %lu", &count) == 1)
         give_back(memory, &tally, count);
+    else if (sscanf(line, "pace %lu", &count) == 1)
+        memory->pace = count;
     else if (!strncmp(line, "fill", 4))
         fill(memory, &tally);
     else if (!strncmp(line, "pageout", 7))
