@@ -205,7 +205,8 @@ class Disk:
             elif kind < 33:
                 self.device.check()
             else:
-                self.leave(dice)
+                for _ in range(dice.choice((1, 1, 4))):
+                    self.leave(dice)
 
     def leave(self, dice: random.Random) -> None:
         """Blocks go out, or are about to, or move from one extent to another."""
@@ -216,7 +217,7 @@ class Disk:
             self.hands.reclaim(dice.choice((0.3, 1.0)))
         if full or dice.random() < 0.7:
             self.hands.flush()
-        if dice.random() < 0.3:
+        if dice.random() < 0.5:
             backings.bring_back(self.device, wanted=dice.random() < 0.3)
         assert self.device.counters()["bd_read_errors"] == 0
 

@@ -245,13 +245,6 @@ RACES: dict[str, Edits] = {
             ("&self.entries[self.count - 1 - i], extent)", "&self.entries[i], extent)"),
         ]
     },
-    # All that lived on it is gone, and it is written again.
-    "an extent may be written while it is read": {
-        "device/backing.pyx": [
-            ("        counter_add(self._word(slot), EXTENT_READER)\n", "        pass\n"),
-            ("        fetch_sub(self._word(slot), EXTENT_READER)\n", "        pass\n"),
-        ]
-    },
     # Another thread has written another part of the block meanwhile.
     "a part is merged with what was read from the backing": {
         "device/blocks.pyx": [

@@ -500,7 +500,9 @@ cdef class Blocks:
     cdef int load_away(self, uint64_t block, uint64_t slot, scratch *s) noexcept nogil:
         """Read what a pinned slot leads to into s.page; 0 or -EREMOTEIO. It waits for the disk, and holds nothing else."""
         cdef const char *payload
-        cdef int rc = self.backing.load(block, slot, s.room, &payload, &self.counters.bd_reads)
+        cdef int rc
+        zr_point(points.away_pinned)
+        rc = self.backing.load(block, slot, s.room, &payload, &self.counters.bd_reads)
         zr_point(points.away_read)
         if rc == 0:
             if slot & SLOT_OUT_ZSTD:

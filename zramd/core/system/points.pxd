@@ -90,6 +90,7 @@ cdef extern from *:
         out_moved           # its slot leads to another extent: reclaim
 
         # a block that is out
+        away_pinned         # what it has on the backing, which is going to be read
         away_read           # or not, and nothing of it is looked at yet
         back_published      # and is to be in memory again
         back_stored
