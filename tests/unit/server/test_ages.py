@@ -38,8 +38,8 @@ def test_histogram() -> None:
         (2, 2),
         (30, 3),
         (31, 4),
-        (251, 5),
-        (252, 6),
+        (ages.OLDEST - 1, 5),
+        (ages.OLDEST, 6),
         (IDLE, 7),
         (ages.WANTED, 8),
     ):
