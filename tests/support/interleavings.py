@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from support import backings
-
 from zramd import Device, HandleError, PoolFullError, Zsmalloc
 from zramd.core.device import saving
 from zramd.core.device.tier import Tier

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zramd import __version__
@@ -67,8 +68,9 @@ class Service:
         self.worker = Worker(self.compactor, self.tiers)
         self.writeback: Writeback | Without = Without()
         self.out_worker: Worker | None = None
-        if config.backing:
-            self.writeback = Writeback(device, Hands(device), config, self.tiers)
+        if backing is not None:
+            renew = partial(backing.renew, device)
+            self.writeback = Writeback(device, Hands(device), config, self.tiers, renew=renew)
             self.out_worker = Worker(self.writeback, name="zramd-out", prepare=idle_io)
         self.device = device
         self.backing = backing

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 from zramd.core.device.backing import EXTENT
-from zramd.errors import DeviceError
+from zramd.errors import BackingError, DeviceError
 from zramd.server.ages import SWEEP
 from zramd.server.compactor import Pressure
 from zramd.server.log import say
@@ -75,7 +75,10 @@ class Steps(Protocol):
 
 
 class Source(Protocol):
-    """What is read from a device, and kept in it."""
+    """What is read from a device, and kept in it.
+
+    disksize: bytes. budget: bytes that may be written, and when it was so, in seconds of the boot's clock.
+    """
 
     disksize: int
     budget: tuple[int, int]
@@ -111,7 +114,7 @@ class Without:
         raise DeviceError(self._refusal)
 
     def set_left(self, size: int) -> None:
-        """Raise DeviceError."""
+        """Raise DeviceError; `size`: bytes."""
         raise DeviceError(self._refusal)
 
     def left(self) -> int | None:
@@ -147,7 +150,8 @@ class Writeback:
     """Moves blocks out that nobody asks for, and brings back what is read again.
 
     A part of zramd.server.worker. `steps` moves blocks of the device; `memory` knows how memory stands, and
-    how old blocks are; `boottime` is the clock of the budget, `cpu` tells the time of its thread.
+    how old blocks are; `renew` has the superblock name the data that the device holds, and raises
+    BackingError; `boottime` is the clock of the budget, `cpu` tells the time of its thread.
     """
 
     title = "background writeback"
@@ -159,11 +163,13 @@ class Writeback:
         config: Config,
         memory: Memory,
         *,
+        renew: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         boottime: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
         cpu: Callable[[], float] = time.thread_time,
     ) -> None:
         self._device, self._steps, self._memory = device, steps, memory
+        self._renew = renew
         self._clock, self._boottime, self._cpu = clock, boottime, cpu
         self._blocks = device.disksize >> 12
         self._config = config
@@ -470,6 +476,8 @@ class Writeback:
         if not self._policy.room(view) and not self._emptied:
             self._end(walk)
             return
+        if not self._steps.pending and not self._is_named():
+            return
         walk.next, _, full = self._steps.gather(
             walk.next,
             min(look.end, self._blocks),
@@ -485,6 +493,16 @@ class Writeback:
             walk.look_over()
             if walk.look is None:
                 self._write_rest(walk)
+
+    def _is_named(self) -> bool:
+        """Have the superblock say whose blocks will be there; False: it cannot be written now."""
+        try:
+            self._renew()
+        except BackingError:
+            self._resume = self._clock() + ERROR_REST
+            self._tell(errno.EIO)
+            return False
+        return True
 
     def _write_rest(self, walk: Walk) -> None:
         """Write what no look can add to, if that is worth it."""

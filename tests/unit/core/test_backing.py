@@ -73,11 +73,19 @@ class TestBacking:
 
     @pytest.mark.parametrize(
         ("size", "granule", "sector"),
-        [(EXTENT, 16, 512), (0, 16, 512), (1 << 20, 8, 512), (1 << 20, 24, 512), (1 << 20, 8192, 512), (1 << 20, 16, 256),
-         (1 << 20, 16, 8192), (1 << 37, 16, 512)],
-    )  # fmt: skip
+        [
+            (EXTENT, 16, 512),
+            (0, 16, 512),
+            (1 << 20, 8, 512),
+            (1 << 20, 24, 512),
+            (1 << 20, 8192, 512),
+            (1 << 20, 16, 256),
+            (1 << 20, 16, 8192),
+            (1 << 37, 16, 512),
+        ],
+    )
     def test_what_cannot_be(self, size: int, granule: int, sector: int) -> None:
-        with pytest.raises(ValueError, match="size|granule|sectors"):
+        with pytest.raises(ValueError, match=r"size|granule|sectors"):
             Backing(0, size, granule, sector)
 
     def test_numbers(self) -> None:
@@ -353,8 +361,7 @@ class TestErrors:
             try:
                 assert look(device, 0) == content
             except OSError as error:
-                assert error.errno == errno.EIO
-                failed += 1
+                failed += error.errno == errno.EIO
             disk.flip(place + bit // 8, bit % 8)
         assert failed == (12 + size) * 8
         assert look(device, 0) == content
@@ -624,7 +631,7 @@ device.check()
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
 @pytest.mark.parametrize("comes", ["nothing", "reset"])
 def test_a_disk_that_stands_still(comes: str, tmp_path: Path) -> None:
-    """Who waits for the disk holds nothing but the extent: others go on, also check and reset, which close the gate."""
+    """Who waits for the disk holds nothing but the extent: others go on, also check and reset."""
     shim = tmp_path / "pread.so"
     subprocess.run(
         ["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", shim, SUPPORT / "shim_pread.c"],

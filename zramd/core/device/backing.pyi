@@ -1,6 +1,7 @@
 from typing import Any, final
 
 EXTENT: int
+MAX_PLACES: int
 
 def granule_for(size: int) -> int: ...
 

@@ -14,7 +14,7 @@ zramd.server.backingfile knows.
 """
 
 cimport cython
-from libc.errno cimport EIO, ENOMEM
+from libc.errno cimport EIO
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -25,8 +25,6 @@ from zramd.core.system.locks cimport compare_swap, counter_add, counter_sub, loa
 from zramd.core.types cimport BLOCK_SIZE
 
 import os
-
-from zramd.errors import error_from
 
 cdef extern from *:
     """
@@ -154,7 +152,7 @@ cdef class Backing:
         return &self.words[slot_handle(slot) << self.granule_shift >> EXTENT_SHIFT]
 
     cdef void pin(self, uint64_t slot) noexcept nogil:
-        """Keep what a slot leads to as it is, until unpin. The caller has the block's stripe, and the slot is the block's."""
+        """Keep what a slot leads to as it is, until unpin. The caller has the stripe of the block that has the slot."""
         counter_add(self._word(slot), EXTENT_READER)
 
     cdef void unpin(self, uint64_t slot) noexcept nogil:
@@ -204,8 +202,8 @@ cdef class Backing:
 
     cdef uint64_t take(self) noexcept nogil:
         """A free extent that is going to be written; 0: there is none. The one after the last is tried first."""
-        cdef uint64_t looked, at = self.cursor
-        for looked in range(1, self.extents):
+        cdef uint64_t at = self.cursor
+        for _ in range(1, self.extents):
             at = at + 1 if at + 1 < self.extents else 1
             # (Most are in use on a full backing: their word alone is looked at.)
             if load_acquire(&self.words[at]) == 0 and compare_swap(&self.words[at], 0, EXTENT_WRITTEN):

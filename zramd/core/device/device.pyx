@@ -155,7 +155,8 @@ cdef class Device:
         if state >= 0:
             if os.fstat(state).st_size != memory.end:
                 raise ValueError(f"a state of {os.fstat(state).st_size} bytes is not one of {memory.end} bytes")
-            recovery = Recovery(self.table, self.kept.backing_id[0] != 0, backing is not None and backing_id == self.backing_id)
+            recovery = Recovery(self.table, self.kept.backing_id[0] != 0,
+                                backing is not None and backing_id == self.backing_id)
             recovery.run(progress)
             self.recovered = recovery.numbers()
             self.mark_cold = mark_cold

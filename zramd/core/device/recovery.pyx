@@ -111,8 +111,9 @@ cdef class Recovery:
     def run(self, progress):
         """Do it. Calls progress(pieces done, pieces) about every second, unless it is None.
 
-        Raises BackingError when blocks are out and the backing is not the one they are on, CorruptionError when the state contradicts itself, MemoryError or PoolFullError when the system or the file
-        system has no room for what it takes; then nothing was changed in it.
+        Raises BackingError when blocks are out and the backing is not the one they are on, CorruptionError when the state
+        contradicts itself, MemoryError or PoolFullError when the system or the file system has no room for what it takes;
+        then nothing was changed in it.
         """
         cdef uint64_t slot_pieces = (self.blocks + PIECE_PAGES * SLOTS_PER_PAGE - 1) // (PIECE_PAGES * SLOTS_PER_PAGE)
         cdef uint64_t span_pieces

@@ -20,13 +20,11 @@ from zramd.core.device.backing cimport (
     EXTENT_SHIFT,
     RECORD_HEAD,
     ROOM,
-    Backing,
     extent_head,
     record,
     record_sum,
 )
 from zramd.core.device.blocks cimport (
-    AGE_COOLING,
     AGE_IDLE,
     AGE_LEAVING,
     AGE_OLDEST,
@@ -176,7 +174,8 @@ cdef class Writeback:
     cdef bint _has_room(self, uint32_t size) noexcept nogil:
         return self.count < MOST_RECORDS and self.used + self.backing.record_bytes(size) <= EXTENT_BYTES
 
-    cdef bint _gather(self, Blocks table, uint64_t *block, uint64_t end, const wanted *which, uint64_t *taken) noexcept nogil:
+    cdef bint _gather(self, Blocks table, uint64_t *block, uint64_t end, const wanted *which,
+                      uint64_t *taken) noexcept nogil:
         """gather; whether the buffer is full."""
         cdef uint64_t left = LOOK, slot
         while block[0] < end and left:
@@ -285,7 +284,7 @@ cdef class Writeback:
         cdef extent_head head
         cdef record r
         cdef uint64_t slot, first = extent << EXTENT_SHIFT
-        cdef uint32_t at = self.backing.head, size, i
+        cdef uint32_t at = self.backing.head, size
         cdef const char *payload
         cdef int rc = self.backing.read(self.other, EXTENT_BYTES, first)
         if rc:
@@ -295,7 +294,7 @@ cdef class Writeback:
         if (memcmp(head.magic, magic, sizeof(head.magic)) or head.bytes > EXTENT_BYTES
                 or head.sum != head_sum(&head, extent)):
             return -EIO
-        for i in range(head.records):
+        for _ in range(head.records):
             if at + RECORD_HEAD > head.bytes:
                 return -EIO
             memcpy(&r, self.other + at, RECORD_HEAD)
