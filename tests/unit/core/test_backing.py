@@ -538,7 +538,12 @@ class TestReadAgain:
     def test_twice_within_ten_minutes(self) -> None:
         device, contents = filled(Disk())
         tier, hands = Tier(device), Writeback(device)
+        look(device, 0)
+        tier.sweep(False, True, 300)
+        look(device, 0)  # before it goes out does not count
+        tier.sweep(False, True, 300)
         write_out(device, hands=hands)
+        assert device.ages()[:3] == [0, 1, BLOCKS * 3 // 4 - 1], "as old as before"
         look(device, 0)
         assert hands.bring_back(0, BLOCKS) == (BLOCKS, 0, 0, 0)
         for _ in range(59):

@@ -13,10 +13,14 @@ cdef extern from *:
     """
     #define is_touched(p) __atomic_load_n((p), __ATOMIC_RELAXED)
     #define read_bit(n) ((uint64_t)1 << (n) % 64)
+    #define note_read(bits, n) ((void)__atomic_fetch_or(&(bits)[(n) / 64], read_bit(n), __ATOMIC_RELAXED))
+    #define clear_read(bits, n) ((void)__atomic_fetch_and(&(bits)[(n) / 64], ~read_bit(n), __ATOMIC_RELAXED))
     #define is_read(bits, n) ((__atomic_load_n(&(bits)[(n) / 64], __ATOMIC_RELAXED) & read_bit(n)) != 0)
     """
     bint is_touched(uint8_t *p) noexcept nogil
     bint is_read(uint64_t *bits, uint64_t block) noexcept nogil
+    void note_read(uint64_t *bits, uint64_t block) noexcept nogil
+    void clear_read(uint64_t *bits, uint64_t block) noexcept nogil
 
 cdef enum:
     STRIPES = 256
@@ -95,7 +99,7 @@ cdef class Blocks:
     cdef Region ages_table
     cdef uint8_t *ages                      # of each block: sweeps since it was asked for. Atomic bytes, kept by nobody
     cdef Region reads_table
-    cdef uint64_t *reads                    # a bit for each block: whether it was read since it was written. Atomic hints
+    cdef uint64_t *reads                    # a bit for each block: whether it was read since it was written, or went out
     cdef Cold cold
     cdef Backing backing                    # None: there is none
     cdef pthread_mutex_t stripes[STRIPES]   # stripe b % STRIPES guards block b

@@ -100,13 +100,9 @@ cdef extern from "<errno.h>":
 
 cdef extern from *:
     """
-    #define note_read(bits, n) ((void)__atomic_fetch_or(&(bits)[(n) / 64], read_bit(n), __ATOMIC_RELAXED))
-    #define clear_read(bits, n) ((void)__atomic_fetch_and(&(bits)[(n) / 64], ~read_bit(n), __ATOMIC_RELAXED))
     #define touch(p) (__atomic_exchange_n((p), 1, __ATOMIC_RELAXED) == 0)
     """
     bint touch(uint8_t *p) noexcept nogil   # whether it was not before
-    void note_read(uint64_t *bits, uint64_t block) noexcept nogil
-    void clear_read(uint64_t *bits, uint64_t block) noexcept nogil
 
 
 @cython.final
@@ -403,7 +399,8 @@ cdef class Blocks:
         """Note that a request reads a block of this age, which is not 0. The caller has its stripe."""
         cdef block_kind what = slot_kind(self.get(block))
         cdef bint again = age == AGE_WANTED or (
-            age <= OUT_READ_AGAIN if what == OUT else age <= READ_AGAIN and what == COLD and self.promotes)
+            age <= OUT_READ_AGAIN and is_read(self.reads, block) if what == OUT
+            else age <= READ_AGAIN and what == COLD and self.promotes)
         if not is_read(self.reads, block):
             note_read(self.reads, block)
         if not again:

@@ -32,6 +32,7 @@ from zramd.core.device.blocks cimport (
     OUT_READ_AGAIN,
     STRIPES,
     Blocks,
+    clear_read,
     is_read,
     is_touched,
 )
@@ -397,8 +398,8 @@ cdef class Writeback:
         if not e.moves:
             stored = stored and load_relaxed_8(&table.ages[e.block]) == AGE_LEAVING
             if stored:
-                # So old that the first read is not taken for the second one.
-                store_relaxed_8(&table.ages[e.block], max(e.age, <uint8_t>(OUT_READ_AGAIN + 1)))
+                store_relaxed_8(&table.ages[e.block], e.age)
+                clear_read(table.reads, e.block)        # the next read is the first one
         if stored:
             self.backing.add(now)
             store_release(&table.slots[e.block], now)
