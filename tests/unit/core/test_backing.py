@@ -628,9 +628,48 @@ device.check()
 """
 
 
+SAVE_STANDS_STILL = """
+import os, sys, threading, time
+from support.backings import Disk, write_out
+from zramd import Device
+from zramd.core.device import saving
+from zramd.errors import SaveError
+
+BLOCK, flag = 4096, os.environ["SHIM_PREAD"]
+device = Device(256 * BLOCK, backing=Disk(4).backing())
+for number in range(4):
+    device.write((b"block %d, " % number * 700)[:BLOCK], number * BLOCK)
+write_out(device, 0, 2)
+open(flag, "w").close()
+results = []
+
+def save():
+    try:
+        results.append(saving.save(device, os.memfd_create("saved"), live=True)["lost"])
+    except SaveError as error:
+        results.append(str(error))
+
+thread = threading.Thread(target=save)
+thread.start()
+while os.path.getsize(flag) < 1:
+    time.sleep(0.01)
+device.check()
+assert device.block(3)["kind"] == "lz4"
+if sys.argv[1] == "reset":
+    device.reset()
+assert not results
+os.unlink(flag)
+thread.join()
+gave_up = "the device was reset or loaded while it was saved"
+assert results == [gave_up if sys.argv[1] == "reset" else 0], results
+device.check()
+"""
+
+
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
 @pytest.mark.parametrize("comes", ["nothing", "reset"])
-def test_a_disk_that_stands_still(comes: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [STANDS_STILL, SAVE_STANDS_STILL], ids=["requests", "save"])
+def test_a_disk_that_stands_still(code: str, comes: str, tmp_path: Path) -> None:
     """Who waits for the disk holds nothing but the extent: others go on, also check and reset."""
     shim = tmp_path / "pread.so"
     subprocess.run(
@@ -638,7 +677,7 @@ def test_a_disk_that_stands_still(comes: str, tmp_path: Path) -> None:
         check=True,
     )
     found = subprocess.run(
-        [sys.executable, "-c", STANDS_STILL, comes],
+        [sys.executable, "-c", code, comes],
         env={
             **os.environ,
             **preloaded(shim),
