@@ -560,6 +560,22 @@ class TestReadAgain:
         look(device, 0)
         assert hands.bring_back(0, BLOCKS) == (BLOCKS, 0, 0, 0)
 
+    def test_once_since_the_start(self) -> None:
+        """A server that takes a state over does not know who read what before."""
+        disk, fd = Disk(), os.memfd_create("state")
+        os.ftruncate(fd, state_layout(SIZE)["bytes"])
+        device, _ = filled(disk, state=fd)
+        write_out(device)
+        device = disk.device(SIZE, state=fd)
+        tier, hands = Tier(device), Writeback(device)
+        tier.sweep(False, True, 300)
+        look(device, 0)
+        assert hands.bring_back(0, BLOCKS) == (BLOCKS, 0, 0, 0)
+        tier.sweep(False, True, 300)
+        look(device, 0)
+        assert hands.bring_back(0, BLOCKS) == (BLOCKS, 1, 1, 0)
+        os.close(fd)
+
     def test_no_room(self) -> None:
         disk = Disk()
         device = disk.device(SIZE)
