@@ -124,6 +124,13 @@ class TestBudget:
         budget.left = 0
         assert not budget.allows(EXTENT)
 
+    def test_the_greatest_limit(self) -> None:
+        """What is kept has 64 bits, and a float rounds what has as many."""
+        limit = (1 << 64) - 1
+        made = Budget(limit, (0, 0), 5)
+        assert made.kept == (limit, 5)
+        assert Budget(limit, made.kept, 9).kept == (limit, 9)
+
     def test_when_an_extent_may_be_written(self) -> None:
         budget = Budget(DAY * 1000, (EXTENT - 5000, 1000), 1000.0)
         assert not budget.allows(EXTENT)
