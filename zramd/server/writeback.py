@@ -603,6 +603,7 @@ class Writeback:
 
     def _step_recall(self) -> None:
         self._forget_pass()
+        self._drop()  # of a pass by hand that was dropped
         self._recalled, _, self._recall_error = self._bring_back(self._recalled, wanted=False)
         if self._recall_error or self._recalled >= self._blocks:
             self._recall = False

@@ -815,6 +815,17 @@ class TestRecall:
         run(device, served, 15)
         assert device.out == 640
 
+    def test_nothing_of_a_dropped_pass_is_left(self) -> None:
+        """What it had taken is no longer marked as leaving."""
+        device = FakeDevice(*blocks(320, age=OLD))
+        served = make(device)
+        served.submit(WritePass(ranges=((0, 10), (10, 320))))
+        served.tick()
+        assert device.pending
+        served.bring_back()
+        run(device, served, 5)
+        assert (device.pending, device.out) == (0, 0)
+
     def test_passes_that_wait_are_dropped(self) -> None:
         device = FakeDevice(*blocks(320))
         served = make(device)
