@@ -403,6 +403,8 @@ class Writeback:
             return
         self._census = census
         self._policy.swept(census)
+        if self._policy.is_full:
+            self._policy.room(self._view())  # what died since may be room
         self._keep_budget()
         found = self._device.counters()
         self._minute.add(now, found["written_out"], found["brought_back"])

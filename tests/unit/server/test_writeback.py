@@ -614,6 +614,28 @@ class TestRoom:
         assert {block.extent for block in device.blocks[:16]} == {1, 2}
 
 
+    def test_what_died_is_seen(self) -> None:
+        """The next pass may be an hour away: until then it is not to say that the device is full."""
+        device = FakeDevice(*blocks(1000, age=OLD), extents=20)
+        served = make(device)
+        run(device, served, 300)
+        assert served.numbers()["reason"].startswith("the device is full")
+        for number, block in enumerate(device.blocks):
+            device.put(number, 0)
+            block.age = 0
+        run(device, served, 20)
+        assert "full" not in served.numbers()["reason"]
+
+    def test_no_room_below(self) -> None:
+        """A file on a full file system fails as any disk: that is no want of extents."""
+        device = FakeDevice(*blocks(1000, age=OLD))
+        device.error = errno.ENOSPC
+        served = make(device)
+        run(device, served, 60)
+        assert len(device.flushes) == writebackpolicy.ERRORS
+        assert "cannot be written: No space left on device 8 times" in served.trouble
+
+
 class TestErrors:
     def test_eight_in_a_row(self, capfd: pytest.CaptureFixture[str]) -> None:
         device = FakeDevice(*blocks(10_000, age=OLD))
