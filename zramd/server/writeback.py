@@ -479,6 +479,8 @@ class Writeback:
             self._end(walk)
             return
         if not self._steps.pending and not self._is_named():
+            if self._policy.is_paused(self._clock()):
+                self._give_up(walk)
             return
         walk.next, _, full = self._steps.gather(
             walk.next,
@@ -498,12 +500,15 @@ class Writeback:
 
     def _is_named(self) -> bool:
         """Have the superblock say whose blocks will be there; False: it cannot be written now."""
+        self._io_began = self._clock()
         try:
             self._renew()
         except BackingError:
             self._resume = self._clock() + ERROR_REST
             self._tell(errno.EIO)
             return False
+        finally:
+            self._io_began = None
         return True
 
     def _write_rest(self, walk: Walk) -> None:
@@ -563,7 +568,7 @@ class Writeback:
         walk.blocks += blocks
         self._policy.sent(written - moved)
         self._tell(stopped)
-        if stopped == errno.ENOSPC or self._policy.is_paused(self._clock()):
+        if stopped == errno.EXFULL or self._policy.is_paused(self._clock()):
             self._give_up(walk)
 
     def _tell(self, stopped: int) -> None:

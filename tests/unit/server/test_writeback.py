@@ -11,7 +11,7 @@ import pytest
 from support.run import wait_until
 
 from zramd.core.device.backing import EXTENT
-from zramd.errors import DeviceError
+from zramd.errors import BackingError, DeviceError
 from zramd.server import writeback, writebackpolicy
 from zramd.server.ages import IDLE, OLDEST, SWEEP, age_of
 from zramd.server.tierpolicy import Census
@@ -250,7 +250,7 @@ class FakeDevice:
         return first, tried, done, 0
 
 
-def make(device: FakeDevice, **given: str) -> Writeback:
+def make(device: FakeDevice, renew: Callable[[], None] = lambda: None, **given: str) -> Writeback:
     return Writeback(
         device,
         device,
@@ -259,6 +259,7 @@ def make(device: FakeDevice, **given: str) -> Writeback:
         clock=lambda: device.now,
         boottime=lambda: device.now + device.boot,
         cpu=lambda: device.cpu,
+        renew=renew,
     )
 
 
@@ -943,6 +944,38 @@ class TestByHand:
         served.submit(WritePass(ranges=((0, 40),)))
         run(device, served, 1)
         assert device.order == [*range(32, 64), *range(32)]
+
+
+def test_a_superblock_that_cannot_be_written() -> None:
+    """A pass by hand does not wait for ever, and others after it."""
+
+    def fail() -> None:
+        raise BackingError("no")
+
+    device = FakeDevice(*blocks(320))
+    served = make(device, renew=fail)
+    for _ in range(writeback.MOST_PASSES):
+        served.submit(WritePass())
+    run(device, served, 60)
+    assert device.out == 0
+    assert "Input/output error" in served.trouble
+    served.submit(WritePass())
+
+
+def test_a_superblock_that_is_not_answered() -> None:
+    told = []
+
+    def hang() -> None:
+        device.now += 45
+        told.append(served.trouble)
+
+    device = FakeDevice(*blocks(32))
+    served = make(device, renew=hang)
+    served.submit(WritePass())
+    run(device, served, 60)
+    assert told == ["backing '/dev/sdz' has not answered for 45 s"]
+    assert served.trouble == ""
+    assert device.out == 32
 
 
 def test_leaves_the_processor_to_clients() -> None:
