@@ -555,11 +555,11 @@ class Writeback:
             self._emptied, self._dry = 0, False
             self._keep_budget()
         # Of a write that failed nobody knows how much has reached the device.
-        if not stopped or stopped == errno.ENOSPC:
+        if not stopped or stopped == errno.EXFULL:
             budget.spend(written - EXTENT)
             self._keep_budget()
         seconds = nanoseconds / 1e9
-        if stopped != errno.ENOSPC:
+        if stopped != errno.EXFULL:
             self._pace.took(seconds)
         mode = "wanted" if walk.by_hand else self._policy.mode
         rest = self._pace.rest(written, seconds, mode) if not stopped else ERROR_REST

@@ -335,8 +335,11 @@ class Policy:
         return view.free < FEW * view.extents or view.free <= SPARE
 
     def flushed(self, now: float, stopped: int) -> bool:
-        """Take note of an extent, and of the errno that stopped it, 0: none. Say whether health changed."""
-        if stopped == errno.ENOSPC:
+        """Take note of an extent, and of the errno that stopped it; 0: none, EXFULL: no extent is free.
+
+        Say whether health changed.
+        """
+        if stopped == errno.EXFULL:
             self.is_full = True
             return False
         was = self.has_trouble

@@ -252,7 +252,7 @@ class TestFull:
         assert 0 < done < BLOCKS // 2
         assert device.counters()["backing_free"] == 1
         hands.gather(0, BLOCKS, 0)
-        assert hands.flush() == (0, 0, 0, 0, errno.ENOSPC)
+        assert hands.flush() == (0, 0, 0, 0, errno.EXFULL)
         verify(device, contents)
         # Most of them die: two extents become one.
         for number in range(BLOCKS):
@@ -316,6 +316,21 @@ class TestErrors:
         assert device.counters()["backing_bad"] == 1
         verify(device, contents)
         os.close(device_backing)
+
+    def test_no_room_below_is_no_want_of_extents(self) -> None:
+        """A file on a full file system: others would take it for a backing on which all is in use."""
+        disk = Disk()
+        backing = disk.backing()
+        device = Device(SIZE, backing=backing)
+        device.write(text(0), 0)
+        full = os.open("/dev/full", os.O_RDWR)
+        backing.reopen(full)
+        hands = Writeback(device)
+        hands.gather(0, BLOCKS, 0)
+        assert hands.flush()[4] == errno.ENOSPC
+        assert device.counters()["bd_write_errors"] == 1
+        assert hands.flush()[4] == 0
+        os.close(full)
 
     def test_a_read_that_fails(self) -> None:
         disk = Disk()

@@ -210,7 +210,7 @@ class FakeDevice:
         free = self.free()
         if len(free) <= (not self.moving):
             self.drop()
-            return 0, 0, 0, 0, errno.ENOSPC
+            return 0, 0, 0, 0, errno.EXFULL
         size = -(-self.pending // 4096) * 4096
         self.flushes.append((self.now, size))
         self.now += self.each

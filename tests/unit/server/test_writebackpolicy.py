@@ -403,7 +403,7 @@ class TestRoom:
 
     def test_no_free_extent_was_found(self) -> None:
         made = policy()
-        assert not made.flushed(0, errno.ENOSPC)
+        assert not made.flushed(0, errno.EXFULL)
         assert not made.room(view(extents=1000, free=30))
         assert made.room(view(extents=1000, free=50))
         assert not made.has_trouble
@@ -413,7 +413,7 @@ class TestRoom:
         """They are used, too."""
         made = policy()
         assert made.room(view(extents=extents, free=extents))
-        made.flushed(0, errno.ENOSPC)
+        made.flushed(0, errno.EXFULL)
         assert made.room(view(extents=extents, free=extents))
 
     @pytest.mark.parametrize(
