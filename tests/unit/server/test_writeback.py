@@ -614,7 +614,6 @@ class TestRoom:
         assert device.out == 192
         assert {block.extent for block in device.blocks[:16]} == {1, 2}
 
-
     def test_what_died_is_seen(self) -> None:
         """The next pass may be an hour away: until then it is not to say that the device is full."""
         device = FakeDevice(*blocks(1000, age=OLD), extents=20)

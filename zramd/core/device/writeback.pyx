@@ -329,8 +329,9 @@ cdef class Writeback:
         """Write the buffer to a free extent: (blocks, written, moved, nanoseconds, stopped).
 
         blocks: how many are out now that were in memory. written: bytes on the device, whole pages; of them `moved` for
-        reclaim. nanoseconds: what the device took. stopped: 0, EXFULL: no extent is free, or the errno of the device, which is
-        never that: ENOSPC is one that lies on a full file system. Then all stays where it was. The buffer is empty afterwards.
+        reclaim. nanoseconds: what the device took. stopped: 0, EXFULL: no extent is free, or the errno of the device,
+        which is never that: ENOSPC is one that lies on a full file system. Then all stays where it was. The buffer is empty
+        afterwards.
         """
         cdef uint64_t blocks = 0, written = 0, moved = 0, took = 0
         cdef int rc, priority
