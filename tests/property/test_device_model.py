@@ -323,7 +323,7 @@ class TierModel(DeviceModel):
         assert not (drops and blocks)
         assert (written > 0) >= (blocks > 0)
         assert moved <= written
-        assert stopped in (0, errno.ENOSPC)
+        assert stopped in (0, errno.EXFULL)
         assert self.hands.pending == 0
 
     @rule(share=st.sampled_from((0.1, 0.5, 1.0)))

@@ -403,6 +403,8 @@ class Writeback:
             return
         self._census = census
         self._policy.swept(census)
+        if self._policy.is_full:
+            self._policy.room(self._view())  # what died since may be room
         self._keep_budget()
         found = self._device.counters()
         self._minute.add(now, found["written_out"], found["brought_back"])
@@ -477,6 +479,8 @@ class Writeback:
             self._end(walk)
             return
         if not self._steps.pending and not self._is_named():
+            if self._policy.is_paused(self._clock()):
+                self._give_up(walk)
             return
         walk.next, _, full = self._steps.gather(
             walk.next,
@@ -496,12 +500,15 @@ class Writeback:
 
     def _is_named(self) -> bool:
         """Have the superblock say whose blocks will be there; False: it cannot be written now."""
+        self._io_began = self._clock()
         try:
             self._renew()
         except BackingError:
             self._resume = self._clock() + ERROR_REST
             self._tell(errno.EIO)
             return False
+        finally:
+            self._io_began = None
         return True
 
     def _write_rest(self, walk: Walk) -> None:
@@ -548,11 +555,11 @@ class Writeback:
             self._emptied, self._dry = 0, False
             self._keep_budget()
         # Of a write that failed nobody knows how much has reached the device.
-        if not stopped or stopped == errno.ENOSPC:
+        if not stopped or stopped == errno.EXFULL:
             budget.spend(written - EXTENT)
             self._keep_budget()
         seconds = nanoseconds / 1e9
-        if stopped != errno.ENOSPC:
+        if stopped != errno.EXFULL:
             self._pace.took(seconds)
         mode = "wanted" if walk.by_hand else self._policy.mode
         rest = self._pace.rest(written, seconds, mode) if not stopped else ERROR_REST
@@ -561,7 +568,7 @@ class Writeback:
         walk.blocks += blocks
         self._policy.sent(written - moved)
         self._tell(stopped)
-        if stopped == errno.ENOSPC or self._policy.is_paused(self._clock()):
+        if stopped == errno.EXFULL or self._policy.is_paused(self._clock()):
             self._give_up(walk)
 
     def _tell(self, stopped: int) -> None:
@@ -603,6 +610,7 @@ class Writeback:
 
     def _step_recall(self) -> None:
         self._forget_pass()
+        self._drop()  # of a pass by hand that was dropped
         self._recalled, _, self._recall_error = self._bring_back(self._recalled, wanted=False)
         if self._recall_error or self._recalled >= self._blocks:
             self._recall = False

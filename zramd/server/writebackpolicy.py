@@ -20,6 +20,7 @@ from zramd.server.tierpolicy import FAR, HURRY_AGE, MAX_PAUSE, Census
 from zramd.settings.config import Config
 
 DAY = 86400  # seconds
+MOST_KEPT = (1 << 64) - 1  # bytes of a budget: a state has 64 bits for them
 WHOLE = EXTENT - 4096  # bytes: an extent with so many has no room for another block, or hardly
 LEAST = EXTENT // 4  # bytes: fewer are not worth an extent of their own, when memory is wanted
 BITE = 0.1  # of all payload: what goes out with a sweep while the machine, not mem_limit, lacks memory
@@ -98,7 +99,7 @@ class Budget:
     @property
     def kept(self) -> tuple[int, int]:
         """What to keep."""
-        return max(0, int(self._left)), int(self._at)
+        return min(max(0, int(self._left)), MOST_KEPT), int(self._at)
 
 
 class Pace:
@@ -334,8 +335,11 @@ class Policy:
         return view.free < FEW * view.extents or view.free <= SPARE
 
     def flushed(self, now: float, stopped: int) -> bool:
-        """Take note of an extent, and of the errno that stopped it, 0: none. Say whether health changed."""
-        if stopped == errno.ENOSPC:
+        """Take note of an extent, and of the errno that stopped it; 0: none, EXFULL: no extent is free.
+
+        Say whether health changed.
+        """
+        if stopped == errno.EXFULL:
             self.is_full = True
             return False
         was = self.has_trouble

@@ -252,7 +252,7 @@ class TestFull:
         assert 0 < done < BLOCKS // 2
         assert device.counters()["backing_free"] == 1
         hands.gather(0, BLOCKS, 0)
-        assert hands.flush() == (0, 0, 0, 0, errno.ENOSPC)
+        assert hands.flush() == (0, 0, 0, 0, errno.EXFULL)
         verify(device, contents)
         # Most of them die: two extents become one.
         for number in range(BLOCKS):
@@ -316,6 +316,21 @@ class TestErrors:
         assert device.counters()["backing_bad"] == 1
         verify(device, contents)
         os.close(device_backing)
+
+    def test_no_room_below_is_no_want_of_extents(self) -> None:
+        """A file on a full file system: others would take it for a backing on which all is in use."""
+        disk = Disk()
+        backing = disk.backing()
+        device = Device(SIZE, backing=backing)
+        device.write(text(0), 0)
+        full = os.open("/dev/full", os.O_RDWR)
+        backing.reopen(full)
+        hands = Writeback(device)
+        hands.gather(0, BLOCKS, 0)
+        assert hands.flush()[4] == errno.ENOSPC
+        assert device.counters()["bd_write_errors"] == 1
+        assert hands.flush()[4] == 0
+        os.close(full)
 
     def test_a_read_that_fails(self) -> None:
         disk = Disk()
@@ -565,6 +580,22 @@ class TestReadAgain:
         look(device, 0)
         assert hands.bring_back(0, BLOCKS) == (BLOCKS, 0, 0, 0)
 
+    def test_once_since_the_start(self) -> None:
+        """A server that takes a state over does not know who read what before."""
+        disk, fd = Disk(), os.memfd_create("state")
+        os.ftruncate(fd, state_layout(SIZE)["bytes"])
+        device, _ = filled(disk, state=fd)
+        write_out(device)
+        device = disk.device(SIZE, state=fd)
+        tier, hands = Tier(device), Writeback(device)
+        tier.sweep(False, True, 300)
+        look(device, 0)
+        assert hands.bring_back(0, BLOCKS) == (BLOCKS, 0, 0, 0)
+        tier.sweep(False, True, 300)
+        look(device, 0)
+        assert hands.bring_back(0, BLOCKS) == (BLOCKS, 1, 1, 0)
+        os.close(fd)
+
     def test_no_room(self) -> None:
         disk = Disk()
         device = disk.device(SIZE)
@@ -633,9 +664,48 @@ device.check()
 """
 
 
+SAVE_STANDS_STILL = """
+import os, sys, threading, time
+from support.backings import Disk, write_out
+from zramd import Device
+from zramd.core.device import saving
+from zramd.errors import SaveError
+
+BLOCK, flag = 4096, os.environ["SHIM_PREAD"]
+device = Device(256 * BLOCK, backing=Disk(4).backing())
+for number in range(4):
+    device.write((b"block %d, " % number * 700)[:BLOCK], number * BLOCK)
+write_out(device, 0, 2)
+open(flag, "w").close()
+results = []
+
+def save():
+    try:
+        results.append(saving.save(device, os.memfd_create("saved"), live=True)["lost"])
+    except SaveError as error:
+        results.append(str(error))
+
+thread = threading.Thread(target=save)
+thread.start()
+while os.path.getsize(flag) < 1:
+    time.sleep(0.01)
+device.check()
+assert device.block(3)["kind"] == "lz4"
+if sys.argv[1] == "reset":
+    device.reset()
+assert not results
+os.unlink(flag)
+thread.join()
+gave_up = "the device was reset or loaded while it was saved"
+assert results == [gave_up if sys.argv[1] == "reset" else 0], results
+device.check()
+"""
+
+
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
 @pytest.mark.parametrize("comes", ["nothing", "reset"])
-def test_a_disk_that_stands_still(comes: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [STANDS_STILL, SAVE_STANDS_STILL], ids=["requests", "save"])
+def test_a_disk_that_stands_still(code: str, comes: str, tmp_path: Path) -> None:
     """Who waits for the disk holds nothing but the extent: others go on, also check and reset."""
     shim = tmp_path / "pread.so"
     subprocess.run(
@@ -643,7 +713,7 @@ def test_a_disk_that_stands_still(comes: str, tmp_path: Path) -> None:
         check=True,
     )
     found = subprocess.run(
-        [sys.executable, "-c", STANDS_STILL, comes],
+        [sys.executable, "-c", code, comes],
         env={
             **os.environ,
             **preloaded(shim),

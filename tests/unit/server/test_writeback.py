@@ -11,7 +11,7 @@ import pytest
 from support.run import wait_until
 
 from zramd.core.device.backing import EXTENT
-from zramd.errors import DeviceError
+from zramd.errors import BackingError, DeviceError
 from zramd.server import writeback, writebackpolicy
 from zramd.server.ages import IDLE, OLDEST, SWEEP, age_of
 from zramd.server.tierpolicy import Census
@@ -210,7 +210,7 @@ class FakeDevice:
         free = self.free()
         if len(free) <= (not self.moving):
             self.drop()
-            return 0, 0, 0, 0, errno.ENOSPC
+            return 0, 0, 0, 0, errno.EXFULL
         size = -(-self.pending // 4096) * 4096
         self.flushes.append((self.now, size))
         self.now += self.each
@@ -250,7 +250,7 @@ class FakeDevice:
         return first, tried, done, 0
 
 
-def make(device: FakeDevice, **given: str) -> Writeback:
+def make(device: FakeDevice, renew: Callable[[], None] = lambda: None, **given: str) -> Writeback:
     return Writeback(
         device,
         device,
@@ -259,6 +259,7 @@ def make(device: FakeDevice, **given: str) -> Writeback:
         clock=lambda: device.now,
         boottime=lambda: device.now + device.boot,
         cpu=lambda: device.cpu,
+        renew=renew,
     )
 
 
@@ -613,6 +614,27 @@ class TestRoom:
         assert device.out == 192
         assert {block.extent for block in device.blocks[:16]} == {1, 2}
 
+    def test_what_died_is_seen(self) -> None:
+        """The next pass may be an hour away: until then it is not to say that the device is full."""
+        device = FakeDevice(*blocks(1000, age=OLD), extents=20)
+        served = make(device)
+        run(device, served, 300)
+        assert served.numbers()["reason"].startswith("the device is full")
+        for number, block in enumerate(device.blocks):
+            device.put(number, 0)
+            block.age = 0
+        run(device, served, 20)
+        assert "full" not in served.numbers()["reason"]
+
+    def test_no_room_below(self) -> None:
+        """A file on a full file system fails as any disk: that is no want of extents."""
+        device = FakeDevice(*blocks(1000, age=OLD))
+        device.error = errno.ENOSPC
+        served = make(device)
+        run(device, served, 60)
+        assert len(device.flushes) == writebackpolicy.ERRORS
+        assert "cannot be written: No space left on device 8 times" in served.trouble
+
 
 class TestErrors:
     def test_eight_in_a_row(self, capfd: pytest.CaptureFixture[str]) -> None:
@@ -815,6 +837,17 @@ class TestRecall:
         run(device, served, 15)
         assert device.out == 640
 
+    def test_nothing_of_a_dropped_pass_is_left(self) -> None:
+        """What it had taken is no longer marked as leaving."""
+        device = FakeDevice(*blocks(320, age=OLD))
+        served = make(device)
+        served.submit(WritePass(ranges=((0, 10), (10, 320))))
+        served.tick()
+        assert device.pending
+        served.bring_back()
+        run(device, served, 5)
+        assert (device.pending, device.out) == (0, 0)
+
     def test_passes_that_wait_are_dropped(self) -> None:
         device = FakeDevice(*blocks(320))
         served = make(device)
@@ -910,6 +943,38 @@ class TestByHand:
         served.submit(WritePass(ranges=((0, 40),)))
         run(device, served, 1)
         assert device.order == [*range(32, 64), *range(32)]
+
+
+def test_a_superblock_that_cannot_be_written() -> None:
+    """A pass by hand does not wait for ever, and others after it."""
+
+    def fail() -> None:
+        raise BackingError("no")
+
+    device = FakeDevice(*blocks(320))
+    served = make(device, renew=fail)
+    for _ in range(writeback.MOST_PASSES):
+        served.submit(WritePass())
+    run(device, served, 60)
+    assert device.out == 0
+    assert "Input/output error" in served.trouble
+    served.submit(WritePass())
+
+
+def test_a_superblock_that_is_not_answered() -> None:
+    told = []
+
+    def hang() -> None:
+        device.now += 45
+        told.append(served.trouble)
+
+    device = FakeDevice(*blocks(32))
+    served = make(device, renew=hang)
+    served.submit(WritePass())
+    run(device, served, 60)
+    assert told == ["backing '/dev/sdz' has not answered for 45 s"]
+    assert served.trouble == ""
+    assert device.out == 32
 
 
 def test_leaves_the_processor_to_clients() -> None:

@@ -124,6 +124,13 @@ class TestBudget:
         budget.left = 0
         assert not budget.allows(EXTENT)
 
+    def test_the_greatest_limit(self) -> None:
+        """What is kept has 64 bits, and a float rounds what has as many."""
+        limit = (1 << 64) - 1
+        made = Budget(limit, (0, 0), 5)
+        assert made.kept == (limit, 5)
+        assert Budget(limit, made.kept, 9).kept == (limit, 9)
+
     def test_when_an_extent_may_be_written(self) -> None:
         budget = Budget(DAY * 1000, (EXTENT - 5000, 1000), 1000.0)
         assert not budget.allows(EXTENT)
@@ -396,7 +403,7 @@ class TestRoom:
 
     def test_no_free_extent_was_found(self) -> None:
         made = policy()
-        assert not made.flushed(0, errno.ENOSPC)
+        assert not made.flushed(0, errno.EXFULL)
         assert not made.room(view(extents=1000, free=30))
         assert made.room(view(extents=1000, free=50))
         assert not made.has_trouble
@@ -406,7 +413,7 @@ class TestRoom:
         """They are used, too."""
         made = policy()
         assert made.room(view(extents=extents, free=extents))
-        made.flushed(0, errno.ENOSPC)
+        made.flushed(0, errno.EXFULL)
         assert made.room(view(extents=extents, free=extents))
 
     @pytest.mark.parametrize(

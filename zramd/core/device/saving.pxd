@@ -67,6 +67,7 @@ cdef class _Writer(_Stream):
     cdef void _gather(self) noexcept nogil
     cdef uint32_t _record(self, uint64_t block, char *out) noexcept nogil
     cdef uint32_t _record_away(self, uint64_t block, uint64_t slot, char *out) noexcept nogil
+    cdef void _look(self) noexcept nogil
     cdef void _finish(self) noexcept nogil
     cdef void _give_up(self, const char *why) noexcept nogil
     cdef uint64_t _changes(self) noexcept nogil

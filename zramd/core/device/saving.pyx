@@ -238,12 +238,7 @@ cdef class _Writer(_Stream):
         """Make a frame of the blocks that come next."""
         cdef uint32_t used = 0, records = 0, n, visits = 0
         gate_hold(&self.device.gate)
-        if load_relaxed(&self.device.epoch) != self.epoch:
-            self.gave_up = "the device was reset or loaded while it was saved"
-        elif load_relaxed(&self.device.kept.loading):
-            self.gave_up = "the device is being loaded"
-        elif not self.live and self._changes() != self.changes_before:
-            self.gave_up = CHANGED
+        self._look()
         while self.gave_up == NULL and self.next < self.device.blocks and used + RECORD_MAX <= BODY_MAX and visits < VISITS:
             visits += 1
             if not is_touched(&self.device.table.touched[self.next // SLOTS_PER_PAGE]):
@@ -258,6 +253,15 @@ cdef class _Writer(_Stream):
             self._give_up(self.gave_up)
         elif records:
             self._seal(KIND_BLOCKS, records, used)
+
+    cdef void _look(self) noexcept nogil:
+        """See whether the device is still what is being saved. The gate is held."""
+        if load_relaxed(&self.device.epoch) != self.epoch:
+            self.gave_up = "the device was reset or loaded while it was saved"
+        elif load_relaxed(&self.device.kept.loading):
+            self.gave_up = "the device is being loaded"
+        elif not self.live and self._changes() != self.changes_before:
+            self.gave_up = CHANGED
 
     cdef uint32_t _record(self, uint64_t block, char *out) noexcept nogil:
         """Write what stands for a block to out; the bytes, 0 for a hole."""
@@ -307,10 +311,18 @@ cdef class _Writer(_Stream):
         return 8 + size
 
     cdef uint32_t _record_away(self, uint64_t block, uint64_t slot, char *out) noexcept nogil:
-        """Write the payload of a block that is out, whose slot is pinned, to out; what it is, as in a record."""
+        """Write the payload of a block that is out, whose slot is pinned, to out; what it is, as in a record.
+
+        Whoever wants the device alone does not wait for the disk: the gate is let go meanwhile.
+        """
         cdef const char *payload
         cdef uint32_t size = slot_bytes(slot), what = SLOT_LOST
-        if self.device.table.backing.load(block, slot, self.room, &payload, &self.device.table.counters.bd_reads):
+        cdef int rc
+        gate_release(&self.device.gate)
+        rc = self.device.table.backing.load(block, slot, self.room, &payload, &self.device.table.counters.bd_reads)
+        gate_hold(&self.device.gate)
+        self._look()
+        if rc:
             counter_add(&self.device.table.counters.bd_read_errors, 1)
         elif self.version > 1 or not slot & SLOT_OUT_ZSTD:
             memcpy(out, payload, size)

@@ -10,7 +10,7 @@ device's gate for one block at a time. A real-time thread is an ordinary one mea
 """
 
 cimport cython
-from libc.errno cimport EIO, ENOSPC
+from libc.errno cimport EIO
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
@@ -77,6 +77,9 @@ from zramd.core.system.process cimport be_calm, be_urgent
 from zramd.core.types cimport BLOCK_SIZE, SLOTS_PER_PAGE
 
 import os
+
+cdef extern from "<errno.h>":
+    int EXFULL
 
 cdef enum:
     LOOK = 1 << 16              # blocks that a step looks at, at most: 0.1 ms
@@ -327,8 +330,9 @@ cdef class Writeback:
         """Write the buffer to a free extent: (blocks, written, moved, nanoseconds, stopped).
 
         blocks: how many are out now that were in memory. written: bytes on the device, whole pages; of them `moved` for
-        reclaim. nanoseconds: what the device took. stopped: 0, ENOSPC: no extent is free, or the errno of the device. Then
-        all stays where it was. The buffer is empty afterwards.
+        reclaim. nanoseconds: what the device took. stopped: 0, EXFULL: no extent is free, or the errno of the device,
+        which is never that: ENOSPC is one that lies on a full file system. Then all stays where it was. The buffer is empty
+        afterwards.
         """
         cdef uint64_t blocks = 0, written = 0, moved = 0, took = 0
         cdef int rc, priority
@@ -351,10 +355,10 @@ cdef class Writeback:
         # The last one is for reclaim, which makes others free.
         if not self.moving and self.backing.extents - 1 - load_relaxed(&self.backing.used) - load_relaxed(
                 &self.backing.bad) <= 1:
-            return -ENOSPC
+            return -EXFULL
         extent = self.backing.take()
         if extent == 0:
-            return -ENOSPC
+            return -EXFULL
         zr_point(points.extent_taken)
         self.sequence += 1
         memset(&head, 0, sizeof(head))
