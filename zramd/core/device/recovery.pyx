@@ -24,12 +24,12 @@ from libc.errno cimport ENOMEM
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from zramd.core.device.blocks cimport OUT_READ_AGAIN, Blocks
+from zramd.core.device.blocks cimport Blocks
 from zramd.core.device.slots cimport COLD, HOLE, LOST, OUT, RAW, SAME, SLOT_LOST
 from zramd.core.device.slots cimport block_kind, has_object, is_known, is_out, slot_bytes, slot_handle, slot_kind
 from zramd.core.system.bits cimport bits_set, prefetch
 from zramd.core.system.checks cimport FILL_FREED, zr_fill, zr_poison, zr_unpoison
-from zramd.core.system.locks cimport counter_add, load_relaxed, store_relaxed, store_relaxed_8
+from zramd.core.system.locks cimport counter_add, load_relaxed, store_relaxed
 from zramd.core.system cimport points
 from zramd.core.system.points cimport zr_point
 from zramd.core.memory.region cimport Region, whole_pages
@@ -320,8 +320,6 @@ cdef class Recovery:
                     continue
                 if what == OUT:
                     self.backing.add(slot)
-                    # So old that the first read is not taken for the second one.
-                    store_relaxed_8(&self.table.ages[block], OUT_READ_AGAIN + 1)
                     out += 1
                     out_bytes += slot_bytes(slot)
                     continue
