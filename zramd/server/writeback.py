@@ -259,7 +259,7 @@ class Writeback:
         if hangs >= HANGS:
             return f"backing '{self._config.backing}' has not answered for {hangs:.0f} s"
         why = self._policy.trouble(self._clock())
-        return f"backing '{self._config.backing}' cannot be written: {why}" if why else ""
+        return f"backing '{self._config.backing}' fails: {why}" if why else ""
 
     def numbers(self) -> dict[str, Any]:
         """Return the section `writeback` of stats.json.
@@ -574,7 +574,7 @@ class Writeback:
     def _tell(self, stopped: int) -> None:
         """Let the policy know how a device's work has ended; say what has changed by it."""
         if self._policy.flushed(self._clock(), stopped):
-            say(self.trouble or f"backing '{self._config.backing}' can be written again")
+            say(self.trouble or f"backing '{self._config.backing}' works again")
 
     def _give_up(self, walk: Walk) -> None:
         """Forget a pass and what it has in the buffer."""

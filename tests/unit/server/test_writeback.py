@@ -633,7 +633,7 @@ class TestRoom:
         served = make(device)
         run(device, served, 60)
         assert len(device.flushes) == writebackpolicy.ERRORS
-        assert "cannot be written: No space left on device 8 times" in served.trouble
+        assert "fails: No space left on device 8 times" in served.trouble
 
 
 class TestErrors:
@@ -644,7 +644,7 @@ class TestErrors:
         run(device, served, 60)
         assert len(device.flushes) == writebackpolicy.ERRORS
         assert device.out == 0
-        assert served.trouble.startswith("backing '/dev/sdz' cannot be written: Input/output error 8 times")
+        assert served.trouble.startswith("backing '/dev/sdz' fails: Input/output error 8 times")
         assert served.numbers()["mode"] == "paused"
         assert capfd.readouterr().err.count("\n") == 1
         run(device, served, 600)
@@ -653,7 +653,7 @@ class TestErrors:
         run(device, served, 620)
         assert device.out
         assert served.trouble == ""
-        assert capfd.readouterr().err == "zramd: backing '/dev/sdz' can be written again\n"
+        assert capfd.readouterr().err == "zramd: backing '/dev/sdz' works again\n"
 
     def test_a_few(self) -> None:
         """What could not be written goes with the next."""
