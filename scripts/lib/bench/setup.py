@@ -16,7 +16,7 @@ REQUEST = 128 << 10
 
 @dataclass
 class Setup:
-    """The settings of a run; `folder` is for its sockets and files, `disk` is on a disk, and both go away with it."""
+    """The settings of a run; sockets and files are in `folder`, backings in `disk`; both go with it."""
 
     quick: bool
     rounds: int
