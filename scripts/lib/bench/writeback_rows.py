@@ -139,7 +139,7 @@ class _Swap:
 def _written(setup: Setup, data: Sequence[bytes], roomy: float) -> tuple[Counters, Counters, float]:
     """Return the counters once the backing was full, and in the end; its size by what lives."""
     blocks = setup.pick(16 << 10, 4 << 10)
-    alive = blocks * (1 - EARLY * (1 - EARLY))
+    alive = blocks * (1 - EARLY)
     with _Disk(setup, f"written {roomy:g}", int(_cold_bytes(data) * RECORD * alive * roomy)) as disk:
         swap = _Swap(data, blocks, disk)
         swap.turn(1)
@@ -170,22 +170,22 @@ def _bytes_written(setup: Setup, data: Sequence[bytes]) -> list[Row]:
     table = Table(
         "Bytes written for each page that goes out, by the size of the backing",
         f"Memory pages, all cold, payloads of {payload:.0f} bytes; each turn an eighth of the blocks is "
-        f"written anew, a quarter of these dies before it went out; the backing is written {AROUND} times over, "
-        "counted from the moment when it was full; reclaim included. The kernel's zram writes 4096.",
+        f"written anew, a quarter of these dies before it went out; the backing is written {AROUND} times "
+        "over, counted from the moment when it was full; reclaim included. The kernel's zram writes 4096.",
         ["backing, of what lives", "bytes for each page", "of its payload", "moved by reclaim"],
     )
-    usual = 0.0
+    usual = usual_size = 0.0
     for roomy in ROOMY:
         before, after, size = _written(setup, data, roomy)
         new = {name: after[name] - before[name] for name in ("bd_writes", "written_out", "reclaimed_bytes")}
         each = new["bd_writes"] / new["written_out"]
         if roomy == USUAL:
-            usual = each
+            usual, usual_size = each, size
         moved = f"{100 * new['reclaimed_bytes'] / new['bd_writes']:.0f} %"
         table.rows.append([f"{size:.1f}", f"{each:,.0f}", f"{each / payload:.2f}", moved])
     setup.report.tables.append(table)
     note = (
-        f"backing of {USUAL} times what lives, all of it dying at random, payloads of {payload:.0f} bytes: "
+        f"backing of {usual_size:.1f} times what lives, which dies at random, payloads of {payload:.0f} bytes: "
         f"{usual / payload:.2f} of these; reclaim included"
     )
     kernel = "kernel zram, by its format,"
