@@ -185,8 +185,8 @@ def _bytes_written(setup: Setup, data: Sequence[bytes]) -> list[Row]:
         table.rows.append([f"{size:.1f}", f"{each:,.0f}", f"{each / payload:.2f}", moved])
     setup.report.tables.append(table)
     note = (
-        f"backing of {usual_size:.1f} times what lives, which dies at random, payloads of {payload:.0f} bytes: "
-        f"{usual / payload:.2f} of these; reclaim included"
+        f"backing of {usual_size:.1f} times what lives, which dies at random, payloads of {payload:.0f} "
+        f"bytes: {usual / payload:.2f} of these; reclaim included"
     )
     kernel = "kernel zram, by its format,"
     return [
