@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any, Self
 
 import psutil  # type: ignore[import-untyped]
@@ -74,6 +76,10 @@ class _Disk:
         except ZramdError as error:
             self.path.unlink()
             raise NotMeasuredError(str(error)) from None
+
+    def read(self, room: mmap.mmap, offset: int) -> None:
+        """Read from it, as anybody would."""
+        os.preadv(self._opened.fd, [room], offset)
 
     def core(self) -> Backing:
         """Return a backing that has its own table of extents."""
@@ -232,6 +238,47 @@ def _memory_of_out(setup: Setup, data: Sequence[bytes]) -> list[Row]:
     )
     value = (all_out - at_first) / blocks
     return [Row("memory of a block that is out", "B", [value], at_most(10, "B"), note=note)]
+
+
+def _read_in_process(setup: Setup, data: Sequence[bytes]) -> list[Row]:
+    """Read blocks that are out, and the file that they are in, in turns, so that both meet the same load."""
+    blocks = setup.pick(32 << 10, 2 << 10)
+    dice = random.Random(3)
+    order = dice.sample(range(blocks), blocks)
+    room, page = mmap.mmap(-1, BLOCK), bytearray(BLOCK)
+    alone: list[list[float]] = []
+    out: list[list[float]] = []
+    with _Disk(setup, "in process", int(_cold_bytes(data) * 2 * blocks)) as disk:
+        device = Device(blocks * BLOCK, cold_level=LEVEL, backing=disk.core())
+        device.claim_backing()
+        for block in range(blocks):
+            device.write(data[block % len(data)], block * BLOCK)
+            device.cool(block, 1)
+        _put_out(device, blocks)
+        written = device.counters()["bd_writes"] // BLOCK
+        for first in range(setup.rounds):
+            alone.append([])
+            out.append([])
+            for block in order[first :: setup.rounds]:
+                place = EXTENT + dice.randrange(written) * BLOCK
+                started = time.perf_counter_ns()
+                disk.read(room, place)
+                between = time.perf_counter_ns()
+                device.read(page, block * BLOCK)
+                out[-1].append((time.perf_counter_ns() - between) / 1e3)
+                alone[-1].append((between - started) / 1e3)
+    p99 = {
+        name: [quantiles(run, n=100)[98] for run in runs] for name, runs in (("out", out), ("disk", alone))
+    }
+    middle = [median(number for run in runs for number in run) for runs in (out, alone)]
+    note = (
+        f"{blocks:,} blocks, each read once, and as many random 4K of the same file, in turns; medians "
+        f"{middle[0]:.0f} and {middle[1]:.0f} µs"
+    )
+    aim = at_most_more(50, "µs")
+    return [
+        Row("read of a block that is out, in process, p99", "µs", p99["out"], aim, "disk", p99["disk"], note)
+    ]
 
 
 class _State:
@@ -465,6 +512,7 @@ def measure(setup: Setup) -> list[Row]:
     rows: list[Row] = []
     parts: dict[str, Callable[[], list[Row]]] = {
         "bytes": lambda: _bytes_written(setup, data),
+        "reads in process": lambda: _read_in_process(setup, data),
         "reads": lambda: _reads(setup),
         "beside": lambda: _beside(setup),
         "speed": lambda: _speed(setup),
