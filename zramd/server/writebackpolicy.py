@@ -30,7 +30,9 @@ SLOW = 0.05  # seconds for an extent: of a device that has much else to do
 WINDOW = 100  # extents that its slowness is told from
 MAX_SLOWNESS = 64
 
-FEW = 0.1  # of all extents: from so few free ones on, others are emptied
+# Of all extents: from so few free ones on, others are emptied. The later, the more of them is dead by then:
+# with a tenth, 7 % more was written on a backing of twice what lives.
+FEW = 0.02
 MOSTLY_DEAD = 0.5  # an extent is emptied if no more of it lives
 SPARE = 1  # free extents that the core leaves for emptying others into
 ROOM_AGAIN = 0.05  # of all extents free: then a device that was full is tried again
@@ -332,7 +334,8 @@ class Policy:
 
     def reclaims(self, view: View) -> bool:
         """Say whether to empty extents of which little lives."""
-        return view.free < FEW * view.extents or view.free <= SPARE
+        few = ROOM_AGAIN if self.is_full else FEW  # a full device is not used again before that
+        return view.free < few * view.extents or view.free <= SPARE
 
     def flushed(self, now: float, stopped: int) -> bool:
         """Take note of an extent, and of the errno that stopped it; 0: none, EXFULL: no extent is free.

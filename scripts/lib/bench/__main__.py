@@ -31,6 +31,7 @@ from bench import (
     steady_rows,
     tier_rows,
     waiting_rows,
+    writeback_rows,
 )
 from bench.results import NotMeasuredError, Report
 from bench.setup import GIB, Measure, Setup
@@ -49,6 +50,7 @@ GROUPS: dict[str, Measure] = {
     "steady": steady_rows.measure,
     "compaction": compaction_rows.measure,
     "tiers": tier_rows.measure,
+    "writeback": writeback_rows.measure,
     "dictionary": dictionary.measure,
     "idle": idle_rows.measure,
     "waiting": waiting_rows.measure,
@@ -63,6 +65,7 @@ NEED_CORPUS = {
     "steady",
     "compaction",
     "tiers",
+    "writeback",
     "dictionary",
     "state",
     "scale",
@@ -78,7 +81,11 @@ def main() -> int:
     if load > QUIET_LOAD:
         _warn(f"the load average is {load:.2f}: the figures will be too, wait until the machine is idle")
     report = Report(_machine(load), {})
-    with tempfile.TemporaryDirectory(prefix="zramd-bench-") as name:
+    # What is to be on a disk is in /var/tmp: /tmp may be memory.
+    with (
+        tempfile.TemporaryDirectory(prefix="zramd-bench-") as name,
+        tempfile.TemporaryDirectory(prefix="zramd-bench-", dir="/var/tmp") as disk,
+    ):
         folder = Path(name)
         setup = Setup(
             quick=options.quick,
@@ -87,6 +94,7 @@ def main() -> int:
             threads=options.threads,
             corpus=folder / "corpus",
             folder=folder,
+            disk=Path(disk),
             report=report,
         )
         report.settings["run"] = (

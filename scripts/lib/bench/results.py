@@ -26,16 +26,17 @@ def take_turns(rounds: int, runs: dict[str, Callable[[], T]]) -> dict[str, list[
 
 @dataclass(frozen=True)
 class Aim:
-    """What a row has to reach: a bound on its ratio to the peer, or on its own value."""
+    """What a row has to reach: a bound on its ratio to the peer, on what it has more, or on its own value."""
 
     text: str
     bound: float
     at_least: bool
     of_ratio: bool
+    of_more: bool = False
 
-    def met(self, value: float, ratio: float | None) -> bool | None:
+    def met(self, value: float, ratio: float | None, more: float | None = None) -> bool | None:
         """Say whether it is reached; None if it speaks of a peer that was not measured."""
-        measured = ratio if self.of_ratio else value
+        measured = ratio if self.of_ratio else more if self.of_more else value
         if measured is None:
             return None
         return measured >= self.bound if self.at_least else measured <= self.bound
@@ -55,6 +56,11 @@ def at_least(bound: float, unit: str) -> Aim:
 
 def at_most(bound: float, unit: str) -> Aim:
     return Aim(f"≤ {bound:g} {unit}".rstrip(), bound, at_least=False, of_ratio=False)
+
+
+def at_most_more(bound: float, unit: str) -> Aim:
+    """As much as the peer, and so much."""
+    return Aim(f"≤ + {bound:g} {unit}", bound, at_least=False, of_ratio=False, of_more=True)
 
 
 @dataclass
@@ -90,9 +96,15 @@ class Row:
         return median(self.ratios) if self.ratios else None
 
     @property
+    def more(self) -> float | None:
+        """The median of what zramd's value has more than the peer's, round by round."""
+        pairs = list(zip(self.values, self.peer_values, strict=False))
+        return median(mine - other for mine, other in pairs) if pairs else None
+
+    @property
     def met(self) -> bool | None:
         """Whether the aim is met; None if it speaks of a peer that was not measured."""
-        return self.aim.met(self.value, self.ratio)
+        return self.aim.met(self.value, self.ratio, self.more)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything about the row, for JSON."""

@@ -16,7 +16,7 @@ REQUEST = 128 << 10
 
 @dataclass
 class Setup:
-    """The settings of a run; `folder` is for its sockets and files and goes away with it."""
+    """The settings of a run; sockets and files are in `folder`, backings in `disk`; both go with it."""
 
     quick: bool
     rounds: int
@@ -24,6 +24,7 @@ class Setup:
     threads: int | None
     corpus: Path  # the pages, once corpus.prepare has put them there
     folder: Path
+    disk: Path
     report: Report
     corpus_name: str = ""
     started: float = field(default_factory=time.monotonic)

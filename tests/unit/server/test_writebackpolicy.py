@@ -417,10 +417,18 @@ class TestRoom:
         assert made.room(view(extents=extents, free=extents))
 
     @pytest.mark.parametrize(
-        ("extents", "free", "reclaims"), [(1000, 100, False), (1000, 99, True), (5, 1, True)]
+        ("extents", "free", "reclaims"), [(1000, 20, False), (1000, 19, True), (5, 1, True)]
     )
     def test_reclaims(self, extents: int, free: int, reclaims: bool) -> None:
         assert policy().reclaims(view(extents=extents, free=free)) is reclaims
+
+    def test_a_full_device_is_emptied_until_it_is_used_again(self) -> None:
+        made = policy()
+        made.flushed(0, errno.ENOSPC)
+        assert made.reclaims(view(extents=1000, free=49))
+        assert not made.room(view(extents=1000, free=48))
+        assert made.room(view(extents=1000, free=50))
+        assert not made.reclaims(view(extents=1000, free=49))
 
 
 class TestErrors:
