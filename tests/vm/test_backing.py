@@ -26,7 +26,7 @@ from vm.guest import Guest, Machine, choose_accel
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
-BLOCKS = 4000  # that are written: 16 MiB
+BLOCKS = 1200  # that are written; each that cannot be read is a line on the console of an emulated guest
 pytestmark = pytest.mark.timeout(900)
 
 # In the guest: writes the first blocks of the device, or reads blocks and says what each was.
@@ -166,14 +166,13 @@ def test_a_disk_that_cannot_be_read(served: Served) -> None:
     assert len(served.read()["right"]) == BLOCKS
 
 
-@pytest.mark.parametrize("lie", ["drop_writes", "corrupt_bio_byte 40 r 77 0"], ids=["drops", "corrupts"])
+@pytest.mark.parametrize("lie", ["drop_writes", "corrupt_bio_byte 500 w 77 0"], ids=["drops", "corrupts"])
 def test_a_disk_that_lies(served: Served, lie: str) -> None:
-    """It says it wrote what it dropped, or gives back another byte: such a block is EIO, never other data."""
-    if lie == "drop_writes":
-        served.disk.lie(lie)
+    """It says it wrote what it dropped, or wrote another byte: such a block is EIO, never other data."""
+    # (Linux 6.1 cannot give back another byte than it wrote.)
+    served.disk.lie(lie)
     served.write()
     served.wait_until(lambda now: now["out_pages"] > BLOCKS // 2)
-    served.disk.lie(lie)
     found = served.read()
     assert found["failed"]
     assert len(found["right"]) + len(found["failed"]) == BLOCKS
