@@ -124,8 +124,8 @@ class UsageError(ZramdError):
 def error_from(code: int, what: str) -> Exception:
     """Return the exception for a negative errno from the core; `what` names the operation.
 
-    EDQUOT is the core's word for the state's file system, which clients know as ENOSPC too; EREMOTEIO for
-    the backing.
+    EDQUOT is the core's word for the state's file system, which clients know as ENOSPC too; EREMOTEIO and
+    EBADMSG are for the backing, and EIO for clients.
     """
     if code == -errno.ENOSPC:
         return PoolFullError(f"{what}: mem_limit leaves no room")
@@ -134,6 +134,8 @@ def error_from(code: int, what: str) -> Exception:
     if code == -errno.EIO:
         return CorruptObjectError(f"{what}: an object does not decompress")
     if code == -errno.EREMOTEIO:
+        return OSError(errno.EIO, f"{what}: it is out, and the backing cannot be read there")
+    if code == -errno.EBADMSG:
         return OSError(errno.EIO, f"{what}: it is out, and the backing does not have it as it was written")
     if code == -errno.ENOENT:
         return HandleError(f"{what}: the handle is not live")

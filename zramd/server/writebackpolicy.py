@@ -257,7 +257,8 @@ class Policy:
         if self.mode == "calm":
             plan = self._calm(census, view)
         elif self.mode == "wanted":
-            plan = self._wanted(census, view)
+            # What would go out in calm does so when memory is wanted, too.
+            plan = self._wanted(census, view) or self._calm(census, view)
         else:
             looks = (Look(1, raw=True), Look(idle=True), Look(1, unread=True), Look(1))
             plan = Plan(looks, least=LEAST) if _all(census, 1) + _marked(census) >= LEAST else None
@@ -277,7 +278,7 @@ class Policy:
             looks.append(Look(cold, raw=True, tried=self._shrinks))
             shrink = census.raw if self._shrinks else ()
             found += _old(census.huge, cold, age) - (_old(shrink, cold, age) << 12)
-        return Plan(tuple(looks)) if found >= EXTENT else None
+        return Plan(tuple(looks)) if found - self._gone >= EXTENT else None
 
     def _wanted(self, census: Census, view: View) -> Plan | None:
         """The oldest, as many as bring the pool below its mark: of these, what nobody has read goes first."""

@@ -8,7 +8,7 @@ from zramd.core.device.backing import EXTENT
 from zramd.server import writebackpolicy
 from zramd.server.ages import IDLE, OLDEST, WANTED, age_of
 from zramd.server.tierpolicy import HURRY_AGE, Census
-from zramd.server.writebackpolicy import DAY, LEAST, Budget, Look, Pace, Policy, View
+from zramd.server.writebackpolicy import DAY, LEAST, Budget, Look, Pace, Plan, Policy, View
 from zramd.settings import config
 
 GIB = 1 << 30
@@ -227,6 +227,13 @@ def looks(made: Policy, found: Census, **given: int | None) -> list[Look]:
     return list(plan.looks) if plan else []
 
 
+def policy_in_calm(found: Census) -> Plan | None:
+    """What goes out in calm after ten seconds."""
+    made = policy(writeback_age="10")
+    made.swept(found)
+    return made.plan(view())
+
+
 class TestCalm:
     def test_nobody_has_read_it(self) -> None:
         """What nobody has read goes first; the rest in another walk."""
@@ -335,6 +342,24 @@ class TestWanted:
         plan = made.plan(view(used=800, limit=1000))
         assert plan is not None
         assert plan.looks[-1] == Look(100)
+
+    @pytest.mark.parametrize("limit", [0, 1000])
+    def test_never_less_than_in_calm(self, limit: int) -> None:
+        """Once the pool is below its mark, or a tenth is out, what is old enough goes all the same."""
+        made = policy("wanted", writeback_age="10")
+        made.swept(census(read={age_of(10): 100}))
+        plan = made.plan(view(used=100, limit=limit))
+        assert plan is not None
+        assert plan.need == 10 * EXTENT
+        made.sent(10 * EXTENT)
+        made.pass_ended(10.0, 10 * EXTENT, plan.need, 100, 0)
+        assert made.wants_pass(11)
+        assert made.plan(view(used=90, limit=limit)) == policy_in_calm(census(read={age_of(10): 90}))
+        # Nothing is left of what the sweep has counted.
+        made.sent(90 * EXTENT)
+        made.pass_ended(20.0, 90 * EXTENT, 90 * EXTENT, 900, 0)
+        assert made.wants_pass(21)
+        assert made.plan(view(used=20, limit=limit)) is None
 
     def test_waits_for_a_sweep_when_nothing_is_left(self) -> None:
         made = policy("wanted")

@@ -14,7 +14,7 @@ zramd.server.backingfile knows.
 """
 
 cimport cython
-from libc.errno cimport EIO
+from libc.errno cimport EBADMSG
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -252,7 +252,7 @@ cdef class Backing:
     cdef int load(self, uint64_t block, uint64_t slot, char *room, const char **payload, uint64_t *moved) noexcept nogil:
         """Read the payload of a block that is out, whose slot is pinned, into room for ROOM bytes: 0, or -errno.
 
-        -EIO: the record is not what the slot says, too. moved: a counter of bytes.
+        -EBADMSG: the record is not what the slot says. moved: a counter of bytes.
         """
         cdef uint64_t first = slot_handle(slot) << self.granule_shift
         cdef uint32_t skip = first & (self.sector - 1), size = slot_bytes(slot), all
@@ -267,5 +267,5 @@ cdef class Backing:
         payload[0] = room + skip + RECORD_HEAD
         if (head.block != block or head.what != out_what(slot) or sum_low(head.sum) != slot_sum(slot)
                 or head.sum != record_sum(block, head.what, payload[0])):
-            return -EIO
+            return -EBADMSG
         return 0

@@ -96,6 +96,7 @@ from zramd.core.types cimport (
 )
 
 cdef extern from "<errno.h>":
+    int EBADMSG
     int EREMOTEIO
 
 cdef extern from *:
@@ -495,7 +496,10 @@ cdef class Blocks:
         return found
 
     cdef int load_away(self, uint64_t block, uint64_t slot, scratch *s) noexcept nogil:
-        """Read what a pinned slot leads to into s.page; 0 or -EREMOTEIO. It waits for the disk, and holds nothing else."""
+        """Read what a pinned slot leads to into s.page; it waits for the disk, and holds nothing else.
+
+        0; -EREMOTEIO: the backing cannot be read; -EBADMSG: it has something else there.
+        """
         cdef const char *payload
         cdef int rc
         zr_point(points.away_pinned)
@@ -506,10 +510,13 @@ cdef class Blocks:
                 rc = self.cold.decode(payload, slot_bytes(slot), s.page)
             else:
                 rc = decode(payload, slot_bytes(slot), s.page)
+            if rc:
+                rc = -EBADMSG
+        elif rc != -EBADMSG:
+            rc = -EREMOTEIO
         if rc:
             counter_add(&self.counters.bd_read_errors, 1)
             store_relaxed(&self.counters.corrupt_block, block + 1)
-            rc = -EREMOTEIO
         return rc
 
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil:

@@ -68,6 +68,7 @@ from zramd.errors import CorruptionError, error_from
 MAX_DISKSIZE = 4 << 40      # bytes: 2**30 blocks; handles have 31 bits
 
 cdef extern from "<errno.h>":
+    int EBADMSG
     int EREMOTEIO
 
 cdef extern from "<sched.h>" nogil:
@@ -358,7 +359,7 @@ cdef class Device:
         return rc
 
     cdef int _load_away(self, uint64_t block, scratch *s, uint64_t *slot, bint changes) noexcept nogil:
-        """Read a block that is out into s.page, and leave its slot pinned: 0; AWAY: it is not out any more; -EREMOTEIO.
+        """Read a block that is out into s.page, and leave its slot pinned: 0; AWAY: it is not out any more; -errno.
 
         Whoever wants the device alone does not wait for the disk, and so nobody else does behind him: the gate is left
         meanwhile.
@@ -488,7 +489,8 @@ cdef class Device:
     cdef str culprit(self, int rc, uint64_t offset, uint64_t length):
         """Which block of a range that was read does not match its checksum, as the end of a sentence."""
         cdef uint64_t block = load_relaxed(&self.table.counters.corrupt_block) - 1
-        if (rc != -EIO and rc != -EREMOTEIO) or not offset >> BLOCK_SHIFT <= block <= (offset + length) >> BLOCK_SHIFT:
+        cdef bint is_known = rc == -EIO or rc == -EREMOTEIO or rc == -EBADMSG
+        if not is_known or not offset >> BLOCK_SHIFT <= block <= (offset + length) >> BLOCK_SHIFT:
             return ""
         return f", block {block}"
 

@@ -66,6 +66,7 @@ cdef extern from *:
     void zr_raise(object error) noexcept
 
 cdef extern from "<errno.h>":
+    int EBADMSG
     int EREMOTEIO
 
 cdef enum:
@@ -115,7 +116,7 @@ cdef void fail(Device device, int rc, uint64_t offset, uint64_t length) noexcept
     """Raise the exception for -errno, and tell nbdkit which errno the client gets."""
     cdef bint full = rc == -ENOSPC or rc == -EDQUOT or rc == -ENOMEM
     if tell_errno is not None:
-        tell_errno(full_errno if full else EIO if rc == -EREMOTEIO else -rc)
+        tell_errno(full_errno if full else EIO if rc == -EREMOTEIO or rc == -EBADMSG else -rc)
     if full:
         zr_raise(pool_full if rc == -ENOSPC else state_full if rc == -EDQUOT else no_memory)
     else:
