@@ -319,10 +319,10 @@ class Writeback:
         if not budget.allows(EXTENT):
             wait = _time(budget.waits(EXTENT))
             return "paused", f"writeback_limit is used up, the next extent may be written in {wait}"
-        if policy.is_full:
-            return "paused", "the device is full, and no extent of it is mostly dead"
         if self._by_hand:
             return policy.mode, "a pass by hand is under way"
+        if policy.is_full:
+            return "paused", "the device is full, and no extent of it is mostly dead"
         return policy.mode, self._progress(now)
 
     def _progress(self, now: float) -> str:

@@ -449,7 +449,7 @@ class TestRoom:
 
     def test_a_full_device_is_emptied_until_it_is_used_again(self) -> None:
         made = policy()
-        made.flushed(0, errno.ENOSPC)
+        made.flushed(0, errno.EXFULL)
         assert made.reclaims(view(extents=1000, free=49))
         assert not made.room(view(extents=1000, free=48))
         assert made.room(view(extents=1000, free=50))
