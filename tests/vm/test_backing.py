@@ -67,6 +67,7 @@ def read(blocks):
         found[kind].append(block)
     return found
 
+os.sched_setaffinity(0, {int(os.environ.get("CPU", 0))})
 verb, *numbers = sys.argv[1:]
 numbers = [int(number) for number in numbers]
 if verb == "states":
@@ -183,7 +184,10 @@ def test_a_disk_that_lies(served: Served, lie: str) -> None:
 
 
 def test_a_slow_disk(served: Served) -> None:
-    """Only reads of what is out wait for it."""
+    """Only reads of what is out wait for it, and who uses the same connection where nbdkit is old."""
+    guest, zramd_in_guest = served.guest, "/usr/bin/python3 -m zramd"
+    guest.run(f"{zramd_in_guest} detach zram0")
+    guest.run(f"{zramd_in_guest} attach zram0 --device /dev/nbd0 --connections 2 --timeout 300")
     served.write()
     served.wait_until(lambda now: now["out_pages"] > BLOCKS // 2)
     served.disk.delay(100)
@@ -196,8 +200,8 @@ def test_a_slow_disk(served: Served) -> None:
     served.disk.delay(90_000)  # below the two minutes after which a kernel says that somebody hangs
     wanted = max(served.out())
     served.program(f"write {SLOW_READS}")
-    guest = served.guest
-    guest.run(f"/usr/bin/python3 /tmp/blocks.py read {wanted} {wanted + 1} >/tmp/slow 2>&1 &")
+    # Each of the two processors has a connection of its own.
+    guest.run(f"CPU=1 /usr/bin/python3 /tmp/blocks.py read {wanted} {wanted + 1} >/tmp/slow 2>&1 &")
     assert len(served.read(SLOW_READS)["right"]) == SLOW_READS
     assert guest.run("cat /tmp/slow") == ""
     served.disk.heal()  # this ends the wait, too
