@@ -25,5 +25,6 @@ cdef struct census:
     uint64_t read[AGES]
     uint64_t huge[AGES]
     uint64_t back               # blocks that are out, and wanted
+
 cdef void sweep(Blocks table, bint coarse, bint keep, uint32_t threshold, census *found) noexcept nogil
 cdef uint64_t mark_idle(Blocks table, uint8_t age) noexcept nogil

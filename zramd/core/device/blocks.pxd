@@ -110,7 +110,6 @@ cdef class Blocks:
     cdef counters *counters
 
     cdef int inherit_priority(self) noexcept nogil
-    cdef uint32_t _scratch_bytes(self) noexcept nogil
     cdef scratch *_scratch_make(self) noexcept nogil
     cdef scratch *scratch_take(self) noexcept nogil
     cdef void scratch_give(self, scratch *s) noexcept nogil

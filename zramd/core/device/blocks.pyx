@@ -130,6 +130,8 @@ cdef class Blocks:
         self.verify = verify
         self.backing = backing
         self.scratch_size = <uint32_t>whole_pages(sizeof(scratch) + state_size(&self.hot))
+        if backing is not None:
+            self.scratch_size += ROOM
         self.counters = <counters *>memory.kept(KEPT_DEVICE)
         self.slot_table = memory.region(count * sizeof(uint64_t), True)
         self.slots = <uint64_t *>self.slot_table.base
@@ -152,7 +154,7 @@ cdef class Blocks:
         while self.scratches != NULL:
             s = self.scratches
             self.scratches = s.next
-            secret_free(s, self._scratch_bytes())
+            secret_free(s, self.scratch_size)
         pthread_mutex_destroy(&self.scratch_lock)
         for i in range(STRIPES):
             pthread_mutex_destroy(&self.stripes[i])
@@ -168,18 +170,15 @@ cdef class Blocks:
     # --------------------------------------------------------------------------------------------------------
     # scratch: as many as there ever were requests at work at once; the last one used is still in the cache
 
-    cdef uint32_t _scratch_bytes(self) noexcept nogil:
-        return self.scratch_size if self.backing is None else self.scratch_size + ROOM
-
     cdef scratch *_scratch_make(self) noexcept nogil:
         """One more; NULL when memory is short."""
-        cdef scratch *s = <scratch *>secret_alloc(self._scratch_bytes())
+        cdef scratch *s = <scratch *>secret_alloc(self.scratch_size)
         if s == NULL:
             return NULL
         s.next = NULL
-        s.room = NULL if self.backing is None else <char *>s + self.scratch_size
+        s.room = NULL if self.backing is None else <char *>s + self.scratch_size - ROOM
         if not state_prepare(&self.hot, s.state):
-            secret_free(s, self._scratch_bytes())
+            secret_free(s, self.scratch_size)
             return NULL
         counter_add(&self.scratch_count, 1)
         return s
@@ -593,7 +592,7 @@ cdef class Blocks:
             (load_relaxed(&self.touched_pages) << PAGE_SHIFT)
             + (pages_of(self.count // SLOTS_PER_PAGE + 1) << PAGE_SHIFT)
             + (pages_of(load_relaxed(&self.touched_pages) * SLOTS_PER_PAGE) << PAGE_SHIFT)
-            + load_relaxed(&self.scratch_count) * self._scratch_bytes()
+            + load_relaxed(&self.scratch_count) * self.scratch_size
             + (pages_of(load_relaxed(&self.touched_pages) * SLOTS_PER_PAGE // 8) << PAGE_SHIFT)
             + (0 if self.backing is None else self.backing.table.size)
             + sizeof(self.stripes)
