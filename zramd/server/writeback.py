@@ -25,6 +25,7 @@ from zramd.server.minute import Minute
 from zramd.server.tierpolicy import Census
 from zramd.server.writebackpolicy import (
     CALM_RATE,
+    ERROR_PAUSE,
     MOSTLY_DEAD,
     Budget,
     Look,
@@ -117,6 +118,9 @@ class Without:
         """Raise DeviceError; `size`: bytes."""
         raise DeviceError(self._refusal)
 
+    def forget(self) -> None:
+        """Nothing is queued."""
+
     def left(self) -> int | None:
         """Return None: nothing is limited."""
         return None
@@ -188,6 +192,8 @@ class Writeback:
         self._recalled = 0  # blocks that this has looked at
         self._held = False  # until somebody wants blocks out again
         self._recall_error = 0
+        self._read_errors: int | None = None  # that were seen
+        self._unreadable_until = float("-inf")
         self._census: Census | None = None
         self._rest = SWEEP
         self._minute = Minute()
@@ -236,6 +242,11 @@ class Writeback:
         self._recall = self._held = True
         self.wake()
 
+    def forget(self) -> None:
+        """Drop the passes that are queued: the data that they were for is gone."""
+        self._by_hand.clear()
+        self.wake()
+
     def left(self) -> int | None:
         """Return the bytes that may still be written, None: there is no limit."""
         given = self._given
@@ -258,6 +269,8 @@ class Writeback:
         hangs = self._hangs()
         if hangs >= HANGS:
             return f"backing '{self._config.backing}' has not answered for {hangs:.0f} s"
+        if self._clock() < self._unreadable_until:
+            return f"backing '{self._config.backing}' fails: blocks that are out cannot be read"
         why = self._policy.trouble(self._clock())
         return f"backing '{self._config.backing}' fails: {why}" if why else ""
 
@@ -407,6 +420,9 @@ class Writeback:
             self._policy.room(self._view())  # what died since may be room
         self._keep_budget()
         found = self._device.counters()
+        if self._read_errors is not None and found["bd_read_errors"] > self._read_errors:
+            self._unreadable_until = now + ERROR_PAUSE
+        self._read_errors = found["bd_read_errors"]
         self._minute.add(now, found["written_out"], found["brought_back"])
         self._rest = LOOK if found["pages_stored"] else SWEEP
         if self._back < 0 and self._policy.is_wanted_back:
