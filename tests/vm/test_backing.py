@@ -169,7 +169,13 @@ def test_a_disk_that_cannot_be_read(served: Served) -> None:
     assert len(served.read()["right"]) == BLOCKS
 
 
-@pytest.mark.parametrize("lie", ["drop_writes", "corrupt_bio_byte 500 w 77 0"], ids=["drops", "corrupts"])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        pytest.param("drop_writes", id="drops"),
+        pytest.param("corrupt_bio_byte 500 w 77 0", id="corrupts", marks=pytest.mark.slow),
+    ],
+)
 def test_a_disk_that_lies(served: Served, lie: str) -> None:
     """It says it wrote what it dropped, or wrote another byte: such a block is EIO, never other data."""
     # (Linux 6.1 cannot give back another byte than it wrote.)
@@ -183,6 +189,7 @@ def test_a_disk_that_lies(served: Served, lie: str) -> None:
     assert "the backing does not have it as it was written" in served.server.log()
 
 
+@pytest.mark.slow
 def test_a_slow_disk(served: Served) -> None:
     """Only reads of what is out wait for it, and who uses the same connection where nbdkit is old."""
     guest, zramd_in_guest = served.guest, "/usr/bin/python3 -m zramd"
@@ -222,6 +229,7 @@ def swaps(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 def test_a_guest_that_swaps_to_itself(tmp_path: Path) -> None:
     result = swaps(tmp_path, "--attach", "local", "--workload", "104M", "--pace", "3000")
     assert held(result, "the disk is written what the server says")
@@ -243,11 +251,13 @@ def test_beside_the_kernels_own(tmp_path: Path) -> None:
     assert result["writeback"]["bytes_a_block"] == 4096
 
 
+@pytest.mark.slow
 def test_a_guest_with_a_disk_on_the_host(tmp_path: Path) -> None:
     """The same where zramd serves a guest from outside, its backing a file."""
     swaps(tmp_path, "--attach", "qemu", "--workload", "192M", "--pace", "3000")
 
 
+@pytest.mark.slow
 def test_at_the_limit_with_a_disk(tmp_path: Path) -> None:
     """A machine that swaps to its own zramd, all memory used, with blocks going out: half a minute of it."""
     result = vm_swap(
