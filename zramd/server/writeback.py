@@ -42,6 +42,9 @@ KINDS = frozenset({"idle", "huge", "incompressible"})  # what a pass by hand can
 LOOK = 1.0  # seconds between looks at how memory stands
 MOST_PASSES = 16  # by hand, that wait
 HANGS = 30.0  # seconds that a write may take before health tells of it
+# Seconds that clients have after a step, unless writes are refused: a hundredth of them, and no more, is to
+# notice it. With 1 ms their p99 was 1.7 times what it is without, with 3 ms 1.5 times.
+BUSY_PAUSE = 0.005
 ERROR_REST = 1.0  # seconds after a write that failed
 TELLS = 2.0  # seconds after which the reason does
 
@@ -461,6 +464,8 @@ class Writeback:
         step()
         pause = Pressure(*self._device.pressure()).pause(self._cpu() - began, before)
         self.yields = pause > 0
+        if pause and self._policy.mode != "full":
+            pause = max(pause, BUSY_PAUSE)
         return pause
 
     # ------------------------------------------------------------------------------------------------
