@@ -106,6 +106,32 @@ class BackingFile:
             raise _anothers(self.path, found)
         self._claim(device)
 
+    def reattach(self, path: str) -> None:
+        """Go on with this very backing, which had vanished, or whose name is another one now.
+
+        Raises BackingError, one sentence; then all is as it was.
+        """
+        opened = backingdevice.open_alone(path)
+        try:
+            found = backingdevice.look(opened)
+            if found is None or found.id != self.id:
+                raise BackingError(
+                    f"backing '{path}' is not the one that the device has: 'zramd backing show PATH' says "
+                    "whose blocks are on one"
+                )
+            if opened.size < self._size or opened.sector > self._opened.sector:
+                raise BackingError(
+                    f"backing '{path}' is not as it was: it has {opened.size} bytes in sectors of "
+                    f"{opened.sector}, and needs {self._size} in {self._opened.sector}"
+                )
+            # The descriptor keeps its number: the thread that writes may be about to use it.
+            os.dup2(opened.fd, self._opened.fd, inheritable=False)
+            self.core.reopen(opened.fd)
+        finally:
+            os.close(opened.fd)
+        self._opened = opened._replace(fd=self._opened.fd)
+        self.path = path
+
     def renew(self, device: Device) -> None:
         """Name the data that the device holds since a reset or a load, if nothing is out.
 

@@ -17,7 +17,7 @@ from zramd.core.device.saving import save as save_stream
 from zramd.core.device.tier import Tier
 from zramd.core.device.writeback import Writeback as Hands
 from zramd.core.system.process import idle_io
-from zramd.errors import ConfigError, DeviceError
+from zramd.errors import BackingError, ConfigError, DeviceError
 from zramd.kernel import swapuse
 from zramd.process.steps import step
 from zramd.server import sockets
@@ -154,6 +154,8 @@ class Service:
         if setting.fixed:
             raise ConfigError(f"{name} cannot be changed while the device is served: {setting.fixed}")
         value = parse_value(setting, text)
+        if name == "backing":
+            self._reattach(value)
         if name == "mem_limit":
             self.device.mem_limit = value
             value = self.device.mem_limit  # whole pages
@@ -167,6 +169,18 @@ class Service:
         self._wake_up()  # stats_interval
         return value
 
+    def _reattach(self, path: str) -> None:
+        """Use the backing at `path`, which is the one that there was. Raises ConfigError, DeviceError."""
+        if self.backing is None or not path:
+            raise ConfigError(
+                "backing can only be given anew while the device is served, after it had vanished: for "
+                "another one, or none, restart the server"
+            )
+        try:
+            self.backing.reattach(path)
+        except BackingError as error:
+            raise DeviceError(str(error)) from None
+
     def reset(self) -> bool:
         """Drop all data and return True, or return False if a client is connected.
 
@@ -177,6 +191,7 @@ class Service:
                 return False
             self._rundir.withdraw(DATA_ID)
             self.device.reset()
+            self.writeback.forget()
             self._publish_data_id()
             return True
 

@@ -25,6 +25,7 @@ from zramd.server.minute import Minute
 from zramd.server.tierpolicy import Census
 from zramd.server.writebackpolicy import (
     CALM_RATE,
+    ERROR_PAUSE,
     MOSTLY_DEAD,
     Budget,
     Look,
@@ -41,6 +42,9 @@ KINDS = frozenset({"idle", "huge", "incompressible"})  # what a pass by hand can
 LOOK = 1.0  # seconds between looks at how memory stands
 MOST_PASSES = 16  # by hand, that wait
 HANGS = 30.0  # seconds that a write may take before health tells of it
+# Seconds that clients have after a step, unless writes are refused: a hundredth of them, and no more, is to
+# notice it. With 1 ms their p99 was 1.7 times what it is without, with 3 ms 1.5 times.
+BUSY_PAUSE = 0.005
 ERROR_REST = 1.0  # seconds after a write that failed
 TELLS = 2.0  # seconds after which the reason does
 
@@ -117,6 +121,9 @@ class Without:
         """Raise DeviceError; `size`: bytes."""
         raise DeviceError(self._refusal)
 
+    def forget(self) -> None:
+        """Nothing is queued."""
+
     def left(self) -> int | None:
         """Return None: nothing is limited."""
         return None
@@ -188,6 +195,8 @@ class Writeback:
         self._recalled = 0  # blocks that this has looked at
         self._held = False  # until somebody wants blocks out again
         self._recall_error = 0
+        self._read_errors: int | None = None  # that were seen
+        self._unreadable_until = float("-inf")
         self._census: Census | None = None
         self._rest = SWEEP
         self._minute = Minute()
@@ -236,6 +245,11 @@ class Writeback:
         self._recall = self._held = True
         self.wake()
 
+    def forget(self) -> None:
+        """Drop the passes that are queued: the data that they were for is gone."""
+        self._by_hand.clear()
+        self.wake()
+
     def left(self) -> int | None:
         """Return the bytes that may still be written, None: there is no limit."""
         given = self._given
@@ -258,6 +272,8 @@ class Writeback:
         hangs = self._hangs()
         if hangs >= HANGS:
             return f"backing '{self._config.backing}' has not answered for {hangs:.0f} s"
+        if self._clock() < self._unreadable_until:
+            return f"backing '{self._config.backing}' fails: blocks that are out cannot be read"
         why = self._policy.trouble(self._clock())
         return f"backing '{self._config.backing}' fails: {why}" if why else ""
 
@@ -407,6 +423,9 @@ class Writeback:
             self._policy.room(self._view())  # what died since may be room
         self._keep_budget()
         found = self._device.counters()
+        if self._read_errors is not None and found["bd_read_errors"] > self._read_errors:
+            self._unreadable_until = now + ERROR_PAUSE
+        self._read_errors = found["bd_read_errors"]
         self._minute.add(now, found["written_out"], found["brought_back"])
         self._rest = LOOK if found["pages_stored"] else SWEEP
         if self._back < 0 and self._policy.is_wanted_back:
@@ -445,6 +464,8 @@ class Writeback:
         step()
         pause = Pressure(*self._device.pressure()).pause(self._cpu() - began, before)
         self.yields = pause > 0
+        if pause and self._policy.mode != "full":
+            pause = max(pause, BUSY_PAUSE)
         return pause
 
     # ------------------------------------------------------------------------------------------------

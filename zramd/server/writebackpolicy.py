@@ -215,6 +215,8 @@ class Policy:
         """Go by these settings from now on."""
         self._writeback_age, self._cold_age = config.writeback_age, config.cold_age
         self._shrinks = config.cold_level > 0
+        self._errors = 0  # whatever was wrong with the device, it is tried again at once
+        self._paused_until = float("-inf")
         self.reset()
 
     def reset(self) -> None:

@@ -381,7 +381,6 @@ SETTINGS: tuple[Setting, ...] = (
         "block device, or preallocated file, to which blocks go that nobody has asked for in a long time",
         aliases=("writeback-device",),
         shown_default="none: all data stays in memory",
-        fixed="what has left memory lies on it",
     ),
     Setting(
         "writeback_age",

@@ -7,6 +7,7 @@ from zramd.core.device.backing import Backing
 
 MAX_DISKSIZE: int
 
+def kept_out(fd: int) -> tuple[int, str]: ...
 def state_layout(disksize: int) -> dict[str, int]: ...
 
 @final

@@ -18,7 +18,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 
 from zramd.core.device.ages cimport census, sweep
 from zramd.core.device.backing cimport AWAY, Backing
-from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, OPS, Blocks, is_touched, op, scratch
+from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, OPS, Blocks, counters, is_touched, op, scratch
 from zramd.core.device.codec cimport codec_text
 from zramd.core.device.cooling cimport cool
 from zramd.core.device.faults cimport find_table_fault
@@ -49,7 +49,7 @@ from zramd.core.system.locks cimport (
 )
 from zramd.core.system.process cimport be_calm, be_urgent
 from zramd.core.device.recovery cimport Recovery
-from zramd.core.memory.region cimport KEPT_POOL, KEPT_STATE, Memory
+from zramd.core.memory.region cimport KEPT_DEVICE, KEPT_POOL, KEPT_STATE, Memory
 from zramd.core.pool.compaction cimport compact_begin, compact_end, compact_run, freeable_pages, release_stock_alone
 from zramd.core.pool.lending cimport compact_whole
 from zramd.core.pool.zsmalloc cimport pool_stats, pool_table
@@ -115,6 +115,19 @@ def state_layout(uint64_t disksize):
     """
     cdef uint64_t blocks = disksize >> BLOCK_SHIFT
     return {"disksize": disksize, "slots": blocks} | pool_layout(blocks)
+
+
+def kept_out(int fd):
+    """What a state, which a server may be using, says of the blocks that are out: (how many, the backing's id)."""
+    cdef state_words words
+    cdef counters numbers
+    memcpy(&words, <const char *>os.pread(fd, sizeof(words), KEPT_STATE), sizeof(words))
+    memcpy(&numbers, <const char *>os.pread(fd, sizeof(numbers), KEPT_DEVICE), sizeof(numbers))
+    return numbers.out_pages, hexadecimal(words.backing_id)
+
+
+cdef str hexadecimal(uint64_t *name):
+    return f"{name[1]:016x}{name[0]:016x}"
 
 
 @cython.final
@@ -198,12 +211,12 @@ cdef class Device:
     def data_id(self):
         """Names the data that the device holds, as hexadecimal digits: the same name, the same data, also in a state that
         was taken over. A device begins with a new one when it is empty, reset, or loaded."""
-        return f"{self.kept.data_id[1]:016x}{self.kept.data_id[0]:016x}"
+        return hexadecimal(self.kept.data_id)
 
     @property
     def backing_id(self):
         """The name by which the backing is this device's; zeros: there is none that is."""
-        return f"{self.kept.backing_id[1]:016x}{self.kept.backing_id[0]:016x}"
+        return hexadecimal(self.kept.backing_id)
 
     def claim_backing(self, str backing_id=""):
         """Make backing_id, 32 hexadecimal digits of an odd number, the name by which the backing is this device's, once its
