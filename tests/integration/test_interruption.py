@@ -101,7 +101,8 @@ restart   server.device     process   KILL                  new      failed
 restart   server.device     process   TERM                  new      failed
 restart   server.published  process   KILL                  new      failed
 restart   server.serves     command   INT                   new      done
-restart   server.serves     command   KILL                  new      killed
+restart   restart.serves    command   INT,TERM,HUP          new      done
+restart   restart.serves    command   KILL                  new      killed
 """
 ROWS = [
     (during, at, whom, what, serves, says)

@@ -51,6 +51,7 @@ def restart(name: str | None, folder: str | None, words: list[str]) -> Restarted
         step("restart.turn")
         served.look_again()
         pid, away = _replace(served, words, turn)
+    step("restart.serves")
     return Restarted(served.name, pid, away)
 
 
