@@ -118,11 +118,17 @@ def state_layout(uint64_t disksize):
 
 
 def kept_out(int fd):
-    """What a state, which a server may be using, says of the blocks that are out: (how many, the backing's id)."""
+    """What a state, which a server may be using, says of the blocks that are out: (how many, the backing's id).
+
+    Raises OSError; (0, '') when the state is too short to say."""
     cdef state_words words
     cdef counters numbers
-    memcpy(&words, <const char *>os.pread(fd, sizeof(words), KEPT_STATE), sizeof(words))
-    memcpy(&numbers, <const char *>os.pread(fd, sizeof(numbers), KEPT_DEVICE), sizeof(numbers))
+    cdef bytes kept = os.pread(fd, sizeof(words), KEPT_STATE)
+    cdef bytes counted = os.pread(fd, sizeof(numbers), KEPT_DEVICE)
+    if len(kept) < <Py_ssize_t>sizeof(words) or len(counted) < <Py_ssize_t>sizeof(numbers):
+        return 0, ""
+    memcpy(&words, <const char *>kept, sizeof(words))
+    memcpy(&numbers, <const char *>counted, sizeof(numbers))
     return numbers.out_pages, hexadecimal(words.backing_id)
 
 
