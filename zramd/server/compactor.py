@@ -35,9 +35,12 @@ class Pressure(NamedTuple):
         """Say whether clients make requests now, or made some since `before`."""
         return self.requests_inflight > 0 or self.requests_done != before.requests_done
 
-    def pause(self, step_seconds: float, before: "Pressure") -> float:
-        """Return the seconds to leave to clients after a step that took so long; 0 when there are none."""
-        return max(IO_SHARE * step_seconds, MIN_PAUSE) if self.busy_since(before) else 0.0
+    def pause(self, step_seconds: float, before: "Pressure", share: int = IO_SHARE) -> float:
+        """Return the seconds to leave to clients after a step that took so long; 0 when there are none.
+
+        `share`: how many times as long as the step.
+        """
+        return max(share * step_seconds, MIN_PAUSE) if self.busy_since(before) else 0.0
 
 
 class Compactable(Protocol):

@@ -977,15 +977,17 @@ def test_a_superblock_that_is_not_answered() -> None:
     assert device.out == 32
 
 
-def test_leaves_the_processor_to_clients() -> None:
+@pytest.mark.parametrize(("mode", "pause"), [("calm", 0.99), ("wanted", 0.04), ("full", 0.04)])
+def test_leaves_the_processor_to_clients(mode: str, pause: float) -> None:
     device = FakeDevice(*blocks(1000))
+    device.mode = mode
     served = make(device)
     served.submit(WritePass())
     served.tick()
     assert not served.yields
     device.inflight = 1
     device.cpu_of_a_look = 0.01
-    assert served.tick() == pytest.approx(0.04)
+    assert served.tick() == pytest.approx(pause)
     assert served.yields
 
 
