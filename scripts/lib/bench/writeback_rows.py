@@ -15,7 +15,7 @@ from typing import Any, Self
 import psutil  # type: ignore[import-untyped]
 
 from bench.corpus import pages, requests
-from bench.processes import Measured, ZramdServer, fio, timed
+from bench.processes import Measured, ZramdServer, fio, p99_rows, timed
 from bench.results import (
     NotMeasuredError,
     Row,
@@ -466,12 +466,7 @@ def _beside(setup: Setup) -> list[Row]:
         f"second, {share:.0f} % of them at most in the time of a run; peer: none goes out"
     )
 
-    def row(kind: str) -> Row:
-        mine, other = ([found.p99_of[kind] for found in runs[name]] for name in ("with", "without"))
-        what = f"p99 of hot 4K {kind}s while blocks go out"
-        return Row(what, "µs", mine, ratio_at_most(1.5), "without", other, note)
-
-    return [row("read"), row("write")]
+    return p99_rows("hot 4K {}s while blocks go out", runs["with"], runs["without"], note)
 
 
 def _speed(setup: Setup) -> list[Row]:
