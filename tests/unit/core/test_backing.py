@@ -325,6 +325,36 @@ class TestGather:
         assert EXTENT - BLOCK - 16 <= hands.pending <= EXTENT
         assert hands.flush()[:3] == (taken, EXTENT, 0)
 
+    def test_the_end_of_an_extent_is_filled(self) -> None:
+        """Behind a block that has no room any more, a smaller one may have; that one is the first of the next."""
+        device = Disk().device(SIZE)
+        contents = [noise(number) for number in range(17)] + [text(17), noise(18)]
+        for number, content in enumerate(contents):
+            device.write(content, number * BLOCK)
+        hands = Writeback(device)
+        assert hands.gather(0, BLOCKS, 0) == (15, 16, True)
+        assert hands.gather(15, BLOCKS, 0) == (15, 0, True)
+        assert hands.flush()[0] == 16
+        assert device.block(17)["kind"] == "out"
+        assert device.block(15)["kind"] == "raw"
+        assert hands.gather(15, BLOCKS, 0) == (BLOCKS, 3, False)
+        assert hands.flush()[0] == 3
+        verify(device, contents)
+
+    def test_not_all_that_is_left_is_tried(self) -> None:
+        """An extent is not full only once a device was looked at to its end."""
+        device = Disk().device(SIZE)
+        for number in range(40):
+            device.write(noise(number), number * BLOCK)
+        device.write(text(40), 40 * BLOCK)
+        hands = Writeback(device)
+        assert hands.gather(0, BLOCKS, 0) == (15, 15, True)
+        hands.drop()
+        assert hands.gather(9, BLOCKS, 0) == (24, 15, True)
+        assert device.block(40)["kind"] == "lz4"
+        hands.drop()
+        assert hands.gather(10, BLOCKS, 0) == (25, 16, True)
+
     @pytest.mark.parametrize(
         "change",
         [
