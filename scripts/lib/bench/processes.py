@@ -178,7 +178,7 @@ class Measured:
 
 
 def p99_rows(what: str, measured: Sequence[Measured], without: Sequence[Measured], note: str) -> list[Row]:
-    """Return what reads and writes wait for beside some work, and without it; `what` has {} for each of the two."""
+    """Return what reads and writes wait for beside some work; `what` has {} for each of the two."""
 
     def row(kind: str) -> Row:
         mine, other = ([run.p99_of[kind] for run in runs] for runs in (measured, without))

@@ -190,7 +190,7 @@ class TestTogether:
         device.check()
 
     def test_what_lies_elsewhere(self) -> None:
-        """Neighbours that went out at other times, are in memory, words, holes, or too far away for one read."""
+        """Neighbours that went out at other times, are in memory, words, holes, or too far away."""
         disk = Disk(32)
         device, contents = filled(disk)
         hands = Writeback(device)
@@ -219,7 +219,7 @@ class TestTogether:
         device.check()
 
     def test_one_that_is_wrong(self) -> None:
-        """A request ends at the first block that cannot be read, as ever; others of the same read are right."""
+        """A request ends at the first block that cannot be read; those before it are right."""
         disk = Disk()
         device, contents = self.all_out(disk)
         place = int(device.block(3)["place"])
@@ -326,7 +326,7 @@ class TestGather:
         assert hands.flush()[:3] == (taken, EXTENT, 0)
 
     def test_the_end_of_an_extent_is_filled(self) -> None:
-        """Behind a block that has no room any more, a smaller one may have; that one is the first of the next."""
+        """Behind a block that has no room any more, a smaller one may have; the next begins with it."""
         device = Disk().device(SIZE)
         contents = [noise(number) for number in range(17)] + [text(17), noise(18)]
         for number, content in enumerate(contents):
