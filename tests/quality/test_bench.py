@@ -32,7 +32,7 @@ GROUPS = {
     "steady": 14,
     "compaction": 3,
     "tiers": 8,
-    "writeback": 10,
+    "writeback": 11,
     "dictionary": 0,
     "idle": 4,
     "waiting": 5 if os.geteuid() == 0 else 0,

@@ -132,11 +132,14 @@ class Disk:
             copy.read(found, number * BLOCK)
             assert found in now[number], f"block {number} is saved as {bytes(found[:32]).hex()}"
 
-    def read(self, number: int) -> None:
+    def read(self, number: int, count: int = 1) -> None:
+        """Read blocks by one request: those that are out may come by one read of the backing."""
         began = next(self.clock)
-        found = bytearray(BLOCK)
-        self.device.read(found, number * BLOCK)
-        assert found in self.blocks[number].allowed(began), f"block {number} reads {bytes(found[:32]).hex()}"
+        whole = bytearray(min(count, BLOCKS - number) * BLOCK)
+        self.device.read(whole, number * BLOCK)
+        for at in range(0, len(whole), BLOCK):
+            found, block = whole[at : at + BLOCK], number + at // BLOCK
+            assert found in self.blocks[block].allowed(began), f"block {block} reads {found[:32].hex()}"
 
     def write_part(self, number: int, me: int, data: bytes) -> None:
         """Write what only this thread writes, in a block of which others write other parts."""
@@ -172,7 +175,7 @@ class Disk:
             number = dice.randrange(self.hot) if dice.random() < 0.7 else dice.randrange(BLOCKS)
             kind = dice.randrange(10 if self.hot == HOT else 7)
             if kind < 3:
-                self.read(number)
+                self.read(number, count=1 + kind)
             elif kind < 5:
                 self.write(number, content(dice))
             elif kind < 7:

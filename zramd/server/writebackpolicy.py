@@ -31,8 +31,8 @@ WINDOW = 100  # extents that its slowness is told from
 MAX_SLOWNESS = 64
 
 # Of all extents: from so few free ones on, others are emptied. The later, the more of them is dead by then:
-# with a tenth, 7 % more was written on a backing of twice what lives.
-FEW = 0.02
+# with a tenth, 7 % more was written on a backing of twice what lives, with a fiftieth, 1 %.
+FEW = 0.005
 MOSTLY_DEAD = 0.5  # an extent is emptied if no more of it lives
 SPARE = 1  # free extents that the core leaves for emptying others into
 ROOM_AGAIN = 0.05  # of all extents free: then a device that was full is tried again

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from bench.corpus import requests
-from bench.processes import Measured, ZramdServer, fio, timed, whole
+from bench.processes import Measured, ZramdServer, fio, p99_rows, timed, whole
 from bench.results import NotMeasuredError, Row, ratio_at_most, take_turns
 from bench.setup import BLOCK, MIB, REQUEST, Setup
 
@@ -141,13 +141,8 @@ def measure(setup: Setup) -> list[Row]:
         f"{busy / 1e7 / seconds:.1f} % of the time spent "
         "compacting; peer: compaction=off, its control socket asked as often for /health"
     )
-
-    def row(what: str, take: Callable[[Measured], float]) -> Row:
-        on, off = ([take(run) for run in runs[name]] for name in ("on", "off"))
-        return Row(f"p99 of 4K {what} during compaction", "µs", on, ratio_at_most(1.5), "without", off, note)
-
+    on, off = ([run.p99 for run in runs[name]] for name in ("on", "off"))
     return [
-        row("I/O", lambda run: run.p99),
-        row("reads", lambda run: run.p99_of["read"]),
-        row("writes", lambda run: run.p99_of["write"]),
+        Row("p99 of 4K I/O during compaction", "µs", on, ratio_at_most(1.5), "without", off, note),
+        *p99_rows("4K {}s during compaction", runs["on"], runs["off"], note),
     ]

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, Self
 import psutil  # type: ignore[import-untyped]
 
 import zramd
-from bench.results import NotMeasuredError
+from bench.results import NotMeasuredError, Row, ratio_at_most
 from bench.setup import Setup
 
 PACKAGE_PARENT = Path(zramd.__file__).parent.parent
@@ -175,6 +175,16 @@ class Measured:
     p50: float
     p99: float
     p99_of: dict[str, float]  # of its reads and of its writes alone, where it has them
+
+
+def p99_rows(what: str, measured: Sequence[Measured], without: Sequence[Measured], note: str) -> list[Row]:
+    """Return what reads and writes wait for beside some work; `what` has {} for each of the two."""
+
+    def row(kind: str) -> Row:
+        mine, other = ([run.p99_of[kind] for run in runs] for runs in (measured, without))
+        return Row(f"p99 of {what.format(kind)}", "µs", mine, ratio_at_most(1.5), "without", other, note)
+
+    return [row("read"), row("write")]
 
 
 def fio(

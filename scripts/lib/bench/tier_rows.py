@@ -12,7 +12,7 @@ from typing import Any
 from bench.corpus import pages, requests
 from bench.density_rows import KERNEL, usage_of
 from bench.kernel import KernelBlocks, KernelZram
-from bench.processes import Measured, ZramdServer, fio, timed, whole
+from bench.processes import Measured, ZramdServer, fio, p99_rows, timed, whole
 from bench.results import NotMeasuredError, Row, Table, at_most, ratio_at_most, take_turns
 from bench.setup import BLOCK, GIB, MIB, REQUEST, Setup
 from zramd import Device
@@ -236,12 +236,7 @@ def _beside_a_pass(setup: Setup) -> list[Row]:
         f"{blocks / seconds:,.0f} blocks a second; peer: recompression=off"
     )
 
-    def row(kind: str) -> Row:
-        mine, other = ([found.p99_of[kind] for found in runs[name]] for name in ("with", "without"))
-        what = f"p99 of hot 4K {kind}s while a pass runs"
-        return Row(what, "µs", mine, ratio_at_most(1.5), "without", other, note)
-
-    return [row("read"), row("write")]
+    return p99_rows("hot 4K {}s while a pass runs", runs["with"], runs["without"], note)
 
 
 def _speed(setup: Setup) -> list[Row]:

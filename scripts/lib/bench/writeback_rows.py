@@ -15,7 +15,7 @@ from typing import Any, Self
 import psutil  # type: ignore[import-untyped]
 
 from bench.corpus import pages, requests
-from bench.processes import Measured, ZramdServer, fio, timed
+from bench.processes import Measured, ZramdServer, fio, p99_rows, timed
 from bench.results import (
     NotMeasuredError,
     Row,
@@ -44,6 +44,7 @@ USUAL = 2
 TURN = 1 / 8  # share of the blocks that are written anew before the next ones go out
 EARLY = 1 / 4  # share of these that die before they went out
 AROUND = 4  # times its size that a backing is written
+TOGETHER = 200  # requests of 32K that are timed in a round
 AT_ONCE = 64  # of a device, one in so many blocks is in memory while all go out, one after the other
 POLL = 0.05  # seconds
 PATIENCE = 300.0  # seconds that a pass may take
@@ -245,9 +246,10 @@ def _read_in_process(setup: Setup, data: Sequence[bytes]) -> list[Row]:
     blocks = setup.pick(32 << 10, 2 << 10)
     dice = random.Random(3)
     order = dice.sample(range(blocks), blocks)
-    room, page = mmap.mmap(-1, BLOCK), bytearray(BLOCK)
+    room, page, several = mmap.mmap(-1, BLOCK), bytearray(BLOCK), bytearray(32 << 10)
     alone: list[list[float]] = []
     out: list[list[float]] = []
+    together: list[float] = []
     with _Disk(setup, "in process", int(_cold_bytes(data) * 2 * blocks)) as disk:
         device = Device(blocks * BLOCK, cold_level=LEVEL, backing=disk.core())
         device.claim_backing()
@@ -267,6 +269,12 @@ def _read_in_process(setup: Setup, data: Sequence[bytes]) -> list[Row]:
                 device.read(page, block * BLOCK)
                 out[-1].append((time.perf_counter_ns() - between) / 1e3)
                 alone[-1].append((between - started) / 1e3)
+            times = []
+            for block in dice.sample(range(0, blocks, len(several) // BLOCK), TOGETHER):
+                started = time.perf_counter_ns()
+                device.read(several, block * BLOCK)
+                times.append((time.perf_counter_ns() - started) / 1e3)
+            together.append(median(times))
     p99 = {
         name: [quantiles(run, n=100)[98] for run in runs] for name, runs in (("out", out), ("disk", alone))
     }
@@ -276,8 +284,21 @@ def _read_in_process(setup: Setup, data: Sequence[bytes]) -> list[Row]:
         f"{middle[0]:.0f} and {middle[1]:.0f} µs"
     )
     aim = at_most_more(50, "µs")
+    disk = [median(run) for run in alone]
+    several_note = (
+        f"{TOGETHER} random requests a round for neighbours that went out together; peer: one 4K of the file"
+    )
     return [
-        Row("read of a block that is out, in process, p99", "µs", p99["out"], aim, "disk", p99["disk"], note)
+        Row("read of a block that is out, in process, p99", "µs", p99["out"], aim, "disk", p99["disk"], note),
+        Row(
+            "read of 32K that is out, in process, p50",
+            "µs",
+            together,
+            ratio_at_most(3),
+            "disk's 4K",
+            disk,
+            several_note,
+        ),
     ]
 
 
@@ -466,12 +487,7 @@ def _beside(setup: Setup) -> list[Row]:
         f"second, {share:.0f} % of them at most in the time of a run; peer: none goes out"
     )
 
-    def row(kind: str) -> Row:
-        mine, other = ([found.p99_of[kind] for found in runs[name]] for name in ("with", "without"))
-        what = f"p99 of hot 4K {kind}s while blocks go out"
-        return Row(what, "µs", mine, ratio_at_most(1.5), "without", other, note)
-
-    return [row("read"), row("write")]
+    return p99_rows("hot 4K {}s while blocks go out", runs["with"], runs["without"], note)
 
 
 def _speed(setup: Setup) -> list[Row]:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from multiprocessing.synchronize import Event
 
 NAME, SIZE, LIMIT = "swap0", "2G", "1G"
+BACKING = 512 << 20  # bytes
+# In half a minute as in days: what nobody asks for becomes cold, and then goes out.
+AGES = {"cold_age": "10", "writeback_age": "20", "writeback_limit": "off"}
 BLOCK = 4096
 CLUSTER = 16  # blocks that are swapped out together, as Linux does by default
 CLUSTERS = (1750 << 20) // BLOCK // CLUSTER
@@ -55,7 +58,11 @@ def make(pages: Path, target: Path, say: Callable[[str], None]) -> None:
             raise NotRecordedError(f"no memory pages: {' '.join(done.stderr.split())}")
     say("recording")
     filled = multiprocessing.Event()
-    with tempfile.TemporaryDirectory(prefix="zramd-pictures-") as folder, _serve(Path(folder)) as served:
+    with (
+        tempfile.TemporaryDirectory(prefix="zramd-pictures-") as folder,
+        _backing(pages.parent / "pictures-backing") as backing,
+        _serve(Path(folder), backing) as served,
+    ):
         others, guest = (
             multiprocessing.Process(
                 target=work, args=(served.file(rundir.NBD_SOCKET), pages, filled), daemon=True
@@ -78,6 +85,8 @@ def make(pages: Path, target: Path, say: Callable[[str], None]) -> None:
             work.join()
     if not lives or guest.exitcode:
         raise NotRecordedError("a client has failed: see what it says above")
+    for sample in taken:
+        sample.stats["writeback"]["backing"] = backing.name  # where it was is nobody's business
     samples.write(target, _best(taken))
     say(f"{target}: {target.stat().st_size / 1000:.0f} kB")
 
@@ -93,12 +102,32 @@ def _best(taken: list[Sample]) -> list[Sample]:
 
 
 @contextmanager
-def _serve(folder: Path) -> Iterator[servers.Served]:
+def _backing(path: Path) -> Iterator[Path]:
+    """Make a file that can be a backing, and remove it."""
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    try:
+        try:
+            os.posix_fallocate(fd, 0, BACKING)
+        finally:
+            os.close(fd)
+        yield path
+    finally:
+        path.unlink()
+
+
+@contextmanager
+def _serve(folder: Path, backing: Path) -> Iterator[servers.Served]:
     """Serve a device, with its run folder below `folder`."""
     path = folder / NAME
     command = [sys.executable, "-P", "-m", "zramd", "serve", "--name", NAME, "--size", SIZE]
     server = subprocess.Popen(
-        [*command, f"mem_limit={LIMIT}", f"rundir={path}"],
+        [
+            *command,
+            f"mem_limit={LIMIT}",
+            f"rundir={path}",
+            f"backing={backing}",
+            *(f"{key}={value}" for key, value in AGES.items()),
+        ],
         env={**os.environ, "PYTHONPATH": str(PACKAGE_PARENT)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -155,6 +155,119 @@ def test_parts_and_trims_of_what_is_out() -> None:
     assert whole == b"".join(contents)
 
 
+class TestTogether:
+    """Blocks that are out, side by side, by one read of the backing."""
+
+    @staticmethod
+    def all_out(disk: Disk, blocks: int = 64) -> tuple[Device, list[bytes]]:
+        device = disk.device(SIZE)
+        contents = [text(number) for number in range(blocks)]
+        for number, content in enumerate(contents):
+            device.write(content, number * BLOCK)
+        assert write_out(device) == blocks
+        return device, contents
+
+    @staticmethod
+    def look_at(device: Device, offset: int, size: int) -> tuple[bytes, int]:
+        """What is there, and the bytes that were read of the backing for it."""
+        before = device.counters()["bd_reads"]
+        found = bytearray(size)
+        device.read(found, offset)
+        return bytes(found), device.counters()["bd_reads"] - before
+
+    def test_one_read(self) -> None:
+        device, contents = self.all_out(Disk())
+        whole = b"".join(contents)
+        record = device.counters()["backing_live"] // 64
+        for offset, size in ((0, 8 * BLOCK), (3 * BLOCK, 2 * BLOCK), (5 * BLOCK, 16 * BLOCK)):
+            found, read = self.look_at(device, offset, size)
+            assert found == whole[offset : offset + size]
+            assert read < size // BLOCK * record + 2 * SECTOR, "each by itself reads a sector at least"
+        # Sixteen at most, and parts of blocks by themselves.
+        found, read = self.look_at(device, 100, 40 * BLOCK)
+        assert found == whole[100 : 100 + 40 * BLOCK]
+        assert read < 41 * record + 5 * 2 * SECTOR
+        device.check()
+
+    def test_what_lies_elsewhere(self) -> None:
+        """Neighbours that went out at other times, are in memory, words, holes, or too far away."""
+        disk = Disk(32)
+        device, contents = filled(disk)
+        hands = Writeback(device)
+        for first in (2, 0, 1):
+            for number in range(first, BLOCKS // 2, 3):
+                write_out(device, number, number + 1, hands=hands)
+        for number in range(BLOCKS // 2, BLOCKS, 8):
+            write_out(device, number, number + 6, hands=hands)
+        whole = b"".join(contents)
+        for size in (2, 3, 8, 32, BLOCKS):
+            for first in range(0, BLOCKS - size + 1, size - 1):
+                found, _ = self.look_at(device, first * BLOCK, size * BLOCK)
+                assert found == whole[first * BLOCK : (first + size) * BLOCK]
+        device.check()
+        assert device.counters()["bd_read_errors"] == 0
+
+    def test_raw_blocks(self) -> None:
+        device = Disk(32).device(SIZE)
+        contents = [noise(number) for number in range(64)]
+        for number, content in enumerate(contents):
+            device.write(content, number * BLOCK)
+        assert write_out(device) == 64
+        found, read = self.look_at(device, 0, 64 * BLOCK)
+        assert found == b"".join(contents)
+        assert read < 64 * (BLOCK + 16) + 64 * 2 * SECTOR
+        device.check()
+
+    def test_one_that_is_wrong(self) -> None:
+        """A request ends at the first block that cannot be read; those before it are right."""
+        disk = Disk()
+        device, contents = self.all_out(disk)
+        place = int(device.block(3)["place"])
+        disk.flip(place + 14)  # its payload
+        wrong = [number for number in range(8) if not self.is_sound(device, number)]
+        assert len(wrong) == 1
+        errors = device.counters()["bd_read_errors"]
+        found = bytearray(8 * BLOCK)
+        with pytest.raises(OSError, match=f"block {wrong[0]}\\b"):
+            device.read(found, 0)
+        assert device.counters()["bd_read_errors"] == errors + 1
+        assert found[: wrong[0] * BLOCK] == b"".join(contents[: wrong[0]])
+        assert found[wrong[0] * BLOCK :] == bytes((8 - wrong[0]) * BLOCK)
+
+    @staticmethod
+    def is_sound(device: Device, number: int) -> bool:
+        try:
+            look(device, number)
+        except OSError:
+            return False
+        return True
+
+    def test_a_disk_that_fails(self) -> None:
+        backing = Disk().backing()
+        device = Device(SIZE, backing=backing)
+        for number in range(8):
+            device.write(text(number), number * BLOCK)
+        assert write_out(device) == 8
+        blank = os.open("/dev/null", os.O_RDWR)
+        backing.reopen(blank)
+        os.close(blank)
+        with pytest.raises(OSError, match=r"block 0\b"):
+            device.read(bytearray(8 * BLOCK), 0)
+        assert device.counters()["bd_read_errors"] == 1
+        device.write(text(1), 0)
+        with pytest.raises(OSError, match=r"block 1\b"):
+            device.read(bytearray(8 * BLOCK), 0)
+        device.check()
+
+    def test_each_is_noted_as_read(self) -> None:
+        device, _ = self.all_out(Disk())
+        tier, hands = Tier(device), Writeback(device)
+        for _ in range(2):
+            tier.sweep(False, True, 300)
+            self.look_at(device, 0, 8 * BLOCK)
+        assert hands.bring_back(0, BLOCKS)[1:3] == (8, 8)
+
+
 def test_extents_show_data() -> None:
     device, _ = filled(Disk())
     before = device.extents(0, SIZE)
@@ -211,6 +324,36 @@ class TestGather:
         assert at < BLOCKS
         assert EXTENT - BLOCK - 16 <= hands.pending <= EXTENT
         assert hands.flush()[:3] == (taken, EXTENT, 0)
+
+    def test_the_end_of_an_extent_is_filled(self) -> None:
+        """Behind a block that has no room any more, a smaller one may have; the next begins with it."""
+        device = Disk().device(SIZE)
+        contents = [noise(number) for number in range(17)] + [text(17), noise(18)]
+        for number, content in enumerate(contents):
+            device.write(content, number * BLOCK)
+        hands = Writeback(device)
+        assert hands.gather(0, BLOCKS, 0) == (15, 16, True)
+        assert hands.gather(15, BLOCKS, 0) == (15, 0, True)
+        assert hands.flush()[0] == 16
+        assert device.block(17)["kind"] == "out"
+        assert device.block(15)["kind"] == "raw"
+        assert hands.gather(15, BLOCKS, 0) == (BLOCKS, 3, False)
+        assert hands.flush()[0] == 3
+        verify(device, contents)
+
+    def test_not_all_that_is_left_is_tried(self) -> None:
+        """An extent is not full only once a device was looked at to its end."""
+        device = Disk().device(SIZE)
+        for number in range(40):
+            device.write(noise(number), number * BLOCK)
+        device.write(text(40), 40 * BLOCK)
+        hands = Writeback(device)
+        assert hands.gather(0, BLOCKS, 0) == (15, 15, True)
+        hands.drop()
+        assert hands.gather(9, BLOCKS, 0) == (24, 15, True)
+        assert device.block(40)["kind"] == "lz4"
+        hands.drop()
+        assert hands.gather(10, BLOCKS, 0) == (25, 16, True)
 
     @pytest.mark.parametrize(
         "change",
@@ -623,8 +766,9 @@ open(flag, "w").close()
 results = []
 
 def read():
-    found = bytearray(BLOCK)
+    found = bytearray(2 * BLOCK)
     device.read(found, 0)
+    assert found[BLOCK:].startswith(b"block 1, "), bytes(found[BLOCK : BLOCK + 8])  # by the same read
     results.append(bytes(found[:8]))
 
 def write():

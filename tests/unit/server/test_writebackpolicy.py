@@ -442,7 +442,7 @@ class TestRoom:
         assert made.room(view(extents=extents, free=extents))
 
     @pytest.mark.parametrize(
-        ("extents", "free", "reclaims"), [(1000, 20, False), (1000, 19, True), (5, 1, True)]
+        ("extents", "free", "reclaims"), [(1000, 5, False), (1000, 4, True), (5, 1, True)]
     )
     def test_reclaims(self, extents: int, free: int, reclaims: bool) -> None:
         assert policy().reclaims(view(extents=extents, free=free)) is reclaims

@@ -8,7 +8,7 @@ cdef enum:
     EXTENT_BYTES = 1 << EXTENT_SHIFT
     EXTENT_HEAD = 64            # bytes at the begin of an extent, or a granule where that is larger
     RECORD_HEAD = 12
-    ROOM = 2 * BLOCK_SIZE       # a record, with all of the sectors that it is on
+    ROOM = 4 * BLOCK_SIZE       # records that one read brings, with all of the sectors that they are on
     GRANULE = 16                # bytes; twice as many for each doubling beyond 64 GiB
 
 cdef extern from *:
@@ -67,6 +67,9 @@ cdef class Backing:
     cdef void give(self, uint64_t extent, bint is_bad) noexcept nogil
     cdef void give_up(self, uint64_t extent) noexcept nogil
     cdef uint64_t emptiest(self, uint64_t most) noexcept nogil
+    cdef uint32_t reach(self, uint64_t first, uint64_t slot) noexcept nogil
+    cdef int fetch(self, uint64_t first, uint32_t size, char *room, uint64_t *moved) noexcept nogil
+    cdef const char *payload_of(self, uint64_t block, uint64_t slot, uint64_t first, const char *room) noexcept nogil
     cdef int load(self, uint64_t block, uint64_t slot, char *room, const char **payload, uint64_t *moved) noexcept nogil
     cdef int read(self, char *buffer, uint64_t size, uint64_t offset) noexcept nogil
     cdef int write(self, const char *buffer, uint64_t size, uint64_t offset) noexcept nogil

@@ -249,23 +249,44 @@ cdef class Backing:
     cdef int write(self, const char *buffer, uint64_t size, uint64_t offset) noexcept nogil:
         return zr_pwrite(self.fd, buffer, size, offset)
 
+    cdef uint32_t reach(self, uint64_t first, uint64_t slot) noexcept nogil:
+        """Bytes of a read from the record that slot `first` leads to up to the end of slot's, in whole sectors.
+
+        0: it is not behind that one in the same extent, or there are more of them than ROOM.
+        """
+        cdef uint64_t begin = slot_handle(first) << self.granule_shift, at = slot_handle(slot) << self.granule_shift, end
+        if at < begin or (at ^ begin) >> EXTENT_SHIFT:
+            return 0
+        begin &= ~<uint64_t>(self.sector - 1)
+        end = (at + RECORD_HEAD + slot_bytes(slot) + self.sector - 1) & ~<uint64_t>(self.sector - 1)
+        return <uint32_t>(end - begin) if end - begin <= ROOM else 0
+
+    cdef int fetch(self, uint64_t first, uint32_t size, char *room, uint64_t *moved) noexcept nogil:
+        """Read so many bytes, as reach has it, from the record that a pinned slot leads to; 0 or -errno."""
+        cdef uint64_t begin = (slot_handle(first) << self.granule_shift) & ~<uint64_t>(self.sector - 1)
+        cdef int rc = self.read(room, size, begin)
+        if rc == 0:
+            counter_add(moved, size)
+        return rc
+
+    cdef const char *payload_of(self, uint64_t block, uint64_t slot, uint64_t first, const char *room) noexcept nogil:
+        """A block's payload in what fetch has read from slot `first` on; NULL: the record is not what its slot says."""
+        cdef uint64_t begin = (slot_handle(first) << self.granule_shift) & ~<uint64_t>(self.sector - 1)
+        cdef const char *at = room + ((slot_handle(slot) << self.granule_shift) - begin)
+        cdef record head
+        memcpy(&head, at, RECORD_HEAD)
+        if (head.block != block or head.what != out_what(slot) or sum_low(head.sum) != slot_sum(slot)
+                or head.sum != record_sum(block, head.what, at + RECORD_HEAD)):
+            return NULL
+        return at + RECORD_HEAD
+
     cdef int load(self, uint64_t block, uint64_t slot, char *room, const char **payload, uint64_t *moved) noexcept nogil:
         """Read the payload of a block that is out, whose slot is pinned, into room for ROOM bytes: 0, or -errno.
 
         -EBADMSG: the record is not what the slot says. moved: a counter of bytes.
         """
-        cdef uint64_t first = slot_handle(slot) << self.granule_shift
-        cdef uint32_t skip = first & (self.sector - 1), size = slot_bytes(slot), all
-        cdef record head
-        cdef int rc
-        all = (skip + RECORD_HEAD + size + self.sector - 1) & ~(self.sector - 1)
-        rc = self.read(room, all, first - skip)
+        cdef int rc = self.fetch(slot, self.reach(slot, slot), room, moved)
         if rc:
             return rc
-        counter_add(moved, all)
-        memcpy(&head, room + skip, RECORD_HEAD)
-        payload[0] = room + skip + RECORD_HEAD
-        if (head.block != block or head.what != out_what(slot) or sum_low(head.sum) != slot_sum(slot)
-                or head.sum != record_sum(block, head.what, payload[0])):
-            return -EBADMSG
-        return 0
+        payload[0] = self.payload_of(block, slot, slot, room)
+        return 0 if payload[0] != NULL else -EBADMSG

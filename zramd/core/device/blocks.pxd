@@ -139,6 +139,7 @@ cdef class Blocks:
                     uint64_t loaded) noexcept nogil
     cdef bint is_away(self, uint64_t slot) noexcept nogil
     cdef bint pin_away(self, uint64_t block, uint64_t *slot) noexcept nogil
+    cdef int decode_away(self, uint64_t slot, const char *payload, char *content) noexcept nogil
     cdef int load_away(self, uint64_t block, uint64_t slot, scratch *s) noexcept nogil
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil
     cdef int zero_block(self, uint64_t block, bint hole) noexcept nogil

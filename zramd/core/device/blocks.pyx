@@ -494,6 +494,12 @@ cdef class Blocks:
         pthread_mutex_unlock(&self.stripes[block % STRIPES])
         return found
 
+    cdef int decode_away(self, uint64_t slot, const char *payload, char *content) noexcept nogil:
+        """The content of a block whose slot says that it is out; 0 or -EIO."""
+        if slot & SLOT_OUT_ZSTD:
+            return self.cold.decode(payload, slot_bytes(slot), content)
+        return decode(payload, slot_bytes(slot), content)
+
     cdef int load_away(self, uint64_t block, uint64_t slot, scratch *s) noexcept nogil:
         """Read what a pinned slot leads to into s.page; it waits for the disk, and holds nothing else.
 
@@ -505,11 +511,7 @@ cdef class Blocks:
         rc = self.backing.load(block, slot, s.room, &payload, &self.counters.bd_reads)
         zr_point(points.away_read)
         if rc == 0:
-            if slot & SLOT_OUT_ZSTD:
-                rc = self.cold.decode(payload, slot_bytes(slot), s.page)
-            else:
-                rc = decode(payload, slot_bytes(slot), s.page)
-            if rc:
+            if self.decode_away(slot, payload, s.page):
                 rc = -EBADMSG
         elif rc != -EBADMSG:
             rc = -EREMOTEIO

@@ -49,7 +49,8 @@ cdef class Device:
 
     cdef bint _fits(self, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _load_away(self, uint64_t block, scratch *s, uint64_t *slot, bint changes) noexcept nogil
-    cdef int _read_away(self, const piece *p, char *dst, scratch **s) noexcept nogil
+    cdef uint32_t _read_near(self, const piece *p, char *dst, scratch *s) noexcept nogil
+    cdef int _read_away(self, piece *p, char *dst, scratch **s) noexcept nogil
     cdef int _merge_away(self, const piece *p, const char *src, scratch *s) noexcept nogil
     cdef void _make_way(self, uint32_t *steps, bint changes) noexcept nogil
     cdef uint64_t _begin(self) noexcept nogil

@@ -17,6 +17,7 @@ from libc.string cimport memcpy, memset
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 
 from zramd.core.device.ages cimport census, sweep
+from zramd.core.device.away cimport find_near, load_near, near
 from zramd.core.device.backing cimport AWAY, Backing
 from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, OPS, Blocks, counters, is_touched, op, scratch
 from zramd.core.device.codec cimport codec_text
@@ -397,14 +398,38 @@ cdef class Device:
             self.table.backing.unpin(slot[0])
         return rc
 
-    cdef int _read_away(self, const piece *p, char *dst, scratch **s) noexcept nogil:
-        """Read a piece of a block that was found to be out. s: the request's scratch, which is taken if there is none."""
+    cdef uint32_t _read_near(self, const piece *p, char *dst, scratch *s) noexcept nogil:
+        """Read the next blocks of a range by one read of the disk, as far as they are out and it reaches them: how many.
+
+        0: so it cannot be done, and each is to be read by itself, which also tells what is the matter.
+        """
+        cdef near found
+        cdef uint32_t done
+        if not find_near(self.table, p.block, (p.end - p.offset) >> BLOCK_SHIFT, &found):
+            return 0
+        gate_leave(&self.gate)
+        done = load_near(self.table, &found, dst, s)
+        gate_enter(&self.gate)
+        self.table.backing.unpin(found.slots[0])
+        return done
+
+    cdef int _read_away(self, piece *p, char *dst, scratch **s) noexcept nogil:
+        """Read a piece of a block that was found to be out, or a few whole blocks from it on: p.size says how much it was.
+
+        s: the request's scratch, which is taken if there is none.
+        """
         cdef uint64_t slot = 0
+        cdef uint32_t done
         cdef int rc = AWAY
         if s[0] == NULL:
             s[0] = self.table.scratch_take()
             if s[0] == NULL:
                 return -ENOMEM
+        if p.size == BLOCK_SIZE and p.end - p.offset >= 2 * BLOCK_SIZE:
+            done = self._read_near(p, dst, s[0])
+            if done:
+                p.size = done << BLOCK_SHIFT
+                return 0
         while rc == AWAY:
             rc = self._load_away(p.block, s[0], &slot, False)
             if rc == 0:
