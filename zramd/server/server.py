@@ -20,7 +20,7 @@ from zramd.errors import RundirError, reason
 from zramd.kernel import protection
 from zramd.process import notify
 from zramd.process.steps import step
-from zramd.server import sockets, statefile, takeover
+from zramd.server import opening, sockets, takeover
 from zramd.server.admission import LOOK_AGAIN
 from zramd.server.ending import Ends
 from zramd.server.endpoint import Endpoint
@@ -29,7 +29,7 @@ from zramd.server.housekeeping import Chore, Housekeeper
 from zramd.server.leaving import STOP_SIGNALS, Leaving
 from zramd.server.log import Log
 from zramd.server.metricsfile import MetricsFile
-from zramd.server.opening import Made, make_device
+from zramd.server.opening import Made
 from zramd.server.published import StatsFiles
 from zramd.server.reports import Reports
 from zramd.server.selftest import self_test
@@ -59,12 +59,7 @@ def prepare(config: Config, shutdown: Callable[[], None]) -> "Prepared":
     if config.swap == "local":
         protection.prepare()
     if handover.takes_over():
-        if config.state:
-            statefile.look(config.state, config.disksize, config.verify)
-        if config.backing:
-            from zramd.server import backingfile  # only here: most servers have none
-
-            backingfile.look(config)
+        opening.look(config)
         if config.metrics_file:
             MetricsFile(config.metrics_file, config.name)
         if config.swap == "local":
@@ -73,11 +68,11 @@ def prepare(config: Config, shutdown: Callable[[], None]) -> "Prepared":
     if handover.must_be_left():  # or it was stopped: then the state is not for us
         files = _take_folder(config, ends)
         step("server.device")
-        made = make_device(config)
+        made = opening.make_device(config)
         step("server.rundir")
     else:
         step("server.device")
-        made = make_device(config)
+        made = opening.make_device(config)
         step("server.rundir")
         files = _take_folder(config, ends)
     if config.metrics_file:

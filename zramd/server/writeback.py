@@ -124,6 +124,9 @@ class Without:
     def forget(self) -> None:
         """Nothing is queued."""
 
+    def try_again(self) -> None:
+        """Nothing has failed."""
+
     def left(self) -> int | None:
         """Return None: nothing is limited."""
         return None
@@ -182,6 +185,8 @@ class Writeback:
         self._config = config
         self._changed: Config | None = None  # what the thread is to go by from the next turn on
         self._given: int | None = None  # what the budget is to have from the next turn on
+        self._forgotten = False  # what is under way is for data that is gone
+        self._mended = False  # what the device did before is not to count any more
         self._policy = Policy(config)
         self._pace = Pace()
         self._budget = Budget(config.writeback_limit, device.budget, boottime())
@@ -246,8 +251,14 @@ class Writeback:
         self.wake()
 
     def forget(self) -> None:
-        """Drop the passes that are queued: the data that they were for is gone."""
+        """Drop the passes that are queued, and what they had in the buffer: that data is gone."""
         self._by_hand.clear()
+        self._forgotten = True
+        self.wake()
+
+    def try_again(self) -> None:
+        """Take the device for a good one from the next turn on: somebody has seen to it."""
+        self._mended = True
         self.wake()
 
     def left(self) -> int | None:
@@ -345,14 +356,11 @@ class Writeback:
         """Return the reason where nothing is in the way."""
         policy = self._policy
         if self._walk is not None:
-            slow = (
-                f", a {self._pace.slowness}th of that as the device is slow"
-                if self._pace.slowness > 1
-                else ""
-            )
+            slow = self._pace.slowness
             if policy.mode == "calm":
-                return f"a pass is under way that writes at most {CALM_RATE >> 20} MiB a second{slow}"
-            return "a pass is under way" + slow.replace("of that", "of the time")
+                share = f", 1/{slow} of that as the device is slow" if slow > 1 else ""
+                return f"a pass is under way that writes at most {CALM_RATE >> 20} MiB a second{share}"
+            return "a pass is under way" + (f", 1/{slow} of the time as the device is slow" if slow > 1 else "")
         if policy.backs_off and policy.waits(now) > 0:
             wait = _time(policy.waits(now))
             return f"nothing went out, or it is read again, and the next pass comes in {wait}"
@@ -396,6 +404,15 @@ class Writeback:
 
     def _apply(self) -> None:
         """Go by what was changed."""
+        if self._forgotten:
+            self._forgotten = False
+            self._walk = None
+            self._drop()
+        if self._mended:
+            self._mended = False
+            self._policy.mended()
+            self._resume = self._unreadable_until = float("-inf")
+            self._read_errors = self._device.counters()["bd_read_errors"]
         budget = self._budget
         budget.fill(self._boottime())
         config, self._changed = self._changed, None

@@ -16,7 +16,7 @@ from test_state_refused import fingerprint
 import zramd
 from zramd import Device
 from zramd.core.device import saving
-from zramd.core.device.backing import EXTENT, Backing, granule_for
+from zramd.core.device.backing import EXTENT, Backing
 from zramd.core.device.device import state_layout
 from zramd.core.device.tier import Tier
 from zramd.core.device.writeback import Writeback
@@ -64,13 +64,6 @@ def verify(device: Device, contents: list[bytes]) -> None:
 
 
 class TestBacking:
-    @pytest.mark.parametrize(
-        ("size", "granule"),
-        [(1 << 20, 16), (1 << 36, 16), ((1 << 36) + 1, 32), (1 << 38, 64), (1 << 44, 4096)],
-    )
-    def test_granule(self, size: int, granule: int) -> None:
-        assert granule_for(size) == granule
-
     @pytest.mark.parametrize(
         ("size", "granule", "sector"),
         [

@@ -594,7 +594,8 @@ def test_what_takes_long_leaves_room(running: Running) -> None:
         code, text = running.ask(*request.split())
         assert (code, text) == (
             503,
-            "8 saves, loads, lists of blocks, compactions or checks are under way: ask again later\n",
+            "8 saves, loads, lists of blocks, compactions, checks or looks at a backing are under way: ask "
+            "again later\n",
         )
     assert running.ask("GET", "/health")[0] == 200
     running.service.hold.set()
