@@ -200,7 +200,7 @@ class Writeback:
         self._recalled = 0  # blocks that this has looked at
         self._held = False  # until somebody wants blocks out again
         self._recall_error = 0
-        self._read_errors: int | None = None  # that were seen
+        self._read_errors = device.counters()["bd_read_errors"]  # that were seen; a state has those of before
         self._unreadable_until = float("-inf")
         self._census: Census | None = None
         self._rest = SWEEP
@@ -440,7 +440,7 @@ class Writeback:
             self._policy.room(self._view())  # what died since may be room
         self._keep_budget()
         found = self._device.counters()
-        if self._read_errors is not None and found["bd_read_errors"] > self._read_errors:
+        if found["bd_read_errors"] > self._read_errors:
             self._unreadable_until = now + ERROR_PAUSE
         self._read_errors = found["bd_read_errors"]
         self._minute.add(now, found["written_out"], found["brought_back"])

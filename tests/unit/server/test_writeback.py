@@ -705,9 +705,12 @@ class TestErrors:
     def test_blocks_that_cannot_be_read(self) -> None:
         """Health tells of it for as long as the next try to write would take, or until somebody sees to it."""
         device = FakeDevice(*blocks(100))
+        device.read_errors = 2  # of the server before
         served = make(device)
         run(device, served, 20)
-        device.read_errors = 3
+        assert served.trouble == ""
+        served = make(device)
+        device.read_errors = 3  # before the first sweep
         run(device, served, 11)
         assert served.trouble == "backing '/dev/sdz' fails: blocks that are out cannot be read"
         run(device, served, 580)
