@@ -205,6 +205,55 @@ def test_the_same_path_again(started: Callable[..., Started], state: Path, disk_
     assert client_of(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
 
 
+@pytest.fixture
+def frozen(disk_folder: Path, loops: Loops) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """A backing on a file system that can be told to answer no writes, and how."""
+    disk, place = disk_folder / "disk", disk_folder / "mounted"
+    subprocess.run(["fallocate", "--length", "64M", disk], check=True)
+    subprocess.run(["mkfs.ext4", "-q", disk], check=True)
+    place.mkdir()
+    device = loops.make(disk)
+    if subprocess.run(["mount", device, place], check=False, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    is_frozen = False
+
+    def freeze(how: str) -> None:
+        nonlocal is_frozen
+        subprocess.run(["fsfreeze", how, place], check=True)
+        is_frozen = how == "--freeze"
+
+    try:
+        yield allocate(place / "backing"), freeze
+    finally:
+        if is_frozen:
+            freeze("--unfreeze")
+        wait_until(lambda: not subprocess.run(["umount", place], check=False, capture_output=True).returncode)
+
+
+def test_a_disk_that_hangs(
+    started: Callable[..., Started], frozen: tuple[Path, Callable[[str], None]]
+) -> None:
+    """No process that writes to it can end: whoever wants a restart is told, and the server goes on."""
+    backing, freeze = frozen
+    served = started(f"backing={backing}", "writeback_limit=off")
+    client = client_of(served)
+    for block in range(BLOCKS):
+        assert client.ask(client.WRITE, block * BLOCK, BLOCK, CONTENTS[block]) == 0
+    freeze("--freeze")
+    assert zramd("writeback", "--rundir", served.rundir, PASS).returncode == 0
+    wait_until(lambda: served.ask("/health")["backing_silent"] == 2, timeout=20)
+    why = served.refused()
+    assert why.startswith("again goes on as before: its backing has not answered for ")
+    assert client.read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
+    assert client.ask(client.WRITE, 0, BLOCK, CONTENTS[1]) == 0
+    assert give(served, f"backing={backing}").returncode == 0  # it can be read
+    freeze("--unfreeze")
+    wait_until(lambda: served.ask("/health")["backing_silent"] == 0)
+    assert served.restart().returncode == 0
+    assert client_of(served).read(0, BLOCKS * BLOCK) == b"".join([CONTENTS[1], *CONTENTS[1:]])
+    assert zramd("stop", "--rundir", served.rundir).returncode == 0
+
+
 def test_none_of_all_is_set(started: Callable[..., Started], state: Path, disk_folder: Path) -> None:
     backing = allocate(disk_folder / "backing")
     served = started(f"backing={backing}")

@@ -39,7 +39,9 @@ from zramd.settings.config import Config
 
 SWAPOFF_INTERVAL = 0.5  # seconds between two looks whether swap is off, while a stop waits for it
 REFILLER_NICE = -20  # the reserve is refilled ahead of what ordinary programs do
-DISK_PATIENCE = 10.0  # seconds that a stop waits for what is being written to the backing
+# Seconds that a stop waits for what is being written to the backing. A write that nobody waits for is lost
+# with no harm: its blocks are in memory. But the kernel ends no process before the disk has answered it.
+DISK_PATIENCE = 1.0
 AGAIN = 1.0  # seconds between two tries of what could not be done so far
 
 
@@ -233,6 +235,8 @@ class Serving:
         self._ends.run()
         if self._leaving.hands_over:
             os._exit(0)  # nbdkit would remove the socket, which the next server has
+        if self.service.out_worker is not None and self.service.out_worker.is_alive:
+            os._exit(0)  # nbdkit would take the memory away in which it goes on once the disk answers
 
     def _clean_up(self) -> None:
         """Do of `stop` what another process may depend on."""

@@ -134,6 +134,7 @@ class Service:
             "compactor": compactor,
             "clients": self.clients,
             "pid": os.getpid(),
+            "backing_silent": round(self.writeback.silent),  # seconds
             "leaves_pid": 1,  # the file, in a hand-over: see zramd.contract.handover
         }
 

@@ -104,6 +104,7 @@ class Without:
     """What a server has that has no backing."""
 
     trouble = ""
+    silent = 0.0
     _refusal = "there is no backing: start the server with backing=PATH"
 
     def configure(self, config: Config) -> None:
@@ -276,11 +277,17 @@ class Writeback:
         self.wake()
 
     @property
+    def silent(self) -> float:
+        """Seconds for which the device has not answered."""
+        began = self._io_began
+        return self._clock() - began if began is not None else 0.0
+
+    @property
     def trouble(self) -> str:
         """What is the matter, as a sentence for health; "" if nothing is."""
         if self.failure:
             return f"{self.title} failed: {self.failure}"
-        hangs = self._hangs()
+        hangs = self.silent
         if hangs >= HANGS:
             return f"backing '{self._config.backing}' has not answered for {hangs:.0f} s"
         if self._clock() < self._unreadable_until:
@@ -328,7 +335,7 @@ class Writeback:
         policy, budget = self._policy, self._budget
         if self.failure:
             return "paused", f"{self.title} failed: {self.failure}"
-        hangs = self._hangs()
+        hangs = self.silent
         if hangs >= TELLS:
             return "paused", f"the device has not answered for {hangs:.0f} s"
         if self._recall:
@@ -367,11 +374,6 @@ class Writeback:
         if policy.mode == "calm":
             return f"less than an extent was left alone for {self._config.writeback_age:g} s"
         return "nothing is left in memory that was left alone"
-
-    def _hangs(self) -> float:
-        """Return for how many seconds the device has been at what it does now."""
-        began = self._io_began
-        return self._clock() - began if began is not None else 0.0
 
     # ------------------------------------------------------------------------------------------------
     # for the worker

@@ -305,10 +305,37 @@ class TestErrors:
         verify(device, contents)
         # It is back.
         backing.reopen(disk.fd)
+        found = device.counters()
+        assert (found["backing_bad"], found["backing_free"]) == (0, 15)
         assert write_out(device, hands=hands) == BLOCKS // 2
-        assert device.counters()["backing_bad"] == 1
         verify(device, contents)
         os.close(device_backing)
+
+    def test_what_was_given_up_is_tried_again(self) -> None:
+        """The disk had vanished: what lives in an extent is counted as it was, and the extent is used again."""
+        disk = Disk()
+        backing = disk.backing()
+        device = Device(SIZE, backing=backing)
+        for number in range(BLOCKS):
+            device.write(noise(number), number * BLOCK)
+        hands = Writeback(device)
+        write_out(device, hands=hands)
+        device.trim(0, 100 * BLOCK)
+        device.trim(120 * BLOCK, SIZE - 120 * BLOCK)
+        before = backing.numbers()
+        assert before["backing_free"] in (12, 13)
+        writes_only = os.open(f"/proc/self/fd/{disk.fd}", os.O_WRONLY)
+        backing.reopen(writes_only)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            hands.reclaim(1.0)
+        hands.drop()
+        assert backing.numbers() == before | {"backing_bad": 1}
+        backing.reopen(disk.fd)
+        assert backing.numbers() == before
+        os.close(writes_only)
+        device.trim(0, SIZE)
+        device.check()
+        assert (backing.numbers()["backing_free"], backing.numbers()["backing_live"]) == (15, 0)
 
     def test_no_room_below_is_no_want_of_extents(self) -> None:
         """A file on a full file system: others would take it for a backing on which all is in use."""
