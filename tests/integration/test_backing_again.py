@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -15,6 +16,7 @@ from support.client import NbdSocket
 from support.content import noise
 from support.run import wait_until
 from support.run import zramd_command as zramd
+from support.steps import Steps
 from test_backing_server import BLOCK, BLOCKS, CONTENTS, Serve, allocate, put_out, superblock
 from test_restart import Started
 
@@ -48,7 +50,9 @@ class Loops:
         self.made: list[str] = []
 
     def make(self, file: Path) -> str:
-        done = subprocess.run(["losetup", "--find", "--show", file], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["losetup", "--find", "--show", file], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             pytest.skip(f"there are no loop devices: {done.stderr.strip()}")
         self.made.append(done.stdout.strip())
@@ -295,3 +299,51 @@ def test_a_reset_meanwhile(serve: Serve, state: Path, disk_folder: Path) -> None
         assert json.loads(served.request("POST", "/check")[1])["sound"]
         stats = json.loads(served.request("GET", "/stats")[1])
         assert (stats["out_pages"], stats["pages_stored"]) == (0, 0)
+
+
+def test_blocks_that_go_out_at_the_last_moment(
+    started: Callable[..., Started], tmp_path: Path, disk_folder: Path
+) -> None:
+    """After the new server has looked: it fails once the old one has left, and one as before serves."""
+    backing, other = allocate(disk_folder / "backing"), allocate(disk_folder / "other")
+    served = started(f"backing={backing}", "writeback_limit=off")
+    client = client_of(served)
+    for block in range(BLOCKS):
+        assert client.ask(client.WRITE, block * BLOCK, BLOCK, CONTENTS[block]) == 0
+    steps = Steps(tmp_path / "steps")
+    steps.held = {"restart.ready"}
+    done: list[subprocess.CompletedProcess[str]] = []
+    restart = threading.Thread(
+        target=lambda: done.append(served.restart(f"backing={other}", env=steps.env)), daemon=True
+    )
+    restart.start()
+    steps.wait("restart.ready")
+    assert zramd("writeback", "--rundir", served.rundir, PASS).returncode == 0
+    wait_until(lambda: section(served)["out_pages"] == BLOCKS)
+    steps.close()
+    restart.join(60)
+    assert done[0].returncode == 1
+    assert re.search(
+        r"again is served as before, by a new process \d+: .*"
+        rf"backing '{other}' is not the one on which blocks of state '{served.state}' are: ",
+        done[0].stderr,
+    )
+    assert served.ask("/settings")["backing"] == str(backing)
+    assert client_of(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
+    assert not any(other.read_bytes()[:BLOCK])
+
+
+def test_a_backing_that_has_grown(started: Callable[..., Started], state: Path, disk_folder: Path) -> None:
+    """A restart uses all of it, with what lies there."""
+    backing = allocate(disk_folder / "backing")
+    put_out(state, backing)
+    served = started(f"backing={backing}")
+    size = backing.stat().st_size
+    subprocess.run(["fallocate", "--length", str(2 * size), backing], check=True)
+    assert section(served)["backing_size"] == size
+    assert served.restart().returncode == 0
+    assert section(served)["backing_size"] == superblock(backing).size == 2 * size
+    assert section(served)["out_pages"] == BLOCKS
+    assert client_of(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
+    assert served.restart().returncode == 0
+    assert client_of(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)

@@ -172,17 +172,15 @@ def test_a_restart_with_another_one(
         assert why == f"again goes on as before: the new server does not start: {sentence}"
         assert other.read_bytes() == before
     assert served.refused("backing=").endswith(
-        f"state '{state}' has blocks on a backing: start it with backing=PATH; 'zramd backing show PATH' says "
-        "whose blocks are on one"
+        f"state '{state}' has blocks on a backing: start it with backing=PATH; 'zramd backing show PATH' "
+        "says whose blocks are on one"
     )
     assert "cannot be opened: no such file" in served.refused(f"backing={other}-none")
     assert served.ask("/settings")["backing"] == str(backing)
     assert NbdSocket(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)  # type: ignore[arg-type]
 
 
-def test_a_restart_while_nothing_is_out(
-    started: Callable[..., Started], backing: Path, other: Path
-) -> None:
+def test_a_restart_while_nothing_is_out(started: Callable[..., Started], backing: Path, other: Path) -> None:
     """From one to the other, to none and back; but not to one that another state needs."""
     served = started(f"backing={backing}")
     for path in (other, "", backing):
@@ -193,7 +191,9 @@ def test_a_restart_while_nothing_is_out(
     with other.open("r+b") as file:
         file.write(pack(found._replace(id="5" * 32, data_id="6" * 32)))
     why = served.refused(f"backing={other}")
-    assert f"goes on as before: the new server does not start: backing '{other}' may hold blocks of again" in why
+    assert (
+        f"goes on as before: the new server does not start: backing '{other}' may hold blocks of again" in why
+    )
     with other.open("r+b") as file:
         file.write(pack(found._replace(id="5" * 32)))  # ours, of before: nothing there is needed
     assert served.restart(f"backing={other}").returncode == 0

@@ -91,7 +91,9 @@ def change(arguments: argparse.Namespace) -> int:
         value = config.value(setting, text)
         # A relative path is meant from here, not from where the server is.
         pairs.append((setting.name, value if setting.name == "backing" else text))
-    pairs.sort(key=lambda pair: pair[0] != "backing")  # first: only that can be refused for what the server finds
+    pairs.sort(
+        key=lambda pair: pair[0] != "backing"
+    )  # first: only that can be refused for what the server finds
     served = servers.find(arguments.name, arguments.rundir)
     for name, text in pairs:
         answer = served.ask_json("PUT", f"/{name}", text)

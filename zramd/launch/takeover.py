@@ -350,7 +350,7 @@ def _refuse_others(served: servers.Served, process: peer.Process) -> None:
 
 
 def _refuse_busy(served: servers.Served) -> None:
-    """Raise DeviceError while the device is saved or loaded: that would be cut off; or if it could not end."""
+    """Raise DeviceError while a save or a load would be cut off, or the server could not end."""
     health = served.ask_json("GET", "/health")  # a server of an older zramd says less
     if streams := health.get("streams"):
         raise DeviceError(f"a {' and a '.join(streams)} is under way: restart when it is done")

@@ -153,7 +153,7 @@ class BackingFile:
             os.close(opened.fd)
 
     def _check_same(self, opened: Opened) -> None:
-        """Raise BackingError unless the device can go on with what was opened, whatever the superblock says."""
+        """Raise BackingError unless the device can go on with what was opened, whatever is on it."""
         path = opened.path
         _check_place(replace(self._config, backing=path), opened)
         if opened.size < self._size:
@@ -162,8 +162,8 @@ class BackingFile:
             )
         if opened.sector > self.core.sector:
             raise BackingError(
-                f"backing '{path}' is not as it was: it is read in sectors of {opened.sector} bytes, and needs "
-                f"{self.core.sector} or less"
+                f"backing '{path}' is not as it was: it is read in sectors of {opened.sector} bytes, and "
+                f"needs {self.core.sector} or less"
             )
 
     def _change_to(self, opened: Opened) -> None:

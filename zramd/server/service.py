@@ -26,8 +26,9 @@ from zramd.server.compactor import Compactor
 from zramd.server.tiers import Tiers
 from zramd.server.trouble import Troubles
 from zramd.server.undone import Undone
+from zramd.server.withoutbacking import Without
 from zramd.server.worker import Worker
-from zramd.server.writeback import Without, Writeback
+from zramd.server.writeback import Writeback
 from zramd.settings import codecs
 from zramd.settings.config import Config, find
 from zramd.settings.config import value as parse_value

@@ -100,43 +100,6 @@ class Memory(Protocol):
     def census(self) -> Census | None: ...
 
 
-class Without:
-    """What a server has that has no backing."""
-
-    trouble = ""
-    silent = 0.0
-    _refusal = "there is no backing: start the server with backing=PATH"
-
-    def configure(self, config: Config) -> None:
-        """Nothing goes by the settings."""
-
-    def submit(self, wanted: WritePass) -> None:
-        """Raise DeviceError."""
-        raise DeviceError(self._refusal)
-
-    def bring_back(self) -> None:
-        """Raise DeviceError."""
-        raise DeviceError(self._refusal)
-
-    def set_left(self, size: int) -> None:
-        """Raise DeviceError; `size`: bytes."""
-        raise DeviceError(self._refusal)
-
-    def forget(self) -> None:
-        """Nothing is queued."""
-
-    def try_again(self) -> None:
-        """Nothing has failed."""
-
-    def left(self) -> int | None:
-        """Return None: nothing is limited."""
-        return None
-
-    def numbers(self) -> dict[str, Any] | None:
-        """Return None: there is no such section."""
-        return None
-
-
 def _by_hand(wanted: WritePass, blocks: int) -> Walk:
     kinds = wanted.kinds
     ranges = wanted.ranges or ((0, blocks),)
@@ -367,7 +330,9 @@ class Writeback:
             if policy.mode == "calm":
                 share = f", 1/{slow} of that as the device is slow" if slow > 1 else ""
                 return f"a pass is under way that writes at most {CALM_RATE >> 20} MiB a second{share}"
-            return "a pass is under way" + (f", 1/{slow} of the time as the device is slow" if slow > 1 else "")
+            return "a pass is under way" + (
+                f", 1/{slow} of the time as the device is slow" if slow > 1 else ""
+            )
         if policy.backs_off and policy.waits(now) > 0:
             wait = _time(policy.waits(now))
             return f"nothing went out, or it is read again, and the next pass comes in {wait}"

@@ -312,7 +312,7 @@ class TestErrors:
         os.close(device_backing)
 
     def test_what_was_given_up_is_tried_again(self) -> None:
-        """The disk had vanished: what lives in an extent is counted as it was, and the extent is used again."""
+        """The disk had vanished: what lives in an extent is counted as it was, and that is used again."""
         disk = Disk()
         backing = disk.backing()
         device = Device(SIZE, backing=backing)

@@ -428,7 +428,9 @@ class TestReattach:
         assert self.is_alone(place.path)
 
     def test_another_disk(self, place, made, other):
-        sentence = "is not the one that the device has: 'zramd backing show PATH' says whose blocks are on one"
+        sentence = (
+            "is not the one that the device has: 'zramd backing show PATH' says whose blocks are on one"
+        )
         for content in (
             b"",
             b"something else",
@@ -451,7 +453,9 @@ class TestReattach:
 
     def test_a_smaller_one(self, made, other):
         os.truncate(other, SIZE - EXTENT)
-        assert self.refusal(made, other) == f"is not as it was: it has {SIZE - EXTENT} bytes, and needs {SIZE}"
+        assert (
+            self.refusal(made, other) == f"is not as it was: it has {SIZE - EXTENT} bytes, and needs {SIZE}"
+        )
 
     def test_a_larger_one(self, place, made, other):
         """The server that is started next uses all of it."""
@@ -504,7 +508,9 @@ class TestReattach:
 
     def test_as_strict_as_at_the_start(self, place, made, other, monkeypatch):
         monkeypatch.setattr(blockdevices, "own", lambda number, name: {"swap0": "nbd0"}.get(name, ""))
-        assert self.refusal(made, other) == "lies on nbd0, which is swap0 itself: use a disk, or a part of one"
+        assert (
+            self.refusal(made, other) == "lies on nbd0, which is swap0 itself: use a disk, or a part of one"
+        )
 
     def test_swap_local(self, place, other, made, monkeypatch):
         look_at = kernel._look_at
@@ -537,7 +543,9 @@ class TestReattach:
         thread = threading.Thread(target=made.renew, args=(Device(data_id=OTHER, backing_id=made.id),))
         thread.start()
         assert writes.wait(30)
-        sentence = f"backing '{place.path}' does not answer, and its superblock is being written: try again later"
+        sentence = (
+            f"backing '{place.path}' does not answer, and its superblock is being written: try again later"
+        )
         assert self.refusal(made, other) == sentence
         may_go_on.set()
         thread.join()

@@ -23,7 +23,8 @@ from zramd.errors import CorruptionError, DeviceError
 from zramd.server import endpoint, routes
 from zramd.server.tiers import Pass
 from zramd.server.trouble import Troubles
-from zramd.server.writeback import Without, WritePass
+from zramd.server.withoutbacking import Without
+from zramd.server.writeback import WritePass
 from zramd.settings import config
 from zramd.stats import snapshots, texts
 

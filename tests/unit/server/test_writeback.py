@@ -15,8 +15,9 @@ from zramd.errors import BackingError, DeviceError
 from zramd.server import writeback, writebackpolicy
 from zramd.server.ages import IDLE, OLDEST, SWEEP, age_of
 from zramd.server.tierpolicy import Census
+from zramd.server.withoutbacking import Without
 from zramd.server.worker import Worker
-from zramd.server.writeback import Without, Writeback, WritePass
+from zramd.server.writeback import Writeback, WritePass
 from zramd.settings import config
 
 RAW = 4096
@@ -703,7 +704,7 @@ class TestErrors:
         assert len(device.flushes) == writebackpolicy.ERRORS + 1
 
     def test_blocks_that_cannot_be_read(self) -> None:
-        """Health tells of it for as long as the next try to write would take, or until somebody sees to it."""
+        """Health tells of it for as long as writes would pause, or until somebody sees to it."""
         device = FakeDevice(*blocks(100))
         device.read_errors = 2  # of the server before
         served = make(device)
