@@ -1071,6 +1071,22 @@ def test_leaves_the_processor_to_clients() -> None:
     assert served.yields
 
 
+@pytest.mark.parametrize(("mode", "pause"), [("calm", 0.005), ("wanted", 0.005), ("full", 0.001)])
+def test_the_least_that_clients_have(mode: str, pause: float) -> None:
+    """However little a step took; but not where their writes are refused until it has done enough."""
+    device = FakeDevice(*blocks(1000))
+    device.mode = mode
+    device.inflight = 1
+    device.cpu_of_a_look = 0.0001
+    served = make(device)
+    served.submit(WritePass())
+    assert served.tick() == pytest.approx(pause)
+    assert served.yields
+    device.inflight = 0
+    assert served.tick() == 0
+    assert not served.yields
+
+
 class TestADiskThatHangs:
     """The thread is in a write for minutes: nothing else stands still, and all of it is told."""
 
