@@ -52,7 +52,8 @@ PATHS = {
     "GET /classes": "zsmalloc's table of size classes",
     "GET /classes.json": "the same, as JSON",
     "GET /metrics": "the numbers for Prometheus",
-    "GET /health": "`status` (`ok` or `degraded`), its `causes`, the compactor, clients, streams under way",
+    "GET /health": "`status` (`ok` or `degraded`), its `causes`, the compactor, clients, streams under way, "
+    "and for how many seconds the backing is silent",
     "GET /settings": "every setting as it is now, as JSON",
     "GET /block/N": "what block N of 4096 bytes holds: where its object is, how large, of which class",
     "GET /comp_algorithm": "zram's list of algorithms, with the one that compresses in brackets",

@@ -17,7 +17,7 @@ from support.server import NbdkitProcess
 from test_restart import Started
 
 from zramd.contract import rundir
-from zramd.contract.superblock import Superblock, unpack
+from zramd.contract.superblock import Superblock, pack, unpack
 from zramd.core.device.writeback import Writeback
 from zramd.server import opening
 from zramd.settings import config
@@ -147,20 +147,56 @@ def test_a_restart(started: Callable[..., Started], state: Path, backing: Path) 
     assert f"backing '{backing}' holds something else" in why
 
 
-def test_a_restart_with_another_one(started: Callable[..., Started], state: Path, backing: Path) -> None:
-    """What only the state knows is found when the old server has left: one as before then serves again."""
+@pytest.fixture
+def other(backing: Path) -> Path:
+    return allocate(backing.with_name("other"))
+
+
+def test_a_restart_with_another_one(
+    started: Callable[..., Started], state: Path, backing: Path, other: Path
+) -> None:
+    """What the state knows of its blocks is read while the old server has it: that serves on."""
     put_out(state, backing)
-    other = allocate(backing.with_name("other"))
     served = started(f"backing={backing}")
-    done = served.restart(f"backing={other}")
-    assert done.returncode == 1
-    assert re.search(
-        r"again is served as before, by a new process \d+: .*"
-        rf"backing '{other}' is not the one on which blocks of state '{state}' are: ",
-        done.stderr,
+    sentence = (
+        f"backing '{other}' is not the one on which blocks of state '{state}' are: use that; "
+        "'zramd backing show PATH' says whose blocks are on one"
     )
+    kept = superblock(backing)
+    for found in (None, kept._replace(id="5" * 32), kept._replace(id="")):
+        if found:
+            with other.open("r+b") as file:
+                file.write(pack(found))
+        before = other.read_bytes()
+        why = served.refused(f"backing={other}")
+        assert why == f"again goes on as before: the new server does not start: {sentence}"
+        assert other.read_bytes() == before
+    assert served.refused("backing=").endswith(
+        f"state '{state}' has blocks on a backing: start it with backing=PATH; 'zramd backing show PATH' "
+        "says whose blocks are on one"
+    )
+    assert "cannot be opened: no such file" in served.refused(f"backing={other}-none")
+    assert served.ask("/settings")["backing"] == str(backing)
     assert NbdSocket(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)  # type: ignore[arg-type]
-    assert not any(other.read_bytes()[:4096])
+
+
+def test_a_restart_while_nothing_is_out(started: Callable[..., Started], backing: Path, other: Path) -> None:
+    """From one to the other, to none and back; but not to one that another state needs."""
+    served = started(f"backing={backing}")
+    for path in (other, "", backing):
+        done = served.restart(f"backing={path}")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert served.ask("/settings")["backing"] == str(path)
+    found = superblock(backing)
+    with other.open("r+b") as file:
+        file.write(pack(found._replace(id="5" * 32, data_id="6" * 32)))
+    why = served.refused(f"backing={other}")
+    assert (
+        f"goes on as before: the new server does not start: backing '{other}' may hold blocks of again" in why
+    )
+    with other.open("r+b") as file:
+        file.write(pack(found._replace(id="5" * 32)))  # ours, of before: nothing there is needed
+    assert served.restart(f"backing={other}").returncode == 0
 
 
 def test_a_state_needs_its_backing(serve: Serve, state: Path, backing: Path) -> None:

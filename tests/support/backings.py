@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from zramd import Device
-from zramd.core.device.backing import EXTENT, Backing, granule_for
+from zramd.contract.superblock import granule_of
+from zramd.core.device.backing import EXTENT, Backing
 from zramd.core.device.writeback import Writeback
 
 SECTOR = 512
@@ -16,7 +17,7 @@ class Disk:
 
     def __init__(self, extents: int = 16, *, granule: int = 0) -> None:
         self.size = extents * EXTENT
-        self.granule = granule or granule_for(self.size)
+        self.granule = granule or granule_of(self.size)
         self.fd = os.memfd_create("backing")
         os.ftruncate(self.fd, self.size)
 

@@ -88,8 +88,12 @@ def change(arguments: argparse.Namespace) -> int:
         setting = config.find(key)
         if setting.fixed:
             raise UsageError(f"{setting.name} cannot be changed while the device is served: {setting.fixed}")
-        config.value(setting, text)
-        pairs.append((setting.name, text))
+        value = config.value(setting, text)
+        # A relative path is meant from here, not from where the server is.
+        pairs.append((setting.name, value if setting.name == "backing" else text))
+    pairs.sort(
+        key=lambda pair: pair[0] != "backing"
+    )  # first: only that can be refused for what the server finds
     served = servers.find(arguments.name, arguments.rundir)
     for name, text in pairs:
         answer = served.ask_json("PUT", f"/{name}", text)

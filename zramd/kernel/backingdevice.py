@@ -65,6 +65,27 @@ def open_to_look(path: str) -> Opened:
     return _open(path, os.O_RDONLY)
 
 
+def open_again(path: str, now: Opened) -> Opened:
+    """Return the backing at `path` as open_alone does; `now` is ours already, and may be what is there.
+
+    Raises BackingError.
+    """
+    if _leads_to(path, now):  # nobody can have that alone twice
+        return _looked_at(path, os.dup(now.fd))
+    return open_alone(path)
+
+
+def _leads_to(path: str, opened: Opened) -> bool:
+    """Say whether a path leads to what is open: to the same device of the kernel, or the same file."""
+    try:
+        there = os.stat(path)
+    except OSError:
+        return False  # what is the matter with it, opening it says
+    if stat.S_ISBLK(there.st_mode):
+        return opened.is_block and there.st_rdev == opened.number
+    return os.path.samestat(there, os.fstat(opened.fd))
+
+
 def is_used(opened: Opened) -> bool:
     """Say whether another process has it alone. Raises OSError."""
     if not opened.is_block:
@@ -91,6 +112,11 @@ def _open(path: str, flags: int) -> Opened:
         raise _untrusted(path, error) from None
     except OSError as error:
         raise _cannot_be_opened(path, error) from None
+    return _looked_at(path, fd)
+
+
+def _looked_at(path: str, fd: int) -> Opened:
+    """Return what has been opened; the descriptor is closed if that fails. Raises BackingError."""
     try:
         return _look_at(path, fd)
     except BaseException as error:
@@ -241,7 +267,7 @@ def look(opened: Opened) -> Superblock | None:
     """Return what the superblock says, None for a backing that is blank. Raises BackingError."""
     path = opened.path
     try:
-        found = superblock.unpack(read(opened, 0), path)
+        found = named(opened)
         if found is None and not _is_blank(opened):
             raise BackingError(
                 f"backing '{path}' holds something else (its first or last MiB is not empty): use another "
@@ -250,6 +276,11 @@ def look(opened: Opened) -> Superblock | None:
     except OSError as error:
         raise BackingError(f"backing '{path}' cannot be read: {reason(error)}: use another one") from None
     return found
+
+
+def named(opened: Opened) -> Superblock | None:
+    """Return what the superblock says, None if there is none. Raises BackingError, OSError."""
+    return superblock.unpack(read(opened, 0), opened.path)
 
 
 def _is_blank(opened: Opened) -> bool:

@@ -22,6 +22,7 @@ from zramd.settings import config
 from zramd.settings.config import Config
 
 LEAVE_TIMEOUT = 10.0  # seconds; a server needs one at most, a busy machine a few
+SILENT = 2  # seconds for which a backing has not answered: then it may be long
 END_TIMEOUT = 2.0  # seconds; one that does not answer may be stopping
 _FIRST = 3  # the first descriptor that nbdkit takes for a listening socket
 _SOCKETS_MAX = 16  # of the kind on which clients are accepted
@@ -88,7 +89,7 @@ def _replace(served: servers.Served, words: list[str], turn: life.Turn) -> tuple
     since = time.monotonic()
     try:
         step("restart.ready")
-        _refuse_streams(served)
+        _refuse_busy(served)
     except DeviceError as error:
         if not old.has_ended() or old.was_stopped():
             new.kill()
@@ -348,11 +349,16 @@ def _refuse_others(served: servers.Served, process: peer.Process) -> None:
         )
 
 
-def _refuse_streams(served: servers.Served) -> None:
-    """Raise DeviceError while the device is saved or loaded: that would be cut off."""
-    streams = served.ask_json("GET", "/health").get("streams")  # a server of an older zramd has none
-    if streams:
+def _refuse_busy(served: servers.Served) -> None:
+    """Raise DeviceError while a save or a load would be cut off, or the server could not end."""
+    health = served.ask_json("GET", "/health")  # a server of an older zramd says less
+    if streams := health.get("streams"):
         raise DeviceError(f"a {' and a '.join(streams)} is under way: restart when it is done")
+    if (silent := health.get("backing_silent", 0)) >= SILENT:
+        raise DeviceError(
+            f"its backing has not answered for {silent} s, and the kernel ends no process before that has "
+            "answered: restart when it has"
+        )
 
 
 def _told(served: servers.Served, process: peer.Process, name: str) -> list[str]:

@@ -3,6 +3,7 @@
     look         before the server from which we take over has left: it has the backing, and we only look
     open_for     alone, before the device is made; what is on it is as it was
     take_over    the device is made, and has said which data it holds: the superblock is to name that
+    reattach     at work: the disk had vanished or failed, and is there again
 
 A superblock that names other data is accepted when that data has gone (Superblock.is_needed), or when it is
 the data of our state. Which that is, the device knows, once it has taken its state over.
@@ -12,24 +13,36 @@ whatever ends us. What a reset or a load makes of the data, `renew` writes there
 """
 
 import os
+import threading
+from dataclasses import replace
+from typing import TypeGuard
 
 from zramd.contract import superblock
 from zramd.contract.superblock import Superblock
 from zramd.core.device.backing import Backing
 from zramd.core.device.device import Device
-from zramd.errors import BackingError
+from zramd.errors import BackingError, reason
 from zramd.kernel import backingdevice, blockdevices
 from zramd.kernel.backingdevice import Opened
+from zramd.server.statefile import NOTHING_KEPT, Kept
 from zramd.settings.config import Config
 
+NAMING = 1.0  # seconds that a superblock may take to be written before nobody waits for that
 
-def look(config: Config) -> None:
-    """Raise BackingError if the backing, which a server may be using now, is none for this device."""
+
+def look(config: Config, kept: Kept = NOTHING_KEPT) -> Superblock | None:
+    """Return what the superblock says of the backing, which a server may be using now; None: it has none.
+
+    `kept` is what the state says, if there is one. Raises BackingError for one that is none for this device.
+    """
     opened = backingdevice.open_to_look(config.backing)
     try:
-        _accept(config, opened)
+        found = _accept(config, opened)
     finally:
         os.close(opened.fd)
+    if config.state and not kept.out_pages and _is_anothers(found, kept.backing_id, kept.data_id):
+        raise _anothers(config.backing, found)
+    return found
 
 
 def open_for(config: Config) -> "BackingFile":
@@ -45,12 +58,7 @@ def open_for(config: Config) -> "BackingFile":
 def _accept(config: Config, opened: Opened) -> Superblock | None:
     """Return what the superblock says, if the device may use such a backing. Raises BackingError."""
     path = config.backing
-    if own := blockdevices.own(opened.number, config.name):
-        raise BackingError(
-            f"backing '{path}' lies on {own}, which is {config.name} itself: use a disk, or a part of one"
-        )
-    if config.swap == "local":
-        backingdevice.refuse_for_swap(opened)
+    _check_place(config, opened)
     found = backingdevice.look(opened)
     if found and found.is_needed():
         if found.size > opened.size:
@@ -61,6 +69,23 @@ def _accept(config: Config, opened: Opened) -> Superblock | None:
         if not config.state:
             raise _anothers(path, found)
     return found
+
+
+def _check_place(config: Config, opened: Opened) -> None:
+    """Raise BackingError for what the device cannot write to, whatever is on it."""
+    if own := blockdevices.own(opened.number, config.name):
+        raise BackingError(
+            f"backing '{opened.path}' lies on {own}, which is {config.name} itself: use a disk, or a part of "
+            "one"
+        )
+    if config.swap == "local":
+        backingdevice.refuse_for_swap(opened)
+
+
+def _is_anothers(found: Superblock | None, backing_id: str, data_id: str) -> TypeGuard[Superblock]:
+    """Say whether another state may need what is on a backing than the one that names it and its data so."""
+    # A server that was killed while it made it its own has written the superblock, and no more.
+    return found is not None and found.id != backing_id and found.is_needed() and found.data_id != data_id
 
 
 def _anothers(path: str, found: Superblock) -> BackingError:
@@ -83,10 +108,12 @@ class BackingFile:
         self.path = opened.path
         self._opened = opened
         self._found = found
-        self._name, self._has_state = config.name, bool(config.state)
-        # Records lie where the granule says that they do, so what may be ours keeps its size and granule.
-        is_kept = found is not None and self._has_state and found.size <= opened.size
-        self._size = found.size if found and is_kept else opened.size
+        self._config = config
+        self._naming = threading.Lock()  # while the superblock's id, or where it is, may change
+        is_kept = found is not None and bool(config.state) and found.size <= opened.size
+        # What may be ours lies where the granule says: if the size would be another one's, it stays, too.
+        fits = found is None or found.granule == superblock.granule_of(opened.size)
+        self._size = found.size if found and is_kept and not fits else opened.size
         self.id = found.id if found and is_kept else ""
         self.core = Backing(opened.fd, self._size, superblock.granule_of(self._size), opened.sector)
 
@@ -101,45 +128,69 @@ class BackingFile:
             if found != current:  # the machine was booted since, say
                 self._put(current)
             return
-        # A server that was killed while it made it its own has written the superblock, and no more.
-        if found and found.is_needed() and found.data_id != device.data_id:
+        if _is_anothers(found, device.backing_id, device.data_id):
             raise _anothers(self.path, found)
         self._claim(device)
 
     def reattach(self, path: str) -> None:
-        """Go on with this very backing, which had vanished, or whose name is another one now.
+        """Go on with this very backing, which had vanished or failed, or whose name is another one now.
 
-        Raises BackingError, one sentence; then all is as it was.
+        Waits for the disk. Raises BackingError, one sentence; then all is as it was.
         """
-        opened = backingdevice.open_alone(path)
+        opened = backingdevice.open_again(path, self._opened)
         try:
-            found = backingdevice.look(opened)
-            if found is None or found.id != self.id:
+            self._check_same(opened)
+            if not self._naming.acquire(timeout=NAMING):
                 raise BackingError(
-                    f"backing '{path}' is not the one that the device has: 'zramd backing show PATH' says "
-                    "whose blocks are on one"
+                    f"backing '{self.path}' does not answer, and its superblock is being written: try again "
+                    "later"
                 )
-            if opened.size < self._size or opened.sector > self._opened.sector:
-                raise BackingError(
-                    f"backing '{path}' is not as it was: it has {opened.size} bytes in sectors of "
-                    f"{opened.sector}, and needs {self._size} in {self._opened.sector}"
-                )
-            # The descriptor keeps its number: the thread that writes may be about to use it.
-            os.dup2(opened.fd, self._opened.fd, inheritable=False)
-            self.core.reopen(opened.fd)
+            try:
+                self._change_to(opened)
+            finally:
+                self._naming.release()
         finally:
             os.close(opened.fd)
+
+    def _check_same(self, opened: Opened) -> None:
+        """Raise BackingError unless the device can go on with what was opened, whatever is on it."""
+        path = opened.path
+        _check_place(replace(self._config, backing=path), opened)
+        if opened.size < self._size:
+            raise BackingError(
+                f"backing '{path}' is not as it was: it has {opened.size} bytes, and needs {self._size}"
+            )
+        if opened.sector > self.core.sector:
+            raise BackingError(
+                f"backing '{path}' is not as it was: it is read in sectors of {opened.sector} bytes, and "
+                f"needs {self.core.sector} or less"
+            )
+
+    def _change_to(self, opened: Opened) -> None:
+        try:
+            found = backingdevice.named(opened)
+        except OSError as error:
+            raise BackingError(f"backing '{opened.path}' cannot be read: {reason(error)}") from None
+        if found is None or found.id != self.id:
+            raise BackingError(
+                f"backing '{opened.path}' is not the one that the device has: 'zramd backing show PATH' says "
+                "whose blocks are on one"
+            )
+        # The descriptors keep their numbers: other threads may be about to use them.
+        os.dup2(opened.fd, self._opened.fd, inheritable=False)
+        self.core.reopen(opened.fd)
         self._opened = opened._replace(fd=self._opened.fd)
-        self.path = path
+        self.path = opened.path
 
     def renew(self, device: Device) -> None:
         """Name the data that the device holds since a reset or a load, if nothing is out.
 
         Only the thread that writes to the backing may call this. Raises BackingError; nothing is worse then.
         """
-        is_named = self._found is not None and self._found.data_id == device.data_id
-        if not is_named and not device.counters()["out_pages"]:
-            self._claim(device)
+        with self._naming:
+            is_named = self._found is not None and self._found.data_id == device.data_id
+            if not is_named and not device.counters()["out_pages"]:
+                self._claim(device)
 
     def _claim(self, device: Device) -> None:
         self._put(self._made(device.data_id))
@@ -151,6 +202,7 @@ class BackingFile:
 
     def _made(self, data_id: str) -> Superblock:
         granule = superblock.granule_of(self._size)
+        config = self._config
         return superblock.new(
-            self._size, granule, data_id=data_id, name=self._name, has_state=self._has_state
+            self._size, granule, data_id=data_id, name=config.name, has_state=bool(config.state)
         )

@@ -165,8 +165,8 @@ class Endpoint:
                 if sum(one.lengthy for one in self._open) >= MAX_LENGTHY:
                     raise RefusedError(
                         503,
-                        f"{MAX_LENGTHY} saves, loads, lists of blocks, compactions or checks are under way: "
-                        "ask again later",
+                        f"{MAX_LENGTHY} saves, loads, lists of blocks, compactions, checks or looks at a "
+                        "backing are under way: ask again later",
                     )
                 connection.lengthy = True
             connection.waits = False

@@ -20,6 +20,23 @@ class Made(NamedTuple):
     backing: "BackingFile | None"
 
 
+def look(config: Config) -> None:
+    """Raise StateError or BackingError unless state and backing, which a server may be using, are for these.
+
+    What is found now a server would find when the one before it has left. (Until then more may go out.)
+    """
+    kept = statefile.NOTHING_KEPT
+    if config.state:
+        kept = statefile.look(config.state, config.disksize, config.verify)
+    found = None
+    if config.backing:
+        from zramd.server import backingfile  # only here: most servers have none
+
+        found = backingfile.look(config, kept)
+    if kept.out_pages and (found is None or found.id != kept.backing_id):
+        raise _not_its_backing(config)
+
+
 def make_device(config: Config) -> Made:
     """Return the device, with what is in the state if there is one.
 

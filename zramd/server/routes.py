@@ -47,7 +47,7 @@ _PATIENCE = 600.0  # seconds that a reader of block_state may stand still: it ma
 STREAMS_OUT = {("GET", "/save"): _BINARY, ("GET", "/save/live"): _BINARY, ("GET", "/block_state"): TEXT}
 STREAMS_IN = (("PUT", "/load"),)
 # What takes long, a stream or not.
-LENGTHY = (*STREAMS_OUT, *STREAMS_IN, ("POST", "/compact"), ("POST", "/check"))
+LENGTHY = (*STREAMS_OUT, *STREAMS_IN, ("POST", "/compact"), ("POST", "/check"), ("PUT", "/backing"))
 
 
 class Device(Protocol):

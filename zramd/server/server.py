@@ -20,7 +20,7 @@ from zramd.errors import RundirError, reason
 from zramd.kernel import protection
 from zramd.process import notify
 from zramd.process.steps import step
-from zramd.server import sockets, statefile, takeover
+from zramd.server import opening, sockets, takeover
 from zramd.server.admission import LOOK_AGAIN
 from zramd.server.ending import Ends
 from zramd.server.endpoint import Endpoint
@@ -29,7 +29,7 @@ from zramd.server.housekeeping import Chore, Housekeeper
 from zramd.server.leaving import STOP_SIGNALS, Leaving
 from zramd.server.log import Log
 from zramd.server.metricsfile import MetricsFile
-from zramd.server.opening import Made, make_device
+from zramd.server.opening import Made
 from zramd.server.published import StatsFiles
 from zramd.server.reports import Reports
 from zramd.server.selftest import self_test
@@ -39,7 +39,9 @@ from zramd.settings.config import Config
 
 SWAPOFF_INTERVAL = 0.5  # seconds between two looks whether swap is off, while a stop waits for it
 REFILLER_NICE = -20  # the reserve is refilled ahead of what ordinary programs do
-DISK_PATIENCE = 10.0  # seconds that a stop waits for what is being written to the backing
+# Seconds that a stop waits for what is being written to the backing. A write that nobody waits for is lost
+# with no harm: its blocks are in memory. But the kernel ends no process before the disk has answered it.
+DISK_PATIENCE = 1.0
 AGAIN = 1.0  # seconds between two tries of what could not be done so far
 
 
@@ -59,12 +61,7 @@ def prepare(config: Config, shutdown: Callable[[], None]) -> "Prepared":
     if config.swap == "local":
         protection.prepare()
     if handover.takes_over():
-        if config.state:
-            statefile.look(config.state, config.disksize, config.verify)
-        if config.backing:
-            from zramd.server import backingfile  # only here: most servers have none
-
-            backingfile.look(config)
+        opening.look(config)
         if config.metrics_file:
             MetricsFile(config.metrics_file, config.name)
         if config.swap == "local":
@@ -73,11 +70,11 @@ def prepare(config: Config, shutdown: Callable[[], None]) -> "Prepared":
     if handover.must_be_left():  # or it was stopped: then the state is not for us
         files = _take_folder(config, ends)
         step("server.device")
-        made = make_device(config)
+        made = opening.make_device(config)
         step("server.rundir")
     else:
         step("server.device")
-        made = make_device(config)
+        made = opening.make_device(config)
         step("server.rundir")
         files = _take_folder(config, ends)
     if config.metrics_file:
@@ -238,6 +235,8 @@ class Serving:
         self._ends.run()
         if self._leaving.hands_over:
             os._exit(0)  # nbdkit would remove the socket, which the next server has
+        if self.service.out_worker is not None and self.service.out_worker.is_alive:
+            os._exit(0)  # nbdkit would take the memory away in which it goes on once the disk answers
 
     def _clean_up(self) -> None:
         """Do of `stop` what another process may depend on."""

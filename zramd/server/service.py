@@ -26,8 +26,9 @@ from zramd.server.compactor import Compactor
 from zramd.server.tiers import Tiers
 from zramd.server.trouble import Troubles
 from zramd.server.undone import Undone
+from zramd.server.withoutbacking import Without
 from zramd.server.worker import Worker
-from zramd.server.writeback import Without, Writeback
+from zramd.server.writeback import Writeback
 from zramd.settings import codecs
 from zramd.settings.config import Config, find
 from zramd.settings.config import value as parse_value
@@ -80,6 +81,7 @@ class Service:
         self._started = time.monotonic()
         self._clients_lock = threading.Lock()
         self._changes_lock = threading.Lock()
+        self._backing_lock = threading.Lock()
         self._loading = False
 
     def client_connects(self) -> None:
@@ -133,6 +135,7 @@ class Service:
             "compactor": compactor,
             "clients": self.clients,
             "pid": os.getpid(),
+            "backing_silent": round(self.writeback.silent),  # seconds
             "leaves_pid": 1,  # the file, in a hand-over: see zramd.contract.handover
         }
 
@@ -155,10 +158,15 @@ class Service:
             raise ConfigError(f"{name} cannot be changed while the device is served: {setting.fixed}")
         value = parse_value(setting, text)
         if name == "backing":
-            self._reattach(value)
+            with self._backing_lock:  # held for as long as a disk takes to answer
+                self._reattach(value)
+                return self._set(name, value)
         if name == "mem_limit":
             self.device.mem_limit = value
             value = self.device.mem_limit  # whole pages
+        return self._set(name, value)
+
+    def _set(self, name: str, value: Any) -> Any:
         with self._changes_lock:  # two changes at once
             changed = replace(self.config, **{name: value})
             codecs.must_gain(changed.comp_algorithm, changed.recompression)
@@ -180,6 +188,7 @@ class Service:
             self.backing.reattach(path)
         except BackingError as error:
             raise DeviceError(str(error)) from None
+        self.writeback.try_again()
 
     def reset(self) -> bool:
         """Drop all data and return True, or return False if a client is connected.

@@ -12,10 +12,11 @@ import os
 import struct
 import zlib
 from contextlib import suppress
+from typing import NamedTuple
 
 from zramd import lockfile, trusted
 from zramd.contract.handover import KEPT_FD, SYSTEMD
-from zramd.core.device.device import state_layout
+from zramd.core.device.device import kept_out, state_layout
 from zramd.core.memory.region import filesystem, page_size
 from zramd.core.pool.size_classes import layout_sum
 from zramd.errors import StateError, UntrustedError, reason
@@ -35,11 +36,26 @@ _HEADER = struct.Struct(f"<16sQ{len(_FIELDS)}QQ")  # magic, version, fields, che
 _REMOVE = "or remove the file to start empty"
 
 
-def look(path: str, disksize: int, verify: bool) -> None:
-    """Raise StateError if the state, which a server may be using now, is not one for this device."""
+class Kept(NamedTuple):
+    """What a state says of its blocks that are out; ids are 32 hexadecimal digits, zeros if there is none."""
+
+    out_pages: int
+    backing_id: str  # of the backing's superblock
+    data_id: str
+
+
+NOTHING_KEPT = Kept(0, "", "")
+
+
+def look(path: str, disksize: int, verify: bool) -> Kept:
+    """Return what the state says, which a server may be using now.
+
+    Raises StateError if it is not one for this device.
+    """
     fd = _open(path, os.O_RDONLY)
     try:
         _accept(fd, path, _layout(disksize, verify))
+        return Kept(*kept_out(fd))
     finally:
         os.close(fd)
 

@@ -80,6 +80,11 @@ class Worker:
         for turn in self._turns:
             turn.part.wake = partial(self._call, turn)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread has begun and not ended."""
+        return self.thread is not None and self.thread.is_alive()
+
     def start(self) -> None:
         """Start the thread; only after the process has forked for the last time."""
         for turn in self._turns:
@@ -95,7 +100,7 @@ class Worker:
         self._wake.set()
         if self.thread is not None:
             self.thread.join(patience)
-            if self.thread.is_alive():
+            if self.is_alive:
                 say(
                     f"{', '.join(turn.part.title for turn in self._turns)} is still under way: not waited for"
                 )

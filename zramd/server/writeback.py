@@ -100,39 +100,6 @@ class Memory(Protocol):
     def census(self) -> Census | None: ...
 
 
-class Without:
-    """What a server has that has no backing."""
-
-    trouble = ""
-    _refusal = "there is no backing: start the server with backing=PATH"
-
-    def configure(self, config: Config) -> None:
-        """Nothing goes by the settings."""
-
-    def submit(self, wanted: WritePass) -> None:
-        """Raise DeviceError."""
-        raise DeviceError(self._refusal)
-
-    def bring_back(self) -> None:
-        """Raise DeviceError."""
-        raise DeviceError(self._refusal)
-
-    def set_left(self, size: int) -> None:
-        """Raise DeviceError; `size`: bytes."""
-        raise DeviceError(self._refusal)
-
-    def forget(self) -> None:
-        """Nothing is queued."""
-
-    def left(self) -> int | None:
-        """Return None: nothing is limited."""
-        return None
-
-    def numbers(self) -> dict[str, Any] | None:
-        """Return None: there is no such section."""
-        return None
-
-
 def _by_hand(wanted: WritePass, blocks: int) -> Walk:
     kinds = wanted.kinds
     ranges = wanted.ranges or ((0, blocks),)
@@ -182,6 +149,8 @@ class Writeback:
         self._config = config
         self._changed: Config | None = None  # what the thread is to go by from the next turn on
         self._given: int | None = None  # what the budget is to have from the next turn on
+        self._forgotten = False  # what is under way is for data that is gone
+        self._mended = False  # what the device did before is not to count any more
         self._policy = Policy(config)
         self._pace = Pace()
         self._budget = Budget(config.writeback_limit, device.budget, boottime())
@@ -195,7 +164,7 @@ class Writeback:
         self._recalled = 0  # blocks that this has looked at
         self._held = False  # until somebody wants blocks out again
         self._recall_error = 0
-        self._read_errors: int | None = None  # that were seen
+        self._read_errors = device.counters()["bd_read_errors"]  # that were seen; a state has those of before
         self._unreadable_until = float("-inf")
         self._census: Census | None = None
         self._rest = SWEEP
@@ -246,8 +215,14 @@ class Writeback:
         self.wake()
 
     def forget(self) -> None:
-        """Drop the passes that are queued: the data that they were for is gone."""
+        """Drop the passes that are queued, and what they had in the buffer: that data is gone."""
         self._by_hand.clear()
+        self._forgotten = True
+        self.wake()
+
+    def try_again(self) -> None:
+        """Take the device for a good one from the next turn on: somebody has seen to it."""
+        self._mended = True
         self.wake()
 
     def left(self) -> int | None:
@@ -265,11 +240,17 @@ class Writeback:
         self.wake()
 
     @property
+    def silent(self) -> float:
+        """Seconds for which the device has not answered."""
+        began = self._io_began
+        return self._clock() - began if began is not None else 0.0
+
+    @property
     def trouble(self) -> str:
         """What is the matter, as a sentence for health; "" if nothing is."""
         if self.failure:
             return f"{self.title} failed: {self.failure}"
-        hangs = self._hangs()
+        hangs = self.silent
         if hangs >= HANGS:
             return f"backing '{self._config.backing}' has not answered for {hangs:.0f} s"
         if self._clock() < self._unreadable_until:
@@ -317,7 +298,7 @@ class Writeback:
         policy, budget = self._policy, self._budget
         if self.failure:
             return "paused", f"{self.title} failed: {self.failure}"
-        hangs = self._hangs()
+        hangs = self.silent
         if hangs >= TELLS:
             return "paused", f"the device has not answered for {hangs:.0f} s"
         if self._recall:
@@ -345,25 +326,19 @@ class Writeback:
         """Return the reason where nothing is in the way."""
         policy = self._policy
         if self._walk is not None:
-            slow = (
-                f", a {self._pace.slowness}th of that as the device is slow"
-                if self._pace.slowness > 1
-                else ""
-            )
+            slow = self._pace.slowness
             if policy.mode == "calm":
-                return f"a pass is under way that writes at most {CALM_RATE >> 20} MiB a second{slow}"
-            return "a pass is under way" + slow.replace("of that", "of the time")
+                share = f", 1/{slow} of that as the device is slow" if slow > 1 else ""
+                return f"a pass is under way that writes at most {CALM_RATE >> 20} MiB a second{share}"
+            return "a pass is under way" + (
+                f", 1/{slow} of the time as the device is slow" if slow > 1 else ""
+            )
         if policy.backs_off and policy.waits(now) > 0:
             wait = _time(policy.waits(now))
             return f"nothing went out, or it is read again, and the next pass comes in {wait}"
         if policy.mode == "calm":
             return f"less than an extent was left alone for {self._config.writeback_age:g} s"
         return "nothing is left in memory that was left alone"
-
-    def _hangs(self) -> float:
-        """Return for how many seconds the device has been at what it does now."""
-        began = self._io_began
-        return self._clock() - began if began is not None else 0.0
 
     # ------------------------------------------------------------------------------------------------
     # for the worker
@@ -396,6 +371,15 @@ class Writeback:
 
     def _apply(self) -> None:
         """Go by what was changed."""
+        if self._forgotten:
+            self._forgotten = False
+            self._walk = None
+            self._drop()
+        if self._mended:
+            self._mended = False
+            self._policy.mended()
+            self._resume = self._unreadable_until = float("-inf")
+            self._read_errors = self._device.counters()["bd_read_errors"]
         budget = self._budget
         budget.fill(self._boottime())
         config, self._changed = self._changed, None
@@ -423,7 +407,7 @@ class Writeback:
             self._policy.room(self._view())  # what died since may be room
         self._keep_budget()
         found = self._device.counters()
-        if self._read_errors is not None and found["bd_read_errors"] > self._read_errors:
+        if found["bd_read_errors"] > self._read_errors:
             self._unreadable_until = now + ERROR_PAUSE
         self._read_errors = found["bd_read_errors"]
         self._minute.add(now, found["written_out"], found["brought_back"])

@@ -215,7 +215,12 @@ class Policy:
         """Go by these settings from now on."""
         self._writeback_age, self._cold_age = config.writeback_age, config.cold_age
         self._shrinks = config.cold_level > 0
-        self._errors = 0  # whatever was wrong with the device, it is tried again at once
+        self._paused_until = float("-inf")  # a device that fails is tried at once, and has failed until then
+        self.reset()
+
+    def mended(self) -> None:
+        """Take the device for a good one again."""
+        self._errors = 0
         self._paused_until = float("-inf")
         self.reset()
 

@@ -16,7 +16,7 @@ from test_state_refused import fingerprint
 import zramd
 from zramd import Device
 from zramd.core.device import saving
-from zramd.core.device.backing import EXTENT, Backing, granule_for
+from zramd.core.device.backing import EXTENT, Backing
 from zramd.core.device.device import state_layout
 from zramd.core.device.tier import Tier
 from zramd.core.device.writeback import Writeback
@@ -64,13 +64,6 @@ def verify(device: Device, contents: list[bytes]) -> None:
 
 
 class TestBacking:
-    @pytest.mark.parametrize(
-        ("size", "granule"),
-        [(1 << 20, 16), (1 << 36, 16), ((1 << 36) + 1, 32), (1 << 38, 64), (1 << 44, 4096)],
-    )
-    def test_granule(self, size: int, granule: int) -> None:
-        assert granule_for(size) == granule
-
     @pytest.mark.parametrize(
         ("size", "granule", "sector"),
         [
@@ -455,10 +448,37 @@ class TestErrors:
         verify(device, contents)
         # It is back.
         backing.reopen(disk.fd)
+        found = device.counters()
+        assert (found["backing_bad"], found["backing_free"]) == (0, 15)
         assert write_out(device, hands=hands) == BLOCKS // 2
-        assert device.counters()["backing_bad"] == 1
         verify(device, contents)
         os.close(device_backing)
+
+    def test_what_was_given_up_is_tried_again(self) -> None:
+        """The disk had vanished: what lives in an extent is counted as it was, and that is used again."""
+        disk = Disk()
+        backing = disk.backing()
+        device = Device(SIZE, backing=backing)
+        for number in range(BLOCKS):
+            device.write(noise(number), number * BLOCK)
+        hands = Writeback(device)
+        write_out(device, hands=hands)
+        device.trim(0, 100 * BLOCK)
+        device.trim(120 * BLOCK, SIZE - 120 * BLOCK)
+        before = backing.numbers()
+        assert before["backing_free"] in (12, 13)
+        writes_only = os.open(f"/proc/self/fd/{disk.fd}", os.O_WRONLY)
+        backing.reopen(writes_only)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            hands.reclaim(1.0)
+        hands.drop()
+        assert backing.numbers() == before | {"backing_bad": 1}
+        backing.reopen(disk.fd)
+        assert backing.numbers() == before
+        os.close(writes_only)
+        device.trim(0, SIZE)
+        device.check()
+        assert (backing.numbers()["backing_free"], backing.numbers()["backing_live"]) == (15, 0)
 
     def test_no_room_below_is_no_want_of_extents(self) -> None:
         """A file on a full file system: others would take it for a backing on which all is in use."""

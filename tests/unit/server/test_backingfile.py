@@ -1,12 +1,15 @@
 """Whose backing it is: what a server may use, what it writes there, and what it leaves alone."""
 
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from zramd import lockfile
 from zramd.contract import superblock
 from zramd.contract.superblock import EXTENT, Superblock
 from zramd.core.device import backing as core
@@ -109,8 +112,10 @@ def place(disk_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_core_and_the_superblock_agree():
     assert core.EXTENT == EXTENT
-    for size in (1 << 20, 64 << 30, (64 << 30) + EXTENT, 1 << 40):
-        assert core.granule_for(size) == superblock.granule_of(size)
+    for size in (1 << 20, 64 << 30, (64 << 30) + EXTENT, 1 << 40, superblock.MOST):
+        granule = superblock.granule_of(size)
+        assert granule == 16 or size > core.MAX_PLACES * (granule // 2)
+        assert size <= core.MAX_PLACES * granule
 
 
 def test_a_blank_one_becomes_ours(place):
@@ -267,12 +272,33 @@ def test_a_smaller_one(place):
     assert (made.core.size, made.id) == (SIZE, "")  # nothing on it can be ours
 
 
-def test_a_larger_one(place):
-    place.write(boot="8" * 32)
+def test_a_larger_one(place, monkeypatch):
+    """All of it is used, and its superblock says so; what may be ours lies as it was all the same."""
+    before = place.write()
     place.close()
     place.size(2 * SIZE)
-    assert place.open(**STATE).core.size == SIZE  # what may be ours lies as it was
-    assert place.open().core.size == 2 * SIZE
+    made = place.open(**STATE)
+    assert (made.core.size, made.core.granule) == (2 * SIZE, 16)
+    made.take_over(Device(backing_id=ID, out=1))
+    found = place.superblock()
+    assert (found.size, found.granule, found.id, found.data_id) == (2 * SIZE, 16, ID, OTHER)
+    assert found.claimed == before.claimed
+    place.close()
+    place.size(SIZE)
+    assert place.refusal(**STATE).startswith(f"has shrunk from {2 * SIZE} to {SIZE} bytes")
+
+
+def test_a_larger_one_with_another_granule(place, monkeypatch):
+    """Where records begin would be told otherwise: nothing of it changes, until it is formatted."""
+    before = place.write(boot="8" * 32)
+    place.close()
+    place.size(2 * SIZE)
+    granule_of = superblock.granule_of
+    monkeypatch.setattr(superblock, "granule_of", lambda size: 32 if size > SIZE else granule_of(size))
+    made = place.open(**STATE)
+    assert (made.core.size, made.core.granule) == (SIZE, 16)
+    made.take_over(Device(backing_id=ID, out=1))
+    assert (place.superblock().size, place.superblock().granule) == (SIZE, before.granule)
 
 
 @pytest.mark.parametrize("data", [b"something else", superblock.MAGIC + b"\1" * 100])
@@ -329,3 +355,199 @@ class TestSwapLocal:
             f"backing '{loop_device}' is on {name}, for which the kernel would need memory when there is "
             "none: with swap=local use a partition of a disk of this machine"
         )
+
+
+class TestReattach:
+    """The disk had vanished, or has failed, and is there again; perhaps under another name."""
+
+    @pytest.fixture
+    def made(self, place: Place) -> BackingFile:
+        made = place.open(**STATE)
+        made.take_over(Device())
+        return made
+
+    @pytest.fixture
+    def other(self, place: Place, made: BackingFile) -> Path:
+        """What is on it under another name."""
+        path = place.path.with_name("other")
+        path.write_bytes(place.path.read_bytes())
+        path.chmod(0o600)
+        return path
+
+    def descriptors(self, path: Path) -> int:
+        """How many of ours lead to it."""
+        found = 0
+        for fd in os.listdir("/proc/self/fd"):
+            with suppress(OSError):
+                found += os.readlink(f"/proc/self/fd/{fd}") == str(path)
+        return found
+
+    def is_alone(self, path: Path) -> bool:
+        with path.open("rb") as file:
+            return lockfile.is_taken(file.fileno())
+
+    def refusal(self, made: BackingFile, path: Path) -> str:
+        """Why it is refused; all is as it was, and both can be used by others as before."""
+        before, was = path.read_bytes() if path.is_file() else b"", made.path
+        with pytest.raises(BackingError) as caught:
+            made.reattach(str(path))
+        assert made.path == was
+        assert self.descriptors(Path(was)) == 2
+        assert self.is_alone(Path(was)) is not made._opened.is_block  # ours plays one, without a lock
+        if path.is_file():
+            assert path.read_bytes() == before
+            if str(path) != was:
+                assert self.descriptors(path) == 0
+                assert not self.is_alone(path)
+        assert str(caught.value).count("\n") == 0
+        return str(caught.value).removeprefix(f"backing '{path}' ")
+
+    def test_under_another_name(self, place, made, other):
+        made.reattach(str(other))
+        assert made.path == str(other)
+        assert (self.descriptors(place.path), self.descriptors(other)) == (0, 2)
+        assert not self.is_alone(place.path)
+        assert self.is_alone(other)
+        assert kernel.look(made._opened).id == made.id
+        device = Device(data_id=OTHER, backing_id=made.id)
+        made.renew(device)  # what is written from now on is there
+        assert superblock.unpack(other.read_bytes()[:4096], "").data_id == OTHER
+        assert place.superblock().data_id == MINE
+        os.unlink(place.path)
+        place.path = other  # of the next server
+
+    def test_the_same_path(self, place, made):
+        """It cannot be opened twice, and need not be: it works again."""
+        for _ in range(3):
+            made.reattach(str(place.path))
+        link = place.path.with_name("link")
+        link.symlink_to(place.path)
+        made.reattach(str(link))
+        assert made.path == str(link)
+        assert self.descriptors(place.path) == 2
+        assert self.is_alone(place.path)
+
+    def test_another_disk(self, place, made, other):
+        sentence = (
+            "is not the one that the device has: 'zramd backing show PATH' says whose blocks are on one"
+        )
+        for content in (
+            b"",
+            b"something else",
+            superblock.pack(superblock.new(SIZE, 16)),
+            superblock.pack(place.superblock()._replace(id=ID)),
+        ):
+            other.write_bytes(content.ljust(SIZE, b"\0"))
+            assert self.refusal(made, other) == sentence
+
+    def test_the_same_data_on_another_backing(self, place, made, other):
+        """The data's name alone says nothing: its blocks are on one of both."""
+        other.write_bytes(superblock.pack(place.superblock()._replace(id=THIRD)).ljust(SIZE, b"\0"))
+        assert self.refusal(made, other).startswith("is not the one that the device has")
+
+    def test_a_damaged_one(self, made, other):
+        data = bytearray(other.read_bytes())
+        data[50] ^= 1
+        other.write_bytes(data)
+        assert self.refusal(made, other).startswith("has a damaged superblock")
+
+    def test_a_smaller_one(self, made, other):
+        os.truncate(other, SIZE - EXTENT)
+        assert (
+            self.refusal(made, other) == f"is not as it was: it has {SIZE - EXTENT} bytes, and needs {SIZE}"
+        )
+
+    def test_a_larger_one(self, place, made, other):
+        """The server that is started next uses all of it."""
+        fd = os.open(other, os.O_RDWR)
+        os.posix_fallocate(fd, SIZE, SIZE)
+        os.close(fd)
+        made.reattach(str(other))
+        assert made.core.size == SIZE
+
+    def test_larger_sectors(self, place, disk_folder, monkeypatch):
+        """What is read would not begin with one; smaller ones are fine, and do not change what is."""
+        sectors = {"a": 512, "b": 4096, "c": 512}
+        look_at = kernel._look_at
+        monkeypatch.setattr(
+            kernel,
+            "_look_at",
+            lambda path, fd: look_at(path, fd)._replace(sector=sectors.get(path[-1], 4096)),
+        )
+        made = place.open(**STATE)
+        made.take_over(Device())
+        for name in sectors:
+            path = disk_folder / name
+            path.write_bytes(place.path.read_bytes())
+            path.chmod(0o600)
+            made.reattach(str(path))  # read in sectors of 4096 throughout
+        assert made.core.sector == 4096
+        place.path = disk_folder / "a"
+        small = place.open(**STATE)
+        assert small.core.sector == 512
+        small.take_over(Device(backing_id=small.id))
+        assert self.refusal(small, disk_folder / "b") == (
+            "is not as it was: it is read in sectors of 4096 bytes, and needs 512 or less"
+        )
+
+    def test_what_is_none(self, made, other, disk_folder):
+        assert self.refusal(made, disk_folder / "none").startswith("cannot be opened: no such file")
+        assert self.refusal(made, disk_folder).startswith("is a folder")
+        opened = kernel.open_alone(str(other))
+        with pytest.raises(BackingError, match="is in use by another server"):
+            made.reattach(str(other))
+        os.close(opened.fd)
+
+    def test_one_that_still_fails(self, place, made, other, monkeypatch):
+        def fail(*arguments: object) -> None:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(kernel.os, "preadv", fail)
+        for path in (other, place.path):
+            assert self.refusal(made, path).startswith("cannot be read: input/output error")
+
+    def test_as_strict_as_at_the_start(self, place, made, other, monkeypatch):
+        monkeypatch.setattr(blockdevices, "own", lambda number, name: {"swap0": "nbd0"}.get(name, ""))
+        assert (
+            self.refusal(made, other) == "lies on nbd0, which is swap0 itself: use a disk, or a part of one"
+        )
+
+    def test_swap_local(self, place, other, made, monkeypatch):
+        look_at = kernel._look_at
+        monkeypatch.setattr(
+            kernel, "_look_at", lambda path, fd: look_at(path, fd)._replace(is_block=path != str(other))
+        )
+        swapped = place.open(**STATE, swap="local")
+        swapped.take_over(Device(backing_id=swapped.id))
+        monkeypatch.setattr(kernel, "_look_at", look_at)
+        assert self.refusal(swapped, other).startswith("is a file, and with swap=local")
+        monkeypatch.setattr(kernel, "_look_at", lambda path, fd: look_at(path, fd)._replace(is_block=True))
+        monkeypatch.setattr(blockdevices, "takes_memory", lambda number: "loop7")
+        assert self.refusal(swapped, other).startswith("is on loop7, for which the kernel would need memory")
+        monkeypatch.setattr(blockdevices, "takes_memory", lambda number: "")
+        monkeypatch.setattr(blockdevices, "swapped_to", lambda number: "sdb2")
+        assert self.refusal(swapped, other).startswith("is on sdb2, which is used as swap")
+
+    def test_while_the_superblock_is_written(self, place, made, other, monkeypatch):
+        """Its name changes: which disk has it is known afterwards."""
+        monkeypatch.setattr(backingfile, "NAMING", 0.01)
+        writes, may_go_on = threading.Event(), threading.Event()
+        put = kernel.put
+
+        def hang(opened: kernel.Opened, found: Superblock) -> None:
+            writes.set()
+            assert may_go_on.wait(30)
+            put(opened, found)
+
+        monkeypatch.setattr(kernel, "put", hang)
+        thread = threading.Thread(target=made.renew, args=(Device(data_id=OTHER, backing_id=made.id),))
+        thread.start()
+        assert writes.wait(30)
+        sentence = (
+            f"backing '{place.path}' does not answer, and its superblock is being written: try again later"
+        )
+        assert self.refusal(made, other) == sentence
+        may_go_on.set()
+        thread.join()
+        assert self.refusal(made, other).startswith("is not the one that the device has")
+        made.reattach(str(place.path))

@@ -23,7 +23,8 @@ from zramd.errors import CorruptionError, DeviceError
 from zramd.server import endpoint, routes
 from zramd.server.tiers import Pass
 from zramd.server.trouble import Troubles
-from zramd.server.writeback import Without, WritePass
+from zramd.server.withoutbacking import Without
+from zramd.server.writeback import WritePass
 from zramd.settings import config
 from zramd.stats import snapshots, texts
 
@@ -594,7 +595,8 @@ def test_what_takes_long_leaves_room(running: Running) -> None:
         code, text = running.ask(*request.split())
         assert (code, text) == (
             503,
-            "8 saves, loads, lists of blocks, compactions or checks are under way: ask again later\n",
+            "8 saves, loads, lists of blocks, compactions, checks or looks at a backing are under way: ask "
+            "again later\n",
         )
     assert running.ask("GET", "/health")[0] == 200
     running.service.hold.set()

@@ -15,8 +15,9 @@ from zramd.errors import BackingError, DeviceError
 from zramd.server import writeback, writebackpolicy
 from zramd.server.ages import IDLE, OLDEST, SWEEP, age_of
 from zramd.server.tierpolicy import Census
+from zramd.server.withoutbacking import Without
 from zramd.server.worker import Worker
-from zramd.server.writeback import Without, Writeback, WritePass
+from zramd.server.writeback import Writeback, WritePass
 from zramd.settings import config
 
 RAW = 4096
@@ -65,6 +66,7 @@ class FakeDevice:
         self.each = 0.001  # seconds that an extent takes
         self.error = 0
         self.unreadable: set[int] = set()  # extents
+        self.read_errors = 0
         self.room_for = 1 << 30  # blocks that may come back
         self.inflight = 0
         self.log: Counter[str] = Counter()
@@ -120,7 +122,7 @@ class FakeDevice:
             "brought_back": self.back,
             "bd_reads": 0,
             "bd_writes": self.bd_writes,
-            "bd_read_errors": 0,
+            "bd_read_errors": self.read_errors,
             "bd_write_errors": 0,
             "reclaimed_bytes": self.reclaimed,
             "backing_size": EXTENT * (self.extents + 1),
@@ -668,6 +670,67 @@ class TestErrors:
         assert device.out == 320
         assert served.trouble == ""
 
+    def test_somebody_has_seen_to_it(self, capfd: pytest.CaptureFixture[str]) -> None:
+        """It is a good one until it fails anew, and what waits goes out at once."""
+        device = FakeDevice(*blocks(10_000, age=OLD))
+        device.error = errno.EIO
+        served = make(device)
+        run(device, served, 60)
+        assert served.trouble
+        served.try_again()
+        run(device, served, 1)
+        assert served.trouble == ""
+        assert len(device.flushes) > writebackpolicy.ERRORS
+        run(device, served, 59)
+        assert len(device.flushes) == 2 * writebackpolicy.ERRORS
+        assert served.trouble
+        device.error = 0
+        served.try_again()
+        run(device, served, 0.5)
+        assert device.out
+        assert served.trouble == ""
+        assert capfd.readouterr().err.count("8 times in a row") == 2
+
+    def test_a_setting_has_it_tried_once(self) -> None:
+        """It fails until it has taken something: no setting changes that."""
+        device = FakeDevice(*blocks(10_000, age=OLD))
+        device.error = errno.EIO
+        served = make(device)
+        run(device, served, 60)
+        served.configure(settings(cold_age="10min"))
+        run(device, served, 0.0001)
+        assert "Input/output error" in served.trouble
+        run(device, served, 60)
+        assert len(device.flushes) == writebackpolicy.ERRORS + 1
+
+    def test_blocks_that_cannot_be_read(self) -> None:
+        """Health tells of it for as long as writes would pause, or until somebody sees to it."""
+        device = FakeDevice(*blocks(100))
+        device.read_errors = 2  # of the server before
+        served = make(device)
+        run(device, served, 20)
+        assert served.trouble == ""
+        served = make(device)
+        device.read_errors = 3  # before the first sweep
+        run(device, served, 11)
+        assert served.trouble == "backing '/dev/sdz' fails: blocks that are out cannot be read"
+        run(device, served, 580)
+        assert served.trouble
+        run(device, served, 30)
+        assert served.trouble == ""
+        device.read_errors = 4
+        run(device, served, 20)
+        assert served.trouble
+        served.try_again()
+        run(device, served, 1)
+        assert served.trouble == ""
+        device.read_errors = 5
+        run(device, served, 20)
+        assert served.trouble
+        device.read_errors = 0  # a reset
+        run(device, served, 700)
+        assert served.trouble == ""
+
     def test_others_go_by_their_own(self) -> None:
         """While the device fails, what is asked for by hand is tried, once each."""
         device = FakeDevice(*blocks(10_000, age=OLD))
@@ -681,6 +744,25 @@ class TestErrors:
 
 
 class TestSlow:
+    @pytest.mark.parametrize("mode", ["calm", "full"])
+    def test_how_much_it_writes(self, mode: str) -> None:
+        """Whatever the part, it is said in English."""
+        device = FakeDevice(*blocks(5000, age=OLD))
+        device.mode, device.limit = mode, 1
+        device.sweep()
+        served = make(device)
+        served.tick()
+        start, of = "a pass is under way", "the time"
+        if mode == "calm":
+            start, of = f"{start} that writes at most 4 MiB a second", "that"
+        assert served.numbers()["reason"] == start
+        for _ in range(20):
+            for _ in range(writebackpolicy.WINDOW):
+                served._pace.took(1)
+            part = served._pace.slowness
+            assert served.numbers()["reason"] == f"{start}, 1/{part} of {of} as the device is slow"
+        assert part == writebackpolicy.MAX_SLOWNESS
+
     def test_half_as_much(self) -> None:
         device = FakeDevice(*blocks(30_000, age=OLD))
         device.each = 0.06
@@ -991,6 +1073,22 @@ def test_leaves_the_processor_to_clients(mode: str, pause: float) -> None:
     assert served.yields
 
 
+@pytest.mark.parametrize(("mode", "pause"), [("calm", 0.005), ("wanted", 0.005), ("full", 0.001)])
+def test_the_least_that_clients_have(mode: str, pause: float) -> None:
+    """However little a step took; but not where their writes are refused until it has done enough."""
+    device = FakeDevice(*blocks(1000))
+    device.mode = mode
+    device.inflight = 1
+    device.cpu_of_a_look = 0.0001
+    served = make(device)
+    served.submit(WritePass())
+    assert served.tick() == pytest.approx(pause)
+    assert served.yields
+    device.inflight = 0
+    assert served.tick() == 0
+    assert not served.yields
+
+
 class TestADiskThatHangs:
     """The thread is in a write for minutes: nothing else stands still, and all of it is told."""
 
@@ -1065,6 +1163,52 @@ def test_a_reset_meanwhile() -> None:
     device.out = device.back = device.bd_writes = 0
     run(device, served, 60)
     assert (device.out, served.numbers()["written_out_minute"]) == (0, 0)
+
+
+class TestForget:
+    """A reset: what was wanted of the data that was there is not done to what comes next."""
+
+    def test_what_is_queued(self) -> None:
+        device = FakeDevice(*blocks(1000))
+        served = make(device)
+        for _ in range(3):
+            served.submit(WritePass())
+        served.forget()
+        run(device, served, 5)
+        assert device.out == 0
+        assert "by hand" not in served.numbers()["reason"]
+
+    @pytest.mark.parametrize("by_hand", [True, False])
+    def test_what_is_in_the_buffer(self, by_hand: bool) -> None:
+        """It was of the data that has gone: the disk never sees it."""
+        device = FakeDevice(*blocks(10, age=OLD, read=False), *blocks(990, age=OLD))
+        served = make(device)
+        device.sweep()
+        if by_hand:
+            served.submit(WritePass(ranges=((0, 10), (10, 1000))))
+        served.tick()
+        assert device.pending
+        drops, before = device.log["drop"], len(device.flushes)
+        device.fill(*blocks(1000))
+        served.forget()
+        served.tick()
+        assert device.log["drop"] == drops + 1
+        run(device, served, 30)
+        assert len(device.flushes) == before
+        assert device.pending == 0
+
+    def test_in_the_middle_of_a_write(self) -> None:
+        device = FakeDevice(*blocks(1000))
+        served = make(device)
+        device.during_flush = served.forget
+        for _ in range(2):
+            served.submit(WritePass())
+        run(device, served, 5)
+        assert len(device.flushes) == 1
+        device.during_flush = lambda: None
+        served.submit(WritePass())
+        run(device, served, 5)
+        assert device.out == 1000
 
 
 def test_what_cannot_be_begun(capfd: pytest.CaptureFixture[str]) -> None:

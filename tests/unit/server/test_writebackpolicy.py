@@ -474,6 +474,21 @@ class TestErrors:
         assert not made.has_trouble
         assert made.trouble(100.0) == ""
 
+    def test_mended(self) -> None:
+        """A device that is there again is a good one; one that was only asked of again has failed so far."""
+        made = policy()
+        for _ in range(8):
+            made.flushed(100.0, errno.EIO)
+        made.configure(settings())
+        assert made.has_trouble
+        assert not made.is_paused(100)
+        assert made.trouble(100.0).endswith("the next try comes in 0 s")
+        made.mended()
+        assert not made.has_trouble
+        assert made.trouble(100.0) == ""
+        changes = [made.flushed(100.0, errno.EIO) for _ in range(8)]
+        assert changes == [False] * 7 + [True]
+
     def test_the_next_try(self) -> None:
         """One failure is enough then: each costs an extent."""
         made = policy()

@@ -44,7 +44,7 @@ cdef class Backing:
     cdef readonly uint64_t size             # bytes
     cdef readonly uint32_t granule          # bytes
     cdef uint32_t granule_shift
-    cdef uint32_t sector                    # bytes: what is read and written begins and ends with one
+    cdef readonly uint32_t sector           # bytes: what is read and written begins and ends with one
     cdef uint32_t head                      # bytes that the head of an extent takes
     cdef readonly uint64_t extents          # the first is the superblock's
     cdef Region table
@@ -66,6 +66,7 @@ cdef class Backing:
     cdef uint64_t take(self) noexcept nogil
     cdef void give(self, uint64_t extent, bint is_bad) noexcept nogil
     cdef void give_up(self, uint64_t extent) noexcept nogil
+    cdef void try_again(self) noexcept nogil
     cdef uint64_t emptiest(self, uint64_t most) noexcept nogil
     cdef uint32_t reach(self, uint64_t first, uint64_t slot) noexcept nogil
     cdef int fetch(self, uint64_t first, uint32_t size, char *room, uint64_t *moved) noexcept nogil

@@ -70,14 +70,6 @@ EXTENT = EXTENT_BYTES
 MAX_PLACES = 1 << 32
 
 
-def granule_for(uint64_t size):
-    """The granule of a backing of so many bytes: the least of which 32 bits can tell the number."""
-    granule = GRANULE
-    while size > MAX_PLACES * granule:
-        granule *= 2
-    return granule
-
-
 cdef uint32_t record_sum(uint64_t block, uint32_t what, const char *payload) noexcept nogil:
     """The checksum of a record."""
     return checksum(payload, what & SLOT_SIZE_MASK, block << 32 | what)
@@ -116,8 +108,13 @@ cdef class Backing:
             os.close(self.fd)
 
     def reopen(self, int fd):
-        """Go on with another descriptor of the same backing, after it had vanished. Raises OSError."""
-        os.dup2(fd, self.fd, inheritable=False)
+        """Go on with another descriptor of the same backing, after it had vanished or failed. Raises OSError.
+
+        What is under way ends with the one that it began with. Extents that were given up are tried again.
+        """
+        os.dup2(fd, self.fd, inheritable=False)  # the number stays: others are about to use it
+        with nogil:
+            self.try_again()
 
     def numbers(self):
         """What is in use, by the names of the statistics, as a dict of ints."""
@@ -224,9 +221,23 @@ cdef class Backing:
 
     cdef void give_up(self, uint64_t extent) noexcept nogil:
         """Take note that an extent cannot be read: nothing moves from it, and it is not written again."""
-        if not fetch_or(&self.words[extent], EXTENT_BAD) & EXTENT_BAD:
+        cdef uint64_t before = fetch_or(&self.words[extent], EXTENT_BAD)
+        if not before & EXTENT_BAD:
             counter_add(&self.bad, 1)
-            counter_sub(&self.used, 1)
+            # (The last block of it may have died meanwhile: then it is not in use any more.)
+            counter_sub(&self.used, before & EXTENT_LIVE != 0)
+
+    cdef void try_again(self) noexcept nogil:
+        """Take back that extents were bad: the device was. Any thread may call this."""
+        cdef uint64_t i, before
+        if load_relaxed(&self.bad) == 0:
+            return
+        for i in range(1, self.extents):
+            if load_relaxed(&self.words[i]) & EXTENT_BAD:
+                before = fetch_and(&self.words[i], ~EXTENT_BAD)
+                if before & EXTENT_BAD:
+                    counter_sub(&self.bad, 1)
+                    counter_add(&self.used, before & EXTENT_LIVE != 0)
 
     cdef uint64_t emptiest(self, uint64_t most) noexcept nogil:
         """The extent with the fewest bytes that live, at most so many, of those that nobody reads; 0: there is none."""

@@ -119,18 +119,18 @@ def state_layout(uint64_t disksize):
 
 
 def kept_out(int fd):
-    """What a state, which a server may be using, says of the blocks that are out: (how many, the backing's id).
+    """What a state, which a server may be using, says of blocks that are out: (how many, the backing's id, data_id).
 
-    Raises OSError; (0, '') when the state is too short to say."""
+    Raises OSError; (0, '', '') when the state is too short to say."""
     cdef state_words words
     cdef counters numbers
     cdef bytes kept = os.pread(fd, sizeof(words), KEPT_STATE)
     cdef bytes counted = os.pread(fd, sizeof(numbers), KEPT_DEVICE)
     if len(kept) < <Py_ssize_t>sizeof(words) or len(counted) < <Py_ssize_t>sizeof(numbers):
-        return 0, ""
+        return 0, "", ""
     memcpy(&words, <const char *>kept, sizeof(words))
     memcpy(&numbers, <const char *>counted, sizeof(numbers))
-    return numbers.out_pages, hexadecimal(words.backing_id)
+    return numbers.out_pages, hexadecimal(words.backing_id), hexadecimal(words.data_id)
 
 
 cdef str hexadecimal(uint64_t *name):
