@@ -42,9 +42,9 @@ KINDS = frozenset({"idle", "huge", "incompressible"})  # what a pass by hand can
 LOOK = 1.0  # seconds between looks at how memory stands
 MOST_PASSES = 16  # by hand, that wait
 HANGS = 30.0  # seconds that a write may take before health tells of it
-# While memory suffices, clients have this many times as long as a step takes of the processor: one request of a
-# hundred, and no more, is to notice it. With 5 ms after each step their p99 was 2.2 times what it is without.
-CALM_SHARE = 99
+# IO_SHARE while memory suffices: one request of a hundred, and no more, is to notice a step. With 5 ms after each
+# the p99 of clients was 2.2 times what it is without.
+CALM_IO_SHARE = 99
 ERROR_REST = 1.0  # seconds after a write that failed
 TELLS = 2.0  # seconds after which the reason does
 
@@ -446,7 +446,7 @@ class Writeback:
         before = Pressure(*self._device.pressure())
         began = self._cpu()
         step()
-        share = CALM_SHARE if self._policy.mode == "calm" else IO_SHARE
+        share = CALM_IO_SHARE if self._policy.mode == "calm" else IO_SHARE
         pause = Pressure(*self._device.pressure()).pause(self._cpu() - began, before, share)
         self.yields = pause > 0
         return pause
