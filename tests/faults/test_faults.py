@@ -34,6 +34,7 @@ from itertools import repeat
 
 import plan
 import pytest
+from backingphases import BACKING_PHASES
 from phases import LASTING_PATIENCE, PHASES, Phase
 from supervisor import Place, Rule
 from support.run import SEED
@@ -50,9 +51,9 @@ NOBODY = Rule(Place("", "", "", ""), 0, "EIO")
 
 CASES = [
     pytest.param(phase, with_state, id=f"{phase.name} {'state' if with_state else 'plain'}".replace(" ", "-"))
-    for phase in PHASES
+    for phase in (*PHASES, *BACKING_PHASES)
     for with_state in (True, False)
-    if with_state or phase.live
+    if with_state or (phase.live and phase.plain)
 ]
 
 
@@ -71,7 +72,7 @@ class Run:
     def begin(self) -> World:
         """A server that nothing has happened to."""
         if self.world is None:
-            self.world = World(self.with_state, *self.phase.settings)
+            self.world = World(self.with_state, *self.phase.settings, disk=self.phase.disk)
             self.lived = []
             self.phase = self.kind()
             if self.phase.live:

@@ -7,6 +7,7 @@ from typing import Any
 from zramd import Device
 from zramd.core.device.backing import EXTENT, Backing, granule_for
 from zramd.core.device.writeback import Writeback
+from zramd.kernel import blockdevices
 
 SECTOR = 512
 
@@ -84,6 +85,15 @@ def bring_back(device: Device, *, wanted: bool = False) -> int:
         if stopped:
             break
     return done
+
+
+def has_direct_io(folder: Path) -> bool:
+    """Say whether a file there can be a backing."""
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT))
+    except OSError:
+        return False
+    return blockdevices.filesystem(os.stat(folder).st_dev) != "tmpfs"
 
 
 def preallocated(folder: Path, size: int = 16 << 20) -> Path:
