@@ -609,103 +609,10 @@ class TestReadAgain:
         assert device.counters()["out_pages"] > 0
 
 
-STANDS_STILL = """
-import os, sys, threading, time
-from support.backings import Disk, write_out
-from zramd import Device
-
-BLOCK, flag = 4096, os.environ["SHIM_PREAD"]
-device = Device(256 * BLOCK, backing=Disk(4).backing())
-for number in range(4):
-    device.write((b"block %d, " % number * 700)[:BLOCK], number * BLOCK)
-write_out(device, 0, 2)
-open(flag, "w").close()
-results = []
-
-def read():
-    found = bytearray(BLOCK)
-    device.read(found, 0)
-    results.append(bytes(found[:8]))
-
-def write():
-    device.write(b"part", BLOCK + 100)
-    results.append(b"written ")
-
-threads = [threading.Thread(target=work) for work in (read, write)]
-for thread in threads:
-    thread.start()
-while os.path.getsize(flag) < 2:
-    time.sleep(0.01)
-found = bytearray(BLOCK)
-device.read(found, 2 * BLOCK)
-assert found.startswith(b"block 2, ")
-device.write(b"x" * BLOCK, 3 * BLOCK)
-device.write(b"y" * BLOCK, 0)  # of the very block
-device.write((b"block z, " * 700)[:BLOCK], BLOCK)
-device.check()
-# What both read would be written again by now, if they were not there.
-for _ in range(6):
-    for number in range(64, 128):
-        device.write(os.urandom(BLOCK), number * BLOCK)
-    assert write_out(device, 64, 128)
-    device.trim(64 * BLOCK, 64 * BLOCK)
-assert device.counters()["written_out"] > 60
-assert not results
-if sys.argv[1] == "reset":
-    device.reset()
-os.unlink(flag)
-for thread in threads:
-    thread.join()
-assert sorted(results) == [b"block 0,", b"written "], results
-device.read(found, BLOCK)
-rest = bytes(50) if sys.argv[1] == "reset" else (b"block z, " * 700)[50:100]
-assert bytes(found[50:104]) == rest + b"part", bytes(found[50:104])
-device.check()
-"""
-
-
-SAVE_STANDS_STILL = """
-import os, sys, threading, time
-from support.backings import Disk, write_out
-from zramd import Device
-from zramd.core.device import saving
-from zramd.errors import SaveError
-
-BLOCK, flag = 4096, os.environ["SHIM_PREAD"]
-device = Device(256 * BLOCK, backing=Disk(4).backing())
-for number in range(4):
-    device.write((b"block %d, " % number * 700)[:BLOCK], number * BLOCK)
-write_out(device, 0, 2)
-open(flag, "w").close()
-results = []
-
-def save():
-    try:
-        results.append(saving.save(device, os.memfd_create("saved"), live=True)["lost"])
-    except SaveError as error:
-        results.append(str(error))
-
-thread = threading.Thread(target=save)
-thread.start()
-while os.path.getsize(flag) < 1:
-    time.sleep(0.01)
-device.check()
-assert device.block(3)["kind"] == "lz4"
-if sys.argv[1] == "reset":
-    device.reset()
-assert not results
-os.unlink(flag)
-thread.join()
-gave_up = "the device was reset or loaded while it was saved"
-assert results == [gave_up if sys.argv[1] == "reset" else 0], results
-device.check()
-"""
-
-
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
 @pytest.mark.parametrize("comes", ["nothing", "reset"])
-@pytest.mark.parametrize("code", [STANDS_STILL, SAVE_STANDS_STILL], ids=["requests", "save"])
-def test_a_disk_that_stands_still(code: str, comes: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["requests", "save"])
+def test_a_disk_that_stands_still(what: str, comes: str, tmp_path: Path) -> None:
     """Who waits for the disk holds nothing but the extent: others go on, also check and reset."""
     shim = tmp_path / "pread.so"
     subprocess.run(
@@ -713,7 +620,7 @@ def test_a_disk_that_stands_still(code: str, comes: str, tmp_path: Path) -> None
         check=True,
     )
     found = subprocess.run(
-        [sys.executable, "-c", code, comes],
+        [sys.executable, "-P", SUPPORT / "standstill.py", what, comes],
         env={
             **os.environ,
             **preloaded(shim),
