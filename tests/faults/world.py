@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,13 +31,18 @@ PATIENCE = 4.0  # seconds: what has not come by then does not come
 LOG_PATIENCE = 1.0  # seconds until the log has what the server said
 ENV = {"PYTHONDONTWRITEBYTECODE": "1"}
 
+UNREADABLE = "it is out, and the backing cannot be read there"
+# What the log says of lines that came before what failed.
+HELD_BACK = re.compile(r"^zramd: \d+ lines more like these were held back$", re.M)
 # Words by which a message names a cause, beside those of strerror.
 SYNONYMS = {
-    "ENOMEM": ("memory", "temporarily unavailable"),  # the latter is what libc says of a thread
+    # libc says the second of a thread; of a block that is out, only that is told which cannot be read.
+    "ENOMEM": ("memory", "temporarily unavailable", UNREADABLE),
     "EAGAIN": ("thread", "process", "memory"),
     "ENOBUFS": ("buffer",),
     "EMFILE": ("too many open files", "descriptor"),
     "ENFILE": ("too many open files", "descriptor"),
+    "EIO": (UNREADABLE,),
 }
 
 
@@ -317,7 +323,7 @@ class World:
 
     def check_said(self, rule: Rule) -> None:
         """What users were told has no traceback and names the cause."""
-        self.last_said = "\n".join([*self.said, self.log()])
+        self.last_said = HELD_BACK.sub("", "\n".join([*self.said, self.log()]))
         self.said.clear()
         if rule.hits and self.last_said.strip() and rule.error != "short":
             words = [os.strerror(getattr(errno, rule.error)).lower(), *SYNONYMS.get(rule.error, ())]
