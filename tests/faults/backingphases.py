@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import time
-from pathlib import Path
 
 from phases import (
     Load,
@@ -20,9 +19,9 @@ from phases import (
     _expect_sentence,
     _try,
 )
-from support.client import NbdSocket
 from supervisor import Rule
-from world import BLOCK, PATIENCE, Ended, World, ensure, eventually
+from support.client import NbdSocket
+from world import BLOCK, PATIENCE, World, ensure
 
 DISK = 16 << 20
 UNREADABLE = "blocks that are out cannot be read"  # of health: it may be told for minutes
@@ -179,9 +178,6 @@ class BackedStart(Start):
 
     name = "backed start"
     disk = DISK
-
-    def judge(self, world: World, rule: Rule) -> None:
-        super().judge(world, rule)
 
 
 class BackedTakeOver(TakeOver):

@@ -384,7 +384,6 @@ class TakeOver(Start):
         world.unsure.clear()
         world.drop()
 
-
     def fill(self, world: World) -> None:
         """Write what is to be taken over."""
         _fill(world)

@@ -45,8 +45,8 @@ _PATH_AT = {  # which argument is a path
 _FD_AT_0 = frozenset(
     re.findall(
         r"\w+",
-        "read pread64 readv preadv write pwrite64 writev pwritev recvfrom recvmsg sendto sendmsg fstat fstatfs lseek"
-        " fallocate ftruncate fcntl flock ioctl accept accept4 bind listen connect setsockopt getsockopt"
+        "read pread64 readv preadv write pwrite64 writev pwritev recvfrom recvmsg sendto sendmsg fstat fstatfs"
+        " lseek fallocate ftruncate fcntl flock ioctl accept accept4 bind listen connect setsockopt getsockopt"
         " getsockname getpeername shutdown dup dup2 dup3 fchmod fchown getdents64 fsync fdatasync",
     )
 )
@@ -58,9 +58,7 @@ _NUMBER_AT = {
 _SYSTEM = ("/usr/", "/lib", "/etc/", "/bin/", "/opt/", sys.prefix, str(PACKAGE_PARENT))
 # A program's calls count from when it opens this file: before that the loader, nbdkit and Python begin.
 _BEGINS = {"command": "/zramd/commands/__pycache__/__init__", "server": "/nbdkit_plugin.py"}
-_CAN_BE_SHORT = frozenset(
-    ("read", "write", "pread64", "pwrite64", "preadv", "pwritev", "recvfrom", "sendto")
-)
+_CAN_BE_SHORT = frozenset(("read", "write", "pread64", "pwrite64", "preadv", "pwritev", "recvfrom", "sendto"))
 _PEERPIDFD = 77  # SO_PEERPIDFD
 _DUPFD = (0, 1030)  # F_DUPFD, F_DUPFD_CLOEXEC
 

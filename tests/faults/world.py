@@ -20,7 +20,6 @@ from support.client import NbdSocket
 from support.content import block_content
 from support.run import talk
 
-from zramd import Device
 from zramd.contract import rundir
 from zramd.server import opening
 from zramd.settings import config

@@ -1,7 +1,7 @@
-"""A disk that stands still under a device: `standstill.py requests|save nothing|reset`, with shim_pread.c preloaded.
+"""A disk that stands still under a device: `standstill.py requests|save nothing|reset`, with shim_pread.c.
 
-Blocks 0 and 1 are out. Whoever reads them waits for the disk; others go on, also check and reset. Ends with 0, or
-an AssertionError.
+Blocks 0 and 1 are out. Whoever reads them waits for the disk; others go on, also check and reset. Ends with
+0, or an AssertionError.
 """
 
 import os
