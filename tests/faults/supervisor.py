@@ -45,9 +45,10 @@ _PATH_AT = {  # which argument is a path
 _FD_AT_0 = frozenset(
     re.findall(
         r"\w+",
-        "read pread64 readv preadv write pwrite64 writev pwritev recvfrom recvmsg sendto sendmsg fstat fstatfs"
-        " lseek fallocate ftruncate fcntl flock ioctl accept accept4 bind listen connect setsockopt getsockopt"
-        " getsockname getpeername shutdown dup dup2 dup3 fchmod fchown getdents64 fsync fdatasync",
+        "read pread64 readv preadv write pwrite64 writev pwritev recvfrom recvmsg sendto sendmsg fstat"
+        " fstatfs lseek fallocate ftruncate fcntl flock ioctl accept accept4 bind listen connect"
+        " setsockopt getsockopt getsockname getpeername shutdown dup dup2 dup3 fchmod fchown getdents64"
+        " fsync fdatasync",
     )
 )
 _NUMBER_AT = {
