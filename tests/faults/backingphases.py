@@ -80,11 +80,12 @@ class WriteBack(Phase):
 
     name = "writeback"
     disk = DISK
+    bad = DISK // 4  # bytes of extents that failed
 
     def prepare(self, world: World) -> None:
         world.health = ("ok", UNREADABLE)
-        if int(numbers(world).get("backing_bad") or 0) > DISK // 4:
-            world.check_restart()  # what could not be written is tried again then
+        if int(numbers(world).get("backing_bad") or 0) > self.bad and world.state:
+            world.check_restart("server")  # what could not be written is tried again then
             self.pid = world.pid
         client = world.stand()
         for block in range(1000, 1032, 8):
@@ -117,12 +118,10 @@ class Reclaim(WriteBack):
     name = "reclaim"
     thorough = plain = False
     disk = 2 << 20
+    bad = 0
 
     def prepare(self, world: World) -> None:
         super().prepare(world)
-        if int(numbers(world).get("backing_bad") or 0):
-            world.check_restart()
-            self.pid = world.pid
         client = world.stand()
         dice = random.Random(world.version)
         for block in range(100, 1000, 20):

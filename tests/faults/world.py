@@ -384,10 +384,10 @@ class World:
         tasks = {int(tid) for tid in os.listdir(f"/proc/{pid}/task")}
         ensure(self.supervisor.lasting_threads <= tasks, "a thread of the server has died")
 
-    def check_restart(self) -> None:
-        """It can be restarted, with all data."""
+    def check_restart(self, name: str = "tool") -> None:
+        """It can be restarted, with all data; the new one is called `name` in places."""
         before = self.pid
-        ended = self.command("restart", "--rundir", self.rundir)
+        ended = self.command("restart", "--rundir", self.rundir, name=name)
         ensure(ended.status == 0, f"restart does not work afterwards: {ended}")
         ensure(self.pid not in (0, before), "restart left the old server or none")
         self.note_process()

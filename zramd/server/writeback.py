@@ -45,7 +45,7 @@ HANGS = 30.0  # seconds that a write may take before health tells of it
 # Seconds that clients have after a step, unless writes are refused: a hundredth of them, and no more, is to
 # notice it. With 1 ms their p99 was 1.7 times what it is without, with 3 ms 1.5 times.
 BUSY_PAUSE = 0.005
-ERROR_REST = 1.0  # seconds after a write that failed
+ERROR_REST = 1.0  # seconds after a write that failed, or an extent that cannot be read
 TELLS = 2.0  # seconds after which the reason does
 
 
@@ -551,6 +551,7 @@ class Writeback:
             share = min(MOSTLY_DEAD, 1 - self._steps.pending / EXTENT)
             records = self._steps.reclaim(share) if share > 0 else 0
         except OSError as error:
+            self._resume = self._clock() + ERROR_REST  # each costs an extent: what is wrong may be over soon
             self._tell(error.errno or errno.EIO)
             self._dry = self._policy.is_paused(self._clock())
             return not self._dry

@@ -339,6 +339,18 @@ class TestRoom:
         assert device.out == 192
         assert {block.extent for block in device.blocks[:16]} == {1, 2}
 
+    def test_a_device_that_cannot_be_read_for_a_moment(self) -> None:
+        """It loses an extent or two, and is no device that fails: eight in a row take as many seconds."""
+        device = full_of_holes()
+        device.unreadable = set(range(1, 13))
+        served = make(device)
+        served.submit(WritePass())
+        run(device, served, 2.5)
+        assert 1 <= len(device.bad) <= 3
+        device.unreadable = set()
+        run(device, served, 30)
+        assert served.trouble == ""
+
     def test_what_died_is_seen(self) -> None:
         """The next pass may be an hour away: until then it is not to say that the device is full."""
         device = FakeDevice(*blocks(1000, age=OLD), extents=20)
