@@ -9,6 +9,7 @@ from zramd.core.device.backing import EXTENT
 from zramd.errors import DeviceError
 from zramd.server import writebackpolicy
 from zramd.server.ages import SWEEP, age_of
+from zramd.server.writeback import WritePass
 
 
 class TestCalm:
