@@ -22,6 +22,7 @@ What this does not reach, and why:
 - Answers of the vDSO (the clock), and what the kernel does by itself (io_uring: there is none).
 - zramd attach, detach and the keeper: they want the kernel's nbd device, so a virtual machine. There
   `Supervisor.run` works as here.
+- What is asked of a block device by ioctl, as the backing here is a file: test_backingdevice.py has that.
 - A server that runs already: the filter is inherited, so the program must be begun under it.
 """
 

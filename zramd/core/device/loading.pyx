@@ -7,6 +7,7 @@ Nothing that a stream says is believed before its checksum was compared, and eac
 stored.
 """
 
+cimport cython
 from libc.errno cimport EAGAIN, EDQUOT, EINTR, ENOMEM, ENOSPC, ETIMEDOUT, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, strcmp
@@ -130,6 +131,7 @@ cdef class Stream:
         return decode(data, what, self.page)
 
 
+@cython.final
 cdef class Reader(Stream):
     """Reads and checks what a Writer wrote, and stores or copies it."""
 

@@ -9,6 +9,7 @@ while bytes are read or written. The work is done without the GIL, and in a real
 brings it back to Python for signals.
 """
 
+cimport cython
 from libc.errno cimport EINTR
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy, strlen
@@ -81,6 +82,7 @@ cdef inline char *put(char *at, uint64_t value) noexcept nogil:
     return at + sizeof(value)
 
 
+@cython.final
 cdef class Writer(Stream):
     """Writes a device."""
 
