@@ -254,15 +254,6 @@ RACES: dict[str, Edits] = {
             )
         ]
     },
-    # A reader, or what is being written, has the extent still.
-    "a reset makes extents free whoever uses them": {
-        "device/backing.pyx": [
-            (
-                "            fetch_and(&self.words[i], ~EXTENT_LIVE)\n",
-                "            store_relaxed(&self.words[i], 0)\n",
-            )
-        ]
-    },
     # It meets changes that are half done.
     "a check does not wait for requests": {
         "system/gate.pxd": [("    while ordered_load(&g.inside):\n", "    while False:\n")]
