@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.backings import has_direct_io
 from support.run import SEED, wait_until
 from support.server import PACKAGE_PARENT, NbdkitProcess
 from support.steps import Steps
-
-from zramd.kernel import blockdevices
 
 # What the tests start is to be interrupted, also where nohup or a script's & has signals ignored: children
 # inherit that.
@@ -110,12 +109,7 @@ def disk_folder() -> Iterator[Path]:
     """An empty folder of ours on a file system with direct I/O, for backings."""
     for place in (None, "/var/tmp"):
         with tempfile.TemporaryDirectory(dir=place, prefix="zramd-test-") as name:
-            try:
-                fd = os.open(name, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT)
-                os.close(fd)
-            except OSError:
-                continue
-            if blockdevices.filesystem(os.stat(name).st_dev) != "tmpfs":
+            if has_direct_io(Path(name)):
                 yield Path(name)
                 return
     pytest.skip("neither the folder for temporary files nor /var/tmp has direct I/O")

@@ -28,9 +28,9 @@ _DESCRIPTORS = ("EMFILE", "ENFILE", "ENOMEM")
 _ERRORS = {
     "openat open openat2": (*_DESCRIPTORS, "EACCES", "EINTR"),
     "openat+creat": (*_DESCRIPTORS, "ENOSPC", "EACCES"),
-    "read pread64 readv": ("EIO", "ENOMEM", "EINTR", SHORT),
+    "read pread64 readv preadv": ("EIO", "ENOMEM", "EINTR", SHORT),
     "recvfrom recvmsg": ("ENOMEM", "EINTR", SHORT),
-    "write pwrite64 writev": ("ENOSPC", "EIO", "EINTR", SHORT),
+    "write pwrite64 writev pwritev": ("ENOSPC", "EIO", "EINTR", SHORT),
     "sendto sendmsg": ("ENOBUFS", "EINTR", SHORT),
     "mmap": ("ENOMEM",),
     "mremap mprotect mlock mlock2 mlockall brk": ("ENOMEM",),

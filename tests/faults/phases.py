@@ -21,7 +21,7 @@ from world import BLOCK, PATIENCE, SIZE, Ended, World, ensure, eventually
 
 from zramd import Device
 from zramd.core.device.saving import load as load_stream
-from zramd.errors import SaveError
+from zramd.errors import CorruptObjectError, SaveError
 
 LASTING_PATIENCE = 0.7  # seconds to wait for an answer while a call fails for as long as we wait
 _CLIENT_CALLS = ("nbdkit", "nbdkit+")  # threads whose failing calls may end a client's connection
@@ -33,7 +33,9 @@ class Phase:
     name = ""
     live = True
     thorough = True  # whether each place has all its errors: see plan.rules
+    plain = True  # of a live phase: whether it is also tried without a state
     settings: tuple[str, ...] = ()
+    disk = 0  # bytes of a backing; 0: there is none
     programs: tuple[str, ...] = ("server",)  # whose calls are to fail
 
     def prepare(self, world: World) -> None:
@@ -188,6 +190,7 @@ class Save(Phase):
     """A live save; a stream that ends too early must not pass for a whole one."""
 
     name = "save"
+    may_lose = False  # whether a block may be missing that could not be read
 
     def act(self, world: World, patience: float) -> None:
         try:
@@ -198,11 +201,14 @@ class Save(Phase):
         if b" 200 " not in head:
             world.said.append(body.decode(errors="replace"))
             return
-        _check_stream(world, body)
+        _check_stream(world, body, may_lose=self.may_lose)
 
 
-def _check_stream(world: World, body: bytes, must_load: bool = False) -> None:
-    """Whatever loads without an error holds everything; it may have to load. Raises Violation."""
+def _check_stream(world: World, body: bytes, must_load: bool = False, may_lose: bool = False) -> None:
+    """Whatever loads without an error holds everything; it may have to load. Raises Violation.
+
+    may_lose: blocks may be missing, which read as errors.
+    """
     copy = Device(SIZE)
     with open(os.memfd_create("stream"), "r+b", buffering=0) as file:
         file.write(body)
@@ -215,7 +221,12 @@ def _check_stream(world: World, body: bytes, must_load: bool = False) -> None:
 
     def read(offset: int, length: int) -> bytes:
         data = bytearray(length)
-        copy.read(data, offset)
+        for at in range(0, length, BLOCK):
+            try:
+                copy.read(memoryview(data)[at : at + BLOCK], offset + at)
+            except CorruptObjectError as error:
+                ensure(may_lose, f"what was saved lacks a block: {error}")
+                data[at : at + BLOCK] = world.known.get((offset + at) // BLOCK, bytes(BLOCK))
         return bytes(data)
 
     world.verify(read)
@@ -360,15 +371,22 @@ class TakeOver(Start):
         if not kept.exists():
             ended = world.start()
             ensure(ended.status == 0, f"start does not work: {ended}")
-            _fill(world)
+            self.fill(world)
             self.known = dict(world.known)
             world.kill()
             _copy(world.state, kept)
+            self.on_disk = world.backing.read_bytes() if world.backing else b""
             shutil.rmtree(world.rundir)
         _copy(kept, world.state)
+        if world.backing:
+            world.write_backing(self.on_disk)
         world.known = dict(self.known)
         world.unsure.clear()
         world.drop()
+
+    def fill(self, world: World) -> None:
+        """Write what is to be taken over."""
+        _fill(world)
 
 
 class Restart(Phase):

@@ -9,6 +9,7 @@ it returns instead. That holds for all that the program starts, and takes 7 micr
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import re
 import select
@@ -44,9 +45,10 @@ _PATH_AT = {  # which argument is a path
 _FD_AT_0 = frozenset(
     re.findall(
         r"\w+",
-        "read pread64 readv write pwrite64 writev recvfrom recvmsg sendto sendmsg fstat fstatfs lseek"
-        " fallocate ftruncate fcntl flock ioctl accept accept4 bind listen connect setsockopt getsockopt"
-        " getsockname getpeername shutdown dup dup2 dup3 fchmod fchown getdents64 fsync fdatasync",
+        "read pread64 readv preadv write pwrite64 writev pwritev recvfrom recvmsg sendto sendmsg fstat"
+        " fstatfs lseek fallocate ftruncate fcntl flock ioctl accept accept4 bind listen connect"
+        " setsockopt getsockopt getsockname getpeername shutdown dup dup2 dup3 fchmod fchown getdents64"
+        " fsync fdatasync",
     )
 )
 _NUMBER_AT = {
@@ -57,6 +59,7 @@ _NUMBER_AT = {
 _SYSTEM = ("/usr/", "/lib", "/etc/", "/bin/", "/opt/", sys.prefix, str(PACKAGE_PARENT))
 # A program's calls count from when it opens this file: before that the loader, nbdkit and Python begin.
 _BEGINS = {"command": "/zramd/commands/__pycache__/__init__", "server": "/nbdkit_plugin.py"}
+_CAN_BE_SHORT = frozenset(("read", "write", "pread64", "pwrite64", "preadv", "pwritev", "recvfrom", "sendto"))
 _PEERPIDFD = 77  # SO_PEERPIDFD
 _DUPFD = (0, 1030)  # F_DUPFD, F_DUPFD_CLOEXEC
 
@@ -302,21 +305,29 @@ class Supervisor:
 
     def _short(self, tid: int, name: str, arguments: list[int]) -> int | None:
         """Read or write half of what is asked for, in the caller's place; None if there is no half."""
-        fd, address, length = arguments[:3]
-        half = min(length // 2, 1 << 16)
-        if name not in ("read", "write", "pread64", "pwrite64", "recvfrom", "sendto") or not half:
+        fd, address, length, at = arguments[:4]
+        if name not in _CAN_BE_SHORT:
             return None
         with _copy_of(tid, fd) as copy, open(f"/proc/{tid}/mem", "r+b", buffering=0) as memory:
-            if name in ("write", "pwrite64", "sendto"):
-                data = os.pread(memory.fileno(), half, address)
-                return os.pwrite(copy, data, arguments[3]) if name == "pwrite64" else os.write(copy, data)
-            poll = select.poll()
-            poll.register(copy, select.POLLIN)
-            if not poll.poll(0):
+            if name in ("preadv", "pwritev"):  # the first of several pieces
+                address, length = struct.unpack("=QQ", os.pread(memory.fileno(), 16, address))
+            half = min(length // 2, 1 << 16)
+            if fcntl.fcntl(copy, fcntl.F_GETFL) & os.O_DIRECT:
+                half = half // _PAGE * _PAGE  # what a disk has done is whole sectors
+            if not half:
                 return None
-            data = os.pread(copy, half, arguments[3]) if name == "pread64" else os.read(copy, half)
-            os.pwrite(memory.fileno(), data, address)
-            return len(data)
+            # Memory that begins with a page, as O_DIRECT wants it.
+            with mmap.mmap(-1, half) as data:
+                if name in ("write", "pwrite64", "pwritev", "sendto"):
+                    data[:] = os.pread(memory.fileno(), half, address)
+                    return os.pwrite(copy, data, at) if name.startswith("p") else os.write(copy, data)
+                poll = select.poll()
+                poll.register(copy, select.POLLIN)
+                if not poll.poll(0):
+                    return None
+                done = os.preadv(copy, [data], at) if name.startswith("p") else os.readv(copy, [data])
+                os.pwrite(memory.fileno(), data[:done], address)
+                return done
 
 
 @contextmanager

@@ -22,6 +22,7 @@ What this does not reach, and why:
 - Answers of the vDSO (the clock), and what the kernel does by itself (io_uring: there is none).
 - zramd attach, detach and the keeper: they want the kernel's nbd device, so a virtual machine. There
   `Supervisor.run` works as here.
+- What is asked of a block device by ioctl, as the backing here is a file: test_backingdevice.py has that.
 - A server that runs already: the filter is inherited, so the program must be begun under it.
 """
 
@@ -34,6 +35,7 @@ from itertools import repeat
 
 import plan
 import pytest
+from backingphases import BACKING_PHASES
 from phases import LASTING_PATIENCE, PHASES, Phase
 from supervisor import Place, Rule
 from support.run import SEED
@@ -50,9 +52,9 @@ NOBODY = Rule(Place("", "", "", ""), 0, "EIO")
 
 CASES = [
     pytest.param(phase, with_state, id=f"{phase.name} {'state' if with_state else 'plain'}".replace(" ", "-"))
-    for phase in PHASES
+    for phase in (*PHASES, *BACKING_PHASES)
     for with_state in (True, False)
-    if with_state or phase.live
+    if with_state or (phase.live and phase.plain)
 ]
 
 
@@ -71,7 +73,7 @@ class Run:
     def begin(self) -> World:
         """A server that nothing has happened to."""
         if self.world is None:
-            self.world = World(self.with_state, *self.phase.settings)
+            self.world = World(self.with_state, *self.phase.settings, disk=self.phase.disk)
             self.lived = []
             self.phase = self.kind()
             if self.phase.live:

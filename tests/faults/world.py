@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,13 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from supervisor import Program, Rule, Supervisor
+from support import backings
 from support.client import NbdSocket
 from support.content import block_content
 from support.run import talk
 
-from zramd import Device
 from zramd.contract import rundir
-from zramd.server import statefile
+from zramd.server import opening
+from zramd.settings import config
 
 BLOCK = 4096
 SIZE = 32 << 20
@@ -28,13 +30,18 @@ PATIENCE = 4.0  # seconds: what has not come by then does not come
 LOG_PATIENCE = 1.0  # seconds until the log has what the server said
 ENV = {"PYTHONDONTWRITEBYTECODE": "1"}
 
+UNREADABLE = "it is out, and the backing cannot be read there"
+# What the log says of lines that came before what failed.
+HELD_BACK = re.compile(r"^zramd: \d+ lines more like these were held back$", re.M)
 # Words by which a message names a cause, beside those of strerror.
 SYNONYMS = {
-    "ENOMEM": ("memory", "temporarily unavailable"),  # the latter is what libc says of a thread
+    # libc says the second of a thread; of a block that is out, only that is told which cannot be read.
+    "ENOMEM": ("memory", "temporarily unavailable", UNREADABLE),
     "EAGAIN": ("thread", "process", "memory"),
     "ENOBUFS": ("buffer",),
     "EMFILE": ("too many open files", "descriptor"),
     "ENFILE": ("too many open files", "descriptor"),
+    "EIO": (UNREADABLE,),
 }
 
 
@@ -84,8 +91,10 @@ class World:
 
     name = "faulty"
 
-    def __init__(self, with_state: bool, *settings: str, inside: Path = Path("/dev/shm")) -> None:
-        """`inside` is where its folder is made."""
+    def __init__(
+        self, with_state: bool, *settings: str, inside: Path = Path("/dev/shm"), disk: int = 0
+    ) -> None:
+        """`inside` is where its folder is made; `disk`: bytes of its backing, 0: it has none."""
         self.prefix: list[str] = []  # words before each command, such as prlimit's
         self.folder = Path(tempfile.mkdtemp(dir=inside, prefix="zramd-faults-"))
         self.rundir = self.folder / "run"
@@ -94,7 +103,18 @@ class World:
         self.settings = [f"rundir={self.rundir}", "stats_interval=0.1", *settings]
         if self.state:
             self.settings.append(f"state={self.state}")
-        self.supervisor = Supervisor([(str(self.rundir), "R"), (str(self.folder), "T")])
+        self.backing: Path | None = None
+        if disk:
+            self.backing = backings.preallocated(_disk_folder(), disk)
+            self.settings += [f"backing={self.backing}", "writeback_limit=off"]
+        self.health = ("ok",)  # words for what may be said of it
+        self.supervisor = Supervisor(
+            [
+                (str(self.rundir), "R"),
+                (str(self.folder), "T"),
+                *([(str(self.backing.parent), "B")] if self.backing else []),
+            ]
+        )
         self.known: dict[int, bytes] = {}  # block → what was answered to be there
         self.unsure: dict[int, set[bytes]] = {}  # block → what may be there instead, as no answer came
         self.standing: NbdSocket | None = None
@@ -106,7 +126,13 @@ class World:
 
     # Life
 
-    def command(self, *words: object, name: str = "tool", patience: float = 60.0) -> Ended:
+    def command(
+        self,
+        *words: object,
+        name: str = "tool",
+        patience: float = 60.0,
+        env: dict[str, str] | None = None,
+    ) -> Ended:
         """Run the zramd command under supervision, to its end."""
         argv = [*self.prefix, sys.executable, "-P", "-m", "zramd", *words]
         program = self.supervisor.run(
@@ -115,7 +141,7 @@ class World:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, **ENV},
+            env={**os.environ, **ENV, **(env or {})},
         )
         ended = Ended(program, patience)
         if ended.err:
@@ -181,6 +207,8 @@ class World:
         self.kill()
         self.supervisor.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self.backing:
+            shutil.rmtree(self.backing.parent, ignore_errors=True)
 
     # Talking to it
 
@@ -220,6 +248,14 @@ class World:
         self.unsure.clear()
         if self.state and self.state.exists():
             self.state.unlink()
+        if self.backing:
+            self.write_backing(bytes(1 << 20))
+
+    def write_backing(self, data: bytes) -> None:
+        """Write to the beginning of the backing, which stays the file that it is."""
+        assert self.backing is not None
+        with self.backing.open("r+b") as file:
+            file.write(data)
 
     def write(self, client: NbdSocket, block: int, count: int = 1, version: int | None = None) -> int:
         """Write blocks that tell their version; return the answer's error. Raises OSError."""
@@ -286,7 +322,7 @@ class World:
 
     def check_said(self, rule: Rule) -> None:
         """What users were told has no traceback and names the cause."""
-        self.last_said = "\n".join([*self.said, self.log()])
+        self.last_said = HELD_BACK.sub("", "\n".join([*self.said, self.log()]))
         self.said.clear()
         if rule.hits and self.last_said.strip() and rule.error != "short":
             words = [os.strerror(getattr(errno, rule.error)).lower(), *SYNONYMS.get(rule.error, ())]
@@ -312,7 +348,7 @@ class World:
         def healthy() -> bool:
             nonlocal answer
             answer = self.ask("GET", "/health", patience=2)
-            return '"ok"' in answer[1]
+            return any(words in answer[1] for words in self.health)
 
         try:
             eventually(healthy, "/health is not ok")
@@ -348,10 +384,10 @@ class World:
         tasks = {int(tid) for tid in os.listdir(f"/proc/{pid}/task")}
         ensure(self.supervisor.lasting_threads <= tasks, "a thread of the server has died")
 
-    def check_restart(self) -> None:
-        """It can be restarted, with all data."""
+    def check_restart(self, name: str = "tool") -> None:
+        """It can be restarted, with all data; the new one is called `name` in places."""
         before = self.pid
-        ended = self.command("restart", "--rundir", self.rundir)
+        ended = self.command("restart", "--rundir", self.rundir, name=name)
         ensure(ended.status == 0, f"restart does not work afterwards: {ended}")
         ensure(self.pid not in (0, before), "restart left the old server or none")
         self.note_process()
@@ -381,11 +417,11 @@ class World:
     def check_state(self) -> None:
         """A new server finds everything in the state."""
         assert self.state is not None
-        fd = statefile.open_state(str(self.state), SIZE, False)
-        try:
-            device = Device(SIZE, state=fd, verify=False)
-        finally:
-            os.close(fd)
+        pairs = dict(pair.split("=", 1) for pair in [*self.settings, f"size={SIZE}"])
+        made = opening.make_device(config.parse(pairs.items()))
+        device = made.device
+        if made.backing:
+            os.close(made.backing._opened.fd)
 
         def read(offset: int, length: int) -> bytes:
             data = bytearray(length)
@@ -394,6 +430,15 @@ class World:
 
         self.verify(read)
         device.check()
+
+
+def _disk_folder() -> Path:
+    for place in (None, "/var/tmp"):
+        folder = Path(tempfile.mkdtemp(dir=place, prefix="zramd-faults-"))
+        if backings.has_direct_io(folder):
+            return folder
+        folder.rmdir()
+    raise Violation("neither the folder for temporary files nor /var/tmp has direct I/O, as backings need it")
 
 
 def _tail(text: str) -> str:

@@ -8,6 +8,7 @@ from zramd import Device
 from zramd.contract.superblock import granule_of
 from zramd.core.device.backing import EXTENT, Backing
 from zramd.core.device.writeback import Writeback
+from zramd.kernel import blockdevices
 
 SECTOR = 512
 
@@ -85,6 +86,15 @@ def bring_back(device: Device, *, wanted: bool = False) -> int:
         if stopped:
             break
     return done
+
+
+def has_direct_io(folder: Path) -> bool:
+    """Say whether a file there can be a backing."""
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT))
+    except OSError:
+        return False
+    return blockdevices.filesystem(os.stat(folder).st_dev) != "tmpfs"
 
 
 def preallocated(folder: Path, size: int = 16 << 20) -> Path:

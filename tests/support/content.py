@@ -1,8 +1,10 @@
 """What tests write."""
 
 import random
+from functools import lru_cache
 
 
+@lru_cache(maxsize=1 << 14)  # 64 MiB: who compares a whole device does it again and again
 def block_content(block: int, version: int) -> bytes:
     """What only this version of this block holds, of every kind; version 0: a hole."""
     if version == 0:

@@ -31,7 +31,7 @@ HOT = 10  # blocks that all threads use, or only the first two
 SHARED = 2  # blocks behind those, of which each thread has a part
 PART = BLOCK // 4
 OPERATIONS = 16  # of each thread
-WORKERS = 3  # beside the one that compacts
+WORKERS = 3  # beside the one that compacts, and of a device the one that writes to its backing
 # Few sizes, so that all meet in few classes: with lists of free chunks, with bitmaps, raw blocks.
 SIZES = (90, 600, 1500, 3000, BLOCK)
 SLOTS = 40
@@ -71,9 +71,10 @@ class Disk:
         self.resets = 0
         self.hot = dice.choice((2, HOT, HOT))  # with 2 it is mostly about cold blocks
         # Too small for all blocks: extents are emptied, and written again, while others read them.
-        backing = backings.Disk(dice.choice((4, 6)))
-        self.device = backing.device((BLOCKS + SHARED) * BLOCK, verify=dice.random() < 0.5, cold_level=1)
+        self.backing = backings.Disk(dice.choice((4, 6)))
+        self.device = self.backing.device((BLOCKS + SHARED) * BLOCK, verify=dice.random() < 0.5, cold_level=1)
         self.tier, self.hands = Tier(self.device), Writeback(self.device)
+        self.at = 0  # where a pass goes on
         for number in range(HOT, BLOCKS):
             self.write(number, content(dice))
         for number in dice.sample(range(HOT, BLOCKS), BLOCKS * 2 // 3):
@@ -159,12 +160,20 @@ class Disk:
             return
         assert found == self.parts.get((number, me), bytes(PART)), f"block {number} has lost part {me}"
 
+    def works(self, dice: Callable[[], random.Random]) -> list[Work]:
+        """What its threads do."""
+        workers = [partial(self.worker, dice(), me) for me in range(WORKERS)]
+        return [partial(self.mover, dice()), partial(self.sender, dice()), *workers]
+
     def end(self) -> None:
         self.device.check()
         for number in range(BLOCKS):
             self.read(number)
         for number, me in self.parts:
             self.read_part(number, me)
+        # A server that ends here is followed by one that must know the backing again.
+        assert self.backing.backing_id == self.device.backing_id
+        self.hands.drop()
         self.device.trim(0, (BLOCKS + SHARED) * BLOCK)
         self.device.compact()
         self.device.check()
@@ -200,28 +209,47 @@ class Disk:
                 self.tier.promote(0, BLOCKS + SHARED)  # what others have read since it became cold
                 self.device.cool(0, dice.choice((self.hot, self.hot, BLOCKS + SHARED)), age=dice.randrange(2))
                 self.device.sweep()
-            elif kind < 29:
+            elif kind < 32:
                 self.save()
-            elif kind < 31:
+            elif kind < 35:
                 self.reset()
-            elif kind < 33:
-                self.device.check()
             else:
-                for _ in range(dice.choice((1, 1, 4))):
-                    self.leave(dice)
+                self.device.check()
+
+    def sender(self, dice: random.Random) -> None:
+        """What zramd-out does, in steps of every order."""
+        for _ in range(OPERATIONS // 2):
+            for _ in range(dice.choice((1, 1, 4))):
+                self.leave(dice)
+            assert self.device.counters()["bd_read_errors"] == 0
 
     def leave(self, dice: random.Random) -> None:
-        """Blocks go out, or are about to, or move from one extent to another."""
-        first = dice.choice((0, 0, dice.randrange(BLOCKS)))
-        last = self.hot if first == 0 and dice.random() < 0.5 else BLOCKS + SHARED
-        full = self.hands.gather(first, last, 0)[2]
-        if not full:
-            self.hands.reclaim(dice.choice((0.3, 1.0)))
-        if full or dice.random() < 0.7:
+        """Blocks go out, or are about to, or move from one extent to another, or come back."""
+        end = self.hot if dice.random() < 0.4 else BLOCKS + SHARED
+        kind = dice.randrange(14)
+        if kind < 6:
+            if not self.hands.pending:
+                self.claim()
+            which = {name: True for name in ("raw", "idle", "unread", "tried") if dice.random() < 0.05}
+            self.at, _, full = self.hands.gather(self.at, end, 0, **which)
+            self.at = self.at if full and self.at < end else dice.choice((0, 0, dice.randrange(BLOCKS)))
+            if full or dice.random() < 0.5:
+                self.hands.flush()
+        elif kind < 8:
             self.hands.flush()
-        if dice.random() < 0.5:
-            backings.bring_back(self.device, wanted=dice.random() < 0.3)
-        assert self.device.counters()["bd_read_errors"] == 0
+        elif kind < 10:
+            self.hands.reclaim(dice.choice((0.3, 1.0)))
+        elif kind < 11:
+            self.hands.drop()
+        else:
+            self.hands.bring_back(dice.choice((0, dice.randrange(BLOCKS))), end, dice.random() < 0.3)
+
+    def claim(self) -> None:
+        """Have the superblock name the data that there is since a reset, as the server does it."""
+        name = self.device.data_id
+        if self.device.backing_id != name and not self.device.counters()["out_pages"]:
+            self.backing.backing_id = name
+            self.device.claim_backing(name)
 
 
 class Heap:
@@ -287,6 +315,11 @@ class Heap:
     def mover(self, dice: random.Random) -> None:
         for _ in range(OPERATIONS // 2):
             self.pool.compact(0 if dice.random() < 0.5 else dice.randrange(1, 20000))
+
+    def works(self, dice: Callable[[], random.Random]) -> list[Work]:
+        """What its threads do."""
+        workers = [partial(self.worker, dice(), me) for me in range(WORKERS)]
+        return [partial(self.mover, dice()), *workers]
 
     def end(self) -> None:
         self.pool.check()
@@ -375,9 +408,7 @@ def play(schedule: Schedule, seed: int) -> None:
     dice = random.Random(seed)
     scene = (Disk, Heap)[seed % 2](dice)
 
-    seeds = [random.Random(dice.randrange(1 << 32)) for _ in range(WORKERS + 1)]
-    works = [partial(scene.worker, seeds[me], me) for me in range(WORKERS)]
-    schedule.run(seed, [partial(scene.mover, seeds[WORKERS]), *works])
+    schedule.run(seed, scene.works(lambda: random.Random(dice.randrange(1 << 32))))
     scene.end()
 
 

@@ -42,10 +42,10 @@ KINDS = frozenset({"idle", "huge", "incompressible"})  # what a pass by hand can
 LOOK = 1.0  # seconds between looks at how memory stands
 MOST_PASSES = 16  # by hand, that wait
 HANGS = 30.0  # seconds that a write may take before health tells of it
-# IO_SHARE while memory suffices: one request of a hundred, and no more, is to notice a step. With 5 ms after each
-# the p99 of clients was 2.2 times what it is without.
+# IO_SHARE while memory suffices: one request of a hundred, and no more, is to notice a step. With 5 ms after
+# each the p99 of clients was 2.2 times what it is without.
 CALM_IO_SHARE = 99
-ERROR_REST = 1.0  # seconds after a write that failed
+ERROR_REST = 1.0  # seconds after a write that failed, or an extent that cannot be read
 TELLS = 2.0  # seconds after which the reason does
 
 
@@ -534,6 +534,7 @@ class Writeback:
             share = min(MOSTLY_DEAD, 1 - self._steps.pending / EXTENT)
             records = self._steps.reclaim(share) if share > 0 else 0
         except OSError as error:
+            self._resume = self._clock() + ERROR_REST  # each costs an extent: what is wrong may be over soon
             self._tell(error.errno or errno.EIO)
             self._dry = self._policy.is_paused(self._clock())
             return not self._dry

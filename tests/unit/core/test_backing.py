@@ -11,16 +11,13 @@ from pathlib import Path
 import pytest
 from support.backings import SECTOR, Disk, bring_back, write_out
 from support.run import PATIENCE, preloaded
-from test_state_refused import fingerprint
 
 import zramd
 from zramd import Device
-from zramd.core.device import saving
 from zramd.core.device.backing import EXTENT, Backing
 from zramd.core.device.device import state_layout
 from zramd.core.device.tier import Tier
 from zramd.core.device.writeback import Writeback
-from zramd.errors import BackingError
 
 SUPPORT = Path(__file__).resolve().parents[2] / "support"
 PACKAGES = Path(zramd.__file__).parents[1]
@@ -61,6 +58,11 @@ def verify(device: Device, contents: list[bytes]) -> None:
     for number, content in enumerate(contents):
         assert look(device, number) == content, number
     device.check()
+
+
+def state_slots(fd: int) -> int:
+    """Where the slots begin in a state: after the head."""
+    return 1 << 16
 
 
 class TestBacking:
@@ -592,126 +594,6 @@ class TestErrors:
         os.close(fd)
 
 
-def state_slots(fd: int) -> int:
-    """Where the slots begin in a state: after the head."""
-    return 1 << 16
-
-
-class TestState:
-    def make(self) -> int:
-        fd = os.memfd_create("state")
-        os.ftruncate(fd, state_layout(SIZE)["bytes"])
-        return fd
-
-    @pytest.mark.parametrize("verify_setting", [False, True])
-    def test_taken_over(self, verify_setting: bool) -> None:
-        disk, fd = Disk(), self.make()
-        device, contents = filled(disk, state=fd, verify=verify_setting)
-        device.cool(0, BLOCKS // 4)
-        write_out(device, 0, 200)
-        before = device.counters()
-        again = disk.device(SIZE, state=fd, verify=verify_setting)
-        after = again.counters()
-        for name in before:
-            if name.startswith(("out_", "bd_", "backing_", "written", "cold")):
-                assert after[name] == before[name], name
-        verify(again, contents)
-        os.close(fd)
-
-    def test_not_without_its_backing(self) -> None:
-        disk, fd = Disk(), self.make()
-        device, contents = filled(disk, state=fd)
-        write_out(device, 0, 8)
-        del device
-        before = fingerprint(Path(f"/proc/self/fd/{fd}"))
-        with pytest.raises(BackingError, match="another backing"):
-            Device(SIZE, state=fd, cold_level=3)
-        with pytest.raises(BackingError, match="another backing"):
-            Device(SIZE, state=fd, cold_level=3, backing=disk.backing(), backing_id="0" * 31 + "1")
-        with pytest.raises(BackingError, match="another backing"):
-            Disk().device(SIZE, state=fd)
-        assert fingerprint(Path(f"/proc/self/fd/{fd}")) == before
-        verify(disk.device(SIZE, state=fd), contents)
-        os.close(fd)
-
-    def test_shrunk(self) -> None:
-        """A place beyond the backing is no place: the state contradicts it."""
-        disk, fd = Disk(), self.make()
-        device, _ = filled(disk, state=fd)
-        write_out(device)
-        del device
-        small = Backing(disk.fd, 3 * EXTENT, 16, SECTOR)
-        with pytest.raises(Exception, match="beyond the backing"):
-            Device(SIZE, state=fd, backing=small, backing_id=disk.backing_id)
-        os.close(fd)
-
-    def test_it_is_marked_before_the_first_goes_out(self) -> None:
-        disk, fd = Disk(), self.make()
-        marked: list[int] = []
-        device = disk.device(SIZE, state=fd, mark_out=marked.append)
-        device.write(text(1), 0)
-        hands = Writeback(device)
-        assert not marked
-        hands.gather(0, 1, 0)
-        assert len(marked) == 1
-        hands.gather(0, 1, 0)
-        assert len(marked) == 1
-        os.close(fd)
-
-    def test_reset(self) -> None:
-        """Nothing is out any more, and all extents are free, without any I/O."""
-        disk, fd = Disk(), self.make()
-        device, _ = filled(disk, state=fd)
-        write_out(device)
-        device.reset()
-        found = device.counters()
-        assert (found["out_pages"], found["backing_free"], found["backing_live"]) == (0, 15, 0)
-        device.check()
-        Device(SIZE, state=fd)  # needs no backing
-        os.close(fd)
-
-    def test_the_budget_is_kept(self) -> None:
-        disk, fd = Disk(), self.make()
-        device = disk.device(SIZE, state=fd)
-        assert device.budget == (0, 0)
-        device.budget = (12345, 678)
-        assert disk.device(SIZE, state=fd).budget == (12345, 678)
-        os.close(fd)
-
-
-@pytest.mark.parametrize("cold", [False, True])
-def test_a_save_has_what_is_out(cold: bool) -> None:
-    device, contents = filled(Disk())
-    if cold:
-        device.cool(0, BLOCKS)
-    write_out(device, 0, 150)
-    fd = os.memfd_create("saved")
-    numbers = saving.save(device, fd, live=False)
-    assert numbers["lost"] == 0
-    os.lseek(fd, 0, os.SEEK_SET)
-    copy = Device(SIZE)
-    saving.load(copy, fd)
-    verify(copy, contents)
-    assert device.counters()["out_pages"] > 0
-    os.close(fd)
-
-
-def test_a_save_without_the_backing() -> None:
-    """What cannot be read is lost in the save, and said."""
-    disk = Disk()
-    backing = disk.backing()
-    device = Device(SIZE, backing=backing)
-    for number in range(8):
-        device.write(text(number), number * BLOCK)
-    write_out(device, 0, 4)
-    gone = os.open("/dev/null", os.O_WRONLY)
-    backing.reopen(gone)
-    fd = os.memfd_create("saved")
-    assert saving.save(device, fd, live=False)["lost"] == 4
-    os.close(fd)
-    os.close(gone)
-
-
 class TestReadAgain:
     def test_twice_within_ten_minutes(self) -> None:
         device, contents = filled(Disk())
@@ -772,104 +654,10 @@ class TestReadAgain:
         assert device.counters()["out_pages"] > 0
 
 
-STANDS_STILL = """
-import os, sys, threading, time
-from support.backings import Disk, write_out
-from zramd import Device
-
-BLOCK, flag = 4096, os.environ["SHIM_PREAD"]
-device = Device(256 * BLOCK, backing=Disk(4).backing())
-for number in range(4):
-    device.write((b"block %d, " % number * 700)[:BLOCK], number * BLOCK)
-write_out(device, 0, 2)
-open(flag, "w").close()
-results = []
-
-def read():
-    found = bytearray(2 * BLOCK)
-    device.read(found, 0)
-    assert found[BLOCK:].startswith(b"block 1, "), bytes(found[BLOCK : BLOCK + 8])  # by the same read
-    results.append(bytes(found[:8]))
-
-def write():
-    device.write(b"part", BLOCK + 100)
-    results.append(b"written ")
-
-threads = [threading.Thread(target=work) for work in (read, write)]
-for thread in threads:
-    thread.start()
-while os.path.getsize(flag) < 2:
-    time.sleep(0.01)
-found = bytearray(BLOCK)
-device.read(found, 2 * BLOCK)
-assert found.startswith(b"block 2, ")
-device.write(b"x" * BLOCK, 3 * BLOCK)
-device.write(b"y" * BLOCK, 0)  # of the very block
-device.write((b"block z, " * 700)[:BLOCK], BLOCK)
-device.check()
-# What both read would be written again by now, if they were not there.
-for _ in range(6):
-    for number in range(64, 128):
-        device.write(os.urandom(BLOCK), number * BLOCK)
-    assert write_out(device, 64, 128)
-    device.trim(64 * BLOCK, 64 * BLOCK)
-assert device.counters()["written_out"] > 60
-assert not results
-if sys.argv[1] == "reset":
-    device.reset()
-os.unlink(flag)
-for thread in threads:
-    thread.join()
-assert sorted(results) == [b"block 0,", b"written "], results
-device.read(found, BLOCK)
-rest = bytes(50) if sys.argv[1] == "reset" else (b"block z, " * 700)[50:100]
-assert bytes(found[50:104]) == rest + b"part", bytes(found[50:104])
-device.check()
-"""
-
-
-SAVE_STANDS_STILL = """
-import os, sys, threading, time
-from support.backings import Disk, write_out
-from zramd import Device
-from zramd.core.device import saving
-from zramd.errors import SaveError
-
-BLOCK, flag = 4096, os.environ["SHIM_PREAD"]
-device = Device(256 * BLOCK, backing=Disk(4).backing())
-for number in range(4):
-    device.write((b"block %d, " % number * 700)[:BLOCK], number * BLOCK)
-write_out(device, 0, 2)
-open(flag, "w").close()
-results = []
-
-def save():
-    try:
-        results.append(saving.save(device, os.memfd_create("saved"), live=True)["lost"])
-    except SaveError as error:
-        results.append(str(error))
-
-thread = threading.Thread(target=save)
-thread.start()
-while os.path.getsize(flag) < 1:
-    time.sleep(0.01)
-device.check()
-assert device.block(3)["kind"] == "lz4"
-if sys.argv[1] == "reset":
-    device.reset()
-assert not results
-os.unlink(flag)
-thread.join()
-gave_up = "the device was reset or loaded while it was saved"
-assert results == [gave_up if sys.argv[1] == "reset" else 0], results
-device.check()
-"""
-
-
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
 @pytest.mark.parametrize("comes", ["nothing", "reset"])
-@pytest.mark.parametrize("code", [STANDS_STILL, SAVE_STANDS_STILL], ids=["requests", "save"])
-def test_a_disk_that_stands_still(code: str, comes: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["requests", "save"])
+def test_a_disk_that_stands_still(what: str, comes: str, tmp_path: Path) -> None:
     """Who waits for the disk holds nothing but the extent: others go on, also check and reset."""
     shim = tmp_path / "pread.so"
     subprocess.run(
@@ -877,7 +665,7 @@ def test_a_disk_that_stands_still(code: str, comes: str, tmp_path: Path) -> None
         check=True,
     )
     found = subprocess.run(
-        [sys.executable, "-c", code, comes],
+        [sys.executable, "-P", SUPPORT / "standstill.py", what, comes],
         env={
             **os.environ,
             **preloaded(shim),

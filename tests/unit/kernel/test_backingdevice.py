@@ -1,6 +1,7 @@
 """The file or device of a backing: what is refused, in which words, and that it is as it was then."""
 
 import errno
+import fcntl
 import os
 import subprocess
 from collections.abc import Iterator
@@ -286,6 +287,25 @@ def test_a_block_device(loop_device):
     os.close(looked.fd)
     assert backingdevice.make_free(loop_device, force=False).size == 16 * MIB
     assert blockdevices.takes_memory(number) == os.path.basename(loop_device)
+
+
+@pytest.mark.parametrize("asked", [0x125E, 0x1268])  # BLKROGET, BLKSSZGET
+def test_a_block_device_that_does_not_answer(loop_device, monkeypatch, asked):
+    """What it is asked by ioctl fails: one sentence, no descriptor is left, and it can be used again."""
+    real = fcntl.ioctl
+
+    def ioctl(fd, request, *more):
+        if request == asked:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, request, *more)
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    assert refusal(loop_device) == "cannot be read: input/output error: use another one"
+    monkeypatch.undo()
+    assert os.listdir("/proc/self/fd") == before
+    with alone(loop_device):
+        pass
 
 
 def test_a_block_device_with_a_file_system(loop_device, tmp_path):

@@ -4,6 +4,7 @@ from typing import Any, final
 from _typeshed import ReadableBuffer, WriteableBuffer
 
 from zramd.core.device.backing import Backing
+from zramd.core.device.serving import Served
 
 MAX_DISKSIZE: int
 
@@ -11,10 +12,9 @@ def kept_out(fd: int) -> tuple[int, str, str]: ...
 def state_layout(disksize: int) -> dict[str, int]: ...
 
 @final
-class Device:
+class Device(Served):
     """A compressed block device in memory; see the functions for what they raise."""
 
-    disksize: int
     codec: str
     level: int
     data_id: str

@@ -85,8 +85,3 @@ cdef class Recovery:
     cdef bint _is_lost(self, uint64_t block) noexcept nogil
     cdef bint _same_handle(self, uint64_t block, uint64_t other) noexcept nogil
     cdef bint _same_chunk(self, uint64_t block, uint64_t other) noexcept nogil
-    cdef void _rebuild_span(self, uint32_t span) noexcept nogil
-    cdef void _list_zspages(self) noexcept nogil
-    cdef void _list_cells(self) noexcept nogil
-    cdef void _mend(self) noexcept nogil
-    cdef void _give_back_slots(self) noexcept nogil

@@ -6,8 +6,8 @@
        is refused as it was found. With verify, where each block answers for itself, the block is lost and the others
        are not: of two that lead to one place the checksum tells whose it is. Headers are looked at then, too: nothing
        relies on them but moving and freeing, so they are mended
-    2  every span, in parallel: its record, its free chunks, its pages; pages that no object is on are given back
-    3  lists: zspages by fullness, free spans, free cells. Objects that no slot holds are gone by this: they are only counted
+    2  every span, in parallel, and
+    3  lists: rebuilding.pyx
 
 It takes a bit for each cell, and 256 bytes for each zspage of small objects, some hundred of which are in one: a server that
 runs with little address space can be taken over with little more.
@@ -22,27 +22,23 @@ What may be found here follows from the crash rule of pool.pyx.
 cimport cython
 from libc.errno cimport ENOMEM
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy
 
 from zramd.core.device.blocks cimport Blocks
-from zramd.core.device.slots cimport COLD, HOLE, LOST, OUT, RAW, SAME, SLOT_LOST
+from zramd.core.device.rebuilding cimport give_back_slots, list_cells, list_zspages, mend, rebuild_span
+from zramd.core.device.slots cimport COLD, HOLE, LOST, OUT, RAW, SAME
 from zramd.core.device.slots cimport block_kind, has_object, is_known, is_out, slot_bytes, slot_handle, slot_kind
-from zramd.core.system.bits cimport bits_set, prefetch
-from zramd.core.system.checks cimport FILL_FREED, zr_fill, zr_poison, zr_unpoison
-from zramd.core.system.locks cimport counter_add, load_relaxed, store_relaxed
+from zramd.core.system.bits cimport prefetch
+from zramd.core.system.checks cimport zr_poison, zr_unpoison
+from zramd.core.system.locks cimport counter_add, load_relaxed
 from zramd.core.system cimport points
 from zramd.core.system.points cimport zr_point
 from zramd.core.memory.region cimport Region, whole_pages
-from zramd.core.pool.size_classes cimport is_huge, is_mapped, pages_below, pages_of_chunk, size_class
-from zramd.core.pool.zspages cimport zspage_link
+from zramd.core.pool.size_classes cimport is_huge, is_mapped, pages_of_chunk, size_class
 from zramd.core.types cimport (
     CELL_LIVE,
     CELL_PIN,
-    CHUNK_ALIGN,
     HEADER_SIZE,
     MAX_CHUNKS,
-    NO_CHUNK,
-    NO_ZSPAGE,
     PAGE_SHIFT,
     PAGE_SIZE,
     SLOTS_PER_PAGE,
@@ -50,10 +46,7 @@ from zramd.core.types cimport (
     SPAN_SHIFT,
     SPAN_SIZE,
     cell_obj,
-    free_cell,
-    free_header,
     header_of,
-    zspage,
 )
 
 import os
@@ -70,7 +63,6 @@ cdef extern from *:
     {
         return *(const uint32_t *)p;
     }
-    #define bit_is_set(bits, n) ((__atomic_load_n(&(bits)[(n) / 64], __ATOMIC_RELAXED) >> (n) % 64) & 1)
     #define bit_set(bits, n) \\
         ((__atomic_fetch_or(&(bits)[(n) / 64], (uint64_t)1 << (n) % 64, __ATOMIC_RELAXED) >> (n) % 64) & 1)
     #define bit_clear(bits, n) \
@@ -78,7 +70,6 @@ cdef extern from *:
     #define fetch_add(p, n) __atomic_fetch_add((p), (n), __ATOMIC_RELAXED)
     """
     uint32_t peek(const void *p) noexcept nogil
-    bint bit_is_set(uint64_t *bits, uint64_t n) noexcept nogil
     bint bit_set(uint64_t *bits, uint64_t n) noexcept nogil     # whether it was set already
     void bit_clear(uint64_t *bits, uint64_t n) noexcept nogil
     uint64_t fetch_add(uint64_t *p, uint64_t n) noexcept nogil
@@ -146,10 +137,10 @@ cdef class Recovery:
         self._look_failed()
         with nogil:
             zr_point(points.spans_rebuilt)
-            self._mend()
-            self._list_zspages()
-            self._list_cells()
-            self._give_back_slots()
+            mend(self)
+            list_zspages(self)
+            list_cells(self)
+            give_back_slots(self)
             zr_point(points.recovered)
         self.table.counters.pages_stored = self.stored
         self.table.counters.compr_data_size = self.compr
@@ -209,7 +200,7 @@ cdef class Recovery:
                 self._scan_slots(piece * PIECE_PAGES, (piece + 1) * PIECE_PAGES)
             else:
                 for span in range(first, last):
-                    self._rebuild_span(span)
+                    rebuild_span(self, span)
 
     # --------------------------------------------------------------------------------------------------------
     # 0: pages
@@ -502,137 +493,3 @@ cdef class Recovery:
         cdef uint64_t slot = self.slots[block], rival = self.slots[other]
         return has_object(slot) and has_object(rival) and (
             cell_obj(self.pool.cells[slot_handle(slot)]) == cell_obj(self.pool.cells[slot_handle(rival)]))
-
-    # --------------------------------------------------------------------------------------------------------
-    # 2: spans
-
-    cdef void _rebuild_span(self, uint32_t span) noexcept nogil:
-        """Make a span's record, its list of free chunks and its bitmap of pages from the bits of its live chunks."""
-        cdef zspage *z = &self.pool.zspages[span]
-        cdef char *base = self.arena.base + (<uint64_t>span << SPAN_SHIFT)
-        cdef char *start
-        cdef size_class *c = NULL
-        cdef uint32_t index = self.pool.span_class[span], chunk, header, needed = 0, excess
-        z.group = NO_ZSPAGE
-        # (Spans of a reserve have pages, and no class.)
-        if index and index <= self.pool.class_count:
-            z.class_index = <uint16_t>(index - 1)
-            z.first_free = NO_CHUNK
-            c = &self.pool.classes[index - 1]
-            for chunk in range(c.objs):
-                if bit_is_set(self._live_bits(span, c), chunk):
-                    z.inuse += 1
-                    z.fresh = <uint16_t>(chunk + 1)
-                    needed |= pages_of_chunk(c, chunk)
-            if z.inuse:
-                z.group = 0
-                if is_mapped(c):
-                    z.fresh = <uint16_t>c.objs
-                else:
-                    needed = (1 << pages_below(c, z.fresh)) - 1
-            needed = self.arena.whole(needed)
-        if not self._has_pages(span, needed):
-            return
-        excess = self.arena.committed[span] & ~needed
-        if excess:
-            self.arena._release(span, excess)
-        self.arena.committed[span] = <uint16_t>needed
-        if z.group == NO_ZSPAGE:
-            return
-        for chunk in range(c.objs):
-            start = base + (c.objs - 1 - chunk) * c.size
-            if bit_is_set(self._live_bits(span, c), c.objs - 1 - chunk):
-                zr_unpoison(start, c.size)
-            elif not is_mapped(c) and c.objs - 1 - chunk < z.fresh:
-                zr_unpoison(start, CHUNK_ALIGN)
-                header = free_header(z.first_free)
-                memcpy(start, &header, HEADER_SIZE)
-                zr_fill(start + HEADER_SIZE, FILL_FREED, CHUNK_ALIGN - HEADER_SIZE)
-                z.first_free = <uint16_t>(c.objs - 1 - chunk)
-
-    # --------------------------------------------------------------------------------------------------------
-    # 3: lists
-
-    cdef void _mend(self) noexcept nogil:
-        """Clear the pins that threads held when the server died, write headers that were wrong, mark lost blocks."""
-        cdef uint64_t i, handle, cell
-        cdef uint32_t header
-        for i in range(self.lost_now):
-            store_relaxed(&self.slots[self.lost_blocks[i]], SLOT_LOST)
-        for i in range(self.mend_count):
-            handle = self.mends[i]
-            if handle == 0:
-                continue        # it was lost since
-            cell = self.pool.cells[handle] & ~<uint64_t>CELL_PIN
-            store_relaxed(&self.pool.cells[handle], cell)
-            if self.pool.zspages[cell_obj(cell) >> SPAN_SHIFT].class_index != self.pool.huge:
-                header = header_of(handle)
-                memcpy(self.arena.base + cell_obj(cell), &header, HEADER_SIZE)
-
-    cdef void _list_zspages(self) noexcept nogil:
-        """Count the zspages and list them by fullness; list the spans that are free."""
-        cdef size_class *c
-        cdef uint32_t span, i
-        cdef uint64_t pages = 0
-        for i in range(self.top):
-            span = self.top - 1 - i
-            if self.pool.zspages[span].group == NO_ZSPAGE:
-                if self.arena.top:
-                    self.arena.links[span] = self.arena.cold
-                    self.arena.cold = span
-                continue
-            if self.arena.top == 0:
-                self.arena.top = span + 1
-            c = &self.pool.classes[self.pool.zspages[span].class_index]
-            c.zspages += 1
-            c.inuse += self.pool.zspages[span].inuse
-            c.committed += bits_set(self.arena.committed[span])
-            pages += bits_set(self.arena.committed[span])
-            zspage_link(self.pool, c, span)
-        # What is beyond was ready, but never in use.
-        self.arena.spans.release(self.arena.base + (<uint64_t>self.arena.top << SPAN_SHIFT),
-                                 <uint64_t>(self.arena.span_count - self.arena.top) << SPAN_SHIFT)
-        store_relaxed(&self.arena.pages, pages)
-        store_relaxed(self.arena.pages_max, max(load_relaxed(self.arena.pages_max), pages))
-
-    cdef void _list_cells(self) noexcept nogil:
-        """List the cells that no slot holds as free."""
-        cdef uint64_t start = 0, end = self.pool.cell_table.size, handle, top = 1, last = 0, used_end
-        while self.pool.cell_table.next_extent(&start, &end):
-            for handle in range(start // sizeof(uint64_t), min(end // sizeof(uint64_t), self.cells_end)):
-                if bit_is_set(<uint64_t *>self.used.base, handle):
-                    top = handle + 1
-                else:
-                    self.leaked += (self.pool.cells[handle] & CELL_LIVE) != 0
-            last = end
-            start = end
-            end = self.pool.cell_table.size
-        for handle in range(1, top):
-            if not bit_is_set(<uint64_t *>self.used.base, top - handle):
-                store_relaxed(&self.pool.cells[top - handle], free_cell(self.pool.cells_free))
-                self.pool.cells_free = top - handle
-        self.pool.cells_top = top
-        self.pool.cells_used = self.handles
-        # Cells beyond are as new.
-        used_end = whole_pages(top * sizeof(uint64_t))
-        self.pool.cells_populated = min(used_end, last) // sizeof(uint64_t)
-        for handle in range(top, min(used_end, last) // sizeof(uint64_t)):
-            store_relaxed(&self.pool.cells[handle], 0)
-        if last > used_end:
-            self.pool.cell_table.release(<char *>self.pool.cells + used_end, last - used_end)
-
-    cdef void _give_back_slots(self) noexcept nogil:
-        """Give the pages back on which no slot is in use."""
-        cdef uint64_t start = 0, end = self.slot_table.size, page, unit = self.arena.unit, i
-        cdef bint touched
-        while self.slot_table.next_extent(&start, &end):
-            page = start >> PAGE_SHIFT
-            while page < end >> PAGE_SHIFT:
-                touched = False
-                for i in range(unit):
-                    touched = touched or (<uint8_t *>self.touches.base)[page + i]
-                if not touched:
-                    self.slot_table.release(self.slot_table.base + (page << PAGE_SHIFT), unit << PAGE_SHIFT)
-                page += unit
-            start = end
-            end = self.slot_table.size

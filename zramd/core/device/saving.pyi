@@ -1,10 +1,18 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
 from zramd.core.device.device import Device
+from zramd.core.device.loading import Stream
 
 MAGIC: bytes
 VERSION: int
+
+@final
+class Writer(Stream):
+    """Writes a save. For this module only."""
+
+    def __init__(self, device: Device, fd: int, live: bool, patience: int) -> None: ...
+    def run(self) -> dict[str, int]: ...
 
 def save(device: Device, fd: int, *, live: bool = False, patience: float = -1) -> dict[str, int]: ...
 def load(
