@@ -32,7 +32,8 @@ def test_a_device(root):
     assert lines[1:] == [
         "[Unit]",
         "Wants=dev-disk-by\\x2dpartuuid-2d54ffa0\\x2d01.device",
-        "After=dev-disk-by\\x2dpartuuid-2d54ffa0\\x2d01.device",
+        "After=dev-disk-by\\x2dpartuuid-2d54ffa0\\x2d01.device "
+        "blockdev@dev-disk-by\\x2dpartuuid-2d54ffa0\\x2d01.target",
         "[Service]",
         "PrivateDevices=no",
         "DevicePolicy=closed",
@@ -85,9 +86,9 @@ def test_what_lies_in_the_way(root):
 )
 def test_systemd_calls_the_device_so(path):
     done = subprocess.run(
-        ["systemd-escape", "--path", "--suffix=device", path], capture_output=True, text=True, check=True
+        ["systemd-escape", "--path", path], capture_output=True, text=True, check=True
     )
-    assert backingunit.device_unit(path) == done.stdout.strip()
+    assert backingunit.unit_name(path) == done.stdout.strip()
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
