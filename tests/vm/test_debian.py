@@ -96,9 +96,7 @@ def with_the_wheel(suite: str, folder: Path, devices: Sequence[str] = ()) -> Deb
     small = image.prepare(ROOT / "build/vm", cloud, Path(zramd.__file__).parent.parent)
     accel = choose_accel(Machine(cloud, small, 256 * MIB, 2, "tcg"), folder)
     images = debian_image.prepare(ROOT / "build/vm", suite, cloud, small)
-    machine = debian.machine(
-        Machine(cloud, images, MEMORY_MIB * MIB, 2, accel), folder, {wheel.name: wheel}
-    )
+    machine = debian.machine(Machine(cloud, images, MEMORY_MIB * MIB, 2, accel), folder, {wheel.name: wheel})
     return Debian(replace(machine, devices=[*machine.devices, *devices]), folder)
 
 

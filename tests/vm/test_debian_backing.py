@@ -4,6 +4,7 @@ The disk is there, comes late, or never; and it must not go before the service h
 lives through all of it, and is booted four times. Each test needs those before it.
 """
 
+import json
 import re
 import shlex
 import sys
@@ -85,7 +86,8 @@ def status(guest: Guest, name: str) -> str:
 
 def out(guest: Guest, name: str) -> int:
     """How many blocks are out."""
-    return int(re.findall(r'"out_pages": ([0-9]+)', guest.run(f"zramd stats {name} --json", SLOW))[0])
+    stats = guest.run(f"guest_tool control /run/zramd/{name}/control.sock GET /stats", SLOW)
+    return int(json.loads(stats)["writeback"]["out_pages"])
 
 
 def gone_out(guest: Guest, name: str, least: int = 100) -> None:
@@ -139,7 +141,7 @@ def not_allowed(guest: Guest) -> None:
     assert (
         f"backing '{DISK}' cannot be opened: no such file or directory: the service may not have it yet: run "
         "'zramd backing allow' with the device's name as root (docs/systemd.md, 'Backing')"
-    ) in status(guest, "zram0")
+    ) in guest.run("journalctl -b -u zramd@zram0 -o cat", SLOW)
     guest.run("systemctl stop zramd@zram0; systemctl reset-failed zramd@zram0; true", SLOW)
 
 
@@ -154,7 +156,6 @@ def kept(guest: Guest) -> None:
         assert out(guest, "zram1") >= 1000, how
         guest.run(f"dd if={device} bs=64k count=128 iflag=direct status=none | cmp - /run/data", SLOW)
     guest.run("zramd detach zram1", SLOW)
-    gone_out(guest, "zram1", 1000)
     guest.run("rm /run/data")
 
 
@@ -180,7 +181,6 @@ def test_of_an_earlier_boot(computer: Debian) -> None:
             shown = guest.run(f"zramd backing show {disk}", SLOW)
             assert f"blocks of {name}, " in shown
             assert "since this machine was booted" in shown
-            assert out(guest, name) == 0
         used(guest, 2)
         verified(guest)
         guest.end_workload()
@@ -214,11 +214,11 @@ def test_a_disk_that_never_comes(computer: Debian) -> None:
     """The machine boots without its swap, and is told why; once the disk comes, there is swap."""
     with computer.on() as guest:
         assert swap(guest) == {}
-        assert f"backing '{LATE_DISK}' cannot be opened: no such file or directory: " in status(guest, "zram0")
+        missing = f"backing '{LATE_DISK}' cannot be opened: no such file or directory: attach that disk"
+        assert missing in status(guest, "zram0")
         guest.run("systemctl is-active zramd@zram1")
         guest.run("systemctl start late.service", SLOW)
         wait_for_swap(guest)
-        used(guest, 4)
         computer.guest.run("systemctl poweroff")
         print(f"poweroff took {guest.wait_for_end(SLOW):.1f} s")
         computer.order("Stopped zramd@zram0.service", "Stopped late.service")

@@ -21,8 +21,8 @@ MARK = (
     "# Written by 'zramd backing allow'. Run that again when zramd.conf gives the device another backing.\n"
 )
 _PATH = re.compile(r"/[\w./+@:=-]+", re.ASCII)
-# The target is there only for a device that a unit makes, as cryptsetup's does: at shutdown that unit takes it away
-# only after what has an After= the target (systemd.special(7)).
+# The target is of devices that a unit makes, as cryptsetup's does: at shutdown that unit takes one away only
+# after what has an After= the target (systemd.special(7)).
 _DEVICE = """\
 [Unit]
 Wants={unit}.device

@@ -85,9 +85,7 @@ def test_what_lies_in_the_way(root):
     "path", ["/dev/sdb1", "/dev/disk/by-id/wwn-0x5000c500a1-part1", "/dev/mapper/vg-swap", "/dev//x_y:z+@=.w"]
 )
 def test_systemd_calls_the_device_so(path):
-    done = subprocess.run(
-        ["systemd-escape", "--path", path], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(["systemd-escape", "--path", path], capture_output=True, text=True, check=True)
     assert backingunit.unit_name(path) == done.stdout.strip()
 
 
