@@ -21,11 +21,13 @@ MARK = (
     "# Written by 'zramd backing allow'. Run that again when zramd.conf gives the device another backing.\n"
 )
 _PATH = re.compile(r"/[\w./+@:=-]+", re.ASCII)
+# Required: a server that starts without its disk fails and is started again, and a boot, which waits for swap, would
+# wait for that without end where a start takes more than 2 s (systemd gives up after 5 starts in 10 s).
 # The target is of devices that a unit makes, as cryptsetup's does: at shutdown that unit takes one away only
 # after what has an After= the target (systemd.special(7)).
 _DEVICE = """\
 [Unit]
-Wants={unit}.device
+Requires={unit}.device
 After={unit}.device blockdev@{unit}.target
 [Service]
 PrivateDevices=no

@@ -31,7 +31,7 @@ def test_a_device(root):
     assert lines[0].startswith("# Written by 'zramd backing allow'.")
     assert lines[1:] == [
         "[Unit]",
-        "Wants=dev-disk-by\\x2dpartuuid-2d54ffa0\\x2d01.device",
+        "Requires=dev-disk-by\\x2dpartuuid-2d54ffa0\\x2d01.device",
         "After=dev-disk-by\\x2dpartuuid-2d54ffa0\\x2d01.device "
         "blockdev@dev-disk-by\\x2dpartuuid-2d54ffa0\\x2d01.target",
         "[Service]",
