@@ -21,8 +21,8 @@ MARK = (
     "# Written by 'zramd backing allow'. Run that again when zramd.conf gives the device another backing.\n"
 )
 _PATH = re.compile(r"/[\w./+@:=-]+", re.ASCII)
-# Required: without its disk a server fails, and is started again. The boot waits for swap, and so for that, for
-# ever where a start takes more than 2 s: systemd gives up after 5 of them in 10 s.
+# Required: without its disk a server fails, and is started again. A boot waits for swap, and so for that, and
+# for ever where a start takes more than 2 s: systemd gives up after 5 of them in 10 s.
 # The target is of devices that a unit makes, as cryptsetup's does: at shutdown that unit takes one away only
 # after what has an After= the target (systemd.special(7)).
 _DEVICE = """\
