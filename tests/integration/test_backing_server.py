@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,34 @@ def refused(serve: Serve, **settings: object) -> str:
     lines = [line for line in served.log.read_text().splitlines() if line.startswith("nbdkit: error: ")]
     assert "Traceback" not in served.log.read_text()
     return lines[0].partition("get_ready: error: ")[2]
+
+
+@pytest.fixture
+def ordinary_io() -> Iterator[None]:
+    """What is started is not of ioprio's class idle, even if the tests are."""
+
+    def ionice(*words: str) -> str:
+        command = ["ionice", *words, "-p", str(threading.get_native_id())]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    was_idle = ionice().startswith("idle")
+    ionice("-c", "best-effort", "-n", "4")
+    yield
+    ionice("-c", "idle" if was_idle else "none")
+
+
+@pytest.mark.usefixtures("ordinary_io")
+def test_only_who_writes_out_leaves_the_disk_to_others(serve: Serve, state: Path, backing: Path) -> None:
+    """Somebody waits for each read of what is out: none of those threads is of the class idle."""
+    put_out(state, backing)
+    served = serve(state=state, backing=backing)
+    client = NbdSocket(served)
+    assert client.read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
+    threads = list(Path(f"/proc/{served.process.pid}/task").iterdir())
+    names = [(thread / "comm").read_text().strip() for thread in threads]
+    said = subprocess.check_output(["ionice", "-p", *(thread.name for thread in threads)], text=True)
+    idle = {name for name, line in zip(names, said.splitlines(), strict=True) if line.startswith("idle")}
+    assert idle == {"zramd-out"}
 
 
 def test_what_is_out_outlives_servers(serve: Serve, state: Path, backing: Path) -> None:

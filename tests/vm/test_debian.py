@@ -8,6 +8,8 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,21 +85,24 @@ class Debian(debian.Computer):
         assert places == sorted(places), [log[place] for place in places]
 
 
-@pytest.fixture(scope="module", params=kernel.SUITES)
-def computer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Debian:
-    """A machine that is off, with zramd's wheel on its second disk."""
-    folder = tmp_path_factory.mktemp("debian")
+def with_the_wheel(suite: str, folder: Path, devices: Sequence[str] = ()) -> Debian:
+    """A machine that is off, with zramd's wheel on its second disk; `devices` are further options of qemu."""
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT],
         check=True,
     )
     wheel = debian.wheel(folder)
-    cloud = kernel.prepare(ROOT / "build/vm", request.param)
+    cloud = kernel.prepare(ROOT / "build/vm", suite)
     small = image.prepare(ROOT / "build/vm", cloud, Path(zramd.__file__).parent.parent)
     accel = choose_accel(Machine(cloud, small, 256 * MIB, 2, "tcg"), folder)
-    images = debian_image.prepare(ROOT / "build/vm", request.param, cloud, small)
-    base = Machine(cloud, images, MEMORY_MIB * MIB, 2, accel)
-    return Debian(debian.machine(base, folder, {wheel.name: wheel}), folder)
+    images = debian_image.prepare(ROOT / "build/vm", suite, cloud, small)
+    machine = debian.machine(Machine(cloud, images, MEMORY_MIB * MIB, 2, accel), folder, {wheel.name: wheel})
+    return Debian(replace(machine, devices=[*machine.devices, *devices]), folder)
+
+
+@pytest.fixture(scope="module", params=kernel.SUITES)
+def computer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Debian:
+    return with_the_wheel(request.param, tmp_path_factory.mktemp("debian"))
 
 
 def swap(guest: Guest) -> dict[str, int]:
@@ -111,7 +116,7 @@ def swap(guest: Guest) -> dict[str, int]:
 
 
 def wait_for(guest: Guest, command: str, wanted: str, seconds: float = SLOW) -> None:
-    end = time.monotonic() + seconds
+    end = time.monotonic() + seconds * guest.machine.patience
     while (found := guest.try_run(command)[1].strip()) != wanted:
         assert time.monotonic() < end, f"'{command}' says '{found}', never '{wanted}'"
         time.sleep(0.5)

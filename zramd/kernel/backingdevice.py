@@ -205,7 +205,8 @@ def _cannot_be_opened(path: str, error: OSError) -> BackingError:
     if _is_hidden(path, error):
         remedy = f"the service may not have it yet: {_ALLOW}"
     elif number in (errno.ENOENT, errno.ENOTDIR):
-        remedy = f"make it, {_PREPARE}"
+        is_disk = path.startswith("/dev/")
+        remedy = "attach that disk, or use one that is there" if is_disk else f"make it, {_PREPARE}"
     elif number in (errno.EACCES, errno.EPERM):
         remedy = "run zramd as a user who may write to it, such as root"
     elif number == errno.EROFS:

@@ -21,10 +21,14 @@ MARK = (
     "# Written by 'zramd backing allow'. Run that again when zramd.conf gives the device another backing.\n"
 )
 _PATH = re.compile(r"/[\w./+@:=-]+", re.ASCII)
+# Required: without its disk a server fails, and is started again. A boot waits for swap, and so for that, and
+# for ever where a start takes more than 2 s: systemd gives up after 5 of them in 10 s.
+# The target is of devices that a unit makes, as cryptsetup's does: at shutdown that unit takes one away only
+# after what has an After= the target (systemd.special(7)).
 _DEVICE = """\
 [Unit]
-Wants={unit}
-After={unit}
+Requires={unit}.device
+After={unit}.device blockdev@{unit}.target
 [Service]
 PrivateDevices=no
 DevicePolicy=closed
@@ -68,17 +72,16 @@ def drop_in_for(path: str) -> str:
             f"'{path}' has characters that a unit cannot have in a path: give the backing by another name"
         )
     if path.startswith("/dev/"):
-        return _DEVICE.format(path=path, unit=device_unit(path))
+        return _DEVICE.format(path=path, unit=unit_name(path))
     return _FILE.format(path=path)
 
 
-def device_unit(path: str) -> str:
-    """Return what systemd calls a device, as systemd-escape --path does."""
-    escaped = "".join(
+def unit_name(path: str) -> str:
+    """Return what systemd calls a path in the names of units, as systemd-escape --path does."""
+    return "".join(
         "-" if letter == "/" else letter if re.match(r"[\w:.]", letter, re.ASCII) else f"\\x{ord(letter):02x}"
         for letter in re.sub("/+", "/", path).strip("/")
     )
-    return f"{escaped}.device"
 
 
 def _write(root: Path, path: Path, text: str) -> None:

@@ -16,14 +16,16 @@ IN_GUEST = "/dev/vdb"  # beside a device that is none of qemu's disks
 class Disk:
     """A preallocated file of `size` bytes in `folder`; `iops`: most requests a second to it, 0: any number.
 
-    Raises VmError when there is no room for it.
+    `name` is its own among the guest's disks: udev has it as /dev/disk/by-id/virtio-NAME. Raises VmError when
+    there is no room for it.
     """
 
-    def __init__(self, folder: Path, size: int, iops: int = 0) -> None:
+    def __init__(self, folder: Path, size: int, iops: int = 0, name: str = "backing") -> None:
         self.size = size
+        self.name = name
         self._iops = iops
-        fd, name = tempfile.mkstemp(prefix="backing-", suffix=".img", dir=folder)
-        self.path = Path(name)
+        fd, path = tempfile.mkstemp(prefix="backing-", suffix=".img", dir=folder)
+        self.path = Path(path)
         try:
             os.posix_fallocate(fd, 0, size)
         except OSError as error:
@@ -40,14 +42,15 @@ class Disk:
 
     def qemu_options(self) -> list[str]:
         """Return what qemu is told of it as a disk of the guest's."""
-        file = f"driver=raw,node-name=backing,discard=unmap,file.driver=file,file.filename={self.path}"
+        node = self.name
+        file = f"driver=raw,node-name={node},discard=unmap,file.driver=file,file.filename={self.path}"
         words = ["-blockdev", file]
-        node = "backing"
         if self._iops:
-            node = "slow"
-            words += ["-object", f"throttle-group,id=iops,x-iops-total={self._iops}"]
-            words += ["-blockdev", "driver=throttle,node-name=slow,throttle-group=iops,file=backing"]
-        return [*words, "-device", f"virtio-blk-pci,drive={node}"]
+            words += ["-object", f"throttle-group,id={node}-iops,x-iops-total={self._iops}"]
+            slow = f"driver=throttle,node-name={node}-slow,throttle-group={node}-iops,file={node}"
+            words += ["-blockdev", slow]
+            node += "-slow"
+        return [*words, "-device", f"virtio-blk-pci,drive={node},serial={self.name}"]
 
 
 def traffic(guest: Guest, device: str = IN_GUEST) -> tuple[int, int]:

@@ -19,6 +19,7 @@ PACKAGES = (
     "systemd",
     "systemd-sysv",  # /sbin/init, and `poweroff`
     "udev",
+    "dmsetup",  # makes a disk when it is told to
     "kmod",
     "dbus",
     "nbdkit",
@@ -28,7 +29,7 @@ PACKAGES = (
     "util-linux",
     "procps",  # sysctl
 )
-MODULES = [*image.BOOT_MODULES, *image.LATER_MODULES]
+MODULES = [*image.BOOT_MODULES, *image.LATER_MODULES, "dm_mod"]
 VENV = "/opt/zramd"  # an empty environment, which takes a minute to make under emulation
 GUEST = Path(__file__).parent / "guest_debian"
 # Not shown by any test, and slow under emulation or at boot.

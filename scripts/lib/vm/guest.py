@@ -22,6 +22,7 @@ from vm.kernel import Kernel
 MIB = 1 << 20
 Beat = dict[str, Any]
 
+PATIENCE = float(os.environ.get("ZRAMD_PATIENCE", "1"))  # how much longer all may take, as in tests/support
 BOOT_TIMEOUT = 90.0  # seconds; it takes 3 to 5 under TCG
 COMMAND_TIMEOUT = 120.0  # an attach takes 3; more than 30 on a crowded machine
 KVM_TIMEOUT = 15.0  # with KVM it takes one
@@ -57,9 +58,9 @@ class Machine:
         return self.kernel.flavour.architecture == "arm64"
 
     @property
-    def patience(self) -> int:
+    def patience(self) -> float:
         """How much longer than a machine of this one's kind it takes for all."""
-        return 6 if self.is_arm64 else 1
+        return PATIENCE * (6 if self.is_arm64 else 1)
 
     def command(self, console: Path, channels: list[int]) -> list[str]:
         """Return qemu's command line; `channels` are the sockets of ttyS1 to ttyS3 and of QMP."""
@@ -195,6 +196,7 @@ class Guest:
         Raises GuestError when it does neither.
         """
         started = time.monotonic()
+        timeout *= self.machine.patience
         try:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:

@@ -122,7 +122,7 @@ def test_nothing_is_there(disk_folder):
 
 def test_a_service_that_cannot_see_a_device(monkeypatch):
     path = "/dev/zramd-test-none"
-    assert "make it, a partition" in refusal(path)
+    assert refusal(path).endswith(": attach that disk, or use one that is there")
     monkeypatch.setenv("INVOCATION_ID", "1" * 32)
     monkeypatch.setattr(backingdevice.os.path, "isdir", lambda path: False)
     assert refusal(path).endswith(

@@ -31,8 +31,9 @@ def test_a_device(root):
     assert lines[0].startswith("# Written by 'zramd backing allow'.")
     assert lines[1:] == [
         "[Unit]",
-        "Wants=dev-disk-by\\x2dpartuuid-2d54ffa0\\x2d01.device",
-        "After=dev-disk-by\\x2dpartuuid-2d54ffa0\\x2d01.device",
+        "Requires=dev-disk-by\\x2dpartuuid-2d54ffa0\\x2d01.device",
+        "After=dev-disk-by\\x2dpartuuid-2d54ffa0\\x2d01.device "
+        "blockdev@dev-disk-by\\x2dpartuuid-2d54ffa0\\x2d01.target",
         "[Service]",
         "PrivateDevices=no",
         "DevicePolicy=closed",
@@ -84,10 +85,8 @@ def test_what_lies_in_the_way(root):
     "path", ["/dev/sdb1", "/dev/disk/by-id/wwn-0x5000c500a1-part1", "/dev/mapper/vg-swap", "/dev//x_y:z+@=.w"]
 )
 def test_systemd_calls_the_device_so(path):
-    done = subprocess.run(
-        ["systemd-escape", "--path", "--suffix=device", path], capture_output=True, text=True, check=True
-    )
-    assert backingunit.device_unit(path) == done.stdout.strip()
+    done = subprocess.run(["systemd-escape", "--path", path], capture_output=True, text=True, check=True)
+    assert backingunit.unit_name(path) == done.stdout.strip()
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
