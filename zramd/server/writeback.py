@@ -42,9 +42,12 @@ KINDS = frozenset({"idle", "huge", "incompressible"})  # what a pass by hand can
 LOOK = 1.0  # seconds between looks at how memory stands
 MOST_PASSES = 16  # by hand, that wait
 HANGS = 30.0  # seconds that a write may take before health tells of it
-# IO_SHARE while memory suffices: one request of a hundred, and no more, is to notice a step. With 5 ms after
-# each the p99 of clients was 2.2 times what it is without.
-CALM_IO_SHARE = 99
+# How many times as long as a step takes of the processor clients have after it. In calm one request of a hundred,
+# and no more, is to notice a step: with 5 ms after each, their p99 was 2.2 times what it is without. While writes
+# are refused, they wait for this.
+SHARES = {"calm": 99, "wanted": IO_SHARE, "full": 1}
+# Seconds that it is at most: where processors are slow, what becomes old has to go out all the same.
+MOST_PAUSE = 0.03
 ERROR_REST = 1.0  # seconds after a write that failed, or an extent that cannot be read
 TELLS = 2.0  # seconds after which the reason does
 
@@ -446,10 +449,10 @@ class Writeback:
         before = Pressure(*self._device.pressure())
         began = self._cpu()
         step()
-        share = CALM_IO_SHARE if self._policy.mode == "calm" else IO_SHARE
+        share = SHARES[self._policy.mode]
         pause = Pressure(*self._device.pressure()).pause(self._cpu() - began, before, share)
         self.yields = pause > 0
-        return pause
+        return min(pause, MOST_PAUSE)
 
     # ------------------------------------------------------------------------------------------------
     # out

@@ -196,8 +196,18 @@ def test_a_superblock_that_is_not_answered() -> None:
     assert device.out == 32
 
 
-@pytest.mark.parametrize(("mode", "pause"), [("calm", 0.99), ("wanted", 0.04), ("full", 0.04)])
-def test_leaves_the_processor_to_clients(mode: str, pause: float) -> None:
+@pytest.mark.parametrize(
+    ("mode", "step", "pause"),
+    [
+        ("calm", 0.0002, 0.0198),
+        ("calm", 0.001, 0.03),  # where a processor is slow, blocks go out all the same
+        ("wanted", 0.001, 0.004),
+        ("wanted", 0.01, 0.03),
+        ("full", 0.002, 0.002),
+        ("full", 0.0001, 0.001),
+    ],
+)
+def test_leaves_the_processor_to_clients(mode: str, step: float, pause: float) -> None:
     device = FakeDevice(*blocks(1000))
     device.mode = mode
     served = make(device)
@@ -205,7 +215,7 @@ def test_leaves_the_processor_to_clients(mode: str, pause: float) -> None:
     served.tick()
     assert not served.yields
     device.inflight = 1
-    device.cpu_of_a_look = 0.01
+    device.cpu_of_a_look = step
     assert served.tick() == pytest.approx(pause)
     assert served.yields
     device.inflight = 0
