@@ -72,7 +72,8 @@ class Service:
         if backing is not None:
             renew = partial(backing.renew, device)
             self.writeback = Writeback(device, Hands(device), config, self.tiers, renew=renew)
-            self.out_worker = Worker(self.writeback, name="zramd-out", prepare=idle_io)
+            # Not nice: on one busy processor less would go out than comes in. It leaves clients time by itself.
+            self.out_worker = Worker(self.writeback, name="zramd-out", nice=0, prepare=idle_io)
         self.device = device
         self.backing = backing
         self._rundir = rundir

@@ -18,7 +18,7 @@ from zramd.core.system.threads import start_thread
 from zramd.errors import is_shortage, sentence
 from zramd.server.log import say
 
-NICE = 10
+NICE = 10  # of a thread whose work can wait as long as clients have any
 PAUSE = 0.1  # seconds, where there is no memory to wait longer
 
 
@@ -66,11 +66,13 @@ class Worker:
         self,
         *parts: Part,
         name: str = "zramd-worker",
+        nice: int = NICE,
         prepare: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`prepare` is what the thread does first; it may raise OSError, which is passed over."""
+        """`prepare` is what the thread does first; it may raise OSError, which is passed over. nice: 0: as it is."""
         self._name = name
+        self._nice = nice
         self._prepare = prepare
         self._clock = clock
         self._turns = [_Turn(part) for part in parts]
@@ -147,8 +149,9 @@ class Worker:
 
     def _work(self) -> None:
         name_thread(self._name)
-        with suppress(OSError):  # a sandbox may forbid it: clients then compete on equal terms
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        if self._nice:
+            with suppress(OSError):  # a sandbox may forbid it: clients then compete on equal terms
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
         with suppress(OSError):
             self._prepare()
         try:

@@ -315,13 +315,15 @@ class TestThread:
             compactor.compact_now(10)
         worker.stop()
 
-    def test_is_nice(self) -> None:
+    @pytest.mark.parametrize("nice", [None, 0])
+    def test_is_nice(self, nice: int | None) -> None:
         device = FakeDevice(freeable=500)
         seen: list[int] = []
         device.during_step = lambda: seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         compactor = make(device)
-        worker = Worker(compactor)
+        worker = Worker(compactor) if nice is None else Worker(compactor, nice=nice)
         worker.start()
         compactor.compact_now(10)
         worker.stop()
-        assert seen[0] >= 10
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        assert seen[0] == (max(10, before) if nice is None else before)
