@@ -72,7 +72,7 @@ class Service:
         if backing is not None:
             renew = partial(backing.renew, device)
             self.writeback = Writeback(device, Hands(device), config, self.tiers, renew=renew)
-            # Not nice: on one busy processor less would go out than comes in. It leaves clients time by itself.
+            # Not nice: on one busy processor less would go out than comes in. It leaves clients time itself.
             self.out_worker = Worker(self.writeback, name="zramd-out", nice=0, prepare=idle_io)
         self.device = device
         self.backing = backing

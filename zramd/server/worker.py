@@ -70,7 +70,10 @@ class Worker:
         prepare: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`prepare` is what the thread does first; it may raise OSError, which is passed over. nice: 0: as it is."""
+        """`prepare` is what the thread does first; it may raise OSError, which is passed over.
+
+        nice: 0 leaves it as it is.
+        """
         self._name = name
         self._nice = nice
         self._prepare = prepare

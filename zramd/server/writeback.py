@@ -42,9 +42,9 @@ KINDS = frozenset({"idle", "huge", "incompressible"})  # what a pass by hand can
 LOOK = 1.0  # seconds between looks at how memory stands
 MOST_PASSES = 16  # by hand, that wait
 HANGS = 30.0  # seconds that a write may take before health tells of it
-# How many times as long as a step takes of the processor clients have after it. In calm one request of a hundred,
-# and no more, is to notice a step: with 5 ms after each, their p99 was 2.2 times what it is without. While writes
-# are refused, they wait for this.
+# How many times as long as a step takes of the processor clients have after it. In calm one request of a
+# hundred, and no more, is to notice a step: with 5 ms after each, their p99 was 2.2 times what it is without.
+# While writes are refused, they wait for this.
 SHARES = {"calm": 99, "wanted": IO_SHARE, "full": 1}
 # Seconds that it is at most: where processors are slow, what becomes old has to go out all the same.
 MOST_PAUSE = 0.03
