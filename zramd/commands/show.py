@@ -91,9 +91,8 @@ def change(arguments: argparse.Namespace) -> int:
         value = config.value(setting, text)
         # A relative path is meant from here, not from where the server is.
         pairs.append((setting.name, value if setting.name == "backing" else text))
-    pairs.sort(
-        key=lambda pair: pair[0] != "backing"
-    )  # first: only that can be refused for what the server finds
+    # First what the server may refuse for what it finds there: then none is set.
+    pairs.sort(key=lambda pair: pair[0] != "backing")
     served = servers.find(arguments.name, arguments.rundir)
     for name, text in pairs:
         answer = served.ask_json("PUT", f"/{name}", text)
