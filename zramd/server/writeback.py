@@ -375,6 +375,7 @@ class Writeback:
             self._forgotten = False
             self._walk = None
             self._drop()
+            self._read_errors, self._unreadable_until = 0, float("-inf")  # nothing is out that could not be read
         if self._mended:
             self._mended = False
             self._policy.mended()
