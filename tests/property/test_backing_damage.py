@@ -1,6 +1,6 @@
-"""A backing of which any bits have changed: what a request reads of it is right, or it says which block is not.
+"""A backing of which any bits have changed: what a request reads is right, or it says which block is not.
 
-Requests of any offset and length, on blocks that are out beside each other, apart, or not at all, in every order.
+Requests of any offset and length, on blocks that are out beside each other, apart, or not at all.
 """
 
 import random
