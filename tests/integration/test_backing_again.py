@@ -205,6 +205,8 @@ def test_the_same_path_again(started: Callable[..., Started], state: Path, disk_
         done = give(served, f"backing={word}")
         assert (done.returncode, done.stderr) == (0, "")
         assert served.ask("/settings")["backing"] == str(path)
+    assert served.restart(f"backing={relative}").returncode == 0
+    assert served.ask("/settings")["backing"] == str(backing)
     assert zramd("backing", "format", "--force", backing).returncode == 1
     assert client_of(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
 

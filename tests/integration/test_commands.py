@@ -348,7 +348,10 @@ class TestShow:
         sentence = refused("set", *at(served), "size=1G", status=2)
         assert sentence.startswith("disksize cannot be changed while the device is served: clients were told")
         assert "did you mean 'mem_limit'?" in refused("set", *at(served), "memlimit=1G", status=2)
+        sentence = refused("set", *at(served), "mem_limit=1G", "compaction=off", "mem_limit=2G", status=2)
+        assert sentence == "mem_limit='2G' is a second value: mem_limit is already '1G'"
         assert json.loads(served.request("GET", "/health")[1])["compactor"] != "off"
+        assert json.loads(served.request("GET", "/settings")[1])["mem_limit"] == 0
 
     def test_check(self, serve: Serve) -> None:
         served = serve()

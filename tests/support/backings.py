@@ -16,8 +16,9 @@ SECTOR = 512
 class Disk:
     """What a backing is on: a file in memory, of so many extents; the first is the superblock's."""
 
-    def __init__(self, extents: int = 16, *, granule: int = 0) -> None:
+    def __init__(self, extents: int = 16, *, granule: int = 0, sector: int = SECTOR) -> None:
         self.size = extents * EXTENT
+        self.sector = sector
         self.granule = granule or granule_of(self.size)
         self.fd = os.memfd_create("backing")
         os.ftruncate(self.fd, self.size)
@@ -36,7 +37,7 @@ class Disk:
 
     def backing(self) -> Backing:
         """Another look at it, as the next process has."""
-        return Backing(self.fd, self.size, self.granule, SECTOR)
+        return Backing(self.fd, self.size, self.granule, self.sector)
 
     def device(self, size: int, *, claims: bool = True, **settings: Any) -> Device:
         """A device that has it, and claims it unless a block is out."""

@@ -82,18 +82,17 @@ def change(arguments: argparse.Namespace) -> int:
     """
     if not arguments.settings:
         raise UsageError("nothing to set: write it as in 'zramd set NAME mem_limit=2G'")
-    pairs = []
+    given: dict[str, str] = {}
     for word in arguments.settings:
         key, _, text = word.partition("=")
-        setting = config.find(key)
+        setting = config.find_once(key, text, given)
         if setting.fixed:
             raise UsageError(f"{setting.name} cannot be changed while the device is served: {setting.fixed}")
         value = config.value(setting, text)
-        # A relative path is meant from here, not from where the server is.
-        pairs.append((setting.name, value if setting.name == "backing" else text))
-    pairs.sort(
-        key=lambda pair: pair[0] != "backing"
-    )  # first: only that can be refused for what the server finds
+        if setting.name == "backing":
+            given[setting.name] = value  # a relative path is meant from here, not from where the server is
+    # First what the server may refuse for what it finds there: then none is set.
+    pairs = sorted(given.items(), key=lambda pair: pair[0] != "backing")
     served = servers.find(arguments.name, arguments.rundir)
     for name, text in pairs:
         answer = served.ask_json("PUT", f"/{name}", text)

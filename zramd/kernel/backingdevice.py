@@ -70,20 +70,20 @@ def open_again(path: str, now: Opened) -> Opened:
 
     Raises BackingError.
     """
-    if _leads_to(path, now):  # nobody can have that alone twice
-        return _looked_at(path, os.dup(now.fd))
-    return open_alone(path)
-
-
-def _leads_to(path: str, opened: Opened) -> bool:
-    """Say whether a path leads to what is open: to the same device of the kernel, or the same file."""
+    there = open_to_look(path)  # the next server is to find the path as good as we do
     try:
-        there = os.stat(path)
-    except OSError:
-        return False  # what is the matter with it, opening it says
-    if stat.S_ISBLK(there.st_mode):
-        return opened.is_block and there.st_rdev == opened.number
-    return os.path.samestat(there, os.fstat(opened.fd))
+        is_ours = _is_same(there, now)
+    finally:
+        os.close(there.fd)
+    # Nobody can have that alone twice.
+    return _looked_at(path, os.dup(now.fd)) if is_ours else open_alone(path)
+
+
+def _is_same(one: Opened, other: Opened) -> bool:
+    """Say whether both are one device of the kernel, or one file."""
+    if one.is_block:
+        return other.is_block and one.number == other.number
+    return os.path.sameopenfile(one.fd, other.fd)
 
 
 def is_used(opened: Opened) -> bool:

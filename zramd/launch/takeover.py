@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from zramd.contract import handover, rundir
@@ -311,7 +312,10 @@ def _pairs(settings: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str, str]]:
-    """Return the settings with those that the user wants otherwise. Raises ConfigError, UsageError."""
+    """Return the settings with those that the user wants otherwise. Raises ConfigError, UsageError.
+
+    A relative path is meant from here, not from where the server is.
+    """
     before = config.parse(pairs)
     given = [(key, value) for key, _, value in (word.partition("=") for word in words)]
     names = {config.find(key).name for key, _ in given}
@@ -323,7 +327,7 @@ def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str,
                 f"{name}='{getattr(parsed, name)}' would make it another device: a restart keeps "
                 f"{name}={getattr(before, name)}"
             )
-    return after
+    return _pairs(asdict(parsed))
 
 
 def unit_of(served: servers.Served, process: peer.Process) -> str:

@@ -158,12 +158,13 @@ class BackingFile:
         _check_place(replace(self._config, backing=path), opened)
         if opened.size < self._size:
             raise BackingError(
-                f"backing '{path}' is not as it was: it has {opened.size} bytes, and needs {self._size}"
+                f"backing '{path}' has {opened.size} bytes, and the device needs {self._size}: make it as "
+                "large as it was"
             )
         if opened.sector > self.core.sector:
             raise BackingError(
-                f"backing '{path}' is not as it was: it is read in sectors of {opened.sector} bytes, and "
-                f"needs {self.core.sector} or less"
+                f"backing '{path}' is read in sectors of {opened.sector} bytes, and the server in ones of "
+                f"{self.core.sector}: give it by 'zramd restart {self._config.name} backing={path}'"
             )
 
     def _change_to(self, opened: Opened) -> None:

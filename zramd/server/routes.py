@@ -27,6 +27,7 @@ from zramd.errors import (
     UsageError,
     ZramdError,
     is_shortage,
+    printable,
     reason,
     sentence,
 )
@@ -143,7 +144,7 @@ class RefusedError(Exception):
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
-        self.reply = Reply(status, TEXT, sentence + "\n")
+        self.reply = Reply(status, TEXT, printable(sentence) + "\n")
 
 
 Handler = Callable[[str], Reply]  # from the body, or from what follows in the path, to the answer
@@ -205,11 +206,11 @@ class Routes:
         except RefusedError as refused:
             return refused.reply
         except (ConfigError, UsageError) as error:
-            return Reply(400, TEXT, f"{error}\n")
+            return _refused(400, error)
         except DeviceError as error:
-            return Reply(409, TEXT, f"{error}\n")
+            return _refused(409, error)
         except Exception as error:
-            return Reply(500, TEXT, f"{sentence(error) or error or type(error).__name__}\n")
+            return _refused(500, error)
 
     def send(self, fd: int, path: str) -> None:
         """Answer one of STREAMS_OUT, after the header."""
@@ -226,9 +227,9 @@ class Routes:
             with self._under_way("load"):
                 return _json(self._service.load(fd, begun, length))
         except DeviceError as error:
-            return Reply(409, TEXT, f"{error}\n")
+            return _refused(409, error)
         except (ZramdError, MemoryError) as error:
-            return Reply(422, TEXT, f"{error}\n")
+            return _refused(422, error)
 
     @contextmanager
     def _under_way(self, what: str) -> Iterator[None]:
@@ -392,3 +393,7 @@ def _written(handler: Handler) -> dict[str, Handler]:
 
 def _json(values: dict[str, Any]) -> Reply:
     return Reply(200, _JSON, json.dumps(values) + "\n")
+
+
+def _refused(status: int, error: Exception) -> Reply:
+    return RefusedError(status, sentence(error) or str(error) or type(error).__name__).reply

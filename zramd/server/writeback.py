@@ -378,6 +378,8 @@ class Writeback:
             self._forgotten = False
             self._walk = None
             self._drop()
+            # Nothing is out that could not be read.
+            self._read_errors, self._unreadable_until = 0, float("-inf")
         if self._mended:
             self._mended = False
             self._policy.mended()

@@ -506,12 +506,7 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
     given: dict[str, str] = {}
     values: dict[str, Any] = {}
     for key, text in pairs:
-        setting = find(key)
-        if setting.name in given:
-            raise ConfigError(
-                f"{key}='{text}' is a second value: {setting.name} is already '{given[setting.name]}'"
-            )
-        given[setting.name] = text
+        setting = find_once(key, text, given)
         values[setting.name] = value(setting, text)
     for setting in SETTINGS:
         if setting.name not in values and setting.default is not None:
@@ -538,6 +533,20 @@ def _refuse_own_names(values: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{key}='{values[key]}' is the name of a file of the server's own: use another name"
             )
+
+
+def find_once(key: str, text: str, given: dict[str, str]) -> Setting:
+    """Return the setting that a key names, and note its text in `given`, by the setting's name.
+
+    Raises ConfigError for an unknown key, and for a second value of one setting.
+    """
+    setting = find(key)
+    if setting.name in given:
+        raise ConfigError(
+            f"{key}='{text}' is a second value: {setting.name} is already '{given[setting.name]}'"
+        )
+    given[setting.name] = text
+    return setting
 
 
 def value(setting: Setting, text: str) -> Any:

@@ -416,6 +416,19 @@ class TestReattach:
         os.unlink(place.path)
         place.path = other  # of the next server
 
+    def test_a_name_that_the_next_server_would_refuse(self, place, made):
+        """Also of what is ours already: a restart is to find it, too."""
+        hard = place.path.with_name("hard")
+        os.link(place.path, hard)
+        for path in (hard, place.path):
+            with pytest.raises(BackingError, match=f"'{path}' has another name elsewhere, a hard link"):
+                made.reattach(str(path))
+        hard.unlink()
+        place.path.chmod(0o666)
+        assert self.refusal(made, place.path).startswith("is not used: other users may write to ")
+        place.path.chmod(0o600)
+        made.reattach(str(place.path))
+
     def test_the_same_path(self, place, made):
         """It cannot be opened twice, and need not be: it works again."""
         for _ in range(3):
@@ -453,8 +466,8 @@ class TestReattach:
 
     def test_a_smaller_one(self, made, other):
         os.truncate(other, SIZE - EXTENT)
-        assert (
-            self.refusal(made, other) == f"is not as it was: it has {SIZE - EXTENT} bytes, and needs {SIZE}"
+        assert self.refusal(made, other) == (
+            f"has {SIZE - EXTENT} bytes, and the device needs {SIZE}: make it as large as it was"
         )
 
     def test_a_larger_one(self, place, made, other):
@@ -487,7 +500,8 @@ class TestReattach:
         assert small.core.sector == 512
         small.take_over(Device(backing_id=small.id))
         assert self.refusal(small, disk_folder / "b") == (
-            "is not as it was: it is read in sectors of 4096 bytes, and needs 512 or less"
+            "is read in sectors of 4096 bytes, and the server in ones of 512: give it by "
+            f"'zramd restart swap0 backing={disk_folder}/b'"
         )
 
     def test_what_is_none(self, made, other, disk_folder):

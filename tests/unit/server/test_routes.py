@@ -55,6 +55,15 @@ def test_wrong_method(running: Running, method: str, path: str, allow: str) -> N
     assert f"\r\nAllow: {allow}\r\n".encode() in answer
 
 
+def test_what_was_sent_is_quoted_in_one_line(running: Running) -> None:
+    """A command shows the first: the rest would be missing, and a terminal obey what is in it."""
+    code, text = running.ask("PUT", "/mem_limit", "1\n\x1b[31mG")
+    assert (code, text.count("\n"), "\x1b" in text) == (400, 1, False)
+    assert r"'1\x0a\x1b[31mG'" in text
+    running.service.tiers_off = "backing 'a\nb' is not there"
+    assert running.ask("PUT", "/recompress", "type=idle") == (409, "backing 'a\\x0ab' is not there\n")
+
+
 def test_recompress(running: Running) -> None:
     code, text = running.ask("PUT", "/recompress", "type=huge_idle  threshold=300 max_pages=7\n")
     kinds = ["huge", "idle"]

@@ -331,6 +331,21 @@ class TestForget:
         assert len(device.flushes) == before
         assert device.pending == 0
 
+    def test_what_could_not_be_read(self) -> None:
+        """It has gone, and what fails from now on is news, however much did before."""
+        device = FakeDevice(*blocks(100))
+        served = make(device)
+        device.read_errors = 9
+        run(device, served, 20)
+        assert served.trouble
+        device.read_errors = 0
+        served.forget()
+        run(device, served, 1)
+        assert served.trouble == ""
+        device.read_errors = 1
+        run(device, served, 20)
+        assert served.trouble == "backing '/dev/sdz' fails: blocks that are out cannot be read"
+
     def test_in_the_middle_of_a_write(self) -> None:
         device = FakeDevice(*blocks(1000))
         served = make(device)
