@@ -156,12 +156,12 @@ def kept(guest: Guest) -> None:
         assert out(guest, "zram1") >= 1000, how
         guest.run(f"dd if={device} bs=64k count=128 iflag=direct status=none | cmp - /run/data", SLOW)
     guest.run("zramd detach zram1", SLOW)
-    guest.run("rm /run/data")
+    guest.run("systemctl stop zramd@zram1 && rm /run/data", SLOW)  # the other needs the memory
 
 
 def restart(guest: Guest) -> None:
     """What is out on the disk comes back before the server ends; then blocks go out as before."""
-    assert guest.phase("free 70", SLOW)["freed"] > 0
+    assert guest.phase("free 85", SLOW)["freed"] > 0
     guest.phase("pageout", SLOW)
     gone_out(guest, "zram0")
     before = guest.run("cat /run/zramd/zram0/pid")
