@@ -118,6 +118,9 @@ def test_a_disk_that_is_there(computer: Debian) -> None:
             guest.run(line, SLOW)
         write(guest, "/etc/zramd.conf", CONFIGURATION)
         guest.run("zramd install-units", SLOW)
+        for unit in ("zramd@", "zramd-attach@"):
+            patience = f"[Service]\nTimeoutStartSec={90 * guest.machine.patience:.0f}\n"
+            write(guest, f"/etc/systemd/system/{unit}.service.d/patience.conf", patience)
         not_allowed(guest)
         for name in ("zram0", "zram1"):
             assert f"next: systemctl restart zramd@{name}" in guest.run(f"zramd backing allow {name}", SLOW)
