@@ -118,6 +118,9 @@ def test_a_disk_that_is_there(computer: Debian) -> None:
             guest.run(line, SLOW)
         write(guest, "/etc/zramd.conf", CONFIGURATION)
         guest.run("zramd install-units", SLOW)
+        for unit in ("zramd@", "zramd-attach@"):
+            patience = f"[Service]\nTimeoutStartSec={90 * guest.machine.patience:.0f}\n"
+            write(guest, f"/etc/systemd/system/{unit}.service.d/patience.conf", patience)
         not_allowed(guest)
         for name in ("zram0", "zram1"):
             assert f"next: systemctl restart zramd@{name}" in guest.run(f"zramd backing allow {name}", SLOW)
@@ -156,12 +159,12 @@ def kept(guest: Guest) -> None:
         assert out(guest, "zram1") >= 1000, how
         guest.run(f"dd if={device} bs=64k count=128 iflag=direct status=none | cmp - /run/data", SLOW)
     guest.run("zramd detach zram1", SLOW)
-    guest.run("rm /run/data")
+    guest.run("systemctl stop zramd@zram1 && rm /run/data", SLOW)  # the other needs the memory
 
 
 def restart(guest: Guest) -> None:
     """What is out on the disk comes back before the server ends; then blocks go out as before."""
-    assert guest.phase("free 70", SLOW)["freed"] > 0
+    assert guest.phase("free 85", SLOW)["freed"] > 0
     guest.phase("pageout", SLOW)
     gone_out(guest, "zram0")
     before = guest.run("cat /run/zramd/zram0/pid")
