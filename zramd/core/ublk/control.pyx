@@ -154,7 +154,8 @@ cdef class Control:
     """The kernel's ublk devices, by their numbers: /dev/ublkb3 is number 3. A context manager; one thread at a time.
 
     timeout: seconds that a command may take; each method may be given another. Raises UblkError, with the errno of the
-    system, when there is no /dev/ublk-control, it may not be opened, or there is no io_uring. Every method raises UblkError;
+    system, when there is no /dev/ublk-control, it may not be opened, or there is no io_uring; MemoryError.
+    Every method raises UblkError;
     ETIME: the kernel has not answered in time, and the command may still be done. After that no other can be given.
     """
 
