@@ -52,7 +52,6 @@ from zramd.core.ublk.protocol cimport (
 from zramd.core.ublk.ring cimport (
     OP_URING_CMD,
     completion,
-    ring,
     ring_close,
     ring_completed,
     ring_completion,
