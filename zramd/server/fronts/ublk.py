@@ -98,7 +98,9 @@ class Ublk(Front):
             if number != self._number:
                 raise DeviceError(f"{_path(number)} is not attached: it is {_path(self._number)}")
             if not self._release(ENDING):
-                raise DeviceError(f"the kernel has not stopped {_path(number)}: 'zramd detach' does that first")
+                raise DeviceError(
+                    f"the kernel has not stopped {_path(number)}: 'zramd detach' does that first"
+                )
 
     def chores(self) -> list[Chore]:
         """See Front.chores."""
