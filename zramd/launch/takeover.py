@@ -1,7 +1,9 @@
 """A new server takes over from a running one, with all data; its clients see only a pause.
 
-One of front=ublk has no sockets to hand on: its client is this machine's kernel, which waits until `zramd
-attach`'s keeper has given its device to the new server. All that can fail is done before the old server is asked to leave: see zramd.contract.handover. The old
+One of front=ublk has no sockets to hand on: its client is this machine's kernel, which waits until the keeper
+of `zramd attach` has given its device to the new server.
+
+All that can fail is done before the old server is asked to leave: see zramd.contract.handover. The old
 server's side is zramd.server.leaving, the new one's zramd.server.takeover.
 """
 
@@ -10,12 +12,22 @@ import signal
 import socket
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from zramd.contract import handover, rundir
 from zramd.control import life, peer, servers
-from zramd.errors import AttachError, DeviceError, RundirError, UsageError, is_shortage, reason
+from zramd.errors import (
+    AttachError,
+    DeviceError,
+    RundirError,
+    UsageError,
+    ZramdError,
+    is_shortage,
+    reason,
+    say,
+    sentence,
+)
 from zramd.kernel import attached
 from zramd.launch import background, filters, nbdkit, spawn, ublkserver
 from zramd.process import inherited, interrupts, pidfd
@@ -55,6 +67,7 @@ def restart(name: str | None, folder: str | None, words: list[str]) -> Restarted
         step("restart.turn")
         served.look_again()
         pid, away = _replace(served, words, turn)
+        _renew_standby(served, turn)
     step("restart.serves")
     return Restarted(served.name, pid, away)
 
@@ -123,7 +136,7 @@ def _refuse_other_front(served: servers.Served, health: dict[str, Any], before: 
     if before != after and health["clients"]:
         raise DeviceError(
             f"{served.name} is in use over front={before}, and its clients cannot follow to front={after}: "
-            f"detach it, or disconnect them, first"
+            "detach it, or disconnect them, first"
         )
 
 
@@ -139,10 +152,52 @@ def _await_device(served: servers.Served, health: dict[str, Any], pid: int) -> N
     while not served.ask_json("GET", "/health")["ublk"]["serving"]:
         if time.monotonic() > end:
             raise DeviceError(
-                f"{served.name} is served by process {pid} now, but nobody has given /dev/ublkb"
-                f"{before['number']} to it within {DEVICE_TIMEOUT:g} seconds: run 'zramd attach {served.name}'"
+                f"{served.name} is served by process {pid} now, but nobody has given "
+                f"/dev/ublkb{before['number']} to it within {DEVICE_TIMEOUT:g} seconds: "
+                f"run 'zramd attach {served.name}'"
             )
         time.sleep(0.002)
+
+
+def _renew_standby(served: servers.Served, turn: life.Turn) -> None:
+    """Put a new server on standby if one was: the old one knows neither new settings nor a new version."""
+    try:
+        pid = rundir.standby(served.path)
+        if pid is None:
+            return
+        process = pidfd.open_number(pid)
+        if process is not None and rundir.standby(served.path) == pid:
+            signal.pidfd_send_signal(process, signal.SIGKILL)  # it holds nothing but what it needs itself
+            pidfd.has_ended(process, END_TIMEOUT)
+        stand_by(served, turn)
+    except (ZramdError, OSError) as error:
+        say(f"{served.name} has no new server on standby: {sentence(error)}")
+
+
+def stand_by(served: servers.Served, turn: life.Turn) -> int:
+    """Start a server as the one that serves, for when that has ended; return its process once it is ready.
+
+    Raises DeviceError, when there is one already, too.
+    """
+    process = served.process()
+    peer.must_be_ours(process, served.name)
+    settings = served.ask_json("GET", "/settings")
+    if not settings.get("state"):
+        raise DeviceError(f"{served.name} has no state: nobody could take over after a crash")
+    if (other := rundir.standby(served.path)) is not None:
+        raise DeviceError(f"{served.name} has a server on standby already: {other}")
+    line = _told(served, process, "cmdline")
+    filters.refuse(served.name, line)
+    plan = _plan(served, line, _pairs(settings))
+    old = _Old(served, process)
+    old.take_sockets()
+    new = _Successor(plan, old, turn, standby=True)
+    try:
+        new.wait_until_ready()
+    except BaseException:
+        new.kill()
+        raise
+    return new.pid
 
 
 def _come_back(
@@ -262,24 +317,27 @@ class _Successor:
         self._link = ours
         self.tells = False  # it has begun to tell the old one
         # Above those that nbdkit takes for sockets of its own.
-        kept = (inherited.high(theirs.fileno()), inherited.high(old.process), turn.fd)
-        copies = [inherited.high(fd) for fd in old.listening]
+        kept = (inherited.high(theirs.fileno()), inherited.high(old.process))
+        listens = plan.settings.front != "ublk"
+        copies = [inherited.high(fd) for fd in old.listening if listens]
 
         def prepare() -> None:
             os.fchdir(old.folder)  # before its number is a socket's
             for number, fd in enumerate(copies, _FIRST):
                 os.dup2(fd, number)
-            words = turn.words() | {
-                handover.TAKES_OVER: handover.order(*kept[:2], old.leaves_pid, standby=standby),
+            words = ({} if standby else turn.words()) | {
+                handover.TAKES_OVER: handover.order(*kept, old.leaves_pid, standby=standby),
                 rundir.BACKGROUND: "1",
             }
             if copies:
                 words |= {"LISTEN_FDS": str(len(copies)), "LISTEN_PID": str(os.getpid())}
             background.give(words | ({handover.MADE: "1"} if old.made else {}), *kept)
+            if not standby:
+                background.give({}, turn.fd)
 
         with interrupts.blocked():
             self.pid, self._process, self._errors = spawn.spawn(plan.argv, prepare)
-        for fd in (*kept[:2], *copies):
+        for fd in (*kept, *copies):
             os.close(fd)
         theirs.close()
 
@@ -355,6 +413,8 @@ def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str,
     names = {config.find(key).name for key, _ in given}
     after = [*((key, value) for key, value in pairs if key not in names), *given]
     parsed = config.parse(after)
+    if parsed.front == "auto":  # it has been chosen already
+        parsed = replace(parsed, front=before.front)
     for name in _KEPT:
         if getattr(parsed, name) != getattr(before, name):
             raise UsageError(
