@@ -151,7 +151,7 @@ def test_what_is_no_device_of_ublks_is_refused(device: Device) -> None:
     assert device.ask("DELETE", "/ublk", '{"number": 3}')[0] == 200
     assert device.ask("DELETE", "/ublk", "{}")[0] == 400
     assert device.health()["clients"] == 0
-    wait_until(lambda: len(os.listdir(f"/proc/{device.pid}/fd")) == before)  # none is kept
+    wait_until(lambda: len(os.listdir(f"/proc/{device.pid}/fd")) <= before)  # none is kept
 
 
 @pytest.mark.parametrize(
