@@ -54,7 +54,9 @@ def commands() -> None:
         assert not control.info(0).recovers
         refused(errno.EEXIST, "/dev/ublkb5 exists already", lambda: control.add(5))
         refused(errno.EACCES, "ublks_max", lambda: control.add(1000))
-        refused(errno.ENODEV, "cannot ask about /dev/ublkb7: there is no such device", lambda: control.info(7))
+        refused(
+            errno.ENODEV, "cannot ask about /dev/ublkb7: there is no such device", lambda: control.info(7)
+        )
         refused(errno.EINVAL, "no parameters yet", lambda: control.start(5, os.getpid()))
         control.set_params(5, SIZE, max_io_bytes=65536)
         assert control.params(5) == {
@@ -73,7 +75,11 @@ def commands() -> None:
         control.delete(5)
         control.delete(0, wait=False)
         refused(errno.ENODEV, "no such device", lambda: control.delete(0, wait=False))
-        for wrong in (lambda: control.set_params(0, 5000), lambda: control.add(queues=0), lambda: control.add(depth=4097)):
+        for wrong in (
+            lambda: control.set_params(0, 5000),
+            lambda: control.add(queues=0),
+            lambda: control.add(depth=4097),
+        ):
             try:
                 wrong()
             except ValueError:
@@ -92,7 +98,11 @@ def silence() -> None:
 
 def no_rings() -> None:
     """Who cannot have a ring is told why."""
-    for code, words in ((errno.ENOSYS, "older than Linux 5.4"), (errno.EPERM, "seccomp"), (errno.EINVAL, "Linux 6.0")):
+    for code, words in (
+        (errno.ENOSYS, "older than Linux 5.4"),
+        (errno.EPERM, "seccomp"),
+        (errno.EINVAL, "Linux 6.0"),
+    ):
         KERNEL.library.fake_no_rings(code)
         assert words in available(CONTROL), available(CONTROL)
         refused(code, words, lambda: Control(CONTROL))
@@ -219,6 +229,48 @@ def out() -> None:
     assert after["out_pages"] == before["out_pages"]
     over(disk, queues)
     device.check()
+
+
+def readers() -> None:
+    """While the disk of the backing stands still, its readers wait, and nobody else: each queue goes on, at depth 2."""
+    device = Disk().device(SIZE)
+    queues = Queues(device, 2, 8, 65536)
+    disk = KERNEL.disk(queues, SIZE)
+    for number in range(4):
+        disk.write(compressible(number), number * BLOCK)
+    write_out(device)
+    disk.write(noise(9), 9 * BLOCK)
+    KERNEL.library.fake_stand_still(1)
+    found: list[bytes] = []
+    waiting = [
+        threading.Thread(target=lambda n=number: found.append(disk.read(n * BLOCK, queue=n % 2)))
+        for number in range(4)
+    ]
+    for one in waiting:
+        one.start()
+    wait_until(lambda: queues.stats()["ublk_away"] == 4)
+    for queue in (0, 1, 0, 1):
+        assert disk.read(9 * BLOCK, queue=queue) == noise(9)
+        disk.write(noise(10), 10 * BLOCK, queue)
+    device.check()
+    assert not found
+    KERNEL.library.fake_stand_still(0)
+    for one in waiting:
+        one.join()
+    assert sorted(found) == sorted(compressible(number) for number in range(4))
+    # queues that end while a reader is at work wait for it, and nothing is left
+    KERNEL.library.fake_stand_still(1)
+    late = threading.Thread(target=lambda: found.append(disk.read(0)))
+    late.start()
+    wait_until(lambda: queues.stats()["ublk_away"] == 5)
+    closing = threading.Thread(target=queues.close)
+    closing.start()
+    KERNEL.library.fake_stand_still(0)
+    closing.join()
+    disk.serve(successor := Queues(device, 2, 8, 65536))
+    late.join()
+    assert found[-1] == compressible(0)
+    over(disk, successor)
 
 
 def short_of_memory() -> None:
@@ -415,7 +467,9 @@ def stress() -> None:
                         mine.update(dict.fromkeys(span, version))
                     elif action < 0.5:
                         what = rnd.choice([DISCARD, ZEROES, ZEROES | NOUNMAP])
-                        assert disk.request(what, first * BLOCK, count * BLOCK, queue=queue)[0] == count * BLOCK
+                        assert (
+                            disk.request(what, first * BLOCK, count * BLOCK, queue=queue)[0] == count * BLOCK
+                        )
                         mine.update(dict.fromkeys(span, 0))
                     else:
                         found = disk.read(first * BLOCK, count * BLOCK, queue)
@@ -434,10 +488,12 @@ def stress() -> None:
                 time.sleep(0.01)
             stop.set()
 
-        run_threads([
-            *(worker(me, turn, disk, stop) for me in range(workers)),
-            lambda turn=turn, stop=stop: beside(turn, stop),  # type: ignore[misc]
-        ])
+        run_threads(
+            [
+                *(worker(me, turn, disk, stop) for me in range(workers)),
+                lambda turn=turn, stop=stop: beside(turn, stop),  # type: ignore[misc]
+            ]
+        )
         disk.stop()
         assert queues.join(20)
         disk.delete()
