@@ -2,11 +2,16 @@
 
 import errno
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.run import PATIENCE, preloaded
 
+import zramd
 from zramd.contract.rundir import Rundir
 from zramd.core.device.device import Device
 from zramd.errors import DeviceError, UblkError
@@ -194,3 +199,23 @@ def test_swap_on_its_device_keeps_a_server(tmp_path: Path, monkeypatch: pytest.M
 def test_its_numbers_are_shown(tmp_path: Path) -> None:
     values = front(tmp_path)._service.snapshot().values
     assert {name: values[name] for name in UBLK} == dict.fromkeys(UBLK, 7)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
+def test_a_kernel_is_served_by_it(tmp_path: Path, ublk_shim: Path) -> None:
+    """With the core's queues, and a kernel inside of the process."""
+    support = Path(__file__).parents[3] / "support"
+    packages = Path(zramd.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-P", support / "ublkfront.py", tmp_path],
+        env={
+            **os.environ,
+            **preloaded(ublk_shim),
+            "SHIM_UBLK": str(ublk_shim),
+            "PYTHONPATH": f"{packages}:{support.parent}",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60 * PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
