@@ -60,6 +60,16 @@ def prepare(config: Config, front: Front) -> "Prepared":
     ends = Ends()
     ends.add(log.stop)
     at_failing_exit(lambda: _give_up(ends, log))
+    try:
+        made, files = _have_all(config, front, ends)
+    except BaseException:
+        ends.fail()
+        raise
+    return Prepared(config, made, files, log, ends, front)
+
+
+def _have_all(config: Config, front: Front, ends: Ends) -> tuple[Made, Files]:
+    """Take device and run folder, after the server before this one if it takes over."""
     if config.swap == "local":
         protection.prepare()
     if handover.takes_over():
@@ -80,17 +90,13 @@ def prepare(config: Config, front: Front) -> "Prepared":
         made = opening.make_device(config)
         step("server.rundir")
         files = _take_folder(config, ends)
-    try:
-        front.take(config, made.device)
-        if config.metrics_file:
-            files.metrics = MetricsFile(config.metrics_file, config.name)
-            # In a hand-over nobody would serve if that failed: then the housekeeper does it.
-            if not handover.takes_over():
-                files.metrics.make()
-    except BaseException:
-        ends.fail()
-        raise
-    return Prepared(config, made, files, log, ends, front)
+    front.take(config, made.device)
+    if config.metrics_file:
+        files.metrics = MetricsFile(config.metrics_file, config.name)
+        # In a hand-over nobody would serve if that failed: then the housekeeper does it.
+        if not handover.takes_over():
+            files.metrics.make()
+    return made, files
 
 
 def _take_folder(config: Config, ends: Ends) -> Files:
