@@ -1,4 +1,4 @@
-"""A disk's clients in many threads, while its device is checked, compacted, emptied, written out, and its disks change.
+"""Clients of a disk in many threads, while its device is looked at, emptied, written out, and disks change.
 
 Scaled by ZRAMD_STRESS (1 by default); the seed is printed and can be given as ZRAMD_SEED.
 """

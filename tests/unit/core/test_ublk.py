@@ -1,4 +1,4 @@
-"""The core's ublk: queues that a kernel's disk is served by, and the commands that make one. See support/shim_ublk.c."""
+"""The core's ublk: queues that serve a kernel's disk, and the commands that make one; see shim_ublk.c."""
 
 import os
 import shutil
@@ -67,9 +67,7 @@ def test_what_no_disk_can_be(geometry: tuple[int, int, int]) -> None:
 
 def test_a_priority_that_there_is_not() -> None:
     before = os.listdir("/proc/self/task")
-    with pytest.raises(
-        UblkError, match=r"real-time priority 1000 \(invalid argument\): it takes CAP_SYS_NICE"
-    ):
+    with pytest.raises(UblkError, match=r"priority 1000 .*: it takes CAP_SYS_NICE"):
         Queues(Device(1 << 20), 2, 4, urgent=1000)
     assert os.listdir("/proc/self/task") == before
 
@@ -78,6 +76,6 @@ def test_a_file_of_no_disk() -> None:
     """The kernel of this machine refuses it, whatever it is."""
     queues = Queues(Device(1 << 20), 2, 4)
     for place in ("/dev/null", "/dev/zero"):
-        with open(place) as file, pytest.raises(UblkError, match="cannot .* of queue 0 of a ublk disk"):
+        with open(place) as file, pytest.raises(UblkError, match=r"cannot .* of queue 0 of a ublk disk"):
             queues.serve(file.fileno())
         assert not queues.serving
