@@ -27,13 +27,14 @@ _NBD_CLEAR_SOCK = 0xAB04  # linux/nbd.h
 
 # How far a ublk device has come. LOST: no server can take it over any more.
 ADDED, STARTED, RECOVERING, LOST = "added", "started", "recovering", "lost"
+_RECORD_BYTES = 8192
 _STAGES = (ADDED, STARTED, RECOVERING, LOST)
 
 
 class Attached(NamedTuple):
     """A zramd that is attached; `keeper` is 0 when no keeper lives, `data` as in `data_of`.
 
-    stage: of a ublk device, see above; '' of an NBD device.
+    Of a ublk device it has the stage, see above, and its server's run folder; '' of an NBD device.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Attached(NamedTuple):
     keeper: int
     data: str
     stage: str = ""
+    folder: str = ""
 
     @property
     def number(self) -> int | None:
@@ -74,7 +76,9 @@ def find(name: str) -> Attached | None:
         raise AttachError(f"cannot find out what is attached: {error}") from None
     try:
         kept = lockfile.is_taken(fd)  # by a keeper that lives
-        noted = os.pread(fd, 256, 0).decode().rstrip("\n").split(" ")
+        noted = (
+            os.pread(fd, _RECORD_BYTES, 0).decode(errors="surrogateescape").removesuffix("\n").split(" ", 5)
+        )
     except ValueError:
         noted = []
     finally:
@@ -90,9 +94,9 @@ def _parsed(name: str, noted: list[str], *, kept: bool) -> Attached | None:
     except ValueError:  # a keeper that is only starting, or was killed then
         return None
     if (disk := ublk.number_of(device)) is not None:
-        if len(more) != 2 or more[0] not in _STAGES or more[1] != ublk.connection(disk):
+        if len(more) != 3 or more[0] not in _STAGES or more[1] != ublk.connection(disk):
             return None
-        return Attached(name, device, number, data, more[0])
+        return Attached(name, device, number, data, more[0], more[2])
     if more or not device.removeprefix("/dev/nbd").isdecimal():
         return None
     if not is_connected(device) or read_sys(device, "backend") not in ("", backend(name)):
@@ -251,10 +255,10 @@ class Record:
                 raise AttachError(f"{name} is being attached, or is attached already")
             time.sleep(0.02)
 
-    def write(self, device: str, data: str, *, keeper: int, stage: str = "") -> None:
-        """Say what is attached; `stage` is a ublk device's."""
-        words = [str(keeper), device, data, *([stage, connection(device)] if stage else [])]
-        rundir.write_whole(self._fd, f"{' '.join(words)}\n".encode())
+    def write(self, device: str, data: str, *, keeper: int, stage: str = "", folder: str = "") -> None:
+        """Say what is attached; `stage` and `folder` are a ublk device's."""
+        words = [str(keeper), device, data, *([stage, connection(device), folder] if stage else [])]
+        rundir.write_whole(self._fd, os.fsencode(f"{' '.join(words)}\n"))
 
     def remove(self) -> None:
         """Remove the file, unless somebody has."""

@@ -1,7 +1,7 @@
 """What the keepers of both kinds of kernel devices share: their log, their eye on the server, their life.
 
-A keeper is the process that `zramd attach` leaves behind (zramd.kernel.keeper for NBD, zramd.kernel.ublkkeeper
-for ublk). It prints "ok" and the device's number once all is well, or one sentence that says why not.
+A keeper is the process that `zramd attach` leaves behind: zramd.kernel.keeper for NBD, ublkkeeper for ublk.
+It prints "ok" and the device's number once all is well, or one sentence that says why not.
 """
 
 import os

@@ -114,7 +114,9 @@ class Keeper:
                 self._add()
                 self._note(ADDED)
             step("keeper.added")
-            self._control.set_params(self._number, self._job.disksize)
+            self._control.set_params(
+                self._number, self._job.disksize, max_io_bytes=self._geometry.max_io_bytes
+            )
             pid = self._give()
             step("keeper.given")
             self._with_pid(self._control.start, pid)
@@ -212,18 +214,22 @@ class Keeper:
         """Undo what was done so far. What went wrong first is what counts."""
         if self._added:
             with suppress(UblkError, OSError):
+                self._renew()  # a command may have been broken off
                 self._control.stop(self._number)
-            with suppress(AttachError, OSError):
-                asking.ask(
-                    self._job.folder, "DELETE", "/ublk", {"number": self._number}, timeout=ASK
-                )
+            with suppress(OSError):
+                asking.ask(self._job.folder, "DELETE", "/ublk", {"number": self._number}, timeout=ASK)
             with suppress(UblkError, OSError):
                 self._control.delete(self._number, wait=False)
         self._record.remove()
 
+    def _renew(self) -> None:
+        """Speak to the driver anew: after a command that it did not answer in time it is given no other."""
+        self._control.close()
+        self._control = Control(timeout=COMMAND)
+
     def _note(self, stage: str) -> None:
         self._stage = stage
-        self._record.write(self.device, self._data, keeper=os.getpid(), stage=stage)
+        self._record.write(self.device, self._data, keeper=os.getpid(), stage=stage, folder=self._job.folder)
 
     # ---- When the server has ended
 
@@ -297,6 +303,9 @@ class Keeper:
         except (AttachError, UblkError, OSError) as error:
             self._complain(f"its server cannot take it over: {_words(error)}")
             self._look_whether_lost()
+            if isinstance(error, UblkError) and error.errno in (errno.ETIME, errno.EBADF):
+                with suppress(UblkError):
+                    self._renew()
             return False
         self._said = ""
         self._server.begin()
