@@ -11,6 +11,7 @@
         ├── StateError              the state file cannot be had or trusted
         ├── BackingError            the backing cannot be had or trusted, or is not the state's
         ├── SaveError               a saved device is damaged, cut off, foreign, or does not fit
+        ├── UblkError               the kernel's ublk cannot be had, or refuses
         ├── AttachError             a kernel device cannot be attached, detached, swapped to
         ├── UnitsError              systemd's units cannot be installed or removed
         ├── RundirError             the run folder cannot be used
@@ -93,6 +94,14 @@ class SaveError(ZramdError):
     def __init__(self, message: str, cause: "Literal['changed', 'cut off', 'other']" = "other") -> None:
         super().__init__(message)
         self.cause = cause
+
+
+class UblkError(ZramdError):
+    """The kernel's ublk cannot be used, or refuses a command; the message says why, `errno` is the system's."""
+
+    def __init__(self, message: str, errno: int) -> None:
+        super().__init__(message)
+        self.errno = errno
 
 
 class AttachError(ZramdError):

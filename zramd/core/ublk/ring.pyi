@@ -1,0 +1,5 @@
+from typing import Any
+
+def refusal() -> str: ...
+
+__test__: dict[str, Any]
