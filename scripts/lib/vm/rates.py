@@ -25,6 +25,7 @@ SECONDS = 2  # of one load
 LOADS = (("read", 1), ("write", 1), ("read", 16), ("write", 16))  # and how many requests at a time
 SETTINGS = {"swap": "local"}
 TRACING = "/sys/kernel/tracing"
+TRIGGER = "hist:keys=common_pid:size=2048"
 # What is counted in the server's threads, by the kernel's events for it.
 EVENTS = {
     "system calls": ("raw_syscalls/sys_enter",),
@@ -82,7 +83,7 @@ def rates(plan: Plan, boot: Boot, result: Result) -> None:
                 boot.live.step(f"round {number + 1} of {rounds}: {load[0]}, {load[1]} at a time")
                 for door in doors:
                     door.found.setdefault(load, []).append(_load(guest, door, load, plan.cpus))
-        guest.run(f"mountpoint -q {TRACING} || mount -t tracefs none {TRACING}")
+        _count_from_now_on(guest)
         for load in LOADS:
             boot.live.step(f"counting: {load[0]}, {load[1]} at a time")
             for door in doors:
@@ -121,12 +122,21 @@ def _sum(late: list[list[float]], early: list[list[float]], column: int) -> floa
     return sum(line[column] for line in late) - sum(line[column] for line in early)
 
 
+def _count_from_now_on(guest: Guest) -> None:
+    """Have the kernel count, for the rest of the guest's life.
+
+    That changes the kernel's code, which must not run meanwhile: an emulated processor may then see half of
+    the change. So it is done once, while the devices are idle.
+    """
+    guest.run(f"mount -t tracefs none {TRACING}; sleep 1")
+    for event in (event for kind in EVENTS.values() for event in kind):
+        guest.run(f"echo '{TRIGGER}' >{TRACING}/events/{event}/trigger")
+
+
 def _count(guest: Guest, door: Door, load: tuple[str, int]) -> dict[str, float]:
     """Let the kernel count what the server's threads do for one load: for each request, so much."""
-    trigger = "hist:keys=common_pid:size=2048"
-    events = [event for kind in EVENTS.values() for event in kind]
-    for event in events:
-        guest.run(f"echo '{trigger}' >{TRACING}/events/{event}/trigger")
+    for event in (event for kind in EVENTS.values() for event in kind):
+        guest.run(f"echo '{TRIGGER}:clear' >>{TRACING}/events/{event}/trigger")
     done = json.loads(guest.run(f"/bin/guest_tool load {door.device} {load[0]} {load[1]} {SECONDS} 7"))
     threads = {int(word) for word in guest.run(f"ls /proc/{door.pid}/task").split()}
     counts = {}
@@ -136,8 +146,6 @@ def _count(guest: Guest, door: Door, load: tuple[str, int]) -> dict[str, float]:
         counts[kind] = round(
             sum(int(hits) for thread, hits in by_thread if int(thread) in threads) / done["requests"], 3
         )
-    for event in events:
-        guest.run(f"echo '!{trigger}' >{TRACING}/events/{event}/trigger")
     return counts
 
 
