@@ -22,6 +22,9 @@ cdef class Served:
 
     # requests: 0 or -errno, -EINVAL beyond the end
     cdef int serve_read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil
+    # the same in two steps: AWAY, so read_away is to be called where one may wait for a disk
+    cdef int try_read(self, char *dst, uint64_t offset, uint64_t length, uint64_t *began) noexcept nogil
+    cdef int read_away(self, char *dst, uint64_t offset, uint64_t length, uint64_t began) noexcept nogil
     cdef int serve_write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil
     cdef int serve_trim(self, uint64_t offset, uint64_t length) noexcept nogil
     cdef int serve_zero(self, uint64_t offset, uint64_t length, bint may_trim) noexcept nogil
@@ -36,6 +39,6 @@ cdef class Served:
     cdef void _end(self, op kind, uint64_t began) noexcept nogil
     cdef bint _next(self, piece *p, bint changes) noexcept nogil
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil
-    cdef int _read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil
+    cdef int _read(self, char *dst, uint64_t offset, uint64_t length, bint waits) noexcept nogil
     cdef int _zero(self, uint64_t offset, uint64_t length, bint hole, bint exact) noexcept nogil
     cdef uint64_t _extent(self, uint64_t offset, uint64_t end, int *kind) noexcept nogil

@@ -126,7 +126,8 @@ cdef class Served:
         return rc
 
     @cython.final
-    cdef int _read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil:
+    cdef int _read(self, char *dst, uint64_t offset, uint64_t length, bint waits) noexcept nogil:
+        """As all of these; AWAY, and nothing is counted: it does not wait for the disk, and a block of the range is out."""
         cdef piece p = pieces_of(offset, length)
         cdef int rc = 0
         cdef scratch *s = NULL
@@ -140,13 +141,13 @@ cdef class Served:
             if p.offset + p.size < p.end:
                 self.table.prefetch(p.block + 1)
             rc = self.table.read_block(p.block, p.at, dst + (p.offset - offset), p.size, s)
-            if rc == AWAY:
+            if rc == AWAY and waits:
                 rc = self._read_away(&p, dst + (p.offset - offset), &s)
         if s != NULL:
             self.table.scratch_give(s)
-        if rc:
+        if rc < 0:
             counter_add(&self.table.counters.failed_reads, 1)
-        else:
+        elif rc == 0:
             counter_add(&self.table.counters.read_bytes, length)
         return rc
 
@@ -300,7 +301,33 @@ cdef class Served:
         if not self._fits(offset, length):
             return -EINVAL
         began = self._begin()
-        rc = self._read(dst, offset, length)
+        rc = self._read(dst, offset, length, True)
+        self._end(OP_READ, began)
+        return rc
+
+    @cython.final
+    cdef int try_read(self, char *dst, uint64_t offset, uint64_t length, uint64_t *began) noexcept nogil:
+        """As serve_read, for a thread that must not wait for a disk.
+
+        AWAY: a block of the range is out. Then read_away has to be called, by a thread that may wait, with `began`.
+        """
+        cdef int rc
+        if not self._fits(offset, length):
+            return -EINVAL
+        began[0] = self._begin()
+        rc = self._read(dst, offset, length, False)
+        if rc == AWAY:
+            gate_leave(&self.gate)
+        else:
+            self._end(OP_READ, began[0])
+        return rc
+
+    @cython.final
+    cdef int read_away(self, char *dst, uint64_t offset, uint64_t length, uint64_t began) noexcept nogil:
+        """Serve a read of what try_read found to be out; 0 or -errno. It is timed from when that came."""
+        cdef int rc
+        gate_enter(&self.gate)
+        rc = self._read(dst, offset, length, True)
         self._end(OP_READ, began)
         return rc
 

@@ -250,6 +250,11 @@ def warm_heap(size_t size):
 
 def warm_stack():
     """Make as much of the calling thread's stack resident as any thread of the server uses."""
+    touch_stack()
+
+
+cdef void touch_stack() noexcept nogil:
+    """The same, for a thread that Python does not know."""
     use_stack(STACK_SIZE)
 
 

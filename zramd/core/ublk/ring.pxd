@@ -53,6 +53,7 @@ cdef void ring_close(ring *r) noexcept nogil
 cdef submission *ring_next(ring *r) noexcept nogil
 cdef int ring_enter(ring *r, uint32_t wait) noexcept nogil
 cdef int ring_enter_for(ring *r, uint32_t wait, uint64_t milliseconds) noexcept nogil
+cdef uint32_t ring_unsent(const ring *r) noexcept nogil
 cdef uint32_t ring_completed(const ring *r) noexcept nogil
 cdef completion *ring_completion(const ring *r, uint32_t at) noexcept nogil
 cdef void ring_seen(ring *r, uint32_t end) noexcept nogil

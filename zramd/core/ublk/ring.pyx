@@ -177,7 +177,7 @@ cdef int ring_enter(ring *r, uint32_t wait) noexcept nogil:
     One system call, whatever it does.
     """
     store_release_u32(r.sq_tail, r.sq_next)
-    if zr_uring_enter(r.fd, r.sq_next - load_acquire_u32(r.sq_head), wait, ENTER_GETEVENTS, NULL, 0) < 0:
+    if zr_uring_enter(r.fd, ring_unsent(r), wait, ENTER_GETEVENTS, NULL, 0) < 0:
         return -errno
     return 0
 
@@ -191,10 +191,15 @@ cdef int ring_enter_for(ring *r, uint32_t wait, uint64_t milliseconds) noexcept 
     memset(&argument, 0, sizeof(argument))
     argument.time = <uint64_t>&limit
     store_release_u32(r.sq_tail, r.sq_next)
-    if zr_uring_enter(r.fd, r.sq_next - load_acquire_u32(r.sq_head), wait, ENTER_GETEVENTS | ENTER_EXT_ARG, &argument,
+    if zr_uring_enter(r.fd, ring_unsent(r), wait, ENTER_GETEVENTS | ENTER_EXT_ARG, &argument,
                       sizeof(argument)) < 0:
         return -errno
     return 0
+
+
+cdef uint32_t ring_unsent(const ring *r) noexcept nogil:
+    """How many submissions the kernel has not taken yet."""
+    return r.sq_next - load_acquire_u32(r.sq_head)
 
 
 cdef uint32_t ring_completed(const ring *r) noexcept nogil:
