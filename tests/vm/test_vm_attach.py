@@ -130,7 +130,7 @@ def test_bad_input(loaded: Guest) -> None:
     end(guest, "bad")
     end(guest, "early")
     for words, sentence in (
-        ("--device sda", "'sda' is not an NBD device, such as /dev/nbd0"),
+        ("--device sda", "'sda' is not an NBD device, such as /dev/nbd0, or a ublk device"),
         ("--priority 32768", "'32768' is not a priority from -1 to 32767"),
         ("--connections 0", "'0' is not a number of connections from 1 to 16"),
         ("--timeout x", "'x' is not a number of seconds, such as 0.5 or 30"),

@@ -33,8 +33,8 @@ def ask(
         link.settimeout(timeout)
         _connect(link, folder)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
-        sent = link.sendmsg([head, data], rights)
-        link.sendall((head + data)[sent:])
+        if rest := (head + data)[link.sendmsg([head, data], rights) :]:
+            link.sendall(rest)  # what is empty would be an error where the answer is there already
         answer = bytearray()
         while part := link.recv(4096):
             answer += part

@@ -357,7 +357,8 @@ class Keeper:
             self._note(LOST)
             self._say(
                 "its server died at a moment after which the kernel lets no other take over, and what is "
-                f"stored cannot be reached by this device: 'zramd detach --force {self._job.name}' ends it"
+                "stored cannot be reached by this device: "
+                f"'zramd detach --swapoff --force {self._job.name}' ends it"
             )
 
     def _complain(self, sentence: str) -> None:
