@@ -89,6 +89,15 @@ def malloc_shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.fixture(scope="session")
+def ublk_shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library to preload: see support/shim_ublk.c."""
+    made = tmp_path_factory.mktemp("shim") / "ublk.so"
+    source = Path(__file__).parent / "support" / "shim_ublk.c"
+    subprocess.run(["cc", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", made, source], check=True)
+    return made
+
+
 @pytest.fixture
 def steps(tmp_path: Path) -> Iterator[Steps]:
     """Who has `steps.env` in its environment can be held at its steps."""

@@ -97,7 +97,7 @@ class SaveError(ZramdError):
 
 
 class UblkError(ZramdError):
-    """The kernel's ublk cannot be used, or refuses a command; the message says why, `errno` is the system's."""
+    """The kernel's ublk cannot be used, or refuses; the message says why, `errno` is the system's."""
 
     def __init__(self, message: str, errno: int) -> None:
         super().__init__(message)

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "core.memory": {"errors", "core", "core.system"},
     "core.pool": {"errors", "core", "core.system", "core.memory"},
     "core.device": {"errors", "core", "core.system", "core.memory", "core.pool"},
+    "core.ublk": {"errors", "core", "core.system", "core.memory", "core.device"},
     # What runs in guests too, where there is no zramd.
     "guest": set(),
     # What every process of zramd may need, and what processes say to each other.

@@ -2,12 +2,10 @@
 
 import ctypes
 import os
-from pathlib import Path
 
 from zramd.core.ublk.control import Control, Info
 from zramd.core.ublk.queues import Queues
 
-SOURCE = Path(__file__).parent / "shim_ublk.c"
 CONTROL = "/dev/null"  # which is there for everybody; what is said to it the fake kernel hears
 READ, WRITE, FLUSH, DISCARD, WRITE_SAME, ZEROES = range(6)
 NOUNMAP = 1 << 15
@@ -60,7 +58,9 @@ class FakeDisk:
         finally:
             os.close(fd)
 
-    def request(self, what: int, offset: int, size: int, data: bytes = b"", queue: int = 0) -> tuple[int, bytes]:
+    def request(
+        self, what: int, offset: int, size: int, data: bytes = b"", queue: int = 0
+    ) -> tuple[int, bytes]:
         """What a request of bytes gives: (bytes or -errno, what was read)."""
         buffer = ctypes.create_string_buffer(data, max(len(data), size if what == READ else 1))
         result = self.library.fake_io(self.number, queue, what, offset >> 9, size >> 9, buffer)

@@ -74,6 +74,8 @@ static struct disk disks[DISKS];
 static char violation[200];
 static unsigned enomem_every, commits, silent, refused_setup, refused_fetch = -1u;
 static int refused_errno;
+static int rings_open, stands_still; /* atomic */
+int __close(int fd); /* the C library's own */
 
 static long real_syscall(long number, long a, long b, long c, long d, long e, long f)
 {
@@ -161,6 +163,7 @@ static int setup(unsigned wanted, struct io_uring_params *p)
     p->cq_off.tail = 4 * CQ_TAIL;
     p->cq_off.ring_mask = 4 * CQ_MASK;
     p->cq_off.cqes = HEAD;
+    __atomic_fetch_add(&rings_open, 1, __ATOMIC_RELAXED);
     return r->fd;
 }
 
@@ -408,7 +411,7 @@ static int control_command(const struct io_uring_sqe *sqe)
     case DEL_ASYNC:
         abort_all(d, 1);
         munmap(d->asked, QUEUES * (4096 * 24 + 65536));
-        real_syscall(SYS_close, d->fd, 0, 0, 0, 0, 0);
+        __close(d->fd);
         d->used = 0;
         return 0;
     }
@@ -506,6 +509,19 @@ long syscall(long number, ...)
     return real_syscall(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 
+/* What reads the backing waits while that stands still. */
+ssize_t pread(int fd, void *buffer, size_t size, off_t offset)
+{
+    while (__atomic_load_n(&stands_still, __ATOMIC_ACQUIRE))
+        usleep(1000);
+    return real_syscall(SYS_pread64, fd, (long)buffer, size, offset, 0, 0);
+}
+
+ssize_t pread64(int fd, void *buffer, size_t size, off64_t offset)
+{
+    return pread(fd, buffer, size, offset);
+}
+
 /* Who closes a ring with tags has died, as the kernel sees it: requests that were under way come again. */
 int close(int fd)
 {
@@ -514,9 +530,13 @@ int close(int fd)
     struct ring *r;
     struct disk *d;
     unsigned q, tag;
+    /* A sanitizer closes files before it has begun. */
+    if (!__atomic_load_n(&rings_open, __ATOMIC_RELAXED))
+        return __close(fd);
     pthread_mutex_lock(&lock);
     r = ring_of(fd);
     if (r) {
+        __atomic_fetch_sub(&rings_open, 1, __ATOMIC_RELAXED);
         if (r->thread && real_syscall(SYS_tgkill, getpid(), r->thread, 0, 0, 0, 0) == 0)
             amiss("a ring is closed before its thread has ended");
         for (d = disks; d < disks + DISKS; d++)
@@ -537,11 +557,11 @@ int close(int fd)
                 }
         munmap(r->words, HEAD + 2 * r->entries * sizeof(struct io_uring_cqe));
         munmap(r->sqes, r->entries * (r->wide ? 128 : 64));
-        real_syscall(SYS_close, r->kick, 0, 0, 0, 0, 0);
+        __close(r->kick);
         r->words = NULL;
     }
     pthread_mutex_unlock(&lock);
-    return (int)real_syscall(SYS_close, fd, 0, 0, 0, 0, 0);
+    return __close(fd);
 }
 
 /* ---- for tests ---- */
@@ -590,6 +610,9 @@ void fake_no_fetch(unsigned queue, int code)
     refused_fetch = queue;
     refused_errno = code;
 }
+
+/* The disk that the backing is on stands still, until it does not. */
+void fake_stand_still(int is) { __atomic_store_n(&stands_still, is, __ATOMIC_RELEASE); }
 
 /* How many tags of a disk the kernel has, or has given out. */
 int fake_fetched(unsigned number)

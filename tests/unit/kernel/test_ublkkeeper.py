@@ -1,4 +1,4 @@
-"""The keeper of a ublk device against a driver and a server that are made up: what it does, in which order."""
+"""The keeper of a ublk device against a driver and a server that are made up: what it does, and when."""
 
 import errno
 import json
@@ -208,7 +208,7 @@ def test_what_fails_is_taken_back(tmp_path: Path, driver: Driver, server: Server
         server.status = 409
     else:
         driver.fails[fails] = [errno.EIO]
-    with pytest.raises((AttachError, UblkError), match="no, not now|refused"):
+    with pytest.raises((AttachError, UblkError), match=r"no, not now|refused"):
         keeper_of(tmp_path).attach()
     assert driver.done[-2:] == ["stop", "delete"]
     assert server.asked[-1] == "DELETE /ublk"

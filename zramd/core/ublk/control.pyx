@@ -163,12 +163,6 @@ cdef class Control:
     ETIME: the kernel has not answered in time, and the command may still be done. After that no other can be given.
     """
 
-    cdef ring ring
-    cdef int fd
-    cdef bint stuck
-    cdef readonly double timeout
-    cdef void *room                     # what a command reads or writes; the kernel's, once a command is stuck
-
     def __cinit__(self, path=CONTROL, double timeout=10):
         cdef int rc
         zr_static_assert(sizeof(control_command) == 32)
@@ -213,7 +207,7 @@ cdef class Control:
         self.room = NULL
 
     cdef int _command(self, uint32_t command, uint32_t number, uint32_t size, uint64_t data, timeout) except? -1:
-        """Have the kernel do a command with what is in self.room: 0, what it returned, or -errno. Raises for a wait's end."""
+        """Have the kernel do a command with what is in self.room: what it returned, or -errno. Raises at a wait's end."""
         cdef submission *s
         cdef control_command *c
         cdef completion *done
@@ -278,7 +272,8 @@ cdef class Control:
         """Make a device of this number, -1: of one that is free; its Info. There is no disk before `start`.
 
         recovers: without a server requests wait for the next one, which gets again what was under way; else they fail.
-        The kernel may give fewer queues. mark: 64 bits that it keeps for whoever asks for the device's Info.
+        The kernel may give fewer queues. mark: 64 bits that it keeps for whoever asks for the device's Info. Raises
+        ValueError for what no device can have.
         """
         cdef device_info *info = <device_info *>self.room
         cdef uint32_t which = ANY_NUMBER if number < 0 else number
@@ -309,7 +304,10 @@ cdef class Control:
         return made
 
     def set_params(self, uint32_t number, uint64_t disksize, *, max_io_bytes=MAX_IO_BYTES):
-        """Say how large the disk will be, in bytes (a multiple of 4096), and what else the kernel must know; before `start`."""
+        """Say how large the disk will be, in bytes, and what else the kernel must know; before `start`.
+
+        Raises ValueError unless they are a multiple of 4096.
+        """
         cdef parameters *p = <parameters *>self.room
         if not disksize or disksize % BLOCK_SIZE:
             raise ValueError(f"a disk of {disksize} bytes: not a multiple of {BLOCK_SIZE}")
@@ -359,7 +357,7 @@ cdef class Control:
         return info_of(<device_info *>self.room)
 
     def params(self, uint32_t number):
-        """A device's parameters as the kernel has them: names -> numbers. Bytes, and the disk's device number once started."""
+        """A device's parameters as the kernel has them: names -> bytes, and disk, its device number, once started."""
         cdef parameters *p = <parameters *>self.room
         memset(p, 0, sizeof(parameters))
         p.size = sizeof(parameters)

@@ -54,7 +54,7 @@ from zramd.core.ublk.protocol cimport (
     descriptor,
     queue_command,
 )
-from zramd.core.ublk.readers cimport Readers, job, take_answers
+from zramd.core.ublk.readers cimport job, take_answers
 from zramd.core.ublk.ring cimport (
     OP_READ,
     OP_URING_CMD,
@@ -110,8 +110,9 @@ cdef void *begin(Queue queue) noexcept nogil:
 cdef class Queue:
     """Queue `number` of a disk: depth requests at once of max_io_bytes at most. Queues drives it.
 
-    self.readers: who waits for the disk, None: nothing of the device is ever out. priority: of its real-time thread, 0: it is an
-    ordinary one. full: the errno for clients when there is no room. Raises MemoryError; open() is to follow; end() and release() after that.
+    self.readers, the owner's to set: who waits for the disk, None: nothing of the device is ever out. priority: of its
+    real-time thread, 0: it is an ordinary one. full: the errno for clients when there is no room. Raises MemoryError; open()
+    is to follow, and end() and release() in the end.
     """
 
     def __cinit__(self, Device device not None, uint32_t number, uint32_t depth, uint32_t max_io_bytes,

@@ -17,7 +17,7 @@ from zramd.core.device.device cimport Device
 from zramd.core.system.locks cimport load_relaxed
 from zramd.core.types cimport BLOCK_SIZE
 from zramd.core.ublk.protocol cimport MAX_DEPTH, MAX_QUEUES
-from zramd.core.ublk.queue cimport A_PRIORITY, A_RING, FETCHING, PARKED, SERVE, SERVING, Queue, refusal, stage
+from zramd.core.ublk.queue cimport A_PRIORITY, A_RING, FETCHING, PARKED, SERVE, SERVING, Queue, stage
 from zramd.core.ublk.readers cimport Readers
 from zramd.core.ublk.ring cimport ring_refusal
 
@@ -45,16 +45,6 @@ cdef class Queues:
     One thread at a time may call a method; any may ask for serving and stats. Requests are served by threads that Python
     does not know, also while another holds the GIL.
     """
-
-    cdef Device device
-    cdef Readers readers
-    cdef list queues
-    cdef bint is_open
-    cdef int priority
-    cdef uint32_t number
-    cdef uint32_t depth
-    cdef uint32_t max_io_bytes
-    cdef int fd                 # /dev/ublkcN, -1: none
 
     def __cinit__(self, Device device not None, uint32_t queues=QUEUES, uint32_t depth=DEPTH,
                   uint32_t max_io_bytes=MAX_IO_BYTES, int urgent=0, int pool_full=ENOSPC):

@@ -8,7 +8,7 @@ A job is a part of its request, so that none is ever allocated. Those of one dis
 """
 
 cimport cython
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint32_t
 
 from zramd.core.system.locks cimport (
     mutex_inherit,

@@ -1,4 +1,4 @@
-"""A queue of submissions to the kernel, and one of its completions: io_uring by its system calls, no more of it than ublk needs.
+"""A queue of submissions to the kernel, and one of its completions: as much of io_uring as ublk needs, by its system calls.
 
 A ring belongs to the thread that opened it (SINGLE_ISSUER): only it submits, and only there completions arrive, while it
 waits for some (DEFER_TASKRUN), so that nothing interrupts it. Kernels before 6.1 do not have these two; there completions
@@ -8,7 +8,6 @@ come at its next system call (COOP_TASKRUN). Any thread may close a ring whose t
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
-    OP_POLL_ADD = 6
     OP_READ = 22
     OP_URING_CMD = 46           # Linux 5.19
 

@@ -1,7 +1,7 @@
 """io_uring by its system calls: see ring.pxd."""
 
 from libc.errno cimport EINVAL, ENOSYS, EPERM, errno
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from zramd.core.system.checks cimport zr_static_assert

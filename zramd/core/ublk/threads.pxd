@@ -69,4 +69,5 @@ cdef extern from *:
     void cond_wait_for(pthread_cond_t *news, void *lock, uint64_t milliseconds) noexcept nogil
 
 cdef enum:
-    THREAD_STACK = 512 << 10    # bytes; what process.pyx touches of it is all that is ever used
+    # Bytes of address space: what process.pyx touches of it is all that is ever used, but for ThreadSanitizer's own.
+    THREAD_STACK = 1 << 20

@@ -1,0 +1,81 @@
+"""The core's ublk: queues that serve a kernel's disk, and the commands that make one; see shim_ublk.c."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.run import PATIENCE, preloaded
+
+import zramd
+from zramd import Device
+from zramd.core.ublk.control import Control, available
+from zramd.core.ublk.queues import Queues
+from zramd.errors import UblkError
+
+SCENES = Path(__file__).parents[2] / "support" / "ublkscenes.py"
+PACKAGES = Path(zramd.__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
+
+
+@pytest.mark.parametrize(
+    "scene",
+    [
+        *("commands", "silence", "no_rings", "refusals"),
+        *("requests", "calls", "full", "held", "short_of_memory"),
+        *("out", "damage", "readers"),
+        *("again", "successor", "abort", "emptied"),
+    ],
+)
+def test_scene(scene: str, ublk_shim: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-P", SCENES, scene],
+        env={
+            **os.environ,
+            **preloaded(ublk_shim),
+            "SHIM_UBLK": str(ublk_shim),
+            "PYTHONPATH": f"{PACKAGES}:{SCENES.parents[1]}",
+        },
+        capture_output=True,
+        text=True,
+        timeout=120 * PATIENCE,
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_no_driver(tmp_path: Path) -> None:
+    """Each reason has its sentence."""
+    missing = tmp_path / "ublk-control"
+    assert "load the kernel's module with 'modprobe ublk_drv'" in available(missing)
+    with pytest.raises(UblkError, match=f"there is no '{missing}'") as caught:
+        Control(missing)
+    assert caught.value.errno == 2
+    (folder := tmp_path / "folder").mkdir()
+    assert "cannot be opened: is a directory" in available(folder)
+
+
+@pytest.mark.parametrize(
+    "geometry", [(0, 4, 4096), (1, 0, 4096), (1, 4097, 4096), (5000, 1, 4096), (1, 1, 0), (1, 1, 5000)]
+)
+def test_what_no_disk_can_be(geometry: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="requests"):
+        Queues(Device(1 << 20), *geometry)
+
+
+def test_a_priority_that_there_is_not() -> None:
+    before = os.listdir("/proc/self/task")
+    with pytest.raises(UblkError, match=r"priority 1000 .*: it takes CAP_SYS_NICE"):
+        Queues(Device(1 << 20), 2, 4, urgent=1000)
+    assert os.listdir("/proc/self/task") == before
+
+
+def test_a_file_of_no_disk() -> None:
+    """The kernel of this machine refuses it, whatever it is."""
+    queues = Queues(Device(1 << 20), 2, 4)
+    for place in ("/dev/null", "/dev/zero"):
+        with open(place) as file, pytest.raises(UblkError, match=r"cannot .* of queue 0 of a ublk disk"):
+            queues.serve(file.fileno())
+        assert not queues.serving
