@@ -26,6 +26,7 @@ FILES = {
     "pid": "the server's process number; the server holds a lock on the file as long as it lives",
     "nbd.sock": "where clients connect (NBD)",
     "control.sock": "where you ask (HTTP), see [below](#the-control-socket)",
+    "standby": "which process waits to take over when the server ends, and holds the lock of this file",
     "sockets.sock": "there for a moment during `zramd restart`",
     "log": "what a server started by `zramd start` has to say, at most 1 MiB",
     "log.1": "what the server before it said, if that one crashed or was restarted",
@@ -83,6 +84,8 @@ PATHS = {
     "POST /check": "walks every structure: `sound`, or the fault",
     "POST /reset": "drops all data; refused (409) while a client is connected",
     "POST /mem_used_max": "forgets the peak",
+    "PUT /ublk": "with `front=ublk`: serves the kernel's device whose descriptor comes along (SCM_RIGHTS)",
+    "DELETE /ublk": "lets go of that device, once the kernel has stopped it",
     "POST /sockets": "sends the listening sockets to the unix socket named in the body, for `zramd restart`",
 }
 

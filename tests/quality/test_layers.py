@@ -34,15 +34,19 @@ MAY_IMPORT = {
     "settings": {*GROUND, "contract"},
     "stats": {"errors"},
     "kernel": {*GROUND, "contract", "process", "guest", "core.system", "core.device"},
-    # The server, inside nbdkit. Nothing in zramd imports it: nbdkit_plugin.py does.
+    # The server, inside nbdkit or by itself. Nothing in zramd imports it: nbdkit_plugin.py does.
     "server": {
         *GROUND,
         *("zramd", "contract", "process", "settings", "stats", "kernel"),
-        *("core.system", "core.memory", "core.pool", "core.device"),
+        *("core.system", "core.memory", "core.pool", "core.device", "core.ublk"),
     },
     # The command line. It talks to servers, and never loads what they are made of.
     "control": {*GROUND, "contract", "process", "settings", "stats", "kernel"},
-    "launch": {*GROUND, "zramd", "contract", "process", "settings", "guest", "kernel", "control"},
+    "launch": {
+        *GROUND,
+        *("zramd", "contract", "process", "settings", "guest", "kernel", "control"),
+        "core.ublk",  # which front front=auto is
+    },
     "top": {*GROUND, "control", "stats"},
     "commands": {
         *GROUND,

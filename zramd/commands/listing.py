@@ -24,14 +24,16 @@ if TYPE_CHECKING:
 TIMEOUT = 2.0  # seconds for each server: one that hangs must not keep the others from being seen
 
 
-def numbers(served: servers.Served, *, clients: bool) -> "dict[str, Any]":
+def numbers(served: servers.Served, *, health: bool) -> "dict[str, Any]":
     """Return what the columns show of one device; raises DeviceError when its server does not answer.
 
-    The number of clients takes a question more, so it is there only if asked for.
+    What a server says of its health takes a question more, so it is there only if asked for.
     """
     stats = served.ask_json("GET", "/stats", timeout=TIMEOUT)
-    if clients:
-        stats["clients"] = served.ask_json("GET", "/health", timeout=TIMEOUT)["clients"]
+    if health:
+        told = served.ask_json("GET", "/health", timeout=TIMEOUT)
+        stats["clients"] = told["clients"]
+        stats["front"] = told.get("front", "nbd")  # of an older server
     devices = attached.devices(stats["name"], stats["disksize"])
     stats["attached"] = ",".join(devices)
     stats["mountpoint"] = ",".join(use for device in devices for use in swap.uses(device))
@@ -88,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             if served.pid is None:
                 raise served.died()
-            values = numbers(served, clients=BY_NAME["CLIENTS"] in shown)
+            values = numbers(served, health=any(BY_NAME[name] in shown for name in ("CLIENTS", "FRONT")))
         except DeviceError as error:
             sys.stdout.flush()
             say(str(error))

@@ -77,6 +77,7 @@ COLUMNS = (
     ),
     Column("REFRESHED", "number", "blocks that the last refresh gave back", _number("refresh_last_blocks")),
     Column("CLIENTS", "number", "connections of clients", _number("clients")),
+    Column("FRONT", "text", "how it is reached: nbd or ublk", _number("front")),
     Column("PID", "number", "process that serves it", _number("pid")),
     Column("ATTACHED", "text", "device of this machine's kernel that is its client", _number("attached")),
 )

@@ -1,5 +1,8 @@
 """A new server takes over from a running one, with all data; its clients see only a pause.
 
+One of front=ublk has no sockets to hand on: its client is this machine's kernel, which waits until the keeper
+of `zramd attach` has given its device to the new server.
+
 All that can fail is done before the old server is asked to leave: see zramd.contract.handover. The old
 server's side is zramd.server.leaving, the new one's zramd.server.takeover.
 """
@@ -9,19 +12,30 @@ import signal
 import socket
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from zramd.contract import handover, rundir
 from zramd.control import life, peer, servers
-from zramd.errors import AttachError, DeviceError, RundirError, UsageError, is_shortage, reason
+from zramd.errors import (
+    AttachError,
+    DeviceError,
+    RundirError,
+    UsageError,
+    ZramdError,
+    is_shortage,
+    reason,
+    say,
+    sentence,
+)
 from zramd.kernel import attached
-from zramd.launch import background, filters, nbdkit, spawn
+from zramd.launch import background, filters, nbdkit, spawn, ublkserver
 from zramd.process import inherited, interrupts, pidfd
 from zramd.process.steps import step
 from zramd.settings import config
 from zramd.settings.config import Config
 
+DEVICE_TIMEOUT = 10.0  # seconds that the keeper has to give the kernel's device to the new server
 LEAVE_TIMEOUT = 10.0  # seconds; a server needs one at most, a busy machine a few
 SILENT = 2  # seconds for which a backing has not answered: then it may be long
 END_TIMEOUT = 2.0  # seconds; one that does not answer may be stopping
@@ -53,6 +67,7 @@ def restart(name: str | None, folder: str | None, words: list[str]) -> Restarted
         step("restart.turn")
         served.look_again()
         pid, away = _replace(served, words, turn)
+        _renew_standby(served, turn)
     step("restart.serves")
     return Restarted(served.name, pid, away)
 
@@ -73,9 +88,11 @@ def _replace(served: servers.Served, words: list[str], turn: life.Turn) -> tuple
     _refuse_others(served, process)
     line = _told(served, process, "cmdline")
     filters.refuse(served.name, line)
-    plan = _plan(served, line, _override(pairs, words))
-    as_before = _plan(served, line, pairs)
+    changed = _override(pairs, words)
     old = _Old(served, process)
+    _refuse_other_front(served, old.health, config.parse(pairs).front, config.parse(changed).front)
+    as_before = _plan(served, line, pairs)
+    plan = _plan(served, line, changed)
     step("restart.sockets")
     old.take_sockets()
     new = _Successor(plan, old, turn)
@@ -110,7 +127,77 @@ def _replace(served: servers.Served, words: list[str], turn: life.Turn) -> tuple
         if not new.tells or not old.wait(LEAVE_TIMEOUT) or old.was_stopped():
             raise old.goes_on(str(error)) from None
         _come_back(served, as_before, old, turn, error)
+    _await_device(served, old.health, new.pid)
     return new.pid, time.monotonic() - since
+
+
+def _refuse_other_front(served: servers.Served, health: dict[str, Any], before: str, after: str) -> None:
+    """Raise DeviceError for a change of front while a client has the device: it could not follow."""
+    if before != after and health["clients"]:
+        raise DeviceError(
+            f"{served.name} is in use over front={before}, and its clients cannot follow to front={after}: "
+            "detach it, or disconnect them, first"
+        )
+
+
+def _await_device(served: servers.Served, health: dict[str, Any], pid: int) -> None:
+    """Wait until the kernel's device, if the old server had one, is served by the new one.
+
+    Raises DeviceError if it is not given to it: only the keeper of `zramd attach` can.
+    """
+    before = health.get("ublk") or {}
+    if not before.get("serving"):
+        return
+    end = time.monotonic() + DEVICE_TIMEOUT
+    while not served.ask_json("GET", "/health")["ublk"]["serving"]:
+        if time.monotonic() > end:
+            raise DeviceError(
+                f"{served.name} is served by process {pid} now, but nobody has given "
+                f"/dev/ublkb{before['number']} to it within {DEVICE_TIMEOUT:g} seconds: "
+                f"run 'zramd attach {served.name}'"
+            )
+        time.sleep(0.002)
+
+
+def _renew_standby(served: servers.Served, turn: life.Turn) -> None:
+    """Put a new server on standby if one was: the old one knows neither new settings nor a new version."""
+    try:
+        pid = rundir.standby(served.path)
+        if pid is None:
+            return
+        process = pidfd.open_number(pid)
+        if process is not None and rundir.standby(served.path) == pid:
+            signal.pidfd_send_signal(process, signal.SIGKILL)  # it holds nothing but what it needs itself
+            pidfd.has_ended(process, END_TIMEOUT)
+        stand_by(served, turn)
+    except (ZramdError, OSError) as error:
+        say(f"{served.name} has no new server on standby: {sentence(error)}")
+
+
+def stand_by(served: servers.Served, turn: life.Turn) -> int:
+    """Start a server as the one that serves, for when that has ended; return its process once it is ready.
+
+    Raises DeviceError, when there is one already, too.
+    """
+    process = served.process()
+    peer.must_be_ours(process, served.name)
+    settings = served.ask_json("GET", "/settings")
+    if not settings.get("state"):
+        raise DeviceError(f"{served.name} has no state: nobody could take over after a crash")
+    if (other := rundir.standby(served.path)) is not None:
+        raise DeviceError(f"{served.name} has a server on standby already: {other}")
+    line = _told(served, process, "cmdline")
+    filters.refuse(served.name, line)
+    plan = _plan(served, line, _pairs(settings))
+    old = _Old(served, process)
+    old.take_sockets()
+    new = _Successor(plan, old, turn, standby=True)
+    try:
+        new.wait_until_ready()
+    except BaseException:
+        new.kill()
+        raise
+    return new.pid
 
 
 def _come_back(
@@ -146,7 +233,8 @@ class _Old:
         self.pid = process.pid
         self.process = process.fd
         # A server of an older zramd does not say.
-        self.leaves_pid = bool(served.ask_json("GET", "/health").get("leaves_pid"))
+        self.health = served.ask_json("GET", "/health")
+        self.leaves_pid = bool(self.health.get("leaves_pid"))
         self.listening: list[int] = []
         self.made = False  # the run folder, by zramd
         try:
@@ -178,7 +266,7 @@ class _Old:
                     os.unlink(path)
         for fd in self.listening:
             os.set_inheritable(fd, False)  # or the new server would have these beside those that it is given
-        if not self.listening:
+        if not self.listening and self.health.get("front") != "ublk":
             raise DeviceError(f"{self.served.name} serves its standard input: it cannot be restarted")
         self.made = text == b"made"
 
@@ -222,30 +310,34 @@ def _ended(served: servers.Served) -> DeviceError:
 class _Successor:
     """A server that is ready to take over: see zramd.contract.handover."""
 
-    def __init__(self, plan: "_Plan", old: _Old, turn: life.Turn) -> None:
+    def __init__(self, plan: "_Plan", old: _Old, turn: life.Turn, *, standby: bool = False) -> None:
+        """Start it; on `standby` it does not keep the turn."""
         self._settings = plan.settings
         ours, theirs = socket.socketpair()
         self._link = ours
         self.tells = False  # it has begun to tell the old one
         # Above those that nbdkit takes for sockets of its own.
-        kept = (inherited.high(theirs.fileno()), inherited.high(old.process), turn.fd)
-        copies = [inherited.high(fd) for fd in old.listening]
+        kept = (inherited.high(theirs.fileno()), inherited.high(old.process))
+        listens = plan.settings.front != "ublk"
+        copies = [inherited.high(fd) for fd in old.listening if listens]
 
         def prepare() -> None:
             os.fchdir(old.folder)  # before its number is a socket's
             for number, fd in enumerate(copies, _FIRST):
                 os.dup2(fd, number)
-            words = turn.words() | {
-                "LISTEN_FDS": str(len(copies)),
-                "LISTEN_PID": str(os.getpid()),
-                handover.TAKES_OVER: handover.order(*kept[:2], old.leaves_pid),
+            words = ({} if standby else turn.words()) | {
+                handover.TAKES_OVER: handover.order(*kept, old.leaves_pid, standby=standby),
                 rundir.BACKGROUND: "1",
             }
+            if copies:
+                words |= {"LISTEN_FDS": str(len(copies)), "LISTEN_PID": str(os.getpid())}
             background.give(words | ({handover.MADE: "1"} if old.made else {}), *kept)
+            if not standby:
+                background.give({}, turn.fd)
 
         with interrupts.blocked():
             self.pid, self._process, self._errors = spawn.spawn(plan.argv, prepare)
-        for fd in (*kept[:2], *copies):
+        for fd in (*kept, *copies):
             os.close(fd)
         theirs.close()
 
@@ -321,6 +413,8 @@ def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str,
     names = {config.find(key).name for key, _ in given}
     after = [*((key, value) for key, value in pairs if key not in names), *given]
     parsed = config.parse(after)
+    if parsed.front == "auto":  # it has been chosen already
+        parsed = replace(parsed, front=before.front)
     for name in _KEPT:
         if getattr(parsed, name) != getattr(before, name):
             raise UsageError(
@@ -395,9 +489,16 @@ class _Plan(NamedTuple):
 def _plan(served: servers.Served, line: list[str], pairs: list[tuple[str, str]]) -> _Plan:
     """Return what to start: with nbdkit's options as on the running one's line, but for where it listens.
 
-    Sets the environment for it. Raises ConfigError, DeviceError for a server that is no nbdkit.
+    Sets the environment for it. Raises ConfigError, UsageError, DeviceError for a server that is none of
+    zramd's.
     """
     words = line[:-1]
+    settings = config.parse(pairs)
+    if ublkserver.is_one(words):
+        nbdkit.set_environment(settings)
+        if settings.front == "ublk":
+            return _Plan(settings, ublkserver.command(pairs))
+        return _Plan(settings, nbdkit.command(settings, pairs, nbdkit.read_options([])))
     at = next(
         (
             i
@@ -411,8 +512,11 @@ def _plan(served: servers.Served, line: list[str], pairs: list[tuple[str, str]])
     keys = {key for setting in config.SETTINGS for key in (setting.name, *setting.aliases)}
     options = nbdkit.read_options(words[1 : at - 1], leave_out=nbdkit.TRANSPORTS | _PROGRAM)
     after = [word for word in words[at + 1 :] if word.partition("=")[0] not in keys]
-    settings = config.parse(pairs)
     nbdkit.set_environment(settings)
+    if settings.front == "ublk":
+        options.after = after
+        ublkserver.check(options)
+        return _Plan(settings, ublkserver.command(pairs))
     plugin = ["python", nbdkit.plugin_path(), *(f"{key}={value}" for key, value in pairs)]
     before = [*nbdkit.threads(settings, options), *options.before]
     return _Plan(settings, ["nbdkit", "-f", *before, *plugin, *after])

@@ -314,6 +314,7 @@ def test_table_and_raw() -> None:
 def test_every_column_has_a_cell() -> None:
     snapshot = snapshots.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
     values = {**json.loads(texts.to_json(snapshot)), "clients": 1, "attached": "", "mountpoint": ""}
+    values["front"] = "nbd"
     cells = {column.name: column.show(column.get(values), False) for column in columns.COLUMNS}
     assert [name for name, cell in cells.items() if not cell] == [
         *("MOUNTPOINT", "SWAP-USED", "DEAD", "REFRESHED", "ATTACHED")  # it is not attached
@@ -401,6 +402,7 @@ def test_every_number_has_a_meaning() -> None:
         version="0",
         started=0.0,
         swap=dict.fromkeys(numbers.SWAP, 1),
+        front=dict.fromkeys(numbers.UBLK, 1),
     )
     text = prometheus.exposition(swap, [])
     for number in metrics:

@@ -72,6 +72,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         pool_full="enospc",
         swap="other",
         reserve=8 << 20,
+        front="nbd",
         thread_model="auto",
         client_limit=1000,
         compaction=True,

@@ -65,7 +65,7 @@ class Ublk(Front):
         self._service = service
 
     def attach(self, fd: int, wanted: dict[str, Any]) -> None:
-        """See Front.attach."""
+        """See Front.attach. Raises DeviceError."""
         number, recovers = wanted["number"], wanted["recovers"]
         geometry = (wanted["queues"], wanted["depth"], wanted["max_io_bytes"])
         with self._lock:
@@ -92,7 +92,7 @@ class Ublk(Front):
             self._number, self._recovers = number, recovers
 
     def detach(self, number: int) -> None:
-        """See Front.detach; nothing is done if no device is attached."""
+        """See Front.detach; nothing is done if no device is attached. Raises DeviceError."""
         with self._lock:
             if self._number is None:
                 return
