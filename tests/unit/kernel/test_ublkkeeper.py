@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,8 +127,16 @@ class Server:
                 for fd in fds:
                     os.close(fd)
 
-    def end(self) -> None:
+    def close(self) -> None:
+        """Answer nobody any more."""
+        with suppress(OSError):  # it was done before
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.thread.join()
         self.socket.close()
+
+    def end(self) -> None:
+        """Be gone, as a server that has died."""
+        self.close()
         os.unlink(self.folder / rundir.CONTROL_SOCKET)
         os.close(self.lock)
 
@@ -156,7 +165,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Driver:
 def server(tmp_path: Path) -> Iterator[Server]:
     found = Server(tmp_path / "a")
     yield found
-    found.socket.close()
+    found.close()
 
 
 def keeper_of(folder: Path, **changes: object) -> ublkkeeper.Keeper:
