@@ -35,7 +35,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = ("sh", "python", "ini", "xml", "text")
 NEEDS = {
     *("root", "nbd", "qemu", "guest", "libvirt", "network", "systemd", "terminal"),
-    *("backing", "build", "generator", "tracer"),
+    *("backing", "build", "generator", "tracer", "ublk"),
 }
 TIMEOUT = 180  # seconds until something hangs
 

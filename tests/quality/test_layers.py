@@ -33,7 +33,7 @@ MAY_IMPORT = {
     # What server and command line both know.
     "settings": {*GROUND, "contract"},
     "stats": {"errors"},
-    "kernel": {*GROUND, "contract", "process", "guest", "core.system", "core.device"},
+    "kernel": {*GROUND, "contract", "process", "guest", "core.system", "core.device", "core.ublk"},
     # The server, inside nbdkit or by itself. Nothing in zramd imports it: nbdkit_plugin.py does.
     "server": {
         *GROUND,

@@ -3,7 +3,6 @@
 The disk is a virtio disk of the guest, which serves its own kernel, behind the kernel's device mapper.
 """
 
-import base64
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -132,7 +131,7 @@ def served(machine: Machine, tmp_path: Path) -> Iterator[Served]:
             settings = {"swap": "local", "reserve": "4M", "writeback_age": "10", "writeback_limit": "off"}
             server = Local(64 * MIB, {**settings, "backing": mapped.device}, "")
             server.attach(guest)
-            guest.run(f"echo {base64.b64encode(PROGRAM.encode()).decode()} | base64 -d >/tmp/blocks.py")
+            guest.put("/tmp/blocks.py", PROGRAM.encode())
             yield Served(guest, mapped, server)
             print(server.log())
             assert guest.alarms() == []

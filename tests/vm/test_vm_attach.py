@@ -4,7 +4,6 @@ What a server holds must survive it here, so the server is nbdkit's file plugin,
 folder as zramd's server has it.
 """
 
-import base64
 import json
 import re
 import sys
@@ -65,8 +64,7 @@ def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:
         machine = Machine(cloud, images, machine.memory, machine.cpus, choose_accel(machine, Path(name)))
         with Guest(machine, Path(name)) as guest:
             guest.wait_for_boot()
-            words = base64.b64encode(SERVE.encode()).decode()
-            guest.run(f"echo {words} | base64 -d >/tmp/serve.py")
+            guest.put("/tmp/serve.py", SERVE.encode())
             yield guest
             assert guest.alarms() == []
 
@@ -132,7 +130,7 @@ def test_bad_input(loaded: Guest) -> None:
     end(guest, "bad")
     end(guest, "early")
     for words, sentence in (
-        ("--device sda", "'sda' is not an NBD device, such as /dev/nbd0"),
+        ("--device sda", "'sda' is not an NBD device, such as /dev/nbd0, or a ublk device"),
         ("--priority 32768", "'32768' is not a priority from -1 to 32767"),
         ("--connections 0", "'0' is not a number of connections from 1 to 16"),
         ("--timeout x", "'x' is not a number of seconds, such as 0.5 or 30"),

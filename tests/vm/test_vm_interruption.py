@@ -24,8 +24,6 @@ Rows marked * are tried each time; all of them take a quarter of an hour. ZRAMD_
 the kernel of that suite of Debian, instead of this machine's.
 """
 
-import base64
-import gzip
 import json
 import os
 import signal
@@ -212,10 +210,7 @@ def guest() -> Iterator[Guest]:
             guest.run(f"insmod {guest.machine.images.later_modules[-1]}")
             guest.run("mkdir -p /dev/shm && mount -t tmpfs none /dev/shm && mkfifo /tmp/ask /tmp/tell")
             program = Path(__file__).with_name("interruptions.py").read_bytes()
-            words = base64.b64encode(gzip.compress(program)).decode()
-            for start in range(0, len(words), 2000):  # a line of a terminal has 4095 characters at most
-                guest.run(f"printf %s {words[start : start + 2000]} >>/tmp/words")
-            guest.run("base64 -d /tmp/words | gunzip >/tmp/interruptions.py")
+            guest.put("/tmp/interruptions.py", program)
             guest.run("/usr/bin/python3 /tmp/interruptions.py /tmp/ask /tmp/tell </dev/null >/tmp/log 2>&1 &")
             yield guest
             print(guest.run("cat /tmp/log"))

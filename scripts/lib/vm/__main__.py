@@ -11,22 +11,36 @@ import time
 from pathlib import Path
 
 import zramd
-from vm import arm64_image, churn, dead, image, kernel, kills, pressure, report, rest, scenario, writeback
+from vm import (
+    arm64_image,
+    churn,
+    dead,
+    image,
+    kernel,
+    kills,
+    pressure,
+    rates,
+    report,
+    rest,
+    scenario,
+    writeback,
+)
 from vm.errors import VmError
 from vm.guest import Machine, choose_accel
-from vm.plan import DISCARDS, KERNEL_ZRAM, LIBVIRT, MODES, ORDERS, Plan, default_memory
+from vm.plan import DISCARDS, KERNEL_ZRAM, LIBVIRT, MODES, ORDERS, UBLK, Plan, default_memory
 from vm.session import Boot, as_json
 from zramd.errors import ConfigError
 from zramd.settings.config import parse_size
 
 ROOT = Path(__file__).parents[3]
+UBLK_SUITE = "trixie"  # the first whose kernel has it
 MOST_AREAS = 24  # the kernel has not many more in all
 
 
 def arguments(words: list[str]) -> argparse.Namespace:
     """Return what the command line asks for."""
     parser = argparse.ArgumentParser(prog="scripts/vm-swap", add_help=False, allow_abbrev=False)
-    parser.add_argument("--attach", choices=[*MODES, LIBVIRT, KERNEL_ZRAM, "all"], default="all")
+    parser.add_argument("--attach", choices=[*MODES, UBLK, LIBVIRT, KERNEL_ZRAM, "all"], default="all")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--minutes", type=float, default=0)
     parser.add_argument("--mem-limit", type=parse_size, default=0)
@@ -35,6 +49,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--stall", type=float, default=0)
     parser.add_argument("--kill", type=float, default=0)
     parser.add_argument("--restart", action="store_true")
+    parser.add_argument("--hold-gil", action="store_true")
+    parser.add_argument("--rates", action="store_true")
     parser.add_argument("--nbd-options", default="")
     parser.add_argument("--suite", default="")
     parser.add_argument("--arm64", choices=kernel.ARM64)
@@ -85,6 +101,8 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
         stall=asked.stall,
         kill=asked.kill,
         restart=asked.restart,
+        hold_gil=asked.hold_gil,
+        rates=asked.rates,
         nbd_options=asked.nbd_options,
         workload_bytes=asked.workload,
         pageout=asked.pageout,
@@ -119,6 +137,8 @@ def run(this: Plan, machine: Machine, live: report.Live) -> report.Result:
         try:
             if this.churn_seconds:
                 churn.churn(this, boot, result)
+            elif this.rates:
+                rates.rates(this, boot, result)
             elif this.pause:
                 pressure.pause(this, boot, result)
             elif this.limit:
@@ -159,8 +179,14 @@ def refuse(asked: argparse.Namespace) -> None:
         raise VmError(f"'{asked.runs[0]}' is for --draw: give --draw FILE.svg, too")
     if asked.pause and asked.attach != "qemu":
         raise VmError("--pause is qemu's: use it with --attach qemu")
-    if (asked.kill or asked.restart) and asked.attach != "qemu":
-        raise VmError("--kill is qemu's: use it with --attach qemu")
+    if (asked.kill or asked.restart) and asked.attach not in ("qemu", UBLK):
+        raise VmError("--kill is of servers that another one follows: use it with --attach qemu or ublk")
+    if asked.rates and asked.attach != UBLK:
+        raise VmError("--rates has all devices in one guest: use it with --attach ublk")
+    if asked.hold_gil and asked.attach != UBLK:
+        raise VmError("--hold-gil is for a server whose requests do without: use it with --attach ublk")
+    if asked.attach == UBLK and asked.nbd_options:
+        raise VmError("--nbd-options is of nbd-client: leave it out with --attach ublk")
     if asked.restart and not asked.kill:
         raise VmError("--restart wants the seconds between two: give --kill SECONDS, too")
     if asked.idle and any((asked.rest, asked.pause, asked.kill, asked.minutes, asked.limit, asked.churn)):
@@ -226,7 +252,7 @@ def main() -> int:
         cloud = kernel.prepare(folder, "", kernel.ARM64[asked.arm64])
         images = arm64_image.prepare(folder, cloud)
     else:
-        cloud = kernel.prepare(folder, asked.suite)
+        cloud = kernel.prepare(folder, asked.suite or (UBLK_SUITE if asked.attach == UBLK else ""))
         images = image.prepare(folder, cloud, Path(zramd.__file__).parent.parent)
     machine = Machine(cloud, images, 256 << 20, 2, "tcg")
     with tempfile.TemporaryDirectory(prefix="zramd-vm-") as name:

@@ -25,8 +25,26 @@ NODE = "zram0"  # what qemu calls the disk
 READY_TIMEOUT = 60.0  # seconds; under TCG Python takes a few to start
 ASK_TIMEOUT = 120.0  # seconds; a compaction waits for its end
 RUNDIR = f"/run/zramd/{NAME}"  # in the guest
+ZRAMD = "/usr/bin/python3 -m zramd"  # there, too
 # Seconds for which qemu lets requests wait when the server is away, before it fails them.
 RECONNECT_DELAY = 30
+GIL = "/run/gil"  # in the guest: what holds the interpreter lock, while there is a file `hold`
+# A server's Python reads it before all else. The lock is kept by whoever calls C by a PyDLL.
+_HOLDER = """
+import ctypes, os, sys, threading, time
+def hold():
+    usleep = ctypes.PyDLL(None).usleep
+    while True:
+        if os.path.exists("/run/gil/hold"):
+            usleep(50_000)
+        else:
+            time.sleep(0.1)
+def start():
+    threading.Thread(target=hold, daemon=True).start()
+if "zramd.server" in sys.orig_argv:
+    os.register_at_fork(after_in_child=start)
+    start()
+"""
 HANDLE_BYTES = 8  # that the kernel's zram needs for each object, beside its slots and its pool
 
 
@@ -306,52 +324,129 @@ class GuestNbd(_HostServer):
 
 
 class Local(Zramd):
-    """zramd runs in the guest and serves the guest's own kernel."""
+    """zramd runs in the guest and serves the guest's own kernel, whose client is nbd."""
 
     name = "local"
     device = "/dev/nbd0"
+    words = ""  # of `zramd serve`, beside the settings
 
-    def __init__(self, size: int, settings: dict[str, str], nbd_options: str) -> None:
-        """`nbd_options` are further options of nbd-client, which then attaches instead of zramd itself."""
+    def __init__(self, size: int, settings: dict[str, str], nbd_options: str = "", of: str = NAME) -> None:
+        """`nbd_options` are further options of nbd-client, which then attaches instead of zramd itself.
+
+        `of` is the device's name, for a guest with two.
+        """
         super().__init__(size, settings)
         self._nbd_options = nbd_options
         self._guest: Guest | None = None
+        self._of = of
+        self.rundir = str(Path(RUNDIR).with_name(of))
 
     def attach(self, guest: Guest) -> None:
         self._guest = guest
-        pairs = " ".join(shlex.quote(f"{key}={value}") for key, value in self.settings.items())
-        log, status = "/run/zramd.log", "/run/zramd.status"
-        serve = f"/usr/bin/python3 -m zramd serve --name {NAME} --size {self.size} {pairs}"
-        guest.run(f"{{ setsid {serve} >{log} 2>&1; echo $? >{status}; }} &")
+        if "state" in self.settings:
+            place = Path(self.settings["state"]).parent
+            guest.run(f"mkdir -p {place} && mount -t tmpfs -o noswap none {place}")
+        status = f"/run/{self._of}.status"
+        guest.run(f"{{ setsid {self._serve()} >{self._log()} 2>&1; echo $? >{status}; }} &")
         end = time.monotonic() + READY_TIMEOUT * guest.machine.patience
-        while guest.try_run(f"/bin/guest_tool control {RUNDIR}/control.sock GET /health")[0]:
+        while guest.try_run(f"/bin/guest_tool control {self.rundir}/control.sock GET /health")[0]:
             if time.monotonic() > end or not guest.try_run(f"[ -e {status} ]")[0]:
                 raise VmError(f"zramd does not serve in the guest: {self.log()}")
             time.sleep(0.2)
-        guest.run(f"insmod {guest.machine.images.later_modules[-1]}")
+        for path in self._modules(guest):
+            guest.run(f"grep -q ^{Path(path).stem.replace('-', '_')} /proc/modules || insmod {path}")
         if self._nbd_options:
-            _nbd_client(guest, f"-unix {RUNDIR}/nbd.sock {self.device} {self._nbd_options}")
+            _nbd_client(guest, f"-unix {self.rundir}/nbd.sock {self.device} {self._nbd_options}")
         else:
-            guest.run(f"/usr/bin/python3 -m zramd attach {NAME} --device {self.device}", 60)
+            guest.run(f"{ZRAMD} attach {self._of} --device {self.device}", 60)
 
     def detach(self, guest: Guest) -> None:
         if self._nbd_options:
             guest.run(f"/usr/sbin/nbd-client -d {self.device}")
         else:
-            guest.run(f"/usr/bin/python3 -m zramd detach {NAME}", 60)
+            guest.run(f"{ZRAMD} detach {self._of}", 60)
 
     def peek(self, beat: Beat) -> dict[str, Any] | None:
         return beat.get("zramd")
 
     def request(self, method: str, path: str, body: str = "") -> str:
-        if self._guest is None:
-            raise VmError("zramd does not run in the guest yet")
-        words = shlex.join([f"{RUNDIR}/control.sock", method, path, body])
-        return self._guest.run(f"/bin/guest_tool control {words}", ASK_TIMEOUT)
+        words = shlex.join([f"{self.rundir}/control.sock", method, path, body])
+        return self._there().run(f"/bin/guest_tool control {words}", ASK_TIMEOUT)
 
     def log(self) -> str:
         """Return what the server has said."""
-        return self._guest.run("cat /run/zramd.log") if self._guest else ""
+        return self._guest.run(f"cat {self._log()}") if self._guest else ""
+
+    def pid(self) -> int:
+        """Return the number of the server's process; raises VmError if it does not run."""
+        return int(self._there().run(f"cat {self.rundir}/pid"))
+
+    def _serve(self) -> str:
+        pairs = " ".join(shlex.quote(f"{key}={value}") for key, value in self.settings.items())
+        return f"{ZRAMD} serve --name {self._of} --size {self.size} {self.words} {pairs}"
+
+    def _log(self) -> str:
+        return f"/run/{self._of}.log"
+
+    def _modules(self, guest: Guest) -> list[str]:
+        return guest.machine.images.later_modules[-1:]
+
+    def _there(self) -> Guest:
+        if self._guest is None:
+            raise VmError("zramd does not run in the guest yet")
+        return self._guest
+
+
+class Ublk(Local):
+    """The same, but the guest's kernel has the device from zramd itself: no NBD, no socket."""
+
+    name = "ublk"
+    device = "/dev/ublkb0"
+    words = "--ublk"
+
+    def __init__(
+        self, size: int, settings: dict[str, str], of: str = NAME, *, hold_gil: bool = False
+    ) -> None:
+        """`hold_gil`: from the end of `attach` on, a thread of the server holds Python's interpreter lock."""
+        super().__init__(size, settings, of=of)
+        self._hold_gil = hold_gil
+
+    def attach(self, guest: Guest) -> None:
+        if self._hold_gil:
+            guest.run(f"mkdir -p {GIL}")
+            guest.put(f"{GIL}/sitecustomize.py", _HOLDER.encode())
+        super().attach(guest)
+        if self._hold_gil:
+            guest.run(f"touch {GIL}/hold")
+
+    def detach(self, guest: Guest) -> None:
+        guest.run(f"rm -f {GIL}/hold")
+        super().detach(guest)
+
+    def kill(self) -> float:
+        """Kill the server, start another one, and return the seconds until the device could be read again.
+
+        A program that is locked in memory does it: until the new server is there, nothing can be swapped in.
+        """
+        answer = self._there().run(
+            f"/bin/guest_tool revive {self.pid()} {self.device} {self._log()} {self._serve()}"
+        )
+        return float(json.loads(answer)["seconds"])
+
+    def restart(self) -> float:
+        """Let a new server take over, and return the seconds that the command tells."""
+        words = self._there().run(f"{ZRAMD} restart {self._of}").split()
+        return float(words[words.index("ms") - 1]) / 1000
+
+    def _serve(self) -> str:
+        path = f"/bin/busybox env PYTHONPATH={GIL}:/zramd " if self._hold_gil else ""
+        return path + super()._serve()
+
+    def _modules(self, guest: Guest) -> list[str]:
+        modules = guest.machine.images.ublk_modules
+        if not modules:
+            raise VmError(f"the kernel {guest.machine.kernel.release} has no ublk: use --suite trixie")
+        return modules
 
 
 class KernelZram(Attachment):

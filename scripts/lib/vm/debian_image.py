@@ -101,7 +101,8 @@ def _add_modules(stage: Path, kernel: Kernel) -> None:
     """Add the modules that the guest loads by their names, with the tables that modprobe reads."""
     place = stage / "lib/modules" / kernel.release
     place.mkdir(parents=True)
-    for path in kernel.module_files(MODULES):
+    ublk = image.UBLK_MODULES if kernel.has(image.UBLK_MODULES) else []
+    for path in kernel.module_files([*MODULES, *ublk]):
         inside = place / path.relative_to(kernel.modules)
         inside.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, inside)

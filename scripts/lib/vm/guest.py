@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import os
 import socket
@@ -27,6 +29,7 @@ BOOT_TIMEOUT = 90.0  # seconds; it takes 3 to 5 under TCG
 COMMAND_TIMEOUT = 120.0  # an attach takes 3; more than 30 on a crowded machine
 KVM_TIMEOUT = 15.0  # with KVM it takes one
 QUIET_FOR = 60.0  # seconds without a heartbeat, while something else is awaited, that count as a hang
+LINE = 2000  # characters that are sent at a time: a line of a terminal has 4095 at most
 CONSOLE_TAIL = 25  # lines of the kernel's log that are shown with an error
 # What the kernel says when something is wrong that no test of ours causes on purpose.
 ALARMS = ("blocked for more than", "BUG:", "Oops", "soft lockup", "rcu: INFO", "Kernel panic")
@@ -236,6 +239,14 @@ class Guest:
             lines.append(line)
         last, _, status = line.partition(mark)  # a command's output need not end with a newline
         return int(status), "\n".join([*lines, *([last] if last else [])])
+
+    def put(self, path: str, content: bytes) -> None:
+        """Make a file in the guest."""
+        words = base64.b64encode(gzip.compress(content)).decode()
+        self.run("rm -f /tmp/words")
+        for start in range(0, len(words), LINE):
+            self.run(f"printf %s {words[start : start + LINE]} >>/tmp/words")
+        self.run(f"base64 -d /tmp/words | gunzip >{path}; rm /tmp/words")
 
     def start_workload(self, mib: int, seed: int, pages: str = "") -> None:
         """Start the program whose memory is verified; it ends when told so by `phase("quit")`.

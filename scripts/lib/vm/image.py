@@ -26,6 +26,7 @@ BOOT_MODULES = ["virtio_pci", "virtio_blk"]
 LATER_MODULES = ["virtio_net", "nbd"]  # loaded by the modes that need them
 ZRAM_MODULES = ["lz4", "zstd", "zram"]  # the kernel's own, to compare with
 DM_MODULES = ["dm_mod", "dm_flakey", "dm_delay"]  # disks that fail, or are slow
+UBLK_MODULES = ["ublk_drv"]  # which Debian 12's kernel lacks
 PROGRAMS = ["mkswap", "swapon", "swapoff", "addpart", "blkid", "dmsetup", "nbd-client", "nbdkit", "strace"]
 PLUGINS = ["python", "file"]  # of nbdkit; a file on a tmpfs is what survives a server
 # Of Python's library: what no server needs. Folders that begin with config- hold what links against Python.
@@ -43,6 +44,7 @@ class Images:
     later_modules: list[str]  # paths in the guest, in the order in which to load them
     zram_modules: list[str]
     dm_modules: list[str] = field(default_factory=list)
+    ublk_modules: list[str] = field(default_factory=list)  # none where the kernel lacks it
 
 
 def prepare(folder: Path, kernel: Kernel, package: Path) -> Images:
@@ -55,7 +57,8 @@ def prepare(folder: Path, kernel: Kernel, package: Path) -> Images:
     later = [path for path in kernel.module_files(LATER_MODULES) if path not in boot]
     files = dict(_root_files(package))
     zram, mapper = kernel.module_files(ZRAM_MODULES), kernel.module_files(DM_MODULES)
-    files |= {f"lib/modules/{path.name}": path for path in (*later, *zram, *mapper)}
+    ublk = kernel.module_files(UBLK_MODULES) if kernel.has(UBLK_MODULES) else []
+    files |= {f"lib/modules/{path.name}": path for path in (*later, *zram, *mapper, *ublk)}
     made_of = digest([*files.items(), *((path.name, path) for path in (*boot, *sorted(GUEST.iterdir())))])
     images = Images(
         folder / f"initramfs-{made_of}.img",
@@ -63,6 +66,7 @@ def prepare(folder: Path, kernel: Kernel, package: Path) -> Images:
         [f"/lib/modules/{path.name}" for path in later],
         [f"/lib/modules/{path.name}" for path in zram],
         [f"/lib/modules/{path.name}" for path in mapper],
+        [f"/lib/modules/{path.name}" for path in ublk],
     )
     with locked(folder):
         if not images.root.exists():

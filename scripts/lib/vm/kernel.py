@@ -47,10 +47,7 @@ class Kernel:
 
         What is built into the kernel needs none.
         """
-        built_in = {_module_name(Path(line)) for line in self._table("builtin")}
-        files = {_module_name(path): path for path in self.modules.rglob("*.ko")}
-        for path in self.modules.rglob("*.ko.xz"):  # as Debian 13 has them
-            files.setdefault(_module_name(path.with_suffix("")), path)
+        built_in, files = self._built_in(), self._files()
 
         def depends(name: str) -> list[str]:
             if name not in files:
@@ -61,6 +58,20 @@ class Kernel:
         return [
             files[name] for name in load_order((name for name in wanted if name not in built_in), depends)
         ]
+
+    def has(self, wanted: Iterable[str]) -> bool:
+        """Whether the kernel has all these modules, as files or built in."""
+        return set(wanted) <= self._built_in() | self._files().keys()
+
+    def _built_in(self) -> set[str]:
+        return {_module_name(Path(line)) for line in self._table("builtin")}
+
+    def _files(self) -> dict[str, Path]:
+        """Return the modules' files by their names, compressed ones included."""
+        files = {_module_name(path): path for path in self.modules.rglob("*.ko")}
+        for path in self.modules.rglob("*.ko.xz"):  # as Debian 13 has them
+            files.setdefault(_module_name(path.with_suffix("")), path)
+        return files
 
     def _table(self, name: str) -> list[str]:
         """Return the lines of one of the kernel's own tables of its modules, none if it has none."""

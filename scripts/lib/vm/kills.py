@@ -19,7 +19,7 @@ LONGEST_PAUSE = 15.0  # seconds that one page may take: qemu waits 1, 2, 4 … b
 class Killer(threading.Thread):
     """Ends the server each few seconds, until stopped."""
 
-    def __init__(self, plan: Plan, server: attach.QemuWithState) -> None:
+    def __init__(self, plan: Plan, server: attach.QemuWithState | attach.Ublk) -> None:
         super().__init__(daemon=True)
         self.away: list[float] = []  # seconds that nobody served, each time
         self.error = ""
@@ -49,7 +49,7 @@ def kills(plan: Plan, boot: Boot, result: Result) -> None:
         mib = plan.workload(session.available())
         session.start_workload(mib)
         session.phase("fill", f"writing {mib} MiB of patterned memory, which must survive")
-        assert isinstance(session.attachment, attach.QemuWithState)
+        assert isinstance(session.attachment, (attach.QemuWithState, attach.Ublk))
         killer = Killer(plan, session.attachment)
         before = session.attachment.stats()
         killer.start()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 MIB = 1 << 20
 MODES = ("qemu", "guest", "local")
+NBD = "nbd"  # no mode, but what local attaches by
+UBLK = "ublk"  # as local, without NBD, on a kernel that has ublk
 LIBVIRT = "libvirt"  # as qemu, with the disk that libvirt makes of a description of it
 KERNEL_ZRAM = "zram"  # a mode too: the same with the kernel's own zram, to compare with
 
@@ -22,6 +24,8 @@ CHURN_DEVICE = 1024 * MIB
 # With a disk for what leaves memory: of the guest's memory so much is swapped, and the pool may take so much.
 TIMES = 4
 POOL = 1 / 2
+
+STATE = "/run/state/zram0"  # of a server in the guest that is killed
 
 DISCARDS = {"both": "--discard", "pages": "--discard=pages", "once": "--discard=once", "none": ""}
 ORDERS = ("descending", "equal")
@@ -42,6 +46,8 @@ class Plan:
     stall: float = 0.0  # how long the server stands still in the middle of it
     nbd_options: str = ""
     kill: float = 0.0  # between two ends of the server, whose state stays
+    rates: bool = False  # only measure requests by ublk beside others
+    hold_gil: bool = False  # a thread of the server holds Python's interpreter lock all the time
     restart: bool = False  # they are by `zramd restart`, not by SIGKILL
     pause: bool = False  # qemu pauses the guest when the pool is full, as it does by default
     churn_seconds: int = 0  # how long programs come and go, each with memory of its own
@@ -72,6 +78,11 @@ class Plan:
         return _in_guest(self.mode)
 
     @property
+    def serves_itself(self) -> bool:
+        """Whether zramd runs in the guest, and so on the machine that swaps to it."""
+        return self.mode in ("local", UBLK)
+
+    @property
     def pool_limit(self) -> int:
         """The server's mem_limit, 0 for none."""
         return self.mem_limit or (int(POOL * self.memory) if self.writeback else 0)
@@ -79,7 +90,9 @@ class Plan:
     @property
     def zramd_settings(self) -> dict[str, str]:
         """The settings of every server of this run."""
-        settings = {"swap": "local", "reserve": "4M"} if self.mode == "local" else {}
+        settings = {"swap": "local", "reserve": "4M"} if self.serves_itself else {}
+        if self.serves_itself and self.kill:
+            settings["state"] = STATE
         if self.pool_limit:
             settings["mem_limit"] = str(self.pool_limit)
         if self.writeback:
@@ -143,4 +156,4 @@ def default_memory(mode: str, short: bool, churn: bool = False) -> int:
 
 
 def _in_guest(mode: str) -> bool:
-    return mode in ("local", KERNEL_ZRAM)
+    return mode in ("local", UBLK, KERNEL_ZRAM)

@@ -22,7 +22,7 @@ def hog(plan: Plan, boot: Boot, result: Result) -> None:
     with booted(plan, boot, result) as session:
         session.swap_on()
         available = session.available()
-        mib = available // MIB // 2 if plan.mode == "local" else available * 4 // 5 // MIB
+        mib = available // MIB // 2 if plan.serves_itself else available * 4 // 5 // MIB
         session.start_workload(mib)
         session.phase("fill", f"writing {mib} MiB of patterned memory, which must survive")
         before = session.beat()
@@ -79,7 +79,7 @@ def full_pool(plan: Plan, boot: Boot, result: Result) -> None:
         session.swap_on()
         available = session.available()
         # What the full pool holds, and a part of the memory beside: enough that the kernel tries and fails.
-        mib = (available - (limit if plan.mode == "local" else 0) + limit) // MIB
+        mib = (available - (limit if plan.serves_itself else 0) + limit) // MIB
         session.start_workload(mib)
         session.phase("fill", f"writing {mib} MiB with a pool of {limit // MIB} MiB")
         session.phase("churn seconds 5", "writing again and verifying")

@@ -7,7 +7,6 @@ pauses(lines, "zram0", found)        # of the kernel's log, where the keeper tel
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from collections.abc import Iterable
@@ -53,8 +52,8 @@ print(json.dumps({"done": sum(done), "bad": bad[:9], "longest": sorted(longest)[
 
 def start(guest: Guest, name: str, device: str, seconds: float = 600) -> None:
     """Start writing and verifying blocks, for so many seconds or until `stop`."""
-    words = base64.b64encode(_PROGRAM.encode()).decode()
-    guest.run(f"rm -f /tmp/{name}.stop; echo {words} | base64 -d >/tmp/probe.py")
+    guest.put("/tmp/probe.py", _PROGRAM.encode())
+    guest.run(f"rm -f /tmp/{name}.stop")
     guest.run(f"/usr/bin/python3 /tmp/probe.py {device} {seconds} /tmp/{name}.stop >/tmp/{name}.json 2>&1 &")
 
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from vm import dead
 from vm.buddy import FreeBlocks
-from vm.plan import KERNEL_ZRAM
+from vm.plan import KERNEL_ZRAM, NBD, UBLK
 
 MIB = 1 << 20
 # The moments that the report tells of, in their order.
@@ -88,6 +88,7 @@ class Result:
     idle: dict[str, Any] = field(default_factory=dict)  # what the server held after --idle
     requests: dict[str, Any] = field(default_factory=dict)  # what the server's requests cost in the guest
     writeback: dict[str, Any] = field(default_factory=dict)  # what went out to a disk: vm.writeback
+    rates: list[dict[str, Any]] = field(default_factory=list)  # of devices side by side: vm.rates
     expectations: list[Expectation] = field(default_factory=list)
     error: str = ""
 
@@ -169,8 +170,12 @@ def live_line(beat: dict[str, Any], stats: dict[str, Any] | None, last: dict[str
 def text(result: Result) -> str:
     """Return the report of one run for people."""
     what = "the kernel's own zram" if result.mode == KERNEL_ZRAM else f"zramd, attached by {result.mode}"
-    lines = [f"swap over {what}: {'all held' if result.ok else 'FAILED'}"]
-    lines += [f"  {name:<26} {value}" for name, value in _facts(result)]
+    what = "requests by ublk, NBD, and to the kernel's zram" if result.rates else f"swap over {what}"
+    lines = [f"{what}: {'all held' if result.ok else 'FAILED'}"]
+    if result.rates:
+        lines += ["", *(f"  {line}" for line in _rates_table(result.rates)), ""]
+    else:
+        lines += [f"  {name:<26} {value}" for name, value in _facts(result)]
     if result.compaction:
         lines += ["", *(f"  {line}" for line in _compaction_table(result)), ""]
     if result.churn:
@@ -247,6 +252,43 @@ def _compaction_table(result: Result) -> list[str]:
     return lines
 
 
+def _rates_table(rows: list[dict[str, Any]]) -> list[str]:
+    """What a request takes by each way to the kernel: see vm.rates."""
+    doors = (UBLK, NBD, KERNEL_ZRAM)
+    lines = [
+        f"{'4 KiB, O_DIRECT':<16}{'req/s':^24}{'p50 µs':^18}{'p99 µs':^21}{'ublk/nbd':>9}{'zram/ublk':>10}",
+        f"{'':<16}" + "".join(f"{name:>{width}}" for width in (8, 6, 7) for name in doors),
+    ]
+    for row in rows:
+        numbers = "".join(
+            f"{row[name][key]:{width}.0f}"
+            for key, width in (("rate", 8), ("p50", 6), ("p99", 7))
+            for name in doors
+        )
+        lines.append(f"{row['load']:<16}{numbers}{row['ublk to nbd']:9.2f}{row['zram to ublk']:10.2f}")
+    doors = (UBLK, NBD)
+    lines += [
+        "",
+        f"{'for each request':<16}{'server CPU µs':^16}{'machine busy µs':^18}{'system calls':^16}"
+        f"{'switches':^16}{'allocations':^16}",
+        f"{'':<16}" + "".join(f"{name:>{width}}" for width in (8, 9, 8, 8, 8) for name in doors),
+    ]
+    for row in rows:
+        numbers = "".join(
+            f"{row[name][key]:{width}.{digits}f}"
+            for key, width, digits in (
+                ("cpu", 8, 0),
+                ("busy", 9, 0),
+                ("system calls", 8, 2),
+                ("switches", 8, 2),
+                ("allocations", 8, 2),
+            )
+            for name in doors
+        )
+        lines.append(f"{row['load']:<16}{numbers}")
+    return lines
+
+
 def write_markdown(path: Path, result: Result) -> None:
     """Put the report of a run into its place in a file, between its markers, or at the end."""
     mode = f"{result.mode}{'-pressure' if result.hog else ''}"
@@ -254,6 +296,8 @@ def write_markdown(path: Path, result: Result) -> None:
         mode += "-churn"
     if result.rest:
         mode += "-rest"
+    if result.rates:
+        mode += "-rates"
     if result.kills:
         mode += f"-{result.kills['by']}"
     if result.writeback:

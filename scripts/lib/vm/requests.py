@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vm import smaps
-from vm.attach import RUNDIR
+from vm.attach import RUNDIR, Local
 from vm.session import Session
 from zramd.core.device.device import state_layout
 
@@ -95,6 +95,7 @@ def expect_resident(session: Session) -> None:
 def stop_waits_for_swapoff(session: Session) -> None:
     """Swap on again, ask the server to stop, and see that it waits until swap is off."""
     result, guest = session.result, session.guest
+    assert isinstance(session.attachment, Local)
     device = session.attachment.device
     pid = guest.run(f"cat {RUNDIR}/pid").strip()
     guest.run(f"/usr/sbin/swapon --discard {device}", 60)
@@ -107,7 +108,7 @@ def stop_waits_for_swapoff(session: Session) -> None:
         ]
         == 0
     )
-    log = " ".join(line for line in guest.run("cat /run/zramd.log").splitlines() if "in use as swap" in line)
+    log = " ".join(line for line in session.attachment.log().splitlines() if "in use as swap" in line)
     result.expect(
         "a stop waits for swapoff, and says so", waits and ends and log, log or f"waits {waits}, ends {ends}"
     )

@@ -30,18 +30,18 @@ def fall_and_rise(plan: Plan, boot: Boot, result: Result) -> None:
             _idle(session)
         if plan.stall:
             _stall(session)
-        if plan.mode == "local":
+        if plan.serves_itself:
             requests.measure(session)
         _make_holes(session)
         _compact(session)
-        if plan.mode == "local":
+        if plan.serves_itself:
             requests.expect_resident(session)
         result.guest_compaction = buddy.compact_memory(session.guest)
         result.moments["joined"] = session.moment()
         session.phase("verify", "verifying every page")
         _free_and_swap_off(session)
         session.guest.end_workload()
-        if plan.mode == "local":
+        if plan.serves_itself:
             requests.stop_waits_for_swapoff(session)
         session.attachment.detach(session.guest)
 
@@ -93,7 +93,7 @@ def _expect_compaction(session: Session, before: Moment, after: Moment) -> None:
     wanted = SHORT_RATIO if session.plan.short else FULL_RATIO
     trimmed = before.notify_free - full.notify_free
     result.expect("freed memory is trimmed from the device", trimmed > 0, f"{trimmed} pages")
-    if session.plan.mode == "local":
+    if session.plan.serves_itself:
         result.expect("less is stored when memory is freed", before.used < full.used, used_text(full, before))
     # Not before: the kernel may swap out others meanwhile, and the reserve of `local` keeps pages.
     what = "the pool shrinks when memory is freed and compacted"

@@ -12,7 +12,7 @@ from typing import Any
 
 from vm import attach, backing, buddy
 from vm.guest import Beat, Guest, Machine
-from vm.plan import DISCARDS, KERNEL_ZRAM, LIBVIRT, MIB, Plan
+from vm.plan import DISCARDS, KERNEL_ZRAM, LIBVIRT, MIB, UBLK, Plan
 from vm.report import Live, Moment, Result
 
 PHASE_TIMEOUT = 1200.0  # seconds for one phase of the workload
@@ -214,15 +214,7 @@ def booted(plan: Plan, boot: Boot, result: Result, **settings: str) -> Iterator[
         if disk and plan.in_guest:
             disks += disk.qemu_options()
             attachment.next_disk = "/dev/vdc"
-        machine = Machine(
-            machine.kernel,
-            machine.images,
-            plan.memory,
-            plan.cpus,
-            machine.accel,
-            [*disks, *page_disk(plan.pages)],
-            plan.parameters,
-        )
+        machine = machine_of(plan, machine, [*disks, *page_disk(plan.pages)])
 
         def seen(beat: Beat) -> None:
             beat["zramd"] = attachment.peek(beat)  # both of the same moment, for who looks later
@@ -238,6 +230,13 @@ def booted(plan: Plan, boot: Boot, result: Result, **settings: str) -> Iterator[
             finally:
                 if guest.beats:
                     session.finish()
+
+
+def machine_of(plan: Plan, base: Machine, disks: list[str], memory: int = 0) -> Machine:
+    """Return the machine that the plan is for, with these disks; `memory` in bytes instead of the plan's."""
+    return Machine(
+        base.kernel, base.images, memory or plan.memory, plan.cpus, base.accel, disks, plan.parameters
+    )
 
 
 def page_disk(pages: str) -> list[str]:
@@ -262,6 +261,8 @@ def partitions(device: str, size: int, count: int) -> dict[str, tuple[int, int]]
 
 def make_attachment(plan: Plan, folder: Path, size: int, settings: dict[str, str]) -> attach.Attachment:
     """Return the mode's attachment, its server started if it runs on the host."""
+    if plan.mode == UBLK:
+        return attach.Ublk(size, settings, hold_gil=plan.hold_gil)
     if plan.kill:
         return attach.QemuWithState(size, settings, folder, Path(f"/dev/shm/{folder.name}.state"))
     if plan.mode == "qemu":

@@ -52,6 +52,7 @@ SHARED = {
     "zramd.meminfo",
     "zramd.kernel",
     "zramd.kernel.attached",
+    "zramd.kernel.ublk",
     "zramd.kernel.swap",
     "zramd.process",
     "zramd.process.pidfd",

@@ -21,7 +21,7 @@ from zramd.contract import rundir
 from zramd.control import servers
 from zramd.errors import AttachError, ConfigError
 from zramd.kernel import attached, keeper, swap, swapareas
-from zramd.launch import attaching
+from zramd.launch import attaching, nbdway
 from zramd.settings import devices
 
 
@@ -52,7 +52,10 @@ def test_only_root_may(verb: str) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--device", "/dev/sda"], "argument --device: '/dev/sda' is not an NBD device, such as /dev/nbd0"),
+        (
+            ["--device", "/dev/sda"],
+            "'/dev/sda' is not an NBD device, such as /dev/nbd0, or a ublk device, such as /dev/ublkb0",
+        ),
         (["--priority", "-2"], "argument --priority: '-2' is not a priority from -1 to 32767"),
         (["--areas", "25"], "argument --areas: '25' is not a number of areas from 1 to 24"),
         (["--connections", "17"], "argument --connections: '17' is not a number of connections from 1 to 16"),
@@ -224,7 +227,7 @@ def test_the_service_leaves_what_others_attached(
     monkeypatch.setattr(swapareas, "off", lambda device, **_: done.append("swapoff"))
     monkeypatch.setattr(swapareas, "join", lambda device: None)
     monkeypatch.setattr(attaching, "_must_be_free", lambda device: None)
-    monkeypatch.setattr(attaching, "_disconnect", lambda device, there: done.append("detach"))
+    monkeypatch.setattr(nbdway, "disconnect", lambda there: done.append("detach"))
     monkeypatch.setattr(attaching, "_forget", lambda name, device, gone: None)
     assert main(["detach", "--config", "--swapoff", "zram0"]) == 0
     assert done == ["swapoff"] * swapped + ["detach"] * detached + ["emptied"] * swapped
@@ -280,7 +283,7 @@ def test_only_the_keeper_is_ended(monkeypatch: pytest.MonkeyPatch, still: bool) 
         def close(self) -> None: ...
 
     monkeypatch.setattr("zramd.kernel.netlink.Kernel", Kernel)
-    gone = attaching._disconnect("/dev/nbd0", there)
+    gone = nbdway.disconnect(there)
     ended = select.poll()
     ended.register(os.pidfd_open(child), select.POLLIN)
     assert bool(ended.poll(5000 if still else 100)) is still

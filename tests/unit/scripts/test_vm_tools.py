@@ -95,6 +95,16 @@ def test_modules_of_a_kernel_that_packs_some_and_has_others_built_in(tmp_path: P
     assert kernel.Kernel("6.12", tmp_path, tmp_path).module_files(["nbd"]) == files
 
 
+def test_modules_that_a_kernel_has_or_lacks(tmp_path: Path) -> None:
+    """Debian 12's lacks ublk_drv, Debian 13's has it packed."""
+    booted = kernel.Kernel("6.12", tmp_path, tmp_path)
+    assert not booted.has(["ublk_drv"])
+    (tmp_path / "ublk_drv.ko.xz").write_bytes(lzma.compress(b"\0depends=\0"))
+    (tmp_path / "modules.builtin").write_text("kernel/drivers/virtio/virtio_pci.ko\n")
+    assert booted.has(["ublk_drv", "virtio_pci"])
+    assert not booted.has(["ublk_drv", "nbd"])
+
+
 def test_packages_of_another_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They come from the mirror that this machine's Debian comes from, and its own lists stay as they are."""
     monkeypatch.setattr(platform, "freedesktop_os_release", lambda: {"VERSION_CODENAME": "bookworm"})

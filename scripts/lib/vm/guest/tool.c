@@ -1,5 +1,5 @@
-/* The program inside the guest: writes and verifies memory, eats memory, tells how the guest does, and asks
-   zramd's control socket. Static, so that it needs nothing else to be in memory. */
+/* The program inside the guest: writes and verifies memory, eats memory, tells how the guest does, asks zramd's
+   control socket, loads a disk with requests, and has a server die. Static, so that it needs nothing else to be in memory. */
 
 #include "tool.h"
 
@@ -87,12 +87,13 @@ int main(int argc, char **argv)
         int (*main)(int, char **);
     } verbs[] = {
         {"pattern", pattern_main}, {"churn", churn_main}, {"hog", hog_main}, {"monitor", monitor_main},
-        {"control", control_main}};
+        {"control", control_main}, {"load", load_main}, {"revive", revive_main}};
 
     for (size_t i = 0; argc > 1 && i < sizeof verbs / sizeof *verbs; i++)
         if (!strcmp(argv[1], verbs[i].name))
             return verbs[i].main(argc - 2, argv + 2);
     fprintf(stderr, "usage: guest_tool pattern MIB SEED [PAGES] | churn SEED | hog SECONDS SEED | monitor RUNDIR |"
-                    " control SOCKET METHOD PATH [BODY]\n");
+                    " control SOCKET METHOD PATH [BODY] | load DEVICE read|write|fill DEPTH SECONDS SEED |"
+                    " revive PID DEVICE LOG COMMAND...\n");
     return 2;
 }

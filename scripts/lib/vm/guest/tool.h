@@ -16,6 +16,8 @@ int churn_main(int argc, char **argv);
 int hog_main(int argc, char **argv);
 int monitor_main(int argc, char **argv);
 int control_main(int argc, char **argv);
+int load_main(int argc, char **argv);
+int revive_main(int argc, char **argv);
 
 /* Take the content of pages from this file or disk of memory pages, instead of making it. */
 void page_source(const char *path);
