@@ -57,7 +57,7 @@ from ublkdevice import (
     write,
 )
 
-from zramd.core.device.device import Device
+from zramd.core.device.device import Device, state_layout
 from zramd.core.ublk import control
 from zramd.core.ublk.control import Control
 from zramd.core.ublk.queues import Queues
@@ -195,7 +195,7 @@ def calls() -> dict[str, Any]:
 
     By the queues' own numbers, and by the kernel's events.
     """
-    run("mount", "-t", "tracefs", "none", TRACING)
+    run("/bin/busybox", "mount", "-t", "tracefs", "none", TRACING)
     for event in (event for events in EVENTS.values() for event in events):
         put(f"{TRACING}/events/{event}/trigger", TRIGGER)
     found: dict[str, Any] = {}
@@ -239,17 +239,20 @@ def refusals() -> dict[str, Any]:
         with made(number=3) as number:
             found["number in use"] = failing(lambda: kernel.add(number))
             found["odd size"] = failing(lambda: kernel.set_params(number, 1000))
-            found["params of a start"] = failing(lambda: kernel.start(number, os.getpid(), timeout=2))
+        with made() as number:
+            # What still waits goes when its Control is closed, and only then can the device be deleted.
+            with Control() as waits:
+                found["start without a server"] = failing(lambda: waits.start(number, os.getpid(), timeout=2))
+                found["once it waits"] = failing(lambda: waits.info(number))
+            found["delete after that"] = failing(lambda: kernel.delete(number))
         with made() as number, opened(number):
             found["second opener"] = failing(lambda: os.open(f"/dev/ublkc{number}", os.O_RDWR))
         with attached() as (number, _):
             found["params once started"] = failing(lambda: kernel.set_params(number, SIZE))
             found["recovery of what does not recover"] = failing(lambda: kernel.start_recovery(number))
-        with attached(recovers=True) as (number, _):
+        with attached(recovers=True) as (number, server):
             found["recovery of what is served"] = failing(lambda: kernel.start_recovery(number))
-            found["end without a start"] = failing(
-                lambda: kernel.end_recovery(number, os.getpid(), timeout=2)
-            )
+            found["end of none"] = failing(lambda: kernel.end_recovery(number, server.pid))
     with Control() as kernel:
         found["left"] = os.listdir("/sys/class/ublk-char")
     return found
@@ -338,6 +341,7 @@ class Death:
     def __init__(self, number: int, geometry: Geometry) -> None:
         self.number, self.geometry = number, geometry
         self.state = os.memfd_create("state")
+        os.ftruncate(self.state, state_layout(SIZE)["bytes"])
         self.server = self.successor()
         self.kernel = Control()
         hand_over(number, self.server)
