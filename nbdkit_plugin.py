@@ -19,6 +19,7 @@ import os
 import site
 import sys
 import traceback
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import nbdkit
@@ -56,7 +57,8 @@ try:
     _find_package()
     from zramd import __version__
     from zramd.core.device import codec, frames, requests
-    from zramd.errors import ZramdError, sentence
+    from zramd.errors import ConfigError, ZramdError, sentence
+    from zramd.server.fronts.nbd import Nbd
     from zramd.server.server import Prepared, Serving, prepare
     from zramd.settings import config as settings
 except (ImportError, OSError, MemoryError) as error:
@@ -89,6 +91,7 @@ _pairs: list[tuple[str, str]] = []
 _config: settings.Config
 _prepared: Prepared
 _serving: Serving
+_front = Nbd(nbdkit.shutdown)
 _thread_model = "auto"
 
 
@@ -103,6 +106,9 @@ def config(key: str, value: str) -> None:
 def config_complete() -> None:
     global _config, _thread_model
     _config = settings.parse(_pairs)
+    if _config.front == "ublk":
+        raise ConfigError("front=ublk is served without nbdkit: use 'zramd serve --ublk'")
+    _config = replace(_config, front="nbd")  # of auto nothing else is left here
     # An nbdkit before 1.34 goes on to send the next extent when it could not send one, to a socket that it
     # has closed: "raw_send_socket: Assertion `sock >= 0' failed". A client that leaves while many are told
     # would end the server so, with everyone's data.
@@ -129,7 +135,7 @@ def thread_model() -> int:
 
 def get_ready() -> None:
     global _prepared
-    _prepared = prepare(_config, nbdkit.shutdown)
+    _prepared = prepare(_config, _front)
 
 
 def after_fork() -> None:
@@ -154,7 +160,7 @@ def dump_plugin() -> None:
 
 
 def preconnect(readonly: bool) -> None:
-    _serving.service.client_connects()
+    _front.client_connects()
 
 
 def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]]:
@@ -174,12 +180,12 @@ def open(readonly: bool) -> Device:
     if wanted not in ("", name):
         nbdkit.set_error(errno.ENOENT)
         raise ZramdError(f"export '{wanted}' does not exist: use '{name}'")
-    _serving.service.client_opened()
+    _front.client_opened()
     return _prepared.device
 
 
 def close(device: Device) -> None:
-    _serving.service.client_closed()
+    _front.client_closed()
 
 
 def get_size(device: Device) -> int:

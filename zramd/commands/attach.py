@@ -4,8 +4,10 @@ import argparse
 from collections.abc import Callable
 
 from zramd.commands import Commands, add_device
-from zramd.launch import attaching
-from zramd.launch.attaching import DEAD_CONN_TIMEOUT, PRIORITY, TIMEOUT, TIMEOUT_OF_SEVERAL
+from zramd.kernel import ublk
+from zramd.launch import attaching, nbdway
+from zramd.launch.nbdway import TIMEOUT, TIMEOUT_OF_SEVERAL
+from zramd.launch.wishes import DEAD_CONN_TIMEOUT, PRIORITY, Wanted
 from zramd.settings import amounts, keys
 
 MAX_SECONDS = 999_999  # more than eleven days
@@ -13,7 +15,7 @@ MAX_SECONDS = 999_999  # more than eleven days
 
 def attach(arguments: argparse.Namespace) -> int:
     """Attach a device, swap to it if asked, and print its name."""
-    wanted = attaching.Wanted(
+    wanted = Wanted(
         device=arguments.device,
         connections=arguments.connections,
         timeout=arguments.timeout,
@@ -44,11 +46,12 @@ def detach(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _device(text: str) -> int:
-    index = attaching.index_of(text)
-    if index is None:
-        raise argparse.ArgumentTypeError(f"'{text}' is not an NBD device, such as /dev/nbd0")
-    return index
+def _device(text: str) -> str:
+    if nbdway.index_of(text) is None and ublk.number_of(text) is None:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not an NBD device, such as /dev/nbd0, or a ublk device, such as /dev/ublkb0"
+        )
+    return text if text.startswith("/dev/") else f"/dev/{text}"
 
 
 def _whole(least: int, most: int, what: str) -> Callable[[str], int]:
@@ -73,13 +76,16 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "attach",
         description=(
-            "Attach a running device to this machine's kernel and print the block device's name. A small\n"
-            "process stays and reconnects the kernel after the server was restarted with the same data. It\n"
-            "reports to the kernel's log."
+            "Attach a running device to this machine's kernel and print the block device's name: by NBD, or\n"
+            "by ublk where the server has front=ublk. A small process stays and connects the kernel again\n"
+            "after the server was restarted with the same data. It reports to the kernel's log."
         ),
         more=lambda: (
-            "\nWhile the server is away, requests wait. After --dead-conn-timeout new ones fail: programs\n"
-            "whose memory was swapped out get SIGBUS. A server with other data is never used.\n"
+            "\nWhile the server is away, requests wait. By NBD new ones fail after --dead-conn-timeout:\n"
+            "programs whose memory was swapped out get SIGBUS. By ublk they wait until a server comes, or\n"
+            "the device is detached; the device of a server without state= ends with it. A server with\n"
+            "other data is never used. Of NBD only: --connections, --timeout, --dead-conn-timeout,\n"
+            "--nbd-client.\n"
         ),
     )
     add_device(parser)
@@ -90,12 +96,15 @@ def add(commands: Commands) -> None:
         "what is attached already stays so",
     )
     parser.add_argument(
-        "--device", type=_device, default=-1, metavar="/dev/nbdN", help="use this one [a free one]"
+        "--device",
+        type=_device,
+        default="",
+        metavar="/dev/NAME",
+        help="use this one, nbdN or ublkbN [a free one]",
     )
     parser.add_argument(
         "--connections",
         type=_whole(1, 16, "a number of connections"),
-        default=1,
         metavar="N",
         help="number of connections, up to 16 [1]",
     )
@@ -111,7 +120,6 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--dead-conn-timeout",
         type=_whole(0, 1_000_000, "a number of seconds"),
-        default=DEAD_CONN_TIMEOUT,
         metavar="S",
         help=f"seconds that requests wait for a new server before they fail [{DEAD_CONN_TIMEOUT}]",
     )
@@ -156,7 +164,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="swap off even if there is not enough memory for what must come back",
+        help="swap off even if there is not enough memory for what must come back; and give up what is "
+        "swapped out to a ublk device whose server is gone for good",
     )
     parser.add_argument(
         "--if-attached", action="store_true", help="succeed without doing anything if it is not attached"

@@ -16,9 +16,9 @@ from zramd import __version__, meminfo
 from zramd.commands import Commands
 from zramd.contract import rundir
 from zramd.errors import BackingError, ZramdError
-from zramd.kernel import backingdevice
+from zramd.kernel import attached, backingdevice, ublk
 from zramd.kernel.swap import MIN_FREE, parse_swaps
-from zramd.launch import installed
+from zramd.launch import installed, ublkway
 from zramd.launch.nbdkit import plugin_path
 from zramd.process.buffers import SEND_BUFFER
 from zramd.settings import devices
@@ -130,6 +130,92 @@ def kernel_nbd(root: str = "") -> Iterator[Finding]:
             f"Linux {release} does not have it",
             "use a kernel that has it to attach here; virtual machines need none",
         )
+
+
+def kernel_ublk(root: str = "") -> Iterator[Finding]:
+    """The kernel's ublk driver, and io_uring, by which it is spoken to: both for front=ublk."""
+    name, release = "kernel's ublk", _read(f"{root}/proc/sys/kernel/osrelease")
+    modules = f"{root}/lib/modules/{release}"
+    disabled = _read(f"{root}/proc/sys/kernel/io_uring_disabled")
+    if ublk.broken(release):
+        yield Finding(
+            NOTE,
+            name,
+            f"Linux {release} hangs when it is asked for a device",
+            "use front=nbd, or another kernel",
+        )
+    elif os.path.isdir(f"{root}/sys/module/{ublk.MODULE}"):
+        yield Finding(OK, name, "is there")
+    elif f"/{ublk.MODULE}.ko" in _read(f"{modules}/modules.dep"):
+        yield Finding(NOTE, name, "is not loaded", f"run 'modprobe {ublk.MODULE}' as root for front=ublk")
+    elif f"/{ublk.MODULE}.ko" in _read(f"{modules}/modules.builtin"):
+        yield Finding(OK, name, "is built in")
+    else:
+        yield Finding(
+            NOTE, name, f"Linux {release} does not have it", "use front=nbd, or a kernel that has it"
+        )
+    if disabled == "2":
+        yield Finding(
+            NOTE,
+            "kernel.io_uring_disabled",
+            "2: nobody may use io_uring",
+            "run 'sysctl kernel.io_uring_disabled=1' for front=ublk: that lets root",
+        )
+    elif disabled:
+        yield Finding(OK, "kernel.io_uring_disabled", disabled)
+
+
+def front() -> Iterator[Finding]:
+    """By which door front=auto lets this machine's kernel in, and why."""
+    if os.geteuid():
+        yield Finding(OK, "front=auto", "takes nbd: only root's servers can take ublk")
+    elif why := ublkway.unavailable():
+        text, _, remedy = why.partition(": ")
+        yield Finding(NOTE, "front=auto", f"takes nbd, because {text}", remedy)
+    else:
+        yield Finding(OK, "front=auto", "takes ublk, which can be used here")
+
+
+def trial() -> Iterator[Finding]:
+    """Whether the kernel makes a ublk device and deletes it again."""
+    if os.geteuid() or (why := ublkway.unavailable()):
+        why = why if not os.geteuid() else "only root may: use sudo"
+        yield Finding(NOTE, "ublk device", "is not tried", why)
+    elif wrong := ublkway.try_device():
+        text, _, remedy = wrong.partition(": ")
+        yield Finding(PROBLEM, "ublk device", text, remedy)
+    else:
+        yield Finding(OK, "ublk device", "was made and deleted")
+
+
+def attached_devices() -> Iterator[Finding]:
+    """Attached ublk devices that wait for a server."""
+    for name in attached.names():
+        with suppress(OSError, ZramdError):
+            there = attached.find(name)
+            if there is None or there.number is None:
+                continue
+            if there.stage == attached.LOST:
+                yield Finding(
+                    PROBLEM,
+                    there.device,
+                    f"no server can take it over any more, and what was stored in {name} cannot be read by it",
+                    f"run 'zramd detach --swapoff --force {name}', which gives up what is swapped out to it",
+                )
+            elif rundir.holder(there.folder) is None:
+                yield Finding(
+                    PROBLEM,
+                    there.device,
+                    f"the server of {name} is gone, and whoever reads it waits",
+                    f"start it again with its state, or give it up: 'zramd detach --swapoff --force {name}'",
+                )
+            elif not there.keeper:
+                yield Finding(
+                    NOTE,
+                    there.device,
+                    "has lost its keeper, and will not outlive its server",
+                    f"run 'zramd attach {name}': it starts another",
+                )
 
 
 def local_swap(root: str = "") -> Iterator[Finding]:
@@ -311,6 +397,9 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     nbdkit,
     run_folder,
     kernel_nbd,
+    kernel_ublk,
+    front,
+    attached_devices,
     local_swap,
     swap_settings,
     socket_buffers,
@@ -320,7 +409,8 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the findings; return 1 if one of them is a problem."""
-    findings = [finding for look in CHECKS for finding in look()]
+    looks = (*CHECKS, trial) if arguments.try_ublk else CHECKS
+    findings = [finding for look in looks for finding in look()]
     ready = all(finding.level != PROBLEM for finding in findings)
     if arguments.json:
         print(json.dumps({"ready": ready, "findings": [each.as_dict() for each in findings]}, indent=2))
@@ -342,4 +432,7 @@ def add(commands: Commands) -> None:
         "Exit status 1 if there is a problem.",
     )
     parser.add_argument("-J", "--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--try-ublk", action="store_true", help="also make a ublk device, as root, and delete it again"
+    )
     parser.set_defaults(run=run)

@@ -11,6 +11,10 @@
 
 The listening socket never closes, so a client that connects again is queued, not refused.
 
+A server that is on standby (`zramd.launch.standby`) takes over as well, but tells nobody: it does all that may
+fail, says that it is ready, and waits until the old one has ended, however that comes. Then it goes on as
+after a crash, unless another server is the next one; then it waits for the end of that.
+
 A stop that comes meanwhile counts: a server that is stopped removes its pid file, one that hands over (or
 crashes) leaves it, and by that the new server knows whether to go on.
 """
@@ -29,6 +33,7 @@ READY = b"r"
 GO = b"!"
 TELLING = b"t"
 
+_STANDBY = "standby"
 STOPPED = "it was stopped meanwhile"  # what the new server says then
 
 
@@ -37,14 +42,29 @@ def takes_over() -> bool:
     return TAKES_OVER in os.environ
 
 
-def order(link: int, process: int, leaves_pid: bool) -> str:
+def order(link: int, process: int, leaves_pid: bool, *, standby: bool = False) -> str:
     """Return what the new server is told: its end of the link, the old one's pidfd, whether that is new.
 
-    Servers before did not leave their pid file.
+    Servers before did not leave their pid file. `standby`: it waits for the old one's end.
     """
-    return f"{link} {process} {int(leaves_pid)}"
+    return f"{link} {process} {int(leaves_pid)}" + (f" {_STANDBY}" if standby else "")
+
+
+def _words() -> list[str]:
+    return os.environ.get(TAKES_OVER, "").split()
+
+
+def link_and_process() -> tuple[int, int]:
+    """Return the descriptors that `order` has named."""
+    link, process = _words()[:2]
+    return int(link), int(process)
 
 
 def must_be_left() -> bool:
     """Say whether this process takes over from a server that leaves its pid file, unless it is stopped."""
-    return os.environ.get(TAKES_OVER, "").endswith(" 1")
+    return _words()[2:3] == ["1"]
+
+
+def is_standby() -> bool:
+    """Say whether this process is on standby, or was until it took over."""
+    return _words()[3:] == [_STANDBY]

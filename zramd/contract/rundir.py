@@ -34,6 +34,7 @@ STATS_FILES = (
 STATE = "state_path"  # where the server's state is: what died with it, and what did not
 LOG = "log"  # what a server in the background has to say once it serves
 OLD_LOG = "log.1"  # and what the one before it said, if that did not stop in its normal way
+STANDBY = "standby"  # the number of the process that waits to take over, which holds its lock
 SOCKETS = "sockets.sock"  # of a restart, for a moment
 BACKGROUND = "ZRAMD_BACKGROUND"  # in the environment of such a server
 LOCK_TIMEOUT = 1.0  # seconds; a process that only looks holds the lock for microseconds
@@ -44,7 +45,7 @@ _NOBODY_ELSES = frozenset((*_FIRST, "mm_stat", "io_stat", "frag_ratio"))
 _TRIES = 2  # of a removal: what fails once, for lack of memory say, may not fail again
 _ANOTHER = "give a folder of its own, one that is not there yet"
 _SHOWN = frozenset((CONTROL_SOCKET, SOCKETS, *_FILES, *(name + _TEMPORARY for name in _FILES)))
-_OURS = _SHOWN | {NBD_SOCKET, LOG, OLD_LOG}
+_OURS = _SHOWN | {NBD_SOCKET, LOG, OLD_LOG, STANDBY}
 NAMES = (PID, *sorted(_OURS))  # all that may be in the folder
 
 
@@ -96,7 +97,7 @@ class Rundir:
             self._keep_log()
             # Where the state is stands there until it is replaced: somebody may still take over, and by it
             # the folder of a server that is killed now is known for one.
-            for name in _telling_last(self._names - {LOG, OLD_LOG, STATE}):
+            for name in _telling_last(self._names - {LOG, OLD_LOG, STATE, STANDBY}):
                 self._unlink(name)
             if handover.takes_over():
                 self._names = _OURS
@@ -200,6 +201,34 @@ class Rundir:
             os.unlink(name, dir_fd=self._folder)
 
 
+class Standby:
+    """The place of the one process that waits to take a folder over; its file shows that there is one."""
+
+    def __init__(self, folder: str) -> None:
+        """Take the place. Raises RundirError when another process has it, or it cannot be had."""
+        self._path = f"{folder}/{STANDBY}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._lock = os.open(self._path, flags, 0o600)
+            if not lockfile.ofd_take(self._lock):
+                raise RundirError(f"another server is on standby for '{folder}' already")
+            write_whole(self._lock, b"%d\n" % os.getpid())
+        except OSError as error:
+            raise RundirError(f"'{self._path}' cannot be written: {reason(error)}") from None
+
+    def leave(self) -> None:
+        """Give the place up. Never raises."""
+        with suppress(OSError):
+            if lockfile.stands_at(self._lock, self._path):
+                os.unlink(self._path)
+        os.close(self._lock)
+
+
+def standby(path: str) -> int | None:
+    """Return the process that is on standby for a folder, None if there is none. Raises as `holder`."""
+    return _process(f"{path}/{STANDBY}")
+
+
 def _telling_last(names: Iterable[str]) -> list[str]:
     """Return names in the order in which to remove them: after a kill, what is left shows what it was."""
     return sorted(names, key=_NOBODY_ELSES.__contains__)
@@ -238,8 +267,13 @@ def holder(path: str) -> int | None:
     It is what stands there, to be shown. Whom to send a signal, zramd.control.peer knows. Raises RundirError
     when that is not known for lack of something: it does not mean that none exists.
     """
+    return _process(f"{path}/{PID}")
+
+
+def _process(path: str) -> int | None:
+    """Return the number in a file, None if no process holds the lock of it."""
     try:
-        fd = os.open(f"{path}/{PID}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if is_shortage(error):
             raise _untold(error) from error

@@ -326,10 +326,10 @@ def configured() -> dict[str, str]:
 def name_of(text: str) -> str:
     """Return the device's name that a word on the command line means: it may be written as /dev/NAME.
 
-    /dev/nbdN means the one that is attached there.
+    /dev/nbdN and /dev/ublkbN mean the one that is attached there.
     """
     name = text.removeprefix("/dev/")
-    if name != text and name.startswith("nbd"):
+    if name != text and name.startswith(("nbd", "ublkb")):
         from zramd.kernel import attached
 
         return attached.name_of(text) or name

@@ -1,7 +1,9 @@
 """Which kernel device belongs to which zramd: for each one attached, a file /run/zramd/NAME.attached.
 
-Its keeper (zramd.kernel.keeper) holds a lock on it for as long as it lives, so that no stale process number
-can be mistaken for one. The kernel has the last word: a device that it no longer has is not attached.
+Its keeper (zramd.kernel.keeper, ublkkeeper) holds a lock on it for as long as it lives, so that no stale
+process number can be mistaken for one. The kernel has the last word: a device that it no longer has is not
+attached. Of an NBD device it says whose it is; of a ublk device the file says which one was meant, so that
+another program's of the same number is none of ours.
 """
 
 import fcntl
@@ -14,6 +16,7 @@ from typing import NamedTuple
 from zramd import lockfile, trusted
 from zramd.contract import rundir
 from zramd.errors import AttachError, UntrustedError
+from zramd.kernel import ublk
 
 FOLDER = "/run/zramd"  # attaching is root's business, so this is root's folder
 SYS_BLOCK = "/sys/block"
@@ -22,18 +25,35 @@ TURN_TIMEOUT = 10.0  # seconds, for which a command waits for another one
 _TURN, _WISH = 0, 1  # the bytes of a record whose locks a command has, and one that waits
 _NBD_CLEAR_SOCK = 0xAB04  # linux/nbd.h
 
+# How far a ublk device has come. LOST: no server can take it over any more.
+ADDED, STARTED, RECOVERING, LOST = "added", "started", "recovering", "lost"
+_RECORD_BYTES = 8192
+_STAGES = (ADDED, STARTED, RECOVERING, LOST)
+
 
 class Attached(NamedTuple):
-    """A zramd that is attached; `keeper` is 0 when no keeper lives, `data` as in `data_of`."""
+    """A zramd that is attached; `keeper` is 0 when no keeper lives, `data` as in `data_of`.
+
+    Of a ublk device it has the stage, see above, and its server's run folder; '' of an NBD device.
+    """
 
     name: str
     device: str
     keeper: int
     data: str
+    stage: str = ""
+    folder: str = ""
+
+    @property
+    def number(self) -> int | None:
+        """The N of /dev/ublkbN, None for a device of another kind."""
+        return ublk.number_of(self.device)
 
     @property
     def is_half(self) -> bool:
         """Whether it is of a keeper that was killed before it had noted the device, and its data."""
+        if self.stage:
+            return not self.keeper and self.stage == ADDED
         return not self.keeper and not self.data and read_sys(self.device, "backend") == backend(self.name)
 
 
@@ -56,20 +76,31 @@ def find(name: str) -> Attached | None:
         raise AttachError(f"cannot find out what is attached: {error}") from None
     try:
         kept = lockfile.is_taken(fd)  # by a keeper that lives
-        noted = os.pread(fd, 256, 0).decode().split(" ")
+        noted = (
+            os.pread(fd, _RECORD_BYTES, 0).decode(errors="surrogateescape").removesuffix("\n").split(" ", 5)
+        )
     except ValueError:
         noted = []
     finally:
         os.close(fd)
+    return _parsed(name, noted, kept=kept) or (None if kept else _unnoted(name))
+
+
+def _parsed(name: str, noted: list[str], *, kept: bool) -> Attached | None:
+    """Return what stands in a record, None if that is nothing, or no longer so."""
     try:
-        keeper, device, data = noted
-        if not device.removeprefix("/dev/nbd").isdecimal():
-            raise ValueError
+        keeper, device, data, *more = noted
         number = int(keeper) if kept else 0
     except ValueError:  # a keeper that is only starting, or was killed then
-        return None if kept else _unnoted(name)
+        return None
+    if (disk := ublk.number_of(device)) is not None:
+        if len(more) != 3 or more[0] not in _STAGES or more[1] != ublk.connection(disk):
+            return None
+        return Attached(name, device, number, data, more[0], more[2])
+    if more or not device.removeprefix("/dev/nbd").isdecimal():
+        return None
     if not is_connected(device) or read_sys(device, "backend") not in ("", backend(name)):
-        return None if kept else _unnoted(name)
+        return None
     return Attached(name, device, number, data.strip())
 
 
@@ -109,15 +140,16 @@ def name_of(device: str) -> str:
 def devices(name: str, disksize: int) -> list[str]:
     """Return the kernel's devices, such as /dev/nbd0, that are connected to `name`, of `disksize` bytes.
 
-    `zramd attach` tells the kernel whose they are. Of what other programs attach nothing but the size is
-    known: a device of that size may belong to another server.
+    `zramd attach` tells the kernel whose an NBD device is. Of what other programs attach nothing but the size
+    is known: a device of that size may belong to another server. A ublk device is the record's; who may not
+    read that goes by the size too.
     """
     try:
         blocks = sorted(os.listdir(SYS_BLOCK))
     except OSError:
         return []
     found = []
-    for device in (f"/dev/{block}" for block in blocks if block.startswith("nbd")):
+    for device in (f"/dev/{block}" for block in blocks if block.startswith(("nbd", "ublkb"))):
         if is_connected(device) and is_of(device, name, disksize):
             found.append(device)
     return found
@@ -125,20 +157,28 @@ def devices(name: str, disksize: int) -> list[str]:
 
 def is_of(device: str, name: str, disksize: int) -> bool:
     """Say whether a device is that of `name`, of `disksize` bytes, as far as that is known: see above."""
+    if ublk.number_of(device) is not None:
+        with suppress(AttachError, PermissionError):
+            there = find(name)
+            return there is not None and there.device == device
     owner, size = read_sys(device, "backend"), read_sys(device, "size")
     return owner == backend(name) or (not owner and size.isdigit() and int(size) * 512 == disksize)
 
 
 def is_connected(device: str) -> bool:
-    """Say whether the kernel has a connection for /dev/nbdN, dead or alive."""
+    """Say whether the kernel has a connection for /dev/nbdN, or a device /dev/ublkcN, dead or alive."""
+    if (number := ublk.number_of(device)) is not None:
+        return ublk.exists(number)
     return os.path.exists(f"{SYS_BLOCK}/{os.path.basename(device)}/pid")
 
 
 def connection(device: str) -> str:
-    """Return what distinguishes one connection of a device from the next: the process that made it.
+    """Return what distinguishes one connection of a device from the next, '' if there is none.
 
-    '' if there is none.
+    Of an NBD device that is the process that made it.
     """
+    if (number := ublk.number_of(device)) is not None:
+        return ublk.connection(number)
     return read_sys(device, "pid")
 
 
@@ -151,11 +191,14 @@ def unobserved(device: str) -> Iterator[Callable[[], None]]:
     is gone (systemd's "Locking Block Device Access"). Once the kernel has been told to disconnect, call what
     this yields: it takes the device's size away, so that udev then finds nothing to read. Not before: it
     cuts off a device that is connected. The server must be alive: an open may read. Raises OSError.
+    A ublk disk is gone when it is stopped.
     """
 
     def disconnected() -> None:
-        with suppress(OSError):  # a device that keeps its size is read in vain, no more
-            fcntl.ioctl(fd, _NBD_CLEAR_SOCK)
+        # A device that keeps its size is read in vain, no more.
+        with suppress(OSError):
+            if ublk.number_of(device) is None:
+                fcntl.ioctl(fd, _NBD_CLEAR_SOCK)
 
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -212,9 +255,10 @@ class Record:
                 raise AttachError(f"{name} is being attached, or is attached already")
             time.sleep(0.02)
 
-    def write(self, device: str, data: str, *, keeper: int) -> None:
-        """Say what is attached."""
-        rundir.write_whole(self._fd, f"{keeper} {device} {data}\n".encode())
+    def write(self, device: str, data: str, *, keeper: int, stage: str = "", folder: str = "") -> None:
+        """Say what is attached; `stage` and `folder` are a ublk device's."""
+        words = [str(keeper), device, data, *([stage, connection(device), folder] if stage else [])]
+        rundir.write_whole(self._fd, os.fsencode(f"{' '.join(words)}\n"))
 
     def remove(self) -> None:
         """Remove the file, unless somebody has."""

@@ -48,8 +48,10 @@ def below(number: int) -> Iterator[Block]:
 def own(number: int, name: str) -> str:
     """Return which device below is that of zramd `name` itself, such as nbd0, '' if none is."""
     for block in below(number):
-        disk = re.sub(r"p[0-9]+$", "", block.name)
-        if disk.startswith("nbd") and attached.read_sys(f"/dev/{disk}", "backend") == attached.backend(name):
+        disk = f"/dev/{re.sub(r'p[0-9]+$', '', block.name)}"
+        if disk.startswith("/dev/nbd") and attached.read_sys(disk, "backend") == attached.backend(name):
+            return block.name
+        if disk.startswith("/dev/ublkb") and attached.is_of(disk, name, 0):
             return block.name
     return ""
 

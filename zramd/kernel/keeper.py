@@ -13,25 +13,16 @@ has gone the whole way once, with a connection that the kernel had no use for.
 import math
 import os
 import select
-import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import NamedTuple
 
-from zramd.contract import rundir
-from zramd.errors import AttachError, RundirError, SwapError, ZramdError, reason
-from zramd.kernel import attached, netlink, protection
+from zramd.errors import AttachError, reason
+from zramd.kernel import attached, keeping, netlink, protection
+from zramd.kernel.keeping import LEAVE, LOOK, RETRY, RETRY_LATER, RETRY_SOON
 from zramd.process.steps import step
-
-RETRY = 0.01  # seconds between two looks for a new server; a server takes 100 to start
-RETRY_LATER = 0.2  # the same, once it has been away for RETRY_SOON
-RETRY_SOON = 5.0
-LOOK = 60.0  # seconds between two looks whether the device is still there
-LEAVE = 1.0  # seconds for which a keeper that is told to end waits for its device to go
-HEAP_BYTES = 1 << 20
 
 
 class Job(NamedTuple):
@@ -74,13 +65,11 @@ class Keeper:
         self._connected = False  # the device, by us
         self._said = ""
         self._poll = select.poll()
-        self._server = -1  # pidfd
+        self._server = keeping.ServerWatch(job.folder, self._poll)
         self._kernel = netlink.Kernel()
         self._links = self._kernel.dead_links()
         self._poll.register(self._links, select.POLLIN)
-        self._log = -1
-        with suppress(OSError):  # a container may have none
-            self._log = os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._log = keeping.KernelLog()
         self._record = attached.Record(job.name)
 
     @property
@@ -95,11 +84,11 @@ class Keeper:
         """
         step("keeper.recorded")
         protection.prepare()
-        protection.protect_process(HEAP_BYTES)
+        protection.protect_process(keeping.HEAP_BYTES)
         protection.take_priority()
         try:
             if not self._job.adopt:
-                with _uninterrupted():
+                with keeping.uninterrupted():
                     self._connect()
             self._data = self._job.data if self._job.adopt else attached.data_of(self._job.folder)
             self._record.write(self.device, self._data, keeper=os.getpid())
@@ -110,8 +99,7 @@ class Keeper:
                 raise AttachError(f"{self._job.name} does not take a second connection")
             step("keeper.ready")
             # If nobody is there any more to be told, what was done is taken back too.
-            sys.stdout.write(f"ok {self.index}\n")
-            sys.stdout.flush()
+            keeping.ready(self.index)
         except BaseException:
             if not self._job.adopt:
                 if self._connected:
@@ -123,7 +111,7 @@ class Keeper:
         """Replace connections that die, until the device is detached."""
         while True:
             for fd, _ in self._poll.poll(LOOK * 1000):
-                if fd == self._server:
+                if fd == self._server.fd:
                     self._forget_server()
             self._count_dead()
             if not attached.is_connected(self.device):
@@ -248,66 +236,19 @@ class Keeper:
     def _watch_server(self) -> None:
         """Watch the server's process too: the kernel needs memory to report a dead connection."""
         self._forget_server(dead=0)
-        with suppress(OSError, RundirError):
-            pid = rundir.holder(self._job.folder)
-            if pid:
-                server = os.pidfd_open(pid)
-                try:
-                    # Else it has left its number to another process.
-                    if rundir.holder(self._job.folder) == pid:
-                        self._poll.register(server, select.POLLIN)
-                        self._server = server
-                finally:
-                    if self._server != server:
-                        os.close(server)
+        self._server.begin()
 
     def _forget_server(self, dead: int | None = None) -> None:
         self._dead = self._job.connections if dead is None else dead
-        if self._server >= 0:
-            self._poll.unregister(self._server)
-            os.close(self._server)
-            self._server = -1
+        self._server.end()
 
     def _say(self, sentence: str) -> None:
-        """Write to the kernel's log, where what the kernel says of the device stands too. It never blocks."""
-        with suppress(OSError):
-            os.write(self._log, f"zramd: nbd{self.index}: {sentence}\n".encode())
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Have a SIGTERM wait: what the kernel was told just now, it is also told to undo."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._log.say(f"nbd{self.index}", sentence)
 
 
 def main(words: list[str]) -> int:
-    """Attach, print "ok" and the device's index, or one sentence that says why not, and stay.
-
-    SIGTERM: the command that attaches has given up, or the one that detaches has done it.
-    """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
-    try:
-        keeper = Keeper(job(words))
-        keeper.attach()
-    except SwapError as error:
-        print(error.missing)
-        return 1
-    except (ZramdError, OSError) as error:
-        print(reason(error) if isinstance(error, OSError) else error)
-        return 1
-    try:
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in range(3):
-            os.dup2(null, fd)
-        keeper.keep()
-    except SystemExit:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        keeper.leave()
-    return 0
+    """Attach, print "ok" and the device's index, or one sentence that says why not, and stay."""
+    return keeping.run(lambda: Keeper(job(words)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ MIN_FREE_KBYTES = "/proc/sys/vm/min_free_kbytes"
 MIN_FREE = 0.03  # of memory: docs/swapping.md says what for
 PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"  # ordinary users lack the first ones
 SWAP = "[SWAP]"  # what zramctl shows where the device is not mounted but swapped to
-_PART = re.compile(r"(/dev/nbd[0-9]+)p[0-9]+")
+_PART = re.compile(r"(/dev/(?:nbd|ublkb)[0-9]+)p[0-9]+")
 _OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
 _SWAP = re.compile(rb"([^ \t]+)[ \t]+[^ \t]+[ \t]+([0-9]{1,15})[ \t]+([0-9]{1,15})[ \t]+(-?[0-9]{1,6})")
 
@@ -60,7 +60,7 @@ def _path(escaped: bytes) -> str:
 
 
 def device_of(path: str) -> str:
-    """Return /dev/nbd0 of /dev/nbd0p3, its partition; any other path as it is."""
+    """Return /dev/nbd0 of /dev/nbd0p3, its partition, and so with ublkb; any other path as it is."""
     match = _PART.fullmatch(path)
     return match[1] if match else path
 
@@ -104,9 +104,9 @@ def parse_mounts(data: bytes, device: str) -> list[str]:
 
 
 def nbd_devices(disksize: int) -> list[str]:
-    """Return the kernel's NBD devices of `disksize` bytes that are swapped to now."""
+    """Return the kernel's NBD and ublk devices of `disksize` bytes that are swapped to now."""
     names = dict.fromkeys(device_of(area.path) for area in swaps())
-    return [name for name in names if name.startswith("/dev/nbd") and _size(name) == disksize]
+    return [name for name in names if name.startswith(("/dev/nbd", "/dev/ublkb")) and _size(name) == disksize]
 
 
 def _size(name: str) -> int:

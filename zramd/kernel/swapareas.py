@@ -41,9 +41,10 @@ def least_priority(count: int) -> int:
 
 def default_count(device: str, priority: int) -> int:
     """Return into how many areas a device is divided unless told, as far as `priority` allows for it."""
-    with suppress(OSError, ValueError), open(MAX_PART) as file:
-        if int(file.read()) == 0:
-            return 1  # the module was loaded without partitions
+    if device.startswith("/dev/nbd"):
+        with suppress(OSError, ValueError), open(MAX_PART) as file:
+            if int(file.read()) == 0:
+                return 1  # the module was loaded without partitions
     room = ALL - len(swap.swaps())
     return max(1, min(guest.default_count(guest.size_of(device)), priority + 1, room))
 

@@ -18,7 +18,7 @@ def numbers(name: str, disksize: int) -> dict[str, int | None]:
     """
     found: dict[str, int | None] = {"swap_used": None, "refreshed_blocks": None, "refresh_last_blocks": None}
     try:
-        areas = [area for area in swap.swaps() if area.path.startswith("/dev/nbd")]
+        areas = [area for area in swap.swaps() if area.path.startswith(("/dev/nbd", "/dev/ublkb"))]
         devices = {swap.device_of(area.path) for area in areas}
         ours = {device for device in devices if attached.is_of(device, name, disksize)}
         if not ours:

@@ -1,58 +1,35 @@
 """A kernel block device for a server, and swap on it if asked; and away again.
 
-A keeper process connects the kernel and stays (zramd.kernel.keeper), or nbd-client does where the kernel's
-NBD cannot be spoken to by netlink. zramd.kernel.attached has the records of what is attached.
+A server is reached by the kernel's NBD client or by ublk: zramd.launch.nbdway, ublkway. In both a keeper
+process stays. zramd.kernel.attached has the records of what is attached.
 """
 
 import json
 import os
-import re
 import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from glob import glob
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any
 
-import zramd
 from zramd import trusted
 from zramd.contract import rundir
 from zramd.control import life, servers
-from zramd.errors import AttachError, ConfigError, DeviceError, UsageError, say
-from zramd.kernel import attached, netlink, swap, swapareas, swapunit
+from zramd.errors import AttachError, ConfigError, DeviceError, UsageError, ZramdError, say
+from zramd.kernel import attached, swap, swapareas, swapunit, ublk
 from zramd.kernel.attached import Attached
-from zramd.kernel.keeper import Job
+from zramd.launch import nbdway, ublkway
 from zramd.launch.sudo import sudo
-from zramd.process import interrupts, pidfd, steps
+from zramd.launch.wishes import PRIORITY, Wanted, wait
+from zramd.process import interrupts
 from zramd.process.steps import step
 from zramd.settings import config, devices
 from zramd.settings.devices import ConfiguredDevice
 
-PRIORITY = 100  # before any other swap, as zram-generator has it
-DEAD_CONN_TIMEOUT = 120  # seconds
-TIMEOUT = 1.0  # seconds; see zramd.kernel.keeper on why it is no danger with one connection
-TIMEOUT_OF_SEVERAL = 30.0
-APPEARS = 5.0  # seconds in which a device must have come or gone
+ASK = 2.0  # seconds for a server to say how it is reached
 _STATS_BYTES = 64 << 10  # stats.json has a few thousand
-_DEVICE = re.compile(r"(?:/dev/)?nbd(\d{1,4})")
-
-
-class Wanted(NamedTuple):
-    """What `zramd attach` is asked for."""
-
-    device: int = -1  # the N of /dev/nbdN; -1: a free one
-    connections: int = 1
-    timeout: float | None = None  # seconds; None: by the number of connections
-    dead_conn_timeout: int = DEAD_CONN_TIMEOUT  # seconds
-    swap: bool = False
-    priority: int = PRIORITY
-    areas: int = 0  # 0: as many as suit the device
-    swapon_options: str = "discard"
-    nbd_client: bool = False
-    configured: bool = False  # as zramd.conf says: what is attached already stays so
 
 
 def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
@@ -99,7 +76,7 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
 
 def _attach(served: servers.Served, wanted: Wanted, turn: life.Turn) -> str:
     """Attach a device and swap to it if asked; return its name. The server's turn is given back meanwhile."""
-    there = attached.find(served.name)
+    there = attached.find(served.name) or ublkway.unnoted(served.name)
     if there and (whose := _leftover_from(there, served, wanted)):
         _drop(there, whose)
         there = None
@@ -125,6 +102,8 @@ def _attach(served: servers.Served, wanted: Wanted, turn: life.Turn) -> str:
 
 def _leftover_from(there: Attached, served: servers.Served, wanted: Wanted) -> str:
     """Return what has left an attached device that is of no use any more, '' for one that is."""
+    if there.number is not None and not ublk.has_disk(there.number) and there.stage != attached.ADDED:
+        return "a server that has ended"
     if wanted.configured and there.data and there.data != attached.data_of(served.path):
         return "a server that has ended"
     return "an attach that was killed" if there.is_half else ""
@@ -136,13 +115,12 @@ def _connect(served: servers.Served, there: Attached | None, wanted: Wanted) -> 
     Return the device's name, and the process number of the keeper if a new device has one, else 0.
     """
     if there is None:
-        if wanted.nbd_client or not _has_netlink():
-            return _by_nbd_client(served, wanted), 0
-        index, keeper = _start_keeper(_job(served, wanted))
-        return f"/dev/nbd{index}", keeper
+        way = ublkway if _front(served) == "ublk" else nbdway
+        found: tuple[str, int] = way.connect(served, wanted, lambda keeper: _undo(served.name, keeper))
+        return found
     if there.data and not there.keeper:
         say(f"{there.device} has lost its keeper: starting another")
-        _start_keeper(_job(served, wanted, there))
+        _way(there).keep(served, wanted, there)
     elif not wanted.configured:
         raise AttachError(
             f"{served.name} is attached as {there.device} already: 'zramd detach {served.name}' first"
@@ -150,10 +128,19 @@ def _connect(served: servers.Served, there: Attached | None, wanted: Wanted) -> 
     return there.device, 0
 
 
+def _front(served: servers.Served) -> str:
+    """Return how a server is reached: "nbd" or "ublk"."""
+    try:
+        answer: dict[str, Any] = served.ask_json("GET", "/health", timeout=ASK)
+    except DeviceError:  # it has no endpoint
+        return "nbd"
+    return str(answer.get("front", "nbd"))
+
+
 def _undo(name: str, keeper: int) -> None:
     """Take away what an attach by `keeper` has left. What went wrong first is what counts."""
-    with suppress(AttachError, OSError):
-        there = attached.find(name)
+    with suppress(ZramdError, OSError):
+        there = attached.find(name) or ublkway.unnoted(name)
         if there and there.keeper in (0, keeper):
             _take_away(there)
         attached.remove(name)
@@ -171,7 +158,7 @@ def stands(name: str) -> str:
 
 def _use(name: str, device: str, wanted: Wanted) -> None:
     """Wait for a device that was attached, and swap to it if asked."""
-    _wait(lambda: os.path.exists(device), f"{device} does not appear: is /dev a devtmpfs, or udev running?")
+    wait(lambda: os.path.exists(device), f"{device} does not appear: is /dev a devtmpfs, or udev running?")
     if wanted.swap:
         if wanted.configured and (changed := swap.set_memory_aside()):
             say(changed)
@@ -204,6 +191,7 @@ def _drop(there: Attached, whom: str) -> None:
             f"{there.device} is in use as '{use[0]}', but left over from {whom}: "
             f"'zramd detach --swapoff {there.name}' first"
         )
+    _must_be_free(there.device)
     say(f"{there.device} is left over from {whom}: detaching it")
     _take_away(there)
 
@@ -263,7 +251,7 @@ def detach(
     _must_be_root("detach", name, folder, {"--swapoff": swapoff, "--config": configured})
     interrupts.interruptible()
     with interrupts.told(lambda: stands(name)), attached.turn(name):
-        there = attached.find(name)
+        there = attached.find(name) or ublkway.unnoted(name)
         if there is None:
             if not if_attached:
                 raise AttachError(f"{name} is not attached")
@@ -276,6 +264,9 @@ def detach(
             raise AttachError(
                 f"{there.device} is in use as swap: 'zramd detach --swapoff {there.name}' swaps off first"
             )
+        if swapped and not _is_reachable(there):
+            _give_up(there, force)
+            return
         _detach(there, swapped, force)
 
 
@@ -290,10 +281,32 @@ def _detach(there: Attached, swapped: bool, force: bool) -> None:
         swapareas.join(device)
         step("detach.free")
         interrupts.finish()
-        gone = _disconnect(device, there)
+        gone = _way(there).disconnect(there)
         disconnected()
     step("detach.disconnected")
     _forget(there.name, device, gone)
+
+
+def _is_reachable(there: Attached) -> bool:
+    """Say whether what is stored can be read. A ublk device without its server makes its readers wait."""
+    return there.number is None or (
+        there.stage in (attached.ADDED, attached.STARTED) and rundir.holder(there.folder) is not None
+    )
+
+
+def _give_up(there: Attached, force: bool) -> None:
+    """Take a device away that is swapped to, and whose server is gone. Raises AttachError unless `force`."""
+    if not force:
+        raise AttachError(
+            f"the server of {there.name} is gone, and what is swapped out to {there.device} cannot be read: "
+            f"start it again with the same state, or give up what is out by "
+            f"'zramd detach --swapoff --force {there.name}': programs that need it are killed"
+        )
+    step("detach.free")
+    interrupts.finish()
+    gone = ublkway.give_up(there)
+    swapareas.forget(there.device)
+    _forget(there.name, there.device, gone)
 
 
 def _must_be_root(verb: str, name: str | None, folder: str | None, options: dict[str, bool]) -> None:
@@ -341,192 +354,22 @@ def _must_be_free(device: str) -> None:
         raise AttachError(f"{device} is in use by {os.path.basename(holders[0])}: end that first")
 
 
-# ---- By netlink, with a keeper --------------------------------------------------------------------------
-
-
-def _has_netlink() -> bool:
-    """Load the kernel's NBD client; say whether it can be spoken to by netlink. Raises AttachError."""
-    with suppress(netlink.NoFamilyError):  # asking alone makes many kernels load it
-        netlink.Kernel().close()
-        return True
-    reason = "modprobe is not installed"
-    modprobe = swap.find_program("modprobe", swap.PATH)
-    if modprobe and not os.path.exists("/sys/module/nbd"):
-        done = subprocess.run(
-            [modprobe, "nbd"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        reason = " ".join(done.stderr.split()).removeprefix("modprobe: ")
-    if not os.path.exists("/sys/module/nbd"):
-        raise AttachError(
-            f"the kernel's module nbd cannot be loaded ({reason}): "
-            "install the modules of the running kernel; in a container, run 'modprobe nbd' on its host"
-        )
-    try:
-        netlink.Kernel().close()
-    except netlink.NoFamilyError:
-        return False
-    return True
-
-
-def _job(served: servers.Served, wanted: Wanted, there: Attached | None = None) -> Job:
-    """Return what a keeper is to do: connect a device, or look after one that is `there`."""
-    timeout = wanted.timeout
-    if timeout is None:
-        timeout = TIMEOUT if wanted.connections == 1 else TIMEOUT_OF_SEVERAL
-    return Job(
-        name=served.name,
-        address=served.file(rundir.NBD_SOCKET),
-        folder=served.path,
-        device=_index(there.device) if there else wanted.device,
-        adopt=int(there is not None),
-        data=there.data if there else "",
-        connections=wanted.connections,
-        timeout=timeout,
-        dead_conn_timeout=wanted.dead_conn_timeout,
-    )
-
-
-def _start_keeper(job: Job) -> tuple[int, int]:
-    """Start the process that attaches and stays; return the device's index and its own number.
-
-    Raises AttachError.
-    """
-    package = os.path.dirname(os.path.dirname(os.path.abspath(zramd.__file__)))
-    environment = {
-        "PYTHONPATH": package,
-        "PYTHONMALLOC": "malloc",  # Python's own allocator asks the kernel for memory now and then
-        "MALLOC_ARENA_MAX": "1",
-        "LD_BIND_NOW": "1",
-        **steps.inherited(),
-    }
-    keeper = subprocess.Popen(
-        [sys.executable, "-S", "-P", "-m", "zramd.kernel.keeper", *job.words()],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        cwd="/",
-        env=environment,
-        start_new_session=True,
-    )
-    assert keeper.stdout is not None
-    try:
-        words = " ".join(keeper.stdout.read().decode(errors="replace").split())
-    except BaseException:
-        keeper.terminate()  # it takes back what it has done
-        with suppress(subprocess.TimeoutExpired):
-            keeper.wait(APPEARS)
-        if not job.adopt:
-            _undo(job.name, keeper.pid)
-        raise
-    if not words.startswith("ok "):
-        if not job.adopt:
-            _undo(job.name, keeper.pid)
-        raise AttachError(f"{job.name} cannot be attached: {words or 'its keeper has died'}")
-    return int(words.removeprefix("ok ")), keeper.pid
-
-
-# ---- By nbd-client --------------------------------------------------------------------------------------
-
-
-def _by_nbd_client(served: servers.Served, wanted: Wanted) -> str:
-    """Attach by the program nbd-client and return the device's name. Raises AttachError."""
-    name, address = served.name, served.file(rundir.NBD_SOCKET)
-    say(f"attaching by nbd-client: {name} has no keeper, and when its server ends, requests fail")
-    device = _free_device() if wanted.device < 0 else f"/dev/nbd{wanted.device}"
-    words = ["-unix", address, device, "-b", "4096", "-N", name, "-C", str(wanted.connections)]
-    if wanted.timeout is not None:
-        words += ["-timeout", f"{wanted.timeout:.0f}"]
-    record = attached.Record(name)
-    try:
-        swap.run("nbd-client", *words)
-        record.write(device, "", keeper=0)
-    except BaseException:
-        record.remove()
-        raise
-    finally:
-        record.close()
-    return device
-
-
-def _free_device() -> str:
-    names = [name for name in os.listdir("/sys/block") if _DEVICE.fullmatch(name)]
-    for name in sorted(names, key=_index):
-        if not os.path.exists(f"/sys/block/{name}/pid"):
-            return f"/dev/{name}"
-    raise AttachError("no NBD device is free: load the module with more, 'modprobe nbd nbds_max=32'")
-
-
-# ---- Both -----------------------------------------------------------------------------------------------
-
-
 def _take_away(there: Attached) -> None:
     """End a device that nobody uses, and forget it. Raises AttachError."""
     swapareas.join(there.device)
-    _forget(there.name, there.device, _disconnect(there.device, there))
+    _forget(there.name, there.device, _way(there).disconnect(there))
 
 
-def _disconnect(device: str, there: Attached | None) -> Callable[[], bool]:
-    """End a device, and tell its keeper to end; return what says whether both have gone."""
-    connection = attached.connection(device)
-    keeper = -1
-    if there and there.keeper:
-        with suppress(ProcessLookupError):
-            keeper = os.pidfd_open(there.keeper)
-            if attached.find(there.name) != there:  # it has left its number to another process
-                os.close(keeper)
-                keeper = -1
-    try:
-        kernel = netlink.Kernel()
-        kernel.disconnect(_index(device))
-        kernel.close()
-    except netlink.NoFamilyError:
-        swap.run("nbd-client", "-d", device)
-    if keeper >= 0:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(keeper, signal.SIGTERM)
-
-    def gone() -> bool:
-        # The next attach may be given the same device at once.
-        if connection and attached.connection(device) == connection:
-            return False
-        if keeper >= 0:
-            pidfd.has_ended(keeper, APPEARS)  # it removes its record; one that is late does so later
-        return True
-
-    return gone
+def _way(there: Attached) -> ModuleType:
+    """Return the way by which a device was attached."""
+    return nbdway if there.number is None else ublkway
 
 
 def _forget(name: str, device: str, gone: Callable[[], bool]) -> None:
     """Wait until the kernel has given the device up and its keeper has ended; remove what was noted of it."""
-    _wait(gone, f"{device} is disconnected, but somebody has it open")
+    wait(gone, f"{device} is disconnected, but somebody has it open")
     attached.remove(name)
     swapunit.forget(device)
-
-
-def index_of(device: str) -> int | None:
-    """Return the N of /dev/nbdN or nbdN, None for what is no NBD device."""
-    match = _DEVICE.fullmatch(device)
-    return int(match[1]) if match else None
-
-
-def _index(device: str) -> int:
-    index = index_of(device)
-    if index is None:
-        raise AttachError(f"'{device}' is not an NBD device")
-    return index
-
-
-def _wait(done: Callable[[], bool], otherwise: str) -> None:
-    end = time.monotonic() + APPEARS
-    while not done():
-        if time.monotonic() > end:
-            raise AttachError(otherwise)
-        time.sleep(0.02)
 
 
 def _progress(device: str) -> Callable[[int, int], None] | None:

@@ -1,19 +1,21 @@
 """A server's life as its user sees it: serve, start, stop.
 
-With `serve`, the process that the user started is nbdkit in the end, so Ctrl-C, systemd and `kill` reach it.
+With `serve`, the process that the user started is the server in the end (nbdkit, or Python without it), so
+Ctrl-C, systemd and `kill` reach it.
 """
 
 import os
 import signal
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import NamedTuple
 
 from zramd.contract import handover, rundir
 from zramd.control import busy, life, servers
 from zramd.errors import ConfigError, DeviceError, UsageError, ZramdError, say, sentence
 from zramd.kernel import swap
-from zramd.launch import background, fdstore, installed, nbdkit, spawn, watcher
+from zramd.launch import background, fdstore, installed, nbdkit, spawn, ublkserver, watcher
 from zramd.process import inherited, interrupts, notify, pidfd
 from zramd.process.steps import step
 from zramd.settings import config, devices
@@ -28,7 +30,7 @@ KILL_TIMEOUT = 2.0  # seconds that a server which did not get so far has to end 
 def plan(
     name: str | None, size: str | None, words: list[str], nbdkit_words: list[str]
 ) -> tuple[Config, nbdkit.Options, list[str]]:
-    """Return what to serve, nbdkit's own options, and its command line; `words` are key=value settings.
+    """Return what to serve, nbdkit's own options, and the command line; `words` are key=value settings.
 
     Raises ConfigError, RundirError, UsageError, and ZramdError when nbdkit is missing.
     """
@@ -45,18 +47,24 @@ def plan(
     pid = rundir.holder(settings.rundir)
     if pid is not None:
         raise rundir.in_use(settings.rundir, pid)
+    options = nbdkit.read_options(nbdkit_words)
+    options.sockets = inherited.passed_sockets()
+    if settings.front == "auto":
+        settings = replace(settings, front=ublkserver.choose(settings, options))
+    pairs = [*((key, value) for key, value in pairs if key != "front"), ("front", settings.front)]
+    if settings.front == "ublk":
+        ublkserver.check(options)
+        return settings, options, ublkserver.command(nbdkit.absolute(settings, pairs))
     if not swap.find_program("nbdkit"):
         raise ZramdError(f"nbdkit is not installed: {installed.how_to_install()}")
-    options = nbdkit.read_options(nbdkit_words)
     nbdkit.check(options)
-    options.sockets = inherited.passed_sockets()
     return settings, options, nbdkit.command(settings, pairs, options)
 
 
 def serve(
     name: str | None, size: str | None, words: list[str], nbdkit_words: list[str], configured: str | None
 ) -> None:
-    """Become nbdkit, serving as told; `configured` is a device of zramd.conf. Raises as `plan`.
+    """Become the server, serving as told; `configured` is a device of zramd.conf. Raises as `plan`.
 
     Returns only if that device is not meant for this machine, which is no failure to a service manager.
     """

@@ -171,7 +171,7 @@ def _full(name: str) -> str:
 def command(settings: Config, pairs: list[tuple[str, str]], options: Options) -> list[str]:
     """Return nbdkit's command line."""
     socket_option = [] if options.other_transport else ["-U", f"{settings.rundir}/{rundir.NBD_SOCKET}"]
-    plugin = ["python", plugin_path(), *_words(settings, pairs)]
+    plugin = ["python", plugin_path(), *(f"{key}={value}" for key, value in absolute(settings, pairs))]
     before = [*threads(settings, options), *options.before]
     return ["nbdkit", "-f", *socket_option, *before, *plugin, *options.after]
 
@@ -185,11 +185,11 @@ def threads(settings: Config, options: Options) -> list[str]:
     return [f"--threads={THREADS}"] if several and not given else []
 
 
-def _words(settings: Config, pairs: list[tuple[str, str]]) -> list[str]:
-    """Return the settings as nbdkit takes them; paths hold wherever the server stands."""
+def absolute(settings: Config, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the settings with paths that hold wherever the server stands."""
     paths = ("rundir", "state", "backing", "metrics_file")
     return [
-        f"{key}={getattr(settings, name) if (name := config.find(key).name) in paths else value}"
+        (key, getattr(settings, name) if (name := config.find(key).name) in paths else value)
         for key, value in pairs
     ]
 

@@ -18,9 +18,9 @@ from zramd.errors import DeviceError, RundirError, sentence
 from zramd.process import inherited, interrupts, pidfd
 from zramd.settings.config import Config
 
-READY_TIMEOUT = 30.0  # seconds after which the watcher gives up: nbdkit says itself what is wrong
+READY_TIMEOUT = 30.0  # seconds after which the watcher gives up: the server says itself what is wrong
 _TOOK_OVER = "zramd: took over "  # what a server says that does well: zramd.server.opening
-_BEFORE_REASON = r"nbdkit: (error: )?(.*nbdkit_plugin\.py: \w+: error: )?"
+_BEFORE_REASON = r"nbdkit: (error: )?(.*nbdkit_plugin\.py: \w+: error: )?|zramd: "
 
 
 def spawn(
@@ -93,7 +93,7 @@ def read_until(reader: int, end: float) -> str:
 
 
 def reason(said: str) -> str:
-    """Return the sentence in what nbdkit has said before it ended."""
+    """Return the sentence in what a server has said before it ended."""
     lines = [line for line in said.splitlines() if line.strip() and _TOOK_OVER not in line]
     errors = [line for line in lines if line.startswith("nbdkit: ")] or lines
     if errors and errors[-1].endswith("error running this script"):
@@ -101,7 +101,7 @@ def reason(said: str) -> str:
         errors = lines[: lines.index(errors[-1])] or errors
     if errors and errors[-1].strip(" :") == "MemoryError":
         return "not enough memory"
-    return re.sub(_BEFORE_REASON, "", errors[-1], count=1) if errors else "it gave no reason"
+    return re.sub(f"^(?:{_BEFORE_REASON})", "", errors[-1]) if errors else "it gave no reason"
 
 
 def is_ready(settings: Config, pid: int) -> bool:
@@ -115,7 +115,7 @@ def why_not_ready(settings: Config, pid: int) -> str:
         if rundir.holder(settings.rundir) != pid:
             return "it has not taken its run folder"
         if not settings.endpoint:
-            # nbdkit makes its socket first, and it may be elsewhere.
+            # nbdkit makes its socket first, and it may be elsewhere; ublk needs none.
             made = (f"{settings.rundir}/{name}" for name in (rundir.NBD_SOCKET, rundir.DATA_ID))
             return "" if any(map(os.path.exists, made)) else "it has not made its socket"
         status, answer = servers.ask(settings.rundir, "GET", "/health", timeout=1)

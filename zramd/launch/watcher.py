@@ -1,6 +1,6 @@
-"""What `zramd serve` tells the user once its server answers: by a small process beside nbdkit.
+"""What `zramd serve` tells the user once its server answers: by a small process beside it.
 
-The process that the user has started is nbdkit by then, which has other things to do.
+The process that the user has started is the server by then, which has other things to do.
 """
 
 import os
@@ -23,7 +23,7 @@ from zramd.settings.config import Config
 
 
 def start(settings: Config, text: str) -> None:
-    """Run `watch` in a process that is nobody's child, so that nbdkit has none that it does not know."""
+    """Run `watch` in a process that is nobody's child, so that the server has none that it does not know."""
     pid = os.getpid()
     made = not os.path.lexists(settings.rundir)  # then zramd makes the run folder
     child = os.fork()
@@ -42,9 +42,7 @@ def greeting(settings: Config, options: Options, pid: int) -> str:
     where = uri(settings, options)
     folder = shlex.quote(settings.rundir)
     if not options.other_transport and options.values.get("--tls") != "require":  # the kernel has no TLS
-        # Attaching is root's business, and root looks for a device by its name elsewhere than other users.
-        usual = settings.rundir == f"{rundir.ROOTS}/{settings.name}"
-        attach = sudo(f"attach {settings.name if usual else f'--rundir {folder}'}")
+        attach = attach_command(settings)
     elif where:
         attach = f"nbdinfo {shlex.quote(where)}"
     else:
@@ -54,15 +52,27 @@ def greeting(settings: Config, options: Options, pid: int) -> str:
         look = "watch         " + zramd(f"top {settings.name if usual else f'--rundir {folder}'}")
     else:
         look = f"read stats    cat {folder}/mm_stat {folder}/frag_ratio"
+    reached = f"NBD URI       {where or 'as nbdkit was told'}"
+    if settings.front == "ublk":
+        reached = "front         ublk: this machine's kernel, once it is attached"
     return (
         f"zramd {__version__} serves {settings.name}, {settings.disksize} bytes\n"
-        f"  NBD URI       {where or 'as nbdkit was told'}\n"
+        f"  {reached}\n"
         f"  stats folder  {settings.rundir}\n"
         "try next:\n"
         f"  attach        {attach}\n"
         f"  {look}\n"
         f"  stop          Ctrl-C, or: kill {pid}\n"
     )
+
+
+def attach_command(settings: Config) -> str:
+    """Return what attaches a device, as this user has to write it.
+
+    Attaching is root's business, and root looks for a device by its name elsewhere than other users.
+    """
+    usual = settings.rundir == f"{rundir.ROOTS}/{settings.name}"
+    return sudo(f"attach {settings.name if usual else f'--rundir {shlex.quote(settings.rundir)}'}")
 
 
 def watch(pid: int, ready: Callable[[], bool], text: str) -> bool:

@@ -22,6 +22,7 @@ from zramd.server.trouble import Troubles
 
 MAX_CONNECTIONS = 16
 MAX_LENGTHY = 8  # of them, for what takes long
+MAX_FDS = 1  # in one piece of a request: more are dropped by the kernel
 MAX_HEADER = 8 << 10
 MAX_BODY = 4 << 10  # as one of zram's files takes
 ALONE = 0.5  # the same, where no thread can be had and the housekeeping thread answers itself
@@ -59,6 +60,15 @@ class _Connection:
         self.waits = True  # for the client; else it waits for us
         self.lengthy = False  # what it asked for takes long
         self.thread: threading.Thread | None = None
+        self.fds: list[int] = []  # that came with the request
+
+    def receive(self, size: int) -> bytes:
+        """Return what comes next; the descriptors that come along are kept until the end. Raises OSError."""
+        data, fds, flags, _ = socket.recv_fds(self.sock, size, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        self.fds += fds
+        if flags & socket.MSG_CTRUNC:
+            raise RefusedError(503, "a descriptor came that could not be taken: raise ulimit -n, or send one")
+        return data
 
     def cut_off(self) -> None:
         with suppress(OSError):
@@ -131,7 +141,7 @@ class Endpoint:
         sock = connection.sock
         try:
             try:
-                method, path, body, length = _receive(sock, time.monotonic() + deadline)
+                method, path, body, length = _receive(connection, time.monotonic() + deadline)
                 self._begin(connection, (method, path), deadline)
                 if (method, path) in STREAMS_OUT:
                     sock.sendall(_STREAM.format(STREAMS_OUT[method, path]).encode())
@@ -140,7 +150,7 @@ class Endpoint:
                 if (method, path) in STREAMS_IN:
                     reply = self._routes.load(sock.fileno(), body, length)
                 else:
-                    reply = self._routes.answer(method, path, body)
+                    reply = self._routes.answer(method, path, body, connection.fds)
             except RefusedError as refused:
                 reply = refused.reply
             with self._lock:
@@ -176,9 +186,11 @@ class Endpoint:
             if connection in self._open:
                 self._open.remove(connection)
             connection.sock.close()
+            while connection.fds:
+                os.close(connection.fds.pop())
 
 
-def _receive(connection: socket.socket, deadline: float) -> tuple[str, str, bytes, int]:
+def _receive(connection: _Connection, deadline: float) -> tuple[str, str, bytes, int]:
     """Return method, path without a query, body, and its length.
 
     Of a stream the body is what came so far, and the length may be -1, up to the end of the connection.
@@ -201,8 +213,8 @@ def _receive(connection: socket.socket, deadline: float) -> tuple[str, str, byte
     stream = (method, path) in STREAMS_IN
     length = _content_length(header, 1 << 62, -1) if stream else _content_length(header, MAX_BODY, 0)
     if length and not body and _waits(line, header):
-        connection.settimeout(max(deadline - time.monotonic(), 0.001))
-        connection.sendall(_CONTINUE)
+        connection.sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        connection.sock.sendall(_CONTINUE)
     if stream:
         return method, path, body, length
     while len(body) < length:
@@ -232,13 +244,13 @@ def _content_length(header: bytes, most: int, default: int) -> int:
     return int(length) if length else default
 
 
-def _some(connection: socket.socket, deadline: float, have: int) -> bytes:
+def _some(connection: _Connection, deadline: float, have: int) -> bytes:
     """Return what the client sent next, at least a byte."""
     if have >= MAX_HEADER:
         raise RefusedError(431, f"a header has at most {MAX_HEADER} bytes")
     try:
-        connection.settimeout(max(deadline - time.monotonic(), 0.001))
-        data = connection.recv(4096)
+        connection.sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        data = connection.receive(4096)
     except TimeoutError:
         raise RefusedError(408, f"the request did not come within {DEADLINE:g} seconds") from None
     if not data:

@@ -9,12 +9,16 @@ GET   /backing_dev /bd_stat /writeback_limit /writeback_limit_enable   the same
 POST  /recomp_algorithm /recompress /idle /writeback   zram's, see zramd.server.words; PUT does the same
 POST  /writeback_limit /writeback_limit_enable   zram's; PUT is the setting writeback_limit, of bytes a day
 POST  /bring_back           what is out comes back into memory
+PUT   /ublk                 {"number": N, "queues": Q, "depth": D, "max_io_bytes": B, "recovers": true|false}:
+                            serves the kernel's device whose descriptor comes along (SCM_RIGHTS)
+DELETE /ublk                {"number": N}: lets go of it, once the kernel has stopped it
 PUT   /load                 such a stream into an empty device without clients
 PUT   /NAME for each setting that can be changed while the device is served
 """
 
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -43,6 +47,9 @@ _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _BINARY = "application/octet-stream"
 _BLOCK = "/block/"
 _LIMIT = "writeback_limit"
+_UBLK = "/ublk"
+# What PUT /ublk says of a device, and the most of each: the kernel's bounds; False and True are the bools.
+_DEVICE = {"number": 1 << 20, "queues": 4096, "depth": 4096, "max_io_bytes": 32 << 20}
 _PATIENCE = 600.0  # seconds that a reader of block_state may stand still: it may be a person with a pager
 # Whose answer, or body, is a stream of any length; an answer's content type.
 STREAMS_OUT = {("GET", "/save"): _BINARY, ("GET", "/save/live"): _BINARY, ("GET", "/block_state"): TEXT}
@@ -120,6 +127,12 @@ class Service(Protocol):
     def send_sockets(self, path: str) -> None:
         """Send the listening sockets to the process that listens at `path`. Raises OSError."""
 
+    def attach(self, fd: int, wanted: dict[str, Any]) -> None:
+        """Serve the kernel's device on a descriptor; raises DeviceError."""
+
+    def detach(self, number: int) -> None:
+        """Let go of a device that the kernel has stopped; raises DeviceError."""
+
     def save(self, fd: int, *, live: bool) -> None:
         """Write the device to a descriptor; raises SaveError, OSError once that has begun."""
 
@@ -183,14 +196,15 @@ class Routes:
             f"/{_LIMIT}_enable": {"GET": self._limit_enable, **_written(self._set_limit_enable)},
             "/bring_back": _written(self._bring_back),
             "/sockets": {"POST": self._sockets},
+            _UBLK: {"PUT": self._attach, "DELETE": self._detach},
         }
         for setting in SETTINGS:
             if not setting.fixed:
                 methods = self._routes.setdefault(f"/{setting.name}", {})
                 methods["PUT"] = partial(self._change, setting.name)
 
-    def answer(self, method: str, path: str, body: bytes) -> Reply:
-        """Return the answer to one request."""
+    def answer(self, method: str, path: str, body: bytes, fds: Sequence[int] = ()) -> Reply:
+        """Return the answer to one request, with which these descriptors came; they stay the caller's."""
         text = body.decode(errors="backslashreplace").strip()
         if path.startswith(_BLOCK):
             path, text = f"{_BLOCK}N", path[len(_BLOCK) :]
@@ -202,6 +216,8 @@ class Routes:
             allow = ", ".join(methods)
             return Reply(405, TEXT, f"{path} takes {allow}, not {method}\n", allow)
         try:
+            if (method, path) == ("PUT", _UBLK):
+                return self._attach(text, fds)
             return handler(text)
         except RefusedError as refused:
             return refused.reply
@@ -380,6 +396,26 @@ class Routes:
             raise RefusedError(status, f"cannot send to '{text}': {reason(error)}") from None
         return _json({"sent": True})
 
+    def _attach(self, text: str, fds: Sequence[int] = ()) -> Reply:
+        wanted = _object(text)
+        for name, most in _DEVICE.items():
+            value = wanted.get(name)
+            if type(value) is not int or not (name != "number") <= value <= most:
+                raise RefusedError(400, f"{name}={value!r} is not a number up to {most}")
+        if type(wanted.get("recovers")) is not bool:
+            raise RefusedError(400, f"recovers={wanted.get('recovers')!r} is neither true nor false")
+        if len(fds) != 1:
+            raise RefusedError(400, f"one descriptor, of /dev/ublkcN, is to come with this, not {len(fds)}")
+        self._service.attach(fds[0], wanted)
+        return _json({"pid": os.getpid()})
+
+    def _detach(self, text: str) -> Reply:
+        number = _object(text).get("number")
+        if type(number) is not int:
+            raise RefusedError(400, f"number={number!r} is not the number of a device")
+        self._service.detach(number)
+        return _json({"number": None})
+
     def _reset(self, text: str) -> Reply:
         if not self._service.reset():
             raise RefusedError(409, "device is in use: disconnect every client before a reset")
@@ -389,6 +425,15 @@ class Routes:
 def _written(handler: Handler) -> dict[str, Handler]:
     """Return the methods of what stands for a file of zram's that is written to."""
     return {"PUT": handler, "POST": handler}
+
+
+def _object(text: str) -> dict[str, Any]:
+    """Return the JSON object that a body is. Raises RefusedError."""
+    with suppress(ValueError, RecursionError):
+        values = json.loads(text)
+        if isinstance(values, dict):
+            return values
+    raise RefusedError(400, "the body is not a JSON object")
 
 
 def _json(values: dict[str, Any]) -> Reply:

@@ -1,5 +1,7 @@
 """The server's life: prepare before nbdkit forks, start after, stop when nbdkit ends.
 
+Without nbdkit the same comes in one process, see zramd.server.__main__.
+
 prepare   self-test, device, run folder        errors reach the user's terminal
 start     pid file, signals, threads           worker, and housekeeping: endpoint, stats files, stop
 stop      threads end, the run folder goes
@@ -8,7 +10,6 @@ stop      threads end, the run folder goes
 import os
 import signal
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
@@ -25,6 +26,7 @@ from zramd.server.admission import LOOK_AGAIN
 from zramd.server.ending import Ends
 from zramd.server.endpoint import Endpoint
 from zramd.server.files import Files
+from zramd.server.fronts.front import Front
 from zramd.server.housekeeping import Chore, Housekeeper
 from zramd.server.leaving import STOP_SIGNALS, Leaving
 from zramd.server.log import Log
@@ -45,11 +47,11 @@ DISK_PATIENCE = 1.0
 AGAIN = 1.0  # seconds between two tries of what could not be done so far
 
 
-def prepare(config: Config, shutdown: Callable[[], None]) -> "Prepared":
-    """Do all that can fail before nbdkit forks. `shutdown` asks nbdkit to end and returns at once.
+def prepare(config: Config, front: Front) -> "Prepared":
+    """Do all that can fail before nbdkit forks, for clients that come by `front`.
 
     Raises RundirError, CorruptionError when the self-test fails, MemoryError, SwapError, StateError,
-    BackingError.
+    BackingError, UblkError.
     """
     # As nbdkit has it once it serves: what started us may end before we have said all.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -64,9 +66,10 @@ def prepare(config: Config, shutdown: Callable[[], None]) -> "Prepared":
         opening.look(config)
         if config.metrics_file:
             MetricsFile(config.metrics_file, config.name)
+        front.prepare(config)
         if config.swap == "local":
             protection.protect_process()  # nbdkit does not fork here; `start` then finds it done
-        takeover.wait()
+        takeover.wait(config.rundir)
     if handover.must_be_left():  # or it was stopped: then the state is not for us
         files = _take_folder(config, ends)
         step("server.device")
@@ -77,16 +80,17 @@ def prepare(config: Config, shutdown: Callable[[], None]) -> "Prepared":
         made = opening.make_device(config)
         step("server.rundir")
         files = _take_folder(config, ends)
-    if config.metrics_file:
-        try:
+    try:
+        front.take(config, made.device)
+        if config.metrics_file:
             files.metrics = MetricsFile(config.metrics_file, config.name)
             # In a hand-over nobody would serve if that failed: then the housekeeper does it.
             if not handover.takes_over():
                 files.metrics.make()
-        except RundirError:
-            ends.fail()
-            raise
-    return Prepared(config, made, files, log, ends, shutdown)
+    except BaseException:
+        ends.fail()
+        raise
+    return Prepared(config, made, files, log, ends, front)
 
 
 def _take_folder(config: Config, ends: Ends) -> Files:
@@ -116,7 +120,7 @@ class Prepared:
         files: Files,
         log: Log,
         ends: Ends,
-        shutdown: Callable[[], None],
+        front: Front,
     ) -> None:
         self.config = config
         self.device = made.device
@@ -124,7 +128,7 @@ class Prepared:
         self.files = files
         self.log = log
         self.ends = ends
-        self.shutdown = shutdown
+        self.front = front
 
     def start(self) -> "Serving":
         """Start the threads; call it in the process that serves, on its main thread.
@@ -154,9 +158,10 @@ class Serving:
         self._ends = ends = prepared.ends
         self._troubles = troubles = Troubles()
         self._manager = notify.Manager()
+        self._front = front = prepared.front
         self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.service = service = Service(
-            config, device, files.rundir, troubles, self._wake_up, backing=prepared.backing
+            config, device, files.rundir, troubles, front, self._wake_up, backing=prepared.backing
         )
         undone = service.undone
         with suppress(OSError):  # it only makes dumps smaller
@@ -177,11 +182,8 @@ class Serving:
         service.publish_data_id()
         if config.stats_interval:
             undone.attempt("stats files are not written", reports.write)
-        inherited = sockets.inherited()
-        listening = sockets.listening()
-        sockets.keep_alive(listening)
-        service.admission.begin(listening)
-        files.bound = sockets.bound(listening)
+        front.begin(service)
+        files.bound = front.files()
         endpoint = self._make_endpoint()
         service.worker.start()
         ends.add(service.worker.stop)
@@ -190,22 +192,18 @@ class Serving:
             ends.add(partial(service.out_worker.stop, patience=DISK_PATIENCE))
         self._leaving = leaving = Leaving(
             config,
-            device,
-            service.admission,
+            front,
             self._manager,
             signals=self._wake[0],
             clients=lambda: service.clients,
-            shutdown=prepared.shutdown,
             stopping=ends.stopping,
             clean_up=self._clean_up,
             endpoint=endpoint,
             reopen_log=self._write_log if BACKGROUND in os.environ else None,
-            others=inherited,
-            listening=tuple(listening),
         )
         failed = files.are_left
         files.are_left = lambda: leaving.leaves_folder() or failed()
-        self._housekeeper = self._make_housekeeper(inherited)
+        self._housekeeper = self._make_housekeeper()
         if endpoint is not None:
             self._housekeeper.listen(endpoint.fileno(), endpoint.accept)
         housekeeping = start_thread("zramd", self._housekeep)
@@ -255,25 +253,16 @@ class Serving:
         self._ends.add(endpoint.close)
         return endpoint
 
-    def _make_housekeeper(self, inherited: frozenset[int]) -> Housekeeper:
-        """Return what answers callers, writes the stats files, and stops nbdkit on a signal.
-
-        `inherited` are the sockets that are no clients.
-        """
+    def _make_housekeeper(self) -> Housekeeper:
+        """Return what answers callers, writes the stats files, and ends the server on a signal."""
         service, leaving, reports = self.service, self._leaving, self._reports
-        admission, undone = service.admission, service.undone
+        undone = service.undone
 
         def stats_interval() -> float:
             return service.config.stats_interval
 
         chores = [
-            Chore("descriptors cannot be counted", admission.watch_descriptors, admission.interval),
-            Chore("clients cannot be counted", admission.watch_clients, lambda: admission.WATCH),
-            Chore(
-                "clients' send buffers cannot be set",
-                lambda: admission.greet(inherited),
-                admission.greet_interval,
-            ),
+            *self._front.chores(),
             Chore("what was left undone still fails", undone.do, lambda: AGAIN if undone else 0),
             Chore(
                 "stats files are not written",

@@ -1,4 +1,4 @@
-"""What a server does on request: of clients, by nbdkit, and of callers of the control socket, by routes."""
+"""What a server does on request: of clients, by its front, and of callers of the control socket, by routes."""
 
 import os
 import select
@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from zramd import __version__
+from zramd.contract import handover
 from zramd.contract.rundir import DATA_ID, Rundir
 from zramd.core.device.device import Device
 from zramd.core.device.saving import load as load_stream
@@ -21,8 +22,8 @@ from zramd.errors import BackingError, ConfigError, DeviceError
 from zramd.kernel import swapuse
 from zramd.process.steps import step
 from zramd.server import sockets
-from zramd.server.admission import Admission
 from zramd.server.compactor import Compactor
+from zramd.server.fronts.front import Front
 from zramd.server.tiers import Tiers
 from zramd.server.trouble import Troubles
 from zramd.server.undone import Undone
@@ -45,7 +46,7 @@ class Service:
     """One device for all its users: see zramd.server.routes.Service.
 
     config: the settings as they are now. device: what is served. backing: where it writes what leaves memory.
-    clients: how many there are.
+    clients: how many there are. front: how they reach it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Service:
         device: Device,
         rundir: Rundir,
         troubles: Troubles,
+        front: Front,
         wake_up: Callable[[], None] = lambda: None,
         backing: "BackingFile | None" = None,
     ) -> None:
@@ -61,9 +63,9 @@ class Service:
         self.config = config
         self.clients = 0
         self.undone = Undone(troubles)
-        # Where our own kernel swaps, it has no memory to spare for many answers at once.
-        greets = None if config.swap == "local" else wake_up
-        self.admission = Admission(troubles, lambda: self.config.client_limit, lambda: self.clients, greets)
+        self.front = front
+        self.troubles = troubles
+        self.wake_up = wake_up
         self.compactor = Compactor(device, config)
         self.tiers = Tiers(device, Tier(device), config)
         self.worker = Worker(self.compactor, self.tiers)
@@ -77,18 +79,11 @@ class Service:
         self.device = device
         self.backing = backing
         self._rundir = rundir
-        self._troubles = troubles
-        self._wake_up = wake_up
         self._started = time.monotonic()
         self._clients_lock = threading.Lock()
         self._changes_lock = threading.Lock()
         self._backing_lock = threading.Lock()
         self._loading = False
-
-    def client_connects(self) -> None:
-        """Let in a client that has just connected; its own thread calls this. Raises DeviceError."""
-        with self._clients_lock:
-            self.admission.connects()
 
     def client_opened(self) -> None:
         """Count a client; waits while the device is being reset, raises DeviceError while it is loaded."""
@@ -96,7 +91,6 @@ class Service:
             if self._loading:
                 raise DeviceError(f"{self.config.name} is being loaded: connect when that is done")
             self.clients += 1
-            self.admission.becomes_client()
 
     def client_closed(self) -> None:
         """Count a client that left."""
@@ -114,6 +108,7 @@ class Service:
             swap=swapuse.numbers(self.config.name, self.config.disksize),
             tiers=self.tiers.numbers(),
             writeback=self.writeback.numbers(),
+            front=self.front.numbers(),
         )
 
     def classes(self) -> list[snapshots.ClassRow]:
@@ -121,9 +116,9 @@ class Service:
         return snapshots.take_classes(self.device)
 
     def health(self) -> dict[str, Any]:
-        """Return status (ok or degraded), its causes, the compactor's status, number of clients, process."""
+        """Return status (ok or degraded), its causes, number of clients, process, the front, and the like."""
         compactor = self.compactor.status
-        causes = self._troubles.causes()
+        causes = self.troubles.causes()
         if self.compactor.failure:
             causes.append(f"background compaction {compactor}")
         if self.tiers.failure:
@@ -138,6 +133,8 @@ class Service:
             "pid": os.getpid(),
             "backing_silent": round(self.writeback.silent),  # seconds
             "leaves_pid": 1,  # the file, in a hand-over: see zramd.contract.handover
+            "standby": handover.is_standby(),
+            **self.front.health(),
         }
 
     def compact(self, timeout: float) -> int:
@@ -175,7 +172,7 @@ class Service:
             self.writeback.configure(changed)
             self.config = changed
         self.compactor.configure(self.config)
-        self._wake_up()  # stats_interval
+        self.wake_up()  # stats_interval
         return value
 
     def _reattach(self, path: str) -> None:
@@ -233,7 +230,15 @@ class Service:
 
     def send_sockets(self, path: str) -> None:
         """Send the listening sockets to the process that listens at `path`. Raises OSError."""
-        sockets.send(path, self.admission.sockets, "made" if self._rundir.made else "found")
+        sockets.send(path, self.front.listening, "made" if self._rundir.made else "found")
+
+    def attach(self, fd: int, wanted: dict[str, Any]) -> None:
+        """Serve the kernel's device on a descriptor. Raises DeviceError."""
+        self.front.attach(fd, wanted)
+
+    def detach(self, number: int) -> None:
+        """Let go of a device that the kernel has stopped. Raises DeviceError."""
+        self.front.detach(number)
 
     def publish_data_id(self) -> None:
         """Tell which data the device holds, at the start. Raises RundirError for what is no shortage."""

@@ -9,7 +9,7 @@ import stat
 import sys
 import termios
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from zramd.contract import handover
@@ -159,7 +159,7 @@ def stop_accepting(descriptors: Iterable[int], number: int) -> None:
     signal.pthread_kill(main, number)
 
 
-def send(path: str, descriptors: list[int], text: str) -> None:
+def send(path: str, descriptors: Sequence[int], text: str) -> None:
     """Send descriptors, and a text with them, to the socket at `path`. Raises OSError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as to:
         to.settimeout(1)

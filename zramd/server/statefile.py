@@ -10,12 +10,15 @@ zramd.core.device.recovery finds. The file is locked while a server has it mappe
 import errno
 import os
 import struct
+import time
 import zlib
 from contextlib import suppress
 from typing import NamedTuple
 
 from zramd import lockfile, trusted
+from zramd.contract import handover
 from zramd.contract.handover import KEPT_FD, SYSTEMD
+from zramd.contract.rundir import LOCK_TIMEOUT
 from zramd.core.device.device import kept_out, state_layout
 from zramd.core.memory.region import filesystem, page_size
 from zramd.core.pool.size_classes import layout_sum
@@ -133,7 +136,12 @@ def _remedy(number: int | None) -> str:
 
 def _lock(fd: int, path: str) -> None:
     """Take the lock that says that a server uses the file; a fork shares it, and a kill drops it."""
-    if not lockfile.take(fd):
+    # Of a server that has ended this instant, the kernel may still have a file open for its io_uring.
+    end = time.monotonic() + (LOCK_TIMEOUT if handover.takes_over() else 0)
+    while not lockfile.take(fd):
+        if time.monotonic() < end:
+            time.sleep(0.001)
+            continue
         raise StateError(
             f"state '{path}' is in use by a running server: stop that first, or use another path"
         )

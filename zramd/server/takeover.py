@@ -3,22 +3,30 @@
 import errno
 import os
 import signal
+import time
 from contextlib import suppress
 
-from zramd.contract import handover
+from zramd import lockfile
+from zramd.contract import handover, rundir
 from zramd.errors import RundirError, is_shortage, sentence
 from zramd.process import pidfd
 from zramd.process.steps import step
 from zramd.server import sockets
 
+PAUSE = 0.002  # seconds between two looks whether a successor serves
 
-def wait() -> None:
-    """Say that we are ready, wait until we are to go on, tell the old server, and wait for its end.
 
-    However long that takes: the old one has been told, and this one must serve when it has gone. Raises
-    RundirError when the command that started us ends before it says "go".
+def wait(folder: str) -> None:
+    """Say that we are ready to serve this run folder, and return when the server there has ended.
+
+    Tells it to end, unless we are on standby. However long it takes: it has been told, or may end at any
+    time, and this one must serve then. Raises RundirError when the command that started us ends before it
+    says "go", and when the server is stopped for whom we stand by.
     """
-    link, process = (int(word) for word in os.environ[handover.TAKES_OVER].split()[:2])
+    link, process = handover.link_and_process()
+    if handover.is_standby():
+        _stand_by(folder, link, process)
+        return
     answer, why = b"", ""
     try:
         os.write(link, handover.READY)
@@ -37,6 +45,58 @@ def wait() -> None:
     os.close(process)
     os.close(link)
     step("successor.alone")
+
+
+def _stand_by(folder: str, link: int, process: int) -> None:
+    """Say that we are ready, and return once the server has ended and nobody else takes over from it.
+
+    Raises RundirError when it was stopped, or another server is on standby already.
+    """
+    place = rundir.Standby(folder)
+    with suppress(OSError):  # the command has ended: nobody is to know
+        os.write(link, handover.READY)
+    os.close(link)
+    step("standby.ready")
+    while True:
+        pidfd.has_ended(process, None)
+        os.close(process)
+        step("standby.alone")
+        following = _successor(folder)
+        if following is None:
+            break
+        process = following
+    place.leave()
+
+
+def _successor(folder: str) -> int | None:
+    """Return the pidfd of the server that has taken over from the one that has ended; None: we are to.
+
+    One that has left to a successor has removed its control socket, one that crashed has not. The successor
+    has the turn until it serves. (An attach has it too, but that may wait for us.)
+    """
+    while True:
+        with suppress(OSError, RundirError):  # it cannot be known, or one has just ended: look again
+            pid = rundir.holder(folder)
+            if pid is None and (os.path.exists(f"{folder}/{rundir.CONTROL_SOCKET}") or not _is_busy(folder)):
+                return None
+            if pid:
+                other = os.pidfd_open(pid)
+                if rundir.holder(folder) == pid:
+                    return other
+                os.close(other)
+        time.sleep(PAUSE)
+
+
+def _is_busy(folder: str) -> bool:
+    """Say whether a command, or a server that it has begun, has the turn: see zramd.control.life."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return lockfile.is_taken(fd)
+    finally:
+        os.close(fd)
 
 
 def serving(folder: str) -> None:

@@ -5,7 +5,7 @@ Read `SETTINGS`, then `parse`, which turns the `key=value` pairs of a command li
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,6 +173,12 @@ def _swap(text: str) -> str:
     return text.lower()
 
 
+def _front(text: str) -> str:
+    if text.lower() not in ("nbd", "ublk", "auto"):
+        raise ConfigError(f"'{text}' is not a front: use nbd, ublk or auto")
+    return text.lower()
+
+
 def _thread_model(text: str) -> str:
     if text.lower() not in ("auto", "parallel", "serialize_requests"):
         raise ConfigError(f"'{text}' is not a thread model: use auto, parallel or serialize_requests")
@@ -322,6 +328,16 @@ SETTINGS: tuple[Setting, ...] = (
         fixed="its memory is locked before the first client comes",
     ),
     Setting(
+        "front",
+        _front,
+        "nbd",
+        "auto",
+        "how the device is reached: nbd: by any number of clients, on sockets of nbdkit's; ublk: by this "
+        "machine's kernel alone, faster and without nbdkit, on Linux 6.0 or later; auto: ublk where root "
+        "can have it and nothing of nbdkit's is asked for, else nbd",
+        fixed="clients reach the device by it",
+    ),
+    Setting(
         "thread_model",
         _thread_model,
         "auto",
@@ -444,6 +460,7 @@ class Config:
     pool_full: str
     swap: str
     reserve: int
+    front: str
     thread_model: str
     client_limit: int
     compaction: bool
@@ -521,8 +538,20 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
         )
     if "rundir" not in values:
         values["rundir"] = default_rundir(values["name"])
+    if values["front"] == "ublk" and (name := nbds_own(values)):
+        raise ConfigError(f"{name}={written(values[name])} is for front=nbd: leave it out with front=ublk")
+    if values["front"] == "ublk" and not values["endpoint"]:
+        raise ConfigError("endpoint=off leaves no way to attach a device of front=ublk: use endpoint=on")
     _refuse_own_names(values)
     return Config(**values)
+
+
+def nbds_own(values: Mapping[str, Any]) -> str:
+    """Return the first setting that means nothing but to front=nbd and is not as usual, '' if there is none."""
+    for name in ("thread_model", "client_limit"):
+        if values[name] != find(name).parse(find(name).default or ""):
+            return name
+    return ""
 
 
 def _refuse_own_names(values: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ Values: TypeAlias = dict[str, Any]  # by the names of NUMBERS
 class Number(NamedTuple):
     """One number of stats.json: its unit, what it means, and the Prometheus metric that shows it too.
 
-    Whatever is neither `derived` nor measured of the process (MEASURED) or its machine's swap (SWAP) is a
+    Whatever is neither `derived` nor of the process (MEASURED), its machine's swap (SWAP) or its front (UBLK) is a
     counter of the core's: see Device.counters().
     """
 
@@ -232,13 +232,27 @@ NUMBERS = (
         "refreshed_blocks_total",
     ),
     Number("refresh_last_blocks", "blocks", "Of these, blocks that the last refresh gave back."),
+    Number(
+        "ublk_requests",
+        "requests",
+        "Requests of the kernel's that front=ublk has answered; none with another front.",
+        "ublk_requests_total",
+    ),
+    Number("ublk_enters", "calls", "System calls that these took.", "ublk_system_calls_total"),
+    Number(
+        "ublk_resent",
+        "answers",
+        "Of these, answers that the kernel had no memory to take, and that were given again.",
+        "ublk_resent_total",
+    ),
     Number("uptime", "seconds", "Time since the server started.", "uptime_seconds"),
 )
 
 MEASURED = ("uptime", "resident_bytes")  # of the process
 SWAP = ("swap_used", "refreshed_blocks", "refresh_last_blocks")  # of this machine's kernel
+UBLK = ("ublk_requests", "ublk_enters", "ublk_resent")  # of the front of that name
 _DERIVED = {number.name: number.derived for number in NUMBERS if number.derived}
-COUNTED = tuple(each.name for each in NUMBERS if each.name not in (*MEASURED, *SWAP, *_DERIVED))
+COUNTED = tuple(each.name for each in NUMBERS if each.name not in (*MEASURED, *SWAP, *UBLK, *_DERIVED))
 
 
 def derive(values: Values) -> Values:

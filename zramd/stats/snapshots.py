@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 from zramd.stats.buckets import quantile
-from zramd.stats.numbers import COUNTED, SWAP, Values, derive
+from zramd.stats.numbers import COUNTED, SWAP, UBLK, Values, derive
 
 
 class Source(Protocol):
@@ -80,15 +80,17 @@ def take(
     swap: Values | None = None,
     tiers: Values | None = None,
     writeback: Values | None = None,
+    front: Values | None = None,
 ) -> Snapshot:
     """Return the device's numbers now; `started` is the server's start on the clock of time.monotonic().
 
     `swap` has those that are SWAP: none where this machine does not swap to the device. `tiers` and
     `writeback` have what the device does not know itself: see the modules of these names in zramd.stats.
+    `front` has those that are UBLK, nothing with another front.
     """
     counters = device.counters()
     values: Values = {name: counters[name] for name in COUNTED}
-    values |= swap or dict.fromkeys(SWAP)
+    values |= (swap or dict.fromkeys(SWAP)) | (front or dict.fromkeys(UBLK))
     values |= {"uptime": time.monotonic() - started, "resident_bytes": resident_bytes()}
     latency = _take_latency(device)
     return Snapshot(name, comp_algorithm, version, os.getpid(), derive(values), latency, tiers, writeback)

@@ -16,6 +16,7 @@ class Info(NamedTuple):
     flags: int
     owner_uid: int
     owner_gid: int
+    mark: int
 
 def available(path: str = ...) -> str: ...
 
@@ -34,6 +35,7 @@ class Control:
         depth: int = ...,
         max_io_bytes: int = ...,
         recovers: bool = False,
+        mark: int = 0,
         timeout: float | None = None,
     ) -> Info: ...
     def set_params(self, number: int, disksize: int, *, max_io_bytes: int = ...) -> None: ...

@@ -100,7 +100,10 @@ cdef tuple FEATURES = (
 
 
 class Info(NamedTuple):
-    """What the kernel says of a device; state is dead, live, quiesced or fail_io, pid its server's, 0 or -1 without one."""
+    """What the kernel says of a device; state is dead, live, quiesced or fail_io, pid its server's, 0 or -1 without one.
+
+    mark: what `add` was given.
+    """
 
     number: int
     queues: int
@@ -112,6 +115,7 @@ class Info(NamedTuple):
     flags: int
     owner_uid: int
     owner_gid: int
+    mark: int
 
 
 def available(path=CONTROL):
@@ -147,6 +151,7 @@ cdef info_of(const device_info *info):
         flags=info.flags,
         owner_uid=info.owner_uid,
         owner_gid=info.owner_gid,
+        mark=info.server_flags,
     )
 
 
@@ -269,11 +274,11 @@ cdef class Control:
         return frozenset(name for place, name in enumerate(FEATURES) if bits >> place & 1)
 
     def add(self, number=-1, *, uint32_t queues=QUEUES, uint32_t depth=DEPTH, uint32_t max_io_bytes=MAX_IO_BYTES,
-            bint recovers=False, timeout=None):
+            bint recovers=False, uint64_t mark=0, timeout=None):
         """Make a device of this number, -1: of one that is free; its Info. There is no disk before `start`.
 
         recovers: without a server requests wait for the next one, which gets again what was under way; else they fail.
-        The kernel may give fewer queues.
+        The kernel may give fewer queues. mark: 64 bits that it keeps for whoever asks for the device's Info.
         """
         cdef device_info *info = <device_info *>self.room
         cdef uint32_t which = ANY_NUMBER if number < 0 else number
@@ -288,6 +293,7 @@ cdef class Control:
         info.number = which
         info.pid = os.getpid()
         info.flags = F_CMD_IOCTL_ENCODE
+        info.server_flags = mark
         if recovers:
             info.flags |= F_USER_RECOVERY | F_USER_RECOVERY_REISSUE
         self._do("make a ublk device", UBLK_CONTROL(ADD_DEV), which, sizeof(device_info), 0, timeout, {
