@@ -114,14 +114,15 @@ def test_full_pool(guest: Guest) -> None:
 
 
 def test_system_calls_and_memory_of_requests(guest: Guest) -> None:
-    """One call for a request, or for many of them; and the kernel gives the server's threads no memory."""
+    """One call for a request, or for many of them; and they take no memory of the kernel, but for the pool."""
     found = play(guest, "calls")
     for name, row in found.items():
         assert row["served"] >= row["requests"] > 100, name
         most = 1.1 if name.endswith(" 1") else 0.15
         assert row["calls"] <= most, (name, row)
         assert row["enters"] <= most, (name, row)
-        assert row["allocations"] < 0.01, (name, row)
+        assert row["objects"] < 0.01, (name, row)
+        assert row["pages"] < (0.01 if name.startswith("read") else 1), (name, row)
 
 
 def test_two_devices(guest: Guest) -> None:
@@ -201,7 +202,8 @@ def test_a_server_dies_while_it_takes_over(at: str, guest: Guest) -> None:
     """No other can on these kernels, and it says so; stopped, the device fails what waits, and is gone."""
     found = play(guest, f"'death:{at}'")
     assert found["begin"]["errno"] is None
-    assert found["begin again"]["errno"] == "EINVAL"
+    if at == "mapped":
+        assert found["begin again"]["errno"] == "EINVAL"
     assert found["take over"]["says"]
     assert found["end"] == {"stopped": "", "deleted": "", "gone": True}
     assert found["asked in the end"] == 1

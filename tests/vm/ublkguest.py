@@ -71,7 +71,8 @@ TRIGGER = "hist:keys=common_pid:size=2048"
 # the kernel's code, and an emulated processor that runs it meanwhile may see half of that.
 EVENTS = {
     "calls": ["raw_syscalls/sys_enter"],
-    "allocations": ["kmem/kmalloc", "kmem/kmem_cache_alloc", "kmem/mm_page_alloc"],
+    "objects": ["kmem/kmalloc", "kmem/kmem_cache_alloc"],
+    "pages": ["kmem/mm_page_alloc"],
 }
 
 
@@ -390,16 +391,18 @@ class Death:
             )
         return {"says": "", "right": right, "state": self.kernel.info(self.number).state}
 
-    def end(self) -> dict[str, Any]:
-        """Stop and delete it: whether that leaves nothing."""
+    def end(self, server: Server) -> dict[str, Any]:
+        """Stop and delete it: whether that leaves nothing. A server that has it must let it go between."""
         stopped = failing(lambda: self.kernel.stop(self.number))
+        server.tell("join")
         deleted = failing(lambda: self.kernel.delete(self.number))
         return {"stopped": stopped["says"], "deleted": deleted["says"], "gone": gone(self.number)}
 
 
 def death(at: str) -> dict[str, Any]:
     """Kill a server at one step of serving or of taking over, and see what way out there is."""
-    geometry = Geometry(2, FEW) if at == "all in flight" else GEOMETRY
+    # With one queue: while another has a free tag, the kernel notices at once.
+    geometry = Geometry(1, FEW) if at == "all in flight" else GEOMETRY
     with made(True, geometry=geometry) as number:
         this = Death(number, geometry)
         second = this.successor()
@@ -430,7 +433,7 @@ def death(at: str) -> dict[str, Any]:
                 part = Server(geometry=geometry._replace(queues=1), state=os.dup(this.state))
                 hand_over(number, part)
                 part.kill()
-                found["begin again"] = this.begin()
+                # Not begun again: Linux 6.12 falls over the queue that has had no server (a null pointer).
             elif at == "all fetched":
                 found["begin"] = this.begin()
                 hand_over(number, second)
@@ -442,7 +445,7 @@ def death(at: str) -> dict[str, Any]:
                 found["load"] = load.wait(60)
             if not found["take over"]["says"]:
                 found["asked"] = asks.wait(60)
-            found["end"] = this.end()
+            found["end"] = this.end(second)
             found["asked in the end"] = asks.wait(60)
         finally:
             second.kill()
