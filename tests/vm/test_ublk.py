@@ -114,7 +114,7 @@ def test_full_pool(guest: Guest) -> None:
 
 
 def test_system_calls_and_memory_of_requests(guest: Guest) -> None:
-    """One call for a request, or for many of them; and they take no memory of the kernel, but for the pool."""
+    """One call for a request, or for many of them; and they take no memory, but for the pool."""
     found = play(guest, "calls")
     for name, row in found.items():
         assert row["served"] >= row["requests"] > 100, name
