@@ -106,8 +106,8 @@ def add(commands: Commands) -> None:
         "serve",
         usage="zramd serve [--config NAME | --name NAME] [--size SIZE] [--ublk] [key=value ...]\n"
         "                   [-- NBDKIT-OPTIONS]",
-        description="Serve a compressed device in the foreground: on a unix socket in the run folder, or, with "
-        "--ublk, to this machine's kernel alone.",
+        description="Serve a compressed device in the foreground: on a unix socket in the run folder, "
+        "or, with --ublk, to this machine's kernel alone.",
         more=_settings_help,
         settings=True,
         nbdkit_options=True,

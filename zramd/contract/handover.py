@@ -11,9 +11,9 @@
 
 The listening socket never closes, so a client that connects again is queued, not refused.
 
-A server that is on standby (`zramd.launch.standby`) takes over as well, but tells nobody: it does all that may
-fail, says that it is ready, and waits until the old one has ended, however that comes. Then it goes on as
-after a crash, unless another server is the next one; then it waits for the end of that.
+A server on standby (`zramd.launch.standby`) takes over as well, but tells nobody: it does all that may fail,
+says that it is ready, and waits until the old one has ended, however that comes. Then it goes on as after a
+crash, unless another server is the next one; then it waits for the end of that.
 
 A stop that comes meanwhile counts: a server that is stopped removes its pid file, one that hands over (or
 crashes) leaves it, and by that the new server knows whether to go on.

@@ -51,7 +51,7 @@ def plan(
     options.sockets = inherited.passed_sockets()
     if settings.front == "auto":
         settings = replace(settings, front=ublkserver.choose(settings, options))
-    pairs = [*((key, value) for key, value in pairs if key != "front"), ("front", settings.front)]
+        pairs = [(key, settings.front if key == "front" else value) for key, value in pairs]
     if settings.front == "ublk":
         ublkserver.check(options)
         return settings, options, ublkserver.command(nbdkit.absolute(settings, pairs))

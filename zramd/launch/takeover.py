@@ -1,6 +1,7 @@
 """A new server takes over from a running one, with all data; its clients see only a pause.
 
-All that can fail is done before the old server is asked to leave: see zramd.contract.handover. The old
+One of front=ublk has no sockets to hand on: its client is this machine's kernel, which waits until `zramd
+attach`'s keeper has given its device to the new server. All that can fail is done before the old server is asked to leave: see zramd.contract.handover. The old
 server's side is zramd.server.leaving, the new one's zramd.server.takeover.
 """
 
@@ -16,12 +17,13 @@ from zramd.contract import handover, rundir
 from zramd.control import life, peer, servers
 from zramd.errors import AttachError, DeviceError, RundirError, UsageError, is_shortage, reason
 from zramd.kernel import attached
-from zramd.launch import background, filters, nbdkit, spawn
+from zramd.launch import background, filters, nbdkit, spawn, ublkserver
 from zramd.process import inherited, interrupts, pidfd
 from zramd.process.steps import step
 from zramd.settings import config
 from zramd.settings.config import Config
 
+DEVICE_TIMEOUT = 10.0  # seconds that the keeper has to give the kernel's device to the new server
 LEAVE_TIMEOUT = 10.0  # seconds; a server needs one at most, a busy machine a few
 SILENT = 2  # seconds for which a backing has not answered: then it may be long
 END_TIMEOUT = 2.0  # seconds; one that does not answer may be stopping
@@ -73,9 +75,11 @@ def _replace(served: servers.Served, words: list[str], turn: life.Turn) -> tuple
     _refuse_others(served, process)
     line = _told(served, process, "cmdline")
     filters.refuse(served.name, line)
-    plan = _plan(served, line, _override(pairs, words))
-    as_before = _plan(served, line, pairs)
+    changed = _override(pairs, words)
     old = _Old(served, process)
+    _refuse_other_front(served, old.health, config.parse(pairs).front, config.parse(changed).front)
+    as_before = _plan(served, line, pairs)
+    plan = _plan(served, line, changed)
     step("restart.sockets")
     old.take_sockets()
     new = _Successor(plan, old, turn)
@@ -110,7 +114,35 @@ def _replace(served: servers.Served, words: list[str], turn: life.Turn) -> tuple
         if not new.tells or not old.wait(LEAVE_TIMEOUT) or old.was_stopped():
             raise old.goes_on(str(error)) from None
         _come_back(served, as_before, old, turn, error)
+    _await_device(served, old.health, new.pid)
     return new.pid, time.monotonic() - since
+
+
+def _refuse_other_front(served: servers.Served, health: dict[str, Any], before: str, after: str) -> None:
+    """Raise DeviceError for a change of front while a client has the device: it could not follow."""
+    if before != after and health["clients"]:
+        raise DeviceError(
+            f"{served.name} is in use over front={before}, and its clients cannot follow to front={after}: "
+            f"detach it, or disconnect them, first"
+        )
+
+
+def _await_device(served: servers.Served, health: dict[str, Any], pid: int) -> None:
+    """Wait until the kernel's device, if the old server had one, is served by the new one.
+
+    Raises DeviceError if it is not given to it: only the keeper of `zramd attach` can.
+    """
+    before = health.get("ublk") or {}
+    if not before.get("serving"):
+        return
+    end = time.monotonic() + DEVICE_TIMEOUT
+    while not served.ask_json("GET", "/health")["ublk"]["serving"]:
+        if time.monotonic() > end:
+            raise DeviceError(
+                f"{served.name} is served by process {pid} now, but nobody has given /dev/ublkb"
+                f"{before['number']} to it within {DEVICE_TIMEOUT:g} seconds: run 'zramd attach {served.name}'"
+            )
+        time.sleep(0.002)
 
 
 def _come_back(
@@ -146,7 +178,8 @@ class _Old:
         self.pid = process.pid
         self.process = process.fd
         # A server of an older zramd does not say.
-        self.leaves_pid = bool(served.ask_json("GET", "/health").get("leaves_pid"))
+        self.health = served.ask_json("GET", "/health")
+        self.leaves_pid = bool(self.health.get("leaves_pid"))
         self.listening: list[int] = []
         self.made = False  # the run folder, by zramd
         try:
@@ -178,7 +211,7 @@ class _Old:
                     os.unlink(path)
         for fd in self.listening:
             os.set_inheritable(fd, False)  # or the new server would have these beside those that it is given
-        if not self.listening:
+        if not self.listening and self.health.get("front") != "ublk":
             raise DeviceError(f"{self.served.name} serves its standard input: it cannot be restarted")
         self.made = text == b"made"
 
@@ -222,7 +255,8 @@ def _ended(served: servers.Served) -> DeviceError:
 class _Successor:
     """A server that is ready to take over: see zramd.contract.handover."""
 
-    def __init__(self, plan: "_Plan", old: _Old, turn: life.Turn) -> None:
+    def __init__(self, plan: "_Plan", old: _Old, turn: life.Turn, *, standby: bool = False) -> None:
+        """Start it; on `standby` it does not keep the turn."""
         self._settings = plan.settings
         ours, theirs = socket.socketpair()
         self._link = ours
@@ -236,11 +270,11 @@ class _Successor:
             for number, fd in enumerate(copies, _FIRST):
                 os.dup2(fd, number)
             words = turn.words() | {
-                "LISTEN_FDS": str(len(copies)),
-                "LISTEN_PID": str(os.getpid()),
-                handover.TAKES_OVER: handover.order(*kept[:2], old.leaves_pid),
+                handover.TAKES_OVER: handover.order(*kept[:2], old.leaves_pid, standby=standby),
                 rundir.BACKGROUND: "1",
             }
+            if copies:
+                words |= {"LISTEN_FDS": str(len(copies)), "LISTEN_PID": str(os.getpid())}
             background.give(words | ({handover.MADE: "1"} if old.made else {}), *kept)
 
         with interrupts.blocked():
@@ -395,9 +429,16 @@ class _Plan(NamedTuple):
 def _plan(served: servers.Served, line: list[str], pairs: list[tuple[str, str]]) -> _Plan:
     """Return what to start: with nbdkit's options as on the running one's line, but for where it listens.
 
-    Sets the environment for it. Raises ConfigError, DeviceError for a server that is no nbdkit.
+    Sets the environment for it. Raises ConfigError, UsageError, DeviceError for a server that is none of
+    zramd's.
     """
     words = line[:-1]
+    settings = config.parse(pairs)
+    if ublkserver.is_one(words):
+        nbdkit.set_environment(settings)
+        if settings.front == "ublk":
+            return _Plan(settings, ublkserver.command(pairs))
+        return _Plan(settings, nbdkit.command(settings, pairs, nbdkit.read_options([])))
     at = next(
         (
             i
@@ -411,8 +452,11 @@ def _plan(served: servers.Served, line: list[str], pairs: list[tuple[str, str]])
     keys = {key for setting in config.SETTINGS for key in (setting.name, *setting.aliases)}
     options = nbdkit.read_options(words[1 : at - 1], leave_out=nbdkit.TRANSPORTS | _PROGRAM)
     after = [word for word in words[at + 1 :] if word.partition("=")[0] not in keys]
-    settings = config.parse(pairs)
     nbdkit.set_environment(settings)
+    if settings.front == "ublk":
+        options.after = after
+        ublkserver.check(options)
+        return _Plan(settings, ublkserver.command(pairs))
     plugin = ["python", nbdkit.plugin_path(), *(f"{key}={value}" for key, value in pairs)]
     before = [*nbdkit.threads(settings, options), *options.before]
     return _Plan(settings, ["nbdkit", "-f", *before, *plugin, *after])

@@ -40,7 +40,9 @@ def _serve(settings: config.Config) -> None:
         from zramd.server.fronts.ublk import Ublk
         from zramd.server.server import prepare
     except ImportError as error:
-        raise ZramdError(f"zramd cannot be loaded: {error}: build it for Python {sys.version.split()[0]}") from None
+        raise ZramdError(
+            f"zramd cannot be loaded: {error}: build it for Python {sys.version.split()[0]}"
+        ) from None
     ending = threading.Event()
     serving = prepare(settings, Ublk(ending.set)).start()
     ending.wait()

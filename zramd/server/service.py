@@ -1,4 +1,4 @@
-"""What a server does on request: of clients, by its front, and of callers of the control socket, by routes."""
+"""What a server does on request: of clients, by its front, and of the control socket's callers, by routes."""
 
 import os
 import select

@@ -547,7 +547,7 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
 
 
 def nbds_own(values: Mapping[str, Any]) -> str:
-    """Return the first setting that means nothing but to front=nbd and is not as usual, '' if there is none."""
+    """Return a setting that means nothing but to front=nbd and is not as usual, '' if there is none."""
     for name in ("thread_model", "client_limit"):
         if values[name] != find(name).parse(find(name).default or ""):
             return name

@@ -14,8 +14,8 @@ Values: TypeAlias = dict[str, Any]  # by the names of NUMBERS
 class Number(NamedTuple):
     """One number of stats.json: its unit, what it means, and the Prometheus metric that shows it too.
 
-    Whatever is neither `derived` nor of the process (MEASURED), its machine's swap (SWAP) or its front (UBLK) is a
-    counter of the core's: see Device.counters().
+    Whatever is neither `derived` nor of the process (MEASURED), its machine's swap (SWAP) or its front (UBLK)
+    is a counter of the core's: see Device.counters().
     """
 
     name: str
@@ -245,12 +245,19 @@ NUMBERS = (
         "Of these, answers that the kernel had no memory to take, and that were given again.",
         "ublk_resent_total",
     ),
+    Number("ublk_away", "requests", "Of these, requests that waited for the backing.", "ublk_away_total"),
+    Number(
+        "ublk_lost",
+        "places",
+        "Places for requests that the kernel has taken back for a reason that is not known.",
+        "ublk_lost_total",
+    ),
     Number("uptime", "seconds", "Time since the server started.", "uptime_seconds"),
 )
 
 MEASURED = ("uptime", "resident_bytes")  # of the process
 SWAP = ("swap_used", "refreshed_blocks", "refresh_last_blocks")  # of this machine's kernel
-UBLK = ("ublk_requests", "ublk_enters", "ublk_resent")  # of the front of that name
+UBLK = ("ublk_requests", "ublk_enters", "ublk_resent", "ublk_away", "ublk_lost")  # of the front of that name
 _DERIVED = {number.name: number.derived for number in NUMBERS if number.derived}
 COUNTED = tuple(each.name for each in NUMBERS if each.name not in (*MEASURED, *SWAP, *UBLK, *_DERIVED))
 

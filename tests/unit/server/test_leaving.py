@@ -1,36 +1,34 @@
-"""When a server may end, and the moment in which it leaves its clients."""
+"""When a server may end, and that it does."""
 
 import errno
 import os
 import signal
-import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
-from zramd.core.device.device import Device
 from zramd.kernel import swap
 from zramd.process import notify
-from zramd.server import leaving as module
-from zramd.server import sockets
-from zramd.server.admission import Admission
+from zramd.server.fronts.front import Front
 from zramd.server.leaving import Leaving
-from zramd.server.trouble import Troubles
 from zramd.settings import config
+
+
+class FakeFront(Front):
+    """A front whose devices are swapped to as the kernel says of NBD's."""
+
+    def swap_devices(self) -> list[str]:
+        return swap.nbd_devices(1 << 20)
 
 
 def leaving(clients: int = 1, **settings: str) -> Leaving:
     pairs = {"size": "1M", "rundir": "/nowhere", **settings}
     return Leaving(
         config.parse(pairs.items()),
-        Device(1 << 20),
-        Admission(Troubles(), lambda: 0, lambda: clients),
+        FakeFront(),
         notify.Manager(),
         signals=-1,
         clients=lambda: clients,
-        shutdown=lambda: None,
         stopping=threading.Event(),
         clean_up=lambda: None,
     )
@@ -116,50 +114,6 @@ def test_leaving_ends_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-class Parting:
-    """A server that leaves a client: a thread looks for a moment in which it may."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-        self.client, self.connection = socket.socketpair()
-        monkeypatch.setattr(module, "QUIET", seconds)
-        monkeypatch.setattr(sockets, "clients", self.clients)
-        self.thread = threading.Thread(target=leaving().await_quiet, daemon=True)
-
-    @contextmanager
-    def clients(self, others: frozenset[int]) -> Iterator[list[socket.socket]]:
-        yield [self.connection]
-
-    def is_cut_off(self) -> bool:
-        try:
-            self.client.send(b".")
-        except BrokenPipeError:
-            return True
-        return False
-
-
-def test_leaves_when_nothing_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    parting = Parting(monkeypatch, 60)
-    parting.client.send(b"request")
-    parting.thread.start()
-    parting.thread.join(0.1)
-    assert parting.thread.is_alive()
-    assert not parting.is_cut_off()
-    parting.connection.recv(64)
-    parting.thread.join(30)
-    assert not parting.thread.is_alive()
-    assert parting.is_cut_off()
-
-
-def test_leaves_when_requests_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    parting = Parting(monkeypatch, 0.05)
-    parting.client.send(b"request")
-    parting.thread.start()
-    parting.thread.join(30)
-    assert not parting.thread.is_alive()
-    assert parting.is_cut_off()
-    assert parting.connection.recv(64) == b"request"  # what has come can still be read, and answered
-
-
 def test_a_farewell_that_fails_everywhere_is_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     one = leaving()
     ends: list[int] = []
@@ -167,7 +121,7 @@ def test_a_farewell_that_fails_everywhere_is_an_end(monkeypatch: pytest.MonkeyPa
     def fail() -> None:
         raise OSError(errno.EMFILE, "no")
 
-    monkeypatch.setattr(one._admission, "use_spare", fail)
+    monkeypatch.setattr(one._front, "use_spare", fail)
     monkeypatch.setattr(one, "_clean_up", fail)
     monkeypatch.setattr(os, "_exit", ends.append)
     with pytest.raises(OSError, match="no"):  # the end that is replaced here

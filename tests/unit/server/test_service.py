@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.run import wait_until
 
 from zramd.contract import rundir
 from zramd.contract.rundir import DATA_ID, Rundir
 from zramd.core.device.device import Device
-from zramd.errors import ConfigError, DeviceError, RundirError, SaveError, ZramdError
-from zramd.server import sockets
+from zramd.errors import ConfigError, RundirError, SaveError, ZramdError
+from zramd.server.fronts.front import Front
 from zramd.server.service import Service
 from zramd.server.trouble import Troubles
 from zramd.settings import config
@@ -24,7 +23,7 @@ def service(folder: Path, **settings: str) -> Service:
     """The service of an empty device; nothing runs beside it."""
     made = config.parse({"size": "1M", "rundir": str(folder / "run"), **settings}.items())
     device = Device(made.disksize, mem_limit=made.mem_limit)
-    return Service(made, device, Rundir(made.rundir), Troubles())
+    return Service(made, device, Rundir(made.rundir), Troubles(), Front())
 
 
 def test_change(tmp_path: Path) -> None:
@@ -139,77 +138,3 @@ class TestDataId:
         loading.join(30)
         os.close(reader)
         assert str(failures[0]) == "the device is in use: disconnect every client before a load"
-
-
-class TestGreeting:
-    def test_whoever_connects_is_greeted_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        greeted: list[frozenset[int]] = []
-        monkeypatch.setattr(sockets, "widen_clients", greeted.append)
-        admission = service(tmp_path).admission
-        assert admission.greet_interval() == 0
-        for _ in range(2):
-            admission.connects()
-        assert admission.greet_interval() > 0
-        admission.greet(frozenset({7}))
-        assert greeted == [{7}]
-        assert admission.greet_interval() == 0
-
-    def test_it_is_tried_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(others: frozenset[int]) -> None:
-            raise OSError(errno.ENFILE, "no")
-
-        monkeypatch.setattr(sockets, "widen_clients", fail)
-        admission = service(tmp_path).admission
-        admission.connects()
-        with pytest.raises(OSError, match="no"):
-            admission.greet(frozenset())
-        assert admission.greet_interval() > 0
-
-    def test_nobody_is_where_this_machine_swaps(self, tmp_path: Path) -> None:
-        admission = service(tmp_path, swap="local").admission
-        admission.connects()
-        assert admission.greet_interval() == 0
-
-
-class TestClientLimit:
-    def test_one_too_many(self, tmp_path: Path) -> None:
-        limited = service(tmp_path, client_limit="2")
-        opened = []
-
-        def come() -> None:
-            limited.client_connects()
-            limited.client_opened()
-            opened.append(threading.get_native_id())
-
-        come()
-        come()
-        for _ in range(2):
-            with pytest.raises(DeviceError) as caught:
-                come()
-        assert str(caught.value) == (
-            "a client was turned away: there are 2 connections already, the most that client_limit allows"
-        )
-        limited.admission.watch_clients()
-        limited.admission.watch_clients()
-        assert limited.health()["causes"] == [
-            "clients are turned away: there are 2 connections already, the most that client_limit allows"
-        ]
-        limited.client_closed()
-        limited.admission.watch_clients()
-        limited.admission.watch_clients()
-        assert limited.health()["status"] == "ok"
-        come()
-        limited.change("client_limit", "3")
-        come()
-        assert len(opened) == 4
-
-    def test_who_left_before_he_was_a_client_does_not_count(self, tmp_path: Path) -> None:
-        limited = service(tmp_path, client_limit="1")
-        for _ in range(5):
-            comer = threading.Thread(target=limited.client_connects)
-            comer.start()
-            comer.join()
-            wait_until(lambda: not os.path.exists(f"/proc/self/task/{comer.native_id}"))  # noqa: B023
-        limited.client_connects()
-        with pytest.raises(DeviceError):
-            limited.client_connects()

@@ -85,8 +85,9 @@ class Ublk(Front):
                 self._queues.serve(fd)
             except BaseException as error:
                 self._service.client_closed()
-                if isinstance(error, (UblkError, OSError, MemoryError)):
-                    raise DeviceError(f"{_path(number)} is not served: {sentence(error)}") from None
+                if isinstance(error, (UblkError, OSError, MemoryError, ValueError)):
+                    why = sentence(error) or error
+                    raise DeviceError(f"{_path(number)} is not served: {why}") from None
                 raise
             self._number, self._recovers = number, recovers
 
@@ -98,7 +99,9 @@ class Ublk(Front):
             if number != self._number:
                 raise DeviceError(f"{_path(number)} is not attached: it is {_path(self._number)}")
             if not self._release(ENDING):
-                raise DeviceError(f"the kernel has not stopped {_path(number)}: 'zramd detach' does that first")
+                raise DeviceError(
+                    f"the kernel has not stopped {_path(number)}: 'zramd detach' does that first"
+                )
 
     def chores(self) -> list[Chore]:
         """See Front.chores."""

@@ -1,0 +1,486 @@
+"""What happens to queues that the fake kernel drives: `ublkscenes.py SCENE`, with shim_ublk.c. Ends with 0, or an exception."""
+
+import ctypes
+import errno
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from support.backings import Disk, write_out
+from support.content import block_content, compressible, noise
+from support.fakeublk import BLOCK, CONTROL, DISCARD, FLUSH, NOUNMAP, READ, WRITE, ZEROES, FakeDisk, Kernel
+from support.run import SCALE, SEED, run_threads, wait_until
+from zramd import Device
+from zramd.core.ublk.control import Control, available
+from zramd.core.ublk.queues import Queues
+from zramd.errors import UblkError
+
+SIZE = 8 << 20
+KERNEL = Kernel()
+
+
+def refused(code: int, words: str, work: Callable[[], object]) -> None:
+    """Require that the kernel's refusal is told: its errno, and words of the sentence."""
+    try:
+        work()
+    except UblkError as error:
+        assert error.errno == code and words in str(error), (error.errno, str(error))
+    else:
+        raise AssertionError(f"no UblkError: {words}")
+
+
+def over(disk: FakeDisk, queues: Queues) -> None:
+    """Stop a disk, and require that nothing of it is left."""
+    disk.stop()
+    assert queues.join(10)
+    assert not queues.serving
+    assert disk.fetched == 0
+    disk.delete()
+
+
+def commands() -> None:
+    """Control says to the kernel what it must hear, and tells what that answers."""
+    assert available(CONTROL) == ""
+    with Control(CONTROL) as control:
+        assert {"user_recovery_reissue", "ioctl_encode", "user_copy"} < control.features()
+        assert "quiesce" not in control.features()
+        info = control.add(5, queues=2, depth=16, max_io_bytes=65536, recovers=True)
+        assert (info.number, info.queues, info.depth, info.max_io_bytes) == (5, 2, 16, 65536)
+        assert (info.state, info.recovers) == ("dead", True)
+        assert control.add(queues=1, depth=4).number == 0
+        assert not control.info(0).recovers
+        refused(errno.EEXIST, "/dev/ublkb5 exists already", lambda: control.add(5))
+        refused(errno.EACCES, "ublks_max", lambda: control.add(1000))
+        refused(errno.ENODEV, "cannot ask about /dev/ublkb7: there is no such device", lambda: control.info(7))
+        refused(errno.EINVAL, "no parameters yet", lambda: control.start(5, os.getpid()))
+        control.set_params(5, SIZE, max_io_bytes=65536)
+        assert control.params(5) == {
+            "disksize": SIZE,
+            "block": 4096,
+            "max_io_bytes": 65536,
+            "max_discard_bytes": 1 << 30,
+            "max_zeroes_bytes": 1 << 30,
+        }
+        refused(errno.EINVAL, "process 1 is not its server", lambda: control.start(5, 1))
+        control.start_recovery(5)
+        refused(errno.EINVAL, "begun already", lambda: control.start_recovery(5))
+        assert control.info(5).state == "quiesced"
+        refused(errno.EINVAL, "does not outlive its server", lambda: control.start_recovery(0))
+        control.stop(5)
+        control.delete(5)
+        control.delete(0, wait=False)
+        refused(errno.ENODEV, "no such device", lambda: control.delete(0, wait=False))
+        for wrong in (lambda: control.set_params(0, 5000), lambda: control.add(queues=0), lambda: control.add(depth=4097)):
+            try:
+                wrong()
+            except ValueError:
+                continue
+            raise AssertionError("no ValueError")
+
+
+def silence() -> None:
+    """A kernel that does not answer is waited for so long; then the next command is refused at once."""
+    KERNEL.library.fake_silent(1)
+    with Control(CONTROL, timeout=0.2) as control:
+        refused(errno.ETIME, "does not answer", lambda: control.info(0))
+        KERNEL.library.fake_silent(0)
+        refused(errno.EBADF, "has not answered an earlier command", lambda: control.info(0))
+
+
+def no_rings() -> None:
+    """Who cannot have a ring is told why."""
+    for code, words in ((errno.ENOSYS, "older than Linux 5.4"), (errno.EPERM, "seccomp"), (errno.EINVAL, "Linux 6.0")):
+        KERNEL.library.fake_no_rings(code)
+        assert words in available(CONTROL), available(CONTROL)
+        refused(code, words, lambda: Control(CONTROL))
+        refused(code, words, lambda: Queues(Device(SIZE), 2, 4))
+    KERNEL.library.fake_no_rings(0)
+    Queues(Device(SIZE), 2, 4)
+    assert threads() == 1
+
+
+def threads() -> int:
+    """How many this process has."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def descriptors() -> int:
+    """How many this process has."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def requests() -> None:
+    """Each kind of request does what it does to a device, and is answered as the kernel wants it."""
+    device = Device(SIZE)
+    queues = Queues(device, 2, 4, 65536)
+    disk = KERNEL.disk(queues, SIZE)
+    data = b"".join(noise(i) for i in range(16))
+    for queue in (0, 1):
+        at = queue << 20
+        disk.write(data, at, queue)
+        assert disk.read(at, 65536, 1 - queue) == data
+        found = bytearray(65536)
+        device.read(found, at)
+        assert found == data
+        assert disk.request(DISCARD, at, BLOCK, queue=queue) == (BLOCK, b"")
+        assert disk.request(ZEROES, at + BLOCK, BLOCK, queue=queue) == (BLOCK, b"")
+        assert disk.request(ZEROES | NOUNMAP, at + 2 * BLOCK, BLOCK, queue=queue) == (BLOCK, b"")
+        assert disk.read(at, 65536) == bytes(3 * BLOCK) + data[3 * BLOCK :]
+        kinds = [(length, kind) for _, length, kind in device.extents(at, 65536)]
+        assert kinds == [(2 * BLOCK, 3), (BLOCK, 2), (13 * BLOCK, 0)], kinds
+        assert disk.request(FLUSH, 0, 0, queue=queue) == (0, b"")
+    # trims are longer than any buffer
+    assert disk.request(DISCARD, 0, SIZE) == (SIZE, b"")
+    assert device.counters()["pages_stored"] == 0
+    assert disk.request(READ, SIZE - BLOCK, 2 * BLOCK)[0] == -errno.EIO  # beyond the end
+    assert disk.request(WRITE, SIZE, BLOCK, bytes(BLOCK))[0] == -errno.EIO
+    assert disk.request(READ, 0, 65536 + BLOCK)[0] == -errno.EIO  # beyond the buffer
+    for other in (4, 10, 15, 18, 99):
+        assert disk.request(other, 0, BLOCK)[0] == -errno.EOPNOTSUPP
+    assert queues.stats()["ublk_requests"] == 2 * 7 + 9
+    assert device.counters()["invalid_io"] == 2
+    over(disk, queues)
+
+
+def calls() -> None:
+    """One request at a time costs one system call, which waits for the next, too."""
+    queues = Queues(Device(SIZE), 1, 16, 65536)
+    disk = KERNEL.disk(queues, SIZE)
+    before = queues.stats()
+    for _ in range(500):
+        disk.read(0)
+    after = queues.stats()
+    assert after["ublk_requests"] - before["ublk_requests"] == 500
+    assert 499 <= after["ublk_enters"] - before["ublk_enters"] <= 501
+    over(disk, queues)
+
+
+def full() -> None:
+    """A full pool is told as asked for, and what was there stays."""
+    for code in (errno.ENOSPC, errno.EIO):
+        device = Device(SIZE, mem_limit=1 << 20)
+        queues = Queues(device, 1, 4, 65536, pool_full=code)
+        disk = KERNEL.disk(queues, SIZE)
+        results = [disk.request(WRITE, i * BLOCK, BLOCK, noise(i))[0] for i in range(SIZE // BLOCK)]
+        assert set(results) == {BLOCK, -code}, set(results)
+        for i, result in enumerate(results):
+            if result == BLOCK:
+                assert disk.read(i * BLOCK) == noise(i)
+        over(disk, queues)
+
+
+def damage() -> None:
+    """What is out and not what it was is an error of the disk, whichever thread finds it."""
+    store = Disk()
+    device = store.device(SIZE)
+    queues = Queues(device, 1, 4, 65536)
+    disk = KERNEL.disk(queues, SIZE)
+    disk.write(noise(1), 0)
+    write_out(device)
+    assert device.counters()["out_pages"] == 1
+    for at in range(1 << 16, store.size, 512):
+        store.flip(at)
+    assert disk.request(READ, 0, BLOCK)[0] == -errno.EIO
+    assert queues.stats()["ublk_away"] == 1
+    over(disk, queues)
+
+
+def out() -> None:
+    """Blocks that are out come back by readers, beside what is in memory; each read counts once."""
+    device = Disk(40).device(SIZE)
+    queues = Queues(device, 2, 16, 65536)
+    disk = KERNEL.disk(queues, SIZE)
+    for number in range(128):
+        disk.write(compressible(number, 2000), number * BLOCK, number % 2)
+    write_out(device, 0, 64)
+    assert device.counters()["out_pages"] == 64
+    before = device.counters()
+
+    def client(me: int) -> Callable[[], None]:
+        def work() -> None:
+            rnd = random.Random(SEED + me)
+            for _ in range(200):
+                number = rnd.randrange(120)
+                count = rnd.randrange(1, 8)
+                wanted = b"".join(compressible(i, 2000) for i in range(number, number + count))
+                assert disk.read(number * BLOCK, count * BLOCK, me % 2) == wanted, number
+
+        return work
+
+    run_threads(client(me) for me in range(6))
+    assert queues.stats()["ublk_away"] > 0
+    after = device.counters()
+    assert after["failed_reads"] == 0
+    _, buckets = device.latencies()["read"]
+    assert sum(buckets) == 6 * 200
+    assert after["out_pages"] == before["out_pages"]
+    over(disk, queues)
+    device.check()
+
+
+def short_of_memory() -> None:
+    """An answer that the kernel has no memory for is given again: no request hangs, and none is answered twice."""
+    KERNEL.no_memory(3)
+    queues = Queues(Device(SIZE), 2, 4, 65536)
+    disk = KERNEL.disk(queues, SIZE)
+    for number in range(300):
+        disk.write(compressible(number), number * BLOCK, number % 2)
+    for number in range(300):
+        assert disk.read(number * BLOCK) == compressible(number)
+    assert 200 <= queues.stats()["ublk_resent"] <= 400
+    assert queues.stats()["ublk_requests"] == 600
+    KERNEL.no_memory(0)
+    over(disk, queues)
+
+
+def refusals() -> None:
+    """A kernel that refuses: nothing serves then, nothing is left, and the same queues serve another disk."""
+    device = Device(SIZE)
+    queues = Queues(device, 3, 4, 65536)
+    assert threads() == 4
+    before = descriptors()
+    for code, words in (
+        (errno.EINVAL, "it has not 3 queues of 4 requests"),
+        (errno.EBUSY, "it is served already"),
+        (errno.ENODEV, "it is being stopped"),
+        (errno.EIO, "input/output error"),
+    ):
+        KERNEL.library.fake_no_fetch(1, code)
+        refused(code, words, lambda: KERNEL.disk(queues, SIZE))
+        assert not queues.serving
+        assert threads() == 1
+        assert queues.join(0)
+    KERNEL.library.fake_no_fetch(2**32 - 1, 0)
+    with open("/dev/null") as null:
+        refused(errno.ENODEV, "the descriptor is not /dev/ublkcN's", lambda: queues.serve(null.fileno()))
+    disk = KERNEL.disk(queues, SIZE)
+    disk.write(noise(1), 0)
+    refused(errno.EBUSY, "serve a disk already", lambda: disk.serve(queues))
+    assert disk.read(0) == noise(1)
+    assert not queues.join(0.2)
+    over(disk, queues)
+    assert descriptors() == before + 4  # the fake kernel's: disks that were made and not deleted
+    queues.close()
+    assert threads() == 1
+    assert queues.join()
+    disk = KERNEL.disk(queues, SIZE)
+    assert disk.read(0) == noise(1)
+    over(disk, queues)
+
+
+def again() -> None:
+    """One disk after the other, of the same threads, rings and buffers."""
+    device = Device(SIZE)
+    queues = Queues(device, 2, 8, 65536)
+    before = sorted(os.listdir("/proc/self/task"))
+    for turn in range(20):
+        disk = KERNEL.disk(queues, SIZE)
+        if turn:
+            assert disk.read(0) == noise(turn - 1)
+        disk.write(noise(turn), 0, turn % 2)
+        over(disk, queues)
+    assert sorted(os.listdir("/proc/self/task")) == before
+    del queues
+    assert threads() == 1
+
+
+def successor() -> None:
+    """Queues that leave a disk look as dead as a killed server: what was under way comes again to the next."""
+    device = Device(SIZE)
+    first = Queues(device, 2, 8, 65536)
+    disk = KERNEL.disk(first, SIZE, recovers=True)
+    stop = threading.Event()
+    errors: list[BaseException] = []
+    done = [0] * 4
+
+    def client(me: int) -> None:
+        try:
+            version = 0
+            while not stop.is_set():
+                version += 1
+                disk.write(block_content(me, version), me * BLOCK, me % 2)
+                assert disk.read(me * BLOCK, queue=version % 2) == block_content(me, version)
+                done[me] += 1
+        except BaseException as error:
+            errors.append(error)
+
+    clients = [threading.Thread(target=client, args=(me,)) for me in range(4)]
+    for one in clients:
+        one.start()
+    served = first
+    for _ in range(int(10 * max(1, SCALE))):
+        seen = list(done)
+        wait_until(lambda: errors or all(now > was for now, was in zip(done, seen, strict=True)))  # noqa: B023
+        successor = Queues(device, 2, 8, 65536)
+        served.close()
+        assert not served.serving
+        with Control(CONTROL) as control:
+            control.start_recovery(disk.number)
+            disk.serve(successor)
+            control.end_recovery(disk.number, os.getpid())
+        served = successor
+    stop.set()
+    for one in clients:
+        one.join()
+    assert not errors, errors
+    over(disk, served)
+
+
+def abort() -> None:
+    """Tags that are idle are over at once; those with requests are when these are answered."""
+    device = Device(SIZE)
+    queues = Queues(device, 2, 8, 65536)
+    disk = KERNEL.disk(queues, SIZE)
+    device.write(noise(1), 0)
+    stopped = threading.Event()
+    results: list[int] = []
+
+    def client(me: int) -> None:
+        while True:
+            result, data = disk.request(READ, 0, BLOCK, queue=me % 2)
+            results.append(result)
+            if result < 0:
+                return
+            assert data == noise(1)
+
+    clients = [threading.Thread(target=client, args=(me,)) for me in range(6)]
+    for one in clients:
+        one.start()
+    wait_until(lambda: len(results) > 200)
+    over(disk, queues)
+    stopped.set()
+    for one in clients:
+        one.join()
+    assert set(results) == {BLOCK, -errno.ENODEV}
+    assert queues.stats()["ublk_lost"] == 0
+
+
+def held() -> None:
+    """Requests are served while a thread holds Python's lock, and a disk's threads hear no signal."""
+    queues = Queues(Device(SIZE), 1, 8, 65536)
+    disk = KERNEL.disk(queues, SIZE)
+    disk.write(noise(1), 0)
+    # PyDLL keeps the lock held in the call: by Python's threads nothing could be served meanwhile.
+    holding = ctypes.PyDLL(os.environ["SHIM_UBLK"])
+    holding.fake_io.argtypes = KERNEL.library.fake_io.argtypes
+    buffer = ctypes.create_string_buffer(BLOCK)
+    for _ in range(50):
+        assert holding.fake_io(disk.number, 0, READ, 0, 8, buffer) == BLOCK
+    assert buffer.raw == noise(1)
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{task}/status") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        if fields["Name"].strip() == "zramd-ublk0":
+            assert int(fields["SigBlk"], 16) & 0x7FFFFFFE == 0x7FFFFFFE & ~(1 << 8 | 1 << 18)
+            break
+    else:
+        raise AssertionError("no thread is named zramd-ublk0")
+    over(disk, queues)
+
+
+def stress() -> None:
+    """Clients that own blocks and know them, while the device is looked at, compacted, emptied, and its disks change."""
+    seconds = 4 * SCALE
+    device = Disk(200).device(16 << 20)
+    device.reserve_start(1 << 20)
+    keeper = threading.Thread(target=device.reserve_keep)
+    keeper.start()
+    KERNEL.no_memory(50)
+    queues = Queues(device, 2, 16, 65536)
+    workers, blocks = 6, 4096
+    contents: list[dict[int, int]] = [{} for _ in range(workers)]
+    end = time.monotonic() + seconds
+    for turn in range(3):
+        disk = KERNEL.disk(queues, 16 << 20)
+        stop = threading.Event()
+
+        def worker(me: int, turn: int, disk: FakeDisk, stop: threading.Event) -> Callable[[], None]:
+            def work() -> None:
+                rnd = random.Random(SEED + me + 100 * turn)
+                mine = contents[me]
+                version = turn << 20
+                while not stop.is_set():
+                    version += 1
+                    first = rnd.randrange(blocks // workers // 8 - 1) * workers * 8 + me * 8
+                    count = rnd.randrange(1, 9)
+                    queue = rnd.randrange(2)
+                    span = range(first, first + count)
+                    action = rnd.random()
+                    if action < 0.4:
+                        data = b"".join(block_content(block, version) for block in span)
+                        disk.write(data, first * BLOCK, queue)
+                        mine.update(dict.fromkeys(span, version))
+                    elif action < 0.5:
+                        what = rnd.choice([DISCARD, ZEROES, ZEROES | NOUNMAP])
+                        assert disk.request(what, first * BLOCK, count * BLOCK, queue=queue)[0] == count * BLOCK
+                        mine.update(dict.fromkeys(span, 0))
+                    else:
+                        found = disk.read(first * BLOCK, count * BLOCK, queue)
+                        for i, block in enumerate(span):
+                            piece = found[i * BLOCK : (i + 1) * BLOCK]
+                            assert piece == block_content(block, mine.get(block, 0)), (me, block)
+
+            return work
+
+        def beside(turn: int, stop: threading.Event) -> None:
+            while not stop.is_set() and time.monotonic() < end - seconds * (2 - turn) / 3:
+                device.compact()
+                device.check()
+                write_out(device)
+                queues.stats()
+                time.sleep(0.01)
+            stop.set()
+
+        run_threads([
+            *(worker(me, turn, disk, stop) for me in range(workers)),
+            lambda turn=turn, stop=stop: beside(turn, stop),  # type: ignore[misc]
+        ])
+        disk.stop()
+        assert queues.join(20)
+        disk.delete()
+        device.check()
+        if turn == 1:
+            device.reset()
+            for mine in contents:
+                mine.clear()
+    numbers = queues.stats()
+    assert numbers["ublk_away"] and numbers["ublk_resent"], numbers
+    assert not numbers["ublk_lost"]
+    device.reserve_stop()
+    keeper.join()
+
+
+def emptied() -> None:
+    """A reset has the device alone, whatever is under way: what is read after it is what was written after it, or zeros."""
+    device = Device(SIZE)
+    queues = Queues(device, 2, 16, 65536)
+    disk = KERNEL.disk(queues, SIZE)
+    stop = threading.Event()
+
+    def writer(me: int) -> Callable[[], None]:
+        def work() -> None:
+            version = 0
+            while not stop.is_set():
+                version += 1
+                disk.write(block_content(me, version), me * BLOCK, me % 2)
+                found = disk.read(me * BLOCK, queue=me % 2)
+                assert found in (bytes(BLOCK), block_content(me, version)), (me, version)
+
+        return work
+
+    def resetter() -> None:
+        for _ in range(int(100 * max(SCALE, 0.2))):
+            device.reset()
+            device.check()
+        stop.set()
+
+    run_threads([*(writer(me) for me in range(4)), resetter])
+    over(disk, queues)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
+    assert KERNEL.violation == "", KERNEL.violation
