@@ -16,7 +16,7 @@ MAX_SECONDS = 999_999  # more than eleven days
 def attach(arguments: argparse.Namespace) -> int:
     """Attach a device, swap to it if asked, and print its name."""
     wanted = Wanted(
-        device=arguments.device,
+        device=arguments.device or "",
         connections=arguments.connections,
         timeout=arguments.timeout,
         dead_conn_timeout=arguments.dead_conn_timeout,
@@ -98,7 +98,6 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--device",
         type=_device,
-        default="",
         metavar="/dev/NAME",
         help="use this one, nbdN or ublkbN [a free one]",
     )

@@ -199,7 +199,7 @@ def attached_devices() -> Iterator[Finding]:
                 yield Finding(
                     PROBLEM,
                     there.device,
-                    f"no server can take it over any more, and what was stored in {name} cannot be read by it",
+                    f"no server can take it over any more: what {name} holds cannot be read by it",
                     f"run 'zramd detach --swapoff --force {name}', which gives up what is swapped out to it",
                 )
             elif rundir.holder(there.folder) is None:

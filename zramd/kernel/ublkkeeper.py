@@ -321,7 +321,7 @@ class Keeper:
             return False
         if attached.data_of(self._job.folder) != self._data:
             raise AttachError("it does not hold the data that was there before")
-        if state.get("number") is not None:
+        if state.get("serving"):
             raise AttachError(f"it serves {ublk.device_of(int(str(state['number'])))} already")
         return True
 

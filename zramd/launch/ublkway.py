@@ -141,8 +141,9 @@ def _words(served: servers.Served, device: str, there: Attached | None = None) -
         health = served.ask_json("GET", "/health")["ublk"]
         disksize = served.stats()["disksize"]
         queues, depth, max_io_bytes = (health[key] for key in ("queues", "depth", "max_io_bytes"))
-        recovers = int(health["recovers"])
-        if health["number"] is not None:
+        # Where the data ends with the server, requests must fail, and not wait for another.
+        recovers = int(bool(served.ask_json("GET", "/settings").get("state")))
+        if health["serving"]:
             raise AttachError(
                 f"{served.name} serves {ublk.device_of(health['number'])} already, which is not known to be "
                 f"attached: 'zramd restart {served.name}', or stop it and start it again"
