@@ -60,7 +60,9 @@ class FakeDisk:
         finally:
             os.close(fd)
 
-    def request(self, what: int, offset: int, size: int, data: bytes = b"", queue: int = 0) -> tuple[int, bytes]:
+    def request(
+        self, what: int, offset: int, size: int, data: bytes = b"", queue: int = 0
+    ) -> tuple[int, bytes]:
         """What a request of bytes gives: (bytes or -errno, what was read)."""
         buffer = ctypes.create_string_buffer(data, max(len(data), size if what == READ else 1))
         result = self.library.fake_io(self.number, queue, what, offset >> 9, size >> 9, buffer)

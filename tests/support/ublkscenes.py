@@ -54,7 +54,9 @@ def commands() -> None:
         assert not control.info(0).recovers
         refused(errno.EEXIST, "/dev/ublkb5 exists already", lambda: control.add(5))
         refused(errno.EACCES, "ublks_max", lambda: control.add(1000))
-        refused(errno.ENODEV, "cannot ask about /dev/ublkb7: there is no such device", lambda: control.info(7))
+        refused(
+            errno.ENODEV, "cannot ask about /dev/ublkb7: there is no such device", lambda: control.info(7)
+        )
         refused(errno.EINVAL, "no parameters yet", lambda: control.start(5, os.getpid()))
         control.set_params(5, SIZE, max_io_bytes=65536)
         assert control.params(5) == {
@@ -73,7 +75,11 @@ def commands() -> None:
         control.delete(5)
         control.delete(0, wait=False)
         refused(errno.ENODEV, "no such device", lambda: control.delete(0, wait=False))
-        for wrong in (lambda: control.set_params(0, 5000), lambda: control.add(queues=0), lambda: control.add(depth=4097)):
+        for wrong in (
+            lambda: control.set_params(0, 5000),
+            lambda: control.add(queues=0),
+            lambda: control.add(depth=4097),
+        ):
             try:
                 wrong()
             except ValueError:
@@ -92,7 +98,11 @@ def silence() -> None:
 
 def no_rings() -> None:
     """Who cannot have a ring is told why."""
-    for code, words in ((errno.ENOSYS, "older than Linux 5.4"), (errno.EPERM, "seccomp"), (errno.EINVAL, "Linux 6.0")):
+    for code, words in (
+        (errno.ENOSYS, "older than Linux 5.4"),
+        (errno.EPERM, "seccomp"),
+        (errno.EINVAL, "Linux 6.0"),
+    ):
         KERNEL.library.fake_no_rings(code)
         assert words in available(CONTROL), available(CONTROL)
         refused(code, words, lambda: Control(CONTROL))
@@ -415,7 +425,9 @@ def stress() -> None:
                         mine.update(dict.fromkeys(span, version))
                     elif action < 0.5:
                         what = rnd.choice([DISCARD, ZEROES, ZEROES | NOUNMAP])
-                        assert disk.request(what, first * BLOCK, count * BLOCK, queue=queue)[0] == count * BLOCK
+                        assert (
+                            disk.request(what, first * BLOCK, count * BLOCK, queue=queue)[0] == count * BLOCK
+                        )
                         mine.update(dict.fromkeys(span, 0))
                     else:
                         found = disk.read(first * BLOCK, count * BLOCK, queue)
@@ -434,10 +446,12 @@ def stress() -> None:
                 time.sleep(0.01)
             stop.set()
 
-        run_threads([
-            *(worker(me, turn, disk, stop) for me in range(workers)),
-            lambda turn=turn, stop=stop: beside(turn, stop),  # type: ignore[misc]
-        ])
+        run_threads(
+            [
+                *(worker(me, turn, disk, stop) for me in range(workers)),
+                lambda turn=turn, stop=stop: beside(turn, stop),  # type: ignore[misc]
+            ]
+        )
         disk.stop()
         assert queues.join(20)
         disk.delete()
