@@ -153,7 +153,7 @@ def test_local_at_the_limit(limit: tuple[str, ...], tmp_path: Path) -> None:
     [
         ("qemu", ()),
         ("qemu", ("--restart",)),
-        ("ublk", ()),
+        pytest.param("ublk", (), marks=pytest.mark.slow),
         pytest.param("ublk", ("--restart",), marks=pytest.mark.slow),
         pytest.param("ublk", ("--hold-gil",), marks=pytest.mark.slow),
     ],
