@@ -47,7 +47,9 @@ writeback_age = 10
 """
 
 
-@pytest.fixture(scope="module", params=kernel.SUITES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(kernel.SUITES[0], marks=pytest.mark.slow), kernel.SUITES[1]]
+)
 def computer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Debian]:
     folder = tmp_path_factory.mktemp("debian")
     disks = [backing.Disk(folder, 64 * MIB, name=name) for name in ("out", "kept")]

@@ -67,7 +67,7 @@ def test_each_kind_of_request(guest: Guest) -> None:
     # The kernel lets nothing through that is no whole block.
     assert found["unaligned"]["errno"] == "EINVAL"
     assert found["past the end"] == 0
-    assert found["secure"]["errno"] == "EOPNOTSUPP"
+    assert found["secure"]["errno"] in ("EOPNOTSUPP", "ENOTSUP")
 
 
 def test_what_the_kernel_is_told(guest: Guest) -> None:
@@ -114,14 +114,15 @@ def test_full_pool(guest: Guest) -> None:
 
 
 def test_system_calls_and_memory_of_requests(guest: Guest) -> None:
-    """One call for a request, or for many of them; and the kernel gives the server's threads no memory."""
+    """One call for a request, or for many of them; and they take no memory, but for the pool."""
     found = play(guest, "calls")
     for name, row in found.items():
         assert row["served"] >= row["requests"] > 100, name
         most = 1.1 if name.endswith(" 1") else 0.15
         assert row["calls"] <= most, (name, row)
         assert row["enters"] <= most, (name, row)
-        assert row["allocations"] < 0.01, (name, row)
+        assert row["objects"] < 0.01, (name, row)
+        assert row["pages"] < (0.01 if name.startswith("read") else 1), (name, row)
 
 
 def test_two_devices(guest: Guest) -> None:
@@ -134,14 +135,18 @@ def test_two_devices(guest: Guest) -> None:
 
 def test_what_is_refused(guest: Guest) -> None:
     found = play(guest, "refusals")
-    assert {name: found[name]["errno"] or found[name]["kind"] for name in found if name != "left"} == {
+    assert {
+        name: each["errno"] or each["kind"] or None for name, each in found.items() if name != "left"
+    } == {
         "nobody's": "ENODEV",
         "no queues": "ValueError",
         "too deep": "ValueError",
         "too short": "ValueError",
         "number in use": "EEXIST",
         "odd size": "ValueError",
-        "params of a start": "ETIME",
+        "start without a server": "ETIME",
+        "once it waits": "EBADF",
+        "delete after that": None,
         "second opener": "EBUSY",
         "params once started": "EACCES",
         "recovery of what does not recover": "EINVAL",
@@ -172,7 +177,7 @@ def test_a_server_dies_for_good(guest: Guest) -> None:
     found = play(guest, "dies_for_good")
     assert found["status"] == 1
     assert "Input/output error" in found["said"]
-    assert found["later"]["errno"] in ("EIO", "ENXIO", "ENODEV")
+    assert found["later"]["errno"] in ("EIO", "ENXIO", "ENODEV", "ENODATA")
     assert found["gone"]
 
 
@@ -194,10 +199,11 @@ def test_a_server_dies_and_another_takes_over(at: str, guest: Guest) -> None:
 
 @pytest.mark.parametrize("at", ["mapped", "some fetched"])
 def test_a_server_dies_while_it_takes_over(at: str, guest: Guest) -> None:
-    """No other one can on these kernels, and it says so; stopped, the device fails what waits, and is gone."""
+    """No other can on these kernels, and it says so; stopped, the device fails what waits, and is gone."""
     found = play(guest, f"'death:{at}'")
     assert found["begin"]["errno"] is None
-    assert found["begin again"]["errno"] == "EINVAL"
+    if at == "mapped":
+        assert found["begin again"]["errno"] == "EINVAL"
     assert found["take over"]["says"]
     assert found["end"] == {"stopped": "", "deleted": "", "gone": True}
     assert found["asked in the end"] == 1

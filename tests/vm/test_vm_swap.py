@@ -44,10 +44,12 @@ def held(result: dict[str, Any], what: str) -> bool:
 @pytest.mark.parametrize(
     ("way", "suite"),
     [
-        *product(("qemu", "guest"), SUITES),
-        ("libvirt", SUITES[0]),  # its part is qemu's command line
+        *product(("qemu", "guest"), SUITES[1:]),
+        *(pytest.param(way, SUITES[0], marks=pytest.mark.slow) for way in ("qemu", "guest")),
+        ("libvirt", SUITES[0]),  # as qemu with this kernel: its part is qemu's command line
         ("local", SUITES[0]),
         pytest.param("local", SUITES[1], marks=pytest.mark.slow),
+        ("ublk", SUITES[1]),
     ],
 )
 def test_swap(way: str, suite: str, tmp_path: Path) -> None:
@@ -62,7 +64,7 @@ def test_swap(way: str, suite: str, tmp_path: Path) -> None:
     assert moments["full"]["frag_ratio"] > moments["before"]["frag_ratio"] < moments["after"]["frag_ratio"]
     assert result["compaction"]["num_migrated"] > 0
     assert result["swapoff"]["bad"] == 0
-    if way == "local":
+    if way in ("local", "ublk"):
         assert held(result, "requests need no memory")
         assert held(result, "no system call takes memory")
         assert held(result, "the pool takes what the server says")
@@ -128,7 +130,7 @@ def test_qemu_pauses_when_the_pool_is_full(tmp_path: Path) -> None:
     assert result["pages_verified"] > 10_000
 
 
-@pytest.mark.parametrize("way", ["qemu", "guest"])
+@pytest.mark.parametrize("way", [pytest.param("qemu", marks=pytest.mark.slow), "guest"])
 def test_server_stands_still(way: str, tmp_path: Path) -> None:
     """A server that is only slow is waited for, and nothing is lost."""
     result = vm_swap(tmp_path, "--attach", way, "--stall", "12")
@@ -146,11 +148,20 @@ def test_local_at_the_limit(limit: tuple[str, ...], tmp_path: Path) -> None:
     assert result["pages_verified"] > 5_000
 
 
-@pytest.mark.parametrize("how", [(), ("--restart",)], ids=["kill", "restart"])
-def test_server_that_ends_again_and_again(how: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("way", "how"),
+    [
+        ("qemu", ()),
+        ("qemu", ("--restart",)),
+        pytest.param("ublk", (), marks=pytest.mark.slow),
+        pytest.param("ublk", ("--restart",), marks=pytest.mark.slow),
+        pytest.param("ublk", ("--hold-gil",), marks=pytest.mark.slow),
+    ],
+)
+def test_server_that_ends_again_and_again(way: str, how: tuple[str, ...], tmp_path: Path) -> None:
     """Under swap; with the same state the next one goes on, and no page is lost."""
-    result = vm_swap(tmp_path, "--attach", "qemu", "--kill", "3", *how)
-    assert result["kills"]["times"] >= 4
+    result = vm_swap(tmp_path, "--attach", way, "--kill", "3" if way == "qemu" else "5", *how)
+    assert result["kills"]["times"] >= (4 if way == "qemu" else 2)
     assert held(result, "no request fails")
     assert held(result, "each new server has what the last one held")
     assert result["pages_verified"] > 10_000

@@ -29,6 +29,7 @@ BOOT_TIMEOUT = 90.0  # seconds; it takes 3 to 5 under TCG
 COMMAND_TIMEOUT = 120.0  # an attach takes 3; more than 30 on a crowded machine
 KVM_TIMEOUT = 15.0  # with KVM it takes one
 QUIET_FOR = 60.0  # seconds without a heartbeat, while something else is awaited, that count as a hang
+GROUPS = "/run/groups"  # in the guest
 LINE = 2000  # characters that are sent at a time: a line of a terminal has 4095 at most
 CONSOLE_TAIL = 25  # lines of the kernel's log that are shown with an error
 # What the kernel says when something is wrong that no test of ours causes on purpose.
@@ -151,6 +152,7 @@ class Guest:
         self._on_beat = on_beat
         self._beat_at = time.monotonic()
         self._serial = 0
+        self._group = ""  # of processes, for workloads
         self._greeted = False
         self._qemu_log = folder / "qemu.log"
         ours, theirs = zip(*(socket.socketpair() for _ in range(4)), strict=True)
@@ -255,10 +257,19 @@ class Guest:
         """
         self.start(f"pattern {mib} {seed} {pages}".rstrip())
 
+    def confine(self, most: int) -> None:
+        """Let workloads that are started from now on have so many bytes of memory; the rest is swapped."""
+        self._group = f"{GROUPS}/workload"
+        self.run(f"mkdir -p {GROUPS} && mount -t cgroup2 none {GROUPS}")
+        self.run(f"echo +memory >{GROUPS}/cgroup.subtree_control && mkdir {self._group}")
+        self.run(f"echo {most} >{self._group}/memory.max")
+
     def start(self, workload: str) -> None:
         """Start a workload of the guest's program: its verb and what follows that."""
         tty = "/dev/ttyS3"
         program = f"/bin/guest_tool {workload} <{tty} >{tty} 2>&1"
+        if self._group:
+            program = f"sh -c 'echo $$ >{self._group}/cgroup.procs; exec {program}'"
         ended = f'echo "{{\\"error\\": \\"the workload has ended with status $?\\"}}" >{tty}'
         self.run(f"{{ {program}; {ended}; }} &")
         self._answer("start", 30.0)

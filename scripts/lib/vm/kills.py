@@ -46,7 +46,11 @@ def kills(plan: Plan, boot: Boot, result: Result) -> None:
     seconds = plan.hog_seconds or (30 if plan.short else 60)
     with booted(plan, boot, result) as session:
         session.swap_on()
-        mib = plan.workload(session.available())
+        available = session.available()
+        mib = plan.workload(available)
+        if plan.serves_itself:
+            # What the next server needs to start, while nothing can be swapped out: see docs/swapping.md.
+            session.guest.confine(available // 2)
         session.start_workload(mib)
         session.phase("fill", f"writing {mib} MiB of patterned memory, which must survive")
         assert isinstance(session.attachment, (attach.QemuWithState, attach.Ublk))

@@ -29,7 +29,7 @@ TRIGGER = "hist:keys=common_pid:size=2048"
 # What is counted in the server's threads, by the kernel's events for it.
 EVENTS = {
     "system calls": ("raw_syscalls/sys_enter",),
-    "allocations": ("kmem/kmalloc", "kmem/kmem_cache_alloc", "kmem/mm_page_alloc"),
+    "allocations": ("kmem/kmalloc", "kmem/kmem_cache_alloc"),
 }
 # load.sh DEVICE LOAD DEPTH SECONDS [PID]: and before and after it, what machine and server had run.
 _LOAD = """

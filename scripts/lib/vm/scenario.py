@@ -6,7 +6,7 @@ import threading
 import time
 
 from vm import buddy, requests
-from vm.plan import KERNEL_ZRAM, MIB, Plan
+from vm.plan import KERNEL_ZRAM, MIB, UBLK, Plan
 from vm.report import Moment, Result
 from vm.session import Boot, Session, booted
 
@@ -43,7 +43,18 @@ def fall_and_rise(plan: Plan, boot: Boot, result: Result) -> None:
         session.guest.end_workload()
         if plan.serves_itself:
             requests.stop_waits_for_swapoff(session)
-        session.attachment.detach(session.guest)
+        if plan.mode == UBLK:
+            _expect_gone(session)
+        else:
+            session.attachment.detach(session.guest)
+
+
+def _expect_gone(session: Session) -> None:
+    """See that the device goes by itself, now that its server has ended."""
+    device = session.attachment.device
+    wait = f"for i in $(seq 100); do [ -e {device} ] || exit 0; usleep 200000; done; exit 1"
+    gone = session.guest.try_run(f"({wait})", 60)[0] == 0
+    session.result.expect("a device without data is removed", gone, device)
 
 
 def _idle(session: Session) -> None:

@@ -28,7 +28,8 @@ static struct request requests[MOST];
 static unsigned char *buffers, *contents;
 static uint32_t *took; /* requests by the microseconds that they took */
 
-static void send(aio_context_t context, struct request *request, uint64_t page)
+/* Make a request of a page ready; `submit` sends it, together with others. */
+static struct iocb *prepare(struct request *request, uint64_t page)
 {
     struct iocb *iocb = &request->iocb;
     unsigned char *buffer = buffers + (request - requests) * PAGE;
@@ -38,9 +39,21 @@ static void send(aio_context_t context, struct request *request, uint64_t page)
     iocb->aio_nbytes = PAGE;
     iocb->aio_offset = page * PAGE;
     iocb->aio_data = (uintptr_t)request;
-    request->sent = now();
-    if (syscall(SYS_io_submit, context, 1, &iocb) != 1)
-        die("io_submit");
+    return iocb;
+}
+
+static void submit(aio_context_t context, struct iocb **iocbs, long count)
+{
+    double time = now();
+    for (long i = 0; i < count; i++)
+        ((struct request *)(uintptr_t)iocbs[i]->aio_data)->sent = time;
+    while (count > 0) {
+        long sent = syscall(SYS_io_submit, context, count, iocbs);
+        if (sent <= 0)
+            die("io_submit");
+        iocbs += sent;
+        count -= sent;
+    }
 }
 
 /* The microseconds that this part of all requests took at most. */
@@ -81,11 +94,13 @@ int load_main(int argc, char **argv)
 
     double started = now(), end = started + seconds;
     unsigned long flying = 0;
+    struct iocb *ready[MOST];
     for (unsigned long i = 0; i < depth; i++, flying++) {
         requests[i].iocb.aio_fildes = fd;
         requests[i].iocb.aio_lio_opcode = writes ? IOCB_CMD_PWRITE : IOCB_CMD_PREAD;
-        send(context, &requests[i], fills ? next++ % pages : next_random(&random) % pages);
+        ready[i] = prepare(&requests[i], fills ? next++ % pages : next_random(&random) % pages);
     }
+    submit(context, ready, flying);
     while (flying) {
         struct io_event events[MOST];
         long count = syscall(SYS_io_getevents, context, 1, MOST, events, NULL);
@@ -94,6 +109,7 @@ int load_main(int argc, char **argv)
         if (count < 0)
             die("io_getevents");
         double time = now();
+        long again = 0;
         for (long i = 0; i < count; i++) {
             struct request *request = (struct request *)(uintptr_t)events[i].data;
             if (events[i].res != PAGE) {
@@ -104,10 +120,11 @@ int load_main(int argc, char **argv)
             took[us < TICKS ? us : TICKS - 1]++;
             done++;
             if (fills ? next < pages : time < end)
-                send(context, request, fills ? next++ : next_random(&random) % pages);
+                ready[again++] = prepare(request, fills ? next++ : next_random(&random) % pages);
             else
                 flying--;
         }
+        submit(context, ready, again);
     }
     double spent = now() - started;
     printf("{\"requests\": %lu, \"seconds\": %.3f, \"p50\": %lu, \"p99\": %lu}\n", done, spent,
