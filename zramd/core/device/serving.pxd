@@ -26,6 +26,10 @@ cdef class Served:
     cdef int serve_trim(self, uint64_t offset, uint64_t length) noexcept nogil
     cdef int serve_zero(self, uint64_t offset, uint64_t length, bint may_trim) noexcept nogil
 
+    # hints, of what will be asked for soon
+    cdef void expect_next(self, uint64_t offset) noexcept nogil
+    cdef void expect_later(self, uint64_t offset) noexcept nogil
+
     cdef bint _fits(self, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _load_away(self, uint64_t block, scratch *s, uint64_t *slot, bint changes) noexcept nogil
     cdef uint32_t _read_near(self, const piece *p, char *dst, scratch *s) noexcept nogil

@@ -300,6 +300,21 @@ cdef class Served:
     # what clients ask for: 0 or -errno, -EINVAL beyond the end of the device
 
     @cython.final
+    cdef void expect_next(self, uint64_t offset) noexcept nogil:
+        """The next request is for the block at offset: ask the cache for its object. It helps where expect_later came first.
+
+        Only a hint, for who has several requests at once: any offset may be said, and nothing need be asked for.
+        """
+        if offset < self.disksize:
+            self.table.prefetch_object(offset >> BLOCK_SHIFT, BLOCK_SIZE)
+
+    @cython.final
+    cdef void expect_later(self, uint64_t offset) noexcept nogil:
+        """The request after the next one is for the block at offset: ask the cache for what leads to its object."""
+        if offset < self.disksize:
+            self.table.prefetch_cell(offset >> BLOCK_SHIFT)
+
+    @cython.final
     cdef bint _fits(self, uint64_t offset, uint64_t length) noexcept nogil:
         """Whether a range is on the device; one that is not is counted."""
         if offset > self.disksize or length > self.disksize - offset:
