@@ -39,7 +39,7 @@ cdef class Served:
     cdef uint64_t _begin(self) noexcept nogil
     cdef void _end(self, op kind, uint64_t began) noexcept nogil
     cdef bint _next(self, piece *p, bint changes) noexcept nogil
-    cdef void _look_ahead(self, const piece *p, uint64_t near, uint32_t most) noexcept nogil
+    cdef void _look_ahead(self, const piece *p, uint64_t soon, uint32_t most) noexcept nogil
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _read(self, char *dst, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _zero(self, uint64_t offset, uint64_t length, bint hole, bint exact) noexcept nogil

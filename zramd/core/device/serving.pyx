@@ -104,7 +104,7 @@ cdef class Served:
         return True
 
     @cython.final
-    cdef void _look_ahead(self, const piece *p, uint64_t near, uint32_t most) noexcept nogil:
+    cdef void _look_ahead(self, const piece *p, uint64_t soon, uint32_t most) noexcept nogil:
         """Ask the cache for the first `most` bytes of the object of a block that comes soon, and for what leads to a later
         one's.
 
@@ -112,10 +112,10 @@ cdef class Served:
         much stored each of them comes from memory, one after the other, and these waits are hidden behind other blocks.
         """
         cdef uint64_t last = (p.end - 1) >> BLOCK_SHIFT
-        if p.block + near + 2 <= last:
-            self.table.prefetch_cell(p.block + near + 2)
-        if p.block + near <= last:
-            self.table.prefetch_object(p.block + near, most)
+        if p.block + soon + 2 <= last:
+            self.table.prefetch_cell(p.block + soon + 2)
+        if p.block + soon <= last:
+            self.table.prefetch_object(p.block + soon, most)
 
     @cython.final
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil:
