@@ -20,6 +20,7 @@ from zramd import Device
 
 FREED = 0.3  # share of the blocks that goes before a compaction
 SNAPSHOTS = 100
+PIECE = 2 * MIB  # what swap frees at once
 COST = "cost over stored size"
 START = "start of a server"
 
@@ -66,6 +67,26 @@ class Pool:
     def read(self) -> float:
         """Read a random block."""
         return self._timed(self._read, self._anywhere())
+
+    def read_range(self) -> float:
+        """Read a random range of one request: what that takes for each block."""
+        device, buffer = self.device, bytearray(REQUEST)
+        offsets = [self._dice.randrange(self.size // REQUEST) * REQUEST for _ in range(self._count // 32)]
+        started = time.perf_counter()
+        for offset in offsets:
+            device.read(buffer, offset)
+        return (time.perf_counter() - started) * 1e6 / (len(offsets) * REQUEST // BLOCK)
+
+    def free_range(self) -> float:
+        """Free random ranges as swap does: what that takes for each block."""
+        pieces = self.size // PIECE
+        offsets = [piece * PIECE for piece in self._dice.sample(range(pieces), min(32, pieces // 2))]
+        started = time.perf_counter()
+        for offset in offsets:
+            self.device.trim(offset, PIECE)
+        took = (time.perf_counter() - started) * 1e6 / (len(offsets) * PIECE // BLOCK)
+        self._write([at for offset in offsets for at in range(offset, offset + PIECE, BLOCK)])
+        return took
 
     def compact(self) -> float:
         """Free blocks at random, then compact: what that takes for each page that it frees."""
@@ -125,6 +146,8 @@ def _measure(setup: Setup, sizes: list[int]) -> list[Row]:
     what: dict[str, Callable[[Pool], float]] = {
         "4K write": Pool.write,
         "4K read": Pool.read,
+        "128K read, a block": Pool.read_range,
+        "2M free, a block": Pool.free_range,
         "compaction of a freed page": Pool.compact,
         "4K free": Pool.free,
         "snapshot of the stats": Pool.snapshot,
@@ -147,7 +170,7 @@ def _row(name: str, times: dict[str, list[float]], sizes: list[int]) -> Row:
     note = "empty devices of these sizes, until the first client can connect"
     if name != START:
         label = f"{name} with {much >> 20} MiB stored"
-        note = "random blocks of 4K, one thread, in process; 30 % are freed before a compaction"
+        note = "random blocks or ranges, one thread, in process; 30 % are freed before a compaction"
     return Row(
         label,
         "ms" if name == START else "µs",

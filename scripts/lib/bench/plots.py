@@ -221,8 +221,8 @@ def _cost(report: Report) -> Figure | None:
     curves = report.curves.get(NAME)
     if not curves:
         return None
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    grid = figure.subplots(2, 3, sharex=True).flat
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    grid = figure.subplots(2, 4, sharex=True).flat
     for axes, (name, points) in zip(grid, curves.items(), strict=True):
         sizes, values = zip(*points, strict=True)
         axes.set_title(f"{name}, {'ms' if name == START else 'µs'}", loc="left")

@@ -1,5 +1,6 @@
 """The device: any offset and length, zram's counters, limits, holes, and having no room."""
 
+import os
 import random
 import threading
 import time
@@ -10,10 +11,11 @@ from support.content import compressible, noise
 from support.pages import PAGE, UNIT
 
 from zramd import Device, PoolFullError
-from zramd.core.device.device import MAX_DISKSIZE
+from zramd.core.device.device import MAX_DISKSIZE, state_layout
 
 BLOCK = 4096
 HOLE, ZERO, DATA = 3, 2, 0
+SLOTS_A_PAGE = PAGE // 8
 
 
 def read(device: Device, offset: int, length: int) -> bytes:
@@ -125,6 +127,30 @@ def test_trimming_a_whole_large_device_is_quick() -> None:
     assert device.counters()["notify_free"] == (1 << 30) - 1
     assert device.counters()["pages_stored"] == 0
     assert read(device, (1 << 40) + 512 * BLOCK, BLOCK) == bytes(BLOCK)
+
+
+@pytest.mark.parametrize("first", [SLOTS_A_PAGE - 3, SLOTS_A_PAGE - 1, 2 * SLOTS_A_PAGE - 3])
+def test_looking_ahead_makes_nothing_resident(first: int) -> None:
+    """Reading a hole of the file would: behind these blocks no slot was ever written, or the device ends."""
+    size = 2 * SLOTS_A_PAGE * BLOCK
+    fd = os.memfd_create("zramd")
+    try:
+        os.ftruncate(fd, state_layout(size)["bytes"])
+        device = Device(size, state=fd)
+        end = SLOTS_A_PAGE if first < SLOTS_A_PAGE else 2 * SLOTS_A_PAGE
+        for block in range(first, end):
+            device.write(compressible(block), block * BLOCK)
+        before = os.fstat(fd).st_blocks
+        length = min(8 * BLOCK, size - first * BLOCK)
+        found = read(device, first * BLOCK, length)
+        assert found == b"".join(compressible(block) for block in range(first, end)).ljust(length, b"\0")
+        assert os.fstat(fd).st_blocks == before
+        device.trim(first * BLOCK, length)
+        assert os.fstat(fd).st_blocks <= before
+        assert device.counters()["pages_stored"] == 0
+        device.check()
+    finally:
+        os.close(fd)
 
 
 def test_trim_frees_whole_blocks_only() -> None:

@@ -130,7 +130,8 @@ cdef class Blocks:
     cdef int _slot_take_room(self, uint64_t block) noexcept nogil
     cdef int _slot_make_room(self, uint64_t block) noexcept nogil
     cdef void _count(self, uint64_t slot, uint64_t n) noexcept nogil
-    cdef void prefetch(self, uint64_t block) noexcept nogil
+    cdef void prefetch_cell(self, uint64_t block) noexcept nogil
+    cdef void prefetch_object(self, uint64_t block, uint32_t most) noexcept nogil
     cdef int write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil
     cdef int merge_block(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s) noexcept nogil
     cdef int merge_loaded(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s,

@@ -20,6 +20,7 @@ from libc.errno cimport EIO, ENOMEM, ENOSPC
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
+from zramd.core.system.bits cimport prefetch
 from zramd.core.system.checks cimport zr_assert_held, zr_static_assert
 from zramd.core.system cimport points
 from zramd.core.system.points cimport zr_point
@@ -211,7 +212,10 @@ cdef class Blocks:
         cdef int rc
         if same_filled(content, &word):
             return self.store_word(block, word, slot) if waits else self._store_word(block, word, slot)
+        # What the block has now is freed afterwards: while compressing, there is time to fetch what that touches.
+        self.prefetch_cell(block)
         size = encode(&self.hot, content, s.out, self.pool.max_payload, s.state)
+        self.prefetch_object(block, 1)
         if size == 0:
             size = BLOCK_SIZE
         else:
@@ -429,11 +433,19 @@ cdef class Blocks:
             if n == 1:
                 counter_add(&self.counters.huge_pages_since, 1)
 
-    cdef void prefetch(self, uint64_t block) noexcept nogil:
-        """Ask the cache for the object of a block."""
+    cdef void prefetch_cell(self, uint64_t block) noexcept nogil:
+        """Ask the cache for the age of a block and the cell of its object, for which the slot is waited for."""
         cdef uint64_t slot = self.get(block)
         if has_object(slot):
-            self.pool.obj_prefetch(slot_handle(slot), slot_bytes(slot))
+            prefetch(&self.ages[block])
+            prefetch(&self.pool.cells[slot_handle(slot)])
+
+    cdef void prefetch_object(self, uint64_t block, uint32_t most) noexcept nogil:
+        """Ask the cache for the object of a block, or the first `most` bytes of it, for which slot and cell are waited for.
+        """
+        cdef uint64_t slot = self.get(block)
+        if has_object(slot):
+            self.pool.obj_prefetch(slot_handle(slot), min(slot_bytes(slot), most))
 
     cdef int write_block(self, uint64_t block, const char *src, scratch *s) noexcept nogil:
         cdef uint64_t slot

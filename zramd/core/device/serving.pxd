@@ -29,6 +29,10 @@ cdef class Served:
     cdef int serve_trim(self, uint64_t offset, uint64_t length) noexcept nogil
     cdef int serve_zero(self, uint64_t offset, uint64_t length, bint may_trim) noexcept nogil
 
+    # hints, of what will be asked for soon
+    cdef void expect_next(self, uint64_t offset) noexcept nogil
+    cdef void expect_later(self, uint64_t offset) noexcept nogil
+
     cdef bint _fits(self, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _load_away(self, uint64_t block, scratch *s, uint64_t *slot, bint changes) noexcept nogil
     cdef uint32_t _read_near(self, const piece *p, char *dst, scratch *s) noexcept nogil
@@ -38,6 +42,7 @@ cdef class Served:
     cdef uint64_t _begin(self) noexcept nogil
     cdef void _end(self, op kind, uint64_t began) noexcept nogil
     cdef bint _next(self, piece *p, bint changes) noexcept nogil
+    cdef void _look_ahead(self, const piece *p, uint64_t soon, uint32_t most) noexcept nogil
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil
     cdef int _read(self, char *dst, uint64_t offset, uint64_t length, bint waits) noexcept nogil
     cdef int _zero(self, uint64_t offset, uint64_t length, bint hole, bint exact) noexcept nogil

@@ -104,6 +104,20 @@ cdef class Served:
         return True
 
     @cython.final
+    cdef void _look_ahead(self, const piece *p, uint64_t soon, uint32_t most) noexcept nogil:
+        """Ask the cache for the first `most` bytes of the object of a block that comes soon, and for what leads to a later
+        one's.
+
+        Cells and objects of neighbouring blocks are anywhere, so the processor cannot guess where the next ones are. With
+        much stored each of them comes from memory, one after the other, and these waits are hidden behind other blocks.
+        """
+        cdef uint64_t last = (p.end - 1) >> BLOCK_SHIFT
+        if p.block + soon + 2 <= last:
+            self.table.prefetch_cell(p.block + soon + 2)
+        if p.block + soon <= last:
+            self.table.prefetch_object(p.block + soon, most)
+
+    @cython.final
     cdef int _write(self, const char *src, uint64_t offset, uint64_t length) noexcept nogil:
         cdef piece p = pieces_of(offset, length)
         cdef int rc = 0
@@ -136,10 +150,8 @@ cdef class Served:
             if s == NULL:
                 rc = -ENOMEM
         while rc == 0 and self._next(&p, False):
-            # Objects of neighbouring blocks are anywhere, so the processor cannot guess which is next: 6 % on 128K reads.
-            # (For what a write replaces it gained nothing.)
             if p.offset + p.size < p.end:
-                self.table.prefetch(p.block + 1)
+                self._look_ahead(&p, 1, BLOCK_SIZE)
             rc = self.table.read_block(p.block, p.at, dst + (p.offset - offset), p.size, s)
             if rc == AWAY and waits:
                 rc = self._read_away(&p, dst + (p.offset - offset), &s)
@@ -169,6 +181,8 @@ cdef class Served:
                 counter_add(&self.table.counters.notify_free, holes)
                 p.size = <uint32_t>(holes << BLOCK_SHIFT)
             elif p.size == BLOCK_SIZE:
+                if p.offset + p.size < p.end and self.table.get(p.block):
+                    self._look_ahead(&p, 2, 1)      # a block takes half as long as to read one
                 rc = self.table.zero_block(p.block, hole)
                 counter_add(&self.table.counters.notify_free, 1)
             elif exact and (self.table.get(p.block) or not hole):
@@ -285,6 +299,21 @@ cdef class Served:
 
     # --------------------------------------------------------------------------------------------------------
     # what clients ask for: 0 or -errno, -EINVAL beyond the end of the device
+
+    @cython.final
+    cdef void expect_next(self, uint64_t offset) noexcept nogil:
+        """The next request is for the block at offset: ask the cache for its object. It helps where expect_later came first.
+
+        Only a hint, for who has several requests at once: any offset may be said, and nothing need be asked for.
+        """
+        if offset < self.disksize:
+            self.table.prefetch_object(offset >> BLOCK_SHIFT, BLOCK_SIZE)
+
+    @cython.final
+    cdef void expect_later(self, uint64_t offset) noexcept nogil:
+        """The request after the next one is for the block at offset: ask the cache for what leads to its object."""
+        if offset < self.disksize:
+            self.table.prefetch_cell(offset >> BLOCK_SHIFT)
 
     @cython.final
     cdef bint _fits(self, uint64_t offset, uint64_t length) noexcept nogil:

@@ -507,12 +507,14 @@ cdef class Pool:
         return PAGE_SIZE if index == self.huge else self.classes[index].size - HEADER_SIZE
 
     cdef void obj_prefetch(self, uint64_t handle, uint32_t size) noexcept nogil:
-        """Ask the cache for the first size bytes of an object. Only a hint: nothing is pinned or even looked at."""
+        """Ask the cache for the first size bytes of an object, and what is known of its zspage. Only a hint: nothing is
+        pinned or even looked at but the cell."""
         cdef uint64_t obj = 0
         cdef uint32_t at
         if handle < load_relaxed(&self.cells_populated):
             obj = cell_obj(load_relaxed(&self.cells[handle]))
         if obj >> SPAN_SHIFT < self.arena.span_count:
+            prefetch(&self.zspages[obj >> SPAN_SHIFT])
             for at in range(0, size, 64):
                 prefetch(self.arena.base + obj + at)
 
