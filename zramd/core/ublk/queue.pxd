@@ -84,6 +84,8 @@ cdef class Queue:
     cdef void _listen(self) noexcept nogil
     cdef int _fetch(self) noexcept nogil
     cdef int _serve(self) noexcept nogil
+    cdef void _look_ahead(self, uint32_t left, uint32_t at) noexcept nogil
+    cdef void _expect(self, const completion *c, bint next) noexcept nogil
     cdef uint32_t _complete(self, const completion *c) noexcept nogil
     cdef uint32_t _take(self) noexcept nogil
     cdef void _answer(self, uint32_t tag, int rc, uint64_t length) noexcept nogil

@@ -334,6 +334,7 @@ cdef class Queue:
             at = self.ring.cq_head[0]
             end = ring_completed(&self.ring)
             while at != end:
+                self._look_ahead(end - at, at)
                 handled += self._complete(ring_completion(&self.ring, at))
                 at += 1
             ring_seen(&self.ring, end)
@@ -342,6 +343,22 @@ cdef class Queue:
             if not handled:
                 nap()           # the same; or it was woken up for nothing
         return 0
+
+    cdef void _look_ahead(self, uint32_t left, uint32_t at) noexcept nogil:
+        """With several requests there, `left` from `at` on: fetch what the next two need while the first is served."""
+        if left > 1:
+            self._expect(ring_completion(&self.ring, at + 1), True)
+        if left > 2:
+            self._expect(ring_completion(&self.ring, at + 2), False)
+
+    cdef void _expect(self, const completion *c, bint next) noexcept nogil:
+        cdef const descriptor *asked
+        if c.user_data != WOKEN and c.result == 0:
+            asked = &self.asked[<uint32_t>c.user_data]
+            if asked.op_flags & IO_OP_MASK != IO_READ or not next:
+                self.device.expect_later(asked.start_sector << SECTOR_SHIFT)
+            else:
+                self.device.expect_next(asked.start_sector << SECTOR_SHIFT)
 
     cdef uint32_t _complete(self, const completion *c) noexcept nogil:
         """Do what a completion asks for; 0: that was to try again."""
