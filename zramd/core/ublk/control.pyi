@@ -1,4 +1,4 @@
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 QUEUES: int
 DEPTH: int
@@ -20,9 +20,12 @@ class Info(NamedTuple):
 
 def available(path: str = ...) -> str: ...
 
+@final
 class Control:
+    """The driver's control device: disks are made and ended by it."""
+
     timeout: float
-    def __init__(self, path: str = ..., timeout: float = 10) -> None: ...
+    def __new__(cls, path: str = ..., timeout: float = 10) -> Control: ...
     def __enter__(self) -> Control: ...
     def __exit__(self, *exception: object) -> None: ...
     def close(self) -> None: ...

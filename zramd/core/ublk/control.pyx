@@ -7,6 +7,7 @@ kernel with a fault in its driver never answers. Only root may (CAP_SYS_ADMIN), 
     after a server's death: start_recovery -> (a server fetches) -> end_recovery
 """
 
+cimport cython
 from libc.errno cimport EAGAIN, EBUSY, EINTR, EINVAL, EOPNOTSUPP, ETIME
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
@@ -154,6 +155,7 @@ cdef info_of(const device_info *info):
     )
 
 
+@cython.final
 cdef class Control:
     """The kernel's ublk devices, by their numbers: /dev/ublkb3 is number 3. A context manager; one thread at a time.
 

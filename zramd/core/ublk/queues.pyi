@@ -1,17 +1,24 @@
-from typing import Any
+from typing import Any, final
 
 from zramd.core.device.device import Device
 
+QUEUES: int
+DEPTH: int
+MAX_IO_BYTES: int
+
+@final
 class Queues:
-    def __init__(
-        self,
+    """The queues of a ublk disk over a Device; see the functions for what they raise."""
+
+    def __new__(
+        cls,
         device: Device,
         queues: int = ...,
         depth: int = ...,
         max_io_bytes: int = ...,
         urgent: int = 0,
         pool_full: int = ...,
-    ) -> None: ...
+    ) -> Queues: ...
     @property
     def geometry(self) -> tuple[int, int, int]: ...
     @property
