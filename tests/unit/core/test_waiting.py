@@ -420,11 +420,12 @@ def test_every_thread_has_the_priority_of_its_work(tmp_path: Path) -> None:
         import os, sys, threading, time
         from zramd.kernel import protection
         from zramd.settings import config
+        from zramd.server.fronts.nbd import Nbd
         from zramd.server.server import prepare
 
         protection.prepare = lambda: None     # the rights for it are another matter
         settings = {"size": "16M", "swap": "local", "reserve": "1M", "rundir": sys.argv[1]}
-        server = prepare(config.parse(settings.items()), lambda: None).start()
+        server = prepare(config.parse(settings.items()), Nbd(lambda: None)).start()
         def name(task):
             return open(f"/proc/self/task/{task}/comm").read().strip()
 
