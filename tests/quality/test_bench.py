@@ -37,8 +37,8 @@ GROUPS = {
     "idle": 4,
     "waiting": 5 if os.geteuid() == 0 else 0,
     "state": 7,
-    "scale": 6,
-    "large": 6,
+    "scale": 8,
+    "large": 8,
 }
 
 
