@@ -18,6 +18,8 @@ class Kernel:
     def __init__(self) -> None:
         self.library = library = ctypes.CDLL(os.environ["SHIM_UBLK"])
         library.fake_violation.restype = ctypes.c_char_p
+        library.fake_allocations.restype = ctypes.c_long
+        library.fake_batch.argtypes = [*[ctypes.c_uint] * 2, ctypes.c_uint64, ctypes.c_uint, ctypes.c_void_p]
         library.fake_io.argtypes = [*[ctypes.c_uint] * 3, ctypes.c_uint64, ctypes.c_uint, ctypes.c_void_p]
 
     def disk(self, queues: Queues, size: int, *, recovers: bool = False) -> "FakeDisk":
@@ -76,6 +78,12 @@ class FakeDisk:
         """Write bytes; it must succeed."""
         result, _ = self.request(WRITE, offset, len(data), data, queue)
         assert result == len(data), result
+
+    def read_together(self, offset: int, count: int, queue: int = 0) -> bytes:
+        """Read blocks, each by a client of its own, who all come at the same time; each must succeed."""
+        buffer = ctypes.create_string_buffer(count * BLOCK)
+        assert self.library.fake_batch(self.number, queue, offset >> 9, count, buffer) == 0
+        return buffer.raw
 
     @property
     def fetched(self) -> int:

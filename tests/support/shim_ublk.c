@@ -19,6 +19,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -26,7 +27,7 @@
 #define FETCH _IOWR('u', UBLK_IO_FETCH_REQ, struct ublksrv_io_cmd)
 #define COMMIT _IOWR('u', UBLK_IO_COMMIT_AND_FETCH_REQ, struct ublksrv_io_cmd)
 #define COMMAND(op) ((op)&0xff)
-enum { RINGS = 64, DISKS = 64, QUEUES = 8, DEPTH = 256, HEAD = 4096, GET_FEATURES = 0x13, DEL_ASYNC = 0x14 };
+enum { RINGS = 64, DISKS = 64, QUEUES = 8, DEPTH = 4096, HEAD = 1 << 16, GET_FEATURES = 0x13, DEL_ASYNC = 0x14 };
 
 struct request {
     struct request *next;
@@ -43,8 +44,8 @@ struct ring {
     uint32_t *words; /* heads, tails and masks: see the offsets in setup */
     struct io_uring_cqe *cqes;
     char *sqes;
-    int read_fd; /* -1: none is awaited */
-    uint64_t read_to, read_data;
+    int poll_fd; /* -1: none is polled */
+    uint64_t poll_data;
 };
 
 enum state { GONE, IDLE, OUT };
@@ -64,7 +65,7 @@ struct disk {
     uint32_t max_bytes;
     struct request *first[QUEUES], *last[QUEUES];
     int under_way;
-    struct slot slots[QUEUES][DEPTH];
+    struct slot *slots[QUEUES]; /* of DEPTH */
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -72,10 +73,16 @@ static pthread_cond_t news = PTHREAD_COND_INITIALIZER;
 static struct ring rings[RINGS];
 static struct disk disks[DISKS];
 static char violation[200];
-static unsigned enomem_every, commits, silent, refused_setup, refused_fetch = -1u;
-static int refused_errno;
+static unsigned enomem_every, commits, polls_end, polled, silent, refused_setup, refused_fetch = -1u;
+static int refused_errno, broken;
 static int rings_open, stands_still; /* atomic */
-int __close(int fd); /* the C library's own */
+static long allocations;             /* atomic */
+static __thread int counted;         /* is this a thread whose allocations count? */
+/* the C library's own */
+int __close(int fd);
+void *__libc_malloc(size_t size);
+void *__libc_calloc(size_t count, size_t size);
+void *__libc_realloc(void *start, size_t size);
 
 static long real_syscall(long number, long a, long b, long c, long d, long e, long f)
 {
@@ -140,7 +147,8 @@ static int setup(unsigned wanted, struct io_uring_params *p)
     r->wide = !!(p->flags & IORING_SETUP_SQE128);
     r->entries = entries;
     r->thread = p->flags & IORING_SETUP_SINGLE_ISSUER ? thread_number() : 0;
-    r->read_fd = -1;
+    counted |= r->thread != 0;
+    r->poll_fd = -1;
     size = HEAD + 2 * entries * sizeof(struct io_uring_cqe);
     r->fd = memfd_create("ring", MFD_CLOEXEC);
     r->kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -343,6 +351,9 @@ static int control_command(const struct io_uring_sqe *sqe)
         if (d->used)
             return -EEXIST;
         memset(d, 0, sizeof(*d));
+        for (all = 0; all < QUEUES; all++)
+            if (!(d->slots[all] = calloc(DEPTH, sizeof(struct slot))))
+                abort();
         d->used = 1;
         info->dev_id = number;
         if (info->nr_hw_queues > QUEUES)
@@ -412,6 +423,8 @@ static int control_command(const struct io_uring_sqe *sqe)
         abort_all(d, 1);
         munmap(d->asked, QUEUES * (4096 * 24 + 65536));
         __close(d->fd);
+        for (all = 0; all < QUEUES; all++)
+            free(d->slots[all]);
         d->used = 0;
         return 0;
     }
@@ -430,17 +443,24 @@ static int enter(struct ring *r, unsigned submit, unsigned wait, unsigned flags,
     if (flags & IORING_ENTER_EXT_ARG)
         pause = (const struct timespec *)limit->ts;
     pthread_mutex_lock(&lock);
+    if (broken && !r->wide) {
+        errno = broken;
+        broken = 0;
+        pthread_mutex_unlock(&lock);
+        return -1;
+    }
     if (r->thread && r->thread != thread_number())
         amiss("a ring is used by another thread than the one that made it");
     for (i = 0; i < submit; i++) {
         place = r->words[SQ_ARRAY + (r->words[SQ_HEAD] & r->words[SQ_MASK])];
         sqe = (const struct io_uring_sqe *)(r->sqes + place * (r->wide ? 128 : 64));
-        if (sqe->opcode == IORING_OP_READ) {
-            if (r->read_fd >= 0)
-                amiss("two reads are awaited");
-            r->read_fd = sqe->fd;
-            r->read_to = sqe->addr;
-            r->read_data = sqe->user_data;
+        if (sqe->opcode == IORING_OP_POLL_ADD) {
+            if (r->poll_fd >= 0)
+                amiss("two polls of the same");
+            if (sqe->len != IORING_POLL_ADD_MULTI || sqe->poll32_events != POLLIN)
+                amiss("a poll that is not for all news");
+            r->poll_fd = sqe->fd;
+            r->poll_data = sqe->user_data;
         } else if (sqe->opcode != IORING_OP_URING_CMD)
             complete(r, sqe->user_data, -EINVAL);
         else if (r->wide) {
@@ -456,11 +476,16 @@ static int enter(struct ring *r, unsigned submit, unsigned wait, unsigned flags,
     for (;;) {
         deliver(r);
         both[0] = (struct pollfd){r->kick, POLLIN, 0};
-        both[1] = (struct pollfd){r->read_fd, POLLIN, 0};
-        if (r->read_fd >= 0 && poll(&both[1], 1, 0) == 1) {
-            rc = read(r->read_fd, (void *)r->read_to, 8);
-            r->read_fd = -1;
-            complete(r, r->read_data, rc);
+        both[1] = (struct pollfd){r->poll_fd, POLLIN, 0};
+        if (r->poll_fd >= 0 && poll(&both[1], 1, 0) == 1) {
+            /* A kernel does not read, but tells each time that something is written. */
+            if (read(r->poll_fd, &word, 8) != 8)
+                abort();
+            complete(r, r->poll_data, POLLIN);
+            if (polls_end && ++polled % polls_end == 0)
+                r->poll_fd = -1;
+            else
+                r->cqes[(r->words[CQ_TAIL] - 1) & r->words[CQ_MASK]].flags = IORING_CQE_F_MORE;
         }
         if (completed(r) >= wait)
             break;
@@ -470,7 +495,7 @@ static int enter(struct ring *r, unsigned submit, unsigned wait, unsigned flags,
             errno = ETIME;
             return -1;
         }
-        both[1].fd = r->read_fd;
+        both[1].fd = r->poll_fd;
         poll(both, 2, -1);
         if (read(r->kick, &word, 8) != 8 && errno != EAGAIN)
             abort();
@@ -509,9 +534,23 @@ long syscall(long number, ...)
     return real_syscall(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
 
+static void *allocated(void *start)
+{
+    if (counted)
+        __atomic_add_fetch(&allocations, 1, __ATOMIC_SEQ_CST);
+    return start;
+}
+
+void *malloc(size_t size) { return allocated(__libc_malloc(size)); }
+void *calloc(size_t n, size_t size) { return allocated(__libc_calloc(n, size)); }
+void *realloc(void *start, size_t size) { return allocated(__libc_realloc(start, size)); }
+
 /* What reads the backing waits while that stands still. */
 ssize_t pread(int fd, void *buffer, size_t size, off_t offset)
 {
+    char name[16];
+    if (!counted && prctl(PR_GET_NAME, name) == 0 && strncmp(name, "zramd-away", 10) == 0)
+        counted = 1;
     while (__atomic_load_n(&stands_still, __ATOMIC_ACQUIRE))
         usleep(1000);
     return real_syscall(SYS_pread64, fd, (long)buffer, size, offset, 0, 0);
@@ -595,8 +634,45 @@ int fake_io(unsigned number, unsigned q, uint32_t op_flags, uint64_t sector, uin
     return request.result;
 }
 
+/* So many reads of a block each by clients who all come at the same time and wait: how many failed. */
+int fake_batch(unsigned number, unsigned q, uint64_t sector, unsigned count, char *buffer)
+{
+    struct disk *d = &disks[number];
+    struct request all[64];
+    unsigned i;
+    int failed = 0;
+    pthread_mutex_lock(&lock);
+    for (i = 0; i < count && i < 64; i++) {
+        all[i] = (struct request){NULL, UBLK_IO_OP_READ, 8, sector + 8 * i, buffer + 4096 * i, 0, 0};
+        if (d->first[q])
+            d->last[q]->next = &all[i];
+        else
+            d->first[q] = &all[i];
+        d->last[q] = &all[i];
+    }
+    d->under_way += count;
+    kick(d);
+    for (i = 0; i < count; i++) {
+        while (!all[i].done)
+            pthread_cond_wait(&news, &lock);
+        failed += all[i].result != 4096;
+    }
+    pthread_mutex_unlock(&lock);
+    return failed;
+}
+
 /* Every so many answers the kernel has no memory for one; 0: it always has. */
 void fake_enomem(unsigned every) { enomem_every = every; }
+
+/* Every so many news the kernel ends a poll; 0: it never does. */
+void fake_end_polls(unsigned every) { polls_end = every; }
+
+/* How often memory was asked for by threads that serve, until now; count: by this one, too, or no more. */
+long fake_allocations(int count)
+{
+    counted = count;
+    return __atomic_load_n(&allocations, __ATOMIC_SEQ_CST);
+}
 
 /* Control commands are not answered. */
 void fake_silent(unsigned is) { silent = is; }
@@ -609,6 +685,14 @@ void fake_no_fetch(unsigned queue, int code)
 {
     refused_fetch = queue;
     refused_errno = code;
+}
+
+/* The next system call of a queue fails with an errno. */
+void fake_break(int code)
+{
+    pthread_mutex_lock(&lock);
+    broken = code;
+    pthread_mutex_unlock(&lock);
 }
 
 /* The disk that the backing is on stands still, until it does not. */

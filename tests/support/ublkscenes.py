@@ -1,4 +1,4 @@
-"""What happens to queues that the fake kernel drives: `ublkscenes.py SCENE`, with shim_ublk.c preloaded.
+"""What happens to queues that the fake kernel drives: `ublkscenes.py SCENE ...`, with shim_ublk.c preloaded.
 
 Ends with 0, or an exception.
 """
@@ -8,18 +8,22 @@ import errno
 import os
 import random
 import re
+import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
 from support.backings import Disk, write_out
 from support.content import block_content, compressible, noise
 from support.fakeublk import BLOCK, CONTROL, DISCARD, FLUSH, NOUNMAP, READ, WRITE, ZEROES, FakeDisk, Kernel
-from support.run import SCALE, SEED, run_threads, wait_until
+from support.run import SANITIZED, SCALE, SEED, run_threads, wait_until
 from zramd import Device
+from zramd.core.device import saving
 from zramd.core.ublk.control import Control, available
 from zramd.core.ublk.queues import Queues
 from zramd.errors import UblkError
@@ -105,16 +109,21 @@ def no_rings() -> None:
         refused(code, words, lambda: Queues(Device(SIZE), 2, 4))
     KERNEL.library.fake_no_rings(0)
     Queues(Device(SIZE), 2, 4)
-    assert threads() == 0
+    no_threads()
 
 
 def threads() -> int:
     """How many of zramd's this process has; a sanitizer may have one, too."""
     names = []
     for task in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{task}/comm") as file:
+        with suppress(OSError), open(f"/proc/self/task/{task}/comm") as file:
             names.append(file.read())
     return sum(name.startswith("zramd-") for name in names)
+
+
+def no_threads() -> None:
+    """Require that all of zramd's have ended. Who has waited for a thread may see it for another moment."""
+    wait_until(lambda: threads() == 0)
 
 
 def descriptors() -> int:
@@ -156,16 +165,103 @@ def requests() -> None:
 
 
 def calls() -> None:
-    """One request at a time costs one system call, which waits for the next, too."""
+    """A request costs one system call, which waits for the next, too; so do many that come together."""
     queues = Queues(Device(SIZE), 1, 16, 65536)
     disk = KERNEL.disk(queues, SIZE)
-    before = queues.stats()
-    for _ in range(500):
-        disk.read(0)
-    after = queues.stats()
-    assert after["ublk_requests"] - before["ublk_requests"] == 500
-    assert 499 <= after["ublk_enters"] - before["ublk_enters"] <= 501
+    for together in (1, 16):
+        before = queues.stats()
+        for _ in range(200):
+            assert disk.read_together(0, together) == bytes(together * BLOCK)
+        after = queues.stats()
+        assert after["ublk_requests"] - before["ublk_requests"] == 200 * together
+        assert 199 <= after["ublk_enters"] - before["ublk_enters"] <= 201
     over(disk, queues)
+
+
+def frugal() -> None:
+    """No thread of a disk asks the heap for anything, whatever it does."""
+    before = KERNEL.library.fake_allocations(1)
+    ctypes.CDLL(None).calloc(1, 1)
+    assert KERNEL.library.fake_allocations(0) > before or SANITIZED  # whose heap is not the shim's
+    device = Disk(40).device(SIZE, mem_limit=2 << 20)
+    queues = Queues(device, 2, 8, 65536)
+    disk = KERNEL.disk(queues, SIZE)
+    before = KERNEL.library.fake_allocations(0)
+    refused_writes = 0
+    for number in range(2, SIZE // BLOCK):
+        data = noise(number) if number % 2 else compressible(number)
+        refused_writes += disk.request(WRITE, number * BLOCK, BLOCK, data, number % 2)[0] != BLOCK
+        disk.request(number % 3 + 3, number // 2 * BLOCK, BLOCK if number % 3 else 512, queue=number % 2)
+        disk.read(number * BLOCK - 512, 1024)
+    write_out(device)
+    away = device.counters()["out_pages"]
+    for number in range(0, SIZE // BLOCK, 16):
+        disk.read(number * BLOCK, 65536, number // 16 % 2)
+    assert refused_writes > 10
+    assert away > 10
+    assert queues.stats()["ublk_away"] > 10
+    assert KERNEL.library.fake_allocations(0) == before
+    over(disk, queues)
+
+
+def model() -> None:
+    """Whatever clients ask for, of any sectors: it is as in an array of bytes, also with a backing."""
+    for store in (None, Disk(40)):
+        device = Device(SIZE) if store is None else store.device(SIZE)
+        queues = Queues(device, 2, 4, 65536)
+        disk = KERNEL.disk(queues, SIZE)
+        rnd = random.Random(SEED)
+        wanted = bytearray(SIZE)
+        for step in range(600):
+            what = rnd.choice([READ, READ, WRITE, WRITE, DISCARD, ZEROES, ZEROES | NOUNMAP])
+            unit = rnd.choice([512, BLOCK])
+            first = rnd.choice([0, SIZE - (64 << 10), rnd.randrange(SIZE)]) // unit * unit
+            size = min(rnd.randrange(1, 12 * BLOCK) // unit * unit or unit, SIZE - first)
+            data = b"".join(compressible(step + i, rnd.choice([50, 700, 3000])) for i in range(12))[:size]
+            result, found = disk.request(what, first, size, data if what == WRITE else b"", step % 2)
+            assert result == size, (SEED, step, result)
+            if what == READ:
+                assert found == wanted[first : first + size], (SEED, step)
+            elif what == WRITE:
+                wanted[first : first + size] = data
+            elif what == DISCARD:  # of whole blocks only
+                whole = range((first + BLOCK - 1) // BLOCK * BLOCK, (first + size) // BLOCK * BLOCK)
+                wanted[whole.start : max(whole.stop, whole.start)] = bytes(len(whole))
+            else:
+                wanted[first : first + size] = bytes(size)
+            if store is not None and step % 50 == 49:
+                write_out(device, rnd.randrange(SIZE // BLOCK), SIZE // BLOCK)
+        for at in range(0, SIZE, 65536):
+            assert disk.read(at, 65536) == wanted[at : at + 65536], (SEED, at)
+        assert (queues.stats()["ublk_away"] > 0) == (store is not None)
+        over(disk, queues)
+        device.check()
+
+
+def extremes() -> None:
+    """The smallest and the largest that a disk can be, and its last block."""
+    for queues, depth, max_io, size in (
+        (1, 1, BLOCK, BLOCK),
+        (8, 1, BLOCK, 3 * BLOCK),
+        (1, 4096, BLOCK, SIZE),
+        (2, 3, 1 << 20, 1 << 20),
+    ):
+        device = Device(size)
+        served = Queues(device, queues, depth, max_io)
+        disk = KERNEL.disk(served, size)
+        assert disk.fetched == queues * depth
+        for queue in range(queues):
+            data = b"".join(noise(queue + block) for block in range(min(max_io, size) // BLOCK))
+            disk.write(data, size - len(data), queue)
+            assert disk.read(size - len(data), len(data), queue) == data
+            assert disk.request(READ, size, BLOCK, queue=queue)[0] == -errno.EIO
+            assert disk.request(DISCARD, 0, size + 512, queue=queue)[0] == -errno.EIO
+            together = min(size // BLOCK, 64)
+            assert disk.read_together(0, together, queue) == b"".join(
+                disk.read(block * BLOCK, queue=queue) for block in range(together)
+            )
+        over(disk, served)
+        device.check()
 
 
 def full() -> None:
@@ -236,7 +332,8 @@ def readers() -> None:
     device = Disk().device(SIZE)
     queues = Queues(device, 2, 8, 65536)
     disk = KERNEL.disk(queues, SIZE)
-    for number in range(4):
+    KERNEL.library.fake_end_polls(2)
+    for number in range(6):
         disk.write(compressible(number), number * BLOCK)
     write_out(device)
     disk.write(noise(9), 9 * BLOCK)
@@ -244,11 +341,11 @@ def readers() -> None:
     found: list[bytes] = []
     waiting = [
         threading.Thread(target=lambda n=number: found.append(disk.read(n * BLOCK, queue=n % 2)))
-        for number in range(4)
+        for number in range(6)  # more than there are readers
     ]
     for one in waiting:
         one.start()
-    wait_until(lambda: queues.stats()["ublk_away"] == 4)
+    wait_until(lambda: queues.stats()["ublk_away"] == 6)
     for queue in (0, 1, 0, 1):
         assert disk.read(9 * BLOCK, queue=queue) == noise(9)
         disk.write(noise(10), 10 * BLOCK, queue)
@@ -257,12 +354,12 @@ def readers() -> None:
     KERNEL.library.fake_stand_still(0)
     for one in waiting:
         one.join()
-    assert sorted(found) == sorted(compressible(number) for number in range(4))
+    assert sorted(found) == sorted(compressible(number) for number in range(6))
     # queues that end while a reader is at work wait for it, and nothing is left
     KERNEL.library.fake_stand_still(1)
     late = threading.Thread(target=lambda: found.append(disk.read(0)))
     late.start()
-    wait_until(lambda: queues.stats()["ublk_away"] == 5)
+    wait_until(lambda: queues.stats()["ublk_away"] == 7)
     closing = threading.Thread(target=queues.close)
     closing.start()
     KERNEL.library.fake_stand_still(0)
@@ -270,6 +367,20 @@ def readers() -> None:
     disk.serve(successor := Queues(device, 2, 8, 65536))
     late.join()
     assert found[-1] == compressible(0)
+    # who stops the disk waits, too, and then gets its end
+    KERNEL.library.fake_stand_still(1)
+    late = threading.Thread(target=lambda: found.append(disk.read(BLOCK)))
+    late.start()
+    wait_until(lambda: successor.stats()["ublk_away"] == 2)
+    stopping = threading.Thread(target=disk.stop)
+    stopping.start()
+    assert not successor.join(0.1)
+    assert disk.fetched == 16
+    KERNEL.library.fake_stand_still(0)
+    stopping.join()
+    late.join()
+    assert found[-1] == compressible(1)
+    KERNEL.library.fake_end_polls(0)
     over(disk, successor)
 
 
@@ -291,6 +402,7 @@ def short_of_memory() -> None:
 def refusals() -> None:
     """A kernel that refuses: nothing serves then, nothing is left, and the same queues serve another disk."""
     device = Device(SIZE)
+    no_threads()
     queues = Queues(device, 3, 4, 65536)
     assert threads() == 3
     before = descriptors()
@@ -303,7 +415,7 @@ def refusals() -> None:
         KERNEL.library.fake_no_fetch(1, code)
         refused(code, words, lambda: KERNEL.disk(queues, SIZE))
         assert not queues.serving
-        assert threads() == 0
+        no_threads()
         assert queues.join(0)
     KERNEL.library.fake_no_fetch(2**32 - 1, 0)
     with open("/dev/null") as null:
@@ -316,15 +428,103 @@ def refusals() -> None:
     over(disk, queues)
     assert descriptors() == before + 4  # the fake kernel's: disks that were made and not deleted
     queues.close()
-    assert threads() == 0
+    no_threads()
     assert queues.join()
     disk = KERNEL.disk(queues, SIZE)
     assert disk.read(0) == noise(1)
     over(disk, queues)
 
 
+def rounds() -> None:
+    """A thousand disks leave nothing behind."""
+    device = Device(SIZE)
+    queues = Queues(device, 2, 8, 65536)
+    sizes = []
+    for turn in range(int(200 * max(1, SCALE))):
+        disk = KERNEL.disk(queues, SIZE)
+        disk.write(compressible(turn % 10), 0, turn % 2)
+        over(disk, queues)
+        if turn % 50 == 49:
+            queues.close()
+            no_threads()
+            with open("/proc/self/statm") as file:
+                sizes.append((descriptors(), int(file.read().split()[1]) // 256))  # in MiB
+    assert len({count for count, _ in sizes}) == 1, sizes
+    assert SANITIZED or sizes[-1][1] - sizes[0][1] <= 1, sizes
+
+
+def ended(child: int) -> int:
+    """What a process ends with; one that does not end is killed."""
+    found = (0, 0)
+
+    def look() -> int:
+        nonlocal found
+        found = os.waitpid(child, os.WNOHANG)
+        return found[0]
+
+    try:
+        wait_until(look)
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
+    return os.waitstatus_to_exitcode(found[1])
+
+
+def forked() -> None:
+    """A child that is forked off, and ends as any, disturbs nobody: it has no part of the disk."""
+    device = Disk().device(SIZE)
+    queues = Queues(device, 2, 8, 65536)
+    disk = KERNEL.disk(queues, SIZE)
+    before = queues.stats()["ublk_enters"]
+    for closes in (False, True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # newer Pythons warn of threads, which is what this is about
+            child = os.fork()
+        if child == 0:
+            try:
+                with open("/proc/self/maps") as file:
+                    seen = sum("/memfd:ublkc" in line for line in file)
+                if closes:
+                    queues.close()
+                del queues
+                os._exit(seen)  # the fake kernel's own
+            finally:
+                os._exit(99)
+        assert ended(child) == 1
+        assert queues.stats()["ublk_enters"] == before
+    disk.write(noise(1), 0)
+    write_out(device)
+    assert disk.read(0, queue=1) == noise(1)
+    over(disk, queues)
+
+
+def urgent() -> None:
+    """All threads of a disk are real-time ones, those for the backing, too; or it is said what they need."""
+    no_threads()
+    device = Disk().device(SIZE)
+    try:
+        queues = Queues(device, 2, 8, 65536, urgent=1)
+    except UblkError as error:
+        assert error.errno == errno.EPERM  # noqa: PT017
+        assert "CAP_SYS_NICE" in str(error)  # noqa: PT017
+        return
+    disk = KERNEL.disk(queues, SIZE)
+    ways = set()
+    for task in map(int, os.listdir("/proc/self/task")):
+        with open(f"/proc/self/task/{task}/comm") as file:
+            if file.read().startswith("zramd-"):
+                ways.add((os.sched_getscheduler(task), os.sched_getparam(task).sched_priority))
+    assert ways == {(os.SCHED_RR, 1)}
+    disk.write(noise(1), 0)
+    write_out(device)
+    assert disk.read(0, queue=1) == noise(1)
+    assert queues.stats()["ublk_away"] == 1
+    over(disk, queues)
+
+
 def again() -> None:
     """One disk after the other, of the same threads, rings and buffers."""
+    no_threads()
     device = Device(SIZE)
     queues = Queues(device, 2, 8, 65536)
     before = sorted(os.listdir("/proc/self/task"))
@@ -336,7 +536,7 @@ def again() -> None:
         over(disk, queues)
     assert sorted(os.listdir("/proc/self/task")) == before
     del queues
-    assert threads() == 0
+    no_threads()
 
 
 def successor() -> None:
@@ -379,6 +579,30 @@ def successor() -> None:
         one.join()
     assert not errors, errors
     over(disk, served)
+
+
+def broken() -> None:
+    """A thread whose ring fails is gone, and said to be; the next queues answer what it had."""
+    device = Device(SIZE)
+    first = Queues(device, 1, 4, 65536)
+    disk = KERNEL.disk(first, SIZE, recovers=True)
+    KERNEL.library.fake_break(errno.EFAULT)
+    client = threading.Thread(target=lambda: disk.write(noise(1), 0))
+    client.start()
+    wait_until(lambda: not first.serving)
+    assert first.join(0)
+    no_threads()
+    successor = Queues(device, 1, 4, 65536)
+    with Control(CONTROL) as control:
+        control.start_recovery(disk.number)
+        disk.serve(successor)
+        control.end_recovery(disk.number, os.getpid())
+    client.join()
+    assert disk.read(0) == noise(1)
+    over(disk, successor)
+    other = KERNEL.disk(first, SIZE)
+    assert other.read(0) == noise(1)
+    over(other, first)
 
 
 def abort() -> None:
@@ -433,8 +657,17 @@ def held() -> None:
     over(disk, queues)
 
 
+def save(device: Device) -> None:
+    """Save it as it is served."""
+    fd = os.memfd_create("saved")
+    try:
+        saving.save(device, fd, live=True)
+    finally:
+        os.close(fd)
+
+
 def stress() -> None:
-    """Clients know their blocks, while the device is looked at, compacted, emptied, and its disks change."""
+    """Clients know their blocks, while it is looked at, compacted, saved, emptied, and disks change."""
     seconds = 4 * SCALE
     device = Disk(200).device(16 << 20)
     device.reserve_start(1 << 20)
@@ -482,6 +715,7 @@ def stress() -> None:
             while not stop.is_set() and time.monotonic() < end - seconds * (2 - turn) / 3:
                 device.compact()
                 device.check()
+                save(device)
                 write_out(device)
                 queues.stats()
                 time.sleep(0.01)
@@ -538,5 +772,6 @@ def emptied() -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]]()
-    assert KERNEL.violation == "", KERNEL.violation
+    for scene in sys.argv[1:]:
+        globals()[scene]()
+        assert KERNEL.violation == "", (scene, KERNEL.violation)

@@ -304,7 +304,8 @@ cdef class Served:
     cdef void expect_next(self, uint64_t offset) noexcept nogil:
         """The next request is for the block at offset: ask the cache for its object. It helps where expect_later came first.
 
-        Only a hint, for who has several requests at once: any offset may be said, and nothing need be asked for.
+        Only a hint, for who has several requests at once: any offset may be said, and nothing need be asked for. It is given
+        outside of the gate, so a reset may be at work: what that empties stays mapped, and reads as zeros.
         """
         if offset < self.disksize:
             self.table.prefetch_object(offset >> BLOCK_SHIFT, BLOCK_SIZE)

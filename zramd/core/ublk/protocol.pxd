@@ -6,6 +6,18 @@ Own definitions of the kernel's: distributions' headers are older than the kerne
     /dev/ublkcN         the disk's queues: FETCH once for each tag, then COMMIT_AND_FETCH with each answer
     mapped from it      a queue's descriptors: what is asked for, by tag
     /dev/ublkbN         the disk
+
+What the driver does, as its source of 6.12 has it unless said otherwise:
+- A mapping is of one queue, read only, and exactly as many pages as its descriptors take. The first one binds the device to
+  its process, until a recovery.
+- A FETCH or an answer that is refused completes with the system call that hands it over: the driver never waits for it.
+- Only the thread that fetched a tag may answer for it, and the kernel hands over its requests in that thread's system calls.
+- A read or write that is answered with fewer bytes comes again for the rest. Of all other requests only errors count. With
+  little memory a write may come with fewer sectors than were written, and the rest after it.
+- A device that is stopped waits for the answers to all that is under way; then each tag is over.
+- A server's end is seen by its threads' until 6.14, since then by the last close of /dev/ublkcN and of what is mapped.
+- Partitions are looked for only if all threads that fetched have CAP_SYS_ADMIN.
+- ublks_max of the module counts all devices in some kernels (6.0, 6.14), in others those of ordinary users only (6.12).
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t

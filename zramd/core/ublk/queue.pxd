@@ -58,10 +58,10 @@ cdef class Queue:
     # the thread, and what it and its owner tell each other
     cdef pthread_t thread
     cdef bint started
+    cdef int process            # whose thread it is: a child that was forked off has none
     cdef ring ring
     cdef answers answers
-    cdef uint64_t woken         # what is read from answers.wake
-    cdef bint listening         # the kernel has that read
+    cdef bint listening         # the ring polls answers.wake
     cdef uint64_t leaving       # atomic: leave at once, with tags
     cdef pthread_mutex_t lock   # guards those below
     cdef pthread_cond_t news
@@ -87,6 +87,6 @@ cdef class Queue:
     cdef void _look_ahead(self, uint32_t left, uint32_t at) noexcept nogil
     cdef void _expect(self, const completion *c, bint next) noexcept nogil
     cdef uint32_t _complete(self, const completion *c) noexcept nogil
-    cdef uint32_t _take(self) noexcept nogil
+    cdef uint32_t _take(self, const completion *c) noexcept nogil
     cdef void _answer(self, uint32_t tag, int rc, uint64_t length) noexcept nogil
     cdef void _handle(self, uint32_t tag) noexcept nogil

@@ -56,8 +56,10 @@ from zramd.core.ublk.protocol cimport (
 )
 from zramd.core.ublk.readers cimport job, take_answers
 from zramd.core.ublk.ring cimport (
-    OP_READ,
+    MORE,
+    OP_POLL,
     OP_URING_CMD,
+    POLL_ALWAYS,
     completion,
     ring_close,
     ring_completed,
@@ -82,6 +84,7 @@ from zramd.core.ublk.threads cimport (
 cdef extern from *:
     """
     #include <errno.h>
+    #include <poll.h>
     #include <stdint.h>
     #include <sys/eventfd.h>
     #include <sys/mman.h>
@@ -93,7 +96,9 @@ cdef extern from *:
     int close(int fd) nogil
     void *mmap(void *start, size_t size, int protection, int flags, int fd, long offset) nogil
     int munmap(void *start, size_t size) nogil
-    int EFD_CLOEXEC, PROT_READ, MAP_SHARED, ECANCELED, EOPNOTSUPP
+    int madvise(void *start, size_t size, int advice) nogil
+    int getpid() nogil
+    int EFD_CLOEXEC, PROT_READ, MAP_SHARED, MADV_DONTFORK, POLLIN, ECANCELED, EOPNOTSUPP
     void *MAP_FAILED
 
 cdef enum:
@@ -120,6 +125,7 @@ cdef class Queue:
         pthread_mutex_init(&self.lock, NULL)
         pthread_cond_init(&self.news, NULL)
         pthread_mutex_init(&self.answers.lock, NULL)
+        self.process = getpid()
         self.device = device
         self.number = number
         self.depth = depth
@@ -136,9 +142,10 @@ cdef class Queue:
     def __dealloc__(self):
         self.end()
         self.release()
-        pthread_mutex_destroy(&self.answers.lock)
-        pthread_cond_destroy(&self.news)
-        pthread_mutex_destroy(&self.lock)
+        if getpid() == self.process:    # else the threads of the other one are said to wait yet
+            pthread_mutex_destroy(&self.answers.lock)
+            pthread_cond_destroy(&self.news)
+            pthread_mutex_destroy(&self.lock)
 
     # --------------------------------------------------------------------------------------------------------
     # for its owner: one thread at a time
@@ -175,6 +182,9 @@ cdef class Queue:
         start = mmap(NULL, self.asked_size, PROT_READ, MAP_SHARED, fd, place)
         if start == MAP_FAILED:
             return -errno
+        # A child that was forked off would keep /dev/ublkcN open, and Linux 6.15 and later see a server's end by its last
+        # close only: what was under way would hang.
+        madvise(start, self.asked_size, MADV_DONTFORK)
         self.asked = <const descriptor *>start
         self.fd = fd
         return 0
@@ -209,7 +219,7 @@ cdef class Queue:
 
     cdef void end(self) noexcept nogil:
         """End the thread. If the kernel has tags yet, to it the process has died once release() is done, too."""
-        if self.started:
+        if self.started and getpid() == self.process:
             store_release(&self.leaving, 1)
             self.command(END)
             zr_wake(self.answers.wake)
@@ -255,6 +265,8 @@ cdef class Queue:
             if rc == 0:
                 self._tell(SERVING, 0)
                 rc = self._serve()
+            if rc:
+                store_relaxed(&self.tallies.live, 0)    # to the kernel this thread has died, and all its tags with it
             self._tell(ENDED if rc else PARKED, rc)
 
     cdef int _prepare(self) noexcept nogil:
@@ -284,12 +296,15 @@ cdef class Queue:
         c.address = <uint64_t>(self.buffers.base + <uint64_t>number * self.max_io_bytes)
 
     cdef void _listen(self) noexcept nogil:
-        """Have the kernel say when the eventfd was written to: by a reader, or by who wants the thread to leave."""
+        """Have the kernel say whenever the eventfd is written to: by a reader, or by who wants the thread to leave.
+
+        A poll that stays takes no memory when somebody writes, as a read would each time; what was written nobody reads.
+        """
         cdef submission *s = ring_next(&self.ring)
-        s.opcode = OP_READ
+        s.opcode = OP_POLL
         s.fd = self.answers.wake
-        s.address = <uint64_t>&self.woken
-        s.size = sizeof(self.woken)
+        s.size = POLL_ALWAYS
+        s.op_flags = POLLIN
         s.user_data = WOKEN
         self.listening = True
 
@@ -364,7 +379,7 @@ cdef class Queue:
         """Do what a completion asks for; 0: that was to try again."""
         cdef uint32_t number = <uint32_t>c.user_data
         if number == WOKEN:
-            return self._take()
+            return self._take(c)
         if c.result == 0:
             owned_add(&self.tallies.requests, 1)
             self._handle(number)
@@ -379,7 +394,7 @@ cdef class Queue:
             owned_sub(&self.tallies.live, 1)
         return 1
 
-    cdef uint32_t _take(self) noexcept nogil:
+    cdef uint32_t _take(self, const completion *c) noexcept nogil:
         """Answer what readers have done; how many there were."""
         cdef job *j = take_answers(&self.answers)
         cdef uint32_t taken = 0
@@ -387,7 +402,8 @@ cdef class Queue:
             self._answer(j.tag, j.result, j.length)
             taken += 1
             j = j.next
-        self._listen()
+        if not c.flags & MORE:
+            self._listen()      # the kernel ended it
         return taken
 
     cdef void _answer(self, uint32_t number, int rc, uint64_t length) noexcept nogil:

@@ -1,7 +1,7 @@
 from libc.stdint cimport uint32_t
 
 from zramd.core.device.device cimport Device
-from zramd.core.ublk.queue cimport Queue
+from zramd.core.ublk.queue cimport Queue, refusal
 from zramd.core.ublk.readers cimport Readers
 
 cdef class Queues:
@@ -16,7 +16,7 @@ cdef class Queues:
     cdef int fd                 # /dev/ublkcN, -1: none
 
     cdef int _open(self) except -1
-    cdef _refusal(self, Queue queue, int code)
+    cdef _refusal(self, refusal what, int code)
     cdef void _close(self) noexcept
     cdef void _let_go(self) noexcept
     cdef _unserved(self, Queue queue, int code, str what)

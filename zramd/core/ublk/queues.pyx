@@ -17,7 +17,7 @@ from zramd.core.device.device cimport Device
 from zramd.core.system.locks cimport load_relaxed
 from zramd.core.types cimport BLOCK_SIZE
 from zramd.core.ublk.protocol cimport MAX_DEPTH, MAX_QUEUES
-from zramd.core.ublk.queue cimport A_PRIORITY, A_RING, FETCHING, PARKED, SERVE, SERVING, Queue, stage
+from zramd.core.ublk.queue cimport A_PRIORITY, A_RING, A_THREAD, FETCHING, PARKED, SERVE, SERVING, Queue, refusal, stage
 from zramd.core.ublk.readers cimport Readers
 from zramd.core.ublk.ring cimport ring_refusal
 
@@ -40,8 +40,9 @@ cdef class Queues:
     """queues queues of depth requests at once, of max_io_bytes at most, that a kernel's disk hands to a device.
 
     urgent: the priority of their real-time threads, 0: they are ordinary ones. pool_full: the errno that clients get when
-    there is no room. Memory is the caller's to lock. Raises ValueError; MemoryError; OSError when threads are refused, or
-    their priority; UblkError when io_uring is.
+    there is no room. Memory is the caller's to lock. Raises ValueError; MemoryError; UblkError when threads are refused,
+    their priority, or io_uring.
+    A child that is forked off has none of the threads, and may only end or close().
     One thread at a time may call a method; any may ask for serving and stats. Requests are served by threads that Python
     does not know, also while another holds the GIL.
     """
@@ -75,22 +76,26 @@ cdef class Queues:
         try:
             if self.device.table.backing is not None:
                 self.readers = Readers(self.device, self.priority)
+                with nogil:
+                    rc = self.readers.open()
+                if rc:
+                    raise self._refusal(A_PRIORITY if self.readers.unurgent else A_THREAD, -rc)
             for queue in self.queues:
                 queue.readers = self.readers
                 with nogil:
                     rc = queue.open()
                 if rc:
-                    raise self._refusal(queue, -rc)
+                    raise self._refusal(queue.refused, -rc)
         except BaseException:
             self._close()
             raise
         return 0
 
-    cdef _refusal(self, Queue queue, int code):
-        """The exception for a queue that cannot be opened."""
-        if queue.refused == A_RING:
+    cdef _refusal(self, refusal what, int code):
+        """The exception for what cannot be had."""
+        if what == A_RING:
             return UblkError(ring_refusal(-code), code)
-        if queue.refused == A_PRIORITY:
+        if what == A_PRIORITY:
             return UblkError(f"threads cannot have the real-time priority {self.priority} "
                              f"({os.strerror(code).lower()}): it takes CAP_SYS_NICE, or LimitRTPRIO= of the service", code)
         return UblkError(f"a disk's queue cannot be served ({os.strerror(code).lower()}): "

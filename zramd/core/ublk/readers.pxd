@@ -27,6 +27,7 @@ cdef struct job:
 cdef class Readers:
     cdef Device device
     cdef int priority
+    cdef int process            # whose threads they are: a child that was forked off has none
     cdef pthread_mutex_t lock
     cdef pthread_cond_t news
     cdef job *first             # of what no thread has taken yet
@@ -35,8 +36,9 @@ cdef class Readers:
     cdef pthread_t threads[READERS]
     cdef uint32_t started       # of them
     cdef uint32_t begun
-    cdef int refused            # errno of a thread that could not be what it should
+    cdef int unurgent           # errno of a thread that could not have its priority
 
+    cdef int open(self) noexcept nogil
     cdef void give(self, job *j) noexcept nogil
     cdef void _work(self) noexcept nogil
     cdef void close(self) noexcept nogil

@@ -31,8 +31,6 @@ from zramd.core.ublk.threads cimport (
     thread_work,
 )
 
-import os
-
 cdef extern from *:
     """
     #include <stdint.h>
@@ -41,6 +39,7 @@ cdef extern from *:
     #define zr_wake(fd) do { uint64_t one = 1; (void)!write((fd), &one, sizeof(one)); } while (0)
     """
     void zr_wake(int fd) nogil
+    int getpid() nogil
 
 
 cdef void *begin(Readers readers) noexcept nogil:
@@ -51,34 +50,37 @@ cdef void *begin(Readers readers) noexcept nogil:
 @cython.final
 @cython.no_gc_clear
 cdef class Readers:
-    """The threads that wait for a device's backing, real-time ones of this priority unless it is 0. Raises OSError."""
+    """The threads that wait for a device's backing, real-time ones of this priority unless it is 0.
+
+    open() is to follow, and close() in the end.
+    """
 
     def __cinit__(self, Device device not None, int priority):
-        cdef int rc
-        cdef uint32_t i
         pthread_mutex_init(&self.lock, NULL)
         pthread_cond_init(&self.news, NULL)
+        self.process = getpid()
         self.device = device
         self.priority = priority
-        rc = mutex_inherit(&self.lock) if priority else 0
+
+    def __dealloc__(self):
+        self.close()
+        if getpid() == self.process:
+            pthread_cond_destroy(&self.news)
+            pthread_mutex_destroy(&self.lock)
+
+    cdef int open(self) noexcept nogil:
+        """Start the threads; 0 or -errno: then self.unurgent says whether it is their priority that they cannot have."""
+        cdef uint32_t i
+        cdef int rc = mutex_inherit(&self.lock) if self.priority else 0
         for i in range(READERS):
             if rc == 0:
                 rc = thread_start(&self.threads[i], <thread_work><void *>begin, <void *>self, THREAD_STACK)
                 self.started += rc == 0
-        with nogil:
-            pthread_mutex_lock(&self.lock)
-            while self.begun < self.started:
-                pthread_cond_wait(&self.news, &self.lock)
-            pthread_mutex_unlock(&self.lock)
-        rc = rc or self.refused
-        if rc:
-            self.close()
-            raise OSError(rc, os.strerror(rc))
-
-    def __dealloc__(self):
-        self.close()
-        pthread_cond_destroy(&self.news)
-        pthread_mutex_destroy(&self.lock)
+        pthread_mutex_lock(&self.lock)
+        while self.begun < self.started:
+            pthread_cond_wait(&self.news, &self.lock)
+        pthread_mutex_unlock(&self.lock)
+        return -(rc or self.unurgent)
 
     cdef void give(self, job *j) noexcept nogil:
         """Have a read done: it comes back to j.back."""
@@ -100,7 +102,7 @@ cdef class Readers:
         touch_stack()
         pthread_mutex_lock(&self.lock)
         rc = thread_begin(b"zramd-away", self.begun, self.priority)
-        self.refused = self.refused or rc
+        self.unurgent = self.unurgent or rc
         self.begun += 1
         pthread_cond_broadcast(&self.news)
         while not self.ending:
@@ -124,6 +126,8 @@ cdef class Readers:
     cdef void close(self) noexcept nogil:
         """End the threads, after what each is doing; what they have not begun is never done."""
         cdef uint32_t i
+        if getpid() != self.process:
+            return
         pthread_mutex_lock(&self.lock)
         self.ending = True
         pthread_cond_broadcast(&self.news)

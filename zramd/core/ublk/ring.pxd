@@ -8,8 +8,12 @@ come at its next system call (COOP_TASKRUN). Any thread may close a ring whose t
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
-    OP_READ = 22
+    OP_POLL = 6
     OP_URING_CMD = 46           # Linux 5.19
+
+cdef enum:
+    POLL_ALWAYS = 1 << 0        # a poll's size: it stays, and completes each time that there is news; 5.13
+    MORE = 1 << 1               # a completion's flags: its submission stays
 
 cdef struct submission:
     uint8_t opcode
