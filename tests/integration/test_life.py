@@ -164,9 +164,9 @@ def test_stop_without_a_state(device: Device) -> None:
 
 
 def health(device: Device) -> str:
-    from zramd.control import servers
+    from zramd.contract import exchange
 
-    return servers.ask(str(device.rundir), "GET", "/health")[1]
+    return exchange.ask(str(device.rundir), "GET", "/health")[1]
 
 
 def test_stop_with_a_state(device: Device) -> None:

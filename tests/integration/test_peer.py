@@ -16,7 +16,8 @@ from support.run import wait_until, zramd_command
 from support.server import PACKAGE_PARENT, NbdkitProcess
 
 from zramd import trusted
-from zramd.control import peer, servers
+from zramd.contract import exchange
+from zramd.control import peer
 from zramd.errors import DeviceError
 
 NOBODY = 65534
@@ -189,7 +190,7 @@ def test_a_server_in_another_pid_namespace(tmp_path: Path, victim: subprocess.Po
             for verb in ("stop", "restart"):
                 sentence = refused(verb, "--rundir", run)
                 assert "run is served in another PID namespace" in sentence or "has no state" in sentence
-            assert servers.ask(str(run), "GET", "/health")[0] == 200
+            assert exchange.ask(str(run), "GET", "/health")[0] == 200
         finally:
             container.kill()
 

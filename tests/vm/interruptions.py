@@ -1,7 +1,7 @@
 """Runs in the guest of test_vm_interruption.py: does the rows of its table, and tells what each has left.
 
 interruptions.py ASK TELL: two fifos. A row comes as one line, DURING AT WHOM WHAT END, and is answered by one
-line of JSON.
+line of JSON. For servers by ublk, `by_ublk` is called before: see ublkattach.py.
 """
 
 import contextlib
@@ -15,13 +15,15 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from zramd import commands
 from zramd.contract import rundir
 from zramd.control import life
-from zramd.kernel import attached, netlink, swap, swapareas
+from zramd.kernel import attached, netlink, swap, swapareas, ublk
+from zramd.launch import spawn
 from zramd.process import steps
 
 NAME = "held"
@@ -46,6 +48,23 @@ COMMANDS = {
     "restart": ["restart", NAME],
     "start": ["start", NAME, "--size", "16M", f"state={STATE}", "compaction=off"],
 }
+KEEPERS = {"nbd": b"zramd.kernel.keeper", "ublk": b"zramd.kernel.ublkkeeper"}
+front = "nbd"
+
+
+def by_ublk() -> None:
+    """Have servers be reached by ublk from now on. No client of theirs but the kernel is there to write."""
+    global front
+    front = "ublk"
+    COMMANDS["start"] = [*COMMANDS["start"], "front=ublk"]
+    serve()
+    status, device, err = run("attach")
+    assert status == 0, err
+    with open(device.strip(), "r+b", buffering=0) as disk:
+        disk.write(BLOCK)
+        os.fsync(disk.fileno())
+    status, _, err = run("detach")
+    assert status == 0, err
 
 
 class Command:
@@ -127,6 +146,11 @@ class Holder:
             else:
                 _let_go(link)
 
+    @property
+    def held(self) -> int:
+        """How many are held."""
+        return len(self._links)
+
     def wait(self, process: Command) -> int:
         """Return who is held; raises AssertionError when the command ends before that."""
         end = time.monotonic() + PATIENCE
@@ -183,7 +207,7 @@ def request(kind: int, data: bytes) -> None:
 
 def keepers() -> list[int]:
     """All keepers that there are."""
-    return [pid for pid, words in processes() if b"zramd.kernel.keeper" in words]
+    return [pid for pid, words in processes() if KEEPERS[front] in words]
 
 
 def processes() -> list[tuple[int, list[bytes]]]:
@@ -197,6 +221,8 @@ def processes() -> list[tuple[int, list[bytes]]]:
 
 def connected() -> list[str]:
     """The devices that the kernel has."""
+    if front == "ublk":
+        return [ublk.device_of(number) for number in ublk.numbers()]
     names = [name for name in os.listdir("/sys/block") if name.startswith("nbd")]
     return [f"/dev/{name}" for name in names if attached.is_connected(f"/dev/{name}")]
 
@@ -206,13 +232,15 @@ def state() -> tuple[str, object]:
     devices, there, alive = connected(), attached.find(NAME), keepers()
     record = os.path.exists(RECORD)
     swaps = sorted((area.path, area.priority) for area in swap.swaps())
-    parts = [path for name in ("nbd0", "nbd1") for path in swapareas.parts(f"/dev/{name}").values()]
+    names = ("ublkb0", "ublkb1") if front == "ublk" else ("nbd0", "nbd1")
+    parts = [path for name in names for path in swapareas.parts(f"/dev/{name}").values()]
     notes = [name for name in os.listdir(NOTES) if name != "lock"] if os.path.exists(NOTES) else []
     facts = (devices, there, alive, record, swaps, parts, notes)
     if not devices and not alive and not record and not swaps and not parts and not notes:
         return "nothing", facts
     if len(devices) == 1 and there and there.device == devices[0]:
-        if alive == [there.keeper] and rundir.holder(RUNDIR):
+        served = there.stage in ("", attached.STARTED)
+        if alive == [there.keeper] and rundir.holder(RUNDIR) and served:
             return _swapped(devices[0], swaps, parts), facts
         if not alive and not there.keeper and not swaps and not parts:
             return "alone", facts
@@ -237,8 +265,11 @@ def settled(wanted: str) -> tuple[str, object]:
 
 def row(holder: Holder, during: str, at: str, whom: str, what: str, end: str) -> dict[str, Any]:
     """Do one row."""
+    if during == "recovery":
+        return recovery(holder, at, whom, what, end)
     serve()
-    request(1, BLOCK)
+    if front == "nbd":
+        request(1, BLOCK)
     before = {"detach": "attach", "swapoff": "swap", "areasoff": "areas", "refresh": "areas"}.get(during)
     if before:
         status, _, err = run(before)
@@ -290,6 +321,40 @@ def row(holder: Holder, during: str, at: str, whom: str, what: str, end: str) ->
     return answer
 
 
+def recovery(holder: Holder, at: str, whom: str, what: str, end: str) -> dict[str, Any]:
+    """Do a row whose step a keeper reaches when its server was killed, and another is there."""
+    serve()
+    command = Command(COMMANDS["attach"], held=True)  # so that its keeper is
+    status, _, err = command.ended()
+    assert status == 0, err
+    there = attached.find(NAME)
+    server = rundir.holder(RUNDIR)
+    assert there
+    assert server
+    holder.seen.clear()
+    holder.at = at
+    os.kill(server, signal.SIGKILL)
+    time.sleep(0.1)
+    serve()
+    _until(lambda: bool(holder.held))
+    server = rundir.holder(RUNDIR)
+    for target in {"server": [server], "keeper": [there.keeper], "both": [server, there.keeper]}[whom]:
+        assert target
+        os.kill(target, getattr(signal, f"SIG{what}"))
+    time.sleep(0.2)
+    holder.release()
+    serve()
+    answer: dict[str, Any] = {"seen": [name for _, name in holder.seen]}
+    if whom != "server":  # the next attach gives it a keeper, and that one goes on
+        _until_alone()
+        answer["again"] = run("attach")
+    answer["found"], answer["facts"] = settled(end)
+    if answer["found"] == "attached":
+        with open(connected()[0], "rb", buffering=0) as device:
+            answer["right"] = device.read(len(BLOCK)) == BLOCK
+    return answer
+
+
 def clean(answer: dict[str, Any]) -> None:
     """Take away what is left, as a user would: nothing may be in the way of that."""
     serve()
@@ -298,6 +363,14 @@ def clean(answer: dict[str, Any]) -> None:
     if answer["found"] not in ("nothing",):
         answer["detached"] = run("swapoff")
     answer["after"] = settled("nothing")
+
+
+def _until(what: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def _until_alone() -> None:
@@ -315,37 +388,49 @@ def warm() -> None:
         "zramd.process.interrupts",
         "zramd.control.life",
         "zramd.kernel.keeper",
+        "zramd.kernel.ublkkeeper",
+        "zramd.core.ublk.control",
         "zramd.settings.devices",
         "zramd.kernel.swapunit",
         "zramd.trusted",
         "zramd.control.peer",
     ):
         importlib.import_module(name)
-    life.PATIENCE = attached.TURN_TIMEOUT = PATIENCE
+    life.PATIENCE = attached.TURN_TIMEOUT = spawn.READY_TIMEOUT = PATIENCE
 
 
 def main(ask: str, tell: str) -> None:
     """Do rows until there are no more."""
-    os.environ["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"
-    warm()
+    prepare()
     holder = Holder()
     while True:
         with open(ask) as file:
             words = file.read().split()
-        started = time.monotonic()
-        try:
-            during, at, whom, what, end = words
-            answer = row(holder, during, at, whom, what, end)
-        except Exception as error:
-            answer = {"error": repr(error), "found": "broken", "facts": state()}
-        holder.release()
-        try:
-            clean(answer)
-        except Exception as error:
-            answer["error"] = f"{answer.get('error', '')} cleaning: {error!r}"
-        answer["seconds"] = round(time.monotonic() - started, 1)
         with open(tell, "w") as file:
-            file.write(json.dumps(answer) + "\n")
+            file.write(json.dumps(answer(holder, words)) + "\n")
+
+
+def prepare() -> None:
+    """Make ready for commands."""
+    os.environ["PATH"] = "/usr/sbin:/usr/bin:/sbin:/bin"
+    warm()
+
+
+def answer(holder: Holder, words: list[str]) -> dict[str, Any]:
+    """Do a row and clean up; what it has found."""
+    started = time.monotonic()
+    try:
+        during, at, whom, what, end = words
+        found = row(holder, during, at, whom, what, end)
+    except Exception as error:
+        found = {"error": repr(error), "found": "broken", "facts": state()}
+    holder.release()
+    try:
+        clean(found)
+    except Exception as error:
+        found["error"] = f"{found.get('error', '')} cleaning: {error!r}"
+    found["seconds"] = round(time.monotonic() - started, 1)
+    return found
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 import zramd
 from zramd.commands import Commands, Parser, add_device
+from zramd.contract.exchange import TIMEOUT
 from zramd.contract.rundir import COMPACT_TIMEOUT
 from zramd.control import servers
 from zramd.errors import DeviceError, UsageError, say
@@ -63,7 +64,7 @@ def compact(arguments: argparse.Namespace) -> int:
     pages = 0
     while True:
         asked = time.monotonic()
-        answer = served.ask_json("POST", "/compact", timeout=COMPACT_TIMEOUT + servers.TIMEOUT)
+        answer = served.ask_json("POST", "/compact", timeout=COMPACT_TIMEOUT + TIMEOUT)
         pages += answer["pages_freed"]
         if time.monotonic() - asked < COMPACT_TIMEOUT:  # else it goes on
             break

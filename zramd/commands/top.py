@@ -14,6 +14,7 @@ from typing import Any
 
 from zramd.commands import Commands, add_device
 from zramd.contract import rundir
+from zramd.contract.exchange import TIMEOUT
 from zramd.contract.rundir import COMPACT_TIMEOUT
 from zramd.control import servers
 from zramd.control.samples import Sample, Watch, take
@@ -264,7 +265,7 @@ class Top:
             self.say(f"{name}: {pages} pages freed, frag ratio {answer['frag_ratio']:.2f}%")
             self._due = 0.0
 
-        timeout = COMPACT_TIMEOUT + servers.TIMEOUT
+        timeout = COMPACT_TIMEOUT + TIMEOUT
         self._start(lambda: served.ask_json("POST", "/compact", timeout=timeout), done)
 
 

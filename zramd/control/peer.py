@@ -11,11 +11,10 @@ import errno
 import os
 import socket
 import stat
-import struct
 from contextlib import suppress
 
 from zramd import trusted
-from zramd.contract import rundir
+from zramd.contract import exchange, rundir
 from zramd.errors import DeviceError, UntrustedError, is_shortage, reason, sentence
 from zramd.process import pidfd
 
@@ -88,12 +87,6 @@ def must_be_ours(process: Process, name: str) -> None:
         )
 
 
-def credentials(control: socket.socket) -> tuple[int, int]:
-    """Return number (0: of another PID namespace) and user of the process that listens at the other end."""
-    pid, uid, _ = struct.unpack("iII", control.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return pid, uid
-
-
 def _listener(folder: int) -> Process | None:
     """Return the process that listens on the control socket, None if none does. Raises OSError."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
@@ -104,7 +97,7 @@ def _listener(folder: int) -> Process | None:
             if is_shortage(error) and error.errno != errno.EAGAIN:  # too many wait for it already
                 raise
             return None
-        pid, uid = credentials(control)
+        pid, uid = exchange.credentials(control)
         try:
             fd = control.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
         except OSError:  # an older kernel, or it has ended

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from zramd import trusted
 from zramd.contract import rundir
+from zramd.contract.exchange import TIMEOUT, ask, connect, parse, rest
 from zramd.contract.handover import SYSTEMD
 from zramd.control import life, peer
 from zramd.errors import (
@@ -25,10 +26,7 @@ from zramd.errors import (
     reason,
 )
 
-TIMEOUT = 10.0  # seconds to wait for an answer
 BETWEEN = 2.0  # seconds to wait for a server that is being started: most need a tenth
-MAX_ANSWER = 16 << 20  # bytes; the longest is a hundredth of that
-_CONTROL_SOCKET = rundir.CONTROL_SOCKET
 _LISTS = ("/classes.json",)  # all else that is JSON is an object
 _MAX_HEAD = 8 << 10  # bytes of an answer's header
 _MAX_PATH = 4096  # bytes, as the kernel has it
@@ -70,7 +68,7 @@ class Served:
                 if rundir.holder(self.path) is None:
                     how = "stopped" if self.has_stopped() else "ended"
                     return DeviceError(f"{self.name} has {how} meanwhile")
-        return DeviceError(f"{self.name} does not answer: {_why(self.file(_CONTROL_SOCKET), error)}")
+        return DeviceError(f"{self.name} does not answer: {_why(self.file(rundir.CONTROL_SOCKET), error)}")
 
     def _judge(self, path: str, status: int, answer: str) -> str:
         if status == 200:
@@ -91,14 +89,14 @@ class Served:
         control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             control.settimeout(TIMEOUT)
-            _connect(control, self.path)
+            connect(control, self.path)
             control.sendall(f"{method} {path} HTTP/1.1\r\nHost: zramd\r\n{size}\r\n".encode())
             if method == "GET":
                 head = b""
                 while not head.endswith(b"\r\n\r\n") and len(head) < _MAX_HEAD and (more := control.recv(1)):
                     head += more
                 if b" 200 " not in head:
-                    self._judge(path, *_parse(head + _rest(control, TIMEOUT)))
+                    self._judge(path, *parse(head + rest(control, TIMEOUT)))
             control.settimeout(None)
         except OSError as error:
             control.close()
@@ -111,7 +109,7 @@ class Served:
     def end_stream(self, control: socket.socket, path: str) -> str:
         """Return what the server answers to a stream that was sent; raises as `request`."""
         try:
-            status, text = _parse(_rest(control, None))
+            status, text = parse(rest(control, None))
         except OSError as error:
             if is_shortage(error):
                 raise DeviceError(f"what {self.name} answers cannot be read: {reason(error)}") from None
@@ -225,62 +223,6 @@ class _Answer(dict):  # type: ignore[type-arg]
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
 if TYPE_CHECKING:
     from typing import Any
-
-
-def ask(path: str, method: str, url: str, body: str = "", timeout: float = TIMEOUT) -> tuple[int, str]:
-    """Send one request to the control socket in run folder `path`; return status and body of the answer.
-
-    Raises OSError when there is no answer (TimeoutError when it takes too long).
-    """
-    data = os.fsencode(body)
-    head = f"{method} {url} HTTP/1.1\r\nHost: zramd\r\nContent-Length: {len(data)}\r\n\r\n"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
-        control.settimeout(timeout)
-        _connect(control, path)
-        control.sendall(os.fsencode(head) + data)
-        return _parse(_rest(control, timeout))
-
-
-def _connect(control: socket.socket, path: str) -> None:
-    """Connect to the server of run folder `path`. Raises OSError, also if it is not the folder's owner's.
-
-    Another user whose folder it is may have put a link to somebody's in its place since we have looked.
-    """
-    try:
-        folder = trusted.open_folder(path, foreign=True)
-    except UntrustedError:
-        raise PermissionError(1, "its folder has become another user's link") from None
-    try:
-        control.connect(f"/proc/self/fd/{folder}/{_CONTROL_SOCKET}")
-        if peer.credentials(control)[1] != os.fstat(folder).st_uid:
-            raise PermissionError(1, "it belongs to another user than its folder")
-    finally:
-        os.close(folder)
-
-
-def _rest(control: socket.socket, seconds: float | None) -> bytes:
-    """Return all that comes within so many seconds, None: until its end. Raises OSError, TimeoutError."""
-    import time
-
-    end = time.monotonic() + (seconds or 0)
-    data = bytearray()
-    while len(data) <= MAX_ANSWER:
-        if seconds is not None:
-            control.settimeout(max(end - time.monotonic(), 0.001))
-        part = control.recv(65536)
-        if not part:
-            return bytes(data)
-        data += part
-    raise ConnectionError("what it sends has no end")
-
-
-def _parse(data: bytes) -> tuple[int, str]:
-    answer = data.decode(errors="replace")
-    header, end, content = answer.partition("\r\n\r\n")
-    status = header.removeprefix("HTTP/1.1 ")[:3]
-    if not end or not header.startswith("HTTP/1.1 ") or not (status.isascii() and status.isdigit()):
-        raise ConnectionError("what it sends is not an answer")
-    return int(status), content
 
 
 def every() -> list[Served]:

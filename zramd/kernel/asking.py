@@ -1,19 +1,9 @@
-"""Asks a server on its control socket, with a descriptor passed along if need be.
+"""Asks the server of a ublk device, in JSON both ways, for the keeper and who takes a device away."""
 
-For the keeper of a ublk device, which acts when nobody can swap: it loads little, and each question has its
-limit in time.
-"""
-
-import array
 import json
-import os
-import socket
-import struct
-import time
 
-from zramd import trusted
-from zramd.contract import rundir
-from zramd.errors import AttachError, UntrustedError
+from zramd.contract import exchange
+from zramd.errors import AttachError
 
 MAX_ANSWER = 64 << 10  # bytes; those that are asked for here have some hundred
 
@@ -26,22 +16,8 @@ def ask(
     body: goes as JSON, unless None. fd: goes with the request. Raises OSError when there is no answer within
     `timeout` seconds, or nobody who could give one.
     """
-    end = time.monotonic() + timeout
-    data = b"" if body is None else json.dumps(body).encode()
-    head = f"{method} {path} HTTP/1.1\r\nHost: zramd\r\nContent-Length: {len(data)}\r\n\r\n".encode()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
-        link.settimeout(timeout)
-        _connect(link, folder)
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
-        if rest := (head + data)[link.sendmsg([head, data], rights) :]:
-            link.sendall(rest)  # what is empty would be an error where the answer is there already
-        answer = bytearray()
-        while part := link.recv(4096):
-            answer += part
-            if len(answer) > MAX_ANSWER:
-                raise ConnectionError("what it sends has no end")
-            link.settimeout(max(end - time.monotonic(), 0.001))
-    return _parsed(bytes(answer))
+    words = "" if body is None else json.dumps(body)
+    return exchange.ask(folder, method, path, words, timeout, fd=fd, most=MAX_ANSWER)
 
 
 def ask_json(
@@ -58,26 +34,3 @@ def ask_json(
     if not isinstance(found, dict):
         raise AttachError(f"its server does not answer {path} in whole")
     return found
-
-
-def _connect(link: socket.socket, path: str) -> None:
-    """Connect to the control socket in a run folder, if it is its owner's who listens. Raises OSError."""
-    try:
-        folder = trusted.open_folder(path, foreign=True)
-    except UntrustedError as error:
-        raise PermissionError(1, str(error)) from None
-    try:
-        link.connect(f"/proc/self/fd/{folder}/{rundir.CONTROL_SOCKET}")
-        _, uid, _ = struct.unpack("iII", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if uid != os.fstat(folder).st_uid:
-            raise PermissionError(1, "it belongs to another user than its folder")
-    finally:
-        os.close(folder)
-
-
-def _parsed(data: bytes) -> tuple[int, str]:
-    header, end, text = data.decode(errors="replace").partition("\r\n\r\n")
-    status = header.removeprefix("HTTP/1.1 ")[:3]
-    if not end or not header.startswith("HTTP/1.1 ") or not (status.isascii() and status.isdigit()):
-        raise ConnectionError("what it sends is not an answer")
-    return int(status), text

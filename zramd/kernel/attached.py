@@ -25,10 +25,13 @@ TURN_TIMEOUT = 10.0  # seconds, for which a command waits for another one
 _TURN, _WISH = 0, 1  # the bytes of a record whose locks a command has, and one that waits
 _NBD_CLEAR_SOCK = 0xAB04  # linux/nbd.h
 
-# How far a ublk device has come. LOST: no server can take it over any more.
-ADDED, STARTED, RECOVERING, LOST = "added", "started", "recovering", "lost"
+# How far a ublk device has come: ADDED and STARTED when it is made. When its server has ended: RECOVERING
+# (the driver is told to begin a recovery, and may have), OFFERED (it has begun, and a server is given the
+# device), FETCHED (its queues wait for requests), and STARTED again. LOST: no server can take it over now.
+ADDED, STARTED = "added", "started"
+RECOVERING, OFFERED, FETCHED, LOST = "recovering", "offered", "fetched", "lost"
 _RECORD_BYTES = 8192
-_STAGES = (ADDED, STARTED, RECOVERING, LOST)
+_STAGES = (ADDED, STARTED, RECOVERING, OFFERED, FETCHED, LOST)
 
 
 class Attached(NamedTuple):

@@ -5,11 +5,12 @@ device, opens /dev/ublkcN, hands that to the server over its control socket, kee
 When the server's process has ended, requests wait in the kernel, without a limit in time, for a server that
 holds the same data. That one gets the device as soon as it is ready; what was under way is sent again.
 
-The driver forgives little. A server that dies between the start of a recovery and the moment when it has
-asked for its first requests leaves a device that no other can take over (Linux 6.12). So nothing is begun
-before a successor has all its memory and answers; and what was begun is noted in the record, for the next
-keeper if this one dies. What is needed then was done once before all was said to be well, as in
-zramd.kernel.keeper.
+The driver forgives little. A server that dies after it has mapped the device, and before all its queues wait
+for requests, leaves one that no other can take over (Linux 6.12); and a recovery that is begun once more then
+has the kernel fall over a null pointer. So nothing is begun before a successor has all its memory and
+answers, nor again before a successor has said that its queues wait; and how far it has come is noted in the
+record, for the next keeper if this one dies. What is needed then was done once before all was said to be
+well, as in zramd.kernel.keeper.
 """
 
 import errno
@@ -20,10 +21,11 @@ import time
 from contextlib import suppress
 from typing import NamedTuple
 
+from zramd.contract import rundir
 from zramd.core.ublk.control import Control
 from zramd.errors import AttachError, UblkError, reason
 from zramd.kernel import asking, attached, keeping, protection, ublk
-from zramd.kernel.attached import ADDED, LOST, RECOVERING, STARTED
+from zramd.kernel.attached import ADDED, FETCHED, LOST, OFFERED, RECOVERING, STARTED
 from zramd.kernel.keeping import LOOK, RETRY, RETRY_LATER, RETRY_SOON
 from zramd.process.steps import step
 
@@ -138,7 +140,8 @@ class Keeper:
     def keep(self) -> None:
         """Give the device to a new server when its own has ended, until it is detached."""
         while True:
-            for fd, _ in self._poll.poll(LOOK * 1000):
+            # An adopted device may have no server that has it.
+            for fd, _ in self._poll.poll(LOOK * 1000 if self._server.fd >= 0 else 0):
                 if fd == self._server.fd:
                     self._server.end()
             if not ublk.exists(self._number):
@@ -240,9 +243,17 @@ class Keeper:
             raise AttachError(f"{self.device} is another program's by now")
         self._geometry = Geometry(info.number, info.queues, info.depth, info.max_io_bytes, info.recovers)
         self._data = self._job.data
+        if (found := attached.data_of(self._job.folder)) and found != self._data:
+            raise AttachError(
+                f"its server does not hold the data that {self.device} had before: start the one that does, "
+                f"or give that up by 'zramd detach {self._job.name}'"
+            )
         self._rehearse()
         if self._serves():
-            self._server.begin()
+            if self._stage == STARTED:
+                self._server.begin()
+            else:  # the keeper has died before it could note that, or finish
+                self._finish(rundir.holder(self._job.folder) or 0)
 
     def _serves(self) -> bool:
         """Say whether a server has the device already: the keeper alone has died."""
@@ -253,7 +264,7 @@ class Keeper:
         """Go the way of a recovery once, as far as nothing changes: what is needed then is in memory."""
         self._health()
         self._control.info(self._number)
-        if self._serves():
+        if self._stage == STARTED and self._serves():
             # Both are refused, because the device is in use.
             with suppress(UblkError):
                 self._control.start_recovery(self._number)
@@ -291,69 +302,89 @@ class Keeper:
     def _offer(self) -> bool:
         """Give the device to the server that is there, if one is and is ready; say whether it has it."""
         try:
-            if not self._is_ready():
+            state = self._health()
+            if state is None:
+                self._stuck = 0.0
                 return False
-            self._start()
-            pid = self._give()
-            step("keeper.given")
-            self._with_pid(self._control.end_recovery, pid)
-            with suppress(AttachError):
-                ublk.settle(self._number, recovers=True)
-            self._note(STARTED)
+            if attached.data_of(self._job.folder) != self._data:
+                # Zeros instead of data are worse than an error.
+                raise AttachError("it does not hold the data that was there before")
+            pid = rundir.holder(self._job.folder) or 0
+            if not state.get("serving"):
+                self._begin()
+                pid = self._hand_over()
+            elif state["number"] != self._number:
+                raise AttachError(f"it serves {ublk.device_of(int(str(state['number'])))} already")
+            self._finish(pid)
         except (AttachError, UblkError, OSError) as error:
-            self._complain(f"its server cannot take it over: {_words(error)}")
-            self._look_whether_lost()
+            if self._stage != LOST:
+                self._complain(f"its server cannot take it over: {_words(error)}")
             if isinstance(error, UblkError) and error.errno in (errno.ETIME, errno.EBADF):
                 with suppress(UblkError):
                     self._renew()
             return False
         self._said = ""
-        self._server.begin()
         return True
 
-    def _is_ready(self) -> bool:
-        """Say whether a server answers that holds the same data, and no device yet.
-
-        Raises AttachError for one that cannot be used: zeros instead of data are worse than an error.
-        """
-        state = self._health()
-        if state is None:
-            return False
-        if attached.data_of(self._job.folder) != self._data:
-            raise AttachError("it does not hold the data that was there before")
-        if state.get("serving"):
-            raise AttachError(f"it serves {ublk.device_of(int(str(state['number'])))} already")
-        return True
-
-    def _start(self) -> None:
+    def _begin(self) -> None:
         """Begin the recovery, once the driver is done with the old server. Raises UblkError.
 
-        Noted before: if this process dies now, the next keeper must know that it may have begun. The driver
-        then says EINVAL, and it goes on from there.
+        It is noted before, and after. Before a server was given the device there is no harm in beginning
+        twice: the driver says EINVAL. Afterwards there would be.
         """
         before, end = self._stage, time.monotonic() + START
-        if before == STARTED:
-            self._note(RECOVERING)
+        if before in (OFFERED, LOST):
+            return
+        self._note(RECOVERING)
         step("keeper.recovers")
         while True:
             try:
                 self._control.start_recovery(self._number)
-                step("keeper.recovering")
-                return
+                break
             except UblkError as error:
-                if error.errno == errno.EINVAL and before in (RECOVERING, LOST):
-                    return
+                if error.errno == errno.EINVAL and before == RECOVERING:
+                    break
                 if error.errno != errno.EBUSY or time.monotonic() > end:
                     raise
             time.sleep(RETRY_START)
+        step("keeper.recovering")
+        self._note(OFFERED)
+
+    def _hand_over(self) -> int:
+        """Give the device to the server, as `_give`. Raises AttachError, OSError when it has not taken it."""
+        try:
+            return self._give()
+        except (AttachError, OSError):
+            self._look_whether_lost()
+            raise
+
+    def _finish(self, pid: int) -> None:
+        """Have the driver send requests to process `pid`, whose queues wait, and watch it.
+
+        Raises UblkError; AttachError if it has ended: the driver would take it for one that lives.
+        """
+        self._note(FETCHED)
+        step("keeper.given")
+        if not self._server.begin():
+            raise AttachError("it has ended meanwhile")
+        try:
+            self._with_pid(self._control.end_recovery, pid)
+        except UblkError as error:
+            # The keeper before this one has done it, and died before it could note that.
+            if error.errno != errno.EBUSY or self._control.info(self._number).state != "live":
+                self._server.end()
+                raise
+        with suppress(AttachError):
+            ublk.settle(self._number, recovers=True)
+        self._note(STARTED)
 
     def _look_whether_lost(self) -> None:
-        """Note a device that no server can take over any more, as far as that is known."""
-        if self._stage != RECOVERING or self._health() is None:
+        """Note a device that no server can take over any more: one that lives has tried for a while."""
+        if self._health() is None:
             self._stuck = 0.0
             return
         self._stuck = self._stuck or time.monotonic()
-        if time.monotonic() - self._stuck > LOSES:
+        if self._stage != LOST and time.monotonic() - self._stuck > LOSES:
             self._note(LOST)
             self._say(
                 "its server died at a moment after which the kernel lets no other take over, and what is "

@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from zramd.contract import rundir
-from zramd.control import servers
+from zramd.contract import exchange, rundir
 from zramd.errors import DeviceError, RundirError, sentence
 from zramd.process import inherited, interrupts, pidfd
 from zramd.settings.config import Config
@@ -118,7 +117,7 @@ def why_not_ready(settings: Config, pid: int) -> str:
             # nbdkit makes its socket first, and it may be elsewhere; ublk needs none.
             made = (f"{settings.rundir}/{name}" for name in (rundir.NBD_SOCKET, rundir.DATA_ID))
             return "" if any(map(os.path.exists, made)) else "it has not made its socket"
-        status, answer = servers.ask(settings.rundir, "GET", "/health", timeout=1)
+        status, answer = exchange.ask(settings.rundir, "GET", "/health", timeout=1)
     except (OSError, RundirError) as error:
         return f"its control socket: {sentence(error)}" if isinstance(error, OSError) else str(error)
     ours = status == 200 and re.search(rf'"pid": {pid}\b', answer) is not None

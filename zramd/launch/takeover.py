@@ -528,13 +528,14 @@ def _drain(name: str, process: int) -> None:
     A queue that is given another length first waits until all that was sent is answered, and what comes
     meanwhile waits for it. In such a moment the server can leave without taking a request along: see
     zramd.server.leaving. A process of its own does it: one that comes too late is stuck until the new server
-    answers, and that one waits for us.
+    answers, and that one waits for us. A ublk device has no need of it: the kernel asks the next server for
+    what this one leaves, and while nobody serves, such a queue would wait with it for the next one.
     """
     try:
         found = attached.find(name)
     except (OSError, AttachError):  # whose device it is nobody but root may know
         return
-    if found is None or os.fork():
+    if found is None or found.number is not None or os.fork():
         return
     try:
         length = int(attached.read_sys(found.device, "queue/nr_requests"))

@@ -17,8 +17,7 @@ from typing import Any
 from vm import libvirt
 from vm.errors import VmError
 from vm.guest import Beat, Guest
-from zramd.contract import rundir
-from zramd.control import servers
+from zramd.contract import exchange, rundir
 
 NAME = "zram0"
 NODE = "zram0"  # what qemu calls the disk
@@ -158,7 +157,7 @@ class _HostServer(Zramd):
 
     def request(self, method: str, path: str, body: str = "") -> str:
         try:
-            status, content = servers.ask(str(self.rundir), method, path, body, ASK_TIMEOUT)
+            status, content = exchange.ask(str(self.rundir), method, path, body, ASK_TIMEOUT)
         except OSError as error:
             raise VmError(f"zramd does not answer {method} {path}: {error}") from None
         if status != 200:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from zramd.contract import rundir
+from zramd.contract import exchange, rundir
 from zramd.control import peer, servers
 from zramd.errors import DeviceError, UsageError
 
@@ -143,7 +143,7 @@ def test_no_answer(answering: Callable[[bytes | None], servers.Served], tmp_path
 def test_an_answer_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, much: bool) -> None:
     """Whoever serves, nobody waits for ever, nor does it fill our memory."""
     if much:
-        monkeypatch.setattr(servers, "MAX_ANSWER", 100_000)
+        monkeypatch.setattr(exchange, "MAX_ANSWER", 100_000)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "control.sock"))
         listener.listen()

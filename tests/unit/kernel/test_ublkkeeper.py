@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from zramd import lockfile
 from zramd.contract import rundir
 from zramd.errors import AttachError, UblkError
 from zramd.kernel import asking, attached, keeping, protection, ublk, ublkkeeper
-from zramd.kernel.attached import LOST, RECOVERING, STARTED
+from zramd.kernel.attached import FETCHED, LOST, OFFERED, RECOVERING, STARTED
 
 
 class Driver:
@@ -32,6 +32,7 @@ class Driver:
         self.fails: dict[str, list[int]] = {}
         self.mark = 0
         self.recovers = False
+        self.state = "live"
 
     def _do(self, what: str) -> None:
         self.done.append(what)
@@ -52,7 +53,13 @@ class Driver:
 
     def info(self, number: int) -> SimpleNamespace:
         return SimpleNamespace(
-            number=3, queues=1, depth=128, max_io_bytes=65536, mark=self.mark, recovers=self.recovers
+            number=3,
+            queues=1,
+            depth=128,
+            max_io_bytes=65536,
+            mark=self.mark,
+            recovers=self.recovers,
+            state=self.state,
         )
 
     def set_params(self, number: int, disksize: int, *, max_io_bytes: int) -> None:
@@ -84,6 +91,8 @@ class Server:
         self.given: list[dict[str, Any]] = []
         self.number: int | None = None
         self.status = 200
+        self.takes: Callable[[], bool] = lambda: True  # a device that it is given
+        self.dies = False  # instead of saying that it does not take it
         folder.mkdir(exist_ok=True)
         self.lock = os.open(folder / rundir.PID, os.O_RDWR | os.O_CREAT)
         assert lockfile.take(self.lock)
@@ -113,6 +122,10 @@ class Server:
                         "front": "ublk",
                         "ublk": {"number": self.number, "serving": self.number is not None},
                     }
+                elif what == "PUT /ublk" and not self.takes():
+                    if self.dies:
+                        continue
+                    status = 409
                 elif what == "PUT /ublk" and self.status == 200:
                     assert len(fds) == 1
                     self.given.append(json.loads(body))
@@ -256,20 +269,55 @@ def test_a_new_server_gets_the_device(
     monkeypatch.setattr(ublkkeeper, "step", lambda name: stages.append((name, stage(tmp_path))))
     assert keeper._offer()
     assert driver.done == ["recover"] * 3 + ["recovered 4711"]
-    assert ("keeper.recovers", RECOVERING) in stages
-    assert ("keeper.given", RECOVERING) in stages
+    assert stages == [
+        ("keeper.recovers", RECOVERING),
+        ("keeper.recovering", RECOVERING),
+        ("keeper.opened", OFFERED),
+        ("keeper.given", FETCHED),
+    ]
     assert stage(tmp_path) == STARTED
 
 
-@pytest.mark.parametrize(("before", "goes_on"), [(RECOVERING, True), (LOST, True), (STARTED, False)])
+@pytest.mark.parametrize(
+    ("before", "asked", "goes_on"),
+    [
+        (RECOVERING, ["recover"], True),  # EINVAL: the keeper before has done it, and no server was there yet
+        (OFFERED, [], True),
+        (LOST, [], True),
+        (FETCHED, ["recover"], False),  # EINVAL: the kernel means something else
+        (STARTED, ["recover"], False),
+    ],
+)
 def test_a_recovery_that_was_begun_goes_on(
-    tmp_path: Path, driver: Driver, server: Server, before: str, goes_on: bool
+    tmp_path: Path, driver: Driver, server: Server, before: str, asked: list[str], goes_on: bool
 ) -> None:
-    """A keeper has died after START_USER_RECOVERY: a second one is EINVAL, and is not needed."""
+    """Once a server was given the device, it is not begun again before one has said that its queues wait."""
     keeper = recovering(tmp_path, driver, before)
     driver.fails["recover"] = [errno.EINVAL]
     assert keeper._offer() is goes_on
-    assert ("recovered 4711" in driver.done) is goes_on
+    assert driver.done == asked + (["recovered 4711"] if goes_on else [])
+
+
+def test_a_device_without_a_server_is_offered_at_once(
+    tmp_path: Path, driver: Driver, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keeper before has died too: the next one does not wait for another death."""
+    keeper = recovering(tmp_path, driver, OFFERED)
+    waits: list[float] = []
+    monkeypatch.setattr(
+        keeper, "_poll", SimpleNamespace(poll=lambda ms: waits.append(ms) or [], register=lambda *_: None)
+    )
+    keeper._server._poll = keeper._poll
+
+    def recovered() -> None:
+        assert keeper._offer()
+        raise KilledError
+
+    monkeypatch.setattr(keeper, "_recover", recovered)
+    with pytest.raises(KilledError):
+        keeper.keep()
+    assert waits == [0]
+    assert stage(tmp_path) == STARTED
 
 
 def test_nothing_is_begun_for_a_server_that_is_not_ready(
@@ -328,3 +376,115 @@ def test_who_is_asked_is_the_folder_s_owner(tmp_path: Path, server: Server) -> N
         asking.ask_json(str(tmp_path / "a"), "PUT", "/ublk", {}, timeout=5)
     with pytest.raises(FileNotFoundError):
         asking.ask(str(tmp_path / "b"), "GET", "/health", timeout=5)
+
+
+# ---- The map: who dies when, and what a kernel makes of it (Linux 6.12)
+
+
+class Recovers(Driver):
+    """A device of two queues as the kernel has it, started, and its server has died."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.mapped = True  # by the server that has died
+        self.ready = [True, True]  # the queues that have, or had, one who asks for requests
+        self.is_open = False
+        self.state = "quiesced"
+        self.fallen = False
+
+    def start_recovery(self, number: int) -> None:
+        super().start_recovery(number)
+        if self.is_open or self.state != "quiesced":
+            raise UblkError("busy", errno.EBUSY)
+        if not any(self.ready):
+            raise UblkError("begun already", errno.EINVAL)
+        if not all(self.ready):
+            self.fallen = True  # over a null pointer
+        self.mapped, self.ready = False, [False, False]
+
+    def end_recovery(self, number: int, pid: int) -> None:
+        super().end_recovery(number, pid)
+        if self.state != "quiesced" or not all(self.ready):
+            raise UblkError("busy", errno.EBUSY)
+        self.state = "live"
+
+    def given(self, gets: str) -> bool:
+        """What the kernel lets a server do that gets so far: whether its queues wait then."""
+        if gets == "nowhere" or self.mapped:
+            return False
+        self.mapped = True
+        if gets != "mapped":
+            self.ready[0] = True
+        self.ready[1] = self.is_open = gets == "whole"
+        return gets == "whole"
+
+    def server_dies(self) -> None:
+        self.is_open = False
+        if self.state == "live":
+            self.state = "quiesced"
+
+
+class KilledError(BaseException):
+    """What ends a keeper."""
+
+
+@pytest.mark.parametrize("gets", ["nowhere", "mapped", "half", "whole"])
+@pytest.mark.parametrize("server_lives", [True, False])
+@pytest.mark.parametrize(
+    "killed_at", ["keeper.recovers", "keeper.recovering", "keeper.opened", "keeper.given", "end", "never"]
+)
+def test_the_map(
+    tmp_path: Path,
+    driver: Driver,
+    monkeypatch: pytest.MonkeyPatch,
+    gets: str,
+    server_lives: bool,
+    killed_at: str,
+) -> None:
+    """A server dies while it takes over, the keeper too: the next ones serve if any can, else it is lost.
+
+    Whatever happens, the kernel does not fall.
+    """
+    device = Recovers(tmp_path)
+    device.mark, device.recovers = ublk.mark("a"), True
+    (tmp_path / "chars/ublkc3").mkdir()
+    monkeypatch.setattr(ublkkeeper, "Control", device.control)
+    monkeypatch.setattr(ublkkeeper, "LOSES", 0.0)
+    monkeypatch.setattr(ublkkeeper, "LOOK_AT", 5.0)
+    server = Server(tmp_path / "a")
+    server.takes, server.dies = lambda: device.given(gets), True
+
+    def step(name: str) -> None:
+        if name == killed_at:
+            raise KilledError
+
+    first = keeper_of(tmp_path, device=3, stage=STARTED, data="data")
+    first.attach()
+    monkeypatch.setattr(ublkkeeper, "step", step)
+    if killed_at == "end":  # before it could note that
+        monkeypatch.setattr(ublk, "settle", lambda number, recovers: step("end"))
+    with suppress(KilledError):
+        first._offer()
+    first._record.close()
+    monkeypatch.setattr(ublkkeeper, "step", lambda name: None)
+    monkeypatch.setattr(ublk, "settle", lambda number, recovers: None)
+    if gets != "whole" or not server_lives:
+        server.end()
+        device.server_dies()
+        server = Server(tmp_path / "a")
+    server.takes, server.dies = lambda: device.given("whole"), False
+    there = attached.find("a")
+    assert there is not None
+    second = keeper_of(tmp_path, device=3, stage=there.stage, data="data")
+    second.attach()
+    for _ in range(3):
+        if second._stage != STARTED or device.state != "live":
+            second._offer()
+    second._record.close()
+    server.close()
+    assert not device.fallen
+    # Given to a server that has mapped it and died before its queues waited, or that nobody knows of.
+    offered = killed_at in ("keeper.given", "end", "never")
+    lost = offered and gets in ("mapped", "half")
+    assert stage(tmp_path) == (LOST if lost else STARTED)
+    assert device.state == ("quiesced" if lost else "live")

@@ -9,6 +9,7 @@ import pytest
 
 from zramd.control import life, peer, servers
 from zramd.errors import DeviceError
+from zramd.kernel import attached
 from zramd.launch import takeover
 
 
@@ -78,3 +79,13 @@ def test_a_server_that_ends_while_one_looks_is_said_to_have_ended(tmp_path: Path
     process.close()
     if not reaped:
         os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize(("device", "held"), [("/dev/nbd0", True), ("/dev/ublkb0", False)])
+def test_only_an_nbd_device_is_held_back(monkeypatch: pytest.MonkeyPatch, device: str, held: bool) -> None:
+    """The queue of the other would wait for the next server, and the process that set its length with it."""
+    forked: list[str] = []
+    monkeypatch.setattr(attached, "find", lambda name: attached.Attached(name, device, 1, "data"))
+    monkeypatch.setattr(os, "fork", lambda: forked.append(device) or 1)
+    takeover._drain("a", 3)
+    assert bool(forked) is held
