@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
         *("commands", "silence", "no_rings", "refusals"),
         *("requests", "calls", "full", "held", "short_of_memory"),
         *("out", "damage", "readers"),
-        *("again", "successor", "abort", "emptied"),
+        *("again", "successor", "another", "another_with_backing", "abort", "emptied"),
     ],
 )
 def test_scene(scene: str, ublk_shim: Path) -> None:
