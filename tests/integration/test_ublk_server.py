@@ -16,9 +16,12 @@ from support.run import wait_until
 
 from zramd import Device as Core
 from zramd.contract import rundir
+from zramd.control import servers
 from zramd.core.device.saving import load, save
 from zramd.core.ublk import control
+from zramd.errors import DeviceError
 from zramd.launch import standby
+from zramd.launch.wishes import Wanted
 
 NO_RINGS = control.available(os.devnull)
 pytestmark = pytest.mark.skipif(bool(NO_RINGS), reason=NO_RINGS)
@@ -268,6 +271,43 @@ def test_another_front_may_have_its_data(device: Device) -> None:
     assert not (device.folder / "nbd.sock").exists()
 
 
+@pytest.mark.parametrize(
+    ("pairs", "why"),
+    [
+        ([], "has no state: nobody could take over after a crash"),
+        (["state"], "was not started by 'zramd start': whoever runs it starts the next one after a crash"),
+    ],
+)
+def test_who_can_have_no_standby(device: Device, pairs: list[str], why: str) -> None:
+    """With swap alone there is none then; whoever asks for one learns why."""
+    words = ["serve", "--name", "u0", "--size", "8M", "--ublk", f"rundir={device.folder}"]
+    served = subprocess.Popen(
+        [sys.executable, "-P", "-m", "zramd", *words, *(f"{key}={device.state}" for key in pairs)],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until((device.folder / "control.sock").exists)
+        found = servers.look(None, str(device.folder))
+        with pytest.raises(DeviceError, match=why):
+            standby.wanted(found, Wanted(standby=True))
+        assert not standby.wanted(found, Wanted(swap=True))
+        with pytest.raises(DeviceError, match=why):
+            standby.start(None, str(device.folder))
+    finally:
+        served.kill()
+        served.wait()
+
+
+def test_who_gets_a_standby(device: Device) -> None:
+    device.start(f"state={device.state}")
+    found = servers.look(None, str(device.folder))
+    assert standby.wanted(found, Wanted(swap=True))
+    assert standby.wanted(found, Wanted(standby=True))
+    assert not standby.wanted(found, Wanted())
+    assert not standby.wanted(found, Wanted(swap=True, standby=False))
+
+
 class TestStandby:
     @pytest.fixture
     def served(self, device: Device) -> tuple[int, bytes, int]:
@@ -307,6 +347,17 @@ class TestStandby:
         words = f"from zramd.launch import standby; standby.start(None, {str(device.folder)!r})"
         done = subprocess.run([sys.executable, "-P", "-c", words], capture_output=True, text=True)
         assert f"has a server on standby already: {served[2]}" in done.stderr
+
+    def test_it_is_for_a_device_that_is_attached(
+        self, device: Device, served: tuple[int, bytes, int]
+    ) -> None:
+        """Where somebody has detached it meanwhile, none is left; the server itself goes on."""
+        standby.start_for("u0", str(device.folder))
+        wait_until(lambda: gone(served[2]))
+        assert rundir.standby(str(device.folder)) is None
+        assert device.health()["pid"] == served[0]
+        standby.start_for("u0", str(device.folder))
+        assert rundir.standby(str(device.folder)) is None
 
     def test_a_restart_puts_a_new_one_there(self, device: Device, served: tuple[int, bytes, int]) -> None:
         pid, data, waiting = served

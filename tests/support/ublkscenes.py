@@ -605,6 +605,33 @@ def broken() -> None:
     over(other, first)
 
 
+def another() -> None:
+    """Queues that were made for no device yet serve the one that comes, by the same threads and buffers."""
+    queues = Queues(Device(BLOCK), 2, 8, 65536)
+    tasks = sorted(os.listdir("/proc/self/task"))
+    for turn in range(3):
+        device = Device(SIZE)
+        queues.use(device)
+        disk = KERNEL.disk(queues, SIZE)
+        disk.write(noise(turn), SIZE // 2, turn % 2)
+        assert disk.read(SIZE // 2) == noise(turn)
+        assert device.counters()["writes"] == 1
+        refused(errno.EBUSY, "serve a disk already", lambda: queues.use(Device(SIZE)))
+        over(disk, queues)
+    assert sorted(os.listdir("/proc/self/task")) == tasks
+
+
+def another_with_backing() -> None:
+    """Its threads that wait for the disk come with it, and go with it."""
+    queues = Queues(Device(BLOCK), 1, 4, 65536)
+    before = threads()
+    device = Disk(40).device(SIZE)
+    queues.use(device)
+    assert threads() > before
+    queues.use(Device(SIZE))
+    assert threads() == before
+
+
 def abort() -> None:
     """Tags that are idle are over at once; those with requests are when these are answered."""
     device = Device(SIZE)

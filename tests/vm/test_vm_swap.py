@@ -153,7 +153,13 @@ def test_local_at_the_limit(limit: tuple[str, ...], tmp_path: Path) -> None:
     [
         ("qemu", ()),
         ("qemu", ("--restart",)),
+        ("ublk", ("--standby",)),
         pytest.param("ublk", (), marks=pytest.mark.slow),
+        pytest.param(
+            "ublk",
+            ("--standby", "--minutes", "10"),
+            marks=[pytest.mark.slow, pytest.mark.timeout(1800)],
+        ),
         pytest.param("ublk", ("--restart",), marks=pytest.mark.slow),
         pytest.param("ublk", ("--hold-gil",), marks=pytest.mark.slow),
     ],

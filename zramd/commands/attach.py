@@ -25,6 +25,7 @@ def attach(arguments: argparse.Namespace) -> int:
         areas=arguments.areas,
         swapon_options=arguments.swapon_options,
         nbd_client=arguments.nbd_client,
+        standby=arguments.standby,
         configured=arguments.config,
     )
     device = attaching.attach(arguments.name, arguments.rundir, wanted)
@@ -148,6 +149,12 @@ def add(commands: Commands) -> None:
         const="",
         default="discard",
         help="never trim what swap has freed: its memory stays in use",
+    )
+    parser.add_argument(
+        "--standby",
+        action=argparse.BooleanOptionalAction,
+        help="by ublk: have another server ready, in memory, for when this one crashes: it takes over at "
+        "once, however short memory is [with --swap, for a server of 'zramd start' with state=]",
     )
     parser.add_argument(
         "--nbd-client", action="store_true", help="use that program, which cannot survive a restart"

@@ -33,6 +33,9 @@ _REQUEST_BYTES = 128 << 10  # the most in one request of the kernel's
 SERVE, BESIDE = 2, 1
 SWITCH_INTERVAL = 0.0005  # seconds after which the holder of the GIL is asked for it
 
+_protected = 0  # the process that has locked its memory and warmed its heap: a fork of it has not
+
+_CODE, _FREE = "cannot read the program's code into memory", "free some memory"
 _SMALL = 2 << 20  # bytes
 _FRAMES = 200  # of Python: they fill the 16 KiB that each thread has for them
 
@@ -59,12 +62,18 @@ def protect(device: "Device", reserve: int) -> None:
 def protect_process(heap: int = HEAP_BYTES) -> None:
     """Take those measures that any process needs to act while memory is short, with `heap` bytes of it warm.
 
-    Raises SwapError when one cannot be had.
+    In a process that has taken them before only what it has mapped since is made resident: whoever waits for
+    one that takes over does not wait for the rest again. Raises SwapError when one cannot be had.
     """
+    global _protected
     _locked_memory()
-    _resident_code()
-    _warm_heap(heap)
-    warm_stack()
+    if _protected == os.getpid():
+        _make_resident()
+    else:
+        _resident_code()
+        _warm_heap(heap)
+        warm_stack()
+        _protected = os.getpid()
     _settle()
 
 
@@ -167,15 +176,18 @@ def _resident_code() -> None:
 
     Nor may a program's variables be touched for the first time then: such a page fault may hold the GIL.
     """
-    remedy = "free some memory"
+    _make_resident()
+    missing = _missing_code()
+    if missing:
+        raise _refuse(_CODE, f"{missing} kB are missing", _FREE)
+
+
+def _make_resident() -> None:
     for start, end in _mappings():
         try:
             process.make_resident(start, end - start)
         except OSError as error:
-            raise _refuse("cannot read the program's code into memory", reason(error), remedy) from None
-    missing = _missing_code()
-    if missing:
-        raise _refuse("cannot read the program's code into memory", f"{missing} kB are missing", remedy)
+            raise _refuse(_CODE, reason(error), _FREE) from None
 
 
 def _warm_heap(size: int = HEAP_BYTES) -> None:
@@ -242,6 +254,7 @@ def _mappings() -> Iterator[tuple[int, int]]:
     """Yield start and end of what is mapped of files, and of small mappings: variables, the heap.
 
     What is large is the device's own (that is what the reserve is for) or nbdkit's 192 MiB that nobody uses.
+    So is a shared file: of a state all holes would be filled.
     """
     with open("/proc/self/maps", errors="surrogateescape", newline="\n") as maps:
         lines = maps.readlines()
@@ -250,6 +263,8 @@ def _mappings() -> Iterator[tuple[int, int]]:
         start, end = (int(word, 16) for word in words[0].split("-"))
         name = words[5] if len(words) == 6 else ""
         small = end - start <= _SMALL and not name.startswith("[v")  # the kernel's own cannot be locked
+        if name.startswith("/") and words[1][3] == "s":
+            continue
         if words[1][0] == "r" and (name.startswith("/") or name == "[heap]\n" or small):
             yield start, end
 
@@ -262,7 +277,7 @@ def _missing_code() -> int:
         for line in smaps:
             words = line.split(maxsplit=5)
             if not words[0].endswith(":"):
-                counts = len(words) == 6 and words[5].startswith("/") and words[1][0] == "r"
+                counts = len(words) == 6 and words[5].startswith("/") and words[1][:4:3] == "rp"
             elif counts and words[0] == "Size:":
                 missing += int(words[1])
             elif counts and words[0] == "Rss:":

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from zramd.contract import rundir
 from zramd.core.ublk.control import Control
-from zramd.errors import AttachError, UblkError, reason
+from zramd.errors import AttachError, RundirError, UblkError, reason
 from zramd.kernel import asking, attached, keeping, protection, ublk
 from zramd.kernel.attached import ADDED, FETCHED, LOST, OFFERED, RECOVERING, STARTED
 from zramd.kernel.keeping import LOOK, RETRY, RETRY_LATER, RETRY_SOON
@@ -35,6 +35,7 @@ COMMAND = 10.0  # seconds for a command of the driver's
 RETRY_START = 0.003  # seconds between two tries while the driver is not done with the old server
 START = 60.0  # seconds of that: 30 with every request in flight where io_timeout could not help
 APPEARS = 5.0  # seconds in which /dev/ublkcN must have come
+STANDBY_AGAIN = 5.0  # seconds after which another server on standby is tried for
 LOSES = 5.0  # seconds after which a device that no server can take over is called lost
 
 
@@ -51,6 +52,7 @@ class Job(NamedTuple):
     depth: int
     max_io_bytes: int
     recovers: int  # 1: another server may take over, because the data outlives this one
+    standby: str = ""  # the module that puts another server on standby, where one is to be
 
     def words(self) -> list[str]:
         """Return the command line's words."""
@@ -59,7 +61,7 @@ class Job(NamedTuple):
 
 def job(words: list[str]) -> Job:
     """Return what `Job.words` stands for."""
-    kinds = (str, str, int, str, str, int, int, int, int, int)
+    kinds = (str, str, int, str, str, int, int, int, int, int, str)
     return Job(*(kind(word) for kind, word in zip(kinds, words, strict=True)))
 
 
@@ -84,6 +86,7 @@ class Keeper:
         self._added = False  # by us, and not said to be well yet
         self._said = ""
         self._stuck = 0.0  # when it seemed for the first time that no server can take over
+        self._starter = 0  # the process that puts a server on standby
         self._number = job.device
         self._geometry = Geometry(job.device, job.queues, job.depth, job.max_io_bytes, bool(job.recovers))
         self._poll = select.poll()
@@ -139,9 +142,10 @@ class Keeper:
 
     def keep(self) -> None:
         """Give the device to a new server when its own has ended, until it is detached."""
+        pause = LOOK
         while True:
             # An adopted device may have no server that has it.
-            for fd, _ in self._poll.poll(LOOK * 1000 if self._server.fd >= 0 else 0):
+            for fd, _ in self._poll.poll(pause * 1000 if self._server.fd >= 0 else 0):
                 if fd == self._server.fd:
                     self._server.end()
             if not ublk.exists(self._number):
@@ -152,6 +156,7 @@ class Keeper:
                     self._bury()
                     return
                 self._recover()
+            pause = LOOK if self._has_standby() else STANDBY_AGAIN
 
     def leave(self) -> None:
         """Take the record away if the device is gone: whoever sent the SIGTERM does the rest."""
@@ -391,6 +396,35 @@ class Keeper:
                 "stored cannot be reached by this device: "
                 f"'zramd detach --swapoff --force {self._job.name}' ends it"
             )
+
+    def _has_standby(self) -> bool:
+        """Say whether a server is on standby, if one is to be; else have one put there.
+
+        Another process does that, in its own time: this one has to act when the server ends. The first one
+        `zramd attach` puts there.
+        """
+        if not self._job.standby:
+            return True
+        if self._starter:
+            with suppress(ChildProcessError):
+                if not os.waitpid(self._starter, os.WNOHANG)[0]:
+                    return False
+            self._starter = 0
+        with suppress(RundirError):
+            if rundir.standby(self._job.folder) is not None:
+                return True
+        if self._server.fd < 0:
+            return False
+        words = [self._job.name, self._job.folder, f"ublkb{self._number}"]
+        with suppress(OSError):
+            # It begins as real-time as we are: until it runs, we stand still.
+            self._starter = os.posix_spawn(
+                sys.executable,
+                [sys.executable, "-S", "-P", "-m", self._job.standby, *words],
+                os.environ,
+                setsid=True,
+            )
+        return False
 
     def _complain(self, sentence: str) -> None:
         if self._said != sentence:

@@ -17,10 +17,19 @@ from typing import Any
 from zramd import trusted
 from zramd.contract import rundir
 from zramd.control import life, servers
-from zramd.errors import AttachError, ConfigError, DeviceError, UsageError, ZramdError, say
-from zramd.kernel import attached, swap, swapareas, swapunit, ublk
+from zramd.errors import (
+    AttachError,
+    ConfigError,
+    DeviceError,
+    RundirError,
+    UsageError,
+    ZramdError,
+    say,
+    sentence,
+)
+from zramd.kernel import attached, statefs, swap, swapareas, swapunit, ublk
 from zramd.kernel.attached import Attached
-from zramd.launch import nbdway, ublkway
+from zramd.launch import nbdway, standby, takeover, ublkway
 from zramd.launch.sudo import sudo
 from zramd.launch.wishes import PRIORITY, Wanted, wait
 from zramd.process import interrupts
@@ -71,16 +80,54 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
         if wanted.swap:
             _refuse_others(served)
         step("attach.turn")
-        return _attach(served, wanted, turn)
+        front = _front(served)
+        wanted = wanted._replace(standby=_stands_by(served, front, wanted))
+        if wanted.swap:
+            _look_at_state(served)
+        block = _attach(served, front, wanted, turn)
+    if wanted.standby:
+        _stand_by(served)
+    return block
 
 
-def _attach(served: servers.Served, wanted: Wanted, turn: life.Turn) -> str:
+def _stands_by(served: servers.Served, front: str, wanted: Wanted) -> bool:
+    """Say whether another server is to be on standby. Raises UsageError, DeviceError."""
+    if front == "ublk":
+        return standby.wanted(served, wanted)
+    if wanted.standby:
+        raise UsageError(f"{served.name} is served over NBD, where there is no standby: leave --standby out")
+    return False
+
+
+def _look_at_state(served: servers.Served) -> None:
+    """Warn of a state that may go where it cannot be read once its server has died."""
+    try:
+        state = str(served.ask_json("GET", "/settings", timeout=ASK).get("state", ""))
+    except DeviceError:  # it has no endpoint
+        return
+    if state and statefs.is_swappable(state):
+        say(
+            f"after a crash of {served.name} its state '{state}' may be swapped out itself, and the next "
+            "server would wait for ever: use a state on a tmpfs that is mounted with '-o noswap' (Linux 6.4)"
+        )
+
+
+def _stand_by(served: servers.Served) -> None:
+    """Put another server on standby. The device is attached without one, too."""
+    try:
+        standby.start_for(served.name, served.path)
+    except (ZramdError, OSError) as error:
+        say(f"{served.name} has no server on standby: {sentence(error)}")
+    step("attach.standby")
+
+
+def _attach(served: servers.Served, front: str, wanted: Wanted, turn: life.Turn) -> str:
     """Attach a device and swap to it if asked; return its name. The server's turn is given back meanwhile."""
     there = attached.find(served.name) or ublkway.unnoted(served.name)
     if there and (whose := _leftover_from(there, served, wanted)):
         _drop(there, whose)
         there = None
-    device, keeper = _connect(served, there, wanted)
+    device, keeper = _connect(served, front, there, wanted)
     try:
         step("attach.attached")
         with attached.turn(served.name):
@@ -109,13 +156,13 @@ def _leftover_from(there: Attached, served: servers.Served, wanted: Wanted) -> s
     return "an attach that was killed" if there.is_half else ""
 
 
-def _connect(served: servers.Served, there: Attached | None, wanted: Wanted) -> tuple[str, int]:
+def _connect(served: servers.Served, front: str, there: Attached | None, wanted: Wanted) -> tuple[str, int]:
     """Connect the kernel to a server, unless that is so already.
 
     Return the device's name, and the process number of the keeper if a new device has one, else 0.
     """
     if there is None:
-        way = ublkway if _front(served) == "ublk" else nbdway
+        way = ublkway if front == "ublk" else nbdway
         found: tuple[str, int] = way.connect(served, wanted, lambda keeper: _undo(served.name, keeper))
         return found
     if there.data and not there.keeper:
@@ -284,7 +331,7 @@ def _detach(there: Attached, swapped: bool, force: bool) -> None:
         gone = _way(there).disconnect(there)
         disconnected()
     step("detach.disconnected")
-    _forget(there.name, device, gone)
+    _forget(there, gone)
 
 
 def _is_reachable(there: Attached) -> bool:
@@ -306,7 +353,7 @@ def _give_up(there: Attached, force: bool) -> None:
     interrupts.finish()
     gone = ublkway.give_up(there)
     swapareas.forget(there.device)
-    _forget(there.name, there.device, gone)
+    _forget(there, gone)
 
 
 def _must_be_root(verb: str, name: str | None, folder: str | None, options: dict[str, bool]) -> None:
@@ -357,7 +404,7 @@ def _must_be_free(device: str) -> None:
 def _take_away(there: Attached) -> None:
     """End a device that nobody uses, and forget it. Raises AttachError."""
     swapareas.join(there.device)
-    _forget(there.name, there.device, _way(there).disconnect(there))
+    _forget(there, _way(there).disconnect(there))
 
 
 def _way(there: Attached) -> ModuleType:
@@ -365,11 +412,14 @@ def _way(there: Attached) -> ModuleType:
     return nbdway if there.number is None else ublkway
 
 
-def _forget(name: str, device: str, gone: Callable[[], bool]) -> None:
+def _forget(there: Attached, gone: Callable[[], bool]) -> None:
     """Wait until the kernel has given the device up and its keeper has ended; remove what was noted of it."""
-    wait(gone, f"{device} is disconnected, but somebody has it open")
-    attached.remove(name)
-    swapunit.forget(device)
+    wait(gone, f"{there.device} is disconnected, but somebody has it open")
+    attached.remove(there.name)
+    swapunit.forget(there.device)
+    if there.folder:
+        with suppress(RundirError):
+            takeover.end_standby(there.folder)
 
 
 def _progress(device: str) -> Callable[[int, int], None] | None:

@@ -37,6 +37,7 @@ from zramd.settings.config import Config
 
 DEVICE_TIMEOUT = 10.0  # seconds that the keeper has to give the kernel's device to the new server
 LEAVE_TIMEOUT = 10.0  # seconds; a server needs one at most, a busy machine a few
+STANDBY_TIMEOUT = 120.0  # seconds that one on standby may take: it is for a machine that is short of memory
 SILENT = 2  # seconds for which a backing has not answered: then it may be long
 END_TIMEOUT = 2.0  # seconds; one that does not answer may be stopping
 _FIRST = 3  # the first descriptor that nbdkit takes for a listening socket
@@ -162,16 +163,26 @@ def _await_device(served: servers.Served, health: dict[str, Any], pid: int) -> N
 def _renew_standby(served: servers.Served, turn: life.Turn) -> None:
     """Put a new server on standby if one was: the old one knows neither new settings nor a new version."""
     try:
-        pid = rundir.standby(served.path)
-        if pid is None:
-            return
-        process = pidfd.open_number(pid)
-        if process is not None and rundir.standby(served.path) == pid:
-            signal.pidfd_send_signal(process, signal.SIGKILL)  # it holds nothing but what it needs itself
-            pidfd.has_ended(process, END_TIMEOUT)
-        stand_by(served, turn)
+        if end_standby(served.path):
+            stand_by(served, turn)
     except (ZramdError, OSError) as error:
         say(f"{served.name} has no new server on standby: {sentence(error)}")
+
+
+def end_standby(folder: str) -> bool:
+    """End the server that is on standby for a run folder; say whether there was one. Raises RundirError."""
+    pid = rundir.standby(folder)
+    if pid is None:
+        return False
+    process = pidfd.open_number(pid)
+    if process is not None:
+        if rundir.standby(folder) == pid:
+            with suppress(ProcessLookupError):
+                # It holds nothing but what it needs itself.
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+            pidfd.has_ended(process, END_TIMEOUT)
+        os.close(process)
+    return True
 
 
 def stand_by(served: servers.Served, turn: life.Turn) -> int:
@@ -182,8 +193,8 @@ def stand_by(served: servers.Served, turn: life.Turn) -> int:
     process = served.process()
     peer.must_be_ours(process, served.name)
     settings = served.ask_json("GET", "/settings")
-    if not settings.get("state"):
-        raise DeviceError(f"{served.name} has no state: nobody could take over after a crash")
+    if why := no_standby(served, process, settings):
+        raise DeviceError(why)
     if (other := rundir.standby(served.path)) is not None:
         raise DeviceError(f"{served.name} has a server on standby already: {other}")
     line = _told(served, process, "cmdline")
@@ -193,11 +204,24 @@ def stand_by(served: servers.Served, turn: life.Turn) -> int:
     old.take_sockets()
     new = _Successor(plan, old, turn, standby=True)
     try:
-        new.wait_until_ready()
+        new.wait_until_ready(STANDBY_TIMEOUT)
     except BaseException:
         new.kill()
         raise
     return new.pid
+
+
+def no_standby(served: servers.Served, process: peer.Process, settings: dict[str, Any]) -> str:
+    """Return why a server can have no other on standby, '' if it can. Raises DeviceError."""
+    if not settings.get("state"):
+        return f"{served.name} has no state: nobody could take over after a crash"
+    environment = _told(served, process, "environ")
+    if not any(word.startswith(f"{rundir.BACKGROUND}=") for word in environment):
+        return (
+            f"{served.name} was not started by 'zramd start': whoever runs it starts the next one after a "
+            "crash"
+        )
+    return ""
 
 
 def _come_back(
@@ -341,14 +365,14 @@ class _Successor:
             os.close(fd)
         theirs.close()
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self, patience: float = spawn.READY_TIMEOUT) -> None:
         """Return once it has nothing left to do but to take over. Raises DeviceError with its reason."""
-        self._link.settimeout(spawn.READY_TIMEOUT)
+        self._link.settimeout(patience)
         try:
             ready = self._link.recv(1)
         except TimeoutError:
             self.kill()
-            raise DeviceError(f"it is not ready within {spawn.READY_TIMEOUT:g} seconds") from None
+            raise DeviceError(f"it is not ready within {patience:g} seconds") from None
         if not ready:
             raise DeviceError(spawn.reason(spawn.read_until(self._errors, time.monotonic() + 1)))
 

@@ -20,6 +20,7 @@ from zramd.launch.wishes import APPEARS, Wanted
 from zramd.process import pidfd
 
 KEEPER = "zramd.kernel.ublkkeeper"
+STANDBY = "zramd.launch.standby"  # the module that the keeper runs
 ASK = 10.0  # seconds for the server to let go of a device
 STOP = 30.0  # seconds in which a device must have stopped: what is under way is waited for
 TRY = 5.0  # seconds for each command that only tries
@@ -34,13 +35,13 @@ def connect(served: servers.Served, wanted: Wanted, undo: Callable[[int], None])
     """
     refuse_options(served.name, wanted)
     load_driver()
-    number, keeper = keepers.start(KEEPER, served.name, _words(served, wanted.device), undo)
+    number, keeper = keepers.start(KEEPER, served.name, _words(served, wanted.device, wanted), undo)
     return ublk.device_of(number), keeper
 
 
 def keep(served: servers.Served, wanted: Wanted, there: Attached) -> None:
     """Start another keeper for a device that has lost its own. Raises AttachError, DeviceError."""
-    keepers.start(KEEPER, served.name, _words(served, there.device, there), lambda pid: None)
+    keepers.start(KEEPER, served.name, _words(served, there.device, wanted, there), lambda pid: None)
 
 
 def refuse_options(name: str, wanted: Wanted) -> None:
@@ -132,7 +133,7 @@ def load_driver() -> None:
         raise AttachError(reason)
 
 
-def _words(served: servers.Served, device: str, there: Attached | None = None) -> list[str]:
+def _words(served: servers.Served, device: str, wanted: Wanted, there: Attached | None = None) -> list[str]:
     """Return what a keeper is to do: make a device, or look after one that is `there`."""
     from zramd.kernel.ublkkeeper import Job
 
@@ -160,6 +161,7 @@ def _words(served: servers.Served, device: str, there: Attached | None = None) -
         depth=depth,
         max_io_bytes=max_io_bytes,
         recovers=recovers,
+        standby=STANDBY if wanted.standby else "",
     ).words()
 
 

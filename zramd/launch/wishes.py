@@ -23,6 +23,7 @@ class Wanted(NamedTuple):
     areas: int = 0  # 0: as many as suit the device
     swapon_options: str = "discard"
     nbd_client: bool = False
+    standby: bool | None = None  # another server on standby; None: with swap, if there can be one
     configured: bool = False  # as zramd.conf says: what is attached already stays so
 
 

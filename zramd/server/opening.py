@@ -62,6 +62,7 @@ def _from_state(config: Config, backing: "BackingFile | None") -> Device:
             state=fd,
             mark_cold=statefile.mark_cold,
             mark_out=statefile.mark_out,
+            keep_reserve=config.swap == "local",
             progress=lambda done, total: say(f"taking over state '{path}': {100 * done // total} %"),
         )
     except PoolFullError as error:

@@ -49,6 +49,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--stall", type=float, default=0)
     parser.add_argument("--kill", type=float, default=0)
     parser.add_argument("--restart", action="store_true")
+    parser.add_argument("--standby", action="store_true")
     parser.add_argument("--hold-gil", action="store_true")
     parser.add_argument("--rates", action="store_true")
     parser.add_argument("--nbd-options", default="")
@@ -90,7 +91,7 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
     """Return the plan for one mode."""
     return Plan(
         mode,
-        asked.memory or default_memory(mode, asked.short, asked.churn > 0),
+        asked.memory or default_memory(mode, asked.short, asked.churn > 0, asked.standby),
         asked.cpus,
         short=asked.short,
         seed=asked.seed,
@@ -101,6 +102,7 @@ def plan(asked: argparse.Namespace, mode: str) -> Plan:
         stall=asked.stall,
         kill=asked.kill,
         restart=asked.restart,
+        standby=asked.standby,
         hold_gil=asked.hold_gil,
         rates=asked.rates,
         nbd_options=asked.nbd_options,
@@ -185,6 +187,8 @@ def refuse(asked: argparse.Namespace) -> None:
         raise VmError("--rates has all devices in one guest: use it with --attach ublk")
     if asked.hold_gil and asked.attach != UBLK:
         raise VmError("--hold-gil is for a server whose requests do without: use it with --attach ublk")
+    if asked.standby and (asked.attach != UBLK or not asked.kill or asked.restart or asked.hold_gil):
+        raise VmError("--standby is for a server that is killed: use it with --attach ublk and --kill alone")
     if asked.attach == UBLK and asked.nbd_options:
         raise VmError("--nbd-options is of nbd-client: leave it out with --attach ublk")
     if asked.restart and not asked.kill:

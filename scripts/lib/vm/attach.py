@@ -345,6 +345,16 @@ class Local(Zramd):
         if "state" in self.settings:
             place = Path(self.settings["state"]).parent
             guest.run(f"mkdir -p {place} && mount -t tmpfs -o noswap none {place}")
+        self._start(guest)
+        for path in self._modules(guest):
+            guest.run(f"grep -q ^{Path(path).stem.replace('-', '_')} /proc/modules || insmod {path}")
+        if self._nbd_options:
+            _nbd_client(guest, f"-unix {self.rundir}/nbd.sock {self.device} {self._nbd_options}")
+        else:
+            guest.run(f"{ZRAMD} attach {self._of} --device {self.device} {self._attach_words()}", 60)
+
+    def _start(self, guest: Guest) -> None:
+        """Have the server serve."""
         status = f"/run/{self._of}.status"
         guest.run(f"{{ setsid {self._serve()} >{self._log()} 2>&1; echo $? >{status}; }} &")
         end = time.monotonic() + READY_TIMEOUT * guest.machine.patience
@@ -352,12 +362,10 @@ class Local(Zramd):
             if time.monotonic() > end or not guest.try_run(f"[ -e {status} ]")[0]:
                 raise VmError(f"zramd does not serve in the guest: {self.log()}")
             time.sleep(0.2)
-        for path in self._modules(guest):
-            guest.run(f"grep -q ^{Path(path).stem.replace('-', '_')} /proc/modules || insmod {path}")
-        if self._nbd_options:
-            _nbd_client(guest, f"-unix {self.rundir}/nbd.sock {self.device} {self._nbd_options}")
-        else:
-            guest.run(f"{ZRAMD} attach {self._of} --device {self.device}", 60)
+
+    def _attach_words(self) -> str:
+        """Return further options of `zramd attach`."""
+        return ""
 
     def detach(self, guest: Guest) -> None:
         if self._nbd_options:
@@ -404,11 +412,22 @@ class Ublk(Local):
     words = "--ublk"
 
     def __init__(
-        self, size: int, settings: dict[str, str], of: str = NAME, *, hold_gil: bool = False
+        self,
+        size: int,
+        settings: dict[str, str],
+        of: str = NAME,
+        *,
+        hold_gil: bool = False,
+        standby: bool = False,
     ) -> None:
-        """`hold_gil`: from the end of `attach` on, a thread of the server holds Python's interpreter lock."""
+        """`hold_gil`: from the end of `attach` on, a thread of the server holds Python's interpreter lock.
+
+        `standby`: another server is always ready to take over.
+        """
         super().__init__(size, settings, of=of)
         self._hold_gil = hold_gil
+        self._standby = standby
+        self.standby_bytes = 0  # that the last one took while it waited
 
     def attach(self, guest: Guest) -> None:
         if self._hold_gil:
@@ -427,10 +446,27 @@ class Ublk(Local):
 
         A program that is locked in memory does it: until the new server is there, nothing can be swapped in.
         """
-        answer = self._there().run(
-            f"/bin/guest_tool revive {self.pid()} {self.device} {self._log()} {self._serve()}"
-        )
+        guest = self._there()
+        if self._standby:  # which has to come first; then nobody need be started
+            wait = (
+                f"for i in $(seq 300); do [ -e {self.rundir}/standby ] && exit 0; usleep 100000; done; exit 1"
+            )
+            guest.run(f"({wait})", 60)
+            line = guest.run(f"grep VmRSS /proc/$(cat {self.rundir}/standby)/status")
+            self.standby_bytes = int(line.split()[1]) * 1024
+        words = f"{self._log()} " + ("" if self._standby else self._serve())
+        answer = guest.run(f"/bin/guest_tool revive {self.pid()} {self.device} {words}")
         return float(json.loads(answer)["seconds"])
+
+    def _start(self, guest: Guest) -> None:
+        if not self._standby:
+            super()._start(guest)
+            return
+        pairs = " ".join(shlex.quote(f"{key}={value}") for key, value in self.settings.items())
+        guest.run(f"{ZRAMD} start {self._of} --size {self.size} front=ublk {pairs}", 60)
+
+    def _attach_words(self) -> str:
+        return "--standby" if self._standby else "--no-standby"
 
     def restart(self) -> float:
         """Let a new server take over, and return the seconds that the command tells."""

@@ -15,6 +15,8 @@ KERNEL_ZRAM = "zram"  # a mode too: the same with the kernel's own zram, to comp
 STORED = 0.47
 # What else the guest needs beside the workload: page tables, the shell, caches that it should not lose.
 SPARE = 24 * MIB
+# For a server that waits beside the one that serves.
+STANDBY = 64 * MIB
 # For programs that come and go: the guest's memory without the pool, the pool's part of it where it is in the
 # guest, and the device, with more room than they ever take.
 CHURN_MEMORY = 256 * MIB
@@ -48,6 +50,7 @@ class Plan:
     kill: float = 0.0  # between two ends of the server, whose state stays
     rates: bool = False  # only measure requests by ublk beside others
     hold_gil: bool = False  # a thread of the server holds Python's interpreter lock all the time
+    standby: bool = False  # another server is ready to take over
     restart: bool = False  # they are by `zramd restart`, not by SIGKILL
     pause: bool = False  # qemu pauses the guest when the pool is full, as it does by default
     churn_seconds: int = 0  # how long programs come and go, each with memory of its own
@@ -106,6 +109,8 @@ class Plan:
         """
         if self.workload_bytes:
             return self.workload_bytes // MIB
+        if self.standby:  # it is at its limit then, and so is what a new server finds
+            available += available // 8
         spare = SPARE // 2 if self.short else SPARE
         if not self.in_guest and not self.mem_limit:
             return 2 * available // MIB
@@ -146,8 +151,10 @@ class Plan:
         return 3 * self.memory // 2
 
 
-def default_memory(mode: str, short: bool, churn: bool = False) -> int:
+def default_memory(mode: str, short: bool, churn: bool = False, standby: bool = False) -> int:
     """Return the guest's memory in bytes."""
+    if standby:
+        return default_memory(mode, short) + STANDBY
     if churn:
         return CHURN_MEMORY + (CHURN_POOL if _in_guest(mode) else 0)
     if _in_guest(mode):

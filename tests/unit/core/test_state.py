@@ -25,11 +25,13 @@ BLOCK = 4096
 SIZE = 8 << 20
 
 
-def open_device(path: Path, size: int = SIZE, *, verify: bool = False, mem_limit: int = 0) -> Device:
+def open_device(
+    path: Path, size: int = SIZE, *, verify: bool = False, mem_limit: int = 0, keep_reserve: bool = False
+) -> Device:
     """As the server does. Forgetting the device leaves the file as a kill would."""
     fd = statefile.open_state(str(path), size, verify)
     try:
-        return Device(size, state=fd, verify=verify, mem_limit=mem_limit)
+        return Device(size, state=fd, verify=verify, mem_limit=mem_limit, keep_reserve=keep_reserve)
     finally:
         os.close(fd)
 
@@ -368,3 +370,29 @@ def test_locked_memory_is_given_back(memory_folder: Path) -> None:
     full, empty = map(int, done.stdout.split())
     assert full * 512 > 4 << 20
     assert empty * 512 < 256 << 10
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_reserve_that_is_kept(memory_folder: Path, verify: bool) -> None:
+    """All pages that one server had made ready the next one has: it may get no others."""
+    reserve = 1 << 20
+    state = memory_folder / "state"
+    device = open_device(state, verify=verify)
+    device.reserve_start(reserve)
+    data = fill(device)
+    device.reserve_start(reserve)  # what its refiller would have done
+    del device
+    for turn in range(4):
+        keeps = turn < 3
+        device = open_device(state, verify=verify, keep_reserve=keeps)
+        device.check()
+        before = os.stat(state).st_blocks * 512
+        device.reserve_start(reserve)
+        taken = os.stat(state).st_blocks * 512 - before
+        assert taken < reserve // 20 if keeps else taken > reserve * 0.9
+        assert device.counters()["reserve_bytes"] >= reserve
+        assert read(device) == data
+        data = fill(device, turn)
+        device.reserve_start(reserve)
+        device.check()
+        del device

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
         "commands silence no_rings refusals",
         "requests model extremes calls frugal full held urgent short_of_memory",
         "out damage readers",
-        "again rounds forked successor broken abort emptied",
+        "again rounds forked successor another another_with_backing broken abort emptied",
     ],
 )
 def test_scenes(scenes: str, ublk_shim: Path) -> None:

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from support.run import SANITIZED
@@ -201,6 +202,34 @@ def test_a_measure_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(protection, "_missing_code", lambda: 12)
     with pytest.raises(SwapError, match="12 kB are missing"):
         protection._resident_code()
+
+
+def test_holes_of_a_state_stay(memory_folder: Path) -> None:
+    """A new server locks all memory again when it has the state: it may be just then that none is left."""
+    code = """
+        import os, random
+        from zramd.core.device.device import Device
+        from zramd.kernel import protection
+        from zramd.server import statefile
+        path = os.environ["STATE"]
+        def open_device():
+            fd = statefile.open_state(path, 64 << 20, False)
+            try:
+                return Device(64 << 20, state=fd)
+            finally:
+                os.close(fd)
+        device = open_device()
+        for n in range(4000):
+            device.write(random.Random(n).randbytes(2000) + bytes(2096), n * 4096)
+        device.trim(0, 3900 * 4096)
+        protection.protect_process()
+        del device
+        device = open_device()
+        before = os.stat(path).st_blocks
+        protection.protect_process()
+        print("grown by", os.stat(path).st_blocks - before)
+    """
+    assert in_child(code, STATE=str(memory_folder / "state")) == "grown by 0\n"
 
 
 def test_reserve_beyond_memory_is_refused() -> None:

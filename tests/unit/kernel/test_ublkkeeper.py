@@ -353,6 +353,44 @@ def test_a_device_that_is_lost_is_said_to_be(
     assert stage(tmp_path) == STARTED
 
 
+def test_another_server_is_put_on_standby_once_this_one_serves(
+    tmp_path: Path, driver: Driver, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a process of its own, one at a time, whenever there is none; but not while nobody serves."""
+    starts = tmp_path / "starts.py"
+    starts.write_text("import sys; open(sys.argv[0] + '.done', 'a').write(' '.join(sys.argv[1:]) + '\\n')")
+    spawn = os.posix_spawn
+    words: list[list[str]] = []
+
+    def run(path: str, argv: list[str], environment: dict[str, str], *, setsid: bool) -> int:
+        words.append(argv[1:])
+        return spawn(path, [path, str(starts), *argv[-3:]], environment, setsid=setsid)
+
+    monkeypatch.setattr(os, "posix_spawn", run)
+    keeper = recovering(tmp_path, driver)
+    assert keeper._has_standby()  # nobody has asked for one
+    keeper._job = keeper._job._replace(standby="some.module")
+    keeper._server.fd = -1
+    assert not keeper._has_standby()
+    assert words == []
+    assert keeper._offer()
+    keeper._server.fd = os.open(os.devnull, os.O_RDONLY)
+    assert not keeper._has_standby()
+    assert words == [["-S", "-P", "-m", "some.module", "a", str(tmp_path / "a"), "ublkb3"]]
+    os.waitid(os.P_PID, keeper._starter, os.WEXITED | os.WNOWAIT)
+    assert Path(f"{starts}.done").read_text() == f"a {tmp_path / 'a'} ublkb3\n"
+    assert not keeper._has_standby()  # it has ended, and none is there
+    assert len(words) == 2
+    assert not keeper._has_standby()
+    waiting = rundir.Standby(str(tmp_path / "a"))
+    os.waitid(os.P_PID, keeper._starter, os.WEXITED | os.WNOWAIT)
+    assert keeper._has_standby()
+    assert len(words) == 2
+    waiting.leave()
+    os.close(keeper._server.fd)
+    keeper._server.fd = -1
+
+
 def test_without_a_state_the_device_goes_with_its_server(tmp_path: Path, driver: Driver) -> None:
     """The keeper removes what the kernel has left of it, and its record, and ends."""
     ended = subprocess.Popen([sys.executable, "-c", ""])

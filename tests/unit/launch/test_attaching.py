@@ -228,7 +228,7 @@ def test_the_service_leaves_what_others_attached(
     monkeypatch.setattr(swapareas, "join", lambda device: None)
     monkeypatch.setattr(attaching, "_must_be_free", lambda device: None)
     monkeypatch.setattr(nbdway, "disconnect", lambda there: done.append("detach"))
-    monkeypatch.setattr(attaching, "_forget", lambda name, device, gone: None)
+    monkeypatch.setattr(attaching, "_forget", lambda there, gone: None)
     assert main(["detach", "--config", "--swapoff", "zram0"]) == 0
     assert done == ["swapoff"] * swapped + ["detach"] * detached + ["emptied"] * swapped
 

@@ -46,7 +46,7 @@ def test_swap_whose_server_is_gone_is_not_read(tmp_path: Path, monkeypatch: pyte
     assert attaching._is_reachable(attached.Attached("a", "/dev/nbd0", 0, "data"))
     done: list[str] = []
     monkeypatch.setattr(ublkway, "give_up", lambda there: done.append("given up") or (lambda: True))
-    monkeypatch.setattr(attaching, "_forget", lambda name, device, gone: done.append("forgotten"))
+    monkeypatch.setattr(attaching, "_forget", lambda there, gone: done.append("forgotten"))
     with pytest.raises(AttachError, match="or give up what is out by 'zramd detach --swapoff --force a'"):
         attaching._give_up(there, force=False)
     assert done == []

@@ -35,6 +35,7 @@ class Device(Served):
         verify: bool = False,
         progress: Callable[[int, int], object] | None = None,
         cold_level: int = 0,
+        keep_reserve: bool = False,
         mark_cold: Callable[[int], object] | None = None,
         backing: Backing | None = None,
         backing_id: str = "",

@@ -102,6 +102,7 @@ cdef class Device(Served):
     state: descriptor, the caller's to close, of the file that holds all data (see zramd.server.state); what is in it is
     taken over, and progress(done, total) called about every second meanwhile. -1: memory of this process.
     verify: store a checksum with each block, and check it on each read; a state is all with or all without.
+    keep_reserve: what the last server had made ready in the state stays so, for reserve_start, which must follow.
     cold_level: zstd's, 1 to 19, for what `cool` compresses again; 0: it compresses nothing.
     mark_cold: called with a state's descriptor before its first cold block, which a zramd of before would not know.
     backing: where blocks can be written to that nobody asks for; None: nowhere. backing_id: the name that its superblock
@@ -115,7 +116,7 @@ cdef class Device(Served):
 
     def __cinit__(self, uint64_t disksize, *, uint64_t mem_limit=0, str codec="lz4", int level=0, int state=-1,
                   bint verify=False, progress=None, int cold_level=0, mark_cold=None, Backing backing=None,
-                  str backing_id="", mark_out=None):
+                  str backing_id="", mark_out=None, bint keep_reserve=False):
         cdef Memory memory
         cdef Recovery recovery
         zr_static_assert(sizeof(state_words) <= KEPT_POOL - KEPT_STATE)
@@ -131,7 +132,7 @@ cdef class Device(Served):
             if os.fstat(state).st_size != memory.end:
                 raise ValueError(f"a state of {os.fstat(state).st_size} bytes is not one of {memory.end} bytes")
             recovery = Recovery(self.table, self.kept.backing_id[0] != 0,
-                                backing is not None and backing_id == self.backing_id)
+                                backing is not None and backing_id == self.backing_id, keep_reserve)
             recovery.run(progress)
             self.recovered = recovery.numbers()
             self.mark_cold = mark_cold

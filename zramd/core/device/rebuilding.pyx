@@ -13,7 +13,7 @@ from zramd.core.pool.size_classes cimport is_mapped, pages_below, pages_of_chunk
 from zramd.core.pool.zspages cimport zspage_link
 from zramd.core.system.bits cimport bits_set
 from zramd.core.system.checks cimport FILL_FREED, zr_fill, zr_unpoison
-from zramd.core.system.locks cimport load_relaxed, store_relaxed
+from zramd.core.system.locks cimport load_relaxed, pthread_mutex_lock, pthread_mutex_unlock, store_relaxed
 from zramd.core.memory.region cimport whole_pages
 from zramd.core.types cimport (
     CELL_LIVE,
@@ -63,6 +63,8 @@ cdef void rebuild_span(Recovery r, uint32_t span) noexcept nogil:
             else:
                 needed = (1 << pages_below(c, z.fresh)) - 1
         needed = r.arena.whole(needed)
+    if r.keeps and not z.inuse:
+        needed = r.arena.committed[span]
     if not r._has_pages(span, needed):
         return
     excess = r.arena.committed[span] & ~needed
@@ -108,7 +110,13 @@ cdef void list_zspages(Recovery r) noexcept nogil:
     for i in range(r.top):
         span = r.top - 1 - i
         if r.pool.zspages[span].group == NO_ZSPAGE:
-            if r.arena.top:
+            if r.arena.committed[span]:
+                if r.arena.top == 0:
+                    r.arena.top = span + 1
+                pthread_mutex_lock(&r.arena.lock)
+                r.arena._ready_push(span)
+                pthread_mutex_unlock(&r.arena.lock)
+            elif r.arena.top:
                 r.arena.links[span] = r.arena.cold
                 r.arena.cold = span
             continue
@@ -146,19 +154,19 @@ cdef void list_cells(Recovery r) noexcept nogil:
     r.pool.cells_top = top
     r.pool.cells_used = r.handles
     # Cells beyond are as new.
-    used_end = whole_pages(top * sizeof(uint64_t))
-    r.pool.cells_populated = min(used_end, last) // sizeof(uint64_t)
-    for handle in range(top, min(used_end, last) // sizeof(uint64_t)):
+    used_end = last if r.keeps else min(whole_pages(top * sizeof(uint64_t)), last)
+    r.pool.cells_populated = used_end // sizeof(uint64_t)
+    for handle in range(top, used_end // sizeof(uint64_t)):
         store_relaxed(&r.pool.cells[handle], 0)
     if last > used_end:
         r.pool.cell_table.release(<char *>r.pool.cells + used_end, last - used_end)
 
 
 cdef void give_back_slots(Recovery r) noexcept nogil:
-    """Give the pages back on which no slot is in use."""
+    """Give the pages back on which no slot is in use, unless they are kept."""
     cdef uint64_t start = 0, end = r.slot_table.size, page, unit = r.arena.unit, i
     cdef bint touched
-    while r.slot_table.next_extent(&start, &end):
+    while not r.keeps and r.slot_table.next_extent(&start, &end):
         page = start >> PAGE_SHIFT
         while page < end >> PAGE_SHIFT:
             touched = False

@@ -34,12 +34,13 @@ cdef class Recovery:
     cdef bint verify
     cdef Backing backing            # None: there is none, or it is not the state's
     cdef bint had_backing           # blocks may be out
+    cdef bint keeps                 # pages that nothing is on, too
     cdef bint lacks_backing         # a block is out, and there is none
     cdef Region used                # bitmap: the handles that slots hold
     # The chunks that slots lead to. Of zspages with a bitmap it is theirs; of each other span SPAN_CHUNKS bits are here,
     # from where the `next` of its record says.
     cdef Region live
-    cdef uint32_t top               # spans below this one had a class
+    cdef uint32_t top               # spans below this one had a class, or pages that are kept
     cdef uint32_t lists             # of them those of classes without a bitmap
     cdef uint64_t cells_end         # cells from this one on are not in the file
     cdef step now                   # which of the parallel steps

@@ -85,9 +85,12 @@ cdef enum:
 
 @cython.final
 cdef class Recovery:
-    """Rebuilds the pool of blocks that were just made over a state's memory. Nobody else may use them meanwhile."""
+    """Rebuilds the pool of blocks that were just made over a state's memory. Nobody else may use them meanwhile.
 
-    def __cinit__(self, Blocks table not None, bint had_backing, bint has_it):
+    keeps: pages that free spans and tables have stay, for a reserve: where memory is short, they might not be had again.
+    """
+
+    def __cinit__(self, Blocks table not None, bint had_backing, bint has_it, bint keeps):
         self.table = table
         self.pool = table.pool
         self.arena = table.pool.arena
@@ -97,6 +100,7 @@ cdef class Recovery:
         self.blocks = table.count
         self.verify = table.verify
         self.had_backing = had_backing
+        self.keeps = keeps
         self.backing = table.backing if has_it else None
 
     def run(self, progress):
@@ -206,7 +210,10 @@ cdef class Recovery:
     # 0: pages
 
     cdef void _find_top(self) noexcept nogil:
-        """Find the end of the spans that ever had a class, and give each that needs it a place in live."""
+        """Find the end of the spans that ever had a class, and give each that needs it a place in live.
+
+        Of a reserve that is kept the end of those that have pages.
+        """
         cdef uint64_t start = 0, end = self.pool.span_classes.size, span
         cdef uint32_t index
         while self.pool.span_classes.next_extent(&start, &end):
@@ -219,6 +226,12 @@ cdef class Recovery:
                     self.lists += 1
             start = end
             end = self.pool.span_classes.size
+        start = <uint64_t>self.top << SPAN_SHIFT
+        end = self.arena.spans.size
+        while self.keeps and start < end and self.arena.spans.next_extent(&start, &end):
+            self.top = <uint32_t>((end - 1 >> SPAN_SHIFT) + 1)
+            start = end
+            end = self.arena.spans.size
         self._fill_holes(self.pool.span_classes, self.top)
         self.pool.classes_populated = whole_pages(self.top)
 

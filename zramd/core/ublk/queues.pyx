@@ -1,6 +1,7 @@
 """All queues of a ublk disk over a Device: made before anything depends on them, then given a disk to serve, and another.
 
     Queues(device, ...)     buffers, threads, rings: all memory that serving takes
+    use(device)             another device instead, by the same memory: a server on standby has none of its own yet
     serve(fd)               the kernel has all tags of every queue, and their threads serve
     join()                  the disk was stopped: the kernel has given all tags back. serve may come again
 
@@ -135,6 +136,25 @@ cdef class Queues:
     def serving(self):
         """Whether the kernel has tags of some queue: a disk may be there."""
         return any([load_relaxed(&(<Queue>queue).tallies.live) != 0 for queue in self.queues])
+
+    def use(self, Device device not None):
+        """Serve another device from now on. No memory is taken or given back, but for the threads of one that has a backing.
+
+        Raises UblkError while a disk is served; OSError when those threads are refused, and then nothing can be served.
+        """
+        cdef Queue queue
+        if self.fd >= 0:
+            raise UblkError("these queues serve a disk already: stop it first", errno.EBUSY)
+        if self.readers is not None:
+            with nogil:
+                self.readers.close()
+            self.readers = None
+        self.device = device
+        if self.is_open and device.table.backing is not None:
+            self.readers = Readers(device, self.priority)
+        for queue in self.queues:
+            queue.device = device
+            queue.readers = self.readers
 
     def serve(self, int fd):
         """Hand all tags to the kernel by /dev/ublkcN, whose descriptor stays the caller's, and begin to serve.

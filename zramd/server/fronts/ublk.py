@@ -42,23 +42,24 @@ class Ublk(Front):
         self._lock = threading.Lock()  # one change at a time of all below
         self._service: Service
         self._config: Config
-        self._spare: Queues | None = None  # whose memory the real ones get
+        self._spare: Queues | None = None  # which wait for a device
         self._queues: Queues
         self._device: Device
         self._number: int | None = None  # of the device that is attached
         self._recovers = False
 
     def prepare(self, config: Config) -> None:
-        """See Front.prepare. What is had for a device that is none yet is given up for the one that comes."""
+        """See Front.prepare. What is had for a device that is none yet serves the one that comes."""
         self._spare = _queues(config, Device(_PLACEHOLDER), *_geometry())
 
     def take(self, config: Config, device: Device) -> None:
         """See Front.take."""
         self._config, self._device = config, device
-        if self._spare is not None:
-            self._spare.close()
-            self._spare = None
-        self._queues = _queues(config, device, *_geometry())
+        if self._spare is None:
+            self._queues = _queues(config, device, *_geometry())
+        else:
+            self._queues, self._spare = self._spare, None
+            self._queues.use(device)
 
     def begin(self, service: "Service") -> None:
         """See Front.begin."""

@@ -12,11 +12,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-/* revive PID DEVICE LOG COMMAND...: what the command says is added to LOG. */
+/* revive PID DEVICE LOG [COMMAND...]: what the command says is added to LOG; without one another server is there. */
 int revive_main(int argc, char **argv)
 {
     static unsigned char buffer[PAGE] __attribute__((aligned(PAGE)));
-    if (argc < 4)
+    if (argc < 3)
         return 2;
     pid_t server = number(argv[0]);
     int device = open(argv[1], O_RDONLY | O_DIRECT | O_CLOEXEC);
@@ -31,10 +31,10 @@ int revive_main(int argc, char **argv)
     while (!kill(server, 0)) /* who started it sees its end: it is not our child */
         usleep(1000);
     double ended = now();
-    pid_t child = fork();
+    pid_t child = argc > 3 ? fork() : 0;
     if (child < 0)
         die("fork");
-    if (!child) {
+    if (argc > 3 && !child) {
         setsid();
         dup2(log, 1);
         dup2(log, 2);

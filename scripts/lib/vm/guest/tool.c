@@ -94,6 +94,6 @@ int main(int argc, char **argv)
             return verbs[i].main(argc - 2, argv + 2);
     fprintf(stderr, "usage: guest_tool pattern MIB SEED [PAGES] | churn SEED | hog SECONDS SEED | monitor RUNDIR |"
                     " control SOCKET METHOD PATH [BODY] | load DEVICE read|write|fill DEPTH SECONDS SEED |"
-                    " revive PID DEVICE LOG COMMAND...\n");
+                    " revive PID DEVICE LOG [COMMAND...]\n");
     return 2;
 }
