@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support.run import wait_until
+from support.steps import Steps
 
 from zramd import Device as Core
 from zramd.contract import rundir
@@ -20,7 +21,7 @@ from zramd.control import servers
 from zramd.core.device.saving import load, save
 from zramd.core.ublk import control
 from zramd.errors import DeviceError
-from zramd.launch import standby
+from zramd.launch import standby, ublkway
 from zramd.launch.wishes import Wanted
 
 NO_RINGS = control.available(os.devnull)
@@ -120,7 +121,8 @@ BODY = json.dumps({"number": 3, "queues": 2, "depth": 128, "max_io_bytes": 65536
 def test_its_life_without_nbdkit(device: Device) -> None:
     said = device.run("start", "u0", "--size", "8M", "--ublk", f"rundir={device.folder}")
     assert "front         ublk: this machine's kernel, once it is attached\n" in said
-    assert "zramd attach" in said or "attach --rundir" in said
+    # Where the kernel has no ublk it is said that there is nothing to attach it with.
+    assert ("not on this machine: " if ublkway.never() else "attach --rundir") in said
     assert "NBD URI" not in said
     health = device.health()
     assert (health["front"], health["clients"], health["standby"]) == ("ublk", 0, False)
@@ -370,3 +372,96 @@ class TestStandby:
         wait_until(lambda: self.answers(device) and device.health()["pid"] == after)
         assert json.loads(device.ask("GET", "/settings")[1])["mem_limit"] == 7 << 20
         assert device.save() == data
+
+    def promoted(self, device: Device, served: tuple[int, bytes, int]) -> int:
+        """The process of the server that was on standby, and serves."""
+        pid, _, waiting = served
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: self.answers(device) and device.health()["standby"])
+        return waiting
+
+    def serves(self, device: Device, pid: int) -> None:
+        """Return once this process answers; it may take over from one that is just leaving."""
+
+        def it_does() -> bool:
+            try:
+                return bool(device.health()["pid"] == pid)
+            except OSError:
+                return False
+
+        wait_until(it_does)
+
+    def serve(self, device: Device, *words: str, **more: str) -> subprocess.Popen[str]:
+        """`zramd serve`, as a service manager starts it again."""
+        settings = ("--name", "u0", "--size", "8M", f"rundir={device.folder}", *words)
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "zramd", "serve", *settings],
+            env={**device.environment, **more},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    @pytest.mark.parametrize("front", ["ublk", "auto"])
+    def test_a_server_that_is_started_again_takes_over(
+        self, device: Device, served: tuple[int, bytes, int], front: str
+    ) -> None:
+        waiting = self.promoted(device, served)
+        again = self.serve(device, f"front={front}", f"state={device.state}", "mem_limit=7M")
+        try:
+            self.serves(device, again.pid)
+            assert gone(waiting)
+            assert not device.health()["standby"]
+            assert device.save() == served[1]
+            assert json.loads(device.ask("GET", "/settings")[1])["mem_limit"] == 7 << 20
+            device.run("stop", "--rundir", device.folder)  # others have their turn with it
+            assert again.wait(20) == 0
+            assert not device.folder.exists()
+        finally:
+            again.kill()
+            again.communicate()
+
+    @pytest.mark.parametrize(
+        ("words", "sentence"),
+        [
+            (("front=ublk",), "is in use by a running server"),
+            (("front=ublk", "state={state}", "--size", "9M"), "is of a device of 8388608 bytes, not 9437184"),
+            (("front=ublk", "state={state}", "metrics_file=/nowhere/x.prom"), "/nowhere"),
+        ],
+    )
+    def test_one_that_cannot_leaves_it_alone(
+        self, device: Device, served: tuple[int, bytes, int], words: tuple[str, ...], sentence: str
+    ) -> None:
+        waiting = self.promoted(device, served)
+        again = self.serve(device, *(word.format(state=device.state) for word in words))
+        said = again.communicate(timeout=20)[1]
+        assert again.returncode
+        assert sentence in said
+        assert said.count("\n") == 1
+        assert device.health()["pid"] == waiting
+        assert device.save() == served[1]
+        device.run("restart", "--rundir", device.folder)  # it is as it was
+
+    @pytest.mark.parametrize("at", ["inplace.exec", "successor.told", "server.device", "server.serves"])
+    def test_one_that_is_killed_on_its_way(
+        self, device: Device, served: tuple[int, bytes, int], at: str, steps: Steps
+    ) -> None:
+        """Before it has told the other to leave, that goes on; later the next one has all."""
+        waiting = self.promoted(device, served)
+        words = ("front=ublk", f"state={device.state}")
+        steps.held.add(at)
+        again = self.serve(device, *words, **steps.env)
+        assert steps.wait(at) == again.pid
+        again.kill()
+        again.communicate()
+        steps.release()
+        if at == "inplace.exec":
+            assert device.health()["pid"] == waiting
+        else:
+            wait_until(lambda: gone(waiting))
+            again = self.serve(device, *words)
+            self.serves(device, again.pid)
+        assert device.save() == served[1]
+        if at != "inplace.exec":
+            again.terminate()
+            again.communicate()

@@ -135,7 +135,6 @@ def kernel_nbd(root: str = "") -> Iterator[Finding]:
 def kernel_ublk(root: str = "") -> Iterator[Finding]:
     """The kernel's ublk driver, and io_uring, by which it is spoken to: both for front=ublk."""
     name, release = "kernel's ublk", _read(f"{root}/proc/sys/kernel/osrelease")
-    modules = f"{root}/lib/modules/{release}"
     disabled = _read(f"{root}/proc/sys/kernel/io_uring_disabled")
     if ublk.broken(release):
         yield Finding(
@@ -144,16 +143,12 @@ def kernel_ublk(root: str = "") -> Iterator[Finding]:
             f"Linux {release} hangs when it is asked for a device",
             "use front=nbd, or another kernel",
         )
-    elif os.path.isdir(f"{root}/sys/module/{ublk.MODULE}"):
+    elif not (why := ublk.absent(root)):
         yield Finding(OK, name, "is there")
-    elif f"/{ublk.MODULE}.ko" in _read(f"{modules}/modules.dep"):
+    elif ublk.can_be_loaded(release, root):
         yield Finding(NOTE, name, "is not loaded", f"run 'modprobe {ublk.MODULE}' as root for front=ublk")
-    elif f"/{ublk.MODULE}.ko" in _read(f"{modules}/modules.builtin"):
-        yield Finding(OK, name, "is built in")
     else:
-        yield Finding(
-            NOTE, name, f"Linux {release} does not have it", "use front=nbd, or a kernel that has it"
-        )
+        yield Finding(NOTE, name, f"Linux {release} does not have it", why.partition(": ")[2])
     if disabled == "2":
         yield Finding(
             NOTE,
@@ -169,6 +164,10 @@ def front() -> Iterator[Finding]:
     """By which door front=auto lets this machine's kernel in, and why."""
     if os.geteuid():
         yield Finding(OK, "front=auto", "takes nbd: only root's servers can take ublk")
+    elif ublk.absent():
+        loads = ublk.can_be_loaded(os.uname().release)
+        why = f"'modprobe {ublk.MODULE}' gives it ublk" if loads else "this kernel has no ublk"
+        yield Finding(NOTE if loads else OK, "front=auto", f"takes nbd: {why}")
     elif why := ublkway.unavailable():
         text, _, remedy = why.partition(": ")
         yield Finding(NOTE, "front=auto", f"takes nbd, because {text}", remedy)

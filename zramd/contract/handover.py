@@ -15,6 +15,9 @@ A server on standby (`zramd.launch.standby`) takes over as well, but tells nobod
 says that it is ready, and waits until the old one has ended, however that comes. Then it goes on as after a
 crash, unless another server is the next one; then it waits for the end of that.
 
+`zramd serve` takes over from one that was on standby and serves (`zramd.launch.inplace`). That process is the
+new server itself, and no command waits for it: it needs no "go".
+
 A stop that comes meanwhile counts: a server that is stopped removes its pid file, one that hands over (or
 crashes) leaves it, and by that the new server knows whether to go on.
 """
@@ -33,6 +36,7 @@ READY = b"r"
 GO = b"!"
 TELLING = b"t"
 
+NOBODY = -1  # instead of a link
 _STANDBY = "standby"
 STOPPED = "it was stopped meanwhile"  # what the new server says then
 
@@ -45,7 +49,8 @@ def takes_over() -> bool:
 def order(link: int, process: int, leaves_pid: bool, *, standby: bool = False) -> str:
     """Return what the new server is told: its end of the link, the old one's pidfd, whether that is new.
 
-    Servers before did not leave their pid file. `standby`: it waits for the old one's end.
+    link: NOBODY if no command waits for it. Servers before did not leave their pid file. `standby`: it waits
+    for the old one's end.
     """
     return f"{link} {process} {int(leaves_pid)}" + (f" {_STANDBY}" if standby else "")
 

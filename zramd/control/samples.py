@@ -53,6 +53,7 @@ class Sample(NamedTuple):
     clients: int
     uses: dict[str, list[str]]  # the kernel's devices that are clients → what they are used for
     latencies: dict[str, Histogram]  # by operation; empty from a server that does not measure them
+    front: str = "nbd"  # how clients reach it
 
     def groups(self) -> dict[str, int]:
         """Return the zspages of all classes by fullness group, the emptiest first."""
@@ -82,11 +83,13 @@ def take(served: servers.Served, timeout: float = TIMEOUT) -> Sample:
     """Ask the server of a device. Raises DeviceError when it does not answer within `timeout` seconds."""
     stats = served.ask_json("GET", "/stats", timeout=timeout)
     classes: Any = served.ask_json("GET", "/classes.json", timeout=timeout)
-    clients = served.ask_json("GET", "/health", timeout=timeout)["clients"]
+    health = served.ask_json("GET", "/health", timeout=timeout)
     # stats.json has quantiles since the start; what happens now can only be seen from the buckets.
     latencies = histograms(served.request("GET", "/metrics", timeout=timeout)) if "latency" in stats else {}
     devices = attached.devices(stats["name"], stats["disksize"])
-    return Sample(stats, classes, clients, {device: swap.uses(device) for device in devices}, latencies)
+    uses = {device: swap.uses(device) for device in devices}
+    front = health.get("front", "nbd")  # an older server does not say
+    return Sample(stats, classes, health["clients"], uses, latencies, front)
 
 
 def histograms(metrics: str) -> dict[str, Histogram]:

@@ -78,6 +78,30 @@ def broken(release: str) -> bool:
     return _BROKEN.fullmatch(release) is not None
 
 
+def absent(root: str = "") -> str:
+    """Return why this kernel has no ublk now, with a remedy, '' if its driver is there.
+
+    One that is built in has a folder in /sys as well.
+    """
+    if os.path.isdir(f"{root}/sys/module/{MODULE}"):
+        return ""
+    release = _read(f"{root}/proc/sys/kernel/osrelease")
+    if can_be_loaded(release, root):
+        return f"the kernel's module {MODULE} is not loaded: run 'modprobe {MODULE}' as root"
+    return f"Linux {release} has no ublk: use front=nbd, or a kernel that has it"
+
+
+def can_be_loaded(release: str, root: str = "") -> bool:
+    """Say whether the driver is among the modules of the kernel of this release."""
+    return f"/{MODULE}.ko" in _read(f"{root}/lib/modules/{release}/modules.dep")
+
+
+def _read(path: str) -> str:
+    with suppress(OSError), open(path, errors="replace") as file:
+        return file.read().strip()
+    return ""
+
+
 def settle(number: int, *, recovers: bool) -> None:
     """Set what the kernel's defaults have wrong for a disk. Raises AttachError.
 

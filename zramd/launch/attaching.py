@@ -29,7 +29,7 @@ from zramd.errors import (
 )
 from zramd.kernel import attached, statefs, swap, swapareas, swapunit, ublk
 from zramd.kernel.attached import Attached
-from zramd.launch import nbdway, standby, takeover, ublkway
+from zramd.launch import crashes, nbdway, standby, takeover, ublkway
 from zramd.launch.sudo import sudo
 from zramd.launch.wishes import PRIORITY, Wanted, wait
 from zramd.process import interrupts
@@ -306,6 +306,9 @@ def detach(
         step("detach.begun")
         swapped = swap.find(there.device) is not None
         if configured and not swapped and _for_others(there.name):
+            return
+        if configured and crashes.waits(there):
+            say(f"{there.device} stays, and waits for the server that is started again after a crash")
             return
         if swapped and not swapoff:
             raise AttachError(

@@ -15,7 +15,7 @@ from zramd.contract import handover, rundir
 from zramd.control import busy, life, servers
 from zramd.errors import ConfigError, DeviceError, UsageError, ZramdError, say, sentence
 from zramd.kernel import swap
-from zramd.launch import background, fdstore, installed, nbdkit, spawn, ublkserver, watcher
+from zramd.launch import background, fdstore, inplace, installed, nbdkit, spawn, ublkserver, watcher
 from zramd.process import inherited, interrupts, notify, pidfd
 from zramd.process.steps import step
 from zramd.settings import config, devices
@@ -28,12 +28,30 @@ KILL_TIMEOUT = 2.0  # seconds that a server which did not get so far has to end 
 
 
 def plan(
-    name: str | None, size: str | None, words: list[str], nbdkit_words: list[str]
+    name: str | None,
+    size: str | None,
+    words: list[str],
+    nbdkit_words: list[str],
+    *,
+    for_others: bool = False,
 ) -> tuple[Config, nbdkit.Options, list[str]]:
     """Return what to serve, nbdkit's own options, and the command line; `words` are key=value settings.
 
-    Raises ConfigError, RundirError, UsageError, and ZramdError when nbdkit is missing.
+    `for_others`: zramd.conf says that this machine does not attach it. Raises ConfigError, RundirError,
+    UsageError, and ZramdError when nbdkit is missing.
     """
+    settings, pairs = _wanted(name, size, words)
+    pid = rundir.holder(settings.rundir)
+    if pid is not None:
+        raise rundir.in_use(settings.rundir, pid)
+    options = nbdkit.read_options(nbdkit_words)
+    options.sockets = inherited.passed_sockets()
+    settings, argv = _line(settings, pairs, options, for_others=for_others)
+    return settings, options, argv
+
+
+def _wanted(name: str | None, size: str | None, words: list[str]) -> tuple[Config, list[tuple[str, str]]]:
+    """Return what to serve, and that as pairs for a command line."""
     given = (("disksize", size), ("name", name))
     pairs = [(key, value) for key, value in given if value is not None]
     for word in words:
@@ -44,30 +62,36 @@ def plan(
     settings = config.parse(pairs)
     if not any(config.find(key).name == "rundir" for key, _ in pairs):
         pairs.append(("rundir", settings.rundir))
-    pid = rundir.holder(settings.rundir)
-    if pid is not None:
-        raise rundir.in_use(settings.rundir, pid)
-    options = nbdkit.read_options(nbdkit_words)
-    options.sockets = inherited.passed_sockets()
+    return settings, pairs
+
+
+def _line(
+    settings: Config, pairs: list[tuple[str, str]], options: nbdkit.Options, *, for_others: bool
+) -> tuple[Config, list[str]]:
+    """Return the settings, with the front that was chosen if it was to be, and the command line."""
     if settings.front == "auto":
-        settings = replace(settings, front=ublkserver.choose(settings, options))
-        pairs = [(key, settings.front if key == "front" else value) for key, value in pairs]
+        front = ublkserver.choose(settings, options, for_others=for_others)
+        settings = replace(settings, front=front)
+    pairs = [(key, settings.front if key == "front" else value) for key, value in pairs]
     if settings.front == "ublk":
         ublkserver.check(options)
-        return settings, options, ublkserver.command(nbdkit.absolute(settings, pairs))
+        return settings, ublkserver.command(nbdkit.absolute(settings, pairs))
     if not swap.find_program("nbdkit"):
         raise ZramdError(f"nbdkit is not installed: {installed.how_to_install()}")
     nbdkit.check(options)
-    return settings, options, nbdkit.command(settings, pairs, options)
+    return settings, nbdkit.command(settings, pairs, options)
 
 
 def serve(
     name: str | None, size: str | None, words: list[str], nbdkit_words: list[str], configured: str | None
 ) -> None:
-    """Become the server, serving as told; `configured` is a device of zramd.conf. Raises as `plan`.
+    """Become the server, serving as told; `configured` is a device of zramd.conf.
 
-    Returns only if that device is not meant for this machine, which is no failure to a service manager.
+    Where a server serves that was on standby for one that has crashed, this one takes over from it. Raises as
+    `plan`, and DeviceError when that cannot be. Returns only if the device is not meant for this machine,
+    which is no failure to a service manager.
     """
+    for_others = False
     if configured is not None:
         try:
             device = devices.find(configured)
@@ -75,9 +99,17 @@ def serve(
             _not_here(skipped)
             return
         words = device.words([*words, *([] if size is None else [f"disksize={size}"])])
-        size = None
+        size, for_others = None, not device.attached
     kept = fdstore.take_out()  # before anybody takes it for a socket
-    settings, options, argv = plan(name, size, words, nbdkit_words)
+    settings, pairs = _wanted(name, size, words)
+    before = inplace.find(settings)
+    if before is None:
+        options = nbdkit.read_options(nbdkit_words)
+        options.sockets = inherited.passed_sockets()
+    else:
+        settings = replace(settings, front=before.front(settings.front))
+        options = before.options(settings, nbdkit_words)
+    settings, argv = _line(settings, pairs, options, for_others=for_others)
     if settings.state == handover.SYSTEMD:
         fdstore.prepare(kept)
     inherited.close_others((*options.sockets, int(os.environ.get(handover.KEPT_FD, 0))), argv)
@@ -85,11 +117,14 @@ def serve(
     if nbdkit.STANDARD_INPUT.isdisjoint(options.values) and "NOTIFY_SOCKET" not in os.environ:
         watcher.start(settings, watcher.greeting(settings, options, os.getpid()))
     nbdkit.set_environment(settings)
-    with suppress(FileNotFoundError, NotADirectoryError):  # then nobody is in the middle of anything
-        turn = life.take(settings.rundir, settings.name)
-        background.refuse_another(settings)
-        background.give(turn.words(), turn.fd)
-    background.clear_socket(options.values.get("-U", options.values.get("--unix", "")))
+    if before is not None:
+        before.hand_over(options)
+    else:
+        with suppress(FileNotFoundError, NotADirectoryError):  # then nobody is in the middle of anything
+            turn = life.take(settings.rundir, settings.name)
+            background.refuse_another(settings)
+            background.give(turn.words(), turn.fd)
+        background.clear_socket(options.values.get("-U", options.values.get("--unix", "")))
     step("serve.exec")
     os.execvp(argv[0], argv)
 
@@ -125,7 +160,8 @@ def start(name: str | None, size: str | None, words: list[str], nbdkit_words: li
         configured = _configured(name or str(config.find("name").default), sized="disksize" in given)
     if configured:
         words, name = configured.words(words), None
-    settings, options, argv = plan(name, size, words, nbdkit_words)
+    for_others = configured is not None and not configured.attached
+    settings, options, argv = plan(name, size, words, nbdkit_words, for_others=for_others)
     if settings.state == "systemd":
         raise UsageError(
             "state=systemd is for 'zramd serve' as a service: use a file such as /dev/shm/NAME.state"

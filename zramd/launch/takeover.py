@@ -91,7 +91,7 @@ def _replace(served: servers.Served, words: list[str], turn: life.Turn) -> tuple
     filters.refuse(served.name, line)
     changed = _override(pairs, words)
     old = _Old(served, process)
-    _refuse_other_front(served, old.health, config.parse(pairs).front, config.parse(changed).front)
+    refuse_other_front(served, old.health, config.parse(pairs).front, config.parse(changed).front)
     as_before = _plan(served, line, pairs)
     plan = _plan(served, line, changed)
     step("restart.sockets")
@@ -108,7 +108,7 @@ def _replace(served: servers.Served, words: list[str], turn: life.Turn) -> tuple
     since = time.monotonic()
     try:
         step("restart.ready")
-        _refuse_busy(served)
+        refuse_busy(served)
     except DeviceError as error:
         if not old.has_ended() or old.was_stopped():
             new.kill()
@@ -132,7 +132,7 @@ def _replace(served: servers.Served, words: list[str], turn: life.Turn) -> tuple
     return new.pid, time.monotonic() - since
 
 
-def _refuse_other_front(served: servers.Served, health: dict[str, Any], before: str, after: str) -> None:
+def refuse_other_front(served: servers.Served, health: dict[str, Any], before: str, after: str) -> None:
     """Raise DeviceError for a change of front while a client has the device: it could not follow."""
     if before != after and health["clients"]:
         raise DeviceError(
@@ -248,6 +248,33 @@ class _UnseenError(DeviceError):
     """The new server has been let go, and cannot be looked at."""
 
 
+def sockets_of(served: servers.Served) -> tuple[list[int], bool]:
+    """Return the sockets on which a server accepts clients, and whether zramd made its run folder.
+
+    They are ours to close. Raises DeviceError.
+    """
+    path = served.file(rundir.SOCKETS)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as here:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        umask = os.umask(0o177)  # whoever connects gets the server's sockets
+        try:
+            here.bind(path)
+        finally:
+            os.umask(umask)
+        try:
+            here.listen(1)
+            served.request("POST", "/sockets", path)
+            with here.accept()[0] as link:
+                text, listening, _, _ = socket.recv_fds(link, 64, _SOCKETS_MAX)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+    for fd in listening:
+        os.set_inheritable(fd, False)  # or the new server would have these beside those that it is given
+    return listening, text == b"made"
+
+
 class _Old:
     """The server that is to be replaced, and what of it a new one needs."""
 
@@ -271,28 +298,9 @@ class _Old:
 
     def take_sockets(self) -> None:
         """Get the sockets on which it accepts clients. Raises DeviceError."""
-        path = self.served.file(rundir.SOCKETS)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as here:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-            umask = os.umask(0o177)  # whoever connects gets the server's sockets
-            try:
-                here.bind(path)
-            finally:
-                os.umask(umask)
-            try:
-                here.listen(1)
-                self.served.request("POST", "/sockets", path)
-                with here.accept()[0] as link:
-                    text, self.listening, _, _ = socket.recv_fds(link, 64, _SOCKETS_MAX)
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
-        for fd in self.listening:
-            os.set_inheritable(fd, False)  # or the new server would have these beside those that it is given
+        self.listening, self.made = sockets_of(self.served)
         if not self.listening and self.health.get("front") != "ublk":
             raise DeviceError(f"{self.served.name} serves its standard input: it cannot be restarted")
-        self.made = text == b"made"
 
     def was_stopped(self) -> bool:
         """Say whether a user has stopped it: once it has ended, and if it is new enough to say."""
@@ -471,7 +479,7 @@ def _refuse_others(served: servers.Served, process: peer.Process) -> None:
         )
 
 
-def _refuse_busy(served: servers.Served) -> None:
+def refuse_busy(served: servers.Served) -> None:
     """Raise DeviceError while a save or a load would be cut off, or the server could not end."""
     health = served.ask_json("GET", "/health")  # a server of an older zramd says less
     if streams := health.get("streams"):

@@ -4,6 +4,8 @@ import os
 import sys
 
 from zramd.errors import UsageError, say
+from zramd.kernel import ublk
+from zramd.launch import ublkway
 from zramd.launch.nbdkit import Options
 from zramd.settings import config
 from zramd.settings.config import Config
@@ -31,21 +33,24 @@ def check(options: Options) -> None:
         raise UsageError(f"'{word}' is for nbdkit: {_WITHOUT}: leave it out, or use front=nbd")
 
 
-def choose(settings: Config, options: Options) -> str:
-    """Return which front front=auto is, and say why."""
-    why = _why_not(settings, options)
+def choose(settings: Config, options: Options, *, for_others: bool = False) -> str:
+    """Return which front front=auto is, and say why. `for_others`: zramd.conf leaves the device to them."""
+    why = "it has attach = no, and others may use it" if for_others else _why_not(settings, options)
+    if "run '" not in why:  # else the remedy is another front
+        why = why.partition(": ")[0]
     say(f"front=auto: {'nbd, because ' + why if why else 'ublk'}")
     return "nbd" if why else "ublk"
 
 
 def _why_not(settings: Config, options: Options) -> str:
-    """Return why ublk cannot be had, or would not do what is asked for, '' if it can."""
+    """Return why ublk cannot be had, or would not do what is asked for, '' if it can.
+
+    A service sees no devices, and needs none: `zramd attach`, a service of its own, hands it over.
+    """
     if options.sockets or options.before or options.after:
         return "nbdkit's options or sockets are given"
     if name := config.nbds_own(vars(settings)):
         return f"{name}={config.written(getattr(settings, name))} is for it"
     if os.geteuid():
         return "only root attaches ublk's devices"
-    from zramd.core.ublk import control  # only here: other commands need nothing of the core
-
-    return control.available()
+    return ublkway.never() or ublk.absent() if "NOTIFY_SOCKET" in os.environ else ublkway.unavailable()

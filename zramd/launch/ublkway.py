@@ -69,7 +69,17 @@ def unavailable() -> str:
 
     if ublk.broken(os.uname().release):
         return _broken(os.uname().release)
-    return available()
+    return ublk.absent() or available()
+
+
+def never() -> str:
+    """Return why no device of ublk's can be attached here, '' if `zramd attach` can do what is missing."""
+    from zramd.core.ublk.control import available
+
+    release = os.uname().release
+    if ublk.broken(release):
+        return _broken(release)
+    return "" if ublk.can_be_loaded(release) else ublk.absent() or available(os.devnull)
 
 
 def _broken(release: str) -> str:

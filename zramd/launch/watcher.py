@@ -14,7 +14,7 @@ from zramd import __version__
 from zramd.contract import rundir
 from zramd.control import life
 from zramd.errors import ZramdError
-from zramd.launch import spawn
+from zramd.launch import spawn, ublkway
 from zramd.launch.nbdkit import Options
 from zramd.launch.sudo import sudo, zramd
 from zramd.launch.uris import uri
@@ -69,8 +69,11 @@ def greeting(settings: Config, options: Options, pid: int) -> str:
 def attach_command(settings: Config) -> str:
     """Return what attaches a device, as this user has to write it.
 
-    Attaching is root's business, and root looks for a device by its name elsewhere than other users.
+    Attaching is root's business, and root looks for a device by its name elsewhere than other users. Where
+    this machine has no ublk, it is said why that is of no use.
     """
+    if settings.front == "ublk" and (why := ublkway.never()):
+        return f"not on this machine: {why}"
     usual = settings.rundir == f"{rundir.ROOTS}/{settings.name}"
     return sudo(f"attach {settings.name if usual else f'--rundir {shlex.quote(settings.rundir)}'}")
 

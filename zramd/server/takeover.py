@@ -27,6 +27,20 @@ def wait(folder: str) -> None:
     if handover.is_standby():
         _stand_by(folder, link, process)
         return
+    if link != handover.NOBODY:
+        _await_go(link)
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(process, sockets.HAND_OVER)
+    step("successor.told")
+    pidfd.has_ended(process, None)
+    os.close(process)
+    if link != handover.NOBODY:
+        os.close(link)
+    step("successor.alone")
+
+
+def _await_go(link: int) -> None:
+    """Say that we are ready, and return once the command that started us lets us go. Raises RundirError."""
     answer, why = b"", ""
     try:
         os.write(link, handover.READY)
@@ -38,13 +52,6 @@ def wait(folder: str) -> None:
     step("successor.go")
     with suppress(OSError):  # the command has ended: what it has begun goes on
         os.write(link, handover.TELLING)
-    with suppress(ProcessLookupError):
-        signal.pidfd_send_signal(process, sockets.HAND_OVER)
-    step("successor.told")
-    pidfd.has_ended(process, None)
-    os.close(process)
-    os.close(link)
-    step("successor.alone")
 
 
 def _stand_by(folder: str, link: int, process: int) -> None:

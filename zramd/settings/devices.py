@@ -328,9 +328,18 @@ class _Section:
             )
         self.check_algorithms()
         self.check_attach()
+        self.check_front()
         for key in ("writeback_age", "writeback_limit"):
             if key in self.values and not parsed["backing"]:
                 self.note(key, f"{self.quote(key)} has no effect without backing")
+
+    def check_front(self) -> None:
+        if self.parsed["front"] != "ublk":
+            return
+        if name := config.nbds_own(self.parsed):
+            self.wrong(name, "is for front = nbd: leave it out with front = ublk")
+        if not self.parsed["endpoint"]:
+            self.wrong("endpoint", "off leaves no way to attach a device of front = ublk: use on")
 
     def check_algorithms(self) -> None:
         pair = self.parsed["compression-algorithm"]

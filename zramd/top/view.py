@@ -60,7 +60,7 @@ def header(frame: Frame, sample: Sample, width: int) -> Line:
         (f" {frame.name} ", "title"),
         (f" {human(stats['disksize'])} {stats['comp_algorithm']}  ", ""),
         (f"pid {stats['pid']}  up {clock(stats['uptime'])}  ", "dim"),
-        (f"{sample.clients} client{'' if sample.clients == 1 else 's'}  ", "" if sample.clients else "dim"),
+        (f"{_clients(sample)}  ", "" if sample.clients else "dim"),
     ]
     for device, uses in sample.uses.items():
         swap = "[SWAP]" in uses
@@ -72,6 +72,13 @@ def header(frame: Frame, sample: Sample, width: int) -> Line:
     if frame.keys:
         right.append((f" every {frame.interval:g}s", "dim"))
     return between(left, right, width)
+
+
+def _clients(sample: Sample) -> str:
+    """Return who is connected; by ublk only this machine's kernel can be."""
+    if sample.front == "ublk":
+        return "front ublk"
+    return f"{sample.clients} client{'' if sample.clients == 1 else 's'}"
 
 
 def memory(sample: Sample, width: int, glyphs: Glyphs) -> list[Line]:

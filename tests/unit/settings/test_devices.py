@@ -223,6 +223,11 @@ def test_memory_within_the_limit(root, text):
             "swap = other",
             "swap: 'other' would let this machine's swap deadlock: use local, or attach = no or device",
         ),
+        (
+            "client_limit = 4\nfront = ublk",
+            "client_limit: is for front = nbd: leave it out with front = ublk",
+        ),
+        ("endpoint = off\nfront = ublk", "endpoint: off leaves no way to attach a device of front = ublk"),
         ("mount-point = /tmp", "mount-point = /tmp: zramd mounts nothing: use attach = device"),
         ("zram-fraction = 0.5", "zram-fraction = 0.5: it is obsolete: use zram-size = ram * FRACTION"),
         ("name = x", "name = x: the section's name is the device's: remove it"),

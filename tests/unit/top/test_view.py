@@ -206,6 +206,11 @@ class TestHeader:
         assert shown.strip().startswith(words)
         assert shown.endswith(" PAUSED  every 1s")
 
+    def test_front(self) -> None:
+        one = device()._replace(clients=1, front="ublk", uses={"/dev/ublkb0": ["[SWAP]"]})
+        shown = cells.plain(view.header(frame(one), one, 120))
+        assert "up 1:00:00  front ublk  /dev/ublkb0: the kernel swaps to it" in shown
+
     @pytest.mark.parametrize(
         ("uses", "words"),
         [
