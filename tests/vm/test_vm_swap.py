@@ -102,6 +102,7 @@ def test_local_with_a_cold_tier(tmp_path: Path) -> None:
     assert result["swapoff"]["bad"] == 0
 
 
+@pytest.mark.slow
 def test_kernel_zram(tmp_path: Path) -> None:
     """The same with the kernel's own zram, so that there is something to compare with."""
     result = vm_swap(tmp_path, "--attach", "zram")
@@ -138,7 +139,10 @@ def test_server_stands_still(way: str, tmp_path: Path) -> None:
     assert result["stall"]["churn_seconds"] >= 12
 
 
-@pytest.mark.parametrize("limit", [(), ("--mem-limit", "20M")], ids=["memory", "pool"])
+@pytest.mark.parametrize(
+    "limit",
+    [pytest.param((), id="memory"), pytest.param(("--mem-limit", "20M"), id="pool", marks=pytest.mark.slow)],
+)
 def test_local_at_the_limit(limit: tuple[str, ...], tmp_path: Path) -> None:
     """A machine that swaps to its own zramd, all memory used or all of the pool: half a minute of it."""
     result = vm_swap(tmp_path, "--attach", "local", "--minutes", "0.5", *limit)
@@ -192,6 +196,7 @@ def test_programs_that_come_and_go(tmp_path: Path) -> None:
 REST = ("--rest", "30", "--pageout", "--set", "cold_age=10")
 
 
+@pytest.mark.slow
 def test_a_guest_that_rests(tmp_path: Path) -> None:
     """What it has swapped out becomes cold by itself and takes less; every page is read back as it was."""
     result = vm_swap(tmp_path, "--attach", "qemu", *REST)

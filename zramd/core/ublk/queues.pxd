@@ -16,6 +16,7 @@ cdef class Queues:
     cdef int fd                 # /dev/ublkcN, -1: none
 
     cdef int _open(self) except -1
+    cdef int _have_readers(self) except -1
     cdef _refusal(self, refusal what, int code)
     cdef void _close(self) noexcept
     cdef void _let_go(self) noexcept

@@ -75,12 +75,7 @@ cdef class Queues:
         cdef int rc
         self.is_open = True
         try:
-            if self.device.table.backing is not None:
-                self.readers = Readers(self.device, self.priority)
-                with nogil:
-                    rc = self.readers.open()
-                if rc:
-                    raise self._refusal(A_PRIORITY if self.readers.unurgent else A_THREAD, -rc)
+            self._have_readers()
             for queue in self.queues:
                 queue.readers = self.readers
                 with nogil:
@@ -90,6 +85,17 @@ cdef class Queues:
         except BaseException:
             self._close()
             raise
+        return 0
+
+    cdef int _have_readers(self) except -1:
+        """Start the threads that wait for the disk, if the device has a backing. Raises UblkError."""
+        cdef int rc
+        if self.device.table.backing is not None:
+            self.readers = Readers(self.device, self.priority)
+            with nogil:
+                rc = self.readers.open()
+            if rc:
+                raise self._refusal(A_PRIORITY if self.readers.unurgent else A_THREAD, -rc)
         return 0
 
     cdef _refusal(self, refusal what, int code):
@@ -140,7 +146,7 @@ cdef class Queues:
     def use(self, Device device not None):
         """Serve another device from now on. No memory is taken or given back, but for the threads of one that has a backing.
 
-        Raises UblkError while a disk is served; OSError when those threads are refused, and then nothing can be served.
+        Raises UblkError while a disk is served, and when those threads are refused.
         """
         cdef Queue queue
         if self.fd >= 0:
@@ -150,11 +156,17 @@ cdef class Queues:
                 self.readers.close()
             self.readers = None
         self.device = device
-        if self.is_open and device.table.backing is not None:
-            self.readers = Readers(device, self.priority)
         for queue in self.queues:
             queue.device = device
-            queue.readers = self.readers
+            queue.readers = None
+        if self.is_open:
+            try:
+                self._have_readers()
+            except BaseException:
+                self._close()       # serve makes them anew
+                raise
+            for queue in self.queues:
+                queue.readers = self.readers
 
     def serve(self, int fd):
         """Hand all tags to the kernel by /dev/ublkcN, whose descriptor stays the caller's, and begin to serve.

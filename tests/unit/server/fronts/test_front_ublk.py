@@ -40,6 +40,9 @@ class FakeQueues:
         self.refusal: Exception | None = None
         self.made.append(self)
 
+    def use(self, device: Device) -> None:
+        self.device = device
+
     def serve(self, fd: int) -> None:
         if self.refusal:
             raise self.refusal
@@ -184,8 +187,7 @@ def test_one_that_takes_over_has_all_it_takes_before(tmp_path: Path, made: list[
     one.prepare(parsed)
     assert [queues.geometry for queues in made] == [(2, 128, 65536)]
     one.take(parsed, device)
-    assert [queues.closed for queues in made] == [True, False]
-    assert made[1].device is device
+    assert [(queues.device, queues.closed) for queues in made] == [(device, False)]
 
 
 def test_swap_on_its_device_keeps_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
