@@ -31,7 +31,7 @@ SUITE = "trixie"  # the first whose kernel has ublk
 MIB = 1 << 20
 TIMEOUT = 300.0  # seconds for a scene, on a machine that is busy
 NOTHING = [[], [], [], []]  # of devices, records, keepers and swap
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ENDS = """
 # during   at                   whom     what       end      says         second

@@ -161,7 +161,7 @@ def two() -> dict[str, Any]:
             write(found["first"], 1, b"one.")
             write(found["second"], 1, b"two.")
             found["read"] = [read(found[which], 1).decode() for which in ("first", "second")]
-            found["list"] = good("list")
+            found["list"] = good("list", "--output", "name,front,attached")
             found["stop"] = zramd("stop", "two")
             start("two")
             good("detach", found["first"])
