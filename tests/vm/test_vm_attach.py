@@ -387,7 +387,8 @@ def test_restart_under_swap(loaded: Guest) -> None:
     guest.run("mkdir /run/states && mount -t tmpfs none /run/states")
     settings = "swap=local reserve=4M state=/run/states/back"
     guest.run(f"PATH=/usr/sbin:$PATH {ZRAMD} start back --size 64M {settings}")
-    device = guest.run(f"{ZRAMD} attach back --swap --timeout {timeout}").strip()
+    *warning, device = guest.run(f"{ZRAMD} attach back --swap --timeout {timeout}").split()
+    assert "may be swapped out itself" in " ".join(warning)
     start_load(guest)
     with ThreadPoolExecutor(1) as pool:
         churn = pool.submit(guest.phase, "churn seconds 25", 240)
@@ -430,7 +431,7 @@ def test_areas(loaded: Guest) -> None:
     assert "4 areas need a priority of at least 3" in refused(
         guest, "attach parts --swap --areas 4 --priority 2", 2
     )
-    device = guest.run(f"{ZRAMD} attach parts --swap --areas 4 --timeout 10").strip()
+    device = guest.run(f"{ZRAMD} attach parts --swap --areas 4 --timeout 10").split()[-1]
     there = {f"{device}p{number}": 101 - number for number in (1, 2, 3, 4)}
     assert areas(guest, device) == there
     assert f"{device} is in use as swap: 'zramd detach --swapoff parts'" in refused(guest, "detach parts")
