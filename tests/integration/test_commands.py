@@ -114,7 +114,7 @@ class TestList:
             *("-", "-", str(served.process.pid), "0\n"),
         ]
         every = said("list", "--raw", "--output-all", *at(served)).splitlines()
-        assert [len(line.split(" ")) for line in every] == [25, 25]
+        assert [len(line.split(" ")) for line in every] == [26, 26]
 
     def test_json(self, serve: Serve) -> None:
         served = serve(disksize="100M")

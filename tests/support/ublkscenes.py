@@ -5,6 +5,7 @@ Ends with 0, or an exception.
 
 import ctypes
 import errno
+import gc
 import os
 import random
 import re
@@ -801,4 +802,5 @@ def emptied() -> None:
 if __name__ == "__main__":
     for scene in sys.argv[1:]:
         globals()[scene]()
+        gc.collect()  # a scene's queues may be part of a cycle, and no thread of theirs is to be left
         assert KERNEL.violation == "", (scene, KERNEL.violation)
