@@ -49,7 +49,7 @@ def held(result: dict[str, Any], what: str) -> bool:
         ("libvirt", SUITES[0]),  # as qemu with this kernel: its part is qemu's command line
         ("local", SUITES[0]),
         pytest.param("local", SUITES[1], marks=pytest.mark.slow),
-        ("ublk", SUITES[1]),
+        pytest.param("ublk", SUITES[1], marks=pytest.mark.slow),
     ],
 )
 def test_swap(way: str, suite: str, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_local_at_the_limit(limit: tuple[str, ...], tmp_path: Path) -> None:
     [
         ("qemu", ()),
         ("qemu", ("--restart",)),
-        ("ublk", ("--standby",)),
+        pytest.param("ublk", ("--standby",), marks=pytest.mark.slow),
         pytest.param("ublk", (), marks=pytest.mark.slow),
         pytest.param(
             "ublk",
