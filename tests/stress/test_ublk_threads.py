@@ -3,36 +3,14 @@
 Scaled by ZRAMD_STRESS (1 by default); the seed is printed and can be given as ZRAMD_SEED.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.run import PATIENCE, SCALE, SEED, preloaded
-
-import zramd
-
-SCENES = Path(__file__).parents[1] / "support" / "ublkscenes.py"
-PACKAGES = Path(zramd.__file__).parents[1]
+from support.run import SCALE, run_in_fake_kernel
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
 @pytest.mark.parametrize("scene", ["stress", "emptied", "successor", "abort", "refusals", "readers"])
 def test_threads(scene: str, ublk_shim: Path) -> None:
-    found = subprocess.run(
-        [sys.executable, "-P", SCENES, scene],
-        env={
-            **os.environ,
-            **preloaded(ublk_shim),
-            "SHIM_UBLK": str(ublk_shim),
-            "PYTHONPATH": f"{PACKAGES}:{SCENES.parents[1]}",
-            "ZRAMD_SEED": str(SEED),
-        },
-        capture_output=True,
-        text=True,
-        timeout=(60 + 60 * SCALE) * PATIENCE,
-    )
-    assert found.stderr == ""
-    assert found.returncode == 0
+    assert run_in_fake_kernel(ublk_shim, "ublkscenes.py", scene, timeout=60 + 60 * SCALE) == ""

@@ -12,10 +12,22 @@ from pathlib import Path
 
 import pytest
 
+import zramd
+
+SUPPORT = Path(__file__).parent
+
 SCALE = float(os.environ.get("ZRAMD_STRESS", "1"))  # how much longer tests with threads and kills are to last
 SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))  # of random choices
 PATIENCE = float(os.environ.get("ZRAMD_PATIENCE", "1"))  # how much longer all may take: more if emulated
-SANITIZED = "san" in os.environ.get("ZRAMD_BUILD", "")
+BUILD = os.environ.get("ZRAMD_BUILD", "")
+SANITIZED = "san" in BUILD
+# What a script that a test starts is told of all that: conftest.py hides every other setting.
+SETTINGS = {
+    "ZRAMD_STRESS": str(SCALE),
+    "ZRAMD_SEED": str(SEED),
+    "ZRAMD_PATIENCE": str(PATIENCE),
+    "ZRAMD_BUILD": BUILD,
+}
 
 
 def zramd_command(*words: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -28,6 +40,24 @@ def zramd_command(*words: object, env: dict[str, str] | None = None) -> subproce
         text=True,
         timeout=60 * PATIENCE,
     )
+
+
+def run_in_fake_kernel(shim: Path, script: str, *words: object, timeout: float) -> str:
+    """Run a script of this folder with the shim that is a kernel with ublk; return what it says is wrong."""
+    done = subprocess.run(
+        [sys.executable, "-P", SUPPORT / script, *map(str, words)],
+        env={
+            **os.environ,
+            **SETTINGS,
+            **preloaded(shim),
+            "SHIM_UBLK": str(shim),
+            "PYTHONPATH": f"{Path(zramd.__file__).parents[1]}:{SUPPORT.parent}",
+        },
+        capture_output=True,
+        text=True,
+        timeout=timeout * PATIENCE,
+    )
+    return done.stderr or (f"ended with {done.returncode}" if done.returncode else "")
 
 
 def run_threads(works: Iterable[Callable[[], None]]) -> None:

@@ -2,22 +2,16 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support.backings import Disk
-from support.run import PATIENCE, preloaded, wait_until
+from support.run import run_in_fake_kernel, wait_until
 
-import zramd
 from zramd import Device
 from zramd.core.ublk.control import Control, available
 from zramd.core.ublk.queues import Queues
 from zramd.errors import UblkError
-
-SCENES = Path(__file__).parents[2] / "support" / "ublkscenes.py"
-PACKAGES = Path(zramd.__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
 
@@ -32,20 +26,7 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
     ],
 )
 def test_scenes(scenes: str, ublk_shim: Path) -> None:
-    found = subprocess.run(
-        [sys.executable, "-P", SCENES, *scenes.split()],
-        env={
-            **os.environ,
-            **preloaded(ublk_shim),
-            "SHIM_UBLK": str(ublk_shim),
-            "PYTHONPATH": f"{PACKAGES}:{SCENES.parents[1]}",
-        },
-        capture_output=True,
-        text=True,
-        timeout=120 * PATIENCE,
-    )
-    assert found.stderr == ""
-    assert found.returncode == 0
+    assert run_in_fake_kernel(ublk_shim, "ublkscenes.py", *scenes.split(), timeout=120) == ""
 
 
 def test_no_driver(tmp_path: Path) -> None:

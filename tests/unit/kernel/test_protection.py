@@ -204,6 +204,7 @@ def test_a_measure_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch
         protection._resident_code()
 
 
+@pytest.mark.skipif(SANITIZED, reason="a sanitizer has memory that cannot be locked")
 def test_holes_of_a_state_stay(memory_folder: Path) -> None:
     """A new server locks all memory again when it has the state: it may be just then that none is left."""
     code = """

@@ -3,15 +3,12 @@
 import errno
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.run import PATIENCE, preloaded
+from support.run import run_in_fake_kernel
 
-import zramd
 from zramd.contract.rundir import Rundir
 from zramd.core.device.device import Device
 from zramd.errors import DeviceError, UblkError
@@ -206,18 +203,4 @@ def test_its_numbers_are_shown(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
 def test_a_kernel_is_served_by_it(tmp_path: Path, ublk_shim: Path) -> None:
     """With the core's queues, and a kernel inside of the process."""
-    support = Path(__file__).parents[3] / "support"
-    packages = Path(zramd.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-P", support / "ublkfront.py", tmp_path],
-        env={
-            **os.environ,
-            **preloaded(ublk_shim),
-            "SHIM_UBLK": str(ublk_shim),
-            "PYTHONPATH": f"{packages}:{support.parent}",
-        },
-        capture_output=True,
-        text=True,
-        timeout=60 * PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr
+    assert run_in_fake_kernel(ublk_shim, "ublkfront.py", tmp_path, timeout=60) == ""
