@@ -6,6 +6,7 @@ from typing import Any
 
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.run import FEWER
 
 from zramd.settings.expression import evaluate, size
 
@@ -105,7 +106,7 @@ def attempt(call: Any, *arguments: Any) -> tuple[Any, str]:
         return None, str(error) or "no finite value"
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=int(1000 * FEWER), deadline=None)
 @given(trees)
 def test_same_as_python(tree):
     written = text(tree)

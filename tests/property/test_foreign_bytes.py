@@ -18,7 +18,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
-from support.run import SCALE
+from support.run import FEWER, SCALE
 
 from zramd import Device
 from zramd.commands import VERBS, main, verb_parser
@@ -46,7 +46,7 @@ RAM = 8192
 
 def often(examples: int) -> Any:
     return settings(
-        max_examples=max(int(examples * SCALE), 1),
+        max_examples=max(int(examples * SCALE * FEWER), 1),
         deadline=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )

@@ -22,7 +22,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import initialize, rule
-from support.run import SCALE
+from support.run import SANITIZED, SCALE
 from test_device_model import BLOCK, SIZE, DeviceModel
 
 from zramd import Device, PoolFullError
@@ -261,7 +261,7 @@ class FullTmpfsModel(DeviceModel):
 
 TestFullTmpfsModel = FullTmpfsModel.TestCase
 TestFullTmpfsModel.settings = settings(
-    deadline=None, stateful_step_count=30, max_examples=int(60 * max(SCALE, 1))
+    deadline=None, stateful_step_count=30, max_examples=15 if SANITIZED else int(60 * max(SCALE, 1))
 )
 TestFullTmpfsModel = pytest.mark.skipif(os.geteuid() != 0, reason="may not mount a tmpfs")(TestFullTmpfsModel)
 

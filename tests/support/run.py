@@ -17,10 +17,13 @@ import zramd
 SUPPORT = Path(__file__).parent
 
 SCALE = float(os.environ.get("ZRAMD_STRESS", "1"))  # how much longer tests with threads and kills are to last
-SEED = int(os.environ.get("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))  # of random choices
+# Of random choices; all processes that share the tests of a run have the same one.
+SEED = int(os.environ.setdefault("ZRAMD_SEED", str(random.SystemRandom().randrange(1 << 32))))
 PATIENCE = float(os.environ.get("ZRAMD_PATIENCE", "1"))  # how much longer all may take: more if emulated
 BUILD = os.environ.get("ZRAMD_BUILD", "")
 SANITIZED = "san" in BUILD
+# Share of the examples that Python's own work gets under a sanitizer, which slows it and sees little of it.
+FEWER = 0.1 if SANITIZED else 1.0
 # What a script that a test starts is told of all that: conftest.py hides every other setting.
 SETTINGS = {
     "ZRAMD_STRESS": str(SCALE),

@@ -103,6 +103,7 @@ def test_watch_ends_with_nbdkit(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"HTTP/1.1 503 Service Unavailable\r\n\r\nno", False),
         (b"", False),
     ],
+    ids=["it answers", "another one", "no health", "nothing"],
 )
 def test_is_ready(tmp_path: Path, answer: bytes, ready: bool) -> None:
     """Only the server that was started counts, and it is that one which holds the folder."""

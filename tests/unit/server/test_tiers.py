@@ -462,7 +462,7 @@ class TestByHand:
             (Pass(max_pages=3), [2, 3, 0]),
             (Pass(frozenset({"huge"}), max_pages=1), [2]),
         ],
-        ids=str,
+        ids=["all", "huge", "idle", "both", "long ones", "three", "a huge one"],
     )
     def test_what_is_tried(self, wanted: Pass, tried: list[int]) -> None:
         device = FakeDevice(Block(), Block(), Block(RAW), Block(RAW), Block(1000))

@@ -177,7 +177,7 @@ class TestByHand:
             (WritePass(frozenset({"huge"}), ((0, 3),)), [2]),
             (WritePass(ranges=((4, 1 << 40),)), [4, 5]),
         ],
-        ids=str,
+        ids=["all", "huge", "idle", "both", "raw", "two ranges", "in order", "huge of a range", "beyond"],
     )
     def test_what_goes_out(self, wanted: WritePass, out: list[int]) -> None:
         device = FakeDevice(Block(), Block(), Block(RAW), Block(RAW), Block(100), Block(RAW, tried=True))
