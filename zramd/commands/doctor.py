@@ -368,7 +368,7 @@ def states() -> Iterator[Finding]:
                 yield Finding(
                     NOTE,
                     name,
-                    f"{path} may be swapped out itself after a crash, and the next server would wait for ever",
+                    f"{path} may be swapped out itself after a crash; the next server would wait for ever",
                     "use a state on a tmpfs that is mounted with '-o noswap' (Linux 6.4)",
                 )
             else:
