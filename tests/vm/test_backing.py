@@ -220,8 +220,8 @@ def test_a_slow_disk(served: Served) -> None:
     assert json.loads(guest.run("cat /tmp/slow"))["right"] == [wanted]
 
 
-# All that swaps is slow: what goes out has to rest for a timer first, and the guest is emulated. What one that
-# swaps to itself does without a disk is tried each time: tests/vm/test_vm_swap.py.
+# All that swaps is slow: what goes out has to rest first, in a guest that is emulated. What one that swaps to
+# itself does without a disk is tried each time, by test_vm_swap.py.
 SWAPS = ("--backing", "512M", "--writeback", "--timer", "10")
 
 
