@@ -384,7 +384,7 @@ class TestStandby:
             except OSError:
                 return False
 
-        wait_until(it_does)
+        wait_until(it_does, 60)  # Python starts twice
 
     def serve(self, device: Device, *words: str, **more: str) -> subprocess.Popen[str]:
         """`zramd serve`, as a service manager starts it again."""
@@ -446,7 +446,7 @@ class TestStandby:
         words = ("front=ublk", f"state={device.state}")
         steps.held.add(at)
         again = self.serve(device, *words, **steps.env)
-        assert steps.wait(at) == again.pid
+        assert steps.wait(at, 60) == again.pid
         again.kill()
         again.communicate()
         steps.release()
