@@ -21,6 +21,18 @@ def is_taken(fd: int) -> bool:
     return not _flock(fd, fcntl.LOCK_SH)
 
 
+def folder_is_taken(folder: str) -> bool:
+    """Say whether another has the lock of a folder; False if that cannot be looked at. Raises OSError."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return is_taken(fd)
+    finally:
+        os.close(fd)
+
+
 def _flock(fd: int, how: int) -> bool:
     try:
         fcntl.flock(fd, how | fcntl.LOCK_NB)

@@ -16,31 +16,12 @@ from support.client import NbdSocket
 from support.content import noise
 from support.run import wait_until
 from support.run import zramd_command as zramd
+from support.server import Started
 from support.steps import Steps
 from test_backing_server import BLOCK, BLOCKS, CONTENTS, Serve, allocate, put_out, superblock
-from test_restart import Started
 
 PASS = f"page_indexes=0-{BLOCKS - 1}"
 SWEEP = 30  # seconds in which the server has surely looked at what was read
-
-
-@pytest.fixture
-def state(memory_folder: Path) -> Path:
-    return memory_folder / "state"
-
-
-@pytest.fixture
-def started(tmp_path: Path, state: Path) -> Iterator[Callable[..., Started]]:
-    made: list[Started] = []
-
-    def start(*words: str) -> Started:
-        made.append(Started(tmp_path, state, *words))
-        return made[-1]
-
-    yield start
-    for served in made:
-        if served.pid:
-            os.kill(served.pid, 9)
 
 
 class Loops:
@@ -101,7 +82,7 @@ def section(served: Started) -> dict[str, Any]:
 
 
 def client_of(served: Started) -> NbdSocket:
-    return NbdSocket(served)  # type: ignore[arg-type]
+    return NbdSocket(served)
 
 
 def test_a_disk_that_comes_back_under_another_name(

@@ -14,8 +14,7 @@ import pytest
 from support.client import NbdSocket
 from support.content import noise
 from support.run import wait_until, zramd_command
-from support.server import NbdkitProcess
-from test_restart import Started
+from support.server import NbdkitProcess, Started
 
 from zramd.contract import rundir
 from zramd.contract.superblock import Superblock, pack, unpack
@@ -40,25 +39,6 @@ def allocate(path: Path) -> Path:
 @pytest.fixture
 def backing(disk_folder: Path) -> Path:
     return allocate(disk_folder / "backing")
-
-
-@pytest.fixture
-def state(memory_folder: Path) -> Path:
-    return memory_folder / "state"
-
-
-@pytest.fixture
-def started(tmp_path: Path, state: Path) -> Iterator[Callable[..., Started]]:
-    made: list[Started] = []
-
-    def start(*words: str) -> Started:
-        made.append(Started(tmp_path, state, *words))
-        return made[-1]
-
-    yield start
-    for served in made:
-        if served.pid:
-            os.kill(served.pid, signal.SIGKILL)
 
 
 def superblock(path: Path) -> Superblock:
@@ -165,7 +145,7 @@ def test_a_restart(started: Callable[..., Started], state: Path, backing: Path) 
     assert served.pid != pid
     assert served.ask("/settings")["backing"] == str(backing)
     assert served.ask("/settings")["writeback_limit"] == 2 << 30
-    client = NbdSocket(served)  # type: ignore[arg-type]
+    client = NbdSocket(served)
     assert client.read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
     client.close()
     served.refused("writeback_limit=1", status=2)
@@ -206,7 +186,7 @@ def test_a_restart_with_another_one(
     )
     assert "cannot be opened: no such file" in served.refused(f"backing={other}-none")
     assert served.ask("/settings")["backing"] == str(backing)
-    assert NbdSocket(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)  # type: ignore[arg-type]
+    assert NbdSocket(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
 
 
 def test_a_restart_while_nothing_is_out(started: Callable[..., Started], backing: Path, other: Path) -> None:

@@ -5,19 +5,22 @@
 
 import os
 import random
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from support.client import NbdSocket
 from support.content import block_content
-from support.run import SCALE, SEED
+from support.run import PATIENCE, SCALE, SEED
 from support.server import NbdkitProcess
 
 from zramd import Device
+from zramd.core.device import device as core
 from zramd.server import statefile
 
 BLOCK = 4096
@@ -25,6 +28,8 @@ KILLS = max(1, int(30 * SCALE))
 WORKERS = 4
 BLOCKS = 2048  # of each worker
 SIZE = WORKERS * BLOCKS * BLOCK
+CORE = Path(core.__file__)
+BUILT = CORE.stat()
 
 
 class Ledger:
@@ -51,10 +56,25 @@ class Ledger:
             found = data[index * BLOCK : (index + 1) * BLOCK]
             block = self.first + index
             if found != block_content(block, version):
-                assert index in self.pending, f"block {block}: version {version} is lost"
+                there = found[:18] if any(found) else "nothing"
+                assert index in self.pending, f"block {block}: version {version} is lost, {there!r} is there"
                 assert found == block_content(block, self.pending[index]), f"block {block} is torn"
                 self.known[index] = self.pending[index]
         self.pending = {}
+
+
+@contextmanager
+def evidence(state: Path, folder: Path) -> Iterator[None]:
+    """Keep the state in which something is lost, and tell when servers ran another build than this test."""
+    try:
+        yield
+    except AssertionError as error:
+        shutil.copyfile(state, folder / "lost.state")
+        error.add_note(f"the state: {folder}/lost.state")
+        now = CORE.stat()
+        if (now.st_ino, now.st_mtime_ns) != (BUILT.st_ino, BUILT.st_mtime_ns):
+            error.add_note("zramd has been built again meanwhile: this shows nothing of either build")
+        raise
 
 
 def client(served: NbdkitProcess, ledger: Ledger, rnd: random.Random, errors: list[BaseException]) -> None:
@@ -96,7 +116,7 @@ def take_over(path: Path, verify: bool) -> Device:
         os.close(fd)
 
 
-@pytest.mark.timeout(120 + 10 * KILLS)
+@pytest.mark.timeout((120 + 10 * KILLS) * PATIENCE)
 def test_a_killed_server_loses_nothing(
     serve: Callable[..., NbdkitProcess], memory_folder: Path, tmp_path: Path
 ) -> None:
@@ -121,8 +141,9 @@ def test_a_killed_server_loses_nothing(
         counts["leaked_objects"] += before["leaked_objects"]
         # What the last one left: some of it over NBD, as a client sees it.
         nbd = NbdSocket(served)
-        for ledger in ledgers:
-            ledger.settle(nbd.read)
+        with evidence(path, tmp_path):
+            for ledger in ledgers:
+                ledger.settle(nbd.read)
         nbd.close()
         clients = [
             threading.Thread(target=client, args=(served, ledger, random.Random(rnd.random()), errors))
@@ -147,8 +168,9 @@ def test_a_killed_server_loses_nothing(
                 device.read(buf, offset)
                 return bytes(buf)
 
-            for ledger in ledgers:
-                ledger.settle(read)
+            with evidence(path, tmp_path):
+                for ledger in ledgers:
+                    ledger.settle(read)
             device.compact()
             device.check()
             del device, read

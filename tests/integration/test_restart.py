@@ -1,6 +1,5 @@
 """zramd restart: clients that write meanwhile lose nothing, are never refused; what cannot be restarted."""
 
-import json
 import os
 import random
 import re
@@ -10,16 +9,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
 import pytest
 from support.client import NbdSocket
-from support.run import talk, wait_until
+from support.run import wait_until
 from support.run import zramd_command as zramd
-from support.server import PACKAGE_PARENT, PLUGIN, NbdkitProcess
+from support.server import PACKAGE_PARENT, PLUGIN, NbdkitProcess, Started
 
 from zramd.contract import rundir
 from zramd.launch.takeover import LEAVE_TIMEOUT
@@ -35,55 +34,6 @@ def content(block: int, version: int) -> bytes:
     return (b"%08d %08d " % (block, version) + dice.randbytes(dice.randrange(50, 3600))).ljust(BLOCK, b"\0")
 
 
-class Started:
-    """A server begun by `zramd start`; it looks like support.server.NbdkitProcess to NbdSocket."""
-
-    def __init__(self, folder: Path, state: Path, *words: str) -> None:
-        self.name = "again"
-        self.rundir = folder / "run"
-        self.socket = self.rundir / "nbd.sock"
-        self.state = state
-        done = zramd("start", self.name, "--size", "64M", f"rundir={self.rundir}", f"state={state}", *words)
-        assert (done.returncode, done.stderr) == (0, "")
-
-    @property
-    def pid(self) -> int:
-        return rundir.holder(str(self.rundir)) or 0
-
-    def restart(self, *words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        return zramd("restart", "--rundir", self.rundir, *words, env=env)
-
-    def refused(self, *words: str, status: int = 1) -> str:
-        """Try, see that the same process serves on, and return the sentence."""
-        pid = self.pid
-        done = self.restart(*words)
-        assert (done.returncode, done.stdout) == (status, ""), done
-        assert done.stderr.startswith("zramd: ")
-        assert done.stderr.count("\n") == 1
-        assert self.pid == pid
-        NbdSocket(self).close()  # type: ignore[arg-type]
-        return done.stderr.removeprefix("zramd: ").rstrip()
-
-    def ask(self, path: str) -> dict[str, object]:
-        answer = talk(self.rundir / "control.sock", f"GET {path} HTTP/1.1\r\n\r\n".encode())
-        values: dict[str, object] = json.loads(answer.partition(b"\r\n\r\n")[2])
-        return values
-
-
-@pytest.fixture
-def started(tmp_path: Path, memory_folder: Path) -> Iterator[Callable[..., Started]]:
-    made: list[Started] = []
-
-    def start(*words: str) -> Started:
-        made.append(Started(tmp_path, memory_folder / "state", *words))
-        return made[-1]
-
-    yield start
-    for served in made:
-        if served.pid:
-            os.kill(served.pid, signal.SIGKILL)
-
-
 class Client(threading.Thread):
     """Writes and reads, one request at a time; connects again at once when the server leaves."""
 
@@ -93,6 +43,7 @@ class Client(threading.Thread):
         self.first = first
         self.known: dict[int, int] = {}
         self.slowest = 0.0
+        self.answered = 0
         self.connections = 0
         self.failure: BaseException | None = None
         self.stopping = False
@@ -121,11 +72,12 @@ class Client(threading.Thread):
                 except (ConnectionError, EOFError):
                     nbd = None
             self.slowest = max(self.slowest, time.monotonic() - since)
+            self.answered += 1
 
     def connect(self) -> NbdSocket:
         """Refused, no socket, or cut off before it is connected: qemu would sleep for a second then."""
         try:
-            nbd = NbdSocket(self.served)  # type: ignore[arg-type]
+            nbd = NbdSocket(self.served)
         except OSError as error:
             raise AssertionError(f"attempt {self.connections + 1} to connect failed: {error}") from None
         self.connections += 1
@@ -152,7 +104,7 @@ def test_clients_that_write_meanwhile(started: Callable[..., Started]) -> None:
         assert client.connections > RESTARTS
         assert client.slowest < LEAVE_TIMEOUT, "it waited until somebody gave up"
     assert len(pids) == RESTARTS + 1
-    nbd = NbdSocket(served)  # type: ignore[arg-type]
+    nbd = NbdSocket(served)
     for client in clients:
         assert len(client.known) > 50
         for block, version in client.known.items():
@@ -164,6 +116,18 @@ def test_clients_that_write_meanwhile(started: Callable[..., Started]) -> None:
 def all_connect(clients: list[Client], times: int) -> None:
     """Wait until each client has connected so many times, and fail at once if one has failed."""
     wait_until(lambda: all(client.connections >= times or client.failure for client in clients), 60)
+    assert [client.failure for client in clients if client.failure] == []
+
+
+def all_go_on(clients: list[Client]) -> None:
+    """Wait until each has had a few answers, and fail at once if one has failed."""
+    before = [client.answered for client in clients]
+
+    def each_has(count: int) -> bool:
+        pairs = zip(clients, before, strict=True)
+        return all(client.answered - then >= count or client.failure for client, then in pairs)
+
+    wait_until(lambda: each_has(5), 60)
     assert [client.failure for client in clients if client.failure] == []
 
 
@@ -232,11 +196,11 @@ def measure(qemu: Qemu, what: str, end: Callable[[], object]) -> None:
         client.start()
     pauses = []
     for _ in range(RESTARTS):
-        time.sleep(0.2)
+        all_go_on(clients)
         for client in clients:
             client.slowest = 0.0
         end()
-        time.sleep(0.2)
+        all_go_on(clients)
         pauses.append(max(client.slowest for client in clients))
     for client in clients:
         client.stopping = True
@@ -244,7 +208,7 @@ def measure(qemu: Qemu, what: str, end: Callable[[], object]) -> None:
         assert client.failure is None, client.failure
         assert client.connections == 1
         assert len(client.known) > 50
-    nbd = NbdSocket(qemu)  # type: ignore[arg-type]
+    nbd = NbdSocket(qemu)
     for client in clients:
         for block, version in client.known.items():
             assert nbd.read(block * BLOCK, BLOCK) == content(block, version)
@@ -313,7 +277,7 @@ def test_a_client_that_stands_still(started: Callable[..., Started]) -> None:
     served = started()
     silent = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     silent.connect(str(served.socket))
-    deaf = NbdSocket(served)  # type: ignore[arg-type]
+    deaf = NbdSocket(served)
     for number in range(8):
         deaf.send(deaf.READ, number << 20, 1 << 20)
     client = Client(served, 0)
@@ -332,7 +296,7 @@ def test_many_requests_in_flight_meet_no_error(started: Callable[..., Started]) 
     """nbdkit fails what it reads while it shuts down; so it must not read then."""
     served = started()
     for _ in range(5):
-        nbd = NbdSocket(served)  # type: ignore[arg-type]
+        nbd = NbdSocket(served)
         for number in range(100):
             nbd.send(nbd.WRITE, number * BLOCK, BLOCK, content(number, 1))
         assert served.restart().returncode == 0
@@ -345,7 +309,7 @@ def test_many_requests_in_flight_meet_no_error(started: Callable[..., Started]) 
         except ConnectionError:
             pass
         assert answers > 0
-        again = NbdSocket(served)  # type: ignore[arg-type]
+        again = NbdSocket(served)
         for number in range(answers):
             assert again.read(number * BLOCK, BLOCK) == content(number, 1)
         again.close()
@@ -376,7 +340,7 @@ def test_a_restart_with_another_codec_keeps_what_the_others_stored(started: Call
             assert served.restart(f"comp_algorithm={algorithm}").returncode == 0
         assert served.ask("/settings")["comp_algorithm"] == algorithm
         assert served.ask("/stats")["comp_algorithm"] == algorithm
-        nbd = NbdSocket(served)  # type: ignore[arg-type]
+        nbd = NbdSocket(served)
         for block in range(number * 50, number * 50 + 50):
             assert nbd.ask(nbd.WRITE, block * BLOCK, BLOCK, content(block, 1)) == 0
         for block in range(number * 50 + 50):
@@ -464,7 +428,7 @@ def test_a_new_server_that_fails_after_the_old_one_left(
 ) -> None:
     """Then one with the old settings comes in its place."""
     served = started()
-    nbd = NbdSocket(served)  # type: ignore[arg-type]
+    nbd = NbdSocket(served)
     assert nbd.ask(nbd.WRITE, 0, BLOCK, content(0, 7)) == 0
     pid = served.pid
     # The first one says that it is ready, and ends once the old one was told; the next one is real.
@@ -488,7 +452,7 @@ def test_a_new_server_that_fails_after_the_old_one_left(
     assert served.pid not in (0, pid)
     told = f"zramd: again is served as before, by a new process {served.pid}: it fell over\n"
     assert done.stderr == told
-    again = NbdSocket(served)  # type: ignore[arg-type]
+    again = NbdSocket(served)
     assert again.read(0, BLOCK) == content(0, 7)
 
 
@@ -539,7 +503,7 @@ def test_in_the_foreground(serve: Serve, memory_folder: Path) -> None:
 def test_two_at_once(started: Callable[..., Started]) -> None:
     """One of them succeeds, the others fail if they come meanwhile; a server is there, and has the data."""
     served = started()
-    nbd = NbdSocket(served)  # type: ignore[arg-type]
+    nbd = NbdSocket(served)
     assert nbd.ask(nbd.WRITE, 0, BLOCK, content(0, 7)) == 0
     with_results: list[subprocess.CompletedProcess[str]] = []
     threads = [threading.Thread(target=lambda: with_results.append(served.restart())) for _ in range(3)]
@@ -550,7 +514,7 @@ def test_two_at_once(started: Callable[..., Started]) -> None:
     assert any(done.returncode == 0 for done in with_results), with_results
     assert len(with_results) == 3, "one of them hangs"
     assert "Traceback" not in "".join(done.stderr for done in with_results)
-    again = NbdSocket(served)  # type: ignore[arg-type]
+    again = NbdSocket(served)
     assert again.read(0, BLOCK) == content(0, 7)
 
 
@@ -586,7 +550,7 @@ def test_all_with_a_state_are_restarted(
     started: Callable[..., Started], serve: Serve, tmp_path: Path
 ) -> None:
     served, plain = started(), serve(disksize="64M")
-    client = NbdSocket(served)  # type: ignore[arg-type]
+    client = NbdSocket(served)
     assert client.ask(client.WRITE, 0, BLOCK, content(0, 1)) == 0
     before, plain_before = served.pid, rundir.holder(str(plain.rundir))
     done = restart_all(served.rundir, plain.rundir)
@@ -596,7 +560,7 @@ def test_all_with_a_state_are_restarted(
     assert second == f"{plain.name:<13} goes on as it is: it has no state, and its data would be lost"
     assert served.pid not in (0, before)
     assert rundir.holder(str(plain.rundir)) == plain_before
-    again = NbdSocket(served)  # type: ignore[arg-type]
+    again = NbdSocket(served)
     assert again.read(0, BLOCK) == content(0, 1)
     again.close()
 

@@ -11,8 +11,7 @@ from support.client import NbdSocket
 from support.content import block_content
 from support.run import wait_until
 from support.run import zramd_command as zramd
-from support.server import NbdkitProcess
-from test_restart import Started
+from support.server import NbdkitProcess, Started
 
 BLOCK = 4096
 BLOCKS = 4000
@@ -27,14 +26,14 @@ def started(tmp_path: Path, memory_folder: Path) -> Iterator[Started]:
 
 
 def fill(served: NbdkitProcess | Started) -> None:
-    client = NbdSocket(served)  # type: ignore[arg-type]
+    client = NbdSocket(served)
     for block in range(BLOCKS):
         assert client.ask(client.WRITE, block * BLOCK, BLOCK, block_content(block, 1)) == 0
     client.close()
 
 
 def is_whole(served: Started) -> bool:
-    client = NbdSocket(served)  # type: ignore[arg-type]
+    client = NbdSocket(served)
     data = client.read(0, BLOCKS * BLOCK)
     client.close()
     return data == b"".join(block_content(block, 1) for block in range(BLOCKS))

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 BACKEND = SCRIPTS / "lib" / "backend"
 
+pytestmark = pytest.mark.timeout(1000)  # the first may have to build, on a machine that has other work
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: runs as another user")
 
 
@@ -24,9 +25,15 @@ def run(*command, **kwargs):
 
 @pytest.fixture(scope="module", autouse=True)
 def set_up():
-    """The tests here are of what is already set up: setting up is what scripts/test has just done."""
+    """The tests here are of what is already set up: setting up is what scripts/test has just done.
+
+    Where the source has changed since, that takes minutes, and none of them is a test's.
+    """
     if not (ROOT / ".venv/stamp.zramd").exists():
         pytest.skip("needs scripts/test or scripts/serve to have been run in this checkout")
+    words = f"set -euo pipefail; source '{SCRIPTS}/lib/common.sh'; ensure_venv zramd"
+    done = run("bash", "-c", words, timeout=900)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """A server of front=ublk: its life as a user sees it, without nbdkit. Its device takes a kernel: tests/vm."""
 
-import array
 import json
 import os
 import signal
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.run import wait_until
+from support.run import PATIENCE, wait_until
 from support.steps import Steps
 
 from zramd import Device as Core
-from zramd.contract import rundir
+from zramd.contract import exchange, rundir
 from zramd.control import servers
 from zramd.core.device.saving import load, save
 from zramd.core.ublk import control
@@ -41,7 +40,9 @@ class Device:
     def run(self, *words: object, status: int = 0) -> str:
         """The output of a command of zramd, standard error behind it."""
         command = [sys.executable, "-P", "-m", "zramd", *map(str, words)]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=60 * PATIENCE
+        )
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -55,15 +56,9 @@ class Device:
         return int((self.folder / "pid").read_text())
 
     def ask(self, method: str, path: str, body: str = "", fd: int = -1) -> tuple[int, str]:
-        """What the server answers; a descriptor goes along if there is one."""
-        head = f"{method} {path} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(20)
-            sock.connect(str(self.folder / "control.sock"))
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
-            sock.sendmsg([head], rights)
-            answer = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
-        return int(answer.split()[1]), answer.partition("\r\n\r\n")[2].strip()
+        """What the server answers; a descriptor goes along if there is one. OSError: it is just leaving."""
+        status, text = exchange.ask(str(self.folder), method, path, body, 20 * PATIENCE, fd=fd)
+        return status, text.strip()
 
     def health(self) -> dict[str, Any]:
         status, text = self.ask("GET", "/health")
@@ -74,7 +69,7 @@ class Device:
     def save(self) -> bytes:
         """What the device holds."""
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(20)
+            sock.settimeout(20 * PATIENCE)
             sock.connect(str(self.folder / "control.sock"))
             sock.sendall(b"GET /save HTTP/1.1\r\n\r\n")
             stream = b"".join(iter(lambda: sock.recv(65536), b"")).partition(b"\r\n\r\n")[2]
@@ -204,7 +199,7 @@ def test_in_the_foreground_ctrl_c_ends_it(device: Device, tmp_path: Path) -> Non
         wait_until(lambda: "try next:" in (tmp_path / "out").read_text())
         assert device.pid == served.pid
         served.send_signal(signal.SIGINT)
-        assert served.wait(20) == 0
+        assert served.wait(20 * PATIENCE) == 0
         text = (tmp_path / "out").read_text()
     assert "  front         ublk: this machine's kernel, once it is attached\n" in text
     assert "Traceback" not in text
@@ -389,7 +384,7 @@ class TestStandby:
             except OSError:
                 return False
 
-        wait_until(it_does)
+        wait_until(it_does, 60)  # Python starts twice
 
     def serve(self, device: Device, *words: str, **more: str) -> subprocess.Popen[str]:
         """`zramd serve`, as a service manager starts it again."""
@@ -415,7 +410,7 @@ class TestStandby:
             assert device.save() == served[1]
             assert json.loads(device.ask("GET", "/settings")[1])["mem_limit"] == 7 << 20
             device.run("stop", "--rundir", device.folder)  # others have their turn with it
-            assert again.wait(20) == 0
+            assert again.wait(20 * PATIENCE) == 0
             assert not device.folder.exists()
         finally:
             again.kill()
@@ -434,7 +429,7 @@ class TestStandby:
     ) -> None:
         waiting = self.promoted(device, served)
         again = self.serve(device, *(word.format(state=device.state) for word in words))
-        said = again.communicate(timeout=20)[1]
+        said = again.communicate(timeout=20 * PATIENCE)[1]
         assert again.returncode
         assert sentence in said
         assert said.count("\n") == 1
@@ -451,7 +446,7 @@ class TestStandby:
         words = ("front=ublk", f"state={device.state}")
         steps.held.add(at)
         again = self.serve(device, *words, **steps.env)
-        assert steps.wait(at) == again.pid
+        assert steps.wait(at, 60) == again.pid
         again.kill()
         again.communicate()
         steps.release()

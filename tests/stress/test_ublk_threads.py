@@ -11,6 +11,17 @@ from support.run import SCALE, run_in_fake_kernel
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
-@pytest.mark.parametrize("scene", ["stress", "emptied", "successor", "abort", "refusals", "readers"])
-def test_threads(scene: str, ublk_shim: Path) -> None:
-    assert run_in_fake_kernel(ublk_shim, "ublkscenes.py", scene, timeout=60 + 60 * SCALE) == ""
+@pytest.mark.parametrize(
+    ("script", "scene"),
+    [
+        ("crowds", "stress"),
+        ("crowds", "emptied"),
+        ("lives", "successor"),
+        ("lives", "abort"),
+        ("refusals", "refusals"),
+        ("away", "readers"),
+    ],
+)
+def test_threads(script: str, scene: str, ublk_shim: Path) -> None:
+    timeout = 60 + 60 * SCALE
+    assert run_in_fake_kernel(ublk_shim, f"ublkscenes/{script}.py", scene, timeout=timeout) == ""

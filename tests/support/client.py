@@ -6,9 +6,19 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
 
 from support.run import SEED, wait_until
-from support.server import NbdkitProcess
+
+
+class Served(Protocol):
+    """What a client has to know of a server."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def socket(self) -> Path: ...
 
 
 class NbdSocket:
@@ -16,7 +26,7 @@ class NbdSocket:
 
     READ, WRITE, DISCONNECT, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
 
-    def __init__(self, served: NbdkitProcess, timeout: float = 30.0) -> None:
+    def __init__(self, served: Served, timeout: float = 30.0) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(timeout)
         self.sock.connect(str(served.socket))
@@ -70,7 +80,7 @@ class NbdSocket:
 
 
 @contextmanager
-def bystander(served: NbdkitProcess, length: int = 8 << 20) -> Iterator[None]:
+def bystander(served: Served, length: int = 8 << 20) -> Iterator[None]:
     """Another client, which works on the first bytes of the device meanwhile and finds all as it left it."""
     stopping = threading.Event()
     failures: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""A real nbdkit that serves the plugin."""
+"""Real servers: nbdkit with the plugin, as a test starts it, or as `zramd start` does."""
 
 import json
 import os
@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 import zramd
-from support.run import talk
+from support.client import NbdSocket
+from support.run import talk, zramd_command
+from zramd.contract import rundir
 
 PACKAGE_PARENT = Path(zramd.__file__).parent.parent
 PLUGIN = PACKAGE_PARENT / "nbdkit_plugin.py"
@@ -110,3 +112,43 @@ class NbdkitProcess:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+
+
+class Started:
+    """A server with a state, begun by `zramd start`."""
+
+    def __init__(self, folder: Path, state: Path, *words: str) -> None:
+        self.name = "again"
+        self.rundir = folder / "run"
+        self.socket = self.rundir / "nbd.sock"
+        self.state = state
+        done = zramd_command(
+            "start", self.name, "--size", "64M", f"rundir={self.rundir}", f"state={state}", *words
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+
+    @property
+    def pid(self) -> int:
+        """The process that serves; 0 if none does."""
+        return rundir.holder(str(self.rundir)) or 0
+
+    def restart(self, *words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """Run `zramd restart` for it."""
+        return zramd_command("restart", "--rundir", self.rundir, *words, env=env)
+
+    def refused(self, *words: str, status: int = 1) -> str:
+        """Try, see that the same process serves on, and return the sentence."""
+        pid = self.pid
+        done = self.restart(*words)
+        assert (done.returncode, done.stdout) == (status, ""), done
+        assert done.stderr.startswith("zramd: ")
+        assert done.stderr.count("\n") == 1
+        assert self.pid == pid
+        NbdSocket(self).close()
+        return done.stderr.removeprefix("zramd: ").rstrip()
+
+    def ask(self, path: str) -> dict[str, object]:
+        """What the endpoint answers, as JSON."""
+        answer = talk(self.rundir / "control.sock", f"GET {path} HTTP/1.1\r\n\r\n".encode())
+        values: dict[str, object] = json.loads(answer.partition(b"\r\n\r\n")[2])
+        return values

@@ -110,7 +110,11 @@ class Served:
 
 
 @pytest.fixture(
-    scope="module", params=[kernel.SUITES[0], pytest.param(kernel.SUITES[1], marks=pytest.mark.slow)]
+    scope="module",
+    params=[
+        kernel.SUITES[0],
+        pytest.param(kernel.SUITES[1], marks=pytest.mark.slow),
+    ],  # slow: all of it again
 )
 def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Machine:
     folder = ROOT / "build/vm"
@@ -172,6 +176,7 @@ def test_a_disk_that_cannot_be_read(served: Served) -> None:
     "lie",
     [
         pytest.param("drop_writes", id="drops"),
+        # slow: a minute, in which the same code finds another lie
         pytest.param("corrupt_bio_byte 500 w 77 0", id="corrupts", marks=pytest.mark.slow),
     ],
 )
@@ -188,7 +193,7 @@ def test_a_disk_that_lies(served: Served, lie: str) -> None:
     assert "the backing does not have it as it was written" in served.server.log()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # because the disk is, and a reader of it has to wait for seconds, again and again
 def test_a_slow_disk(served: Served) -> None:
     """Only reads of what is out wait for it, and who uses the same connection where nbdkit is old."""
     guest, zramd_in_guest = served.guest, "/usr/bin/python3 -m zramd"
@@ -215,6 +220,8 @@ def test_a_slow_disk(served: Served) -> None:
     assert json.loads(guest.run("cat /tmp/slow"))["right"] == [wanted]
 
 
+# All that swaps is slow: what goes out has to rest first, in a guest that is emulated. What one that swaps to
+# itself does without a disk is tried each time, by test_vm_swap.py.
 SWAPS = ("--backing", "512M", "--writeback", "--timer", "10")
 
 

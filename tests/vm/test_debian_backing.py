@@ -25,6 +25,7 @@ from vm.guest import Guest
 from zramd.launch import backingunit
 
 ROOT = Path(__file__).resolve().parents[2]
+# slow: two Debians with systemd, each booted four times
 pytestmark = [pytest.mark.timeout(1800 * PATIENCE), pytest.mark.slow]
 
 MIB = 1 << 20
@@ -47,9 +48,7 @@ writeback_age = 10
 """
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(kernel.SUITES[0], marks=pytest.mark.slow), kernel.SUITES[1]]
-)
+@pytest.fixture(scope="module", params=kernel.SUITES)
 def computer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Debian]:
     folder = tmp_path_factory.mktemp("debian")
     disks = [backing.Disk(folder, 64 * MIB, name=name) for name in ("out", "kept")]

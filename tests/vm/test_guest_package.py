@@ -21,6 +21,7 @@ from vm import attach, debian, debian_image, image, kernel
 from vm.guest import Guest, Machine, choose_accel
 
 ROOT = Path(__file__).resolve().parents[2]
+# slow: two Debians that are booted, and swap until memory has gone to the host and back
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 
 MIB = 1 << 20

@@ -19,6 +19,7 @@ from vm import debian, debian_image, image, kernel, probe
 from vm.guest import Guest, Machine, choose_accel
 
 ROOT = Path(__file__).resolve().parents[2]
+# slow: two Debians with systemd; scripts/package --check is the short one
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.slow]
 
 MIB = 1 << 20

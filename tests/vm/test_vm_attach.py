@@ -52,6 +52,7 @@ os.execv("/usr/sbin/nbdkit", ["nbdkit", "-f", "-U", f"{folder}/nbd.sock", "file"
 
 @pytest.fixture(
     scope="module",
+    # slow: all of it again, by another kernel
     params=[kernel.SUITES[0], *(pytest.param(suite, marks=pytest.mark.slow) for suite in kernel.SUITES[1:])],
 )
 def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:

@@ -45,9 +45,11 @@ def held(result: dict[str, Any], what: str) -> bool:
     ("way", "suite"),
     [
         *product(("qemu", "guest"), SUITES[1:]),
+        # slow: by the older kernel, too, whose part of it is libvirt's below
         *(pytest.param(way, SUITES[0], marks=pytest.mark.slow) for way in ("qemu", "guest")),
         ("libvirt", SUITES[0]),  # as qemu with this kernel: its part is qemu's command line
         ("local", SUITES[0]),
+        # slow: as the line above, by the newer kernel
         pytest.param("local", SUITES[1], marks=pytest.mark.slow),
         pytest.param("ublk", SUITES[1], marks=pytest.mark.slow),
     ],
@@ -102,7 +104,7 @@ def test_local_with_a_cold_tier(tmp_path: Path) -> None:
     assert result["swapoff"]["bad"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # minutes, in which nothing of zramd runs
 def test_kernel_zram(tmp_path: Path) -> None:
     """The same with the kernel's own zram, so that there is something to compare with."""
     result = vm_swap(tmp_path, "--attach", "zram")
@@ -131,7 +133,10 @@ def test_qemu_pauses_when_the_pool_is_full(tmp_path: Path) -> None:
     assert result["pages_verified"] > 10_000
 
 
-@pytest.mark.parametrize("way", [pytest.param("qemu", marks=pytest.mark.slow), "guest"])
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param("qemu", marks=pytest.mark.slow), "guest"],  # slow: qemu waits as the guest's kernel does
+)
 def test_server_stands_still(way: str, tmp_path: Path) -> None:
     """A server that is only slow is waited for, and nothing is lost."""
     result = vm_swap(tmp_path, "--attach", way, "--stall", "12")
@@ -141,7 +146,11 @@ def test_server_stands_still(way: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "limit",
-    [pytest.param((), id="memory"), pytest.param(("--mem-limit", "20M"), id="pool", marks=pytest.mark.slow)],
+    [
+        pytest.param((), id="memory"),
+        # slow: minutes; a full pool is tried each time by test_full_pool
+        pytest.param(("--mem-limit", "20M"), id="pool", marks=pytest.mark.slow),
+    ],
 )
 def test_local_at_the_limit(limit: tuple[str, ...], tmp_path: Path) -> None:
     """A machine that swaps to its own zramd, all memory used or all of the pool: half a minute of it."""
@@ -196,7 +205,7 @@ def test_programs_that_come_and_go(tmp_path: Path) -> None:
 REST = ("--rest", "30", "--pageout", "--set", "cold_age=10")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # it rests: until a block is cold
 def test_a_guest_that_rests(tmp_path: Path) -> None:
     """What it has swapped out becomes cold by itself and takes less; every page is read back as it was."""
     result = vm_swap(tmp_path, "--attach", "qemu", *REST)

@@ -16,7 +16,7 @@ from zramd import __version__, meminfo
 from zramd.commands import Commands
 from zramd.contract import rundir
 from zramd.errors import BackingError, ZramdError
-from zramd.kernel import attached, backingdevice, ublk
+from zramd.kernel import attached, backingdevice, statefs, ublk
 from zramd.kernel.swap import MIN_FREE, parse_swaps
 from zramd.launch import installed, ublkway
 from zramd.launch.nbdkit import plugin_path
@@ -357,6 +357,24 @@ def _backing(name: str, path: str, *, swaps: bool) -> Finding:
     return Finding(OK, name, f"{path} {holds}")
 
 
+def states() -> Iterator[Finding]:
+    """Where the states lie of the devices that the configuration has this machine swap to."""
+    with suppress(ZramdError):
+        for device in devices.load().devices:
+            if not device.swaps or not (path := device.settings().state):
+                continue
+            name = f"state of {device.name}"
+            if statefs.is_swappable(path):
+                yield Finding(
+                    NOTE,
+                    name,
+                    f"{path} may be swapped out itself after a crash; the next server would wait for ever",
+                    "use a state on a tmpfs that is mounted with '-o noswap' (Linux 6.4)",
+                )
+            else:
+                yield Finding(OK, name, f"{path} is not swapped out")
+
+
 def _memory(root: str) -> int:
     try:
         return meminfo.read("MemTotal", f"{root}{meminfo.PATH}") or 0
@@ -403,6 +421,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     swap_settings,
     socket_buffers,
     backings,
+    states,
 )
 
 

@@ -98,14 +98,7 @@ def take(folder: str, name: str, make: bool = False) -> Turn:
 
 def is_busy(folder: str) -> bool:
     """Say whether somebody begins or ends the server in a run folder."""
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return lockfile.is_taken(fd)
-    finally:
-        os.close(fd)
+    return lockfile.folder_is_taken(folder)
 
 
 def _is_left(folder: str) -> bool:

@@ -11,9 +11,9 @@ MOUNTS = "/proc/self/mountinfo"
 
 
 def is_swappable(path: str) -> bool:
-    """Say whether a state at `path` may be swapped out; False if that is not known."""
+    """Say whether a state at `path`, there already or not, may be swapped out; False if that is not known."""
     try:
-        device = os.stat(path).st_dev
+        device = os.stat(path if os.path.exists(path) else os.path.dirname(path)).st_dev
         with open(MOUNTS, errors="surrogateescape") as mounts:
             lines = mounts.readlines()
     except OSError:

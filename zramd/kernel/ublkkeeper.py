@@ -27,6 +27,7 @@ from zramd.errors import AttachError, RundirError, UblkError, reason
 from zramd.kernel import asking, attached, keeping, protection, ublk
 from zramd.kernel.attached import ADDED, FETCHED, LOST, OFFERED, RECOVERING, STARTED
 from zramd.kernel.keeping import LOOK, RETRY, RETRY_LATER, RETRY_SOON
+from zramd.process import namespaces
 from zramd.process.steps import step
 
 ASK = 10.0  # seconds for an answer of the server
@@ -210,13 +211,26 @@ class Keeper:
             time.sleep(RETRY)
 
     def _with_pid(self, command: "Callable[[int, int], None]", pid: int) -> None:
-        """Give a command that names the server's process: since Linux 6.18 the one that opened the device."""
+        """Give a command that names the server's process: since Linux 6.18 the one that opened the device.
+
+        Until 6.18.8 that is looked for by its number outside of all containers, which nobody knows in one.
+        """
         try:
             command(self._number, pid)
+            return
         except UblkError as error:
             if error.errno != errno.EINVAL:
                 raise
+        try:
             command(self._number, os.getpid())
+        except UblkError as error:
+            if error.errno != errno.EINVAL or not namespaces.has_own_pids():
+                raise
+            raise UblkError(
+                f"{self.device} cannot be served in a container: before Linux 6.18.8 the kernel knows its "
+                "processes by other numbers: use a later one, or the machine's PID namespace ('--pid=host')",
+                error.errno,
+            ) from None
 
     def _take_back(self) -> None:
         """Undo what was done so far. What went wrong first is what counts."""

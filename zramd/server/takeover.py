@@ -79,12 +79,14 @@ def _successor(folder: str) -> int | None:
     """Return the pidfd of the server that has taken over from the one that has ended; None: we are to.
 
     One that has left to a successor has removed its control socket, one that crashed has not. The successor
-    has the turn until it serves. (An attach has it too, but that may wait for us.)
+    has the turn, the folder's lock, until it serves: see zramd.control.life. (An attach has it too, but that
+    may wait for us.)
     """
     while True:
         with suppress(OSError, RundirError):  # it cannot be known, or one has just ended: look again
             pid = rundir.holder(folder)
-            if pid is None and (os.path.exists(f"{folder}/{rundir.CONTROL_SOCKET}") or not _is_busy(folder)):
+            crashed = os.path.exists(f"{folder}/{rundir.CONTROL_SOCKET}")
+            if pid is None and (crashed or not lockfile.folder_is_taken(folder)):
                 return None
             if pid:
                 other = os.pidfd_open(pid)
@@ -92,18 +94,6 @@ def _successor(folder: str) -> int | None:
                     return other
                 os.close(other)
         time.sleep(PAUSE)
-
-
-def _is_busy(folder: str) -> bool:
-    """Say whether a command, or a server that it has begun, has the turn: see zramd.control.life."""
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return lockfile.is_taken(fd)
-    finally:
-        os.close(fd)
 
 
 def serving(folder: str) -> None:

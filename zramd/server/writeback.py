@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from zramd.core.device.backing import EXTENT
 from zramd.errors import BackingError, DeviceError
@@ -37,6 +37,9 @@ from zramd.server.writebackpolicy import (
 )
 from zramd.settings.config import Config
 
+if TYPE_CHECKING:
+    from zramd.core.device.writeback import Writeback as Steps  # what moves blocks
+
 KINDS = frozenset({"idle", "huge", "incompressible"})  # what a pass by hand can be narrowed down to
 
 LOOK = 1.0  # seconds between looks at how memory stands
@@ -57,28 +60,6 @@ class WritePass(NamedTuple):
 
     kinds: frozenset[str] = frozenset()  # out of KINDS, a block is of all of them; empty: every block
     ranges: tuple[tuple[int, int], ...] = ()  # first, and the one after the last; empty: the whole device
-
-
-class Steps(Protocol):
-    """What moves blocks: zramd.core.device.writeback.Writeback."""
-
-    @property
-    def pending(self) -> int: ...
-    def gather(
-        self,
-        first: int,
-        end: int,
-        age: int,
-        *,
-        raw: bool = False,
-        idle: bool = False,
-        unread: bool = False,
-        tried: bool = False,
-    ) -> tuple[int, int, bool]: ...
-    def reclaim(self, share: float) -> int: ...
-    def drop(self) -> None: ...
-    def flush(self) -> tuple[int, int, int, int, int]: ...
-    def bring_back(self, first: int, end: int, wanted: bool = True) -> tuple[int, int, int, int]: ...
 
 
 class Source(Protocol):
@@ -136,7 +117,7 @@ class Writeback:
     def __init__(
         self,
         device: Source,
-        steps: Steps,
+        steps: "Steps",
         config: Config,
         memory: Memory,
         *,

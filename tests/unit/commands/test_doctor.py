@@ -10,7 +10,7 @@ import pytest
 from zramd.commands import doctor, main
 from zramd.contract import rundir
 from zramd.control import servers
-from zramd.kernel import attached, swap
+from zramd.kernel import attached, statefs, swap
 from zramd.launch import installed
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -223,8 +223,22 @@ def test_doctor_looks_at_backings(disk_folder: Path, tmp_path: Path, monkeypatch
     assert finding.text.startswith(f"{good} is a file, and with swap=local a file system would need memory")
 
 
+@pytest.mark.parametrize("swappable", [True, False])
+def test_doctor_looks_where_states_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swappable: bool
+) -> None:
+    """Those of devices that this machine swaps to."""
+    monkeypatch.setattr(statefs, "is_swappable", lambda path: swappable)
+    configure(tmp_path, monkeypatch, "[a]\nstate = /x/a\n[b]\nstate = /x/b\nattach = no\n[c]\n")
+    (finding,) = doctor.states()
+    assert (finding.name, finding.level) == ("state of a", "note" if swappable else "ok")
+    assert finding.text.startswith("/x/a may be swapped out itself" if swappable else "/x/a is not swapped")
+    assert ("-o noswap" in finding.remedy) is swappable
+
+
 def test_doctor_with_a_configuration_that_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configure(tmp_path, monkeypatch, "[a]\nbacking = /x\n[b\n")
     assert list(doctor.backings()) == []
+    assert list(doctor.states()) == []
     (tmp_path / "etc/zramd.conf").unlink()
     assert list(doctor.backings()) == []

@@ -95,8 +95,9 @@ class TestWatch:
         assert watch.rates.per_second["reads"] == 20 / float(str(changes["uptime"]))
         assert list(watch.frag)[1] is None, "the time without a server is a gap"
 
-    def test_history_has_an_end(self) -> None:
+    def test_history_has_an_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(samples, "HISTORY", 20)
         watch = Watch()
-        for second in range(samples.HISTORY + 5):
-            watch.add(sample(uptime=10.0 + second))
-        assert len(watch.frag) == samples.HISTORY
+        for second in range(25):
+            watch.add(sample(frag_ratio=float(second), uptime=10.0 + second))
+        assert list(watch.frag) == [float(second) for second in range(5, 25)]

@@ -17,16 +17,17 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs cc")
 
 
 @pytest.mark.parametrize(
-    "scenes",  # of one process
+    ("script", "scenes"),  # of one process
     [
-        "commands silence no_rings refusals",
-        "requests model extremes calls frugal full held urgent short_of_memory",
-        "out damage readers",
-        "again rounds forked successor another another_with_backing broken abort emptied",
+        ("refusals", "commands silence no_rings refusals"),
+        ("io", "requests model extremes calls frugal full held urgent short_of_memory"),
+        ("away", "out damage readers"),
+        ("lives", "again rounds forked successor another another_with_backing broken abort"),
+        ("crowds", "emptied"),
     ],
 )
-def test_scenes(scenes: str, ublk_shim: Path) -> None:
-    assert run_in_fake_kernel(ublk_shim, "ublkscenes.py", *scenes.split(), timeout=120) == ""
+def test_scenes(script: str, scenes: str, ublk_shim: Path) -> None:
+    assert run_in_fake_kernel(ublk_shim, f"ublkscenes/{script}.py", *scenes.split(), timeout=120) == ""
 
 
 def test_no_driver(tmp_path: Path) -> None:

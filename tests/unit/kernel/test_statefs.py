@@ -29,7 +29,8 @@ def test_tmpfs(
     )
     monkeypatch.setattr(statefs, "MOUNTS", str(mounts))
     assert statefs.is_swappable(str(tmp_path)) is swappable
-    assert not statefs.is_swappable(str(tmp_path / "nothing"))
+    assert statefs.is_swappable(str(tmp_path / "to be")) is swappable
+    assert not statefs.is_swappable(str(tmp_path / "nothing" / "at all"))
 
 
 def test_this_machine() -> None:

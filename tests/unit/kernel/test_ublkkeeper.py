@@ -21,6 +21,7 @@ from zramd.contract import rundir
 from zramd.errors import AttachError, UblkError
 from zramd.kernel import asking, attached, keeping, protection, ublk, ublkkeeper
 from zramd.kernel.attached import FETCHED, LOST, OFFERED, RECOVERING, STARTED
+from zramd.process import namespaces
 
 
 class Driver:
@@ -222,6 +223,21 @@ def test_the_opener_is_named_where_the_server_is_refused(
         "start 4711",
         f"start {os.getpid()}",
     ]
+
+
+@pytest.mark.parametrize(
+    ("own", "says"), [(True, r"container: before Linux 6\.18\.8 .*--pid=host"), (False, "refused")]
+)
+def test_who_refuses_both_may_not_know_them(
+    tmp_path: Path, driver: Driver, monkeypatch: pytest.MonkeyPatch, server: Server, own: bool, says: str
+) -> None:
+    """Where processes have other numbers than on the machine, some kernels take no number at all."""
+    monkeypatch.setattr(namespaces, "has_own_pids", lambda: own)
+    driver.fails["start"] = [errno.EINVAL, errno.EINVAL]
+    with pytest.raises(UblkError, match=says) as caught:
+        keeper_of(tmp_path).attach()
+    assert caught.value.errno == errno.EINVAL
+    assert driver.done[-2:] == ["stop", "delete"]
 
 
 @pytest.mark.parametrize("fails", ["params", "start", "put"])
