@@ -318,8 +318,10 @@ def detach(
             )
         if swapped and not _is_reachable(there):
             _give_up(there, force)
-            return
-        _detach(there, swapped, force)
+        else:
+            _detach(there, swapped, force)
+        if there.folder:
+            crashes.end_stand_in(there.name, there.folder)
 
 
 def _detach(there: Attached, swapped: bool, force: bool) -> None:
@@ -425,7 +427,6 @@ def _forget(there: Attached, gone: Callable[[], bool]) -> None:
     if there.folder:
         with suppress(RundirError):
             takeover.end_standby(there.folder)
-        crashes.end_stand_in(there.name, there.folder)
 
 
 def _progress(device: str) -> Callable[[int, int], None] | None:
