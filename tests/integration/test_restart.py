@@ -524,10 +524,10 @@ ALL = """
 import sys
 from zramd.commands import main
 from zramd.control import servers
-from zramd.launch import takeover
+from zramd.launch import processes
 servers.every = lambda: [servers.Served("", folder, servers._server(folder)) for folder in {folders!r}]
 if {unit!r}:
-    takeover.unit_of = lambda served, process: {unit!r}
+    processes.unit_of = lambda served, process: {unit!r}
 sys.exit(main(["restart", "--all"]))
 """
 

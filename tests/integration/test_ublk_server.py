@@ -272,7 +272,7 @@ def test_another_front_may_have_its_data(device: Device) -> None:
     ("pairs", "why"),
     [
         ([], "has no state: nobody could take over after a crash"),
-        (["state"], "was not started by 'zramd start': whoever runs it starts the next one after a crash"),
+        (["state"], "runs in the foreground: whoever runs it starts the next one after a crash"),
     ],
 )
 def test_who_can_have_no_standby(device: Device, pairs: list[str], why: str) -> None:

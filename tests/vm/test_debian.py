@@ -85,8 +85,11 @@ class Debian(debian.Computer):
         assert places == sorted(places), [log[place] for place in places]
 
 
-def with_the_wheel(suite: str, folder: Path, devices: Sequence[str] = ()) -> Debian:
-    """A machine that is off, with zramd's wheel on its second disk; `devices` are further options of qemu."""
+def with_the_wheel(suite: str, folder: Path, devices: Sequence[str] = (), mib: int = MEMORY_MIB) -> Debian:
+    """A machine that is off, with zramd's wheel on its second disk, and `mib` of memory.
+
+    `devices` are further options of qemu.
+    """
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT],
         check=True,
@@ -96,7 +99,7 @@ def with_the_wheel(suite: str, folder: Path, devices: Sequence[str] = ()) -> Deb
     small = image.prepare(ROOT / "build/vm", cloud, Path(zramd.__file__).parent.parent)
     accel = choose_accel(Machine(cloud, small, 256 * MIB, 2, "tcg"), folder)
     images = debian_image.prepare(ROOT / "build/vm", suite, cloud, small)
-    machine = debian.machine(Machine(cloud, images, MEMORY_MIB * MIB, 2, accel), folder, {wheel.name: wheel})
+    machine = debian.machine(Machine(cloud, images, mib * MIB, 2, accel), folder, {wheel.name: wheel})
     return Debian(replace(machine, devices=[*machine.devices, *devices]), folder)
 
 

@@ -154,7 +154,7 @@ def add(commands: Commands) -> None:
         "--standby",
         action=argparse.BooleanOptionalAction,
         help="by ublk: have another server ready, in memory, for when this one crashes: it takes over at "
-        "once, however short memory is [with --swap, for a server of 'zramd start' with state=]",
+        "once, however short memory is [with --swap and state=, unless it runs in the foreground]",
     )
     parser.add_argument(
         "--nbd-client", action="store_true", help="use that program, which cannot survive a restart"

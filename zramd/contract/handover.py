@@ -30,6 +30,7 @@ TURN = "ZRAMD_TURN"  # the descriptor by which others are kept off until we serv
 
 SYSTEMD = "systemd"  # as state=: the service manager keeps the file, see zramd.launch.fdstore
 KEPT_FD = "ZRAMD_STATE_FD"  # in the environment: which descriptor that is
+UNIT = "ZRAMD_UNIT"  # in the environment of one on standby: the service for whose server it is
 
 # What command and new server say to each other.
 READY = b"r"

@@ -88,6 +88,7 @@ class Keeper:
         self._said = ""
         self._stuck = 0.0  # when it seemed for the first time that no server can take over
         self._starter = 0  # the process that puts a server on standby
+        self._again = STANDBY_AGAIN  # seconds after which the next one is tried for
         self._number = job.device
         self._geometry = Geometry(job.device, job.queues, job.depth, job.max_io_bytes, bool(job.recovers))
         self._poll = select.poll()
@@ -143,7 +144,7 @@ class Keeper:
 
     def keep(self) -> None:
         """Give the device to a new server when its own has ended, until it is detached."""
-        pause = LOOK
+        pause = self._again if self._job.standby else LOOK
         while True:
             # An adopted device may have no server that has it.
             for fd, _ in self._poll.poll(pause * 1000 if self._server.fd >= 0 else 0):
@@ -157,7 +158,7 @@ class Keeper:
                     self._bury()
                     return
                 self._recover()
-            pause = LOOK if self._has_standby() else STANDBY_AGAIN
+            pause = LOOK if self._has_standby() else self._again
 
     def leave(self) -> None:
         """Take the record away if the device is gone: whoever sent the SIGTERM does the rest."""
@@ -415,14 +416,16 @@ class Keeper:
         """Say whether a server is on standby, if one is to be; else have one put there.
 
         Another process does that, in its own time: this one has to act when the server ends. The first one
-        `zramd attach` puts there.
+        `zramd attach` puts there, but for a service. Where it fails, it is tried for less often.
         """
         if not self._job.standby:
             return True
         if self._starter:
             with suppress(ChildProcessError):
-                if not os.waitpid(self._starter, os.WNOHANG)[0]:
+                ended, status = os.waitpid(self._starter, os.WNOHANG)
+                if not ended:
                     return False
+                self._again = min(2 * self._again, LOOK) if status else STANDBY_AGAIN
             self._starter = 0
         with suppress(RundirError):
             if rundir.standby(self._job.folder) is not None:
@@ -430,6 +433,8 @@ class Keeper:
         if self._server.fd < 0:
             return False
         words = [self._job.name, self._job.folder, f"ublkb{self._number}"]
+        if self._again > STANDBY_AGAIN:
+            words.append("again")
         with suppress(OSError):
             # It begins as real-time as we are: until it runs, we stand still.
             self._starter = os.posix_spawn(

@@ -58,7 +58,7 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
         if device is None:
             return ""
         folder = folder or device.rundir
-        wanted = _as_configured(device)
+        wanted = _as_configured(device, wanted.standby)
     if wanted.swap and wanted.priority < swapareas.least_priority(wanted.areas):
         raise UsageError(
             f"{wanted.areas} areas need a priority of at least {swapareas.least_priority(wanted.areas)}, "
@@ -85,7 +85,7 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
         if wanted.swap:
             _look_at_state(served)
         block = _attach(served, front, wanted, turn)
-    if wanted.standby:
+    if wanted.standby and not wanted.configured:  # there the keeper puts it: what boots does not wait for it
         _stand_by(served)
     return block
 
@@ -259,7 +259,8 @@ def _configured(name: str) -> ConfiguredDevice | None:
     return device
 
 
-def _as_configured(device: ConfiguredDevice) -> Wanted:
+def _as_configured(device: ConfiguredDevice, standby: bool | None) -> Wanted:
+    """Return what zramd.conf wants, which says nothing of servers on standby."""
     return Wanted(
         connections=device.connections,
         timeout=device.timeout,
@@ -268,6 +269,7 @@ def _as_configured(device: ConfiguredDevice) -> Wanted:
         priority=device.swap_priority,
         areas=device.swap_areas or 0,
         swapon_options=device.options,
+        standby=standby,
         configured=True,
     )
 
@@ -316,8 +318,10 @@ def detach(
             )
         if swapped and not _is_reachable(there):
             _give_up(there, force)
-            return
-        _detach(there, swapped, force)
+        else:
+            _detach(there, swapped, force)
+        if there.folder:
+            crashes.end_stand_in(there.name, there.folder)
 
 
 def _detach(there: Attached, swapped: bool, force: bool) -> None:

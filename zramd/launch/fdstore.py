@@ -15,18 +15,27 @@ from zramd.process import inherited, notify
 _NAME = "zramd-state"
 
 
-def prepare(kept: int) -> None:
-    """Have the server find the memory file `kept`, a new one if it is -1. Raises StateError."""
+def prepare(kept: int, theirs: int = -1) -> None:
+    """Have the server find the memory file `kept`, a new one if it is -1. Raises StateError.
+
+    `theirs`, if it is not -1, is the file of a server from which this one takes over: then it is that. The
+    manager may have let go of it meanwhile.
+    """
     if "NOTIFY_SOCKET" not in os.environ:
         raise StateError(
             f"state={SYSTEMD} needs systemd to keep the data: use it in a service with Type=notify and "
             "FileDescriptorStoreMax=1, or use a file such as /dev/shm/NAME.state"
         )
-    if kept < 0:
-        kept = inherited.high(os.memfd_create(_NAME, 0), inheritable=True)
-        # Before there is any data in it. No poll: it is always readable, and must stay.
+    known = kept >= 0 and (theirs < 0 or os.path.sameopenfile(kept, theirs))
+    if not known:
+        manager = notify.Manager()
+        new = inherited.high(os.memfd_create(_NAME, 0)) if theirs < 0 else theirs
+        # Before there is any data in a new one. No poll: it is always readable, and must stay.
         try:
-            notify.Manager().store(_NAME, kept)
+            if kept >= 0:
+                manager.forget(_NAME)
+            kept = new
+            manager.store(_NAME, kept)
         except ZramdError as error:
             raise StateError(
                 f"state={SYSTEMD}: {error}, so it would not keep the data: start the service again"

@@ -11,7 +11,7 @@ from contextlib import suppress
 from zramd.contract import handover, rundir
 from zramd.control import life, peer, servers
 from zramd.errors import DeviceError, RundirError
-from zramd.launch import background, nbdkit, takeover
+from zramd.launch import background, nbdkit, processes, takeover
 from zramd.launch.nbdkit import Options
 from zramd.process import inherited
 from zramd.process.steps import step
@@ -71,6 +71,10 @@ class Predecessor:
             os.dup2(fd, number)
             os.close(fd)
         return options
+
+    def memory_file(self) -> int:
+        """Open the memory file that state=systemd means, as this server has it. Raises DeviceError."""
+        return processes.memory_file(self._served, self._process)
 
     def hand_over(self, options: Options) -> None:
         """Have the program that this process becomes take over."""

@@ -111,7 +111,7 @@ def serve(
         options = before.options(settings, nbdkit_words)
     settings, argv = _line(settings, pairs, options, for_others=for_others)
     if settings.state == handover.SYSTEMD:
-        fdstore.prepare(kept)
+        fdstore.prepare(kept, -1 if before is None else before.memory_file())
     inherited.close_others((*options.sockets, int(os.environ.get(handover.KEPT_FD, 0))), argv)
     # With -s, standard output is the client's; and a service manager has its own way to learn that we serve.
     if nbdkit.STANDARD_INPUT.isdisjoint(options.values) and "NOTIFY_SOCKET" not in os.environ:

@@ -12,7 +12,7 @@ from zramd.contract import rundir
 from zramd.control import life, servers
 from zramd.errors import DeviceError, ZramdError, reason, sentence
 from zramd.kernel import attached, keeping
-from zramd.launch import takeover
+from zramd.launch import processes, takeover
 from zramd.launch.wishes import Wanted
 from zramd.process import interrupts
 
@@ -63,13 +63,22 @@ def start_for(name: str, folder: str) -> None:
 
 
 def main(words: list[str]) -> int:
-    """Do that for a keeper: for a name, run folder and device. What fails is told in the kernel's log."""
-    name, folder, device = words
+    """Do that for a keeper: for a name, run folder and device; return 0 if there is one now.
+
+    What fails is told in the kernel's log, unless a further word says that it has failed before.
+    """
+    name, folder, device, *others = words
+    stand_in = processes.find_stand_in(name, folder)
+    if stand_in is not None:
+        stand_in[0].close()
+        return 1  # the one that its service starts now is to have one
     try:
         start_for(name, folder)
     except (ZramdError, OSError) as error:
         if rundir.standby(folder) is not None:
             return 0  # a restart has been faster
+        if others:
+            return 1
         why = reason(error) if isinstance(error, OSError) else sentence(error)
         keeping.KernelLog().say(device, f"no server is on standby: {why}")
         return 1

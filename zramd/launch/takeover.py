@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from zramd.contract import handover, rundir
 from zramd.control import life, peer, servers
+from zramd.core.system import process as rights
 from zramd.errors import (
     AttachError,
     DeviceError,
@@ -29,7 +30,7 @@ from zramd.errors import (
     sentence,
 )
 from zramd.kernel import attached
-from zramd.launch import background, filters, nbdkit, spawn, ublkserver
+from zramd.launch import background, filters, nbdkit, processes, spawn, ublkserver
 from zramd.process import inherited, interrupts, pidfd
 from zramd.process.steps import step
 from zramd.settings import config
@@ -87,7 +88,7 @@ def _replace(served: servers.Served, words: list[str], turn: life.Turn) -> tuple
             f"state=/dev/shm/{served.name}.state, then it can be restarted"
         )
     _refuse_others(served, process)
-    line = _told(served, process, "cmdline")
+    line = processes.told(served, process, "cmdline")
     filters.refuse(served.name, line)
     changed = _override(pairs, words)
     old = _Old(served, process)
@@ -197,12 +198,13 @@ def stand_by(served: servers.Served, turn: life.Turn) -> int:
         raise DeviceError(why)
     if (other := rundir.standby(served.path)) is not None:
         raise DeviceError(f"{served.name} has a server on standby already: {other}")
-    line = _told(served, process, "cmdline")
+    line = processes.told(served, process, "cmdline")
     filters.refuse(served.name, line)
     plan = _plan(served, line, _pairs(settings))
     old = _Old(served, process)
     old.take_sockets()
-    new = _Successor(plan, old, turn, standby=True)
+    service = processes.service_of(served, process, settings["state"])
+    new = _Successor(plan, old, turn, standby=True, service=service)
     try:
         new.wait_until_ready(STANDBY_TIMEOUT)
     except BaseException:
@@ -215,12 +217,15 @@ def no_standby(served: servers.Served, process: peer.Process, settings: dict[str
     """Return why a server can have no other on standby, '' if it can. Raises DeviceError."""
     if not settings.get("state"):
         return f"{served.name} has no state: nobody could take over after a crash"
-    environment = _told(served, process, "environ")
-    if not any(word.startswith(f"{rundir.BACKGROUND}=") for word in environment):
-        return (
-            f"{served.name} was not started by 'zramd start': whoever runs it starts the next one after a "
-            "crash"
-        )
+    if unit := processes.stands_in(served, process):
+        return f"{served.name} is served by one that was on standby, until {unit} has started the next one"
+    if processes.is_in_background(served, process):
+        return ""
+    unit = processes.unit_of(served, process)
+    if not unit:
+        return f"{served.name} runs in the foreground: whoever runs it starts the next one after a crash"
+    if settings.get("backing"):
+        return f"{served.name} has a backing, which is open to {unit} alone"
     return ""
 
 
@@ -294,7 +299,7 @@ class _Old:
         except OSError as error:
             if is_shortage(error):
                 raise
-            raise _kept_back(served, process, f"/proc/{self.pid}/cwd", error) from None
+            raise processes.kept_back(served, process, f"/proc/{self.pid}/cwd", error) from None
 
     def take_sockets(self) -> None:
         """Get the sockets on which it accepts clients. Raises DeviceError."""
@@ -313,7 +318,7 @@ class _Old:
         if self.was_stopped():
             return DeviceError(f"{self.served.name} was stopped while it was restarted: nobody serves it")
         try:
-            return _ended(self.served)
+            return processes.ended(self.served)
         except RundirError as error:
             return DeviceError(f"{self.served.name} has left, and {error} ({why})")
 
@@ -330,20 +335,19 @@ class _Old:
         return pidfd.has_ended(self.process, seconds)
 
 
-def _ended(served: servers.Served) -> DeviceError:
-    """Return the error that says what became of a device whose server has ended. Raises RundirError."""
-    try:
-        served.look_again()
-    except DeviceError as error:
-        return error
-    return DeviceError(f"{served.name} is served by another process now: {served.pid}")
-
-
 class _Successor:
     """A server that is ready to take over: see zramd.contract.handover."""
 
-    def __init__(self, plan: "_Plan", old: _Old, turn: life.Turn, *, standby: bool = False) -> None:
-        """Start it; on `standby` it does not keep the turn."""
+    def __init__(
+        self,
+        plan: "_Plan",
+        old: _Old,
+        turn: life.Turn,
+        *,
+        standby: bool = False,
+        service: processes.Service | None = None,
+    ) -> None:
+        """Start it; on `standby` it does not keep the turn. `service`: what the old one is a server of."""
         self._settings = plan.settings
         ours, theirs = socket.socketpair()
         self._link = ours
@@ -352,6 +356,7 @@ class _Successor:
         kept = (inherited.high(theirs.fileno()), inherited.high(old.process))
         listens = plan.settings.front != "ublk"
         copies = [inherited.high(fd) for fd in old.listening if listens]
+        memory = -1 if service is None else service.memory
 
         def prepare() -> None:
             os.fchdir(old.folder)  # before its number is a socket's
@@ -366,10 +371,15 @@ class _Successor:
             background.give(words | ({handover.MADE: "1"} if old.made else {}), *kept)
             if not standby:
                 background.give({}, turn.fd)
+            if service is not None:
+                background.give({handover.UNIT: service.unit})
+                if memory >= 0:
+                    background.give({handover.KEPT_FD: str(memory)}, memory)
+                rights.keep_capabilities(service.capabilities)
 
         with interrupts.blocked():
             self.pid, self._process, self._errors = spawn.spawn(plan.argv, prepare)
-        for fd in (*kept, *copies):
+        for fd in (*kept, *copies, *([memory] if memory >= 0 else [])):
             os.close(fd)
         theirs.close()
 
@@ -456,22 +466,11 @@ def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str,
     return _pairs(asdict(parsed))
 
 
-def unit_of(served: servers.Served, process: peer.Process) -> str:
-    """Return the unit whose main process a server is, '' if it is no service's. Raises DeviceError."""
-    environment = _told(served, process, "environ")
-    if any(word.startswith(f"{rundir.BACKGROUND}=") for word in environment):
-        return ""
-    unit = _told(served, process, "cgroup")[0].strip().rpartition("/")[2]
-    managed = any(word.startswith("NOTIFY_SOCKET=") for word in environment)
-    return unit if managed and unit.endswith(".service") else ""
-
-
 def _refuse_others(served: servers.Served, process: peer.Process) -> None:
     """Raise DeviceError for a server that another program watches: it would only see its end."""
-    if unit := unit_of(served, process):
+    if unit := processes.unit_of(served, process):
         raise DeviceError(f"{served.name} is a service: run 'systemctl restart {unit}'")
-    environment = _told(served, process, "environ")
-    if not any(word.startswith(f"{rundir.BACKGROUND}=") for word in environment):
+    if not processes.is_in_background(served, process):
         raise DeviceError(
             f"{served.name} runs in the foreground, not by 'zramd start': end it with "
             f"'kill -USR1 {served.pid}', which keeps its clients waiting, and start it again with the same "
@@ -489,26 +488,6 @@ def refuse_busy(served: servers.Served) -> None:
             f"its backing has not answered for {silent} s, and the kernel ends no process before that has "
             "answered: restart when it has"
         )
-
-
-def _told(served: servers.Served, process: peer.Process, name: str) -> list[str]:
-    """Return the words that the kernel tells of a process. Raises DeviceError, also if it has just ended."""
-    path = f"/proc/{process.pid}/{name}"
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise _kept_back(served, process, path, error) from None
-    if process.ended(0):  # it was of a process without memory, or of another one
-        raise _ended(served)
-    return os.fsdecode(data).split("\0")
-
-
-def _kept_back(served: servers.Served, process: peer.Process, path: str, error: OSError) -> DeviceError:
-    """Return the error for what the kernel does not tell of a process. Raises RundirError."""
-    if process.ended(0):
-        return _ended(served)
-    return DeviceError(f"'{path}' cannot be read: {reason(error)}: run this as its owner")
 
 
 class _Plan(NamedTuple):

@@ -7,7 +7,7 @@ import subprocess
 
 from zramd.control import servers
 from zramd.errors import ConfigError, DeviceError, ZramdError, say
-from zramd.launch import takeover
+from zramd.launch import processes, takeover
 from zramd.settings import devices
 
 
@@ -35,7 +35,7 @@ def _restart(served: servers.Served) -> str:
     served.name = settings["name"]
     if not settings.get("state"):
         return "goes on as it is: it has no state, and its data would be lost"
-    unit = takeover.unit_of(served, served.process())
+    unit = processes.unit_of(served, served.process())
     if not unit:
         return f"restarted, away for {takeover.restart(None, served.path, []).away * 1000:.0f} ms"
     if _is_used_here(served.name):

@@ -42,6 +42,10 @@ class Manager:
             why = "its queue is full" if isinstance(error, TimeoutError) else reason(error)
             raise ZramdError(f"the service manager does not take '{assignments[0]}': {why}") from None
 
+    def forget(self, name: str) -> None:
+        """Have the manager close what it keeps under a name. Raises ZramdError as `insist`."""
+        self.insist("FDSTOREREMOVE=1", f"FDNAME={name}")
+
     def store(self, name: str, fd: int) -> None:
         """Give the manager a descriptor to keep, which it passes to the next process of this service.
 

@@ -79,9 +79,8 @@ def _have_all(config: Config, front: Front, ends: Ends) -> tuple[Made, Files]:
         front.prepare(config)
         if config.swap == "local":
             protection.protect_process()  # nbdkit does not fork here; `start` then finds it done
-            if handover.is_standby():
-                # Until we serve nothing may be free but what is set aside.
-                protection.take_priority(protection.BESIDE)
+            # Until we serve nothing may be free but what is set aside.
+            protection.take_priority(protection.BESIDE)
         takeover.wait(config.rundir)
     if handover.must_be_left():  # or it was stopped: then the state is not for us
         files = _take_folder(config, ends)

@@ -380,7 +380,7 @@ def test_another_server_is_put_on_standby_once_this_one_serves(
 
     def run(path: str, argv: list[str], environment: dict[str, str], *, setsid: bool) -> int:
         words.append(argv[1:])
-        return spawn(path, [path, str(starts), *argv[-3:]], environment, setsid=setsid)
+        return spawn(path, [path, str(starts), *argv[5:]], environment, setsid=setsid)
 
     monkeypatch.setattr(os, "posix_spawn", run)
     keeper = recovering(tmp_path, driver)
@@ -403,6 +403,23 @@ def test_another_server_is_put_on_standby_once_this_one_serves(
     assert keeper._has_standby()
     assert len(words) == 2
     waiting.leave()
+    starts.write_text("import sys; open(sys.argv[0] + '.done', 'a').write(sys.argv[-1] + '\\n'); sys.exit(1)")
+    pauses = [keeper._again]
+    for _ in range(7):
+        assert not keeper._has_standby()
+        os.waitid(os.P_PID, keeper._starter, os.WEXITED | os.WNOWAIT)
+        pauses.append(keeper._again)
+    assert pauses == [5.0, 5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0]  # where it fails, ever less often
+    assert Path(f"{starts}.done").read_text().split()[-7:] == ["ublkb3", *["again"] * 6]  # it says why once
+    waiting = rundir.Standby(str(tmp_path / "a"))
+    assert keeper._has_standby()
+    assert keeper._again == 60.0
+    starts.write_text("")
+    waiting.leave()
+    for _ in range(2):
+        assert not keeper._has_standby()
+        os.waitid(os.P_PID, keeper._starter, os.WEXITED | os.WNOWAIT)
+    assert keeper._again == 5.0
     os.close(keeper._server.fd)
     keeper._server.fd = -1
 

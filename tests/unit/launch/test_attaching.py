@@ -22,6 +22,7 @@ from zramd.control import servers
 from zramd.errors import AttachError, ConfigError
 from zramd.kernel import attached, keeper, swap, swapareas
 from zramd.launch import attaching, nbdway
+from zramd.launch.wishes import Wanted
 from zramd.settings import devices
 
 
@@ -70,6 +71,28 @@ def test_bad_words(words: list[str], sentence: str, capsys: pytest.CaptureFixtur
     text = capsys.readouterr().err
     assert sentence in text
     assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize(("word", "standby"), [("--no-standby", False), ("--standby", True), ("", None)])
+def test_who_is_on_standby_is_not_configured(
+    word: str, standby: bool | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A unit says it, and all else is as zramd.conf has it."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/zramd.conf").write_text("[a]\nzram-size = 16\nswap-priority = 7\n")
+    monkeypatch.setenv("ZRAMD_ROOT", str(tmp_path))
+    wanted: list[Wanted] = []
+    served = SimpleNamespace(name="a", path=str(tmp_path), look_again=lambda: None)
+    monkeypatch.setattr(attaching, "_must_be_root", lambda *words: None)
+    monkeypatch.setattr(attaching.servers, "look", lambda *words: served)
+    monkeypatch.setattr(attaching, "_refuse_others", lambda served: None)
+    monkeypatch.setattr(attaching, "_front", lambda served: "ublk")
+    monkeypatch.setattr(attaching, "_stands_by", lambda served, front, wish: wanted.append(wish) or True)
+    monkeypatch.setattr(attaching, "_look_at_state", lambda served: None)
+    monkeypatch.setattr(attaching, "_attach", lambda *words: "/dev/ublkb0")
+    monkeypatch.setattr(attaching, "_stand_by", lambda served: pytest.fail("the boot waits for it"))
+    assert main(["attach", "--config", "a", *([word] if word else [])]) == 0
+    assert (wanted[0].standby, wanted[0].priority, wanted[0].swap) == (standby, 7, True)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from zramd.control import life, peer, servers
 from zramd.errors import DeviceError
 from zramd.kernel import attached
-from zramd.launch import takeover
+from zramd.launch import processes, takeover
 
 
 @pytest.mark.parametrize("number", [3, 4, 20])
@@ -75,7 +75,7 @@ def test_a_server_that_ends_while_one_looks_is_said_to_have_ended(tmp_path: Path
             life.turn(str(tmp_path), "a"),
             pytest.raises(DeviceError, match="the server of a has died, and its data with it: "),
         ):
-            takeover._told(servers.Served("a", str(tmp_path), child), process, name)
+            processes.told(servers.Served("a", str(tmp_path), child), process, name)
     process.close()
     if not reaped:
         os.waitpid(child, 0)

@@ -17,6 +17,7 @@ cdef enum:
 cdef extern from *:
     """
     #include <alloca.h>
+    #include <linux/capability.h>
     #include <linux/futex.h>
     #include <errno.h>
     #include <limits.h>
@@ -48,6 +49,23 @@ cdef extern from *:
     static int yield_disks(void)
     {
         return (int)syscall(SYS_ioprio_set, 1 /* IOPRIO_WHO_PROCESS */, 0, 3 << 13 /* IOPRIO_CLASS_IDLE */);
+    }
+
+    /* The C library has no header for these two: the calling thread, and what it is after an execve. */
+    static int keep_capabilities_of(unsigned long long kept)
+    {
+        struct __user_cap_header_struct head = {_LINUX_CAPABILITY_VERSION_3, 0};
+        struct __user_cap_data_struct data[2];
+        int half;
+        if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || syscall(SYS_capget, &head, data))
+            return -1;
+        for (half = 0; half < 2; half++) {
+            __u32 ours = (__u32)(kept >> (32 * half));
+            data[half].permitted &= ours;
+            data[half].effective &= ours;
+            data[half].inheritable &= ours;
+        }
+        return (int)syscall(SYS_capset, &head, data);
     }
 
     /* The kernel has a record for a thread that waits for a lock which hands on priority, and makes it the first time. */
@@ -162,6 +180,7 @@ cdef extern from *:
     int on_exit(void (*work)(int status, void *nothing) noexcept nogil, void *nothing) nogil
     int prctl(int option, ...) nogil
     int yield_disks() nogil
+    int keep_capabilities_of(unsigned long long kept) nogil
     int mlockall(int flags) nogil
     int munlockall() nogil
     int mlock(const void *start, size_t size) nogil
@@ -202,6 +221,15 @@ def is_io_flusher():
 def idle_io():
     """Have the calling thread's I/O wait for everybody else's, where a disk's scheduler knows classes. Raises OSError."""
     if yield_disks():
+        fail()
+
+
+def keep_capabilities(unsigned long long kept):
+    """Give up, for good, what capabilities the calling thread has beyond `kept`, a bit for each. Raises OSError.
+
+    A program that it becomes gets none of them back, though it be root's.
+    """
+    if keep_capabilities_of(kept):
         fail()
 
 
