@@ -36,6 +36,7 @@ class Device:
         # No nbdkit is found there.
         self.environment = {**os.environ, "PATH": str(folder)}
         self.environment.pop("NOTIFY_SOCKET", None)
+        self.begun: list[subprocess.Popen[str]] = []  # which end with the test, whatever becomes of it
 
     def run(self, *words: object, status: int = 0) -> str:
         """The output of a command of zramd, standard error behind it."""
@@ -97,6 +98,9 @@ class Device:
 def device(tmp_path: Path) -> Iterator[Device]:
     made = Device(tmp_path)
     yield made
+    for process in made.begun:
+        process.kill()
+        process.communicate()
     for pid in (rundir.standby(str(made.folder)), rundir.holder(str(made.folder))):
         if pid:
             os.kill(pid, signal.SIGKILL)
@@ -389,13 +393,15 @@ class TestStandby:
     def serve(self, device: Device, *words: str, **more: str) -> subprocess.Popen[str]:
         """`zramd serve`, as a service manager starts it again."""
         settings = ("--name", "u0", "--size", "8M", f"rundir={device.folder}", *words)
-        return subprocess.Popen(
+        begun = subprocess.Popen(
             [sys.executable, "-P", "-m", "zramd", "serve", *settings],
             env={**device.environment, **more},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        device.begun.append(begun)
+        return begun
 
     @pytest.mark.parametrize("front", ["ublk", "auto"])
     def test_a_server_that_is_started_again_takes_over(
@@ -403,18 +409,14 @@ class TestStandby:
     ) -> None:
         waiting = self.promoted(device, served)
         again = self.serve(device, f"front={front}", f"state={device.state}", "mem_limit=7M")
-        try:
-            self.serves(device, again.pid)
-            assert gone(waiting)
-            assert not device.health()["standby"]
-            assert device.save() == served[1]
-            assert json.loads(device.ask("GET", "/settings")[1])["mem_limit"] == 7 << 20
-            device.run("stop", "--rundir", device.folder)  # others have their turn with it
-            assert again.wait(20 * PATIENCE) == 0
-            assert not device.folder.exists()
-        finally:
-            again.kill()
-            again.communicate()
+        self.serves(device, again.pid)
+        assert gone(waiting)
+        assert not device.health()["standby"]
+        assert device.save() == served[1]
+        assert json.loads(device.ask("GET", "/settings")[1])["mem_limit"] == 7 << 20
+        device.run("stop", "--rundir", device.folder)  # others have their turn with it
+        assert again.wait(20 * PATIENCE) == 0
+        assert not device.folder.exists()
 
     @pytest.mark.parametrize(
         ("words", "sentence"),
@@ -457,6 +459,3 @@ class TestStandby:
             again = self.serve(device, *words)
             self.serves(device, again.pid)
         assert device.save() == served[1]
-        if at != "inplace.exec":
-            again.terminate()
-            again.communicate()
