@@ -380,12 +380,12 @@ def documented_drop_in(name: str) -> str:
     return found[1]
 
 
-def restarted(guest: Guest, how: str, name: str = "zram0") -> None:
+def restarted(guest: Guest, how: str, name: str = "zram0", seconds: float = 60) -> None:
     """End the server, and return when the next one is active."""
     server = f"systemctl show -P MainPID zramd@{name}"
     before = guest.run(server).strip()
     guest.run(how, SLOW)
-    wait_for(guest, f'test "$({server})" != {before} && systemctl is-active zramd@{name}', "active", 60)
+    wait_for(guest, f'test "$({server})" != {before} && systemctl is-active zramd@{name}', "active", seconds)
 
 
 def under_io(guest: Guest, device: str) -> None:

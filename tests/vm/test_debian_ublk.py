@@ -128,7 +128,7 @@ def killed(guest: Guest) -> None:
     for _ in range(KILLS):
         known = len(served_again(guest))
         waiting = guest.run("cat /run/zramd/zram0/standby").strip()
-        debian.restarted(guest, f"kill -9 $({SERVER})")
+        debian.restarted(guest, f"kill -9 $({SERVER})", seconds=SLOW)  # at its limit Python starts slowly
         verified(guest)
         wait_for(guest, "systemctl is-active zramd-attach@zram0", "active")
         # By the one on standby, and by the next one of the service.

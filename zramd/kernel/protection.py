@@ -120,6 +120,11 @@ def be_ordinary(nice: int) -> None:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
+def give_up_rights(kept: int) -> None:
+    """Give up, for good, this process's capabilities beyond `kept`, a bit for each. Raises OSError."""
+    process.keep_capabilities(kept)
+
+
 def _right(capability: str) -> str:
     """Return what to do for a right that is missing: in a container, or as a service, root may lack it."""
     if os.geteuid():

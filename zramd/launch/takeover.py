@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from zramd.contract import handover, rundir
 from zramd.control import life, peer, servers
-from zramd.core.system import process as rights
 from zramd.errors import (
     AttachError,
     DeviceError,
@@ -29,7 +28,7 @@ from zramd.errors import (
     say,
     sentence,
 )
-from zramd.kernel import attached
+from zramd.kernel import attached, protection
 from zramd.launch import background, filters, nbdkit, processes, spawn, ublkserver
 from zramd.process import inherited, interrupts, pidfd
 from zramd.process.steps import step
@@ -375,7 +374,7 @@ class _Successor:
                 background.give({handover.UNIT: service.unit})
                 if memory >= 0:
                     background.give({handover.KEPT_FD: str(memory)}, memory)
-                rights.keep_capabilities(service.capabilities)
+                protection.give_up_rights(service.capabilities)
 
         with interrupts.blocked():
             self.pid, self._process, self._errors = spawn.spawn(plan.argv, prepare)
