@@ -218,6 +218,16 @@ def test_markdown_replaces_its_own_place(tmp_path: Path) -> None:
     assert path.read_text().count("<!-- /local -->") == 1
 
 
+def test_a_server_on_standby_has_a_report_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "report.md"
+    found = result()
+    for more in ({}, {"standby MiB": 44}):
+        found.kills = {"by": "kill", **more}
+        report.write_markdown(path, found)
+    assert "<!-- /qemu-kill -->" in path.read_text()
+    assert "<!-- /qemu-kill-standby -->" in path.read_text()
+
+
 def test_live_line() -> None:
     beat = {"SwapTotal": 8192, "SwapFree": 4096, "MemFree": 5 * MIB, "pswpout": 7, "pswpin": 1}
     assert report.live_line(beat, None, {}) == "guest: 5 MiB free, 1 pages swapped, out 0/s, in 0/s"
