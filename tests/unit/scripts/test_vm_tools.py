@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,12 @@ def test_workload_is_more_than_fits() -> None:
     assert kernel_zram.memory == local.memory
     assert kernel_zram.workload(320 * MIB) == local.workload(320 * MIB)
     assert kernel_zram.device_size == local.device_size
+    # By ublk the guest is at its limit, unless a new server has to find memory there.
+    by_ublk = plan.Plan(plan.UBLK, plan.default_memory(plan.UBLK, True))
+    available = by_ublk.memory - 144 * MIB
+    assert by_ublk.workload(available) * MIB > 1.1 * available
+    without, beside = (replace(by_ublk, kill=5, standby=standby) for standby in (False, True))
+    assert without.workload(available) < beside.workload(available) == by_ublk.workload(available)
     asked = plan.Plan("local", 384 * MIB, workload_bytes=100 * MIB, size=200 * MIB)
     assert (asked.workload(320 * MIB), asked.device_size) == (100, 200 * MIB)
 
