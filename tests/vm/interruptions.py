@@ -49,22 +49,33 @@ COMMANDS = {
     "start": ["start", NAME, "--size", "16M", f"state={STATE}", "compaction=off"],
 }
 KEEPERS = {"nbd": b"zramd.kernel.keeper", "ublk": b"zramd.kernel.ublkkeeper"}
+READS = ("attach", "detach", "recovery")  # after these the block is read; what swaps writes over it
 front = "nbd"
+stored = False  # whether the block is, by ublk
 
 
 def by_ublk() -> None:
-    """Have servers be reached by ublk from now on. No client of theirs but the kernel is there to write."""
+    """Have servers be reached by ublk from now on."""
     global front
     front = "ublk"
     COMMANDS["start"] = [*COMMANDS["start"], "front=ublk"]
-    serve()
-    status, device, err = run("attach")
-    assert status == 0, err
-    with open(device.strip(), "r+b", buffering=0) as disk:
-        disk.write(BLOCK)
-        os.fsync(disk.fileno())
-    status, _, err = run("detach")
-    assert status == 0, err
+
+
+def store(during: str) -> None:
+    """See that the block is stored before a row that reads it."""
+    global stored
+    if front == "nbd":
+        request(1, BLOCK)
+        return
+    if during in READS and not stored:  # by the kernel: there is no other client
+        status, device, err = run("attach")
+        assert status == 0, err
+        with open(device.strip(), "r+b", buffering=0) as disk:
+            disk.write(BLOCK)
+            os.fsync(disk.fileno())
+        status, _, err = run("detach")
+        assert status == 0, err
+    stored = during in READS
 
 
 class Command:
@@ -268,14 +279,14 @@ def row(holder: Holder, during: str, at: str, whom: str, what: str, end: str) ->
     if during == "recovery":
         return recovery(holder, at, whom, what, end)
     serve()
-    if front == "nbd":
-        request(1, BLOCK)
+    store(during)
     before = {"detach": "attach", "swapoff": "swap", "areasoff": "areas", "refresh": "areas"}.get(during)
     if before:
         status, _, err = run(before)
         assert status == 0, err
     if during == "refresh":  # an area of which nothing is known counts as full of what is dead
-        Path(f"{NOTES}/nbd0.json").write_text('{"areas": {}, "counts": {}, "last": {}}')
+        notes = f"{NOTES}/{os.path.basename(connected()[0])}.json"
+        Path(notes).write_text('{"areas": {}, "counts": {}, "last": {}}')
     server = rundir.holder(RUNDIR)
     holder.seen.clear()
     holder.at = at
@@ -300,6 +311,8 @@ def row(holder: Holder, during: str, at: str, whom: str, what: str, end: str) ->
             os.kill(target, number)
         if whom == "keeper":
             _until_alone()
+        if whom == "server":
+            _until(lambda: rundir.holder(RUNDIR) != server)
     time.sleep(0.2)
     holder.release()
     if whom == "server" and during in ("swap", "swapoff", "areas", "areasoff", "refresh"):
@@ -315,7 +328,7 @@ def row(holder: Holder, during: str, at: str, whom: str, what: str, end: str) ->
     if found == "half" and during == "refresh":  # the next one makes good
         answer["again"] = run("refresh")
         answer["whole"] = settled("areas")[0]
-    if found == "attached" and during in ("attach", "detach"):
+    if found == "attached" and during in READS:
         with open(connected()[0], "rb", buffering=0) as device:
             answer["right"] = device.read(len(BLOCK)) == BLOCK
     return answer
@@ -324,6 +337,7 @@ def row(holder: Holder, during: str, at: str, whom: str, what: str, end: str) ->
 def recovery(holder: Holder, at: str, whom: str, what: str, end: str) -> dict[str, Any]:
     """Do a row whose step a keeper reaches when its server was killed, and another is there."""
     serve()
+    store("recovery")
     command = Command(COMMANDS["attach"], held=True)  # so that its keeper is
     status, _, err = command.ended()
     assert status == 0, err
@@ -334,13 +348,15 @@ def recovery(holder: Holder, at: str, whom: str, what: str, end: str) -> dict[st
     holder.seen.clear()
     holder.at = at
     os.kill(server, signal.SIGKILL)
-    time.sleep(0.1)
+    _until(lambda: rundir.holder(RUNDIR) != server)  # a crowded machine takes its time
     serve()
     _until(lambda: bool(holder.held))
     server = rundir.holder(RUNDIR)
     for target in {"server": [server], "keeper": [there.keeper], "both": [server, there.keeper]}[whom]:
         assert target
         os.kill(target, getattr(signal, f"SIG{what}"))
+    if whom != "keeper":
+        _until(lambda: rundir.holder(RUNDIR) != server)
     time.sleep(0.2)
     holder.release()
     serve()

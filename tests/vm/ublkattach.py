@@ -244,7 +244,7 @@ def without_a_state() -> dict[str, Any]:
 def forced() -> dict[str, Any]:
     """Pages are out on a server that is gone: only --force gives them up."""
     start("one")
-    good("attach", "one", "--swap")
+    good("attach", "one", "--swap", "--no-standby")
     os.makedirs(GROUP, exist_ok=True)
     subprocess.run(["/bin/busybox", "mount", "-t", "cgroup2", "none", GROUP], check=True)
     Path(f"{GROUP}/cgroup.subtree_control").write_text("+memory")
@@ -311,7 +311,7 @@ SCENES: dict[str, Callable[[], dict[str, Any]]] = {
 def main(ask: str, tell: str) -> None:
     """Do what is asked until nothing more is."""
     interruptions.prepare()
-    for name in ("listing", "show", "doctor"):
+    for name in ("listing", "doctor"):
         __import__(f"zramd.commands.{name}")
     interruptions.front = "ublk"
     holder, begun = interruptions.Holder(), False

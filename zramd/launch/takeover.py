@@ -382,8 +382,9 @@ class _Successor:
             os.close(fd)
         theirs.close()
 
-    def wait_until_ready(self, patience: float = spawn.READY_TIMEOUT) -> None:
+    def wait_until_ready(self, patience: float | None = None) -> None:
         """Return once it has nothing left to do but to take over. Raises DeviceError with its reason."""
+        patience = spawn.READY_TIMEOUT if patience is None else patience
         self._link.settimeout(patience)
         try:
             ready = self._link.recv(1)

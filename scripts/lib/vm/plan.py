@@ -15,6 +15,8 @@ KERNEL_ZRAM = "zram"  # a mode too: the same with the kernel's own zram, to comp
 STORED = 0.47
 # What else the guest needs beside the workload: page tables, the shell, caches that it should not lose.
 SPARE = 24 * MIB
+# For the queues of ublk, which have a buffer for each request, and for a kernel that takes more: Debian 13's.
+QUEUES = 64 * MIB
 # For a server that waits beside the one that serves.
 STANDBY = 64 * MIB
 # For programs that come and go: the guest's memory without the pool, the pool's part of it where it is in the
@@ -109,7 +111,8 @@ class Plan:
         """
         if self.workload_bytes:
             return self.workload_bytes // MIB
-        if self.standby:  # it is at its limit then, and so is what a new server finds
+        # At its limit, so that a short run swaps enough to be compacted. Only a new server needs the room.
+        if self.mode == UBLK and (self.standby or not self.kill):
             available += available // 8
         spare = SPARE // 2 if self.short else SPARE
         if not self.in_guest and not self.mem_limit:
@@ -158,7 +161,7 @@ def default_memory(mode: str, short: bool, churn: bool = False, standby: bool = 
     if churn:
         return CHURN_MEMORY + (CHURN_POOL if _in_guest(mode) else 0)
     if _in_guest(mode):
-        return (256 if short else 384) * MIB
+        return (256 if short else 384) * MIB + (QUEUES if mode == UBLK else 0)
     return (160 if short else 256) * MIB
 
 

@@ -300,6 +300,8 @@ def write_markdown(path: Path, result: Result) -> None:
         mode += "-rates"
     if result.kills:
         mode += f"-{result.kills['by']}"
+        if "standby MiB" in result.kills:
+            mode += "-standby"
     if result.writeback:
         mode += "-backing"
     begin, end = f"<!-- {mode} -->\n", f"<!-- /{mode} -->\n"

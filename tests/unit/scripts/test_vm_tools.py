@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,12 @@ def test_workload_is_more_than_fits() -> None:
     assert kernel_zram.memory == local.memory
     assert kernel_zram.workload(320 * MIB) == local.workload(320 * MIB)
     assert kernel_zram.device_size == local.device_size
+    # By ublk the guest is at its limit, unless a new server has to find memory there.
+    by_ublk = plan.Plan(plan.UBLK, plan.default_memory(plan.UBLK, True))
+    available = by_ublk.memory - 144 * MIB
+    assert by_ublk.workload(available) * MIB > 1.1 * available
+    without, beside = (replace(by_ublk, kill=5, standby=standby) for standby in (False, True))
+    assert without.workload(available) < beside.workload(available) == by_ublk.workload(available)
     asked = plan.Plan("local", 384 * MIB, workload_bytes=100 * MIB, size=200 * MIB)
     assert (asked.workload(320 * MIB), asked.device_size) == (100, 200 * MIB)
 
@@ -216,6 +223,16 @@ def test_markdown_replaces_its_own_place(tmp_path: Path) -> None:
     report.write_markdown(path, found)
     assert path.read_text().startswith(once)
     assert path.read_text().count("<!-- /local -->") == 1
+
+
+def test_a_server_on_standby_has_a_report_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "report.md"
+    found = result()
+    for more in ({}, {"standby MiB": 44}):
+        found.kills = {"by": "kill", **more}
+        report.write_markdown(path, found)
+    assert "<!-- /qemu-kill -->" in path.read_text()
+    assert "<!-- /qemu-kill-standby -->" in path.read_text()
 
 
 def test_live_line() -> None:
