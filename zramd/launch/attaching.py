@@ -192,7 +192,8 @@ def _refuse_network(served: servers.Served) -> None:
     except DeviceError:  # it has no endpoint: then the socket shows it
         return
     if where := health.get("listen"):
-        tls = "with TLS, which the kernel does not speak" if health["tls"] in ("psk", "x509") else "for others"
+        has_tls = health["tls"] in ("psk", "x509")
+        tls = "with TLS, which the kernel does not speak" if has_tls else "for others"
         raise AttachError(
             f"{served.name} serves on listen={where}, {tls}: to attach it here, start it without listen"
         )

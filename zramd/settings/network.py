@@ -21,7 +21,7 @@ MIN_IDLE = 10  # seconds
 MAX_IDLE = 86400
 OF_NETWORK = ("listen", "tls", "clients", "client_idle", "handshake_limit")
 
-_LISTEN = re.compile(r"(?P<host>\[[^\]]*\]|[^:\[\]]*)(?::(?P<port>.*))?", re.DOTALL)
+_LISTEN = re.compile(r"(?P<host>\[[^\]]*\]|[^:\[\]]*)(?::(?P<port>[^:]*))?")
 _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,63}")  # what a key's and a certificate's name may both be
 _WAYS = "use psk:FILE or x509:FOLDER, or off where the network below is encrypted"
