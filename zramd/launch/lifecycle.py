@@ -128,12 +128,17 @@ def serve(
     if before is None:
         options = nbdkit.read_options(nbdkit_words)
         options.sockets = inherited.passed_sockets()
+        if kept.listens and kept.listens != handover.listens(settings.listen):
+            fdstore.let_go(kept.listens, options.sockets)
+            options.sockets, kept = [], kept._replace(listens="")
     else:
         settings = replace(settings, front=before.front(settings.front))
         options = before.options(settings, nbdkit_words)
-    settings, argv = _line(settings, pairs, options, for_others=for_others, for_sockets=before is not None)
+    settings, argv = _line(
+        settings, pairs, options, for_others=for_others, for_sockets=bool(before or kept.listens)
+    )
     if settings.state == handover.SYSTEMD:
-        fdstore.prepare(kept)
+        fdstore.prepare(kept.memory)
     inherited.close_others((*options.sockets, int(os.environ.get(handover.KEPT_FD, 0))), argv)
     # With -s, standard output is the client's; and a service manager has its own way to learn that we serve.
     if nbdkit.STANDARD_INPUT.isdisjoint(options.values) and "NOTIFY_SOCKET" not in os.environ:
