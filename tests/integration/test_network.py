@@ -127,7 +127,10 @@ class TestKeys:
         assert served.uri == f"nbds://guest1@127.0.0.1:{served.port}/{NAME}?tls-psk-file={keys}"
         assert nbdinfo(served.uri) == SIZE
         assert nbdinfo(served.uri.replace("guest1", "guest2")) == SIZE
-        assert "gnutls_handshake" in nbdinfo(served.uri.replace("guest1", "guest3"))
+        others = keys.with_name("others.psk")
+        others.write_text("guest3:" + "00" * 32 + "\n")
+        stranger = served.uri.replace("guest1", "guest3").replace(str(keys), str(others))
+        assert "gnutls_handshake" in nbdinfo(stranger)
         assert "requires TLS" in nbdinfo(f"nbd://127.0.0.1:{served.port}/{NAME}")
         assert (served.health()["listen"], served.health()["tls"]) == (f"127.0.0.1:{served.port}", "psk")
         assert not (served.rundir / "nbd.sock").exists()
@@ -306,7 +309,7 @@ def test_new_keys_while_clients_write(serve: Serve, keys: Path, tmp_path: Path, 
                 served.connect().close()
             except OSError as error:
                 refused.append(error)
-            time.sleep(0.005)
+            time.sleep(0.05)
 
     knocking = threading.Thread(target=knock)
     knocking.start()

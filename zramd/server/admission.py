@@ -174,7 +174,7 @@ class Admission:
     """Lets clients in or turns them away, and says so."""
 
     WATCH = 1.0  # seconds between two looks
-    WATCH_QUEUE = 0.1  # the same, while clients wait for their turn
+    WATCH_QUEUE = 0.02  # the same, while clients wait for their turn: some of those before them may have left
     GREET = 0.1  # the same, for newcomers: each look goes over all descriptors
 
     def __init__(
@@ -246,7 +246,11 @@ class Admission:
 
     def _no_turn(self) -> str:
         """Wait until a newcomer over TCP may begin its handshake; return why it may not, "" if it may."""
-        if not self._strangers or not (self._queue or self._is_full()):
+        if not self._strangers:
+            return ""
+        if self._is_full():
+            self._arrivals.forget_gone()
+        if not (self._queue or self._is_full()):
             return ""
         end = time.monotonic() + TURN
         self._queue += 1
