@@ -58,6 +58,7 @@ try:
     from zramd import __version__
     from zramd.core.device import codec, frames, requests
     from zramd.errors import ConfigError, ZramdError, sentence
+    from zramd.server import strangers
     from zramd.server.fronts.nbd import Nbd
     from zramd.server.server import Prepared, Serving, prepare
     from zramd.settings import config as settings
@@ -109,6 +110,7 @@ def config_complete() -> None:
     if _config.front == "ublk":
         raise ConfigError("front=ublk is served without nbdkit: use 'zramd serve --ublk'")
     _config = replace(_config, front="nbd")  # of auto nothing else is left here
+    strangers.check(_config, can_tell=hasattr(nbdkit, "peer_tls_dn"))
     # An nbdkit before 1.34 goes on to send the next extent when it could not send one, to a socket that it
     # has closed: "raw_send_socket: Assertion `sock >= 0' failed". A client that leaves while many are told
     # would end the server so, with everyone's data.
@@ -180,6 +182,8 @@ def open(readonly: bool) -> Device:
     if wanted not in ("", name):
         nbdkit.set_error(errno.ENOENT)
         raise ZramdError(f"export '{wanted}' does not exist: use '{name}'")
+    if _config.clients and _config.tls.startswith("x509:"):
+        strangers.refuse(_config, nbdkit.peer_tls_dn())
     _front.client_opened()
     return _prepared.device
 

@@ -24,9 +24,10 @@ PAGE = ROOT / "docs" / "reference.md"
 
 FILES = {
     "pid": "the server's process number; the server holds a lock on the file as long as it lives",
-    "nbd.sock": "where clients connect (NBD)",
+    "nbd.sock": "where clients connect (NBD), without `listen=`",
     "control.sock": "where you ask (HTTP), see [below](#the-control-socket)",
     "standby": "which process waits to take over when the server ends, and holds the lock of this file",
+    **dict.fromkeys(rundir.KEYS, "with `clients=`: the keys of those who may come, one file for each server"),
     "sockets.sock": "there for a moment during `zramd restart`",
     "log": "what a server started by `zramd start` has to say, at most 1 MiB",
     "log.1": "what the server before it said, if that one crashed or was restarted",
@@ -54,7 +55,8 @@ PATHS = {
     "GET /classes.json": "the same, as JSON",
     "GET /metrics": "the numbers for Prometheus",
     "GET /health": "`status` (`ok` or `degraded`), its `causes`, the compactor, clients, streams under way, "
-    "and for how many seconds the backing is silent",
+    "for how many seconds the backing is silent, and with NBD `listen`, the way of `tls`, "
+    "and handshakes under way",
     "GET /settings": "every setting as it is now, as JSON",
     "GET /block/N": "what block N of 4096 bytes holds: where its object is, how large, of which class",
     "GET /comp_algorithm": "zram's list of algorithms, with the one that compresses in brackets",

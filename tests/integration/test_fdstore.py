@@ -33,11 +33,13 @@ class Manager:
         self._notify.setblocking(False)
         self.pid = 0
 
-    def start(self, *extra: tuple[str, int], state: str = "systemd", **environment: str) -> None:
+    def start(
+        self, *extra: tuple[str, int], state: str = "systemd", listen: str = "", **environment: str
+    ) -> None:
         """Run `zramd serve` with the descriptors that are kept, after those given."""
         passed = [*extra, *self.kept]
         words = [sys.executable, "-P", "-m", "zramd", "serve", "--name", self.name, "--size", "64M"]
-        words += [f"rundir={self.rundir}", f"state={state}"]
+        words += [f"rundir={self.rundir}", f"state={state}", *([f"listen={listen}"] if listen else [])]
         env = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT), "NOTIFY_SOCKET": self._path, **environment}
         child = os.fork()
         if child == 0:
@@ -78,6 +80,10 @@ class Manager:
             if words.get("FDSTORE") == "1":
                 assert words["FDPOLL"] == "0"
                 self.kept += [(words["FDNAME"], fd) for fd in fds]
+            elif words.get("FDSTOREREMOVE") == "1":
+                for name, fd in [kept for kept in self.kept if kept[0] == words["FDNAME"]]:
+                    self.kept.remove((name, fd))
+                    os.close(fd)
 
     def end(self, number: int) -> int:
         os.kill(self.pid, number)
@@ -146,6 +152,36 @@ def test_sockets_of_the_manager_stay_sockets(manager: Manager) -> None:
         talk(manager.rundir / "control.sock", b"GET /settings HTTP/1.1\r\n\r\n").partition(b"\r\n\r\n")[2]
     )
     assert health["state"] == "systemd"
+
+
+def test_clients_queue_while_a_service_is_restarted(manager: Manager) -> None:
+    """The sockets of `listen` stay open, until another address is configured."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        first, second = one.getsockname(), other.getsockname()
+    manager.start(listen=f"127.0.0.1:{first[1]}")
+    wait_until(manager.serves)
+    manager.take()
+    names = {"zramd-state", f"zramd-listen 127.0.0.1 {first[1]}"}
+    assert {name for name, _ in manager.kept} == names
+    for number in (signal.SIGUSR1, signal.SIGKILL):
+        manager.end(number)
+        with socket.create_connection(first, 60) as client:  # nobody serves, and nobody is refused
+            manager.kept = list(dict(manager.kept).items())  # as systemd, which keeps a socket once
+            manager.start(listen=f"127.0.0.1:{first[1]}")
+            assert client.recv(8) == b"NBDMAGIC"
+            wait_until(manager.serves)
+            manager.take()
+    manager.end(signal.SIGUSR1)
+    manager.kept = list(dict(manager.kept).items())
+    manager.start(listen=f"127.0.0.1:{second[1]}")
+    wait_until(manager.serves)
+    manager.take()
+    assert f"zramd-listen 127.0.0.1 {second[1]}" in dict(manager.kept)
+    assert f"zramd-listen 127.0.0.1 {first[1]}" not in dict(manager.kept)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(first, 60)
+    with socket.create_connection(second, 60) as client:
+        assert client.recv(8) == b"NBDMAGIC"
 
 
 @pytest.mark.parametrize(

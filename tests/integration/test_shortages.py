@@ -122,7 +122,7 @@ class TestConnections:
                         socket.TCP_USER_TIMEOUT,
                     )
                 ]
-                assert found == [60, 15, 4, 120_000]
+                assert found == [20, 10, 3, 50_000]
 
     def test_clients_over_tcp_are_asked(self, tmp_path: Path) -> None:
         with socket.socket() as free:

@@ -20,7 +20,7 @@ from zramd.launch import backingunit
 
 UNITS = (
     *("zramd@.service", "zramd-attach@.service", "zramd-refresh.service", "zramd-refresh.timer"),
-    "zramd.slice",
+    *("zramd-net@.service", "zramd.slice"),
 )
 
 
@@ -385,7 +385,7 @@ def test_a_backing_that_a_service_may_write(disk_folder: Path) -> None:
 
 
 def test_no_core_dump_of_a_service() -> None:
-    for unit in ("zramd@.service", "zramd-attach@.service", "zramd-refresh.service"):
+    for unit in ("zramd@.service", "zramd-net@.service", "zramd-attach@.service", "zramd-refresh.service"):
         text = (SOURCE / "systemd" / unit).read_text()
         assert settings_of(text, "LimitCORE") == ["0"]
 

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(
 GROUPS = {
     "nbd": 12,
     "connections": 7,
+    "tls": 2,
     "lz4": 3,
     "threads": 2 if len(os.sched_getaffinity(0)) > 1 else 0,
     "density": 20,

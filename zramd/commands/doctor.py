@@ -15,13 +15,13 @@ from contextlib import suppress
 from zramd import __version__, meminfo
 from zramd.commands import Commands
 from zramd.contract import rundir
-from zramd.errors import BackingError, ZramdError
+from zramd.errors import BackingError, ConfigError, ZramdError
 from zramd.kernel import attached, backingdevice, statefs, ublk
 from zramd.kernel.swap import MIN_FREE, parse_swaps
-from zramd.launch import installed, ublkway
+from zramd.launch import installed, tlsfiles, ublkway
 from zramd.launch.nbdkit import plugin_path
 from zramd.process.buffers import SEND_BUFFER
-from zramd.settings import devices
+from zramd.settings import config, devices
 
 OLDEST_NBDKIT = (1, 28)  # calls `cleanup`
 THREADS_NBDKIT = (1, 34)  # survives a client that vanishes while several threads serve it
@@ -375,6 +375,33 @@ def states() -> Iterator[Finding]:
                 yield Finding(OK, name, f"{path} is not swapped out")
 
 
+def networks() -> Iterator[Finding]:
+    """What devices for other machines need: an nbdkit with TLS, and their keys or certificates."""
+    with suppress(ZramdError):
+        for device in devices.load().devices:
+            settings = device.settings()
+            if settings.tls in ("", "off"):
+                continue
+            name = f"network of {device.name}"
+            if _fields(_run("nbdkit", "--dump-config")[1]).get("tls") == "no":
+                yield Finding(
+                    PROBLEM, name, "this nbdkit has no TLS", "install one with GnuTLS, or use tls = off"
+                )
+            elif "%d" in settings.tls:
+                yield Finding(OK, name, f"{settings.tls} is looked at when the service starts")
+            else:
+                yield _network(name, settings)
+
+
+def _network(name: str, settings: config.Config) -> Finding:
+    try:
+        tlsfiles.options(settings)
+    except ConfigError as error:
+        text, _, remedy = str(error).rpartition(": ")
+        return Finding(PROBLEM, name, text, remedy)
+    return Finding(OK, name, f"{settings.tls} can be used")
+
+
 def _memory(root: str) -> int:
     try:
         return meminfo.read("MemTotal", f"{root}{meminfo.PATH}") or 0
@@ -422,6 +449,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     socket_buffers,
     backings,
     states,
+    networks,
 )
 
 

@@ -34,7 +34,7 @@ def start(arguments: argparse.Namespace) -> int:
         lines.append(("front", "ublk: this machine's kernel, once it is attached"))
         lines.append(("attach", attach_command(settings)))
     else:
-        if not options.other_transport:
+        if not options.other_transport and not settings.listen:
             lines.append(("socket", f"{settings.rundir}/{rundir.NBD_SOCKET}"))
         lines.append(("NBD URI", uri(settings, options) or "as nbdkit was told"))
     print("".join(f"{what:<13} {value}\n" for what, value in lines), end="")
@@ -58,7 +58,7 @@ def _settings_help() -> str:
         "  zramd serve\n"
         "  zramd serve --name swap0 --size 8G mem_limit=2G\n"
         "  zramd serve --config zram0 mem_limit=2G\n"
-        "  zramd serve -- -p 10809 --tls=require --tls-certificates=/etc/pki/zramd\n"
+        "  zramd serve listen=:10809 tls=psk:/etc/zramd/zram0.psk\n"
         "  zramd start swap0 --size 8G mem_limit=2G\n"
         "  zramd start swap0 --size 8G --ublk swap=local\n"
         "  zramd start zram0\n"

@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
         parser = commands.add_parser(
             name,
             description=f"{text.capitalize()}: zramd@.service, zramd-attach@.service, "
-            f"zramd-refresh.service, zramd-refresh.timer, zramd.slice{more}",
+            f"zramd-refresh.service, zramd-refresh.timer, zramd-net@.service, zramd.slice{more}",
         )
         parser.add_argument(
             "--root", metavar="FOLDER", help="the folder that stands for /, to prepare another system [/]"

@@ -32,6 +32,7 @@ SYSTEMD = "systemd"  # as state=: the service manager keeps the file, see zramd.
 KEPT_FD = "ZRAMD_STATE_FD"  # in the environment: which descriptor that is
 UNIT = "ZRAMD_UNIT"  # in the environment of one on standby: the service for whose server it is
 
+_LISTENS = "zramd-listen"  # how the service manager knows the sockets of `listen` that it keeps
 # What command and new server say to each other.
 READY = b"r"
 GO = b"!"
@@ -40,6 +41,16 @@ TELLING = b"t"
 NOBODY = -1  # instead of a link
 _STANDBY = "standby"
 STOPPED = "it was stopped meanwhile"  # what the new server says then
+
+
+def listens(address: str) -> str:
+    """Return the name by which the service manager keeps the sockets of this `listen`; it takes no colons."""
+    return f"{_LISTENS} {address.replace(':', ' ')}"
+
+
+def is_listens(name: str) -> bool:
+    """Say whether the service manager keeps sockets of some `listen` by this name."""
+    return name.startswith(f"{_LISTENS} ")
 
 
 def takes_over() -> bool:

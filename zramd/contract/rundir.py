@@ -35,6 +35,9 @@ STATE = "state_path"  # where the server's state is: what died with it, and what
 LOG = "log"  # what a server in the background has to say once it serves
 OLD_LOG = "log.1"  # and what the one before it said, if that did not stop in its normal way
 STANDBY = "standby"  # the number of the process that waits to take over, which holds its lock
+# The keys of those who may come, where not all of the user's may: see zramd.launch.tlsfiles. nbdkit reads
+# its file at each handshake, so the server, one on standby and the next one have one each.
+KEYS = ("zramd-keys.0", "zramd-keys.1", "zramd-keys.2")
 SOCKETS = "sockets.sock"  # of a restart, for a moment
 BACKGROUND = "ZRAMD_BACKGROUND"  # in the environment of such a server
 LOCK_TIMEOUT = 1.0  # seconds; a process that only looks holds the lock for microseconds
@@ -45,7 +48,7 @@ _NOBODY_ELSES = frozenset((*_FIRST, "mm_stat", "io_stat", "frag_ratio"))
 _TRIES = 2  # of a removal: what fails once, for lack of memory say, may not fail again
 _ANOTHER = "give a folder of its own, one that is not there yet"
 _SHOWN = frozenset((CONTROL_SOCKET, SOCKETS, *_FILES, *(name + _TEMPORARY for name in _FILES)))
-_OURS = _SHOWN | {NBD_SOCKET, LOG, OLD_LOG, STANDBY}
+_OURS = _SHOWN | {NBD_SOCKET, LOG, OLD_LOG, STANDBY, *KEYS}
 NAMES = (PID, *sorted(_OURS))  # all that may be in the folder
 
 
@@ -97,7 +100,7 @@ class Rundir:
             self._keep_log()
             # Where the state is stands there until it is replaced: somebody may still take over, and by it
             # the folder of a server that is killed now is known for one.
-            for name in _telling_last(self._names - {LOG, OLD_LOG, STATE, STANDBY}):
+            for name in _telling_last(self._names - {LOG, OLD_LOG, STATE, STANDBY, *KEYS}):
                 self._unlink(name)
             if handover.takes_over():
                 self._names = _OURS
@@ -375,10 +378,11 @@ def _make(path: str) -> bool:
 def _files(folder: int) -> tuple[list[str], bool]:
     """Return the files with one of our names, and whether a server has left them, or they are the user's own.
 
-    A server leaves its number, and files that nobody else has. What is no file is nobody's work.
+    A server leaves its number, and files that nobody else has. What is no file is nobody's work. Keys are put
+    there for a server that is about to start, and nobody else's files are called so.
     """
     number = head(PID, folder)  # first: it is the first that comes, and the last that goes
-    names = [name for name in os.listdir(folder) if name in _OURS or name == PID]
+    names = [name for name in os.listdir(folder) if name in _OURS - {*KEYS} or name == PID]
     names = [name for name in names if _is_file(name, folder)]
     if number == "":  # one that was killed before it wrote it
         return [name for name in names if name != PID], False

@@ -81,6 +81,7 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
             _refuse_others(served)
         step("attach.turn")
         front = _front(served)
+        _refuse_network(served)
         wanted = wanted._replace(standby=_stands_by(served, front, wanted))
         if wanted.swap:
             _look_at_state(served)
@@ -182,6 +183,20 @@ def _front(served: servers.Served) -> str:
     except DeviceError:  # it has no endpoint
         return "nbd"
     return str(answer.get("front", "nbd"))
+
+
+def _refuse_network(served: servers.Served) -> None:
+    """Raise AttachError for a server that has no socket for this machine's kernel."""
+    try:
+        health = served.ask_json("GET", "/health", timeout=ASK)
+    except DeviceError:  # it has no endpoint: then the socket shows it
+        return
+    if where := health.get("listen"):
+        has_tls = health["tls"] in ("psk", "x509")
+        tls = "with TLS, which the kernel does not speak" if has_tls else "for others"
+        raise AttachError(
+            f"{served.name} serves on listen={where}, {tls}: to attach it here, start it without listen"
+        )
 
 
 def _undo(name: str, keeper: int) -> None:

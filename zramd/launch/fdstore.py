@@ -1,4 +1,5 @@
-"""state=systemd: the memory file that a service manager keeps for us from one server to the next.
+"""What a service manager keeps for us from one server to the next: with state=systemd the memory file, with
+`listen` the sockets, on which clients that connect again then queue while no server runs.
 
 The manager gets it once (FDSTORE=1), holds it while no server runs, and passes it to the next one among the
 descriptors from 3 on, after the listening sockets. nbdkit takes all of those for listening sockets; so the
@@ -7,12 +8,24 @@ launcher takes ours out before it becomes nbdkit, and tells the server by the en
 
 import os
 from contextlib import suppress
+from typing import NamedTuple
 
+from zramd.contract import handover
 from zramd.contract.handover import KEPT_FD, SYSTEMD
 from zramd.errors import StateError, ZramdError
 from zramd.process import inherited, notify
 
 _NAME = "zramd-state"
+
+
+class Kept(NamedTuple):
+    """What was passed to this process. memory: the file's descriptor, -1 if it is not there.
+
+    listens: the name of the sockets that are passed, where they are those of a `listen`, else ''.
+    """
+
+    memory: int
+    listens: str
 
 
 def prepare(kept: int, theirs: int = -1) -> None:
@@ -44,17 +57,18 @@ def prepare(kept: int, theirs: int = -1) -> None:
     os.environ[KEPT_FD] = str(kept)
 
 
-def take_out() -> int:
-    """Take the memory file out of the descriptors that were passed to us; return it, -1 if it is not there.
+def take_out() -> Kept:
+    """Take the memory file out of the descriptors that were passed to us, and say what there is.
 
     The sockets among them stay, one after the other from 3 on. Raises UsageError.
     """
     numbers = inherited.passed()
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-    kept, rest = -1, []
+    kept, rest, others = -1, [], set()
     for fd, name in zip(numbers, [*names, *[""] * len(numbers)], strict=False):
         if name != _NAME:
             rest.append(fd)
+            others.add(name)
         elif kept < 0:
             kept = inherited.high(fd, inheritable=True)
     for place, fd in enumerate(rest, inherited.FIRST):
@@ -66,6 +80,19 @@ def take_out() -> int:
     if rest:
         os.environ["LISTEN_FDS"] = str(len(rest))
     else:
-        os.environ.pop("LISTEN_FDS", None)
-        os.environ.pop("LISTEN_PID", None)
-    return kept
+        _forget()
+    (name,) = others if len(others) == 1 else ("",)
+    return Kept(kept, name if handover.is_listens(name) else "")
+
+
+def let_go(name: str, sockets: list[int]) -> None:
+    """Close sockets of an address on which nobody is to listen any more, and have the manager do so."""
+    for fd in sockets:
+        os.close(fd)
+    _forget()
+    notify.Manager().tell("FDSTOREREMOVE=1", f"FDNAME={name}")
+
+
+def _forget() -> None:
+    os.environ.pop("LISTEN_FDS", None)
+    os.environ.pop("LISTEN_PID", None)

@@ -65,6 +65,8 @@ class Predecessor:
             for fd in copies:
                 os.close(fd)
             return nbdkit.read_options(words)
+        before = str(self._served.ask_json("GET", "/settings").get("listen", ""))
+        takeover.refuse_other_address(self._served, before, settings.listen)
         options = nbdkit.read_options(words, leave_out=nbdkit.TRANSPORTS)
         options.sockets = list(range(inherited.FIRST, inherited.FIRST + len(copies)))
         for number, fd in zip(options.sockets, copies, strict=True):

@@ -15,7 +15,18 @@ from zramd.contract import handover, rundir
 from zramd.control import busy, life, servers
 from zramd.errors import ConfigError, DeviceError, UsageError, ZramdError, say, sentence
 from zramd.kernel import swap
-from zramd.launch import background, fdstore, inplace, installed, nbdkit, spawn, ublkserver, watcher
+from zramd.launch import (
+    addresses,
+    background,
+    fdstore,
+    inplace,
+    installed,
+    nbdkit,
+    spawn,
+    tlsfiles,
+    ublkserver,
+    watcher,
+)
 from zramd.process import inherited, interrupts, notify, pidfd
 from zramd.process.steps import step
 from zramd.settings import config, devices
@@ -66,9 +77,17 @@ def _wanted(name: str | None, size: str | None, words: list[str]) -> tuple[Confi
 
 
 def _line(
-    settings: Config, pairs: list[tuple[str, str]], options: nbdkit.Options, *, for_others: bool
+    settings: Config,
+    pairs: list[tuple[str, str]],
+    options: nbdkit.Options,
+    *,
+    for_others: bool,
+    for_sockets: bool = False,
 ) -> tuple[Config, list[str]]:
-    """Return the settings, with the front that was chosen if it was to be, and the command line."""
+    """Return the settings, with the front that was chosen if it was to be, and the command line.
+
+    for_sockets: the sockets in `options` are those of `listen`, and there already.
+    """
     if settings.front == "auto":
         front = ublkserver.choose(settings, options, for_others=for_others)
         settings = replace(settings, front=front)
@@ -79,6 +98,9 @@ def _line(
     if not swap.find_program("nbdkit"):
         raise ZramdError(f"nbdkit is not installed: {installed.how_to_install()}")
     nbdkit.check(options)
+    if settings.listen and not for_sockets:
+        nbdkit.refuse_twice(settings, options)
+        addresses.check(settings)
     return settings, nbdkit.command(settings, pairs, options)
 
 
@@ -106,12 +128,17 @@ def serve(
     if before is None:
         options = nbdkit.read_options(nbdkit_words)
         options.sockets = inherited.passed_sockets()
+        if kept.listens and kept.listens != handover.listens(settings.listen):
+            fdstore.let_go(kept.listens, options.sockets)
+            options.sockets, kept = [], kept._replace(listens="")
     else:
         settings = replace(settings, front=before.front(settings.front))
         options = before.options(settings, nbdkit_words)
-    settings, argv = _line(settings, pairs, options, for_others=for_others)
+    settings, argv = _line(
+        settings, pairs, options, for_others=for_others, for_sockets=bool(before or kept.listens)
+    )
     if settings.state == handover.SYSTEMD:
-        fdstore.prepare(kept, -1 if before is None else before.memory_file())
+        fdstore.prepare(kept.memory, -1 if before is None else before.memory_file())
     inherited.close_others((*options.sockets, int(os.environ.get(handover.KEPT_FD, 0))), argv)
     # With -s, standard output is the client's; and a service manager has its own way to learn that we serve.
     if nbdkit.STANDARD_INPUT.isdisjoint(options.values) and "NOTIFY_SOCKET" not in os.environ:
@@ -121,10 +148,11 @@ def serve(
         before.hand_over(options)
     else:
         with suppress(FileNotFoundError, NotADirectoryError):  # then nobody is in the middle of anything
-            turn = life.take(settings.rundir, settings.name)
+            turn = life.take(settings.rundir, settings.name, make=tlsfiles.has_own(settings))
             background.refuse_another(settings)
             background.give(turn.words(), turn.fd)
         background.clear_socket(options.values.get("-U", options.values.get("--unix", "")))
+    tlsfiles.put(settings, argv)
     step("serve.exec")
     os.execvp(argv[0], argv)
 
@@ -180,6 +208,7 @@ def start(name: str | None, size: str | None, words: list[str], nbdkit_words: li
         background.refuse_another(settings)
         background.clear_socket(options.values.get("-U", options.values.get("--unix", "")))
         step("start.turn")
+        tlsfiles.put(settings, argv)
         pid = _begin(settings, argv, turn, folder)
         interrupts.finish()  # it serves, and is said to
     step("start.serves")

@@ -7,8 +7,9 @@ from collections.abc import Collection
 import zramd
 from zramd.contract import rundir
 from zramd.errors import UsageError
+from zramd.launch import tlsfiles
 from zramd.process import inherited
-from zramd.settings import config
+from zramd.settings import config, network
 from zramd.settings.config import Config
 
 # nbdkit's options that choose another transport than the socket in the run folder.
@@ -102,7 +103,7 @@ class Options:
 
     @property
     def other_transport(self) -> bool:
-        """Whether something else than the socket in the run folder is served."""
+        """Whether nbdkit's options say where to listen, instead of the run folder's socket or `listen`."""
         return not TRANSPORTS.isdisjoint(self.values) or bool(self.sockets)
 
 
@@ -169,11 +170,42 @@ def _full(name: str) -> str:
 
 
 def command(settings: Config, pairs: list[tuple[str, str]], options: Options) -> list[str]:
-    """Return nbdkit's command line."""
-    socket_option = [] if options.other_transport else ["-U", f"{settings.rundir}/{rundir.NBD_SOCKET}"]
+    """Return nbdkit's command line. Raises ConfigError for files of TLS that cannot be used."""
     plugin = ["python", plugin_path(), *(f"{key}={value}" for key, value in absolute(settings, pairs))]
     before = [*threads(settings, options), *options.before]
-    return ["nbdkit", "-f", *socket_option, *before, *plugin, *options.after]
+    return ["nbdkit", "-f", *transport(settings, options), *before, *plugin, *options.after]
+
+
+def refuse_twice(settings: Config, options: Options) -> None:
+    """Raise UsageError for what both `listen` and nbdkit's options say, or what those would undo."""
+    if not settings.listen:
+        return
+    for option in options.values:
+        if option in TRANSPORTS | tlsfiles.OPTIONS | {"-o", "--old-style", "--oldstyle"}:
+            raise UsageError(
+                f"nbdkit's option {option} and listen={settings.listen} both say how clients "
+                "come: leave one out"
+            )
+        if option in ("-u", "--user") and network.tls(settings.tls).way == "psk":
+            raise UsageError(
+                f"nbdkit's option {option} would have it read the keys as another user: "
+                "start zramd as that user"
+            )
+    if options.sockets:
+        raise UsageError(
+            f"listen={settings.listen}, but sockets were passed on which to listen "
+            "(LISTEN_FDS): leave one out"
+        )
+
+
+def transport(settings: Config, options: Options) -> list[str]:
+    """Return nbdkit's options for where it listens, and for TLS. Raises ConfigError."""
+    if not settings.listen:
+        return [] if options.other_transport else ["-U", f"{settings.rundir}/{rundir.NBD_SOCKET}"]
+    where = network.address(settings.listen)
+    host = ["-i", where.host] if where.host else []
+    place = [] if options.sockets else [*host, "-p", str(where.port)]
+    return [*place, *tlsfiles.options(settings)]
 
 
 def threads(settings: Config, options: Options) -> list[str]:

@@ -29,7 +29,7 @@ from zramd.errors import (
     sentence,
 )
 from zramd.kernel import attached, protection
-from zramd.launch import background, filters, nbdkit, processes, spawn, ublkserver
+from zramd.launch import background, filters, nbdkit, processes, spawn, tlsfiles, ublkserver
 from zramd.process import inherited, interrupts, pidfd
 from zramd.process.steps import step
 from zramd.settings import config
@@ -69,6 +69,7 @@ def restart(name: str | None, folder: str | None, words: list[str]) -> Restarted
         served.look_again()
         pid, away = _replace(served, words, turn)
         _renew_standby(served, turn)
+        tlsfiles.sweep(served.path)
     step("restart.serves")
     return Restarted(served.name, pid, away)
 
@@ -91,7 +92,9 @@ def _replace(served: servers.Served, words: list[str], turn: life.Turn) -> tuple
     filters.refuse(served.name, line)
     changed = _override(pairs, words)
     old = _Old(served, process)
-    refuse_other_front(served, old.health, config.parse(pairs).front, config.parse(changed).front)
+    before, after = config.parse(pairs), config.parse(changed)
+    refuse_other_front(served, old.health, before.front, after.front)
+    refuse_other_address(served, before.listen, after.listen)
     as_before = _plan(served, line, pairs)
     plan = _plan(served, line, changed)
     step("restart.sockets")
@@ -138,6 +141,17 @@ def refuse_other_front(served: servers.Served, health: dict[str, Any], before: s
         raise DeviceError(
             f"{served.name} is in use over front={before}, and its clients cannot follow to front={after}: "
             "detach it, or disconnect them, first"
+        )
+
+
+def refuse_other_address(served: servers.Served, before: str, after: str) -> None:
+    """Raise DeviceError for another `listen`: the next server gets the sockets that there are."""
+    if before != after:
+        now = f"listen={before}" if before else "its unix socket"
+        then = f"listen={after}" if after else "a unix socket"
+        raise DeviceError(
+            f"{served.name} is reached by {now}, where its clients come again: for {then} stop it, and start "
+            "it with that"
         )
 
 
@@ -348,6 +362,7 @@ class _Successor:
     ) -> None:
         """Start it; on `standby` it does not keep the turn. `service`: what the old one is a server of."""
         self._settings = plan.settings
+        tlsfiles.put(plan.settings, plan.argv)
         ours, theirs = socket.socketpair()
         self._link = ours
         self.tells = False  # it has begun to tell the old one
@@ -521,7 +536,8 @@ def _plan(served: servers.Served, line: list[str], pairs: list[tuple[str, str]])
     if not at:
         raise DeviceError(f"{served.name} is not served by nbdkit: '{' '.join(words[:4])} …'")
     keys = {key for setting in config.SETTINGS for key in (setting.name, *setting.aliases)}
-    options = nbdkit.read_options(words[1 : at - 1], leave_out=nbdkit.TRANSPORTS | _PROGRAM)
+    ours = tlsfiles.OPTIONS if settings.listen else set()
+    options = nbdkit.read_options(words[1 : at - 1], leave_out=nbdkit.TRANSPORTS | _PROGRAM | ours)
     after = [word for word in words[at + 1 :] if word.partition("=")[0] not in keys]
     nbdkit.set_environment(settings)
     if settings.front == "ublk":
@@ -529,7 +545,7 @@ def _plan(served: servers.Served, line: list[str], pairs: list[tuple[str, str]])
         ublkserver.check(options)
         return _Plan(settings, ublkserver.command(pairs))
     plugin = ["python", nbdkit.plugin_path(), *(f"{key}={value}" for key, value in pairs)]
-    before = [*nbdkit.threads(settings, options), *options.before]
+    before = [*tlsfiles.options(settings), *nbdkit.threads(settings, options), *options.before]
     return _Plan(settings, ["nbdkit", "-f", *before, *plugin, *after])
 
 

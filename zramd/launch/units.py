@@ -23,13 +23,14 @@ from zramd.settings import conffiles, devices
 
 UNITS = (
     *("zramd@.service", "zramd-attach@.service", "zramd-refresh.service", "zramd-refresh.timer"),
-    "zramd.slice",
+    *("zramd-net@.service", "zramd.slice"),
 )
 MARK = (
     "# Installed by 'zramd install-units'; 'zramd remove-units' removes it. To change it: systemctl edit.\n"
 )
 COMMAND = "/usr/local/bin/zramd"  # what stands in the units as they are shipped
 PACKAGED = "usr/lib/systemd/system"  # where a distribution's packages have theirs
+_SERVICES = ("zramd@", "zramd-net@", "zramd-attach@")
 HIDDEN = ("/home", "/root", "/run/user")  # from the services: ProtectHome=
 
 
@@ -248,7 +249,7 @@ def _refuse_in_use(root: Path) -> None:
     used = _enabled(root)
     if _live(root):
         shown = _systemctl(
-            "list-units", "--plain", "--no-legend", "zramd@*.service", "zramd-attach@*.service"
+            "list-units", "--plain", "--no-legend", *(f"{service}*.service" for service in _SERVICES)
         )
         used |= {
             line.split()[0] for line in shown.splitlines() if line.split()[2:3] not in ([], ["inactive"])
@@ -264,7 +265,7 @@ def _enabled(root: Path) -> set[str]:
     for name in _names(root, root / "etc/systemd/system"):
         if name.endswith(".wants"):
             found |= set(_names(root, root / "etc/systemd/system" / name))
-    return {name for name in found if fnmatch(name, "zramd@*.service")}
+    return {name for name in found if any(fnmatch(name, f"{service}*.service") for service in _SERVICES)}
 
 
 def _names(root: Path, folder: Path) -> list[str]:

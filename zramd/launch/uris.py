@@ -7,18 +7,22 @@ from contextlib import suppress
 from urllib.parse import quote
 
 from zramd.contract import rundir
+from zramd.launch import tlsfiles
 from zramd.launch.nbdkit import Options
+from zramd.settings import network
 from zramd.settings.config import Config
 
 
 def uri(settings: Config, options: Options) -> str:
     """Return the NBD URI that clients on this machine use, '' if nbdkit's options leave it open."""
-    given = options.values
+    given = {**options.values, **_of_network(settings)}
     tls = given.get("--tls") == "require"
     scheme = "nbds" if tls else "nbd"
     user, parameters = _tls(given) if tls else ("", {})
+    if settings.clients and "tls-psk-file" in parameters:
+        user = network.names(settings.clients)[0]
     path = given.get("-U", given.get("--unix", ""))
-    if not options.other_transport:
+    if not options.other_transport and not settings.listen:
         path = f"{settings.rundir}/{rundir.NBD_SOCKET}"
     if path and path != "-":
         parameters = {"socket": os.path.abspath(path), **parameters}
@@ -36,11 +40,24 @@ def uri(settings: Config, options: Options) -> str:
     return f"{scheme}://{user}{host}/{settings.name}" + (f"?{query}" if query else "")
 
 
+def _of_network(settings: Config) -> dict[str, str]:
+    """Return nbdkit's options for `listen` and `tls`, with the user's own file of keys."""
+    if not settings.listen:
+        return {}
+    where, way = network.address(settings.listen), network.tls(settings.tls).way
+    given = {"-p": str(where.port), **({"-i": where.host} if where.host else {})}
+    if way in ("psk", "x509"):
+        given["--tls"] = "require"
+        given["--tls-psk" if way == "psk" else "--tls-certificates"] = tlsfiles.path(settings)
+        given |= {"--tls-verify-peer": ""} if way == "x509" else {}
+    return given
+
+
 def _host(given: dict[str, str]) -> str:
     # localhost need not have an address of IPv6.
     default = "::1" if "-6" in given or "--ipv6-only" in given else "localhost"
     host = given.get("-i", given.get("--ipaddr", given.get("--ip-addr", default)))
-    return f"[{host}]" if ":" in host else host
+    return f"[{host.replace('%', '%25')}]" if ":" in host else host
 
 
 def _port(text: str) -> str:
@@ -67,5 +84,7 @@ def _tls(given: dict[str, str]) -> tuple[str, dict[str, str]]:
     else:  # nbdkit looks there by itself, but clients do not
         own = [f"{home}/.pki/nbdkit", f"{home}/.config/pki/nbdkit"] if os.geteuid() else []
         folders = [*own, "/etc/pki/nbdkit"]
-    there = [folder for folder in folders if os.path.exists(f"{folder}/ca-cert.pem")]
+    # A client that has to show a certificate looks for it there as well: a server's folder may have none.
+    wanted = "client-cert.pem" if "--tls-verify-peer" in given else "ca-cert.pem"
+    there = [folder for folder in folders if os.path.exists(f"{folder}/{wanted}")]
     return "", {"tls-certificates": os.path.abspath(there[0])} if there else {}

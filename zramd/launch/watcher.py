@@ -41,7 +41,8 @@ def greeting(settings: Config, options: Options, pid: int) -> str:
     """Return what the user is told once the server answers: where it is, and three commands to try next."""
     where = uri(settings, options)
     folder = shlex.quote(settings.rundir)
-    if not options.other_transport and options.values.get("--tls") != "require":  # the kernel has no TLS
+    tls = options.values.get("--tls") == "require"
+    if not options.other_transport and not settings.listen and not tls:  # the kernel has no TLS
         attach = attach_command(settings)
     elif where:
         attach = f"nbdinfo {shlex.quote(where)}"

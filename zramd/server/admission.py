@@ -21,6 +21,10 @@ from zramd.server import sockets
 from zramd.server.trouble import Troubles
 
 PATIENCE = 30.0  # seconds that a client has for its handshake
+HURRY = (
+    2.0  # the same, while others wait for their turn: a thousandth of it is enough for a client that is awake
+)
+TURN = 5.0  # seconds for which a client over TCP waits for its turn before it is turned away
 SPARE = 12  # descriptors that we keep for ourselves: a hand-over needs that many
 MARGIN = 64  # descriptors that clients must leave free
 # Has nbdkit's main thread look again at what it waits for. Nobody sends it otherwise.
@@ -170,6 +174,7 @@ class Admission:
     """Lets clients in or turns them away, and says so."""
 
     WATCH = 1.0  # seconds between two looks
+    WATCH_QUEUE = 0.02  # the same, while clients wait for their turn: some of those before them may have left
     GREET = 0.1  # the same, for newcomers: each look goes over all descriptors
 
     def __init__(
@@ -178,14 +183,20 @@ class Admission:
         limit: Callable[[], int],
         clients: Callable[[], int],
         wake_up: Callable[[], None] | None = None,
+        handshakes: Callable[[], int] = lambda: 1 << 16,
     ) -> None:
         """`limit` returns the most connections allowed, `clients` how many of them are clients by now.
 
-        `wake_up` has the housekeeper look around: there is a newcomer to greet; None: nobody is greeted.
+        `handshakes` returns how many over TCP may be in their handshake at once. `wake_up` has the
+        housekeeper look around: there is a newcomer to greet; None: nobody is greeted.
         """
         self._troubles = troubles
+        self.lock = threading.Condition()  # one at a time comes in; notified when a handshake is over
         self._limit = limit
         self._clients = clients
+        self._handshakes = handshakes
+        self._strangers = False  # whether clients come over TCP: anyone may, before the handshake
+        self._queue = 0  # clients that wait for their turn
         self._arrivals = Arrivals()
         self._wake_up = wake_up
         self._turned_away = ""
@@ -197,6 +208,7 @@ class Admission:
         """Look after the sockets on which nbdkit accepts. Raises OSError."""
         self._descriptors = Descriptors(self._limit())
         self._door = Door(listening)
+        self._strangers = sockets.any_tcp(listening)
 
     @property
     def sockets(self) -> list[int]:
@@ -204,8 +216,12 @@ class Admission:
         return self._door.sockets if self._door is not None else []
 
     def connects(self) -> None:
-        """Let a client in; its thread calls this, one at a time. Raises DeviceError for one too many."""
-        if reason := self._no_room():
+        """Let a client in; its thread calls this, with `lock`. Raises DeviceError for one too many.
+
+        Over TCP it may have to wait until others have completed their handshake, and is turned away if that
+        takes too long.
+        """
+        if reason := self._no_room() or self._no_turn():
             self._turned_away = reason
             if self._door is not None and self._descriptors is not None and self._descriptors.are_out:
                 self._door.shut()  # at once: nbdkit tries for the next in a loop
@@ -216,8 +232,43 @@ class Admission:
             self._wake_up()
 
     def becomes_client(self) -> None:
-        """Note that the client of the calling thread has completed its handshake."""
+        """Note that the client of the calling thread has completed its handshake; call it with `lock`."""
         self._arrivals.end()
+        self.lock.notify()
+
+    @property
+    def handshakes(self) -> int:
+        """How many connections are in their handshake; some of them may have left since the last look."""
+        return len(self._arrivals)
+
+    def _is_full(self) -> bool:
+        return len(self._arrivals) >= self._handshakes()
+
+    def _no_turn(self) -> str:
+        """Wait until a newcomer over TCP may begin its handshake; return why it may not, "" if it may."""
+        if not self._strangers:
+            return ""
+        if self._is_full():
+            self._arrivals.forget_gone()
+        if not (self._queue or self._is_full()):
+            return ""
+        end = time.monotonic() + TURN
+        self._queue += 1
+        if self._wake_up is not None:
+            self._wake_up()
+        try:
+            while True:
+                left = end - time.monotonic()
+                if left <= 0:
+                    return (
+                        f"{self._handshakes()} connections are in their handshake, the most that "
+                        "handshake_limit allows"
+                    )
+                self.lock.wait(left)
+                if not self._is_full():
+                    return ""
+        finally:
+            self._queue -= 1
 
     def greet(self, others: frozenset[int]) -> None:
         """Set what newcomers' connections need; `others` are sockets that are no clients. Raises OSError."""
@@ -241,6 +292,10 @@ class Admission:
         """Return the seconds between two calls of watch_descriptors."""
         return self.WATCH / 10 if self._door is not None and self._door.is_shut else self.WATCH
 
+    def watch_interval(self) -> float:
+        """Return the seconds between two calls of watch_clients."""
+        return self.WATCH_QUEUE if self._queue else self.WATCH
+
     def watch_descriptors(self) -> None:
         """Keep a few descriptors for ourselves, and shut the door while there are no others."""
         if self._descriptors is None or self._door is None:
@@ -256,18 +311,21 @@ class Admission:
     def watch_clients(self) -> None:
         """Cut off clients that never complete their handshake; report that clients are turned away, if so."""
         if len(self._arrivals):
-            self._arrivals.cut_off()
+            self._arrivals.cut_off(HURRY if self._queue else PATIENCE)
+        if self._queue:
+            with self.lock:
+                self.lock.notify_all()  # nbdkit does not report that somebody has left in its handshake
         if self._turned_away:
             self._troubles.begin("clients are turned away", self._turned_away)
-            self._turned_away = self._no_room()
+            self._turned_away = self._no_room() or (self._turned_away if self._queue else "")
         else:
             self._troubles.over("clients are turned away")
 
     def _no_room(self) -> str:
         """Return why no other client can be let in, "" if one can."""
         most = self._limit()
-        if self._clients() + len(self._arrivals) >= most:
+        if self._clients() + len(self._arrivals) + self._queue >= most:
             self._arrivals.forget_gone()
-        if self._clients() + len(self._arrivals) >= most:
+        if self._clients() + len(self._arrivals) + self._queue >= most:
             return f"there are {most} connections already, the most that client_limit allows"
         return "" if self._descriptors is None else self._descriptors.shortage()

@@ -192,6 +192,8 @@ class Serving:
             undone.attempt("stats files are not written", reports.write)
         front.begin(service)
         files.bound = front.files()
+        if config.listen:
+            undone.attempt("the service manager does not keep the sockets", self._store_sockets)
         endpoint = self._make_endpoint()
         service.worker.start()
         ends.add(service.worker.stop)
@@ -289,6 +291,11 @@ class Serving:
 
     def _write_state(self) -> None:
         self._files.rundir.publish(STATE, self._config.state + "\n")
+
+    def _store_sockets(self) -> None:
+        """Have the service manager keep what clients come by: they queue while a service is restarted."""
+        for fd in self._front.listening:
+            self._manager.store(handover.listens(self._config.listen), fd)
 
     def _write_log(self) -> None:
         self._log.write_to(self._files.rundir.open_log())

@@ -11,7 +11,8 @@ from typing import Any
 
 from zramd.contract import rundir
 from zramd.errors import ConfigError
-from zramd.settings import amounts, codecs
+from zramd.settings import amounts, codecs, network
+from zramd.settings.amounts import parse_size as parse_size
 
 PAGE_SIZE = 4096  # bytes
 MAX_DISKSIZE = 4 << 40  # the core has the same: handles have 31 bits
@@ -22,49 +23,9 @@ MIN_WRITEBACK_LIMIT = 64 << 10  # an extent: less would never be written
 # sun_path holds 107 bytes and a NUL; control.sock is the longest socket name in the folder.
 MAX_RUNDIR_BYTES = 107 - len("/control.sock")
 
-_SUFFIXES = "KMGTPE"
-_SIZE = re.compile(r"(0x[0-9a-f]+|0[0-7]*|[1-9][0-9]*)(?:([KMGTPE])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _BOOLEANS = {"on": True, "yes": True, "true": True, "1": True}
 _BOOLEANS |= {"off": False, "no": False, "false": False, "0": False}
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes that `text` means, read as the kernel's memparse does.
-
-    Decimal, 0x hexadecimal or 0 octal digits, then K M G T P or E in either case (1024-based), then
-    optionally B or iB. Raises ConfigError when any other character is left.
-    """
-    match = _SIZE.fullmatch(text)
-    if match is None or len(text) > 64:
-        raise ConfigError(f"'{text}' is not a size: {_size_hint(text)}")
-    digits, suffix = match.groups()
-    if digits[:2].lower() == "0x":
-        number = int(digits, 16)
-    else:
-        number = int(digits, 8 if digits.startswith("0") else 10)
-    size = number << 10 * (_SUFFIXES.index(suffix.upper()) + 1) if suffix else number
-    if size >= 1 << 64:
-        raise ConfigError(f"'{text}' does not fit in 64 bits")
-    return size
-
-
-def _size_hint(text: str) -> str:
-    """Return what a user may have meant by something that is no size."""
-    if len(text) <= 64:
-        close = "".join(text.split())
-        if close != text and _SIZE.fullmatch(close):
-            return f"write {close}"
-        match = re.fullmatch(r"([0-9]*[.,][0-9]+)([KMGTPE])(?:i?B)?", close, re.IGNORECASE | re.ASCII)
-        if match:
-            power = _SUFFIXES.index(match[2].upper())
-            whole = round(float(match[1].replace(",", ".")) * 1024)
-            return f"write {whole}{('B' + _SUFFIXES)[power]}"
-        if re.fullmatch(r"[0-9.]+%", close, re.ASCII):
-            return (
-                f"in zramd.conf write zram-size = ram * {close[:-1]} / 100, elsewhere a number such as 512M"
-            )
-    return "use a number with an optional K, M, G, T, P or E, such as 512M"
 
 
 def _disksize(text: str) -> int:
@@ -165,6 +126,21 @@ def _pool_full(text: str) -> str:
     if text.lower() not in ("enospc", "eio"):
         raise ConfigError(f"'{text}' is not an error number: use enospc or eio")
     return text.lower()
+
+
+def _tls(text: str) -> str:
+    return network.tls_text(text, _absolute)
+
+
+def _idle(text: str) -> float:
+    low, high = network.MIN_IDLE, network.MAX_IDLE
+    seconds = 0.0 if text == "0" else amounts.duration(text, low, high)
+    if seconds is None:
+        raise ConfigError(
+            f"'{text}' is out of range: use {low} seconds to {high // 3600} hours, such as "
+            "90s or 1h, or 0 for never"
+        )
+    return seconds
 
 
 def _swap(text: str) -> str:
@@ -353,6 +329,54 @@ SETTINGS: tuple[Setting, ...] = (
         "64",
         "most client connections at once, including those still being made; more are turned away",
     ),
+    Setting(
+        "listen",
+        network.listen,
+        "",
+        "[::]:10809",
+        "address to serve on, for other machines, instead of the unix socket: HOST:PORT, "
+        "[IPV6]:PORT, or :PORT "
+        f"for all addresses; without :PORT {network.PORT}",
+        shown_default="none: the unix socket nbd.sock in rundir",
+        fixed="clients come by it",
+    ),
+    Setting(
+        "tls",
+        _tls,
+        "",
+        "psk:/etc/zramd/swap0.psk",
+        "with listen: what a client needs. psk:FILE: a key of that file; x509:FOLDER: a "
+        "certificate that the CA "
+        "there has signed; off: nothing, for a network that is encrypted below",
+        shown_default="none: then listen takes this machine's own addresses only",
+        fixed="nbdkit reads it once, when it starts; a restart reads the files again",
+    ),
+    Setting(
+        "clients",
+        network.clients,
+        "",
+        "guest1,guest2",
+        "with tls: names of those who may open the device, of keys or certificates (CN), with commas between",
+        shown_default="everyone who has a key or certificate",
+        fixed="the keys are chosen when the server starts",
+    ),
+    Setting(
+        "client_idle",
+        _idle,
+        "0",
+        "1h",
+        "over TCP: time after which a client that has asked for nothing is cut off, in "
+        "seconds or with a unit "
+        f"(s, min, h), from {network.MIN_IDLE} seconds to {network.MAX_IDLE // 3600} hours; 0: never",
+    ),
+    Setting(
+        "handshake_limit",
+        _client_limit,
+        "32",
+        "8",
+        "over TCP: most connections in their handshake at once; others wait their turn for a moment, and are "
+        "turned away",
+    ),
     Setting("compaction", _boolean, "on", "off", "compact in the background"),
     Setting(
         "compaction_threshold",
@@ -447,7 +471,7 @@ _BY_KEY = {key: setting for setting in SETTINGS for key in (setting.name, *setti
 class Config:
     """Every setting, checked; sizes in bytes, times in seconds, shares in percent.
 
-    writeback_limit: 0 for none.
+    writeback_limit: 0 for none. listen, tls and clients as zramd.settings.network reads them.
     """
 
     disksize: int
@@ -463,6 +487,11 @@ class Config:
     front: str
     thread_model: str
     client_limit: int
+    listen: str
+    tls: str
+    clients: str
+    client_idle: float
+    handshake_limit: int
     compaction: bool
     compaction_threshold: float
     compaction_near_limit: float
@@ -542,13 +571,14 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
         raise ConfigError(f"{name}={written(values[name])} is for front=nbd: leave it out with front=ublk")
     if values["front"] == "ublk" and not values["endpoint"]:
         raise ConfigError("endpoint=off leaves no way to attach a device of front=ublk: use endpoint=on")
+    network.check(values)
     _refuse_own_names(values)
     return Config(**values)
 
 
 def nbds_own(values: Mapping[str, Any]) -> str:
     """Return a setting that means nothing but to front=nbd and is not as usual, '' if there is none."""
-    for name in ("thread_model", "client_limit"):
+    for name in ("thread_model", "client_limit", *network.OF_NETWORK):
         if values[name] != find(name).parse(find(name).default or ""):
             return name
     return ""

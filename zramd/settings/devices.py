@@ -19,7 +19,7 @@ from typing import Any
 from zramd import meminfo
 from zramd.contract import handover, rundir
 from zramd.errors import ConfigError, ZramdError, reason
-from zramd.settings import codecs, conffiles, config, expression, keys
+from zramd.settings import codecs, conffiles, config, expression, keys, network
 from zramd.settings.conffiles import Entry, Problem
 from zramd.settings.config import Config
 
@@ -329,6 +329,7 @@ class _Section:
         self.check_algorithms()
         self.check_attach()
         self.check_front()
+        self.check_network()
         for key in ("writeback_age", "writeback_limit"):
             if key in self.values and not parsed["backing"]:
                 self.note(key, f"{self.quote(key)} has no effect without backing")
@@ -340,6 +341,17 @@ class _Section:
             self.wrong(name, "is for front = nbd: leave it out with front = ublk")
         if not self.parsed["endpoint"]:
             self.wrong("endpoint", "off leaves no way to attach a device of front = ublk: use on")
+
+    def check_network(self) -> None:
+        if self.parsed["listen"] and self.parsed["attach"] != "no":
+            text = "this machine's kernel comes by a socket, and there is none then: add attach = no"
+            self.wrong("listen", text)
+            return
+        try:
+            network.check(self.parsed)
+        except ConfigError as error:
+            key = "listen" if self.parsed["listen"] else "tls" if self.parsed["tls"] else "clients"
+            self.problems.append(Problem(self.place(key), self.name, str(error)))
 
     def check_algorithms(self) -> None:
         pair = self.parsed["compression-algorithm"]

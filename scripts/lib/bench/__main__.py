@@ -30,6 +30,7 @@ from bench import (
     state_rows,
     steady_rows,
     tier_rows,
+    tls_rows,
     waiting_rows,
     writeback_rows,
 )
@@ -44,6 +45,7 @@ QUIET_LOAD = 0.5
 GROUPS: dict[str, Measure] = {
     "nbd": nbd_rows.measure,
     "connections": connection_rows.measure,
+    "tls": tls_rows.measure,
     "lz4": in_process_rows.measure_lz4,
     "threads": in_process_rows.measure_threads,
     "density": density_rows.measure,

@@ -32,23 +32,56 @@ Environment = Mapping[str, str]
 NOTHING: Environment = {}
 
 
+class Keys:
+    """A file with a key that client and server share."""
+
+    NAME = "bench"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def make(self) -> None:
+        """Have psktool make it. Raises OSError, CalledProcessError."""
+        subprocess.run(["psktool", "-u", self.NAME, "-p", str(self.path)], check=True, capture_output=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 class Server:
     """A running nbdkit; use it in a `with`, whose end ends it."""
 
-    def __init__(self, setup: Setup, name: str, *plugin: str, environment: Environment = NOTHING) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        name: str,
+        *plugin: str,
+        environment: Environment = NOTHING,
+        keys: Keys | None = None,
+    ) -> None:
         """Start nbdkit with the plugin and its parameters; raises NotMeasuredError if it does not serve.
 
-        `environment` is added to this process's.
+        `environment` is added to this process's. With `keys` it serves on TCP, by TLS.
         """
         self.name = name
         self.folder = setup.folder / name.replace(" ", "-")
         self.folder.mkdir(mode=0o700)
         self._socket = self.folder / "bench.sock"
         self.uri = f"nbd+unix:///?socket={self._socket}"
+        transport = ["-U", str(self._socket)]
+        self._port = 0
+        if keys is not None:
+            self._port = _free_port()
+            transport = ["-i", "127.0.0.1", "-p", str(self._port), "--tls=require", f"--tls-psk={keys.path}"]
+            self.uri = f"nbds://{keys.NAME}@127.0.0.1:{self._port}/?tls-psk-file={keys.path}"
         self.device = ["--ioengine=nbd", f"--uri={self.uri}"]
         threads = [f"--threads={setup.threads}"] if setup.threads else []
         # If this process is killed, nothing is left behind.
-        command = ["nbdkit", "-f", "--exit-with-parent", "-U", str(self._socket), *threads, *plugin]
+        command = ["nbdkit", "-f", "--exit-with-parent", *transport, *threads, *plugin]
         self._log = self.folder / "log"
         started = time.monotonic()
         with self._log.open("wb") as log:
@@ -76,10 +109,10 @@ class Server:
             time.sleep(0.005)
 
     def _answers(self) -> bool:
-        with socket.socket(socket.AF_UNIX) as client:
+        with socket.socket(socket.AF_INET if self._port else socket.AF_UNIX) as client:
             client.settimeout(1)
             try:
-                client.connect(str(self._socket))
+                client.connect(("127.0.0.1", self._port) if self._port else str(self._socket))
                 return client.recv(8) == b"NBDMAGIC"
             except OSError:
                 return False
@@ -121,11 +154,14 @@ class Server:
 class ZramdServer(Server):
     """nbdkit with zramd's plugin; `settings` are keys of the plugin."""
 
-    def __init__(self, setup: Setup, name: str, disksize: int | str, **settings: str) -> None:
+    def __init__(
+        self, setup: Setup, name: str, disksize: int | str, *, keys: Keys | None = None, **settings: str
+    ) -> None:
         self._control = setup.folder / name.replace(" ", "-") / "run" / "control.sock"
         pairs = [f"{key}={value}" for key, value in settings.items()]
         rundir = f"rundir={self._control.parent}"
-        super().__init__(setup, name, "python", str(PLUGIN), f"disksize={disksize}", rundir, *pairs)
+        plugin = ["python", str(PLUGIN), f"disksize={disksize}", rundir, *pairs]
+        super().__init__(setup, name, *plugin, keys=keys)
 
     def request(self, method: str, path: str, content: str = "") -> dict[str, Any]:
         """Send a request to the control socket and return its JSON answer; raises OSError or ValueError."""

@@ -242,3 +242,24 @@ def test_doctor_with_a_configuration_that_is_wrong(tmp_path: Path, monkeypatch: 
     assert list(doctor.states()) == []
     (tmp_path / "etc/zramd.conf").unlink()
     assert list(doctor.backings()) == []
+
+
+def test_doctor_looks_at_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = tmp_path / "keys.psk"
+    common = "disksize = 1M\nattach = no\nlisten = :10809\ntls = "
+    text = f"[a]\n{common}psk:{keys}\n[b]\n{common}off\n[c]\n{common}x509:%d\n[d]\nattach = no\n"
+    write(tmp_path, {"etc/zramd.conf": text})
+    (tmp_path / "etc/zramd.conf").chmod(0o644)
+    monkeypatch.setenv("ZRAMD_ROOT", str(tmp_path))
+    found = [(each.name, each.level, each.text) for each in doctor.networks()]
+    assert found == [
+        ("network of a", "problem", f"tls: there is no file '{keys}'"),
+        ("network of c", "ok", "x509:%d is looked at when the service starts"),
+    ]
+    keys.touch(0o600)
+    keys.write_text("guest:" + "00" * 32 + "\n")
+    assert next(each.text for each in doctor.networks()) == f"psk:{keys} can be used"
+    monkeypatch.setattr(doctor, "_run", lambda *words: (0, "name=nbdkit\ntls=no\n", ""))
+    assert {(each.level, each.text, each.remedy) for each in doctor.networks()} == {
+        ("problem", "this nbdkit has no TLS", "install one with GnuTLS, or use tls = off")
+    }

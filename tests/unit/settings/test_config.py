@@ -75,6 +75,11 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         front="nbd",
         thread_model="auto",
         client_limit=1000,
+        listen="",
+        tls="",
+        clients="",
+        client_idle=0.0,
+        handshake_limit=32,
         compaction=True,
         compaction_threshold=2.0,
         compaction_near_limit=90.0,
@@ -376,7 +381,10 @@ def test_table_is_complete() -> None:
     for setting in config.SETTINGS:
         assert setting.help
         assert setting.name in config.help_text()
-        parse(**{setting.name: setting.example})  # each example can be used
+        # Each example can be used, with what it needs beside it.
+        others = {"tls": "off"} if setting.name == "listen" else {"listen": ":1", "tls": "psk:/k"}
+        others = others if setting.name in ("listen", "tls", "clients") else {}
+        parse(**{**others, setting.name: setting.example})
 
 
 @pytest.mark.parametrize(

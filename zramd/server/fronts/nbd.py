@@ -21,11 +21,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from zramd.core.device.device import Device
+from zramd.errors import say
 from zramd.kernel import swap
 from zramd.server import sockets
 from zramd.server.admission import Admission
 from zramd.server.fronts.front import END, Front
 from zramd.server.housekeeping import Chore
+from zramd.settings import network
 
 if TYPE_CHECKING:
     from zramd.server.service import Service
@@ -38,6 +40,8 @@ HANDSHAKES = 1.0  # the most that handshakes may take, while all other clients a
 LOOKS = 20  # a millisecond apart: no client is in its handshake if all of them say so
 QUIET = 0.2  # the most that we look for a moment in which no client waits for an answer
 HANDING_OVER = 0.2  # a client that does not take its answers is cut off; it asks again
+IDLE_LOOKS = 10  # in the time of client_idle
+MAX_IDLE_INTERVAL = 60.0  # seconds between two of them
 
 
 class Nbd(Front):
@@ -49,7 +53,6 @@ class Nbd(Front):
     def __init__(self, shutdown: Callable[[], None]) -> None:
         """`shutdown` asks nbdkit to end, and returns at once."""
         self._shutdown = shutdown
-        self._lock = threading.Lock()  # one at a time comes in
         self._service: Service
         self._device: Device
         self._others: frozenset[int] = frozenset()  # sockets that are no clients
@@ -74,7 +77,11 @@ class Nbd(Front):
         # Where our own kernel swaps, it has no memory to spare for many answers at once.
         greets = None if service.config.swap == "local" else service.wake_up
         self.admission = Admission(
-            service.troubles, lambda: service.config.client_limit, lambda: service.clients, greets
+            service.troubles,
+            lambda: service.config.client_limit,
+            lambda: service.clients,
+            greets,
+            lambda: service.config.handshake_limit,
         )
 
     @property
@@ -88,12 +95,12 @@ class Nbd(Front):
 
     def client_connects(self) -> None:
         """Let in a client that has just connected; its own thread calls this. Raises DeviceError."""
-        with self._lock:
+        with self.admission.lock:
             self.admission.connects()
 
     def client_opened(self) -> None:
         """Count a client; waits while the device is being reset, raises DeviceError while it is loaded."""
-        with self._lock:
+        with self.admission.lock:
             self._service.client_opened()
             self.admission.becomes_client()
 
@@ -106,13 +113,32 @@ class Nbd(Front):
         admission = self.admission
         return [
             Chore("descriptors cannot be counted", admission.watch_descriptors, admission.interval),
-            Chore("clients cannot be counted", admission.watch_clients, lambda: admission.WATCH),
+            Chore("clients cannot be counted", admission.watch_clients, admission.watch_interval),
+            Chore("idle clients cannot be found", self._end_idle, self._idle_interval),
             Chore(
                 "clients' send buffers cannot be set",
                 lambda: admission.greet(self._others),
                 admission.greet_interval,
             ),
         ]
+
+    def _end_idle(self) -> None:
+        """Cut off clients over TCP that have asked for nothing for as long as client_idle says."""
+        if ended := sockets.end_idle(self._others, self._service.config.client_idle):
+            say(f"{ended} idle client{'s were' if ended > 1 else ' was'} cut off, as client_idle has it")
+
+    def _idle_interval(self) -> float:
+        return min(self._service.config.client_idle / IDLE_LOOKS, MAX_IDLE_INTERVAL)
+
+    def health(self) -> dict[str, Any]:
+        """See Front.health; and where it listens, how clients prove who they are, and who is in between."""
+        config = self._service.config
+        return {
+            **super().health(),
+            "listen": config.listen,
+            "tls": network.tls(config.tls).way,
+            "handshakes": self.admission.handshakes,
+        }
 
     def swap_devices(self) -> list[str]:
         """See Front.swap_devices. Whether they are ours, their size tells."""

@@ -14,7 +14,7 @@ from support.run import wait_until
 from zramd.contract.rundir import Rundir
 from zramd.core.device.device import Device
 from zramd.errors import DeviceError
-from zramd.server import sockets
+from zramd.server import admission, sockets
 from zramd.server.fronts import nbd as module
 from zramd.server.fronts.nbd import Nbd
 from zramd.server.service import Service
@@ -146,3 +146,70 @@ def test_leaves_when_requests_never_end(tmp_path: Path, monkeypatch: pytest.Monk
     assert not parting.thread.is_alive()
     assert parting.is_cut_off()
     assert parting.connection.recv(64) == b"request"  # what has come can still be read, and answered
+
+
+class TestHandshakes:
+    """Over TCP anyone may begin one."""
+
+    @pytest.fixture
+    def limited(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nbd:
+        made = front(tmp_path, handshake_limit="1")
+        made.admission._strangers = True
+        monkeypatch.setattr(admission, "TURN", 60.0)
+        return made
+
+    def test_the_next_one_has_its_turn(self, limited: Nbd) -> None:
+        limited.client_connects()
+        began = threading.Thread(target=limited.client_connects, daemon=True)
+        began.start()
+        wait_until(lambda: limited.admission._queue == 1)
+        assert limited.admission.watch_interval() == limited.admission.WATCH_QUEUE
+        limited.client_opened()
+        began.join(30)
+        assert not began.is_alive()
+        assert (limited.admission._queue, limited.admission.handshakes) == (0, 1)
+
+    def test_who_waits_too_long_is_turned_away(self, limited: Nbd, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(admission, "TURN", 0.0)
+        limited.client_connects()
+        with pytest.raises(DeviceError) as caught:
+            limited.client_connects()
+        assert str(caught.value) == (
+            "a client was turned away: 1 connections are in their handshake, the most that handshake_limit "
+            "allows"
+        )
+        limited._service.change("handshake_limit", "2")
+        other = threading.Thread(target=limited.client_connects)
+        other.start()
+        other.join(30)
+        assert limited.admission.handshakes == 2
+
+    def test_who_left_makes_room(self, limited: Nbd) -> None:
+        """nbdkit does not report it: the housekeeper looks."""
+        gone = threading.Thread(target=limited.client_connects)
+        gone.start()
+        gone.join(30)
+        wait_until(lambda: not os.path.exists(f"/proc/self/task/{gone.native_id}"))
+        began = threading.Thread(target=limited.client_connects, daemon=True)
+        began.start()
+        wait_until(lambda: limited.admission._queue == 1)
+        limited.admission.watch_clients()
+        began.join(30)
+        assert not began.is_alive()
+
+    def test_the_slow_hurry_while_others_wait(self, limited: Nbd, monkeypatch: pytest.MonkeyPatch) -> None:
+        found: list[float] = []
+        monkeypatch.setattr(limited.admission._arrivals, "cut_off", found.append)
+        limited.client_connects()
+        limited.admission.watch_clients()
+        limited.admission._queue = 1
+        limited.admission.watch_clients()
+        assert found == [admission.PATIENCE, admission.HURRY]
+
+    def test_those_who_wait_count(self, tmp_path: Path) -> None:
+        limited = front(tmp_path, handshake_limit="1", client_limit="2")
+        limited.admission._strangers = True
+        limited.client_connects()
+        limited.admission._queue = 1
+        with pytest.raises(DeviceError, match="the most that client_limit allows"):
+            limited.client_connects()
