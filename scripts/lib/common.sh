@@ -67,6 +67,7 @@ vm_packages=(
     iproute2        # makes the guest's network slow
     wireguard-tools # encrypts it
     mdadm           # mirrors the guest's disks
+    lvm2            # stripes them
     e2fsprogs       # makes the guests' root images
     mmdebstrap      # makes a Debian out of packages
     libvirt-clients # virsh, and the check of descriptions

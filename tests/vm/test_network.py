@@ -83,7 +83,8 @@ class Lab:
         guest = self._stack.enter_context(Guest(self.network.machine(self.base, 256 * MIB, words), folder))
         guest.wait_for_boot()
         print(f"the guest has booted in {guest.booted:.1f} s", flush=True)
-        for path in guest.machine.images.md_modules:
+        images = guest.machine.images
+        for path in (*images.md_modules, *images.dm_modules):
             guest.run(f"grep -q ^{Path(path).stem.replace('-', '_')} /proc/modules || insmod {path}")
         guest.run(
             "sysctl -w vm.page-cluster=0; for q in /sys/block/vd*/queue; do echo 0 >$q/rotational; done"
@@ -142,11 +143,11 @@ def lab(base: Machine, tmp_path: Path) -> Iterator[Lab]:
 
 def script(guest: Guest, name: str, *words: str, fails: bool = False) -> str:
     """Run a script of docs/network in the guest, whose shell would take busybox's programs for Debian's."""
-    programs = ("mkswap", "swapon", "swapoff", "blkdiscard")
-    debian = " ".join(f'{program}() {{ /usr/sbin/{program} "$@"; }};' for program in programs)
-    status, output = guest.try_run(
-        f"(export MDADM_NO_UDEV=1; {debian} set -- {' '.join(words)}; . /run/{name})", 300
-    )
+    programs = {program: program for program in ("mkswap", "swapon", "swapoff", "blkdiscard")}
+    programs |= {verb: f"lvm {verb}" for verb in ("pvcreate", "vgcreate", "lvcreate", "vgremove")}
+    debian = " ".join(f'{verb}() {{ /usr/sbin/{program} "$@"; }};' for verb, program in programs.items())
+    exports = "export MDADM_NO_UDEV=1 DM_DISABLE_UDEV=1 LVM_SYSTEM_DIR=/run/lvm LVM_SUPPRESS_FD_WARNINGS=1"
+    status, output = guest.try_run(f"({exports}; {debian} set -- {' '.join(words)}; . /run/{name})", 300)
     print(f"{name} {' '.join(words)}: {output}", flush=True)
     assert (status != 0) == fails, output
     return output
@@ -180,17 +181,76 @@ def test_a_network_that_is_cut(lab: Lab, netem: str) -> None:
     lab.end()
 
 
-def test_a_mirror_loses_both_halves_one_after_the_other(lab: Lab) -> None:
+@pytest.mark.parametrize(
+    "rounds", [1, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(6 * 3600)])]
+)
+def test_a_mirror_loses_both_halves_one_after_the_other(lab: Lab, rounds: int) -> None:
     """A host is switched off, comes back empty, and is filled again; then the other one is."""
     first, second = lab.add_here(), lab.add_here()
     guest = lab.boot(2)
     script(guest, "mirror.sh", "make", "/dev/vdb", "/dev/vdc")
     lab.start()
-    lab.meanwhile(first.switch_off, 10)
-    script(guest, "mirror.sh", "look", fails=True)
-    first.switch_on()
-    assert first.stored() == 0
-    lab.meanwhile(lambda: script(guest, "mirror.sh", "back", "/dev/vdb"), 10)
-    script(guest, "mirror.sh", "look")
-    lab.meanwhile(second.switch_off, 10)
+    halves = [(first, "/dev/vdb"), (second, "/dev/vdc")]
+    for number in range(rounds):
+        host, disk = halves[number % 2]
+        lab.meanwhile(host.switch_off, 10)
+        script(guest, "mirror.sh", "look", fails=True)
+        host.switch_on()
+        assert host.stored() == 0
+        lab.meanwhile(lambda disk=disk: script(guest, "mirror.sh", "back", disk), 10)
+        script(guest, "mirror.sh", "look")
+    halves[rounds % 2][0].switch_off()
     lab.end()
+
+
+@pytest.mark.slow
+def test_a_half_whose_network_failed_gets_what_it_lacks(lab: Lab) -> None:
+    """It has its memory still: by the bitmap md knows what was written meanwhile."""
+    first, second = lab.add_here(), lab.add_here()
+    guest = lab.boot(2)
+    script(guest, "mirror.sh", "make", "/dev/vdb", "/dev/vdc")
+    lab.start()
+    stored = first.stored()
+    lab.meanwhile(lambda: first.cut(30), 40)
+    script(guest, "mirror.sh", "look", fails=True)
+    assert first.stored() == stored
+    said: list[str] = []
+    lab.meanwhile(lambda: said.append(script(guest, "mirror.sh", "back", "/dev/vdb")), 10)
+    assert "re-added /dev/vdb" in said[0]
+    second.switch_off()
+    lab.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["md", "lvm"])
+def test_stripes(lab: Lab, way: str) -> None:
+    """Three hosts are as large as their sum, and each has its part."""
+    hosts = [lab.add_here() for _ in range(3)]
+    guest = lab.boot(PATIENT)
+    script(guest, "stripe.sh", way, "/dev/vdb", "/dev/vdc", "/dev/vdd")
+    kib = int(guest.run("cat /proc/swaps").splitlines()[1].split()[2])
+    assert 0.9 * 3 * SIZE < kib * 1024 <= 3 * SIZE
+    lab.start()
+    parts = [host.stored() for host in hosts]
+    assert min(parts) > max(parts) // 2, parts
+    lab.meanwhile(hosts[1].kill_server, 10)
+    lab.end()
+    guest.end_workload()
+    script(guest, "stripe.sh", "end")
+
+
+@pytest.mark.slow
+def test_swap_moves_to_another_host(lab: Lab) -> None:
+    """While it is in use; the first host gets its memory back, and is switched off then."""
+    first, second = lab.add_here(), lab.add_here()
+    guest = lab.boot(PATIENT)
+    script(guest, "move.sh", "make", "/dev/vdb")
+    lab.start()
+    stored = first.stored()
+    lab.meanwhile(lambda: script(guest, "move.sh", "to", "/dev/vdc"), 20)
+    assert first.stored() < stored // 10
+    assert second.stored() > stored // 2
+    first.switch_off()
+    lab.end()
+    guest.end_workload()
+    script(guest, "move.sh", "end")

@@ -30,7 +30,7 @@ UBLK_MODULES = ["ublk_drv"]  # which Debian 12's kernel lacks
 NETWORK_MODULES = ["veth", "sch_netem", "wireguard"]  # cables that are long and lose packets, and a tunnel
 MD_MODULES = ["raid1", "raid0"]
 PROGRAMS = ["mkswap", "swapon", "swapoff", "addpart", "blkid", "dmsetup", "nbd-client", "nbdkit", "strace"]
-PROGRAMS += ["blkdiscard", "ip", "tc", "wg", "mdadm"]
+PROGRAMS += ["blkdiscard", "ip", "tc", "wg", "mdadm", "lvm"]
 PLUGINS = ["python", "file"]  # of nbdkit; a file on a tmpfs is what survives a server
 # Of Python's library: what no server needs. Folders that begin with config- hold what links against Python.
 LEFT_OUT = ("test", "idlelib", "lib2to3", "ensurepip", "pydoc_data", "distutils", "unittest")
