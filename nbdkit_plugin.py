@@ -56,6 +56,7 @@ def _is_built(folder: str) -> bool:
 try:
     _find_package()
     from zramd import __version__
+    from zramd.contract import exported
     from zramd.core.device import codec, frames, requests
     from zramd.errors import ConfigError, ZramdError, sentence
     from zramd.server import strangers
@@ -201,7 +202,7 @@ def export_description(device: Device) -> str:
 
 
 def _description() -> str:
-    return f"zramd {__version__}: compressed memory ({_config.comp_algorithm})"
+    return exported.description(__version__, _config.comp_algorithm, _prepared.device.data_id)
 
 
 def block_size(device: Device) -> tuple[int, int, int]:

@@ -64,6 +64,10 @@ vm_packages=(
     busybox-static  # the guest's shell
     nbd-client      # attaches the kernel's NBD device
     dmsetup         # makes disks of the guest fail, or slow
+    iproute2        # makes the guest's network slow
+    wireguard-tools # encrypts it
+    mdadm           # mirrors the guest's disks
+    lvm2            # stripes them
     e2fsprogs       # makes the guests' root images
     mmdebstrap      # makes a Debian out of packages
     libvirt-clients # virsh, and the check of descriptions

@@ -79,14 +79,17 @@ def add(commands: Commands) -> None:
         description=(
             "Attach a running device to this machine's kernel and print the block device's name: by NBD, or\n"
             "by ublk where the server has front=ublk. A small process stays and connects the kernel again\n"
-            "after the server was restarted with the same data. It reports to the kernel's log."
+            "after the server was restarted with the same data. It reports to the kernel's log.\n"
+            "\n"
+            "A device of another machine is named by its URI, nbd://HOST[:PORT]/NAME. Nothing on that way\n"
+            "is encrypted but by what is below it, such as WireGuard: the kernel's NBD has no TLS."
         ),
         more=lambda: (
             "\nWhile the server is away, requests wait. By NBD new ones fail after --dead-conn-timeout:\n"
             "programs whose memory was swapped out get SIGBUS. By ublk they wait until a server comes, or\n"
             "the device is detached; the device of a server without state= ends with it. A server with\n"
             "other data is never used. Of NBD only: --connections, --timeout, --dead-conn-timeout,\n"
-            "--nbd-client.\n"
+            "--nbd-client. Of this machine's servers only: --rundir, --config, --standby, --nbd-client.\n"
         ),
     )
     add_device(parser)
@@ -163,7 +166,8 @@ def add(commands: Commands) -> None:
 
     parser = commands.add_parser(
         "detach",
-        description="Detach a device from this machine's kernel. Refused while it is mounted or swapped to.",
+        description="Detach a device from this machine's kernel. Refused while it is mounted or swapped\n"
+        "to. One of another machine is named by its URI, or as 'zramd list' shows it.",
     )
     add_device(parser)
     parser.add_argument("--swapoff", action="store_true", help="swap off first; Ctrl-C stops it")

@@ -40,6 +40,29 @@ def numbers(served: servers.Served, *, health: bool) -> "dict[str, Any]":
     return stats
 
 
+def elsewhere() -> "list[dict[str, Any]]":
+    """Return the same of devices that are attached and served by another machine: what this kernel knows.
+
+    Only root sees them.
+    """
+    found = []
+    for name in attached.names():
+        there = attached.find(name) if "@" in name else None
+        if there:
+            size = attached.read_sys(there.device, "size")
+            found.append(
+                {
+                    "name": name,
+                    "disksize": int(size) << 9 if size.isdigit() else None,
+                    "streams": None,  # of its own machine
+                    "front": "nbd",
+                    "attached": there.device,
+                    "mountpoint": ",".join(swap.uses(there.device)),
+                }
+            )
+    return found
+
+
 def table(shown: list[Column], rows: list[list[str]], *, headings: bool) -> str:
     """Return rows of cells in columns as wide as they need, numbers to the right."""
     lines = [[column.name for column in shown], *rows] if headings else rows
@@ -97,6 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
             status = 1
             continue
         rows.append({column.name: column.get(values) for column in shown})
+    if not (arguments.rundir or arguments.names):
+        rows += [{column.name: column.get(values) for column in shown} for values in elsewhere()]
     if arguments.json:
         sys.stdout.write(as_json(shown, rows, in_bytes=arguments.bytes))
         return status
@@ -138,7 +163,8 @@ def add(commands: "Commands") -> None:
     """Add the verb."""
     parser = commands.add_parser(
         "list",
-        description="Show the devices of this machine that are served, as zramctl shows the kernel's.",
+        description="Show the devices of this machine that are served, as zramctl shows the kernel's; and\n"
+        "those of other machines that are attached, of which only the size is known.",
         more=_help,
     )
     parser.add_argument("names", metavar="NAME", nargs="*", help="only these devices")

@@ -50,7 +50,12 @@ COLUMNS = (
     Column("DATA", "size", "data stored, before compression", _number("orig_data_size")),
     Column("COMPR", "size", "the same data, compressed", _number("compr_data_size")),
     Column("ALGORITHM", "text", "compressor", _number("comp_algorithm")),
-    Column("STREAMS", "number", "processors that may compress at once", lambda stats: os.cpu_count()),
+    Column(
+        "STREAMS",
+        "number",
+        "processors that may compress at once",
+        lambda stats: stats.get("streams", os.cpu_count()),
+    ),
     Column("ZERO-PAGES", "number", "blocks of one repeated word: no memory", _number("same_pages")),
     Column(
         "TOTAL",

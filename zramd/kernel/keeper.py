@@ -19,6 +19,7 @@ import time
 from contextlib import suppress
 from typing import NamedTuple
 
+from zramd.contract import exported
 from zramd.errors import AttachError, reason
 from zramd.kernel import attached, keeping, netlink, protection
 from zramd.kernel.keeping import LEAVE, LOOK, RETRY, RETRY_LATER, RETRY_SOON
@@ -28,9 +29,10 @@ from zramd.process.steps import step
 class Job(NamedTuple):
     """What to attach, all of it as words on the command line."""
 
-    name: str
-    address: str  # of the unix socket, or host:port
-    folder: str  # the server's run folder
+    name: str  # of the attachment: the server's, or remote.name
+    export: str
+    address: str  # of the unix socket, or host:port, where the host is a number
+    folder: str  # the server's run folder, '' on another machine
     device: int  # its index, -1 for a free one
     adopt: int  # 1: the device is attached already, and its keeper has died
     data: str  # what `adopt` must find
@@ -45,7 +47,7 @@ class Job(NamedTuple):
 
 def job(words: list[str]) -> Job:
     """Return what `Job.words` stands for."""
-    kinds = (str, str, str, int, int, str, int, float, int)
+    kinds = (str, str, str, str, int, int, str, int, float, int)
     return Job(*(kind(word) for kind, word in zip(kinds, words, strict=True)))
 
 
@@ -57,11 +59,13 @@ class Keeper:
         self.index = job.device
         self._job = job
         host, colon, port = job.address.rpartition(":")
-        self._address: netlink.Address = job.address if "/" in job.address or not colon else (host, int(port))
+        self._address: netlink.Address = (
+            job.address if "/" in job.address or not colon else (host.strip("[]"), int(port))
+        )
         self._backend = attached.backend(job.name)
         self._dead = 0  # connections that are to be replaced
         self._size = int(attached.read_sys(self.device, "size") or 0) << 9  # of a device that is adopted
-        self._data = ""
+        self._data = job.data  # which it must hold, from when it is known
         self._connected = False  # the device, by us
         self._said = ""
         self._poll = select.poll()
@@ -90,7 +94,6 @@ class Keeper:
             if not self._job.adopt:
                 with keeping.uninterrupted():
                     self._connect()
-            self._data = self._job.data if self._job.adopt else attached.data_of(self._job.folder)
             self._record.write(self.device, self._data, keeper=os.getpid())
             self._say("attached")
             step("keeper.noted")
@@ -110,13 +113,17 @@ class Keeper:
     def keep(self) -> None:
         """Replace connections that die, until the device is detached."""
         while True:
-            for fd, _ in self._poll.poll(LOOK * 1000):
-                if fd == self._server.fd:
-                    self._forget_server()
+            news = self._poll.poll(LOOK * 1000)
+            if any(fd == self._server.fd for fd, _ in news):
+                self._forget_server()
             self._count_dead()
             if not attached.is_connected(self.device):
                 self._record.remove()
                 return
+            if not news and not self._job.folder:
+                # There is no process to watch, and the kernel may have had no memory to report a connection.
+                self._dead = self._job.connections
+                self._offer()
             if self._dead:
                 self._reconnect()
 
@@ -140,7 +147,10 @@ class Keeper:
         try:
             for _ in range(job.connections):
                 links.append(self._dial())
-                export = netlink.handshake(links[-1], job.name)
+                export = netlink.handshake(links[-1], job.export)
+                if (data := self._data_of(export)) != (self._data or data):
+                    raise AttachError(f"another server took the place of {job.name} meanwhile")
+                self._data = data
                 if job.connections > 1 and not export.flags & netlink.MULTI_CONN:
                     raise AttachError(f"the server of {job.name} does not allow for several connections")
             self._size = export.size
@@ -164,6 +174,20 @@ class Keeper:
                 link.close()
         if job.connections == 1 and job.timeout:
             self._set_timeout()
+
+    def _data_of(self, export: netlink.Export) -> str:
+        """Return what names the data that the server holds, with which hands were shaken just now.
+
+        Raises AttachError for a server of another machine that names none.
+        """
+        if self._job.folder:
+            return attached.data_of(self._job.folder)
+        if data := exported.data_of(export.description):
+            return data
+        raise AttachError(
+            f"the server at '{self._job.address}' does not name the data that it holds: it is no zramd, "
+            "or one of an older version"
+        )
 
     def _dial(self) -> socket.socket:
         try:
@@ -202,11 +226,11 @@ class Keeper:
         try:
             for _ in range(dead):
                 links.append(netlink.dial(self._address))
-                export = netlink.handshake(links[-1], self._job.name)
+                export = netlink.handshake(links[-1], self._job.export)
                 # Another server may have come in its place. Zeros instead of data are worse than an error.
                 if export.size != (self._size or export.size):
                     raise AttachError(f"it has {export.size} bytes instead of {self._size}")
-                if attached.data_of(self._job.folder) != self._data:
+                if self._data_of(export) != self._data:
                     raise AttachError("it does not hold the data that was there before")
             self._dead = 0
             self._kernel.reconfigure(self.index, [link.fileno() for link in links], self._backend)
@@ -236,7 +260,8 @@ class Keeper:
     def _watch_server(self) -> None:
         """Watch the server's process too: the kernel needs memory to report a dead connection."""
         self._forget_server(dead=0)
-        self._server.begin()
+        if self._job.folder:
+            self._server.begin()
 
     def _forget_server(self, dead: int | None = None) -> None:
         self._dead = self._job.connections if dead is None else dead

@@ -38,7 +38,7 @@ _REPLY_MAGIC = 0x3E889045565A9
 _FIXED_NEWSTYLE, _NO_ZEROES = 1, 2
 _GO = 7
 _ACK, _INFO, _ERROR = 1, 3, 1 << 31
-_INFO_EXPORT, _INFO_BLOCK_SIZE = 0, 3
+_INFO_EXPORT, _INFO_DESCRIPTION, _INFO_BLOCK_SIZE = 0, 2, 3
 _MOST = 64 << 10  # bytes in one reply; what a server says in words is far shorter
 _MOST_REPLIES = 64  # to one option; a server that has more to say is none
 _REASONS = {
@@ -52,30 +52,53 @@ _REASONS = {
 }
 
 
+# Of a connection by TCP, in seconds. A host that is switched off says nothing: what was sent and is not
+# acknowledged in time ends the connection, and so does silence after that. The kernel alone would wait for a
+# quarter of an hour. Shorter, and a cable that is moved would look like a host that has gone.
+_UNACKNOWLEDGED = 10
+_IDLE, _BETWEEN, _PROBES = 10, 5, 2
+_TCP_STEP = 5.0  # a first packet that is lost is sent again after 1 and 3: better begin anew than wait on
+
+
 class Export(NamedTuple):
-    """What a server says of an export: bytes, flags of the protocol, and the smallest block that it takes."""
+    """What a server says of an export: bytes, flags of the protocol, the smallest block it takes, words."""
 
     size: int
     flags: int
     minimum_block: int
+    description: str = ""
 
 
-def dial(address: Address, timeout: float = 10.0) -> socket.socket:
+def dial(address: Address, timeout: float = 0) -> socket.socket:
     """Return a connection to a server; `timeout` seconds hold for each step until it is the kernel's.
 
-    Raises OSError.
+    Without one that is 10 seconds, 5 for TCP. Raises OSError.
     """
     sock = socket.socket(socket.AF_UNIX if isinstance(address, str) else _family(address))
     try:
-        sock.settimeout(timeout)
+        by_tcp = sock.family != socket.AF_UNIX
+        sock.settimeout(timeout or (_TCP_STEP if by_tcp else 10.0))
+        if by_tcp:
+            _notice_silence(sock)
         sock.connect(address)
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         buffers.widen(sock)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _notice_silence(sock: socket.socket) -> None:
+    """Have a connection by TCP end when its other side is silent; that stays so when the kernel has it."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, _IDLE),
+        (socket.TCP_KEEPINTVL, _BETWEEN),
+        (socket.TCP_KEEPCNT, _PROBES),
+        (socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED * 1000),
+    ):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _family(address: tuple[str, int]) -> int:
@@ -91,11 +114,12 @@ def handshake(sock: socket.socket, name: str) -> Export:
     if magic != b"NBDMAGIC" or option_magic != b"IHAVEOPT" or not flags & _FIXED_NEWSTYLE:
         raise AttachError("the server does not speak the fixed newstyle protocol of NBD")
     export_name = name.encode()
-    # The name, and one information that is asked for beside the size.
-    data = struct.pack(f">I{len(export_name)}sHH", len(export_name), export_name, 1, _INFO_BLOCK_SIZE)
+    # The name, and what is asked for beside the size.
+    wanted = (_INFO_BLOCK_SIZE, _INFO_DESCRIPTION)
+    data = struct.pack(f">I{len(export_name)}sHHH", len(export_name), export_name, len(wanted), *wanted)
     client_flags = struct.pack(">I", flags & (_FIXED_NEWSTYLE | _NO_ZEROES))
     sock.sendall(client_flags + _OPTION.pack(b"IHAVEOPT", _GO, len(data)) + data)
-    size, export_flags, minimum = -1, 0, 1
+    size, export_flags, minimum, description = -1, 0, 1, ""
     for _ in range(_MOST_REPLIES):
         magic, option, kind, length = _REPLY.unpack(_receive(sock, _REPLY.size))
         if magic != _REPLY_MAGIC or option != _GO or length > _MOST:
@@ -111,6 +135,8 @@ def handshake(sock: socket.socket, name: str) -> Export:
                 size, export_flags = struct.unpack(">QH", answer[2:])
             elif info == _INFO_BLOCK_SIZE and length == 14:
                 minimum = int.from_bytes(answer[2:6], "big")
+            elif info == _INFO_DESCRIPTION:
+                description = answer[2:].decode(errors="replace")
     else:
         raise AttachError("the server's answer has no end")
     if size < 0:
@@ -121,7 +147,7 @@ def handshake(sock: socket.socket, name: str) -> Export:
             f"the kernel needs blocks of {BLOCK_SIZE}"
         )
     sock.settimeout(None)
-    return Export(size, export_flags, minimum)
+    return Export(size, export_flags, minimum, description)
 
 
 def _refusal(name: str, error: int, words: bytes) -> str:

@@ -29,7 +29,8 @@ from zramd.errors import (
 )
 from zramd.kernel import attached, statefs, swap, swapareas, swapunit, ublk
 from zramd.kernel.attached import Attached
-from zramd.launch import crashes, nbdway, standby, takeover, ublkway
+from zramd.launch import crashes, nbdway, remote, standby, takeover, ublkway
+from zramd.launch.remote import Remote
 from zramd.launch.sudo import sudo
 from zramd.launch.wishes import PRIORITY, Wanted, wait
 from zramd.process import interrupts
@@ -44,9 +45,11 @@ _STATS_BYTES = 64 << 10  # stats.json has a few thousand
 def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
     """Attach a device, swap to it if asked, and return the block device's name.
 
-    Returns '' for one that zramd.conf leaves to others, which was said. Raises UsageError, ConfigError,
-    AttachError, DeviceError.
+    `name` may be the URI of another machine's. Returns '' for one that zramd.conf leaves to others, which was
+    said. Raises UsageError, ConfigError, AttachError, DeviceError.
     """
+    if name is not None and remote.is_uri(name):
+        return _attach_remote(name, folder, wanted)
     if name is not None:
         name = servers.name_of(name)
     elif not folder:
@@ -59,11 +62,7 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
             return ""
         folder = folder or device.rundir
         wanted = _as_configured(device, wanted.standby)
-    if wanted.swap and wanted.priority < swapareas.least_priority(wanted.areas):
-        raise UsageError(
-            f"{wanted.areas} areas need a priority of at least {swapareas.least_priority(wanted.areas)}, "
-            f"because the first one has the highest: use --priority {PRIORITY}"
-        )
+    _refuse_priority(wanted)
     _must_be_root(
         "attach",
         name,
@@ -85,10 +84,30 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
         wanted = wanted._replace(standby=_stands_by(served, front, wanted))
         if wanted.swap:
             _look_at_state(served)
-        block = _attach(served, front, wanted, turn)
+        block = _attach(served, front, wanted, turn.done)
     if wanted.standby and not wanted.configured:  # there the keeper puts it: what boots does not wait for it
         _stand_by(served)
     return block
+
+
+def _attach_remote(uri: str, folder: str | None, wanted: Wanted) -> str:
+    """Attach a device of another machine: as `attach`, but nothing can be asked of its server."""
+    served = remote.parse(uri)
+    remote.refuse_options(folder, wanted)
+    _refuse_priority(wanted)
+    _must_be_root("attach", uri, None, {"--swap": wanted.swap})
+    interrupts.interruptible()
+    with interrupts.told(lambda: stands(served.name)):
+        return _attach(served, "nbd", wanted, lambda: None)
+
+
+def _refuse_priority(wanted: Wanted) -> None:
+    """Raise UsageError for a priority that is too small for the areas."""
+    if wanted.swap and wanted.priority < swapareas.least_priority(wanted.areas):
+        raise UsageError(
+            f"{wanted.areas} areas need a priority of at least {swapareas.least_priority(wanted.areas)}, "
+            f"because the first one has the highest: use --priority {PRIORITY}"
+        )
 
 
 def _stands_by(served: servers.Served, front: str, wanted: Wanted) -> bool:
@@ -122,8 +141,8 @@ def _stand_by(served: servers.Served) -> None:
     step("attach.standby")
 
 
-def _attach(served: servers.Served, front: str, wanted: Wanted, turn: life.Turn) -> str:
-    """Attach a device and swap to it if asked; return its name. The server's turn is given back meanwhile."""
+def _attach(served: servers.Served | Remote, front: str, wanted: Wanted, done: Callable[[], None]) -> str:
+    """Attach a device and swap to it if asked; return its name. `done` gives the server's turn back."""
     there = attached.find(served.name) or ublkway.unnoted(served.name)
     if there and (whose := _leftover_from(there, served, wanted)):
         _drop(there, whose)
@@ -139,7 +158,7 @@ def _attach(served: servers.Served, front: str, wanted: Wanted, turn: life.Turn)
                 raise AttachError(f"the keeper of {served.name} has died: it is not attached")
             # From here on swapon may wait for a server that has died: whoever starts the next one must get
             # past us. A stop still does not: it looks whether an attach is under way (zramd.control.busy).
-            turn.done()
+            done()
             _use(served.name, device, wanted)
     except BaseException:
         if not there and swap.find(device) is None:  # half an attachment would be nobody's
@@ -148,7 +167,7 @@ def _attach(served: servers.Served, front: str, wanted: Wanted, turn: life.Turn)
     return device
 
 
-def _leftover_from(there: Attached, served: servers.Served, wanted: Wanted) -> str:
+def _leftover_from(there: Attached, served: servers.Served | Remote, wanted: Wanted) -> str:
     """Return what has left an attached device that is of no use any more, '' for one that is."""
     if there.number is not None and not ublk.has_disk(there.number) and there.stage != attached.ADDED:
         return "a server that has ended"
@@ -157,7 +176,9 @@ def _leftover_from(there: Attached, served: servers.Served, wanted: Wanted) -> s
     return "an attach that was killed" if there.is_half else ""
 
 
-def _connect(served: servers.Served, front: str, there: Attached | None, wanted: Wanted) -> tuple[str, int]:
+def _connect(
+    served: servers.Served | Remote, front: str, there: Attached | None, wanted: Wanted
+) -> tuple[str, int]:
     """Connect the kernel to a server, unless that is so already.
 
     Return the device's name, and the process number of the keeper if a new device has one, else 0.
@@ -309,7 +330,10 @@ def detach(
     """Detach a device, swapping off first if asked: see `zramd detach --help`. Raises AttachError."""
     if name is not None:
         name = servers.name_of(name)
-        servers.must_be_a_name(name)
+        if other := remote.called(name):
+            name = other
+        else:
+            servers.must_be_a_name(name)
     else:
         name = _own_name(servers.look(None, folder))
     _must_be_root("detach", name, folder, {"--swapoff": swapoff, "--config": configured})

@@ -17,6 +17,7 @@ from zramd.kernel import attached, netlink, swap
 from zramd.kernel.attached import Attached
 from zramd.kernel.keeper import Job
 from zramd.launch import keepers
+from zramd.launch.remote import Remote
 from zramd.launch.wishes import APPEARS, DEAD_CONN_TIMEOUT, Wanted
 from zramd.process import pidfd
 
@@ -26,7 +27,7 @@ TIMEOUT_OF_SEVERAL = 30.0
 _DEVICE = re.compile(r"(?:/dev/)?nbd(\d{1,4})")
 
 
-def connect(served: servers.Served, wanted: Wanted, undo: Callable[[int], None]) -> tuple[str, int]:
+def connect(served: servers.Served | Remote, wanted: Wanted, undo: Callable[[int], None]) -> tuple[str, int]:
     """Connect the kernel to a server; return the device's name, and its keeper's process number, else 0.
 
     `undo` is called with that number if it does not get so far. Raises AttachError.
@@ -37,12 +38,14 @@ def connect(served: servers.Served, wanted: Wanted, undo: Callable[[int], None])
             "give one such as /dev/nbd0, or serve it with front=ublk"
         )
     if wanted.nbd_client or not _has_netlink():
+        if isinstance(served, Remote):
+            raise AttachError("this kernel's NBD is older than Linux 4.12: it has no way to another machine")
         return _by_nbd_client(served, wanted), 0
     index, keeper = keepers.start(KEEPER, served.name, _job(served, wanted).words(), undo)
     return f"/dev/nbd{index}", keeper
 
 
-def keep(served: servers.Served, wanted: Wanted, there: Attached) -> None:
+def keep(served: servers.Served | Remote, wanted: Wanted, there: Attached) -> None:
     """Start another keeper for a device that has lost its own. Raises AttachError."""
     keepers.start(KEEPER, served.name, _job(served, wanted, there).words(), lambda pid: None)
 
@@ -99,14 +102,18 @@ def _has_netlink() -> bool:
     return True
 
 
-def _job(served: servers.Served, wanted: Wanted, there: Attached | None = None) -> Job:
-    """Return what a keeper is to do: connect a device, or look after one that is `there`."""
+def _job(served: servers.Served | Remote, wanted: Wanted, there: Attached | None = None) -> Job:
+    """Return what a keeper is to do: connect a device, or look after one that is `there`.
+
+    Raises AttachError.
+    """
     timeout, connections = wanted.timeout, wanted.connections or 1
     if timeout is None:
         timeout = TIMEOUT if connections == 1 else TIMEOUT_OF_SEVERAL
     return Job(
         name=served.name,
-        address=served.file(rundir.NBD_SOCKET),
+        export=served.export if isinstance(served, Remote) else served.name,
+        address=served.address() if isinstance(served, Remote) else served.file(rundir.NBD_SOCKET),
         folder=served.path,
         device=_index(there.device) if there else _index(wanted.device) if wanted.device else -1,
         adopt=int(there is not None),

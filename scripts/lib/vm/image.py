@@ -27,7 +27,10 @@ LATER_MODULES = ["virtio_net", "nbd"]  # loaded by the modes that need them
 ZRAM_MODULES = ["lz4", "zstd", "zram"]  # the kernel's own, to compare with
 DM_MODULES = ["dm_mod", "dm_flakey", "dm_delay"]  # disks that fail, or are slow
 UBLK_MODULES = ["ublk_drv"]  # which Debian 12's kernel lacks
+NETWORK_MODULES = ["veth", "sch_netem", "wireguard"]  # cables that are long and lose packets, and a tunnel
+MD_MODULES = ["raid1", "raid0"]
 PROGRAMS = ["mkswap", "swapon", "swapoff", "addpart", "blkid", "dmsetup", "nbd-client", "nbdkit", "strace"]
+PROGRAMS += ["blkdiscard", "ip", "tc", "wg", "mdadm", "lvm"]
 PLUGINS = ["python", "file"]  # of nbdkit; a file on a tmpfs is what survives a server
 # Of Python's library: what no server needs. Folders that begin with config- hold what links against Python.
 LEFT_OUT = ("test", "idlelib", "lib2to3", "ensurepip", "pydoc_data", "distutils", "unittest")
@@ -45,6 +48,8 @@ class Images:
     zram_modules: list[str]
     dm_modules: list[str] = field(default_factory=list)
     ublk_modules: list[str] = field(default_factory=list)  # none where the kernel lacks it
+    network_modules: list[str] = field(default_factory=list)
+    md_modules: list[str] = field(default_factory=list)
 
 
 def prepare(folder: Path, kernel: Kernel, package: Path) -> Images:
@@ -58,7 +63,9 @@ def prepare(folder: Path, kernel: Kernel, package: Path) -> Images:
     files = dict(_root_files(package))
     zram, mapper = kernel.module_files(ZRAM_MODULES), kernel.module_files(DM_MODULES)
     ublk = kernel.module_files(UBLK_MODULES) if kernel.has(UBLK_MODULES) else []
-    files |= {f"lib/modules/{path.name}": path for path in (*later, *zram, *mapper, *ublk)}
+    network, md = kernel.module_files(NETWORK_MODULES), kernel.module_files(MD_MODULES)
+    modules = (*later, *zram, *mapper, *ublk, *network, *md)
+    files |= {f"lib/modules/{path.name}": path for path in modules}
     made_of = digest([*files.items(), *((path.name, path) for path in (*boot, *sorted(GUEST.iterdir())))])
     images = Images(
         folder / f"initramfs-{made_of}.img",
@@ -67,6 +74,8 @@ def prepare(folder: Path, kernel: Kernel, package: Path) -> Images:
         [f"/lib/modules/{path.name}" for path in zram],
         [f"/lib/modules/{path.name}" for path in mapper],
         [f"/lib/modules/{path.name}" for path in ublk],
+        [f"/lib/modules/{path.name}" for path in network],
+        [f"/lib/modules/{path.name}" for path in md],
     )
     with locked(folder):
         if not images.root.exists():

@@ -27,7 +27,7 @@ from zramd.settings import devices
 
 
 def test_job_survives_the_command_line() -> None:
-    job = keeper.Job("zram 0", "/run/a b/nbd.sock", "/run/a b", -1, 0, "", 3, 0.25, 120)
+    job = keeper.Job("zram 0", "zram 0", "/run/a b/nbd.sock", "/run/a b", -1, 0, "", 3, 0.25, 120)
     assert keeper.job(job.words()) == job
 
 
