@@ -37,6 +37,7 @@ from zramd.stats import snapshots
 
 if TYPE_CHECKING:
     from zramd.server.backingfile import BackingFile
+    from zramd.server.budget import Member
 
 STREAM_PATIENCE = 600.0  # seconds that a save or a load may stand still: ssh may ask for a password
 _DATA_ID_FAILS = "data_id is not written"
@@ -46,7 +47,7 @@ class Service:
     """One device for all its users: see zramd.server.routes.Service.
 
     config: the settings as they are now. device: what is served. backing: where it writes what leaves memory.
-    clients: how many there are. front: how they reach it.
+    clients: how many there are. front: how they reach it. member: its part of the host's budget.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Service:
         front: Front,
         wake_up: Callable[[], None] = lambda: None,
         backing: "BackingFile | None" = None,
+        member: "Member | None" = None,
     ) -> None:
         """`wake_up` has the housekeeper look around: a setting was changed, or a client has come."""
         self.config = config
@@ -78,6 +80,7 @@ class Service:
             self.out_worker = Worker(self.writeback, name="zramd-out", nice=0, prepare=idle_io)
         self.device = device
         self.backing = backing
+        self.member = member
         self._rundir = rundir
         self._started = time.monotonic()
         self._clients_lock = threading.Lock()
@@ -143,7 +146,10 @@ class Service:
 
     def settings(self) -> dict[str, Any]:
         """Return every setting as it is now."""
-        return asdict(self.config)
+        now = asdict(self.config)
+        if self.member is not None:
+            now["budget"] = self.member.core.budget  # another device may have changed it
+        return now
 
     def change(self, name: str, text: str) -> Any:
         """Change a setting that can be while the device is served; return its value as it is then.
@@ -159,10 +165,20 @@ class Service:
             with self._backing_lock:  # held for as long as a disk takes to answer
                 self._reattach(value)
                 return self._set(name, value)
+        if name == "budget":
+            self._set_budget(value)
         if name == "mem_limit":
             self.device.mem_limit = value
             value = self.device.mem_limit  # whole pages
         return self._set(name, value)
+
+    def _set_budget(self, size: int) -> None:
+        if self.member is None:
+            raise ConfigError(
+                f"{self.config.name} has no part in a budget: restart it with budget={size}, or change that of "
+                "a device that has"
+            )
+        self.member.set(size)
 
     def _set(self, name: str, value: Any) -> Any:
         with self._changes_lock:  # two changes at once

@@ -265,6 +265,23 @@ SETTINGS: tuple[Setting, ...] = (
         "most bytes the pool may take; 0: no limit",
     ),
     Setting(
+        "budget",
+        parse_size,
+        "0",
+        "64G",
+        "most bytes that the pools of all devices take together whose run folders lie in one folder and that "
+        "have a budget; the last one counts; 0: the device has no part in it",
+    ),
+    Setting(
+        "budget_floor",
+        parse_size,
+        "0",
+        "1G",
+        "with budget: bytes of it that are kept for this device, whatever others want",
+        aliases=("budget-floor",),
+        fixed="what is kept for the device is made sure of when it starts",
+    ),
+    Setting(
         "comp_algorithm",
         codecs.comp_algorithm,
         "lz4",
@@ -366,7 +383,7 @@ SETTINGS: tuple[Setting, ...] = (
         _percent,
         "90",
         "75",
-        "percent of mem_limit in use from which anything freeable is worth compacting",
+        "percent of mem_limit, or of the budget, in use from which anything freeable is worth compacting",
     ),
     Setting("compaction_interval", _seconds, "1", "0.5", "seconds between checks whether to compact"),
     Setting(
@@ -453,6 +470,8 @@ class Config:
     disksize: int
     name: str
     mem_limit: int
+    budget: int
+    budget_floor: int
     comp_algorithm: str
     rundir: str
     state: str
@@ -542,8 +561,17 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
         raise ConfigError(f"{name}={written(values[name])} is for front=nbd: leave it out with front=ublk")
     if values["front"] == "ublk" and not values["endpoint"]:
         raise ConfigError("endpoint=off leaves no way to attach a device of front=ublk: use endpoint=on")
+    refuse_floor(values)
     _refuse_own_names(values)
     return Config(**values)
+
+
+def refuse_floor(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a floor that no budget, or a smaller one, is to keep."""
+    floor, budget = values["budget_floor"], values["budget"]
+    if floor > budget:
+        why = f"more than the budget of {budget} bytes" if budget else "no part of a budget: give budget too"
+        raise ConfigError(f"budget_floor: {floor} bytes are {why}")
 
 
 def nbds_own(values: Mapping[str, Any]) -> str:
