@@ -108,12 +108,12 @@ def check(fd: int, shown: str) -> bool:
     return True
 
 
-def slots(fd: int) -> list[Slot]:
-    """Return the slots that count, held or not. Raises OSError."""
+def slots(fd: int, *, empty: bool = False) -> list[Slot]:
+    """Return the slots that count, held or not; `empty`: those too that take nothing. Raises OSError."""
     table = os.pread(fd, TABLE_BYTES - _FIXED, TABLE_AT + _FIXED)
     found = []
     for number, (granted, floor) in enumerate(_SLOT.iter_unpack(table)):
-        if granted or floor:
+        if granted or floor or empty:
             found.append(Slot(number, granted * PAGE, floor * PAGE))
     return found
 
@@ -204,8 +204,11 @@ def look(shown: str) -> Shown | None:
     try:
         if not check(fd, shown):
             return None
-        found = [(slot, lockfile.ofd_is_taken(fd, lock_of(slot.number))) for slot in slots(fd)]
-        found = [(slot, held) for slot, held in found if held or is_there(owner(fd, slot.number))]
+        top = int.from_bytes(os.pread(fd, 8, TABLE_AT + 8), "little")
+        every = [(slot, lockfile.ofd_is_taken(fd, lock_of(slot.number))) for slot in slots(fd, empty=True)[:top]]
+        found = [
+            (slot, held) for slot, held in every if held or (slot.taken and is_there(owner(fd, slot.number)))
+        ]
         if not found:
             return None
         return Shown(

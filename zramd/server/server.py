@@ -7,6 +7,7 @@ start     pid file, signals, threads           worker, and housekeeping: endpoin
 stop      threads end, the run folder goes
 """
 
+import gc
 import os
 import signal
 import threading
@@ -15,7 +16,7 @@ from functools import partial
 
 from zramd.contract import handover
 from zramd.contract.rundir import BACKGROUND, CONTROL_SOCKET, STATE, Rundir
-from zramd.core.system.process import at_failing_exit, dump_little, name_thread
+from zramd.core.system.process import at_failing_exit, dump_little, name_thread, trim_heap
 from zramd.core.system.threads import start_thread
 from zramd.errors import RundirError, reason
 from zramd.kernel import protection
@@ -242,6 +243,9 @@ class Serving:
         undone.add("no command has its turn with this server", self._give_turn)
         undone.do()
         step("server.serves")
+        if config.swap != "local":
+            gc.collect()
+            trim_heap()  # what the start has needed and nothing else does
         undone.add("the service manager does not know what is stored", reports.status)
         undone.add("the service manager does not know that zramd serves", reports.ready)
         undone.do()

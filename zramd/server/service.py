@@ -5,7 +5,6 @@ import select
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +28,13 @@ from zramd.server.trouble import Troubles
 from zramd.server.undone import Undone
 from zramd.server.withoutbacking import Without
 from zramd.server.worker import Worker
-from zramd.server.writeback import Writeback
 from zramd.settings import codecs
 from zramd.settings.config import Config, find
 from zramd.settings.config import value as parse_value
 from zramd.stats import snapshots
 
 if TYPE_CHECKING:
+    from zramd.server.writeback import Writeback
     from zramd.server.backingfile import BackingFile
     from zramd.server.budget import Member
 
@@ -71,9 +70,11 @@ class Service:
         self.compactor = Compactor(device, config)
         self.tiers = Tiers(device, Tier(device), config)
         self.worker = Worker(self.compactor, self.tiers)
-        self.writeback: Writeback | Without = Without()
+        self.writeback: "Writeback | Without" = Without()
         self.out_worker: Worker | None = None
         if backing is not None:
+            from zramd.server.writeback import Writeback  # only here: most servers have none
+
             renew = partial(backing.renew, device)
             self.writeback = Writeback(device, Hands(device), config, self.tiers, renew=renew)
             # Not nice: on one busy processor less would go out than comes in. It leaves clients time itself.
@@ -146,7 +147,7 @@ class Service:
 
     def settings(self) -> dict[str, Any]:
         """Return every setting as it is now."""
-        now = asdict(self.config)
+        now = self.config._asdict()
         if self.member is not None:
             now["budget"] = self.member.core.budget  # another device may have changed it
         return now
@@ -182,7 +183,7 @@ class Service:
 
     def _set(self, name: str, value: Any) -> Any:
         with self._changes_lock:  # two changes at once
-            changed = replace(self.config, **{name: value})
+            changed = self.config._replace(**{name: value})
             codecs.must_gain(changed.comp_algorithm, changed.recompression)
             self.tiers.configure(changed)
             self.writeback.configure(changed)

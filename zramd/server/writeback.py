@@ -23,6 +23,7 @@ from zramd.server.compactor import IO_SHARE, Pressure
 from zramd.server.log import say
 from zramd.server.minute import Minute
 from zramd.server.tierpolicy import Census
+from zramd.server.withoutbacking import WritePass
 from zramd.server.writebackpolicy import (
     CALM_RATE,
     ERROR_PAUSE,
@@ -50,13 +51,6 @@ SHARES = {"calm": 99, "wanted": IO_SHARE, "full": 1}
 MOST_PAUSE = 0.03
 ERROR_REST = 1.0  # seconds after a write that failed, or an extent that cannot be read
 TELLS = 2.0  # seconds after which the reason does
-
-
-class WritePass(NamedTuple):
-    """A pass by hand, as zram's `writeback` means it."""
-
-    kinds: frozenset[str] = frozenset()  # out of KINDS, a block is of all of them; empty: every block
-    ranges: tuple[tuple[int, int], ...] = ()  # first, and the one after the last; empty: the whole device
 
 
 class Steps(Protocol):

@@ -372,7 +372,7 @@ def test_a_path_that_is_no_text(key: str) -> None:
 
 def test_table_is_complete() -> None:
     names = [setting.name for setting in config.SETTINGS]
-    assert names == list(config.Config.__dataclass_fields__)
+    assert names == list(config.Config._fields)
     for setting in config.SETTINGS:
         assert setting.help
         assert setting.name in config.help_text()
