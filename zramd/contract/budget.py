@@ -177,9 +177,8 @@ def _is(status: os.stat_result, state: State) -> bool:
     return (status.st_dev, status.st_ino) == (state.device, state.inode)
 
 
-def _is_kept(state: State) -> bool:
+def _is_kept(state: State, folder: str = "/proc/1/fd") -> bool:
     """Say whether the service manager has the file; who may not look there believes it."""
-    folder = "/proc/1/fd"
     try:
         names = os.listdir(folder)
     except OSError:
@@ -205,7 +204,9 @@ def look(shown: str) -> Shown | None:
         if not check(fd, shown):
             return None
         top = int.from_bytes(os.pread(fd, 8, TABLE_AT + 8), "little")
-        every = [(slot, lockfile.ofd_is_taken(fd, lock_of(slot.number))) for slot in slots(fd, empty=True)[:top]]
+        every = [
+            (slot, lockfile.ofd_is_taken(fd, lock_of(slot.number))) for slot in slots(fd, empty=True)[:top]
+        ]
         found = [
             (slot, held) for slot, held in every if held or (slot.taken and is_there(owner(fd, slot.number)))
         ]

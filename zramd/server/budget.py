@@ -154,7 +154,9 @@ class Member:
         ours, config = _state_of(self._config), self._config
         if ours is None or who.state is None or config.state != handover.SYSTEMD:
             return False
-        return who.state.path == handover.SYSTEMD and who.name == config.name and not ours.is_that_of(who.state)
+        return (
+            who.state.path == handover.SYSTEMD and who.name == config.name and not ours.is_that_of(who.state)
+        )
 
 
 def _open(shown: str) -> int:

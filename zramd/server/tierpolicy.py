@@ -17,7 +17,10 @@ CALM_SHARE, HURRY_SHARE = 0.05, 0.25  # of one processor, at most
 # Seconds of a processor that are saved up and used in one go: after each rest the caches are others'.
 BURST = 0.05
 HURRY_AGE = 30.0  # seconds after which a block is cold when memory is wanted
-NEAR, FAR = 0.8, 0.7  # of mem_limit, or of the budget: memory is wanted from the one on, until it is below the other
+NEAR, FAR = (
+    0.8,
+    0.7,
+)  # of mem_limit, or of the budget: memory is wanted from the one on, until it is below the other
 HOLD = 30.0  # seconds that memory is wanted, or the pool full, after it was the last time
 GAIN = 0.01  # of the payload that a pass looked at: one that gains less is not repeated soon
 MAX_PAUSE = 600.0  # seconds between passes that gain nothing

@@ -62,7 +62,9 @@ def measure(setup: Setup) -> list[Row]:
             of_one = split(Path(f"/proc/{server.pid}/smaps").read_text())
             beside.append(sum(of_one.values()) - server.stats()["total_bytes"])
             parts.update(of_one)
-    note = "; ".join(f"{what} {total / count / 1e6:.2f}" for what, total in parts.most_common() if total > 1e4)
+    note = "; ".join(
+        f"{what} {total / count / 1e6:.2f}" for what, total in parts.most_common() if total > 1e4
+    )
     return [
         Row(
             f"memory beside the data of each of {count} servers, Pss",

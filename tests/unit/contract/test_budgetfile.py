@@ -83,9 +83,9 @@ def test_cut_off(made: Path) -> None:
         budget.look(str(made))
 
 
-def test_what_is_left_behind(tmp_path: Path) -> None:
+def test_what_is_left_behind(memory_folder: Path) -> None:
     here = budget.namespace()
-    file = tmp_path / "state"
+    file = memory_folder / "state"
     file.touch()
     who = Owner("a", state_of(file), here)
     assert budget.is_there(who)
@@ -96,14 +96,23 @@ def test_what_is_left_behind(tmp_path: Path) -> None:
     assert not budget.is_there(who)
     # A service may not see the folder in which it lies, or another one there.
     assert who.state is not None
-    elsewhere = Owner("a", who.state._replace(path=f"{tmp_path}/none/state"), here + 1)
+    elsewhere = Owner("a", who.state._replace(path=f"{memory_folder}/none/state"), here + 1)
     assert budget.is_there(elsewhere)
     assert not budget.is_there(elsewhere._replace(namespace=here))
     other = Owner("a", who.state._replace(path="/proc/self/none"), here + 1)
     assert budget.is_there(other)
 
 
-def test_what_the_service_manager_keeps(tmp_path: Path) -> None:
-    """It is asked, where one may."""
-    gone = State(SYSTEMD, 1 << 40, 1)
-    assert budget.is_there(Owner("a", gone, 0)) == (not os.access("/proc/1/fd", os.R_OK))
+def test_what_the_service_manager_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its descriptors are looked at, where one may; who may not believes that it has the file."""
+    fd = os.memfd_create("kept")
+    status = os.fstat(fd)
+    kept = State(SYSTEMD, status.st_dev, status.st_ino)
+    assert budget._is_kept(kept, "/proc/self/fd")
+    os.close(fd)
+    assert not budget._is_kept(kept, "/proc/self/fd")
+    assert budget._is_kept(kept, "/proc/self/none")
+    asked = []
+    monkeypatch.setattr(budget, "_is_kept", lambda state: asked.append(state) or False)
+    assert not budget.is_there(Owner("a", kept, 0))
+    assert asked == [kept]

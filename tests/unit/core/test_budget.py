@@ -101,7 +101,7 @@ def test_a_floor_that_comes_late_gets_what_is_left(room: int) -> None:
     got = fill(two)
     assert 150 <= got <= 256
     assert used(one, two) <= 8 * MIB
-    assert fill(one, 10000) < 64, "it has more than its share, and gets none of what is freed"
+    assert fill(one, 10000) < 100, "it has more than its share, and gets none of what is freed"
     one.trim(0, 3 * MIB)
     one.tidy_budget()
     assert fill(two, got) == 512 - got
@@ -202,9 +202,7 @@ def test_threads_claim_and_give_back_at_once(room: int) -> None:
 
     def all_writers() -> None:
         try:
-            run_threads(
-                [lambda d=device, s=seed: write(d, s) for seed in range(2) for device, _ in devices]
-            )
+            run_threads([lambda d=device, s=seed: write(d, s) for seed in range(2) for device, _ in devices])
         finally:
             end.set()
 

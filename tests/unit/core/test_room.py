@@ -589,7 +589,9 @@ refiller.join()
 
 def test_messages_of_what_is_not_a_file_system() -> None:
     device = Device(SIZE, mem_limit=BLOCK)
-    with pytest.raises(PoolFullError, match=r"^\[Errno 28\] write of .*: mem_limit or the budget leaves no room$"):
+    with pytest.raises(
+        PoolFullError, match=r"^\[Errno 28\] write of .*: mem_limit or the budget leaves no room$"
+    ):
         for block in range(10):
             device.write(noise(block), block * BLOCK)
     pool = Zsmalloc(2)

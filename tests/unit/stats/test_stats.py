@@ -139,9 +139,7 @@ def test_the_swap_of_this_machine_is_in_the_snapshot() -> None:
 def test_the_sentence_for_a_service_manager_says_what_is_out(snapshot: snapshots.Snapshot) -> None:
     values = snapshot.values | {"orig_data_size": 90 << 20, "total_bytes": 20 << 20}
     shown = [
-        texts.sentence(
-            snapshot._replace(values=values | {"out_pages": out, "out_data_size": size})
-        )
+        texts.sentence(snapshot._replace(values=values | {"out_pages": out, "out_data_size": size}))
         for out, size in ((0, 0), (5120, 7 << 20))
     ]
     assert shown == [

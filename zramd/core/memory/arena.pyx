@@ -268,10 +268,11 @@ cdef class Arena:
         """Take no more pages, as if the budget had none; how many there are."""
         cdef uint64_t pages
         pthread_mutex_lock(&self.limits_lock)
-        self.refused = True
+        self.left = True
         ordered_store(&self.limit, 0)
         ordered_store(&self.most, 0)
-        self.left = True
+        store_relaxed(&self.wall, 0)
+        store_relaxed(&self.wall_most, 0)
         pages = ordered_load(&self.pages)
         pthread_mutex_unlock(&self.limits_lock)
         return pages
