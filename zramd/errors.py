@@ -3,7 +3,7 @@
     Exception
     └── ZramdError                  anything zramd raises on purpose
         ├── ConfigError             a setting that cannot be used     (also a ValueError)
-        ├── PoolFullError           no room: mem_limit, budget, or the state's file system   (also an OSError: ENOSPC)
+        ├── PoolFullError           no room: mem_limit, budget, the state's file system    (also an OSError)
         ├── CorruptObjectError      an object does not decompress     (also an OSError: EIO)
         ├── HandleError             a handle is not live              (also a LookupError)
         ├── CorruptionError         a structure contradicts itself
@@ -87,7 +87,7 @@ class BackingError(ZramdError):
 
 
 class BudgetError(ZramdError):
-    """The host's budget cannot be had, or does not reach for what is to be kept; the message has the remedy."""
+    """The host's budget cannot be had, or is too small for all floors; the message has the remedy."""
 
 
 class SaveError(ZramdError):

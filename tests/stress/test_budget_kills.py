@@ -1,4 +1,4 @@
-"""Servers of one budget that are killed at any moment: the sum is never above it, and nothing of it is lost."""
+"""Servers of one budget that are killed at any moment: the sum is never above it, and nothing is lost."""
 
 import os
 import random

@@ -3,9 +3,9 @@
     | head | budget, slots in use, granted and floor of each slot | who has slot 0 | who has slot 1 | …
     0      64K                                                    128K
 
-The words in the middle are the core's (zramd.core.memory.budget), which maps them. A server has its slot as long
-as it holds the lock of the slot's first byte, and the kernel drops that when it ends, however it ends. A slot
-that nobody holds still counts while the state is there that the server has left: its memory is taken as before.
+The words in the middle are the core's (zramd.core.memory.budget), which maps them. A server has its slot as
+long as it holds the lock of the slot's first byte, and the kernel drops that when it ends, however it ends. A
+slot that nobody holds still counts while the state is there that the server has left: its memory is taken.
 Byte 0 is the lock of whoever looks for a slot, or frees one.
 """
 
@@ -69,7 +69,7 @@ class Slot(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What a budget's file says: bytes for all, bytes taken, devices that are served, bytes of those that are not."""
+    """What a budget's file says: bytes for all, and taken; devices that are served, bytes of others."""
 
     budget: int
     used: int

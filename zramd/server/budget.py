@@ -1,6 +1,6 @@
 """A server's part of its host's budget: the slot, from its start to its end, and what the dead have left.
 
-See zramd.contract.budget for the file, and zramd.core.memory.budget for what is done there while requests wait.
+See zramd.contract.budget for the file, zramd.core.memory.budget for what is done there while requests wait.
 """
 
 import errno
@@ -107,7 +107,7 @@ class Member:
         device.join(self.core)
 
     def set(self, size: int) -> None:
-        """Change the budget, for all. Raises ConfigError when it does not reach for what is kept for devices."""
+        """Change the budget, for all. Raises ConfigError when it does not reach for all floors."""
         if not size:
             raise ConfigError("budget=0 would leave the others without one: restart the device without it")
         try:
@@ -118,7 +118,7 @@ class Member:
             raise ConfigError(f"budget: {error}") from None
 
     def tidy(self, device: Device) -> None:
-        """Give back what the device does not need, and now and then what the dead have left. Raises OSError."""
+        """Give back what the device does not need, now and then what the dead have left. Raises OSError."""
         device.tidy_budget()
         now = time.monotonic()
         if now >= self._swept + SWEEP and lockfile.ofd_take(self._fd, 0):
@@ -150,7 +150,7 @@ class Member:
                 lockfile.ofd_give(self._fd, file.lock_of(slot.number))
 
     def _replaces(self, who: Owner) -> bool:
-        """Say whether the service manager has dropped what a server has left: it keeps one file for each device."""
+        """Say whether the service manager has dropped what a server has left: it keeps one for each."""
         ours, config = _state_of(self._config), self._config
         if ours is None or who.state is None or config.state != handover.SYSTEMD:
             return False

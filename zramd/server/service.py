@@ -34,9 +34,9 @@ from zramd.settings.config import value as parse_value
 from zramd.stats import snapshots
 
 if TYPE_CHECKING:
-    from zramd.server.writeback import Writeback
     from zramd.server.backingfile import BackingFile
     from zramd.server.budget import Member
+    from zramd.server.writeback import Writeback
 
 STREAM_PATIENCE = 600.0  # seconds that a save or a load may stand still: ssh may ask for a password
 _DATA_ID_FAILS = "data_id is not written"
@@ -70,13 +70,13 @@ class Service:
         self.compactor = Compactor(device, config)
         self.tiers = Tiers(device, Tier(device), config)
         self.worker = Worker(self.compactor, self.tiers)
-        self.writeback: "Writeback | Without" = Without()
+        self.writeback: Writeback | Without = Without()
         self.out_worker: Worker | None = None
         if backing is not None:
-            from zramd.server.writeback import Writeback  # only here: most servers have none
+            from zramd.server import writeback  # only here: most servers have none
 
             renew = partial(backing.renew, device)
-            self.writeback = Writeback(device, Hands(device), config, self.tiers, renew=renew)
+            self.writeback = writeback.Writeback(device, Hands(device), config, self.tiers, renew=renew)
             # Not nice: on one busy processor less would go out than comes in. It leaves clients time itself.
             self.out_worker = Worker(self.writeback, name="zramd-out", nice=0, prepare=idle_io)
         self.device = device
@@ -176,8 +176,8 @@ class Service:
     def _set_budget(self, size: int) -> None:
         if self.member is None:
             raise ConfigError(
-                f"{self.config.name} has no part in a budget: restart it with budget={size}, or change that of "
-                "a device that has"
+                f"{self.config.name} has no part in a budget: restart it with budget={size}, or change that "
+                "of a device that has"
             )
         self.member.set(size)
 

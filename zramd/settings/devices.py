@@ -4,8 +4,9 @@
     device = devices.find("zram0")          # one device, or an exception that says why not
     device.pairs, device.words()            # the server's settings, for config.parse and `zramd serve`
 
-Each section is a device, but [zramd], which has what all devices share. A device's keys are zram-generator's, zramd's settings under their own names, and what
-the kernel gets when it attaches the device; `zramd.settings.keys` has those that are not settings.
+Each section is a device, but [zramd], which has what all devices share. A device's keys are zram-generator's,
+zramd's settings under their own names, and what the kernel gets when it attaches the device;
+`zramd.settings.keys` has those that are not settings.
 docs/zramd.conf teaches all.
 """
 
@@ -258,7 +259,7 @@ def is_roots(folder: str | None) -> bool:
 
 
 def shared() -> dict[str, str]:
-    """Return what [zramd] gives to each of root's servers. Raises ConfigError if it has errors, ZramdError."""
+    """Return what [zramd] gives each of root's servers. Raises ConfigError if that is wrong, ZramdError."""
     if not conffiles.are_there(CONF):
         return {}
     configuration = load()
@@ -379,7 +380,7 @@ class _Section:
             config.refuse_floor(parsed)
         except ConfigError as error:
             self.wrong("budget_floor", str(error).partition(": ")[2])
-        if "budget_floor" in self.values and not parsed["budget"]:
+        if parsed["budget_floor"] and not parsed["budget"]:
             self.note("budget_floor", f"{self.quote('budget_floor')} has no effect without budget")
         for key in ("writeback_age", "writeback_limit"):
             if key in self.values and not parsed["backing"]:

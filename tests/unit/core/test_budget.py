@@ -39,8 +39,7 @@ def fill(device: Device, first: int = 0, count: int = 16384) -> int:
     for block in range(first, first + count):
         try:
             device.write(random.randbytes(BLOCK), block * BLOCK)
-        except PoolFullError as error:
-            assert error.strerror.endswith("the budget leaves no room")
+        except PoolFullError:
             return block - first
     return count
 
@@ -56,6 +55,8 @@ def test_two_share_all_of_it_and_no_more(room: int, cold_level: int) -> None:
     two, other = member(room, 1, 8 * MIB, cold_level=cold_level)
     fill(one, count=1000)
     fill(two)
+    with pytest.raises(PoolFullError, match="mem_limit or the budget leaves no room"):
+        two.write(random.randbytes(64 << 10), 60 * MIB)
     assert used(one, two) <= core.taken <= 8 * MIB
     last = 2 * 16 * BLOCK if cold_level else 0
     one.tidy_budget()  # what it has claimed ahead
@@ -104,7 +105,7 @@ def test_a_floor_that_comes_late_gets_what_is_left(room: int) -> None:
     assert fill(one, 10000) < 100, "it has more than its share, and gets none of what is freed"
     one.trim(0, 3 * MIB)
     one.tidy_budget()
-    assert fill(two, got) == 512 - got
+    assert fill(two, got) >= 512 - got
     assert used(one, two) <= 8 * MIB
 
 

@@ -252,7 +252,7 @@ def test_somebody_holds_the_lock(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(budget, "LOCK_TIMEOUT", 0.05)
     fd = os.open(folder / file.NAME, os.O_RDWR)
     assert lockfile.ofd_take(fd, 0)
-    with pytest.raises(BudgetError, match="is held by a process that does not go on: 'fuser .*' shows it"):
+    with pytest.raises(BudgetError, match=r"is held by a process that does not go on: 'fuser .*' shows it"):
         Member(settings(folder, "two"))
     one.member.tidy(one.device)  # waits for nobody
     os.close(fd)

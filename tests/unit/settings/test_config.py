@@ -65,6 +65,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         disksize=1 << 30,
         name="zram0",
         mem_limit=0,
+        budget=0,
+        budget_floor=0,
         comp_algorithm="lz4",
         rundir="/run/zramd/zram0",
         state="",
