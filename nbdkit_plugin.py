@@ -19,7 +19,6 @@ import os
 import site
 import sys
 import traceback
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import nbdkit
@@ -110,7 +109,7 @@ def config_complete() -> None:
     _config = settings.parse(_pairs)
     if _config.front == "ublk":
         raise ConfigError("front=ublk is served without nbdkit: use 'zramd serve --ublk'")
-    _config = replace(_config, front="nbd")  # of auto nothing else is left here
+    _config = _config._replace(front="nbd")  # of auto nothing else is left here
     strangers.check(_config, can_tell=hasattr(nbdkit, "peer_tls_dn"))
     # An nbdkit before 1.34 goes on to send the next extent when it could not send one, to a socket that it
     # has closed: "raw_send_socket: Assertion `sock >= 0' failed". A client that leaves while many are told

@@ -3,13 +3,14 @@
     Exception
     └── ZramdError                  anything zramd raises on purpose
         ├── ConfigError             a setting that cannot be used     (also a ValueError)
-        ├── PoolFullError           no room: mem_limit, or the state's file system   (also an OSError: ENOSPC)
+        ├── PoolFullError           no room: mem_limit, budget, the state's file system    (also an OSError)
         ├── CorruptObjectError      an object does not decompress     (also an OSError: EIO)
         ├── HandleError             a handle is not live              (also a LookupError)
         ├── CorruptionError         a structure contradicts itself
         ├── SwapError               a measure of swap=local cannot be had
         ├── StateError              the state file cannot be had or trusted
         ├── BackingError            the backing cannot be had or trusted, or is not the state's
+        ├── BudgetError             the host's budget cannot be had, or leaves no room for what is to be kept
         ├── SaveError               a saved device is damaged, cut off, foreign, or does not fit
         ├── UblkError               the kernel's ublk cannot be had, or refuses
         ├── AttachError             a kernel device cannot be attached, detached, swapped to
@@ -85,6 +86,10 @@ class BackingError(ZramdError):
     """The backing cannot be opened, is in use, or is not what it should be; the message has the remedy."""
 
 
+class BudgetError(ZramdError):
+    """The host's budget cannot be had, or is too small for all floors; the message has the remedy."""
+
+
 class SaveError(ZramdError):
     """A saved device is damaged, cut off, foreign, or does not fit; the message says where and what.
 
@@ -137,7 +142,7 @@ def error_from(code: int, what: str) -> Exception:
     EBADMSG are for the backing, and EIO for clients.
     """
     if code == -errno.ENOSPC:
-        return PoolFullError(f"{what}: mem_limit leaves no room")
+        return PoolFullError(f"{what}: mem_limit or the budget leaves no room")
     if code == -errno.EDQUOT:
         return PoolFullError(f"{what}: the file system of the state is full")
     if code == -errno.EIO:

@@ -53,15 +53,20 @@ def ofd_take(fd: int, at: int | None = None) -> bool:
     return True
 
 
+def ofd_give(fd: int, at: int) -> None:
+    """Give the lock of the open file description on the byte `at` back. Raises OSError."""
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _lock(at, fcntl.F_UNLCK))
+
+
 def ofd_is_taken(fd: int, at: int | None = None) -> bool:
     """Say whether another has the lock of its open file description; `at` as above. Raises OSError."""
     kind: int = _LOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _lock(at)))[0]
     return kind != fcntl.F_UNLCK
 
 
-def _lock(at: int | None) -> bytes:
+def _lock(at: int | None, kind: int = fcntl.F_WRLCK) -> bytes:
     start, length = (0, 0) if at is None else (at, 1)
-    return _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    return _LOCK.pack(kind, os.SEEK_SET, start, length, 0)
 
 
 def stands_at(fd: int, path: str, *, folder: int | None = None, follow: bool = False) -> bool:

@@ -474,7 +474,7 @@ def test_load_refusals(serve: Serve, tmp_path: Path) -> None:
     assert load(second, bad).endswith("it is not a saved device")
     assert refused("load", "--check", bad) == f"'{bad}' cannot be used: it is not a saved device"
     assert load(small, file).endswith("it is larger than the device")
-    assert "mem_limit leaves no room" in load(tight, file)
+    assert "mem_limit or the budget leaves no room" in load(tight, file)
     assert "no such file" in refused("load", *at(second), tmp_path / "none")
     client = NbdSocket(second)
     assert "the device is in use: disconnect every client before a load" in refused("load", *at(second), file)

@@ -17,9 +17,11 @@ from support.backings import Disk, bring_back, write_out
 from support.run import SCALE
 
 from zramd import Device
+from zramd.contract import budget as budgetfile
 from zramd.core.device.device import state_layout
 from zramd.core.device.tier import Tier
 from zramd.core.device.writeback import Writeback
+from zramd.core.memory.budget import Budget
 from zramd.core.pool.zsmalloc import CHECK_LEVEL
 
 BLOCK = 4096
@@ -114,8 +116,13 @@ def out_and_back(device: Device) -> None:
         bring_back(device)
 
 
-def run(fd: int, disk: Disk, verify: bool, seed: int, point: str, visit: int) -> tuple[int, int, int]:
-    """Do all operations in a child that dies at a point; how it ended, operations begun and done."""
+def run(
+    fd: int, disk: Disk, shared: int, verify: bool, seed: int, point: str, visit: int
+) -> tuple[int, int, int]:
+    """Do all operations in a child that dies at a point; how it ended, operations begun and done.
+
+    `shared`: the file of the budget from which it takes its memory, a little at a time.
+    """
     told = mmap.mmap(-1, 16)
     child = os.fork()
     if child == 0:
@@ -123,7 +130,14 @@ def run(fd: int, disk: Disk, verify: bool, seed: int, point: str, visit: int) ->
             if point:
                 os.environ["ZRAMD_CRASH"] = f"{point}:{visit}"
             device = disk.device(SIZE, state=fd, verify=verify)
+            budget = Budget(shared, 0)
+            budget.budget = 16 * SIZE
+            budget.begin(0, 0)
+            device.join(budget)
             for number, (work, _) in enumerate(operations(seed)):
+                if number % 20 == 0:
+                    device.tidy_budget()
+                    assert not budget.claim(32 * SIZE)
                 told[:8] = struct.pack("<Q", number + 1)
                 work(device)
                 told[8:] = struct.pack("<Q", number + 1)
@@ -157,6 +171,8 @@ def settle(device: Device, model: bytearray, seed: int, begun: int, done: int) -
 def test_killed_at(point: str, verify: bool) -> None:
     fd = os.memfd_create("zramd")
     os.ftruncate(fd, state_layout(SIZE)["bytes"])
+    shared = os.memfd_create("budget")
+    os.ftruncate(shared, budgetfile.BYTES)
     disk = Disk(20)
     disk.device(SIZE, state=fd, verify=verify)  # who dies early has told nobody that it has it
     model = bytearray(SIZE)
@@ -164,7 +180,7 @@ def test_killed_at(point: str, verify: bool) -> None:
     # In the second round the process takes over what the first has left.
     for seed, visit in enumerate((0, *VISITS)):
         dies = bool(visit) and CHECK_LEVEL >= 3 and not (point in ONCE and visit > 1)
-        status, begun, done = run(fd, disk, verify, seed, point if visit else "", visit)
+        status, begun, done = run(fd, disk, shared, verify, seed, point if visit else "", visit)
         if dies:
             assert os.WIFSIGNALED(status), f"{point} is not reached {visit} times"
             assert os.WTERMSIG(status) == signal.SIGKILL
@@ -172,6 +188,8 @@ def test_killed_at(point: str, verify: bool) -> None:
             assert (status, done) == (0, OPERATIONS)
         device = disk.device(SIZE, state=fd, verify=verify, claims=False)
         device.check()
+        # What a kill leaves in the slot is never less than what is there.
+        assert Budget(shared, 0).mine >= device.counters()["mem_used_total"]
         settle(device, model, seed, begun, done)
         leaked += device.counters()["leaked_objects"]
         cold += device.counters()["cold_pages"]
@@ -192,6 +210,7 @@ def test_killed_at(point: str, verify: bool) -> None:
     assert cold
     assert out
     os.close(fd)
+    os.close(shared)
 
 
 def test_there_are_points() -> None:

@@ -1,6 +1,5 @@
 """An endpoint, with a service that only notes what it is asked, for tests of the control socket."""
 
-import dataclasses
 import os
 import select
 import socket
@@ -85,7 +84,7 @@ class FakeService:
     def snapshot(self) -> snapshots.Snapshot:
         made = snapshots.take(FakeDevice(), name="zram0", comp_algorithm="lz4", version="0", started=0.0)
         changed = {"mem_limit": self.limit, "mem_used_max": self.peak}
-        return dataclasses.replace(made, values=made.values | changed, writeback=self.writeback.numbers())
+        return made._replace(values=made.values | changed, writeback=self.writeback.numbers())
 
     def classes(self) -> list[snapshots.ClassRow]:
         return snapshots.take_classes(FakeDevice())

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def _values(device: ConfiguredDevice) -> dict[str, Any]:
             "dead-conn-timeout": device.dead_conn_timeout,
             "connections": device.connections,
         }
-    return values | asdict(device.settings())
+    return values | device.settings()._asdict()
 
 
 def _origin(device: ConfiguredDevice, key: str) -> str:

@@ -5,11 +5,11 @@ import os
 import sys
 
 from zramd.commands import folder
-from zramd.contract import rundir
+from zramd.contract import budget, rundir
 from zramd.control import servers
 from zramd.control.columns import BY_NAME, COLUMNS, DEFAULT, Column, columns
 from zramd.control.human import human
-from zramd.errors import DeviceError, say
+from zramd.errors import BudgetError, DeviceError, say
 from zramd.kernel import attached, swap
 
 TYPE_CHECKING = False  # what typing says too, without the time that it takes to import
@@ -84,9 +84,38 @@ def raw(shown: list[Column], rows: list[list[str]], *, headings: bool) -> str:
     return "".join(" ".join(line) + "\n" for line in cells)
 
 
-def as_json(shown: list[Column], rows: "list[Row]", *, in_bytes: bool) -> str:
+def budgets(arguments: argparse.Namespace) -> "list[budget.Shown]":
+    """Return the budgets of the folders that are looked at, but of single devices none."""
+    if arguments.names or arguments.rundir or not rundir.base():
+        return []
+    try:
+        found = budget.look(budget.path(f"{rundir.base()}/any"))
+    except BudgetError as error:
+        say(str(error))
+        return []
+    return [] if found is None else [found]
+
+
+def budget_line(found: "budget.Shown", in_bytes: bool) -> str:
+    """Return what is below the table: how much of the budget is taken."""
+
+    def size(number: int) -> str:
+        return str(number) if in_bytes else human(number)
+
+    line = f"budget {size(found.budget)}: {size(found.used)} taken by {found.devices} devices"
+    if found.left_behind:
+        line += f", {size(found.left_behind)} of it by what servers have left that do not run"
+    return line + f", {size(max(0, found.budget - found.used))} left\n"
+
+
+def as_json(
+    shown: list[Column], rows: "list[Row]", *, in_bytes: bool, shared: "list[budget.Shown] | None" = None
+) -> str:
     """Return the rows as JSON: sizes as numbers with `in_bytes`, else as text such as 64M."""
     import json
+
+    def size(number: int) -> "str | int":
+        return number if in_bytes else human(number)
 
     def value(column: Column, cell: "Cell") -> "Cell":
         if cell is None or cell == "":
@@ -96,7 +125,15 @@ def as_json(shown: list[Column], rows: "list[Row]", *, in_bytes: bool) -> str:
         return human(int(cell)) if column.kind == "size" and not in_bytes else cell
 
     devices = [{column.name.lower(): value(column, row[column.name]) for column in shown} for row in rows]
-    return json.dumps({"devices": devices}, indent=2) + "\n"
+    found: dict[str, Any] = {"devices": devices}
+    for one in shared or []:
+        found["budget"] = {
+            "budget": size(one.budget),
+            "used": size(one.used),
+            "left_behind": size(one.left_behind),
+            "devices": one.devices,
+        }
+    return json.dumps(found, indent=2) + "\n"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -123,12 +160,15 @@ def run(arguments: argparse.Namespace) -> int:
     if not (arguments.rundir or arguments.names):
         rows += [{column.name: column.get(values) for column in shown} for values in elsewhere()]
     if arguments.json:
-        sys.stdout.write(as_json(shown, rows, in_bytes=arguments.bytes))
+        shared = budgets(arguments)
+        sys.stdout.write(as_json(shown, rows, in_bytes=arguments.bytes, shared=shared))
         return status
     lines = [[column.show(row[column.name], arguments.bytes) for column in shown] for row in rows]
     if rows:  # as zramctl: nothing at all when there is no device
         write = raw if arguments.raw else table
         sys.stdout.write(write(shown, lines, headings=not arguments.noheadings))
+        if not (arguments.raw or arguments.noheadings):
+            sys.stdout.writelines(budget_line(one, arguments.bytes) for one in budgets(arguments))
     elif not (status or arguments.raw or arguments.noheadings):
         say(_what_next())
     return status
@@ -152,6 +192,9 @@ def _help() -> str:
 columns:
 {lines}
 Without -o these are shown: {", ".join(DEFAULT)}.
+
+Where devices share a budget, a line below the table says how much of it is taken: what each device may take
+or what is kept for it, also by a state whose server has ended.
 
 DATA is not what 'swapon' shows as used. It is more when the kernel was not told to discard what it frees
 (swapon --discard), for a freed page stays until it is written over; and less when pages of zeros never

@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from contextlib import suppress
-from dataclasses import replace
 from typing import NamedTuple
 
 from zramd.contract import handover, rundir
@@ -70,8 +69,12 @@ def _wanted(name: str | None, size: str | None, words: list[str]) -> tuple[Confi
         pairs.append((key, value))
     if not any(config.find(key).name == "disksize" for key, _ in pairs):
         pairs.append(("disksize", DEFAULT_SIZE))
+    given_rundir = next((value for key, value in pairs if config.find(key).name == "rundir"), None)
+    if devices.is_roots(given_rundir):
+        names = {config.find(key).name for key, _ in pairs}
+        pairs += [pair for pair in devices.shared().items() if pair[0] not in names]
     settings = config.parse(pairs)
-    if not any(config.find(key).name == "rundir" for key, _ in pairs):
+    if given_rundir is None:
         pairs.append(("rundir", settings.rundir))
     return settings, pairs
 
@@ -90,7 +93,7 @@ def _line(
     """
     if settings.front == "auto":
         front = ublkserver.choose(settings, options, for_others=for_others)
-        settings = replace(settings, front=front)
+        settings = settings._replace(front=front)
     pairs = [(key, settings.front if key == "front" else value) for key, value in pairs]
     if settings.front == "ublk":
         ublkserver.check(options)
@@ -132,7 +135,7 @@ def serve(
             fdstore.let_go(kept.listens, options.sockets)
             options.sockets, kept = [], kept._replace(listens="")
     else:
-        settings = replace(settings, front=before.front(settings.front))
+        settings = settings._replace(front=before.front(settings.front))
         options = before.options(settings, nbdkit_words)
     settings, argv = _line(
         settings, pairs, options, for_others=for_others, for_sockets=bool(before or kept.listens)

@@ -12,7 +12,6 @@ import signal
 import socket
 import time
 from contextlib import suppress
-from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from zramd.contract import handover, rundir
@@ -471,14 +470,14 @@ def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str,
     after = [*((key, value) for key, value in pairs if key not in names), *given]
     parsed = config.parse(after)
     if parsed.front == "auto":  # it has been chosen already
-        parsed = replace(parsed, front=before.front)
+        parsed = parsed._replace(front=before.front)
     for name in _KEPT:
         if getattr(parsed, name) != getattr(before, name):
             raise UsageError(
                 f"{name}='{getattr(parsed, name)}' would make it another device: a restart keeps "
                 f"{name}={getattr(before, name)}"
             )
-    return _pairs(asdict(parsed))
+    return _pairs(parsed._asdict())
 
 
 def _refuse_others(served: servers.Served, process: peer.Process) -> None:

@@ -49,7 +49,7 @@ def _why_not(settings: Config, options: Options) -> str:
     """
     if options.sockets or options.before or options.after:
         return "nbdkit's options or sockets are given"
-    if name := config.nbds_own(vars(settings)):
+    if name := config.nbds_own(settings._asdict()):
         return f"{name}={config.written(getattr(settings, name))} is for it"
     if os.geteuid():
         return "only root attaches ublk's devices"

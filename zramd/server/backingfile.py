@@ -14,7 +14,6 @@ whatever ends us. What a reset or a load makes of the data, `renew` writes there
 
 import os
 import threading
-from dataclasses import replace
 from typing import TypeGuard
 
 from zramd.contract import superblock
@@ -155,7 +154,7 @@ class BackingFile:
     def _check_same(self, opened: Opened) -> None:
         """Raise BackingError unless the device can go on with what was opened, whatever is on it."""
         path = opened.path
-        _check_place(replace(self._config, backing=path), opened)
+        _check_place(self._config._replace(backing=path), opened)
         if opened.size < self._size:
             raise BackingError(
                 f"backing '{path}' has {opened.size} bytes, and the device needs {self._size}: make it as "

@@ -30,6 +30,7 @@ class Pressure(NamedTuple):
     limit: int  # pages, 0 for none
     requests_done: int
     requests_inflight: int
+    shared: float = 0.0  # of the host's budget, what is taken; 0: none, or only what is kept for the device
 
     def busy_since(self, before: "Pressure") -> bool:
         """Say whether clients make requests now, or made some since `before`."""
@@ -46,7 +47,7 @@ class Pressure(NamedTuple):
 class Compactable(Protocol):
     """What the compactor needs of a device."""
 
-    def pressure(self) -> tuple[int, int, int, int, int]: ...
+    def pressure(self) -> tuple[int, int, int, int, int, float]: ...
     def compact(self, budget: int = 0) -> int: ...
     def release_stock(self) -> int: ...
 
@@ -106,7 +107,8 @@ class Policy:
         return max(self._threshold * now.used, MIN_FREEABLE)
 
     def _wants_all(self, now: Pressure) -> bool:
-        return now.limit > 0 and now.freeable > 0 and now.used >= self._near_limit * now.limit
+        near = now.limit > 0 and now.used >= self._near_limit * now.limit
+        return now.freeable > 0 and (near or now.shared >= self._near_limit)
 
 
 class Compactor:

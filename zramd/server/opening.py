@@ -3,25 +3,28 @@
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from zramd.contract import handover
 from zramd.core.device.device import Device
-from zramd.errors import BackingError, CorruptionError, PoolFullError, StateError
+from zramd.errors import BackingError, BudgetError, CorruptionError, PoolFullError, StateError
 from zramd.server import statefile
 from zramd.server.log import say
 from zramd.settings.config import Config
 
 if TYPE_CHECKING:
     from zramd.server.backingfile import BackingFile
+    from zramd.server.budget import Member
 
 
 class Made(NamedTuple):
-    """A device, and where it writes what leaves memory."""
+    """A device, where it writes what leaves memory, and its part of the host's budget."""
 
     device: Device
     backing: "BackingFile | None"
+    member: "Member | None"
 
 
 def look(config: Config) -> None:
-    """Raise StateError or BackingError unless state and backing, which a server may be using, are for these.
+    """Raise StateError, BackingError or BudgetError unless what a server may be using is for these settings.
 
     What is found now a server would find when the one before it has left. (Until then more may go out.)
     """
@@ -35,13 +38,18 @@ def look(config: Config) -> None:
         found = backingfile.look(config, kept)
     if kept.out_pages and (found is None or found.id != kept.backing_id):
         raise _not_its_backing(config)
+    if config.budget:
+        from zramd.server import budget  # only here: most servers have none
+
+        budget.look(config)
 
 
 def make_device(config: Config) -> Made:
     """Return the device, with what is in the state if there is one.
 
-    Raises StateError, BackingError, MemoryError.
+    Raises StateError, BackingError, BudgetError, MemoryError.
     """
+    member = _join_budget(config)
     backing = _open_backing(config)
     if config.state:
         device = _from_state(config, backing)
@@ -49,7 +57,25 @@ def make_device(config: Config) -> Made:
         device = Device(config.disksize, **_ways(config, backing))
     if backing:
         backing.take_over(device)
-    return Made(device, backing)
+    if member:
+        member.join(device)
+    return Made(device, backing, member)
+
+
+def _join_budget(config: Config) -> "Member | None":
+    """Return the part of the budget, None if there is to be none. Raises BudgetError."""
+    if not config.budget:
+        return None
+    from zramd.server import budget  # only here: most servers have none
+
+    try:
+        return budget.Member(config)
+    except BudgetError as error:
+        if not handover.takes_over():
+            raise
+        # The server before has gone: its clients are not to lose their data.
+        say(f"{error}; until the next restart the device has no part in the budget")
+        return None
 
 
 def _from_state(config: Config, backing: "BackingFile | None") -> Device:

@@ -37,7 +37,7 @@ from zramd.errors import (
 )
 from zramd.server import words
 from zramd.server.tiers import Pass
-from zramd.server.writeback import WritePass
+from zramd.server.withoutbacking import WritePass
 from zramd.settings.config import SETTINGS, find
 from zramd.stats import prometheus, snapshots, texts
 

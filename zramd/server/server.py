@@ -7,6 +7,7 @@ start     pid file, signals, threads           worker, and housekeeping: endpoin
 stop      threads end, the run folder goes
 """
 
+import gc
 import os
 import signal
 import threading
@@ -15,7 +16,7 @@ from functools import partial
 
 from zramd.contract import handover
 from zramd.contract.rundir import BACKGROUND, CONTROL_SOCKET, STATE, Rundir
-from zramd.core.system.process import at_failing_exit, dump_little, name_thread
+from zramd.core.system.process import at_failing_exit, dump_little, name_thread, trim_heap
 from zramd.core.system.threads import start_thread
 from zramd.errors import RundirError, reason
 from zramd.kernel import protection
@@ -51,7 +52,7 @@ def prepare(config: Config, front: Front) -> "Prepared":
     """Do all that can fail before nbdkit forks, for clients that come by `front`.
 
     Raises RundirError, CorruptionError when the self-test fails, MemoryError, SwapError, StateError,
-    BackingError, UblkError.
+    BackingError, BudgetError, UblkError.
     """
     # As nbdkit has it once it serves: what started us may end before we have said all.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -133,6 +134,7 @@ class Prepared:
         self.config = config
         self.device = made.device
         self.backing = made.backing
+        self.member = made.member
         self.files = files
         self.log = log
         self.ends = ends
@@ -169,7 +171,14 @@ class Serving:
         self._front = front = prepared.front
         self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.service = service = Service(
-            config, device, files.rundir, troubles, front, self._wake_up, backing=prepared.backing
+            config,
+            device,
+            files.rundir,
+            troubles,
+            front,
+            self._wake_up,
+            backing=prepared.backing,
+            member=prepared.member,
         )
         undone = service.undone
         with suppress(OSError):  # it only makes dumps smaller
@@ -211,6 +220,7 @@ class Serving:
             endpoint=endpoint,
             reopen_log=self._write_log if BACKGROUND in os.environ else None,
         )
+        ends.add(self._leave_budget)
         failed = files.are_left
         files.are_left = lambda: leaving.leaves_folder() or failed()
         self._housekeeper = self._make_housekeeper()
@@ -234,6 +244,9 @@ class Serving:
         undone.add("no command has its turn with this server", self._give_turn)
         undone.do()
         step("server.serves")
+        if config.swap != "local":
+            gc.collect()
+            trim_heap()  # what the start has needed and nothing else does
         undone.add("the service manager does not know what is stored", reports.status)
         undone.add("the service manager does not know that zramd serves", reports.ready)
         undone.do()
@@ -280,9 +293,24 @@ class Serving:
                 stats_interval,
             ),
             Chore("corruption cannot be reported", reports.corruption, stats_interval),
+            *self._budgets_chores(),
             Chore("the stop cannot go on", leaving.try_again, lambda: leaving.refused * SWAPOFF_INTERVAL),
         ]
         return Housekeeper(self._wake[0], self._ends.stopping, self._troubles, leaving.obey, chores)
+
+    def _budgets_chores(self) -> list[Chore]:
+        member = self.service.member
+        if member is None:
+            return []
+        from zramd.server import budget  # which is there already
+
+        tidy = partial(member.tidy, self._device)
+        return [Chore("the budget is not looked after", tidy, lambda: budget.INTERVAL)]
+
+    def _leave_budget(self) -> None:
+        """Let others have what this device takes of the budget, unless another server goes on with it."""
+        if self.service.member is not None and not self._leaving.hands_over:
+            self.service.member.leave(self._device)
 
     def _wake_up(self) -> None:
         """Have the housekeeper look around."""

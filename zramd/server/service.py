@@ -5,7 +5,6 @@ import select
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,6 @@ from zramd.server.trouble import Troubles
 from zramd.server.undone import Undone
 from zramd.server.withoutbacking import Without
 from zramd.server.worker import Worker
-from zramd.server.writeback import Writeback
 from zramd.settings import codecs
 from zramd.settings.config import Config, find
 from zramd.settings.config import value as parse_value
@@ -37,6 +35,8 @@ from zramd.stats import snapshots
 
 if TYPE_CHECKING:
     from zramd.server.backingfile import BackingFile
+    from zramd.server.budget import Member
+    from zramd.server.writeback import Writeback
 
 STREAM_PATIENCE = 600.0  # seconds that a save or a load may stand still: ssh may ask for a password
 _DATA_ID_FAILS = "data_id is not written"
@@ -46,7 +46,7 @@ class Service:
     """One device for all its users: see zramd.server.routes.Service.
 
     config: the settings as they are now. device: what is served. backing: where it writes what leaves memory.
-    clients: how many there are. front: how they reach it.
+    clients: how many there are. front: how they reach it. member: its part of the host's budget.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Service:
         front: Front,
         wake_up: Callable[[], None] = lambda: None,
         backing: "BackingFile | None" = None,
+        member: "Member | None" = None,
     ) -> None:
         """`wake_up` has the housekeeper look around: a setting was changed, or a client has come."""
         self.config = config
@@ -72,12 +73,15 @@ class Service:
         self.writeback: Writeback | Without = Without()
         self.out_worker: Worker | None = None
         if backing is not None:
+            from zramd.server import writeback  # only here: most servers have none
+
             renew = partial(backing.renew, device)
-            self.writeback = Writeback(device, Hands(device), config, self.tiers, renew=renew)
+            self.writeback = writeback.Writeback(device, Hands(device), config, self.tiers, renew=renew)
             # Not nice: on one busy processor less would go out than comes in. It leaves clients time itself.
             self.out_worker = Worker(self.writeback, name="zramd-out", nice=0, prepare=idle_io)
         self.device = device
         self.backing = backing
+        self.member = member
         self._rundir = rundir
         self._started = time.monotonic()
         self._clients_lock = threading.Lock()
@@ -143,7 +147,10 @@ class Service:
 
     def settings(self) -> dict[str, Any]:
         """Return every setting as it is now."""
-        return asdict(self.config)
+        now = self.config._asdict()
+        if self.member is not None:
+            now["budget"] = self.member.core.budget  # another device may have changed it
+        return now
 
     def change(self, name: str, text: str) -> Any:
         """Change a setting that can be while the device is served; return its value as it is then.
@@ -159,14 +166,24 @@ class Service:
             with self._backing_lock:  # held for as long as a disk takes to answer
                 self._reattach(value)
                 return self._set(name, value)
+        if name == "budget":
+            self._set_budget(value)
         if name == "mem_limit":
             self.device.mem_limit = value
             value = self.device.mem_limit  # whole pages
         return self._set(name, value)
 
+    def _set_budget(self, size: int) -> None:
+        if self.member is None:
+            raise ConfigError(
+                f"{self.config.name} has no part in a budget: restart it with budget={size}, or change that "
+                "of a device that has"
+            )
+        self.member.set(size)
+
     def _set(self, name: str, value: Any) -> Any:
         with self._changes_lock:  # two changes at once
-            changed = replace(self.config, **{name: value})
+            changed = self.config._replace(**{name: value})
             codecs.must_gain(changed.comp_algorithm, changed.recompression)
             self.tiers.configure(changed)
             self.writeback.configure(changed)

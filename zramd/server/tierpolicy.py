@@ -17,7 +17,10 @@ CALM_SHARE, HURRY_SHARE = 0.05, 0.25  # of one processor, at most
 # Seconds of a processor that are saved up and used in one go: after each rest the caches are others'.
 BURST = 0.05
 HURRY_AGE = 30.0  # seconds after which a block is cold when memory is wanted
-NEAR, FAR = 0.8, 0.7  # of mem_limit: memory is wanted from the one on, until it is below the other
+NEAR, FAR = (
+    0.8,
+    0.7,
+)  # of mem_limit, or of the budget: memory is wanted from the one on, until it is below the other
 HOLD = 30.0  # seconds that memory is wanted, or the pool full, after it was the last time
 GAIN = 0.01  # of the payload that a pass looked at: one that gains less is not repeated soon
 MAX_PAUSE = 600.0  # seconds between passes that gain nothing
@@ -29,7 +32,7 @@ PSI_SHORT = 10.0  # percent of the last 10 s in which some program waited for me
 AVAILABLE_SHORT = 0.1  # of all memory, where the kernel has no PSI
 
 _NO_ROOM = {
-    errno.ENOSPC: "mem_limit leaves no room for a block's old and new payload at once",
+    errno.ENOSPC: "mem_limit or the budget leaves no room for a block's old and new payload at once",
     errno.EDQUOT: "the state's file system has no room for a block's old and new payload at once",
     errno.ENOMEM: "the system refuses memory for a block's new payload",
     errno.ENOBUFS: "half of the reserve is left, which is for requests",
@@ -56,6 +59,7 @@ class View(NamedTuple):
     limit: int  # pages, 0 for none
     refused: int  # writes that have failed
     short: bool  # whether the machine is short of memory
+    shared: float = 0.0  # share of the host's budget that is taken, as Device.pressure has it
 
 
 def memory_is_short(psi: str = PSI, path: str = meminfo.PATH) -> bool:
@@ -110,7 +114,8 @@ class Policy:
         self._refused = view.refused
         if view.short:
             self._short_until = now + HOLD
-        self._near = view.limit > 0 and view.used >= (FAR if self._near else NEAR) * view.limit
+        near = FAR if self._near else NEAR
+        self._near = view.shared >= near or (view.limit > 0 and view.used >= near * view.limit)
         before, self.mode = self.mode, self._mode(now)
         if self.mode != before:
             self.reset()

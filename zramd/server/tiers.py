@@ -67,7 +67,7 @@ class Source(Protocol):
 
     disksize: int
 
-    def pressure(self) -> tuple[int, int, int, int, int]: ...
+    def pressure(self) -> tuple[int, int, int, int, int, float]: ...
     def counters(self) -> dict[str, int]: ...
     def compact(self, budget: int = 0) -> int: ...
 
@@ -307,9 +307,9 @@ class Tiers:
     def _look(self, now: float) -> None:
         """See how memory stands, more seldom while nothing is stored."""
         found = self._device.counters()
-        _, used, limit, *_ = self._device.pressure()
+        now_is = Pressure(*self._device.pressure())
         self._next_look = now + (LOOK if found["pages_stored"] else SWEEP)
-        if self._policy.look(now, View(used, limit, found["failed_writes"], self._short())):
+        if self._policy.look(now, View(*now_is[1:3], found["failed_writes"], self._short(), now_is.shared)):
             self._walk = None  # what is cold, and how much it may cost, is another matter now
 
     def _work(self, now: float) -> float:

@@ -1,10 +1,16 @@
 """What a server has in the place of zramd.server.writeback that has no backing."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from zramd.errors import DeviceError
-from zramd.server.writeback import WritePass
 from zramd.settings.config import Config
+
+
+class WritePass(NamedTuple):
+    """A pass by hand, as zram's `writeback` means it."""
+
+    kinds: frozenset[str] = frozenset()  # out of KINDS, a block is of all of them; empty: every block
+    ranges: tuple[tuple[int, int], ...] = ()  # first, and the one after the last; empty: the whole device
 
 
 class Without:

@@ -14,7 +14,7 @@ from typing import Protocol
 from zramd.errors import UsageError, printable
 from zramd.server.ages import SWEEP
 from zramd.server.tiers import Pass
-from zramd.server.writeback import WritePass
+from zramd.server.withoutbacking import WritePass
 from zramd.settings import amounts, codecs
 from zramd.settings.config import MAX_COLD_AGE
 

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from zramd.core.device.backing import EXTENT
 from zramd.errors import BackingError, DeviceError
@@ -23,6 +23,7 @@ from zramd.server.compactor import IO_SHARE, Pressure
 from zramd.server.log import say
 from zramd.server.minute import Minute
 from zramd.server.tierpolicy import Census
+from zramd.server.withoutbacking import WritePass
 from zramd.server.writebackpolicy import (
     CALM_RATE,
     ERROR_PAUSE,
@@ -55,13 +56,6 @@ ERROR_REST = 1.0  # seconds after a write that failed, or an extent that cannot 
 TELLS = 2.0  # seconds after which the reason does
 
 
-class WritePass(NamedTuple):
-    """A pass by hand, as zram's `writeback` means it."""
-
-    kinds: frozenset[str] = frozenset()  # out of KINDS, a block is of all of them; empty: every block
-    ranges: tuple[tuple[int, int], ...] = ()  # first, and the one after the last; empty: the whole device
-
-
 class Source(Protocol):
     """What is read from a device, and kept in it.
 
@@ -71,7 +65,7 @@ class Source(Protocol):
     disksize: int
     budget: tuple[int, int]
 
-    def pressure(self) -> tuple[int, int, int, int, int]: ...
+    def pressure(self) -> tuple[int, int, int, int, int, float]: ...
     def counters(self) -> dict[str, int]: ...
 
 

@@ -6,8 +6,7 @@ Read `SETTINGS`, then `parse`, which turns the `key=value` pairs of a command li
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from zramd.contract import rundir
 from zramd.errors import ConfigError
@@ -190,8 +189,7 @@ def _seconds_or_never(text: str) -> float:
     return 0.0 if text == "0" else _seconds(text)
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """One setting: the name the user writes, how its value is read, and what is told about it."""
 
     name: str
@@ -239,6 +237,23 @@ SETTINGS: tuple[Setting, ...] = (
         "0",
         "512M",
         "most bytes the pool may take; 0: no limit",
+    ),
+    Setting(
+        "budget",
+        parse_size,
+        "0",
+        "64G",
+        "most bytes that the pools of all devices take together whose run folders lie in one folder and that "
+        "have a budget; the last one counts; 0: the device has no part in it",
+    ),
+    Setting(
+        "budget_floor",
+        parse_size,
+        "0",
+        "1G",
+        "with budget: bytes of it that are kept for this device, whatever others want",
+        aliases=("budget-floor",),
+        fixed="what is kept for the device is made sure of when it starts",
     ),
     Setting(
         "comp_algorithm",
@@ -390,7 +405,7 @@ SETTINGS: tuple[Setting, ...] = (
         _percent,
         "90",
         "75",
-        "percent of mem_limit in use from which anything freeable is worth compacting",
+        "percent of mem_limit, or of the budget, in use from which anything freeable is worth compacting",
     ),
     Setting("compaction_interval", _seconds, "1", "0.5", "seconds between checks whether to compact"),
     Setting(
@@ -467,9 +482,10 @@ SETTINGS: tuple[Setting, ...] = (
 _BY_KEY = {key: setting for setting in SETTINGS for key in (setting.name, *setting.aliases)}
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """Every setting, checked; sizes in bytes, times in seconds, shares in percent.
+
+    (No dataclass: importing that takes a server a megabyte and a half.)
 
     writeback_limit: 0 for none. listen, tls and clients as zramd.settings.network reads them.
     """
@@ -477,6 +493,8 @@ class Config:
     disksize: int
     name: str
     mem_limit: int
+    budget: int
+    budget_floor: int
     comp_algorithm: str
     rundir: str
     state: str
@@ -572,8 +590,16 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
     if values["front"] == "ublk" and not values["endpoint"]:
         raise ConfigError("endpoint=off leaves no way to attach a device of front=ublk: use endpoint=on")
     network.check(values)
+    refuse_floor(values)
     _refuse_own_names(values)
     return Config(**values)
+
+
+def refuse_floor(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a floor that is more than the budget."""
+    floor, budget = values["budget_floor"], values["budget"]
+    if floor > budget > 0:
+        raise ConfigError(f"budget_floor: {floor} bytes are more than the budget, {budget} bytes")
 
 
 def nbds_own(values: Mapping[str, Any]) -> str:

@@ -4,8 +4,9 @@
     device = devices.find("zram0")          # one device, or an exception that says why not
     device.pairs, device.words()            # the server's settings, for config.parse and `zramd serve`
 
-Each section is a device. Its keys are zram-generator's, zramd's settings under their own names, and what
-the kernel gets when it attaches the device; `zramd.settings.keys` has those that are not settings.
+Each section is a device, but [zramd], which has what all devices share. A device's keys are zram-generator's,
+zramd's settings under their own names, and what the kernel gets when it attaches the device;
+`zramd.settings.keys` has those that are not settings.
 docs/zramd.conf teaches all.
 """
 
@@ -24,6 +25,8 @@ from zramd.settings.conffiles import Entry, Problem
 from zramd.settings.config import Config
 
 CONF = "zramd.conf"
+HOST = "zramd"  # the section of what all devices share; no device of zramd.conf can be called so
+_SHARED = ("budget",)  # the keys there: settings of each server, unless its section has another value
 GENERATOR_CONF = "systemd/zram-generator.conf"
 ZRAMSWAP_CONF = "etc/default/zramswap"
 
@@ -91,6 +94,7 @@ class Configuration:
     problems: tuple[Problem, ...]
     files: tuple[str, ...]  # that count, the weakest first
     rundirs: dict[str, str]  # of all sections, right or wrong: rundir, '' where it is not given
+    shared: dict[str, str] = field(default_factory=dict)  # what [zramd] gives to each server
 
     def has(self, name: str) -> bool:
         """Whether there is a section of this name, be it right or wrong."""
@@ -171,18 +175,23 @@ def _add(sections: Sections, entries: list[Entry]) -> list[Problem]:
             if not section:
                 raise ConfigError(_outside(key, value))
             config.find("name").parse(section)
+            if section == HOST and key and key not in _SHARED:
+                raise ConfigError(
+                    f"{key} = {value}: [{HOST}] is for what all devices share ({', '.join(_SHARED)}): give a "
+                    "device another name"
+                )
             if key in keys.REFUSED:
                 raise ConfigError(f"{key} = {value}: {keys.REFUSED[key]}")
             if key:
                 key = keys.canonical(key)
         except ConfigError as error:
-            problems.append(Problem(where, section, str(error)))
+            problems.append(Problem(where, "" if section == HOST else section, str(error)))
             continue
         meaning = keys.TWINS.get(key, key)
         first = seen.setdefault((section, meaning), entry)
         if key and first is not entry:
             text = f"{entry.key} = {value} is a second value: {first.key} = {first.value} is at {first.where}"
-            problems.append(Problem(where, section, text))
+            problems.append(Problem(where, "" if section == HOST else section, text))
             continue
         values = sections.setdefault(section, {})
         for twin in [old for old in values if keys.TWINS.get(old, old) == meaning]:
@@ -212,8 +221,11 @@ def build(sections: Sections, ram: int, known: Iterable[Problem] = ()) -> Config
     rundirs: dict[str, str] = {}
     notes: list[str] = []
     problems = list(known)
+    shared = _shared(sections.get(HOST, {}), problems)
     for name, values in sections.items():
-        section = _Section(name, values, ram)
+        if name == HOST:
+            continue
+        section = _Section(name, values, ram, shared)
         section.read()
         problems += section.problems
         rundirs[name] = section.parsed.get("rundir") or ""
@@ -225,7 +237,36 @@ def build(sections: Sections, ram: int, known: Iterable[Problem] = ()) -> Config
     _check_paths(found, problems)
     wrong = {problem.section for problem in problems}
     devices = tuple(device for device in found if wrong.isdisjoint(("", device.name)))
-    return Configuration(devices, skipped, tuple(notes), tuple(problems), (), rundirs)
+    return Configuration(devices, skipped, tuple(notes), tuple(problems), (), rundirs, shared)
+
+
+def _shared(values: dict[str, Entry], problems: list[Problem]) -> dict[str, str]:
+    """Return what all servers are given; what is wrong there is as wrong as what is outside of sections."""
+    found = {}
+    for key, entry in values.items():
+        if key:
+            try:
+                config.find(key).parse(entry.value)
+                found[key] = entry.value
+            except ConfigError as error:
+                problems.append(Problem(entry.where, "", f"{key}: {error}"))
+    return found
+
+
+def is_roots(folder: str | None) -> bool:
+    """Say whether a server with this run folder, None for the usual one, is given what all devices share."""
+    return os.geteuid() == 0 and (folder is None or os.path.dirname(os.path.abspath(folder)) == rundir.ROOTS)
+
+
+def shared() -> dict[str, str]:
+    """Return what [zramd] gives each of root's servers. Raises ConfigError if that is wrong, ZramdError."""
+    if not conffiles.are_there(CONF):
+        return {}
+    configuration = load()
+    for problem in configuration.problems:
+        if not problem.section and problem.text.startswith(_SHARED):
+            raise ConfigError(str(problem))
+    return configuration.shared
 
 
 def _check_paths(found: list[ConfiguredDevice], problems: list[Problem]) -> None:
@@ -255,8 +296,8 @@ def _amount(size: int) -> str:
 class _Section:
     """Turns the values of one section into a device, a reason for none, or problems."""
 
-    def __init__(self, name: str, values: dict[str, Entry], ram: int) -> None:
-        self.name, self.values, self.ram = name, values, ram
+    def __init__(self, name: str, values: dict[str, Entry], ram: int, shared: dict[str, str]) -> None:
+        self.name, self.values, self.ram, self.shared = name, values, ram, shared
         self.parsed: dict[str, Any] = {}
         self.problems: list[Problem] = []
         self.notes: list[str] = []
@@ -270,6 +311,12 @@ class _Section:
                 self.parsed[setting.name] = None if text is None else setting.parse(text)
             except ConfigError as error:
                 self.wrong(setting.name, str(error))
+        folder = self.parsed.get("rundir")
+        if folder is not None and os.path.dirname(folder) != rundir.ROOTS:
+            self.shared = {}  # those are of one folder
+        for key in self.shared:
+            if key not in self.values:
+                self.parsed[key] = config.find(key).parse(self.shared[key])
         if not self.problems:
             self.check()
 
@@ -330,6 +377,12 @@ class _Section:
         self.check_attach()
         self.check_front()
         self.check_network()
+        try:
+            config.refuse_floor(parsed)
+        except ConfigError as error:
+            self.wrong("budget_floor", str(error).partition(": ")[2])
+        if parsed["budget_floor"] and not parsed["budget"]:
+            self.note("budget_floor", f"{self.quote('budget_floor')} has no effect without budget")
         for key in ("writeback_age", "writeback_limit"):
             if key in self.values and not parsed["backing"]:
                 self.note(key, f"{self.quote(key)} has no effect without backing")
@@ -411,6 +464,7 @@ class _Section:
     def device(self) -> ConfiguredDevice:
         parsed = self.parsed
         pairs = {"name": self.name, "disksize": str(parsed["disksize"])}
+        pairs |= {key: value for key, value in self.shared.items() if key not in self.values}
         if parsed["attach"] == "swap":
             pairs["swap"] = "local"  # the machine that serves is the one that swaps
         for key, entry in self.values.items():

@@ -60,6 +60,19 @@ NUMBERS = (
     Number("mem_used_max", "bytes", "Peak of the pool's pages in use.", "mem_used_max_bytes"),
     Number("mem_limit", "bytes", "Most that the pool may take, 0 for no limit.", "mem_limit_bytes"),
     Number(
+        "budget",
+        "bytes",
+        "Most that the pools of all devices of the budget may take, 0 for no budget.",
+        "budget_bytes",
+    ),
+    Number(
+        "budget_used",
+        "bytes",
+        "Of the budget, what its devices have or what is kept for them.",
+        "budget_used_bytes",
+    ),
+    Number("budget_granted", "bytes", "Of the budget, what this device may take.", "budget_granted_bytes"),
+    Number(
         "metadata_bytes",
         "bytes",
         "Memory beside the pool: slots, handle cells and everything else.",

@@ -71,7 +71,7 @@ def exposition(snapshot: Snapshot, rows: list[ClassRow]) -> str:
             shown = "+Inf" if bound == inf else f"{bound:.9g}"
             sample("request_duration_seconds_bucket", f'{label},le="{shown}"', count)
         sample("request_duration_seconds_sum", label, latency.sum)
-        sample("request_duration_seconds_count", label, latency.count)
+        sample("request_duration_seconds_count", label, latency.requests)
     by_op("request_bytes", "Bytes read and written by clients.", read="read_bytes", write="written_bytes")
     by_op("request_errors", "Requests that failed.", read="failed_reads", write="failed_writes")
     used = [row for row in rows if row.obj_allocated]

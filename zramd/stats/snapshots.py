@@ -2,7 +2,6 @@
 
 import os
 import time
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -20,8 +19,7 @@ class Source(Protocol):
     def latency_bounds(self) -> tuple[int, ...]: ...
 
 
-@dataclass(frozen=True)
-class Latency:
+class Latency(NamedTuple):
     """How long the requests of one operation took, the failed ones too."""
 
     bounds: tuple[float, ...]  # seconds: the most that a request in each bucket took; the last has none
@@ -29,7 +27,7 @@ class Latency:
     sum: float  # seconds of all requests together
 
     @property
-    def count(self) -> int:
+    def requests(self) -> int:
         """All requests."""
         return sum(self.counts)
 
@@ -38,8 +36,7 @@ class Latency:
         return quantile(self.bounds, tuple(accumulate(self.counts)), share) or 0.0
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """What a server shows of itself."""
 
     name: str

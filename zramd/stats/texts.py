@@ -110,8 +110,8 @@ def to_json(snapshot: Snapshot) -> str:
 
 def _latency_values(latency: Latency) -> dict[str, int | float]:
     """Return what stats.json has: a quantile of buckets has no more than three digits worth showing."""
-    values: dict[str, int | float] = {"count": latency.count}
-    values["mean_us"] = round(latency.sum / latency.count * 1e6, 3) if latency.count else 0.0
+    values: dict[str, int | float] = {"count": latency.requests}
+    values["mean_us"] = round(latency.sum / latency.requests * 1e6, 3) if latency.requests else 0.0
     for percent in (50, 90, 99):
         values[f"p{percent}_us"] = round(latency.quantile(percent / 100) * 1e6, 3)
     return values

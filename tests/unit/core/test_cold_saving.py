@@ -234,7 +234,7 @@ def test_each_flipped_bit_is_found() -> None:
 def test_mem_limit() -> None:
     data = save(filled())
     device = Device(SIZE, mem_limit=256 << 10)
-    with pytest.raises(PoolFullError, match="mem_limit leaves no room"):
+    with pytest.raises(PoolFullError, match="mem_limit or the budget leaves no room"):
         load(device, data)
     assert device.counters()["pages_stored"] == device.counters()["cold_pages"] == 0
     assert device.counters()["mem_used_max"] <= 256 << 10

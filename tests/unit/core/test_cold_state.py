@@ -461,7 +461,7 @@ def test_a_pass_leaves_half_of_the_reserve() -> None:
 
 
 def test_a_limit_with_a_reserve() -> None:
-    """Where mem_limit leaves no room, that is what is told: compaction may make some."""
+    """Where mem_limit or the budget leaves no room, that is what is told: compaction may make some."""
     device, _ = with_reserve(4 << 20, 300)
     before = device.counters()["reserve_bytes"]
     assert before > 2 << 20

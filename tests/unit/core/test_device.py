@@ -380,11 +380,11 @@ def test_pressure() -> None:
         device.write(compressible(block), block * BLOCK)
     for block in range(0, 2000, 2):
         device.trim(block * BLOCK, BLOCK)
-    freeable, used, limit, done, inflight = device.pressure()
+    freeable, used, limit, done, inflight, shared = device.pressure()
     counters = device.counters()
     assert counters["freeable_pages"] >= freeable > 50
     assert used * BLOCK == counters["mem_used_total"]
-    assert (limit, done, inflight) == (2048, 3000, 0)
+    assert (limit, done, inflight, shared) == (2048, 3000, 0, 0.0)
     assert device.compact() == pytest.approx(counters["freeable_pages"], rel=0.01)
     device.check()
 

@@ -194,7 +194,7 @@ empty()
 device.write(b"y" * BLOCK, third)
 device.mem_limit = PAGE
 message = refused(lambda: [device.write(os.urandom(BLOCK), i * BLOCK) for i in range(9 * UNIT)])
-assert message.endswith("mem_limit leaves no room"), message
+assert message.endswith("mem_limit or the budget leaves no room"), message
 """
     in_tmpfs(tmp_path, code, f"{2 * UNIT}m")
 
@@ -589,7 +589,9 @@ refiller.join()
 
 def test_messages_of_what_is_not_a_file_system() -> None:
     device = Device(SIZE, mem_limit=BLOCK)
-    with pytest.raises(PoolFullError, match=r"^\[Errno 28\] write of .*: mem_limit leaves no room$"):
+    with pytest.raises(
+        PoolFullError, match=r"^\[Errno 28\] write of .*: mem_limit or the budget leaves no room$"
+    ):
         for block in range(10):
             device.write(noise(block), block * BLOCK)
     pool = Zsmalloc(2)

@@ -366,7 +366,7 @@ def test_does_not_fit() -> None:
     with pytest.raises(SaveError, match=r"^it is larger than the device$"):
         load(Device(SIZE - BLOCK), data)
     device = Device(SIZE, mem_limit=1 << 20)
-    with pytest.raises(PoolFullError, match="mem_limit leaves no room"):
+    with pytest.raises(PoolFullError, match="mem_limit or the budget leaves no room"):
         load(device, data)
     assert device.counters()["pages_stored"] == 0
     device.check()

@@ -101,7 +101,6 @@ class TestPasses:
 
     def test_not_where_it_gains_nothing(self) -> None:
         """What zstd compresses when it is written is as slow to read."""
-        made = settings()
-        object.__setattr__(made, "comp_algorithm", "zstd(level=3)")
+        made = settings()._replace(comp_algorithm="zstd(level=3)")
         assert not Policy(made).promotes
         assert Policy(settings()).promotes

@@ -422,7 +422,7 @@ class TestNoRoom:
         run(device, served, 21)
         assert len(device.order) == tierpolicy.REFUSALS
         assert served.numbers()["mode"] == "paused"
-        assert served.numbers()["reason"].startswith("mem_limit leaves no room")
+        assert served.numbers()["reason"].startswith("mem_limit or the budget leaves no room")
 
     def test_compaction_makes_room(self) -> None:
         """Once in a row of refusals."""

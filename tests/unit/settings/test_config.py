@@ -65,6 +65,8 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         disksize=1 << 30,
         name="zram0",
         mem_limit=0,
+        budget=0,
+        budget_floor=0,
         comp_algorithm="lz4",
         rundir="/run/zramd/zram0",
         state="",
@@ -377,7 +379,7 @@ def test_a_path_that_is_no_text(key: str) -> None:
 
 def test_table_is_complete() -> None:
     names = [setting.name for setting in config.SETTINGS]
-    assert names == list(config.Config.__dataclass_fields__)
+    assert names == list(config.Config._fields)
     for setting in config.SETTINGS:
         assert setting.help
         assert setting.name in config.help_text()

@@ -1,6 +1,5 @@
 """Statistics: exact texts, and Prometheus text as Prometheus' own parser reads it."""
 
-import dataclasses
 import json
 import os
 import re
@@ -58,7 +57,7 @@ def test_derived(snapshot: snapshots.Snapshot) -> None:
 
 def test_an_empty_pool_wastes_nothing_and_compresses_nothing(snapshot: snapshots.Snapshot) -> None:
     values = numbers.derive({**snapshot.values, "mem_used_total": 0, "objs_allocated": 0})
-    empty = dataclasses.replace(snapshot, values=values)
+    empty = snapshot._replace(values=values)
     assert [values[name] for name in ("frag_ratio", "occupancy", "compression_ratio")] == [100, 100, None]
     assert texts.frag_ratio(empty) == "100.00\n"
     told = json.loads(texts.to_json(empty))
@@ -121,7 +120,7 @@ def test_prometheus(snapshot: snapshots.Snapshot) -> None:
 def test_dead_blocks(used: int | None, dead: int | None, snapshot: snapshots.Snapshot) -> None:
     """What takes memory and swap does not use; where there is no swap, nobody knows, and nothing is shown."""
     values = snapshot.values | {"pages_stored": 17, "same_pages": 7, "swap_used": used}
-    found = dataclasses.replace(snapshot, values=numbers.derive(values))
+    found = snapshot._replace(values=numbers.derive(values))
     assert found.values["dead_blocks"] == dead
     assert json.loads(texts.to_json(found))["dead_blocks"] == dead
     shown = [line for line in prometheus.exposition(found, []).splitlines() if "dead_blocks{" in line]
@@ -140,9 +139,7 @@ def test_the_swap_of_this_machine_is_in_the_snapshot() -> None:
 def test_the_sentence_for_a_service_manager_says_what_is_out(snapshot: snapshots.Snapshot) -> None:
     values = snapshot.values | {"orig_data_size": 90 << 20, "total_bytes": 20 << 20}
     shown = [
-        texts.sentence(
-            dataclasses.replace(snapshot, values=values | {"out_pages": out, "out_data_size": size})
-        )
+        texts.sentence(snapshot._replace(values=values | {"out_pages": out, "out_data_size": size}))
         for out, size in ((0, 0), (5120, 7 << 20))
     ]
     assert shown == [
@@ -152,7 +149,7 @@ def test_the_sentence_for_a_service_manager_says_what_is_out(snapshot: snapshots
 
 
 def test_large_counters_stay_exact(snapshot: snapshots.Snapshot) -> None:
-    large = dataclasses.replace(snapshot, values=snapshot.values | {"written_bytes": (1 << 53) + 1})
+    large = snapshot._replace(values=snapshot.values | {"written_bytes": (1 << 53) + 1})
     assert f" {(1 << 53) + 1}\n" in prometheus.exposition(large, [])
 
 
@@ -238,14 +235,14 @@ def test_tiers_in_prometheus(tiered: snapshots.Snapshot) -> None:
 
 @pytest.fixture
 def backed(snapshot: snapshots.Snapshot) -> snapshots.Snapshot:
-    return dataclasses.replace(snapshot, writeback=dict(WRITEBACK))
+    return snapshot._replace(writeback=dict(WRITEBACK))
 
 
 def test_bd_stat_and_backing_dev(snapshot: snapshots.Snapshot, backed: snapshots.Snapshot) -> None:
     """In zram's "%8llu %8llu %8llu\\n", in units of 4096 bytes: extents in use, read, written."""
     assert texts.bd_stat(backed) == "  524240    10240   435200\n"
     assert texts.backing_dev(backed) == "/dev/disk/by-partlabel/swap-out\n"
-    odd = dataclasses.replace(backed, writeback=WRITEBACK | {"backing": "/dev/a\nb"})
+    odd = backed._replace(writeback=WRITEBACK | {"backing": "/dev/a\nb"})
     assert texts.backing_dev(odd).count("\n") == 1
     assert texts.bd_stat(snapshot) == "       0        0        0\n"
     assert texts.backing_dev(snapshot) == "none\n"
@@ -273,7 +270,7 @@ def test_writeback_in_prometheus(snapshot: snapshots.Snapshot, backed: snapshots
             assert families[f"zramd_{number.metric}"].type == "gauge"
     modes = {sample.labels["mode"]: sample.value for sample in families["zramd_writeback_mode"].samples}
     assert modes == {"calm": 1, "wanted": 0, "full": 0, "paused": 0, "off": 0}
-    endless = dataclasses.replace(backed, writeback=WRITEBACK | {"writeback_limit": 0, "limit_left": None})
+    endless = backed._replace(writeback=WRITEBACK | {"writeback_limit": 0, "limit_left": None})
     assert "zramd_writeback_limit_left_bytes" not in exposition_of(endless)
     assert 'zramd_writeback_limit_bytes{device="zram0"} 0\n' in exposition_of(endless)
     assert "zramd_writeback_" not in exposition_of(snapshot)

@@ -30,11 +30,12 @@ from zramd.core.system.locks cimport (
 )
 from zramd.core.system.process cimport be_calm, be_urgent
 from zramd.core.device.recovery cimport Recovery
+from zramd.core.memory.budget cimport Budget, budget_stats
 from zramd.core.memory.region cimport KEPT_DEVICE, KEPT_POOL, KEPT_STATE, Memory
 from zramd.core.pool.compaction cimport compact_begin, compact_end, compact_run, freeable_pages, release_stock_alone
 from zramd.core.pool.lending cimport compact_whole
 from zramd.core.pool.zsmalloc cimport pool_stats, pool_table
-from zramd.core.types cimport BLOCK_SHIFT, BLOCK_SIZE, pages_of
+from zramd.core.types cimport BLOCK_SHIFT, BLOCK_SIZE, PAGE_SHIFT, pages_of
 
 import os
 
@@ -403,14 +404,34 @@ cdef class Device(Served):
             self.pool.arena.reserve_stop()
 
     def pressure(self):
-        """What the compactor looks at: (freeable pages, pages used, mem_limit in pages or 0, requests done, in flight)."""
+        """What the compactor looks at: (freeable pages, pages used, mem_limit in pages or 0, requests done, in flight,
+        share of the budget that is taken, 0: none, or the device does not have what is kept for it).
+        """
+        cdef Budget budget = self.pool.arena.budget
+        taken = 0.0
+        if budget is not None and budget.granted > budget.floor() and budget.limit():
+            taken = budget.add_up(budget.granted).taken / <double>budget.limit()
         return (
             freeable_pages(self.pool),
             load_relaxed(&self.pool.arena.pages),
             load_relaxed(&self.pool.arena.mem_limit),
             sum([requests(self.table, <op>kind) for kind in range(OPS)]),
             load_relaxed(&self.gate.inside),
+            taken,
         )
+
+    def join(self, Budget budget not None):
+        """Take no more memory than this grants, from now on; before anybody else uses the device."""
+        self.pool.arena.join(budget)
+
+    def tidy_budget(self):
+        """Let the other devices have what the budget has granted and is not needed: the work of one thread."""
+        with nogil:
+            self.pool.tidy_budget()
+
+    def leave_budget(self):
+        """Take no more memory, as if the pool was full; returns the bytes of pages that there are."""
+        return self.pool.arena.leave() << PAGE_SHIFT
 
     @property
     def mem_limit(self):
@@ -425,7 +446,7 @@ cdef class Device(Served):
     def counters(self):
         """Every number that is kept, by the names of the statistics, as a dict of ints. Nothing is waited for."""
         cdef dict recovered = self.recovered
-        own = {"disksize": self.disksize, "requests_inflight": load_relaxed(&self.gate.inside)}
+        own = {"disksize": self.disksize, "requests_inflight": load_relaxed(&self.gate.inside)} | budget_stats(self.pool.arena.budget)
         if self.table.backing is not None:
             own |= self.table.backing.numbers()
         return pool_stats(self.pool) | table_stats(self.table) | recovered | own

@@ -13,6 +13,11 @@ A server that its own kernel swaps to must never need memory while it takes a pa
 it can have a reserve: free spans of each length, resident ahead of need. A thread of its own (the refiller) fills it and
 gives back what is too much; no lock is held while it does, so when it has to wait for memory no request waits for it.
 Requests take spans from the reserve and return them there, without a system call.
+
+How many pages there may be: mem_limit says, and with a budget also what that has granted so far. `limit` is the less of the
+two, so a page is counted in one comparison either way; only who comes to what is granted has the budget grant more. What is
+granted is taken back only when nobody can have counted on it: `limit` is lowered first, and who counts a page looks at it
+once more (_charge, tidy_budget).
 """
 
 cimport cython
@@ -31,6 +36,8 @@ from zramd.core.system.locks cimport (
     load_relaxed,
     load_relaxed_32,
     nap,
+    ordered_load,
+    ordered_store,
     owned_add_32,
     owned_sub_32,
     pthread_cond_destroy,
@@ -45,6 +52,7 @@ from zramd.core.system.locks cimport (
     this_thread,
 )
 from zramd.core.system.points cimport zr_point
+from zramd.core.memory.budget cimport Budget
 from zramd.core.memory.region cimport KEPT_ARENA, Memory, Region, page_unit, region_populate, whole_pages
 from zramd.core.types cimport NIL, PAGE_SHIFT, PAGE_SIZE, SPAN_LENGTHS, SPAN_PAGES, SPAN_SHIFT
 
@@ -58,6 +66,13 @@ cdef enum:
     LAST_SHARE = 64         # a page in so many of mem_limit is for who makes payloads smaller,
     LAST_UNITS = 16         # and of the kernel's so many at most
     RETRY_US = 10000        # until the refiller asks again when the system refused memory
+    CLAIM_PAGES = 1024      # that the budget is asked for at once while there is plenty: 4 MiB
+    SPARE_SHARE = 16        # a page in so many of those in use may be granted beyond them,
+    SPARE_PART = 1024       # of the budget's a page in so many at most
+    LITTLE_PAGES = 16       # the same where the budget is nearly used up
+    LITTLE_SHARE = 8        # as it is when less than a part in so many is left
+
+cdef uint64_t NO_LIMIT = <uint64_t>1 << 63
 
 
 @cython.final
@@ -67,8 +82,10 @@ cdef class Arena:
     def __cinit__(self, uint32_t span_count, Memory memory not None):
         cdef uint32_t n
         pthread_mutex_init(&self.lock, NULL)
+        pthread_mutex_init(&self.limits_lock, NULL)
         pthread_cond_init(&self.work, NULL)
         self.span_count = span_count
+        self.limit = self.most = self.wall = self.wall_most = NO_LIMIT
         self.unit = page_unit()
         self.warm = self.cold = NIL
         for n in range(SPAN_LENGTHS):
@@ -86,18 +103,18 @@ cdef class Arena:
         if self.base != NULL:
             zr_forget(self.base, <uint64_t>self.writable << SPAN_SHIFT)
         pthread_cond_destroy(&self.work)
+        pthread_mutex_destroy(&self.limits_lock)
         pthread_mutex_destroy(&self.lock)
 
     cdef int64_t take(self, uint32_t npages, bint modest) noexcept nogil:
         """A free span for a zspage of npages, from the stock first; -ENOMEM when none is left, -ENOSPC
-        of a reserve when mem_limit leaves no page.
+        of a reserve when mem_limit, or the budget, leaves no page.
 
         Its resident pages are those below npages at most: what a longer zspage left there is given back.
         modest: of a reserve only from its upper half, and no page that is not resident; else -ENOBUFS, or -ENOSPC where
-        mem_limit would refuse them anyway. Others find that out when they take a page.
+        the limit would refuse them anyway. Others find that out when they take a page.
         """
         cdef int64_t span = -ENOMEM
-        cdef uint64_t limit
         cdef uint32_t excess
         pthread_mutex_lock(&self.lock)
         if load_relaxed(&self.reserve):
@@ -107,8 +124,7 @@ cdef class Arena:
         else:
             modest = False
         if span < 0 and modest:
-            limit = load_relaxed(&self.mem_limit)
-            span = -ENOSPC if limit and load_relaxed(&self.pages) + npages > limit else -ENOBUFS
+            span = -ENOSPC if load_relaxed(&self.pages) + npages > load_relaxed(&self.wall_most) else -ENOBUFS
         elif span == -ENOMEM:
             if self.warm != NIL:
                 span = self.warm
@@ -226,42 +242,141 @@ cdef class Arena:
             mask ^= run
         return rc
 
+    # --------------------------------------------------------------------------------------------------------
+    # limits
+
     cdef void set_limit(self, uint64_t pages, bint shrinks) noexcept nogil:
         """Let there be so many pages, 0: any number. shrinks: requests leave a few of them to who makes payloads smaller.
 
         In a full pool that could not begin otherwise: each page is taken by whoever asks first, again and again.
         """
+        pthread_mutex_lock(&self.limits_lock)
         store_relaxed(&self.mem_limit, pages)
-        store_relaxed(&self.limit, pages - (min(pages // LAST_SHARE, LAST_UNITS * self.unit) if shrinks else 0))
+        self.shrinks = shrinks
+        self._bound()
+        pthread_mutex_unlock(&self.limits_lock)
+
+    cdef void join(self, Budget budget):
+        """Take no more than the budget grants from now on: what there is already is granted. No other thread may be there."""
+        cdef uint64_t pages = load_relaxed(&self.pages)
+        if pages > budget.granted:
+            budget.set_granted(pages)
+        self.budget = budget
+        self._bound()
+
+    cdef uint64_t leave(self) noexcept nogil:
+        """Take no more pages, as if the budget had none; how many there are."""
+        cdef uint64_t pages
+        pthread_mutex_lock(&self.limits_lock)
+        self.left = True
+        ordered_store(&self.limit, 0)
+        ordered_store(&self.most, 0)
+        store_relaxed(&self.wall, 0)
+        store_relaxed(&self.wall_most, 0)
+        pages = ordered_load(&self.pages)
+        pthread_mutex_unlock(&self.limits_lock)
+        return pages
+
+    cdef uint64_t _last(self, uint64_t pages) noexcept nogil:
+        """How many of so many pages are for the shrinker alone."""
+        return min(pages // LAST_SHARE, LAST_UNITS * self.unit) if self.shrinks else 0
+
+    cdef uint64_t _with_last(self, uint64_t pages) noexcept nogil:
+        """How many there must be so that requests may have so many."""
+        return pages + (min(pages // (LAST_SHARE - 1) + 1, LAST_UNITS * self.unit) if self.shrinks else 0)
+
+    cdef void _bound(self) noexcept nogil:
+        """Compute all that follows from mem_limit and what is granted. limits_lock is held."""
+        cdef uint64_t own = load_relaxed(&self.mem_limit), most
+        own = most = own if own else NO_LIMIT
+        if self.budget is not None:
+            most = min(own, self.budget.granted)
+        if self.left:
+            return
+        ordered_store(&self.most, most)
+        ordered_store(&self.limit, most - self._last(most))
+        if not self.refused:
+            most = own
+        store_relaxed(&self.wall_most, most)
+        store_relaxed(&self.wall, most - self._last(most))
 
     cdef bint _may_pass(self, uint64_t pages) noexcept nogil:
         """Whether the caller may have so many pages, which are above what requests may have."""
-        return load_relaxed(&self.shrinker) == this_thread() and pages <= load_relaxed(&self.mem_limit)
+        return load_relaxed(&self.shrinker) == this_thread() and pages <= ordered_load(&self.most)
+
+    cdef bint _claim(self, uint64_t pages) noexcept nogil:
+        """Have the budget grant as many pages as the caller needs to have so many; False: not so many, or mem_limit."""
+        cdef bint last = load_relaxed(&self.shrinker) == this_thread()
+        cdef bint done = False
+        cdef uint64_t own
+        pthread_mutex_lock(&self.limits_lock)
+        own = load_relaxed(&self.mem_limit)
+        own = own if own else NO_LIMIT
+        if not self.left and pages <= (own if last else own - self._last(own)):
+            done = self.budget.raise_to(min(own, pages if last else self._with_last(pages)), CLAIM_PAGES)
+            self.refused = not done
+            self._bound()
+        pthread_mutex_unlock(&self.limits_lock)
+        return done
+
+    cdef bint tidy_budget(self) noexcept nogil:
+        """Let others have what is granted and not needed; whether pages may be had again that were refused before."""
+        cdef uint64_t pages, spare, wanted
+        cdef bint again = False, little
+        cdef sums now
+        pthread_mutex_lock(&self.limits_lock)
+        if self.budget is not None and not self.left:
+            now = self.budget.add_up(self.budget.granted)
+            little = now.taken + self.budget.limit() // LITTLE_SHARE > self.budget.limit()
+            pages = load_relaxed(&self.pages)
+            spare = 0 if little else min(max(pages // SPARE_SHARE, <uint64_t>CLAIM_PAGES),
+                                         self.budget.limit() // SPARE_PART)
+            spare = max(spare, <uint64_t>LITTLE_PAGES)
+            wanted = self._with_last(pages + spare)
+            if self.budget.granted > wanted + spare:
+                # Who has seen the old limit has counted its pages before we look at them, or sees the new one after.
+                ordered_store(&self.most, min(ordered_load(&self.most), wanted))
+                ordered_store(&self.limit, min(ordered_load(&self.limit), wanted - self._last(wanted)))
+                if ordered_load(&self.pages) <= wanted - self._last(wanted):
+                    self.budget.set_granted(wanted)
+            else:
+                self.budget.set_granted(self.budget.granted)    # whatever stands there
+            if self.refused and self.budget.fits(self._with_last(max(pages, self.budget.granted) + 2 * self.unit)):
+                self.refused = False
+                again = True
+            self._bound()
+        pthread_mutex_unlock(&self.limits_lock)
+        return again
 
     cdef bint _is_full(self) noexcept nogil:
         """Whether the limit leaves the caller not one page of the kernel's."""
-        cdef uint64_t limit = load_relaxed(&self.limit), pages = load_relaxed(&self.pages) + self.unit
-        return limit and pages > limit and not self._may_pass(pages)
+        cdef uint64_t pages = load_relaxed(&self.pages) + self.unit
+        return pages > load_relaxed(&self.wall) and not self._may_pass(pages)
 
     cdef bint owes(self) noexcept nogil:
         """Whether more pages are resident than requests may have: what is freed is not kept for the next of them."""
-        cdef uint64_t limit = load_relaxed(&self.limit)
-        return limit and load_relaxed(&self.pages) > limit
+        return load_relaxed(&self.pages) > load_relaxed(&self.wall)
 
     cdef bint _charge(self, uint64_t n) noexcept nogil:
         """Count n more pages as resident, unless that would pass the limit."""
-        cdef uint64_t pages, limit, peak
+        cdef uint64_t pages, peak
         while True:
             pages = load_relaxed(&self.pages)
-            limit = load_relaxed(&self.limit)
-            if limit and pages + n > limit and not self._may_pass(pages + n):
-                return False
-            if compare_swap(&self.pages, pages, pages + n):
+            if pages + n > load_relaxed(&self.limit) and not self._may_pass(pages + n):
+                if self.budget is None or not self._claim(pages + n):
+                    return False
+                continue
+            if not compare_swap(&self.pages, pages, pages + n):
+                continue
+            if self.budget is None or pages + n <= ordered_load(&self.limit) or self._may_pass(pages + n):
                 break
+            counter_sub(&self.pages, n)     # what was granted is being given back
         while True:
             peak = load_relaxed(self.pages_max)
             if peak >= pages + n or compare_swap(self.pages_max, peak, pages + n):
                 return True
+
+    # --------------------------------------------------------------------------------------------------------
 
     cdef int decommit(self, uint32_t span, uint32_t mask) noexcept nogil:
         """Give the resident pages of mask back to the operating system, but for what it takes back only together with

@@ -481,7 +481,7 @@ cdef bint make_room(Pool pool, int rc, bint *in_vain) noexcept nogil:
 
 cdef bint free_some(Pool pool, int rc) noexcept nogil:
     """Free pages by every means; False when nothing can be freed."""
-    cdef uint64_t limit, undone
+    cdef uint64_t undone
     if release_stock(pool):
         return True
     for _ in range(ROOM_TURNS):
@@ -490,8 +490,7 @@ cdef bint free_some(Pool pool, int rc) noexcept nogil:
             return True
         # Another thread made room while this one waited for compact_lock. A chunk touches 2 pages at most.
         # (What took the room of the state's file system is not known.)
-        limit = load_relaxed(&pool.arena.limit)
-        if rc == -ENOSPC and (limit == 0 or load_relaxed(&pool.arena.pages) + 2 * pool.arena.unit <= limit):
+        if rc == -ENOSPC and load_relaxed(&pool.arena.pages) + 2 * pool.arena.unit <= load_relaxed(&pool.arena.wall):
             return True
         if load_relaxed(&pool.undone) == undone:
             return False

@@ -74,6 +74,8 @@ cdef class Pool:
     cdef int inherit_priority(self) noexcept nogil
     cdef uint64_t mem_limit(self) noexcept nogil
     cdef void set_mem_limit(self, uint64_t limit, bint shrinks) noexcept nogil
+    cdef void tidy_budget(self) noexcept nogil
+    cdef void _limits_changed(self) noexcept nogil
     cdef int populate(self) noexcept nogil
     cdef void clear(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil

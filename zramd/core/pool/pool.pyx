@@ -13,7 +13,7 @@ of free ones. So a page on which nothing is left can be given back by itself, be
 whole zspages. See docs/density.md.
 Objects above max_payload are huge: a page each, without a header, so there is nothing to compact.
 
-Lock order: compact_lock, then a class lock, then cells_lock or arena.lock. Pins are outside of that order: a holder
+Lock order: compact_lock, then a class lock, then cells_lock or arena.lock, then arena.limits_lock. Pins are outside of that order: a holder
 of a class lock may only try for a pin, the holder of a pin may wait for a class lock.
 A thread that holds a lock for longer than one object takes looks whether others wait for it, and gives way. No walk over
 zspages is longer than SIFT_TRIES between two such looks.
@@ -540,7 +540,8 @@ cdef class Pool:
     cdef int inherit_priority(self) noexcept nogil:
         """Make every lock hand on priority; 0 or an errno. Nobody else may use the pool yet."""
         cdef uint32_t i
-        cdef int rc = mutex_inherit(&self.cells_lock) or mutex_inherit(&self.compact_lock) or mutex_inherit(&self.arena.lock)
+        cdef int rc = mutex_inherit(&self.cells_lock) or mutex_inherit(&self.compact_lock)
+        rc = rc or mutex_inherit(&self.arena.lock) or mutex_inherit(&self.arena.limits_lock)
         for i in range(self.class_count):
             rc = rc or mutex_inherit(&self.classes[i].lock)
         return rc
@@ -554,10 +555,18 @@ cdef class Pool:
 
         One thread at a time.
         """
-        cdef uint32_t i
         self.arena.set_limit(pages_of(limit), shrinks)
-        # Who compacts now had the old one: what it tries in vain may be worth a try.
-        counter_add(&self.undone, 1)
+        self._limits_changed()
+
+    cdef void tidy_budget(self) noexcept nogil:
+        """Let others have what the budget has granted and is not needed. One thread at a time."""
+        if self.arena.tidy_budget():
+            self._limits_changed()
+
+    cdef void _limits_changed(self) noexcept nogil:
+        """Have all be tried again that was in vain."""
+        cdef uint32_t i
+        counter_add(&self.undone, 1)    # who compacts now had the old limit
         for i in range(self.class_count):
             lock_class(&self.classes[i])
             store_relaxed(&self.classes[i].stuck, 0)

@@ -128,8 +128,8 @@ cdef inline uint64_t freeable(Pool pool, size_class *c) noexcept nogil:
     With a reserve that one keeps TAIL_PAGES: they are ready for what comes. (All of its pages would be 5 MiB.)
     May be read without the lock, then it can be off by what is happening meanwhile.
     """
-    cdef uint64_t inuse = load_relaxed(&c.inuse), limit = load_relaxed(&pool.arena.limit), best, part
-    cdef bint full = limit and load_relaxed(&pool.arena.pages) + 2 * c.unit > limit
+    cdef uint64_t inuse = load_relaxed(&c.inuse), best, part
+    cdef bint full = load_relaxed(&pool.arena.pages) + 2 * c.unit > load_relaxed(&pool.arena.wall)
     if is_huge(c) or inuse == 0 or (
             load_relaxed(&c.stuck) & STUCK and (full or load_relaxed(&pool.arena.reserve))):
         return 0

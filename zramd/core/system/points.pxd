@@ -95,6 +95,11 @@ cdef extern from *:
         back_published      # and is to be in memory again
         back_stored
 
+        # a budget
+        budget_claimed      # our own slot says so, and nobody has looked at the others'
+        budget_granted
+        budget_refused      # and our own slot is as it was
+
         page_given_back     # and is counted as resident yet
         slots_cleared       # by reset
         pool_cleared

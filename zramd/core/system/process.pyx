@@ -188,6 +188,7 @@ cdef extern from *:
     void *mmap(void *start, size_t size, int protection, int flags, int fd, long offset) nogil
     int munmap(void *start, size_t size) nogil
     int mallopt(int option, int value) nogil
+    int malloc_trim(size_t keep) nogil
     void use_stack(size_t size) nogil
     void use_lock() nogil
     int zr_be_calm() noexcept nogil
@@ -274,6 +275,12 @@ def warm_heap(size_t size):
         fail()
     if use_heap(size):
         fail()
+
+
+def trim_heap():
+    """Give back what the C library's heap has free, also in its middle."""
+    with nogil:
+        malloc_trim(0)
 
 
 def warm_stack():

@@ -193,7 +193,7 @@ class Nbd(Front):
             done = -1
             while time.monotonic() < end:
                 before = done
-                done, at_work = self._device.pressure()[3:]
+                done, at_work = self._device.pressure()[3:5]
                 if at_work or any(sockets.unread(client) for client in clients):
                     done = -1
                 elif done == before:  # nor is nbdkit just about to begin or to answer one
