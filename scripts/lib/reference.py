@@ -104,6 +104,7 @@ OWN = {
     "ZRAMD_RUNDIR_MADE": "zramd made the run folder, so it may remove it",
     "ZRAMD_TURN": "the descriptor that keeps other commands off until this server serves",
     "ZRAMD_STATE_FD": "the memory file that the service manager keeps (`state=systemd`)",
+    "ZRAMD_UNIT": "this server is, or was, on standby for that of this service",
     "ZRAMD_STEPS": "tests: stop at named moments in a server's life",
     "ZRAMD_CRASH": "tests: die the Nth time at a named point (debug builds only)",
 }

@@ -43,6 +43,7 @@ class Service(Device):
         super().__init__(folder)
         self.kept: list[int] = []
         self.said: list[str] = []
+        self.servers: list[subprocess.Popen[str]] = []
         self._path = str(folder / "notify")
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.bind(self._path)
@@ -52,13 +53,15 @@ class Service(Device):
         """`zramd serve` as a service without CAP_SYS_ADMIN, with the descriptors that are kept."""
         settings = ("--name", "u0", "--size", "8M", "--ublk", f"rundir={self.folder}", f"state={state}")
         kept = [str(fd) for fd in self.kept]
-        return subprocess.Popen(
+        server = subprocess.Popen(
             [*FEWER, sys.executable, "-P", "-c", PASS, *kept, "serve", *settings, *words],
             env={**self.environment, "PATH": os.environ["PATH"], "NOTIFY_SOCKET": self._path},
             pass_fds=self.kept,
             stderr=subprocess.PIPE,
             text=True,
         )
+        self.servers.append(server)
+        return server
 
     def take(self) -> None:
         """Keep what has been sent, as systemd does."""
@@ -101,6 +104,8 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service
         processes, "unit_of", lambda served, process: own(served, process) or _managed(served, process)
     )
     yield made
+    for server in made.servers:
+        end(server)
     for pid in (rundir.standby(str(made.folder)), rundir.holder(str(made.folder))):
         if pid:
             os.kill(pid, signal.SIGKILL)
@@ -113,8 +118,10 @@ def _managed(served: servers.Served, process: "processes.peer.Process") -> str:
 
 
 def end(server: subprocess.Popen[str]) -> None:
+    assert server.stderr is not None
     server.kill()
-    server.communicate()
+    server.wait()
+    server.stderr.close()
 
 
 def capabilities(pid: int) -> int:
