@@ -22,7 +22,7 @@ import zramd
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 
 from vm import image, kernel, probe
-from vm.guest import Guest, Machine, choose_accel
+from vm.guest import PATIENCE, Guest, Machine, choose_accel
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = "trixie"  # the first whose kernel has ublk
@@ -120,7 +120,8 @@ def booted() -> Iterator[Guest]:
             guest.run("mkfifo /tmp/ask /tmp/tell")
             for program in ("interruptions.py", "ublkattach.py"):
                 guest.put(f"/tmp/{program}", Path(__file__).with_name(program).read_bytes())
-            guest.run("/usr/bin/python3 /tmp/ublkattach.py /tmp/ask /tmp/tell </dev/null >/tmp/log 2>&1 &")
+            player = f"ZRAMD_PATIENCE={PATIENCE:g} /usr/bin/python3 /tmp/ublkattach.py /tmp/ask /tmp/tell"
+            guest.run(f"{player} </dev/null >/tmp/log 2>&1 &")
             yield guest
             print(guest.run("cat /tmp/log"))
             assert guest.alarms() == []

@@ -18,14 +18,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH is set
 
 import interruptions
-from interruptions import Command
+from interruptions import PATIENCE, Command
 
 from zramd.contract import rundir
 from zramd.core.ublk.control import Control
 from zramd.kernel import attached, ublk
 
 BLOCK = 4096
-PATIENCE = 60.0  # seconds
 OPTIONS = {
     "one": ["--size", "32M", "state=/dev/shm/one", "compaction=off", "front=ublk"],
     "two": ["--size", "16M", "compaction=off", "front=ublk"],
