@@ -126,5 +126,6 @@ def test_plain_unit_name_is_left_to_others():
     units = sorted(path.name for path in (ROOT / "systemd").glob("*.service"))
     assert units
     assert all(
-        name.startswith(("zramd@", "zramd-attach@", "zramd-refresh.", "zramd-guest")) for name in units
+        name.startswith(("zramd@", "zramd-net@", "zramd-attach@", "zramd-refresh.", "zramd-guest"))
+        for name in units
     )
