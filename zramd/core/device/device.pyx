@@ -446,7 +446,8 @@ cdef class Device(Served):
     def counters(self):
         """Every number that is kept, by the names of the statistics, as a dict of ints. Nothing is waited for."""
         cdef dict recovered = self.recovered
-        own = {"disksize": self.disksize, "requests_inflight": load_relaxed(&self.gate.inside)} | budget_stats(self.pool.arena.budget)
+        own = {"disksize": self.disksize, "requests_inflight": load_relaxed(&self.gate.inside)}
+        own |= budget_stats(self.pool.arena.budget)
         if self.table.backing is not None:
             own |= self.table.backing.numbers()
         return pool_stats(self.pool) | table_stats(self.table) | recovered | own

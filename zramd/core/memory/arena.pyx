@@ -257,7 +257,7 @@ cdef class Arena:
         pthread_mutex_unlock(&self.limits_lock)
 
     cdef void join(self, Budget budget):
-        """Take no more than the budget grants from now on: what there is already is granted. No other thread may be there."""
+        """Take no more than the budget grants from now on; what there is is granted. No other thread may be there."""
         cdef uint64_t pages = load_relaxed(&self.pages)
         if pages > budget.granted:
             budget.set_granted(pages)

@@ -46,7 +46,7 @@ cdef dict budget_stats(Budget budget):
 cdef class Budget:
     """Slot number `slot` of the budget in the file fd, whose head has been looked at; the slot is the caller's.
 
-    The descriptor is not needed afterwards. Raises MemoryError.
+    The descriptor is not needed afterwards. Raises MemoryError; ValueError for a slot out of range, and a file too short.
     """
 
     def __cinit__(self, int fd, uint64_t slot):
@@ -145,7 +145,7 @@ cdef class Budget:
         self.set_granted(left >> PAGE_SHIFT)
 
     def free(self, uint64_t slot):
-        """Free the slot of a dead server, whose lock the caller holds."""
+        """Free the slot of a dead server, whose lock the caller holds. Raises ValueError for one out of range."""
         if slot >= SLOTS:
             raise ValueError(f"slot {slot} is out of range: 0 to {SLOTS - 1}")
         ordered_store(&self.table.rooms[slot].floor, 0)

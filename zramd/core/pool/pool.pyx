@@ -13,8 +13,8 @@ of free ones. So a page on which nothing is left can be given back by itself, be
 whole zspages. See docs/density.md.
 Objects above max_payload are huge: a page each, without a header, so there is nothing to compact.
 
-Lock order: compact_lock, then a class lock, then cells_lock or arena.lock, then arena.limits_lock. Pins are outside of that order: a holder
-of a class lock may only try for a pin, the holder of a pin may wait for a class lock.
+Lock order: compact_lock, then a class lock, then cells_lock or arena.lock, then arena.limits_lock. Pins are outside of
+that order: a holder of a class lock may only try for a pin, the holder of a pin may wait for a class lock.
 A thread that holds a lock for longer than one object takes looks whether others wait for it, and gives way. No walk over
 zspages is longer than SIFT_TRIES between two such looks.
 
