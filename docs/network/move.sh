@@ -22,7 +22,7 @@ to)
     mdadm --detail --test "$md" >/dev/null # it fails unless all has been copied
     mdadm "$md" --fail "$old"
     mdadm "$md" --remove "$old"
-    blkdiscard "$old" # its host has the memory back at once
+    blkdiscard --force "$old" # it was in use just now; its host has the memory back at once
     ;;
 end)
     swapoff "$md"
