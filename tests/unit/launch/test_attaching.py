@@ -87,6 +87,7 @@ def test_who_is_on_standby_is_not_configured(
     monkeypatch.setattr(attaching.servers, "look", lambda *words: served)
     monkeypatch.setattr(attaching, "_refuse_others", lambda served: None)
     monkeypatch.setattr(attaching, "_front", lambda served: "ublk")
+    monkeypatch.setattr(attaching, "_refuse_network", lambda served: None)
     monkeypatch.setattr(attaching, "_stands_by", lambda served, front, wish: wanted.append(wish) or True)
     monkeypatch.setattr(attaching, "_look_at_state", lambda served: None)
     monkeypatch.setattr(attaching, "_attach", lambda *words: "/dev/ublkb0")

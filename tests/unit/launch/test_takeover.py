@@ -27,7 +27,7 @@ def test_its_folder_is_not_taken_by_a_socket(tmp_path: Path, number: int) -> Non
             old.listening = [socket.socket(socket.AF_UNIX).detach() for _ in range(2)]
             turn = SimpleNamespace(fd=os.open("/", os.O_PATH), words=dict)
             argv = ["sh", "-c", "pwd >said.new; readlink /proc/$$/fd/3 >>said.new; mv said.new said"]
-            plan = SimpleNamespace(settings=SimpleNamespace(front="nbd"), argv=argv)
+            plan = SimpleNamespace(settings=SimpleNamespace(front="nbd", clients=()), argv=argv)
             new = takeover._Successor(plan, old, turn)  # type: ignore[arg-type]
             while os.read(new._errors, 4096):
                 pass
@@ -49,7 +49,7 @@ def test_one_that_has_ended_is_not_killed_by_its_number(monkeypatch: pytest.Monk
         )
         old.listening = [listening.fileno()]
         turn = SimpleNamespace(fd=os.open("/", os.O_PATH), words=dict)
-        plan = SimpleNamespace(settings=SimpleNamespace(front="nbd"), argv=["true"])
+        plan = SimpleNamespace(settings=SimpleNamespace(front="nbd", clients=()), argv=["true"])
         new = takeover._Successor(plan, old, turn)  # type: ignore[arg-type]
         while os.read(new._errors, 4096):
             pass
