@@ -28,7 +28,8 @@ FAR = "/usr/sbin/ip netns exec far"
 URI, NAME = "nbd://10.8.0.2/zram0", "zram0@10.8.0.2:10809"
 AGAIN = f"connected to {NAME} again"
 
-pytestmark = pytest.mark.timeout(900)
+# Slow: two hosts and WireGuard in one emulated guest, whose last look at all pages takes minutes.
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 
 # Two hosts: this one and `far`, with a cable, and a tunnel on it whose ends know each other's keys.
 TUNNEL = """
