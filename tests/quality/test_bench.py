@@ -36,6 +36,7 @@ GROUPS = {
     "writeback": 11,
     "dictionary": 0,
     "idle": 4,
+    "many": 1,
     "waiting": 5 if os.geteuid() == 0 else 0,
     "state": 7,
     "scale": 8,

@@ -28,8 +28,8 @@ SEEDS = int(500 * SCALE) if CHECK_LEVEL >= 3 else int(50 * SCALE)
 ENOUGH = 2000  # seeds in which each of the known races is found: it takes about 300 at most
 TRIED = list(RACES) if SCALE > 1 else list(RACES)[:3]  # each takes a build
 
-# Only where a state is taken over.
-ALONE = {"spans_rebuilt", "recovered"}
+# Only where a state is taken over, or a budget is shared with other processes: see test_crash_points.py.
+ALONE = {"spans_rebuilt", "recovered", "budget_claimed", "budget_granted", "budget_refused"}
 
 scheduled = pytest.mark.skipif(CHECK_LEVEL < 3, reason="only the debug build has points to schedule at")
 

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from bench.setup import BLOCK
 from zramd import Device, PoolFullError
@@ -116,10 +115,8 @@ def one_processor(seconds: float, size: int) -> dict[str, float]:
         device.trim(block * BLOCK, BLOCK)
     device.inherit_priority()
     sys.setswitchinterval(protection.SWITCH_INTERVAL)
-    settings = replace(
-        config.parse([("disksize", str(size)), ("rundir", "/nowhere")]),
-        compaction_interval=0.01,
-        compaction_threshold=0.1,
+    settings = config.parse([("disksize", str(size)), ("rundir", "/nowhere")])._replace(
+        compaction_interval=0.01, compaction_threshold=0.1
     )
     numbers = {"gil": 0.0}
 
