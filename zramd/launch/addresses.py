@@ -22,9 +22,8 @@ def check(settings: Config) -> None:
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise DeviceError(
-            f"listen={settings.listen}: '{where.host}' is no host that this machine knows "
-            f"({why}): use an address "
-            "of its own, or :PORT for all"
+            f"listen={settings.listen}: '{where.host}' is no host that this machine knows ({why}): use an "
+            "address of its own, or :PORT for all"
         ) from None
     for family, kind, protocol, _, address in found:
         try:

@@ -95,9 +95,8 @@ def path(settings: Config) -> str:
     folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
     if not folder:
         raise ConfigError(
-            f"tls={settings.tls}: %d is the folder of a service's credentials, and this is "
-            "no service that has "
-            "any: add LoadCredential= to its unit, or name another file"
+            f"tls={settings.tls}: %d is the folder of a service's credentials, and this is no service that "
+            "has any: add LoadCredential= to its unit, or name another file"
         )
     return folder + found.removeprefix("%d")
 
@@ -112,9 +111,8 @@ def keys(text: str, file: str) -> dict[str, str]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.endswith("\r"):
             raise ConfigError(
-                f"tls: line {number} of '{file}' ends as on Windows, which nbdkit takes for "
-                "a part of the key: "
-                f"run \"sed -i 's/\\r$//' '{file}'\""
+                f"tls: line {number} of '{file}' ends as on Windows, which nbdkit takes for a part of the "
+                f"key: run \"sed -i 's/\\r$//' '{file}'\""
             )
         if not line or line.startswith("#"):
             continue
@@ -151,8 +149,8 @@ def _lines(settings: Config) -> str:
     for name in network.names(settings.clients):
         if name not in found:
             raise ConfigError(
-                f"clients: '{name}' has no key in '{file}': run \"psktool -u {name} -p "
-                f"'{file}'\", or leave it out"
+                f"clients: '{name}' has no key in '{file}': run \"psktool -u {name} -p '{file}'\", or "
+                "leave it out"
             )
     chosen = network.names(settings.clients) or found
     return "".join(f"{name}:{found[name]}\n" for name in chosen)
@@ -172,8 +170,8 @@ def _text(file: str, *, secret: bool) -> str:
         raise ConfigError(f"tls: there is no file '{file}': make it, or name another one") from None
     except OSError as error:
         raise ConfigError(
-            f"tls: '{file}' cannot be read: {reason(error)}: let user {os.geteuid()} read "
-            "it, as whom the server runs"
+            f"tls: '{file}' cannot be read: {reason(error)}: let user {os.geteuid()} read it, as whom the "
+            "server runs"
         ) from None
     # A group may read what is root's, as it is the custom with ssl-cert.
     if secret and status.st_mode & (0o004 if status.st_uid == 0 else 0o044):

@@ -21,9 +21,7 @@ from zramd.server import sockets
 from zramd.server.trouble import Troubles
 
 PATIENCE = 30.0  # seconds that a client has for its handshake
-HURRY = (
-    2.0  # the same, while others wait for their turn: a thousandth of it is enough for a client that is awake
-)
+HURRY = 2.0  # the same, while others wait for their turn: a client that is awake needs a thousandth of it
 TURN = 5.0  # seconds for which a client over TCP waits for its turn before it is turned away
 SPARE = 12  # descriptors that we keep for ourselves: a hand-over needs that many
 MARGIN = 64  # descriptors that clients must leave free

@@ -29,15 +29,13 @@ def check(config: Config, *, can_tell: bool) -> None:
     tls = "require" if way in ("psk", "x509") else "off"
     if f"--tls={tls}" not in words or not ("-p" in words or sockets.listening()):
         raise ConfigError(
-            f"listen={config.listen} is for 'zramd serve' and 'zramd start', which give "
-            "nbdkit the options for "
-            "it: to run nbdkit yourself, give it -i, -p and --tls instead"
+            f"listen={config.listen} is for 'zramd serve' and 'zramd start', which give nbdkit the options "
+            "for it: to run nbdkit yourself, give it -i, -p and --tls instead"
         )
     if way == "x509" and config.clients and not can_tell:
         raise ConfigError(
-            f"clients={config.clients}: this nbdkit does not say whose certificate a client "
-            "has: use nbdkit 1.40 "
-            "or later, tls=psk:FILE, or a CA for this device alone"
+            f"clients={config.clients}: this nbdkit does not say whose certificate a client has: use "
+            "nbdkit 1.40 or later, tls=psk:FILE, or a CA for this device alone"
         )
 
 

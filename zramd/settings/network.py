@@ -122,8 +122,8 @@ def names(text: str) -> list[str]:
         name = word.strip()
         if _NAME.fullmatch(name) is None:
             raise ConfigError(
-                f"'{name}' is not a client's name: use 1 to 64 letters, digits, _ . @ + or "
-                "-, with commas between"
+                f"'{name}' is not a client's name: use 1 to 64 letters, digits, _ . @ + or -, with commas "
+                "between"
             )
         if name in found:
             raise ConfigError(f"'{name}' is there twice: name each client once")
@@ -156,9 +156,8 @@ def check(values: Mapping[str, Any]) -> None:
     where = address(values["listen"])
     if values["swap"] == "local":
         raise ConfigError(
-            f"listen={values['listen']} is for other machines, swap=local for this machine's "
-            "kernel, which comes "
-            "by a socket of its own: leave one out"
+            f"listen={values['listen']} is for other machines, swap=local for this machine's kernel, which "
+            "comes by a socket of its own: leave one out"
         )
     if not way and not where.is_loopback:
         raise ConfigError(
