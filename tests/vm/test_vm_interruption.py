@@ -61,12 +61,12 @@ ENDS = """
   attach  keeper.recorded      server    KILL             nothing   failed
   attach  keeper.greeted       command   INT,TERM,HUP     nothing   interrupted
   attach  keeper.greeted       command   KILL             nothing   killed
-* attach  keeper.greeted       process   KILL             nothing   failed
+  attach  keeper.greeted       process   KILL             nothing   failed
   attach  keeper.greeted       process   TERM             nothing   failed
   attach  keeper.greeted       server    KILL             nothing   failed
-* attach  keeper.connected     command   TERM             nothing   interrupted
+  attach  keeper.connected     command   TERM             nothing   interrupted
   attach  keeper.connected     command   INT,HUP          nothing   interrupted
-* attach  keeper.connected     command   KILL             nothing   killed
+  attach  keeper.connected     command   KILL             nothing   killed
 * attach  keeper.connected     process   KILL             nothing   failed
   attach  keeper.connected     process   TERM             nothing   failed
 * attach  keeper.connected     both      KILL             alone     killed
@@ -83,10 +83,10 @@ ENDS = """
 * attach  keeper.ready         command   KILL             nothing   killed
   attach  keeper.ready         process   TERM,KILL        nothing   failed
   attach  keeper.ready         server    KILL             attached  done
-* attach  attach.attached      command   TERM             nothing   interrupted
+  attach  attach.attached      command   TERM             nothing   interrupted
   attach  attach.attached      command   INT,HUP          nothing   interrupted
   attach  attach.attached      command   KILL             attached  killed
-* attach  attach.attached      keeper    KILL             nothing   failed
+  attach  attach.attached      keeper    KILL             nothing   failed
   attach  attach.attached      keeper    TERM             nothing   failed
   attach  attach.attached      server    KILL             attached  done
   attach  attach.attached      second    attach           attached  done         failed
@@ -104,7 +104,7 @@ ENDS = """
   swap    swap.made            server    KILL             swapped   done
   swap    swap.made            second    stop             swapped   done         failed
   swap    swap.made            second    restart          swapped   done         done
-* swap    attach.used          command   TERM             swapped   interrupted
+  swap    attach.used          command   TERM             swapped   interrupted
   swap    attach.used          command   INT,HUP          swapped   interrupted
   swap    attach.used          command   KILL             swapped   killed
   detach  detach.begun         command   INT,TERM,HUP     attached  interrupted
@@ -121,14 +121,14 @@ ENDS = """
   detach  detach.free          second    detach           nothing   done         failed
   detach  detach.free          second    restart          nothing   done         done
   detach  detach.disconnected  command   INT,TERM,HUP     nothing   done
-* detach  detach.disconnected  command   KILL             nothing   killed
+  detach  detach.disconnected  command   KILL             nothing   killed
 * detach  detach.disconnected  second    attach           attached  done         done
   detach  detach.disconnected  second    detach           nothing   done         failed
   detach  detach.disconnected  second    restart          nothing   done         done
-* swapoff detach.begun         command   TERM             swapped   interrupted
+  swapoff detach.begun         command   TERM             swapped   interrupted
   swapoff detach.begun         command   INT,HUP          swapped   interrupted
   swapoff detach.begun         command   KILL             swapped   killed
-* swapoff detach.free          command   TERM             attached  interrupted
+  swapoff detach.free          command   TERM             attached  interrupted
   swapoff detach.free          command   INT,HUP          attached  interrupted
   swapoff detach.free          command   KILL             attached  killed
 * swapoff detach.free          second    swap             nothing   done         failed
@@ -136,10 +136,10 @@ ENDS = """
   swapoff detach.disconnected  command   INT,TERM,HUP     nothing   done
   swapoff detach.disconnected  command   KILL             nothing   killed
   areas   swap.makes           command   INT,TERM,HUP     nothing   interrupted
-* areas   swap.makes           command   KILL             half      killed
+  areas   swap.makes           command   KILL             half      killed
   areas   swap.made            command   INT,TERM,HUP     nothing   interrupted
   areas   swap.made            command   KILL             half      killed
-* areas   swap.on              command   TERM             nothing   interrupted
+  areas   swap.on              command   TERM             nothing   interrupted
   areas   swap.on              command   INT,HUP          nothing   interrupted
 * areas   swap.on              command   KILL             half      killed
   areas   swap.on              second    areasoff         nothing   done         done
@@ -151,9 +151,9 @@ ENDS = """
   areas   attach.used          command   KILL             areas     killed
   areasoff swap.off.begun      command   INT,TERM,HUP     areas     interrupted
   areasoff swap.off.begun      command   KILL             areas     killed
-* areasoff swap.off            command   TERM             areas     interrupted
+  areasoff swap.off            command   TERM             areas     interrupted
   areasoff swap.off            command   INT,HUP          areas     interrupted
-* areasoff swap.off            command   KILL             half      killed
+  areasoff swap.off            command   KILL             half      killed
   areasoff swap.off            second    refresh          nothing   done         done
   areasoff swap.off            second    stop             nothing   done         failed
   areasoff swap.off            second    restart          nothing   done         done
@@ -167,17 +167,17 @@ ENDS = """
   refresh refresh.empties      command   KILL             areas     killed
   refresh refresh.empties      process   KILL             areas     done
   refresh refresh.empties      both      KILL             areas     killed
-* refresh refresh.off          command   TERM             areas     interrupted
+  refresh refresh.off          command   TERM             areas     interrupted
   refresh refresh.off          command   INT,HUP          areas     interrupted
-* refresh refresh.off          command   KILL             areas     killed
-* refresh refresh.off          process   KILL             areas     done
-* refresh refresh.off          both      KILL             half      killed
+  refresh refresh.off          command   KILL             areas     killed
+  refresh refresh.off          process   KILL             areas     done
+  refresh refresh.off          both      KILL             half      killed
 * refresh refresh.off          server    KILL             areas     done
-* refresh refresh.off          second    areasoff         nothing   done         done
+  refresh refresh.off          second    areasoff         nothing   done         done
   refresh refresh.off          second    refresh          areas     done         done
   refresh refresh.off          second    areas            areas     done         failed
   refresh refresh.off          second    stop             areas     done         failed
-* refresh refresh.off          second    restart          areas     done         done
+  refresh refresh.off          second    restart          areas     done         done
   refresh refresh.on           command   INT,TERM,HUP     areas     interrupted
   refresh refresh.on           command   KILL             areas     killed
   refresh refresh.on           process   KILL             areas     done
