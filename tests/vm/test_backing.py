@@ -175,8 +175,8 @@ def test_a_disk_that_cannot_be_read(served: Served) -> None:
 @pytest.mark.parametrize(
     "lie",
     [
-        pytest.param("drop_writes", id="drops"),
-        # slow: a minute, in which the same code finds another lie
+        # slow: a minute each, for what tests/property/test_backing_damage.py holds without a guest
+        pytest.param("drop_writes", id="drops", marks=pytest.mark.slow),
         pytest.param("corrupt_bio_byte 500 w 77 0", id="corrupts", marks=pytest.mark.slow),
     ],
 )
