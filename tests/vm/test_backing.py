@@ -154,6 +154,7 @@ def test_a_disk_that_refuses_writes(served: Served) -> None:
     assert "degraded" in served.server.request("GET", "/health")
 
 
+@pytest.mark.slow  # a minute and a half; tests/integration has read errors without a guest
 def test_a_disk_that_cannot_be_read(served: Served) -> None:
     """What is out cannot be read, and the log says which block; what is in memory can."""
     served.write()

@@ -163,6 +163,7 @@ def test_swap(loaded: Guest) -> None:
     end(guest, "two")
 
 
+@pytest.mark.slow  # half a minute, by four ways to name one device
 def test_by_folder_and_by_device(loaded: Guest) -> None:
     """A server in another folder is attached and detached by that; and the kernel's name is a name, too."""
     guest, path = loaded, "PATH=/usr/sbin:$PATH"
@@ -204,7 +205,7 @@ def test_mounted(loaded: Guest) -> None:
     end(guest, "disk")
 
 
-@pytest.mark.parametrize("connections", [1, 3])
+@pytest.mark.parametrize("connections", [1, pytest.param(3, marks=pytest.mark.slow)])  # slow: the same again
 def test_server_dies_under_io(loaded: Guest, connections: int) -> None:
     """Killed in the middle and started again three times: requests wait, none fails, all data is right."""
     guest, name = loaded, f"many{connections}"
@@ -229,6 +230,7 @@ def test_server_dies_under_io(loaded: Guest, connections: int) -> None:
     end(guest, name)
 
 
+@pytest.mark.slow  # two minutes of restarts; those under swap are tried each time
 def test_restart_under_io(loaded: Guest) -> None:
     """`zramd restart` of a real server, again and again: no request fails, none waits for the timeout.
 
@@ -423,6 +425,7 @@ def partitions(guest: Guest, device: str) -> list[str]:
     return guest.run(f"cd /sys/block/{name} && ls -d {name}p* 2>/dev/null || true").split()
 
 
+@pytest.mark.slow  # a minute and a half of refreshes; each step of one is a row of test_vm_interruption.py
 def test_areas(loaded: Guest) -> None:
     """Swap in areas, refreshed while its server is restarted and killed; nothing stays behind afterwards."""
     guest, log, path = loaded, len(loaded.kernel_log()), "PATH=/usr/sbin:$PATH"
