@@ -182,7 +182,12 @@ def test_a_network_that_is_cut(lab: Lab, netem: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "rounds", [1, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(6 * 3600)])]
+    # slow: more than a minute for one
+    "rounds",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(6 * 3600)]),
+    ],
 )
 def test_a_mirror_loses_both_halves_one_after_the_other(lab: Lab, rounds: int) -> None:
     """A host is switched off, comes back empty, and is filled again; then the other one is."""

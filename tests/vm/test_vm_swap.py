@@ -45,9 +45,10 @@ def held(result: dict[str, Any], what: str) -> bool:
     ("way", "suite"),
     [
         *product(("qemu", "guest"), SUITES[1:]),
-        # slow: by the older kernel, too, whose part of it is libvirt's below
+        # slow: by the older kernel, too; local's is that one
         *(pytest.param(way, SUITES[0], marks=pytest.mark.slow) for way in ("qemu", "guest")),
-        ("libvirt", SUITES[0]),  # as qemu with this kernel: its part is qemu's command line
+        # slow: as qemu with this kernel: its part, qemu's command line, is in test_libvirt.py
+        pytest.param("libvirt", SUITES[0], marks=pytest.mark.slow),
         ("local", SUITES[0]),
         # slow: as the line above, by the newer kernel
         pytest.param("local", SUITES[1], marks=pytest.mark.slow),
@@ -87,6 +88,7 @@ def joined(result: dict[str, Any]) -> None:
         assert each["free"] == 4096 * sum(count << order for order, count in enumerate(each["blocks"]))
 
 
+@pytest.mark.slow  # it waits until blocks are cold
 def test_local_with_a_cold_tier(tmp_path: Path) -> None:
     """A machine that swaps to itself: recompression takes no memory that requests may need."""
     cold = ("--set", "recompression=zstd(level=3)", "--set", "cold_age=10", "--idle", "40")
@@ -125,6 +127,7 @@ def test_full_pool(tmp_path: Path) -> None:
     assert result["pages_bad"] == 0
 
 
+@pytest.mark.slow  # a minute of what qemu does by itself
 def test_qemu_pauses_when_the_pool_is_full(tmp_path: Path) -> None:
     """qemu's own policy for ENOSPC: the guest is paused, and goes on once there is room."""
     result = vm_swap(tmp_path, "--attach", "qemu", "--pause")
@@ -135,7 +138,7 @@ def test_qemu_pauses_when_the_pool_is_full(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "way",
-    [pytest.param("qemu", marks=pytest.mark.slow), "guest"],  # slow: qemu waits as the guest's kernel does
+    [pytest.param(way, marks=pytest.mark.slow) for way in ("qemu", "guest")],  # slow: a minute of waiting
 )
 def test_server_stands_still(way: str, tmp_path: Path) -> None:
     """A server that is only slow is waited for, and nothing is lost."""
@@ -165,7 +168,8 @@ def test_local_at_the_limit(limit: tuple[str, ...], tmp_path: Path) -> None:
     ("way", "how"),
     [
         ("qemu", ()),
-        ("qemu", ("--restart",)),
+        # slow: restarts under swap are in test_vm_attach.py, too
+        pytest.param("qemu", ("--restart",), marks=pytest.mark.slow),
         pytest.param("ublk", ("--standby",), marks=pytest.mark.slow),
         pytest.param("ublk", (), marks=pytest.mark.slow),
         pytest.param(
@@ -187,6 +191,7 @@ def test_server_that_ends_again_and_again(way: str, how: tuple[str, ...], tmp_pa
     assert result["swap_outs"] > 5_000
 
 
+@pytest.mark.slow  # a minute; a row of test_vm_interruption.py refreshes each time
 def test_programs_that_come_and_go(tmp_path: Path) -> None:
     """What they leave in swap when they end is given back by a refresh, and no page is lost."""
     result = vm_swap(tmp_path, "--attach", "qemu", "--churn", "0.2", "--areas", "8", "--refresh", "10")
