@@ -25,6 +25,7 @@ from world import BLOCK, PATIENCE, World, ensure
 
 DISK = 16 << 20
 UNREADABLE = "blocks that are out cannot be read"  # of health: it may be told for minutes
+PASS = 60.0  # seconds until a pass has ended: it goes at the pace of a disk that others use, too
 FAILED = (errno.EIO, errno.ENOMEM, errno.ENOSPC)  # what a client may be told of a block that is out
 
 
@@ -36,9 +37,12 @@ def numbers(world: World, patience: float = PATIENCE) -> dict[str, int | str]:
 
 
 def move(world: World, path: str, body: str, patience: float = PATIENCE) -> None:
-    """Ask for blocks to go out or to come back, and wait until that is over, or for so long."""
+    """Ask for blocks to go out or to come back, and wait until that is over.
+
+    With less than the usual patience, as calls go on failing, it waits for no longer than that.
+    """
     status, _ = world.ask("POST", path, body, patience)
-    end = time.monotonic() + patience
+    end = time.monotonic() + (patience if patience < PATIENCE else PASS)
     while status == 200 and time.monotonic() < end:
         reason = numbers(world, patience).get("reason", "under way")
         if "under way" not in str(reason) and "being brought back" not in str(reason):
@@ -107,9 +111,15 @@ class WriteBack(Phase):
 
     def judge(self, world: World, rule: Rule) -> None:
         if not rule.hits:
+            self.again(world, rule)
             ensure(numbers(world).get("out_pages"), f"nothing goes out: {numbers(world)}")
             ensure(numbers(world).get("brought_back"), f"nothing comes back: {numbers(world)}")
         super().judge(world, rule)
+
+    def again(self, world: World, rule: Rule) -> None:
+        """Act with patience, if that was short for a call that would go on failing, and none was made."""
+        if rule.lasting:
+            self.act(world, PATIENCE)
 
 
 class Reclaim(WriteBack):
@@ -137,6 +147,7 @@ class Reclaim(WriteBack):
 
     def judge(self, world: World, rule: Rule) -> None:
         if not rule.hits:
+            self.again(world, rule)
             ensure(numbers(world)["reclaimed_bytes"] != self.moved, f"nothing moves: {numbers(world)}")
         Phase.judge(self, world, rule)
 

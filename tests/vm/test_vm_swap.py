@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +43,17 @@ def held(result: dict[str, Any], what: str) -> bool:
 @pytest.mark.parametrize(
     ("way", "suite"),
     [
-        *product(("qemu", "guest"), SUITES[1:]),
+        ("qemu", SUITES[1]),
         # slow: by the older kernel, too; local's is that one
-        *(pytest.param(way, SUITES[0], marks=pytest.mark.slow) for way in ("qemu", "guest")),
+        pytest.param("qemu", SUITES[0], marks=pytest.mark.slow),
+        # slow: a guest's own client; test_vm_attach.py has the kernel's each time
+        *(pytest.param("guest", suite, marks=pytest.mark.slow) for suite in SUITES),
         # slow: as qemu with this kernel: its part, qemu's command line, is in test_libvirt.py
         pytest.param("libvirt", SUITES[0], marks=pytest.mark.slow),
         ("local", SUITES[0]),
         # slow: as the line above, by the newer kernel
         pytest.param("local", SUITES[1], marks=pytest.mark.slow),
-        pytest.param("ublk", SUITES[1], marks=pytest.mark.slow),
+        ("ublk", SUITES[1]),
     ],
 )
 def test_swap(way: str, suite: str, tmp_path: Path) -> None:
@@ -119,6 +120,7 @@ def test_kernel_zram(tmp_path: Path) -> None:
     joined(result)
 
 
+@pytest.mark.slow  # more than a minute; test_ublk.py has a full pool under a kernel each time
 def test_full_pool(tmp_path: Path) -> None:
     """A swap write fails, its page stays in memory, the guest lives on, and nothing is lost."""
     result = vm_swap(tmp_path, "--attach", "qemu", "--limit")
@@ -167,7 +169,8 @@ def test_local_at_the_limit(limit: tuple[str, ...], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("way", "how"),
     [
-        ("qemu", ()),
+        # slow: a minute; qemu and a restart are in test_network.py, kills under swap in test_vm_attach.py, each time
+        pytest.param("qemu", (), marks=pytest.mark.slow),
         # slow: restarts under swap are in test_vm_attach.py, too
         pytest.param("qemu", ("--restart",), marks=pytest.mark.slow),
         pytest.param("ublk", ("--standby",), marks=pytest.mark.slow),
