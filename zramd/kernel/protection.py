@@ -34,6 +34,7 @@ SERVE, BESIDE = 2, 1
 SWITCH_INTERVAL = 0.0005  # seconds after which the holder of the GIL is asked for it
 
 _protected = 0  # the process that has locked its memory and warmed its heap: a fork of it has not
+_resident: frozenset[str] = frozenset()  # lines of its map: files that are in memory and stay there
 
 _CODE, _FREE = "cannot read the program's code into memory", "free some memory"
 _SMALL = 2 << 20  # bytes
@@ -65,12 +66,12 @@ def protect_process(heap: int = HEAP_BYTES) -> None:
     In a process that has taken them before only what it has mapped since is made resident: whoever waits for
     one that takes over does not wait for the rest again. Raises SwapError when one cannot be had.
     """
-    global _protected
+    global _protected, _resident
     _locked_memory()
     if _protected == os.getpid():
-        _make_resident()
+        _make_resident(_resident)
     else:
-        _resident_code()
+        _resident = _resident_code()
         _warm_heap(heap)
         warm_stack()
         _protected = os.getpid()
@@ -176,23 +177,32 @@ def _locked_memory() -> None:
         raise _refuse("cannot lock memory", f"{status['VmLck']} of {status['VmSize']} kB are", remedy)
 
 
-def _resident_code() -> None:
+def _resident_code() -> frozenset[str]:
     """Code that was never run yet must not be read from a disk when memory is short.
 
     Nor may a program's variables be touched for the first time then: such a page fault may hold the GIL.
+    Returns the lines of the process's map that are of files.
     """
-    _make_resident()
+    lines = _make_resident()
     missing = _missing_code()
     if missing:
         raise _refuse(_CODE, f"{missing} kB are missing", _FREE)
+    return lines
 
 
-def _make_resident() -> None:
-    for start, end in _mappings():
+def _make_resident(known: frozenset[str] = frozenset()) -> frozenset[str]:
+    """Make what is mapped resident, but for the files of lines that are known; return the lines of files."""
+    files = set()
+    for start, end, line in _mappings():
+        if line in known:
+            continue
         try:
             process.make_resident(start, end - start)
         except OSError as error:
             raise _refuse(_CODE, reason(error), _FREE) from None
+        if "/" in line:  # anonymous memory may go, and other memory come to its place
+            files.add(line)
+    return frozenset(files)
 
 
 def _warm_heap(size: int = HEAP_BYTES) -> None:
@@ -255,8 +265,8 @@ def _status() -> dict[str, int]:
     return sizes
 
 
-def _mappings() -> Iterator[tuple[int, int]]:
-    """Yield start and end of what is mapped of files, and of small mappings: variables, the heap.
+def _mappings() -> Iterator[tuple[int, int, str]]:
+    """Yield start, end and line of what is mapped of files, and of small mappings: variables, the heap.
 
     What is large is the device's own (that is what the reserve is for) or nbdkit's 192 MiB that nobody uses.
     So is a shared file: of a state all holes would be filled.
@@ -271,7 +281,7 @@ def _mappings() -> Iterator[tuple[int, int]]:
         if name.startswith("/") and words[1][3] == "s":
             continue
         if words[1][0] == "r" and (name.startswith("/") or name == "[heap]\n" or small):
-            yield start, end
+            yield start, end, line
 
 
 def _missing_code() -> int:

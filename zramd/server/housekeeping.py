@@ -36,14 +36,15 @@ class Housekeeper:
     ) -> None:
         """`wake` is a pipe without waiting that gets the numbers of signals, and zeros that only wake.
 
-        `obey` gets the signals. It gets them again if it fails. The thread ends once `stopping` is set.
+        `obey` gets the signals. It gets them again if it fails. The thread ends once `stopping` is set. A chore
+        is due for the first time after its interval.
         """
         self._wake = wake
         self._stopping = stopping
         self._troubles = troubles
         self._obey = obey
         self._chores = chores
-        self._due = dict.fromkeys((chore.failing for chore in chores), 0.0)
+        self._due = dict.fromkeys((chore.failing for chore in chores), float("inf"))
         self._signals = b""
         self._answers: dict[int, Callable[[], None]] = {}
         self._poll = select.poll()

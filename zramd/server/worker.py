@@ -153,8 +153,10 @@ class Worker:
     def _work(self) -> None:
         name_thread(self._name)
         if self._nice:
+            thread = threading.get_native_id()
             with suppress(OSError):  # a sandbox may forbid it: clients then compete on equal terms
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
+                nice = max(self._nice, os.getpriority(os.PRIO_PROCESS, thread))
+                os.setpriority(os.PRIO_PROCESS, thread, nice)
         with suppress(OSError):
             self._prepare()
         try:

@@ -266,7 +266,12 @@ def main() -> int:
     modes = [KERNEL_ZRAM, "local"] if asked.compare else MODES if asked.attach == "all" else [asked.attach]
     for mode in modes:
         result = run(plan(asked, mode), machine, live)
-        result.settings = {"kernel": cloud.release, "accel": accel, "command": _asked()}
+        result.settings = {
+            "kernel": cloud.release,
+            "accel": accel,
+            "command": _asked(),
+            "hold_gil": asked.hold_gil,
+        }
         print(report.text(result), flush=True)
         results.append(result)
     if asked.compare and all(result.writeback for result in results):

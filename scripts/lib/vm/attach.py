@@ -419,14 +419,17 @@ class Ublk(Local):
         *,
         hold_gil: bool = False,
         standby: bool = False,
+        restarts: bool = False,
     ) -> None:
         """`hold_gil`: from the end of `attach` on, a thread of the server holds Python's interpreter lock.
 
-        `standby`: another server is always ready to take over.
+        `standby`: another server is always ready to take over. `restarts`: `zramd restart` will be asked for,
+        which wants a server of `zramd start`.
         """
         super().__init__(size, settings, of=of)
         self._hold_gil = hold_gil
         self._standby = standby
+        self._starts = standby or restarts
         self.standby_bytes = 0  # that the last one took while it waited
 
     def attach(self, guest: Guest) -> None:
@@ -459,7 +462,7 @@ class Ublk(Local):
         return float(json.loads(answer)["seconds"])
 
     def _start(self, guest: Guest) -> None:
-        if not self._standby:
+        if not self._starts:
             super()._start(guest)
             return
         pairs = " ".join(shlex.quote(f"{key}={value}") for key, value in self.settings.items())

@@ -286,6 +286,10 @@ def _rates_table(rows: list[dict[str, Any]]) -> list[str]:
             for name in doors
         )
         lines.append(f"{row['load']:<16}{numbers}")
+    calls, taken = (
+        max(row[UBLK][f"{kind} of others"] for row in rows) for kind in ("system calls", "allocations")
+    )
+    lines += ["", f"ublk's server beside that: {calls} system calls and {taken} allocations a second at most"]
     return lines
 
 
@@ -302,6 +306,8 @@ def write_markdown(path: Path, result: Result) -> None:
         mode += f"-{result.kills['by']}"
         if "standby MiB" in result.kills:
             mode += "-standby"
+    if result.settings.get("hold_gil"):
+        mode += "-gil"
     if result.writeback:
         mode += "-backing"
     begin, end = f"<!-- {mode} -->\n", f"<!-- /{mode} -->\n"

@@ -262,7 +262,9 @@ def partitions(device: str, size: int, count: int) -> dict[str, tuple[int, int]]
 def make_attachment(plan: Plan, folder: Path, size: int, settings: dict[str, str]) -> attach.Attachment:
     """Return the mode's attachment, its server started if it runs on the host."""
     if plan.mode == UBLK:
-        return attach.Ublk(size, settings, hold_gil=plan.hold_gil, standby=plan.standby)
+        return attach.Ublk(
+            size, settings, hold_gil=plan.hold_gil, standby=plan.standby, restarts=plan.restart
+        )
     if plan.kill:
         return attach.QemuWithState(size, settings, folder, Path(f"/dev/shm/{folder.name}.state"))
     if plan.mode == "qemu":

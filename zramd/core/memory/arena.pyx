@@ -53,7 +53,7 @@ from zramd.core.system.locks cimport (
 )
 from zramd.core.system.points cimport zr_point
 from zramd.core.memory.budget cimport Budget
-from zramd.core.memory.region cimport KEPT_ARENA, Memory, Region, page_unit, region_populate, whole_pages
+from zramd.core.memory.region cimport KEPT_ARENA, Memory, Region, page_unit, region_map, region_populate, whole_pages
 from zramd.core.types cimport NIL, PAGE_SHIFT, PAGE_SIZE, SPAN_LENGTHS, SPAN_PAGES, SPAN_SHIFT
 
 cdef extern from "<unistd.h>" nogil:
@@ -557,14 +557,27 @@ cdef class Arena:
     cdef int _populate_used(self) noexcept nogil:
         """Map the pages in use, so that a lock on all memory holds them: those of a state are somewhere else yet.
 
-        1, -ENOMEM or -EDQUOT.
+        A call for each run of pages, across spans, not for each page: who takes over is waited for meanwhile. 1, -ENOMEM or
+        -EDQUOT.
         """
-        cdef uint32_t span, page
+        cdef uint32_t span, mask, run
+        cdef char *start = self.base
+        cdef char *at
+        cdef uint64_t size = 0
         for span in range(self.top):
-            for page in range(SPAN_PAGES):
-                if self.committed[span] >> page & 1 and region_populate(
-                        self.base + (<uint64_t>span << SPAN_SHIFT) + (page << PAGE_SHIFT), PAGE_SIZE):
-                    return self.spans.refusal()
+            mask = self.committed[span]
+            while mask:
+                run = lowest_run(mask)
+                at = self.base + (<uint64_t>span << SPAN_SHIFT) + (lowest_bit(run) << PAGE_SHIFT)
+                if at != start + size:
+                    if size and region_map(start, size):
+                        return self.spans.refusal()
+                    start = at
+                    size = 0
+                size += <uint64_t>bits_set(run) << PAGE_SHIFT
+                mask ^= run
+        if size and region_map(start, size):
+            return self.spans.refusal()
         return 1
 
     cdef int _populate(self, uint32_t span, uint32_t npages) noexcept nogil:

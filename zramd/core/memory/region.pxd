@@ -36,4 +36,5 @@ cdef class Memory:
     cdef Region region(self, uint64_t size, bint writable)
     cdef uint64_t *kept(self, uint64_t offset) noexcept nogil
 
+cdef int region_map(void *start, uint64_t size) noexcept nogil
 cdef int region_populate(void *start, uint64_t size) noexcept nogil
