@@ -11,12 +11,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "zramd"
 
 # From the ground up: each room, what it is, and the rooms that it may import. What is not here, it may not.
-# errors, lockfile, meminfo and trusted are modules for all; core.types has the core's words and constants.
-GROUND = {"errors", "lockfile", "meminfo", "trusted"}
+# errors, lockfile, meminfo, resident and trusted are modules for all; core.types has the core's words and constants.
+GROUND = {"errors", "lockfile", "meminfo", "resident", "trusted"}
 MAY_IMPORT = {
     "errors": set(),
     "lockfile": set(),
     "meminfo": set(),
+    "resident": set(),
     "trusted": {"errors"},
     # The core: compiled, without the GIL. From Python it takes the exceptions only.
     "core": set(),

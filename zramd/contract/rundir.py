@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 
-from zramd import lockfile, trusted
+from zramd import lockfile, resident, trusted
 from zramd.contract import handover
 from zramd.errors import RundirError, UntrustedError, is_shortage, reason, sentence
 
@@ -91,6 +91,7 @@ class Rundir:
         except OSError as error:
             raise RundirError(f"rundir '{path}' cannot be used: {reason(error)}") from None
         self._names = _OURS - {NBD_SOCKET}
+        self._held: dict[str, resident.Held] = {}
         try:
             # A socket that was opened by another process and passed on is in use from the start. What systemd
             # has passed on is not ours to remove in the end, what another server has handed over is.
@@ -117,6 +118,7 @@ class Rundir:
     def write_pid(self) -> None:
         """Write this process's number into the pid file; call it again after a fork."""
         write_whole(self._lock, b"%d\n" % os.getpid())
+        self._held[PID] = resident.hold(self._lock)
 
     def publish(self, name: str, text: str) -> None:
         """Replace the file `name` by `text`, so that a reader sees the old or the new text, never a part.
@@ -128,6 +130,8 @@ class Rundir:
             replace_file(name, text, 0o600, self._folder)
         except OSError as error:
             raise RundirError(f"rundir '{self.path}' cannot be written: {reason(error)}") from error
+        if name in _FIRST:
+            self._held[name] = resident.hold_file(name, self._folder)
 
     def open_log(self) -> int:
         """Return a descriptor that appends to the log. Raises as `publish`."""
@@ -218,6 +222,8 @@ class Standby:
             write_whole(self._lock, b"%d\n" % os.getpid())
         except OSError as error:
             raise RundirError(f"'{self._path}' cannot be written: {reason(error)}") from None
+        # We will write there when the server has ended.
+        self._pid_file = resident.hold_file(f"{folder}/{PID}")
 
     def leave(self) -> None:
         """Give the place up. Never raises."""

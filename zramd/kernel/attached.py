@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from zramd import lockfile, trusted
+from zramd import lockfile, resident, trusted
 from zramd.contract import rundir
 from zramd.errors import AttachError, UntrustedError
 from zramd.kernel import ublk
@@ -243,6 +243,7 @@ class Record:
     def __init__(self, name: str) -> None:
         """Take the lock. Raises AttachError when a keeper has it, OSError."""
         self._name = name
+        self._held: resident.Held = None
         try:
             os.close(trusted.open_folder(FOLDER, make=True))
         except UntrustedError as error:
@@ -261,7 +262,10 @@ class Record:
     def write(self, device: str, data: str, *, keeper: int, stage: str = "", folder: str = "") -> None:
         """Say what is attached; `stage` and `folder` are a ublk device's."""
         words = [str(keeper), device, data, *([stage, connection(device), folder] if stage else [])]
-        rundir.write_whole(self._fd, os.fsencode(f"{' '.join(words)}\n"))
+        text = os.fsencode(f"{' '.join(words)}\n")
+        rundir.write_whole(self._fd, text)
+        if self._held is None or len(self._held) < len(text):
+            self._held = resident.hold(self._fd)
 
     def remove(self) -> None:
         """Remove the file, unless somebody has."""

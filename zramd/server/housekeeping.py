@@ -36,8 +36,8 @@ class Housekeeper:
     ) -> None:
         """`wake` is a pipe without waiting that gets the numbers of signals, and zeros that only wake.
 
-        `obey` gets the signals. It gets them again if it fails. The thread ends once `stopping` is set. A chore
-        is due for the first time after its interval.
+        `obey` gets the signals. It gets them again if it fails. The thread ends once `stopping` is set. A
+        chore is due for the first time after its interval.
         """
         self._wake = wake
         self._stopping = stopping
