@@ -2,6 +2,7 @@
 # Swap on a mirror over the memory of two hosts, in a guest that has a disk of each (docs/network.md).
 #
 #   mirror.sh make DISK1 DISK2    make the mirror of two empty disks, and swap to it
+#   mirror.sh out DISK            use a disk no more: its host was booted, and is to serve again, empty
 #   mirror.sh back DISK           take a disk back whose host is there again: what it lacks is copied to it
 #   mirror.sh look                say how the mirror is; the exit status is 1 while a half is missing
 #   mirror.sh end                 swap off, end the mirror, and give the hosts their memory back
@@ -24,8 +25,8 @@ free() {
 }
 case "${1-} $#" in
 "-h 1" | "--help 1") sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
-"make 3" | "back 2" | "look 1" | "end 1") ;;
-*) fail "use make DISK1 DISK2, back DISK, look or end; --help says what they do" ;;
+"make 3" | "out 2" | "back 2" | "look 1" | "end 1") ;;
+*) fail "use make DISK1 DISK2, out DISK, back DISK, look or end; --help says what they do" ;;
 esac
 [ "$(id -u)" = 0 ] || fail "only root can do that"
 command -v mdadm >/dev/null || fail "mdadm is missing: install the package of that name"
@@ -41,6 +42,7 @@ make)
     mkswap "$md" >/dev/null
     swapon --discard --priority 100 "$md"
     ;;
+out) mdadm "$md" --fail "$2" ;; # no harm if a request has failed there before
 back)
     free "$2" linux_raid_member
     mdadm "$md" --remove failed

@@ -87,7 +87,7 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
-OF_MIRROR = "use make DISK1 DISK2, back DISK, look or end; --help says what they do"
+OF_MIRROR = "use make DISK1 DISK2, out DISK, back DISK, look or end; --help says what they do"
 OF_MOVE = "use make DISK, to DISK or end; --help says what they do"
 OF_STRIPES = "use md DISK..., lvm DISK... or end; --help says what they do"
 NO_MDADM = "mdadm is missing: install the package of that name"
@@ -182,6 +182,8 @@ def test_a_mirror(world: World) -> None:
     assert world.calls() == [f"{MIRROR} {how} /dev/vdb /dev/vdc", *swap_on("/dev/md0")]
     assert world.run("mirror.sh", "make", "/dev/vdb", "/dev/vdc", WRITE_MOSTLY="1").returncode == 0
     assert world.calls()[0] == f"{MIRROR} {how} /dev/vdb --write-mostly /dev/vdc"
+    assert world.run("mirror.sh", "out", "/dev/half").returncode == 0
+    assert world.calls() == ["mdadm /dev/md0 --fail /dev/half"]
     assert world.run("mirror.sh", "back", "/dev/half").returncode == 0
     back = ["--remove failed", "--re-add /dev/half", "--add /dev/half"]
     assert world.calls() == [*(f"mdadm /dev/md0 {words}" for words in back), "mdadm --wait /dev/md0"]
