@@ -66,7 +66,7 @@ def test_the_disk_of_another_machine() -> None:
     words = libvirt.qemu_words(description)
     (made,) = (each for each in options(words)["-blockdev"] if each["driver"] == "nbd")
     assert made["server"] == {"type": "inet", "host": "memory1", "port": "10809"}
-    assert (made["export"], made["discard"]) == ("guest1", "unmap")
+    assert (made["export"], made["discard"]) == ("guest1@235d721d459fd7389bd28d6881a094e9", "unmap")
     (secret,) = (json.loads(word) for word in words if '"tls-creds' in word and '"qom-type"' in word)
     assert (secret["qom-type"], secret["id"]) == ("tls-creds-x509", made["tls-creds"])
     assert (secret["endpoint"], secret["verify-peer"]) == ("client", True)
