@@ -174,14 +174,13 @@ def default_export(readonly: bool, is_tls: bool) -> str:
 
 
 def open(readonly: bool) -> Device:
-    name = _config.name
     try:
         wanted = nbdkit.export_name()
     except UnicodeDecodeError as error:
         wanted = error.object.decode(errors="backslashreplace")
-    if wanted not in ("", name):
+    if refusal := exported.refusal(wanted, _config.name, _prepared.device.data_id):
         nbdkit.set_error(errno.ENOENT)
-        raise ZramdError(f"export '{wanted}' does not exist: use '{name}'")
+        raise ZramdError(refusal)
     if _config.clients and _config.tls.startswith("x509:"):
         strangers.refuse(_config, nbdkit.peer_tls_dn())
     _front.client_opened()

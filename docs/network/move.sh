@@ -1,25 +1,46 @@
 #!/bin/sh
 # Swap that can move from the memory of one host to that of another, while it is in use, in a guest that has a
-# disk of each (docs/network-vm.md). It is a mirror that has one half, but while it moves.
+# disk of each (docs/network.md). It is a mirror that has one half, but while it moves.
 #
-#   move.sh make DISK       make it of one disk that is empty, and swap to it
-#   move.sh to DISK         copy all to another disk that is as large, then let the old one go
-#   move.sh end             swap off, and end it
+#   move.sh make DISK       make it of one empty disk, and swap to it
+#   move.sh to DISK         copy all to another empty disk that is as large, then let the old one go
+#   move.sh end             swap off, end it, and give the host its memory back
 #
 # Between the two steps of `to` both have all pages: when either host dies then, nothing is lost.
+# MD=/dev/md7 is its name, if not /dev/md0.
 set -eu
 md=${MD:-/dev/md0}
-case ${1-} in
+fail() {
+    echo "move.sh: $*" >&2
+    exit 1
+}
+# free DISK: nothing may be on it, else it is not the disk that was meant.
+free() {
+    [ -b "$1" ] || fail "'$1' is no disk: 'lsblk' lists those that are there"
+    [ -z "$(blkid -p -o value -s TYPE -s PTTYPE "$1")" ] ||
+        fail "'$1' is not empty: if it is the disk that you mean, run 'wipefs --all $1' first"
+}
+case "${1-} $#" in
+"-h 1" | "--help 1") sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
+"make 2" | "to 2" | "end 1") ;;
+*) fail "use make DISK, to DISK or end; --help says what they do" ;;
+esac
+[ "$(id -u)" = 0 ] || fail "only root can do that"
+command -v mdadm >/dev/null || fail "mdadm is missing: install the package of that name"
+[ "$1" = make ] || [ -b "$md" ] || fail "there is no '$md': 'make' it, or name it by MD="
+[ "$1" = end ] || free "$2"
+old=$(mdadm --detail "$md" 2>/dev/null | sed -n 's,.*active sync.* /dev/,/dev/,p')
+case $1 in
 make)
     mdadm --create "$md" --run --level=1 --raid-devices=2 --bitmap=none --assume-clean "$2" missing
     mkswap "$md" >/dev/null
     swapon --discard --priority 100 "$md"
     ;;
 to)
-    old=$(mdadm --detail "$md" | sed -n 's,.*active sync.* /dev/,/dev/,p')
     mdadm "$md" --add "$2"
     mdadm --wait "$md" || true # it says so, too, when there was nothing to wait for
-    mdadm --detail --test "$md" >/dev/null # it fails unless all has been copied
+    # It fails unless all has been copied.
+    mdadm --detail --test "$md" >/dev/null || fail "'$2' does not have all: swap stays on '$old'"
     mdadm "$md" --fail "$old"
     mdadm "$md" --remove "$old"
     blkdiscard --force "$old" # it was in use just now; its host has the memory back at once
@@ -27,9 +48,6 @@ to)
 end)
     swapoff "$md"
     mdadm --stop "$md"
-    ;;
-*)
-    sed -n 's/^#   //p' "$0" >&2
-    exit 2
+    blkdiscard --force "$old"
     ;;
 esac

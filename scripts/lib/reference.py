@@ -32,7 +32,8 @@ FILES = {
     "log": "what a server started by `zramd start` has to say, at most 1 MiB",
     "log.1": "what the server before it said, if that one crashed or was restarted",
     "state_path": "where the state file is; empty without `state=`",
-    "data_id": "names the data: a new name when the device starts empty, is reset or loaded",
+    "data_id": "names the data: a new name when the device starts empty, is reset or loaded; "
+    "the export `NAME@DATA_ID` is that data alone",
     "disksize": "size of the device in bytes",
     "comp_algorithm": "zram's list of algorithms, with the one that compresses in brackets",
     "recomp_algorithm": "the same of those that recompress, after `#1:`; empty when that is off",

@@ -1,4 +1,4 @@
-"""What docs/guests.md tells users of libvirt, held against libvirt's own schema and virsh.
+"""What docs/guests.md and docs/network.md tell users of libvirt, held against libvirt's own schema and virsh.
 
 A guest that swaps to such a disk is in test_vm_swap.py.
 """
@@ -56,6 +56,20 @@ def test_the_disk(described: dict[str, str]) -> None:
     assert disk.get("reconnect-delay") == (30 if knows else None)
     (device,) = (each for each in made["-device"] if each["driver"] == "virtio-blk-pci")
     assert device["serial"] == f"zramd-{NAME}"
+
+
+def test_the_disk_of_another_machine() -> None:
+    """libvirt makes the same of it, but with TCP and the guests' certificate."""
+    disk = libvirt.disk_in((libvirt.PAGE.parent / "network.md").read_text())
+    description = libvirt.DOMAIN.format(space="", disk=disk, more="")
+    assert libvirt.faults(description.replace("    <reconnect delay='120'/>\n", "")) == ""
+    words = libvirt.qemu_words(description)
+    (made,) = (each for each in options(words)["-blockdev"] if each["driver"] == "nbd")
+    assert made["server"] == {"type": "inet", "host": "memory1", "port": "10809"}
+    assert (made["export"], made["discard"]) == ("guest1@235d721d459fd7389bd28d6881a094e9", "unmap")
+    (secret,) = (json.loads(word) for word in words if '"tls-creds' in word and '"qom-type"' in word)
+    assert (secret["qom-type"], secret["id"]) == ("tls-creds-x509", made["tls-creds"])
+    assert (secret["endpoint"], secret["verify-peer"]) == ("client", True)
 
 
 def test_a_wrong_description_is_found(described: dict[str, str]) -> None:

@@ -143,8 +143,8 @@ def lab(base: Machine, tmp_path: Path) -> Iterator[Lab]:
 
 def script(guest: Guest, name: str, *words: str, fails: bool = False) -> str:
     """Run a script of docs/network in the guest, whose shell would take busybox's programs for Debian's."""
-    programs = {program: program for program in ("mkswap", "swapon", "swapoff", "blkdiscard")}
-    programs |= {verb: f"lvm {verb}" for verb in ("pvcreate", "vgcreate", "lvcreate", "vgremove")}
+    programs = {program: program for program in ("mkswap", "swapon", "swapoff", "blkdiscard", "blkid")}
+    programs |= {verb: f"lvm {verb}" for verb in ("pvcreate", "pvs", "vgcreate", "lvcreate", "vgremove")}
     debian = " ".join(f'{verb}() {{ /usr/sbin/{program} "$@"; }};' for verb, program in programs.items())
     exports = "export MDADM_NO_UDEV=1 DM_DISABLE_UDEV=1 LVM_SYSTEM_DIR=/run/lvm LVM_SUPPRESS_FD_WARNINGS=1"
     status, output = guest.try_run(f"({exports}; {debian} set -- {' '.join(words)}; . /run/{name})", 300)
@@ -206,6 +206,10 @@ def test_a_mirror_loses_both_halves_one_after_the_other(lab: Lab, rounds: int) -
         script(guest, "mirror.sh", "look")
     halves[rounds % 2][0].switch_off()
     lab.end()
+    guest.end_workload()
+    said = script(guest, "mirror.sh", "end")
+    assert said.count(f"the host of '{halves[rounds % 2][1]}' is gone") == 1
+    assert halves[(rounds + 1) % 2][0].stored() == 0
 
 
 @pytest.mark.slow
@@ -242,6 +246,7 @@ def test_stripes(lab: Lab, way: str) -> None:
     lab.end()
     guest.end_workload()
     script(guest, "stripe.sh", "end")
+    assert [host.stored() for host in hosts] == [0, 0, 0]
 
 
 @pytest.mark.slow
@@ -259,3 +264,4 @@ def test_swap_moves_to_another_host(lab: Lab) -> None:
     lab.end()
     guest.end_workload()
     script(guest, "move.sh", "end")
+    assert second.stored() == 0

@@ -86,8 +86,9 @@ def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:
 
 def serve(guest: Guest, *settings: str) -> None:
     """Have the other host serve a device, on its end of the tunnel."""
-    words = " ".join(("--name", "zram0", "--size", str(64 * MIB), "rundir=/run/far", *settings))
-    guest.run(f"{{ setsid {FAR} {ZRAMD} serve {words} -- -i 10.8.0.2 >>/run/log 2>&1; }} &")
+    where = ("rundir=/run/far", "listen=10.8.0.2", "tls=off")
+    words = " ".join(("--name", "zram0", "--size", str(64 * MIB), *where, *settings))
+    guest.run(f"{{ setsid {FAR} {ZRAMD} serve {words} >>/run/log 2>&1; }} &")
     looks = "/bin/guest_tool control /run/far/control.sock GET /health >/dev/null"
     guest.run(
         f"i=0; until {looks}; do i=$((i + 1)); [ $i -lt 90 ] || {{ cat /run/log; exit 1; }}; sleep 1; done"

@@ -8,21 +8,19 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from vm import libvirt
+from vm import here, libvirt
 from vm.errors import VmError
 from vm.guest import Beat, Guest
-from zramd.contract import exchange, rundir
+from zramd.contract import rundir
 
 NAME = "zram0"
 NODE = "zram0"  # what qemu calls the disk
 READY_TIMEOUT = 60.0  # seconds; under TCG Python takes a few to start
-ASK_TIMEOUT = 120.0  # seconds; a compaction waits for its end
 RUNDIR = f"/run/zramd/{NAME}"  # in the guest
 ZRAMD = "/usr/bin/python3 -m zramd"  # there, too
 # Seconds for which qemu lets requests wait when the server is away, before it fails them.
@@ -118,11 +116,11 @@ class Zramd(Attachment):
 class _HostServer(Zramd):
     """zramd runs on the host, its files in `folder`."""
 
-    def __init__(self, size: int, settings: dict[str, str], folder: Path, nbdkit_options: list[str]) -> None:
+    def __init__(self, size: int, settings: dict[str, str], folder: Path) -> None:
         super().__init__(size, settings)
         self.rundir = folder / "zramd"
         self._log = folder / "zramd.log"
-        self._start(nbdkit_options)
+        self._start()
         end = time.monotonic() + READY_TIMEOUT
         try:
             while not self._answers():
@@ -134,17 +132,19 @@ class _HostServer(Zramd):
             self.stop()
             raise
 
-    def _start(self, options: list[str]) -> None:
-        pairs = [f"{key}={value}" for key, value in {**self.settings, "rundir": str(self.rundir)}.items()]
-        command = [sys.executable, "-m", "zramd", "serve", "--name", NAME, "--size", str(self.size), *pairs]
+    def _start(self) -> None:
+        command = here.command("serve", "--name", NAME, "--size", str(self.size), *self._pairs())
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*command, "--", "--exit-with-parent", *options],
-                env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+                [*command, "--", "--exit-with-parent"],
+                env=here.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
+
+    def _pairs(self) -> list[str]:
+        return here.pairs({**self.settings, "rundir": str(self.rundir)})
 
     def _ended(self) -> bool:
         return self._process.poll() is not None
@@ -156,13 +156,7 @@ class _HostServer(Zramd):
             return False
 
     def request(self, method: str, path: str, body: str = "") -> str:
-        try:
-            status, content = exchange.ask(str(self.rundir), method, path, body, ASK_TIMEOUT)
-        except OSError as error:
-            raise VmError(f"zramd does not answer {method} {path}: {error}") from None
-        if status != 200:
-            raise VmError(f"zramd refuses {method} {path}: {content.strip()}")
-        return content
+        return here.ask(self.rundir, method, path, body)
 
     def peek(self, beat: Beat) -> dict[str, Any] | None:
         try:
@@ -215,7 +209,7 @@ class Qemu(_HostServer):
 
     def __init__(self, size: int, settings: dict[str, str], folder: Path, werror: str = "report") -> None:
         """`werror` is what qemu does when a write fails: report, or enospc (then it pauses the guest)."""
-        super().__init__(size, settings, folder, [])
+        super().__init__(size, settings, folder)
         self._werror = werror
 
     def qemu_options(self) -> list[str]:
@@ -243,23 +237,20 @@ class QemuWithState(Qemu):
         self._state = state
         super().__init__(size, {**settings, "state": str(state)}, folder)
 
-    def _start(self, options: list[str]) -> None:
-        pairs = [f"{key}={value}" for key, value in {**self.settings, "rundir": str(self.rundir)}.items()]
-        self._zramd("start", NAME, "--size", str(self.size), *pairs, "--", *options)
+    def _start(self) -> None:
+        here.zramd("start", NAME, "--size", str(self.size), *self._pairs())
 
     def kill(self) -> float:
         """Kill the server, start another one, and return the seconds that nobody served."""
         since = time.monotonic()
-        pid = self._pid()
-        os.kill(pid, signal.SIGKILL)
-        while rundir.holder(str(self.rundir)) == pid:
-            time.sleep(0.001)
-        self._start([])
+        if not here.kill(self.rundir):
+            raise VmError("the server has died by itself")
+        self._start()
         return time.monotonic() - since
 
     def restart(self) -> float:
         """Let a new server take over, and return the seconds that the command tells."""
-        words = self._zramd("restart", "--rundir", str(self.rundir)).split()
+        words = here.zramd("restart", "--rundir", str(self.rundir)).split()
         return float(words[words.index("ms") - 1]) / 1000
 
     def stop(self) -> None:
@@ -275,25 +266,6 @@ class QemuWithState(Qemu):
     def _ended(self) -> bool:
         return rundir.holder(str(self.rundir)) is None
 
-    def _pid(self) -> int:
-        pid = rundir.holder(str(self.rundir))
-        if pid is None:
-            raise VmError("the server has died by itself")
-        return pid
-
-    def _zramd(self, *words: str) -> str:
-        ran = subprocess.run(
-            [sys.executable, "-m", "zramd", *words],
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if ran.returncode:
-            raise VmError(ran.stderr.strip() or f"zramd {words[0]} fails without a reason")
-        return ran.stdout
-
 
 class GuestNbd(_HostServer):
     """The guest's kernel is the client, over TCP to the host."""
@@ -306,7 +278,7 @@ class GuestNbd(_HostServer):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
-        super().__init__(size, settings, folder, ["--ipaddr", "127.0.0.1", "--port", str(self._port)])
+        super().__init__(size, {**settings, "listen": f"127.0.0.1:{self._port}"}, folder)
         self._nbd_options = nbd_options
 
     def qemu_options(self) -> list[str]:
@@ -378,7 +350,7 @@ class Local(Zramd):
 
     def request(self, method: str, path: str, body: str = "") -> str:
         words = shlex.join([f"{self.rundir}/control.sock", method, path, body])
-        return self._there().run(f"/bin/guest_tool control {words}", ASK_TIMEOUT)
+        return self._there().run(f"/bin/guest_tool control {words}", here.ASK_TIMEOUT)
 
     def log(self) -> str:
         """Return what the server has said."""
@@ -389,7 +361,7 @@ class Local(Zramd):
         return int(self._there().run(f"cat {self.rundir}/pid"))
 
     def _serve(self) -> str:
-        pairs = " ".join(shlex.quote(f"{key}={value}") for key, value in self.settings.items())
+        pairs = shlex.join(here.pairs(self.settings))
         return f"{ZRAMD} serve --name {self._of} --size {self.size} {self.words} {pairs}"
 
     def _log(self) -> str:
@@ -465,7 +437,7 @@ class Ublk(Local):
         if not self._starts:
             super()._start(guest)
             return
-        pairs = " ".join(shlex.quote(f"{key}={value}") for key, value in self.settings.items())
+        pairs = shlex.join(here.pairs(self.settings))
         guest.run(f"{ZRAMD} start {self._of} --size {self.size} front=ublk {pairs}", 60)
 
     def _attach_words(self) -> str:
@@ -574,7 +546,7 @@ class KernelZram(Attachment):
         return [int(word) for word in self._run(f"cat /sys/block/zram0/{name}").split()]
 
     def _write(self, name: str, value: str) -> None:
-        self._run(f"echo {value} >/sys/block/zram0/{name}", ASK_TIMEOUT)
+        self._run(f"echo {value} >/sys/block/zram0/{name}", here.ASK_TIMEOUT)
 
     def _run(self, command: str, timeout: float = 30.0) -> str:
         if self._guest is None:

@@ -37,11 +37,18 @@ _NAME = "swap0"
 def documented() -> tuple[str, str]:
     """Return two pieces of XML of docs/guests.md: the disk, and the words for qemu of an older libvirt."""
     text = PAGE.read_text()
-    disk = re.search(r"^<disk .*?^</disk>$", text, re.MULTILINE | re.DOTALL)
     words = re.search(r"^ *<qemu:commandline>.*?</qemu:commandline>$", text, re.MULTILINE | re.DOTALL)
-    if not disk or not words:
-        raise VmError(f"{PAGE} has no disk for libvirt")
-    return disk[0], words[0]
+    if not words:
+        raise VmError(f"{PAGE} has no words for an older libvirt")
+    return disk_in(text), words[0]
+
+
+def disk_in(page: str) -> str:
+    """Return the XML of the disk that a page's text has; raises VmError."""
+    disk = re.search(r"^<disk .*?^</disk>$", page, re.MULTILINE | re.DOTALL)
+    if not disk:
+        raise VmError("the page has no disk for libvirt")
+    return disk[0]
 
 
 def domains(socket: Path, name: str) -> dict[str, str]:

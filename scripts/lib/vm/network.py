@@ -7,17 +7,15 @@
         machine = network.machine(base, memory, [word for host in hosts for word in host.disk_words(30)])
         with Guest(machine, …) as guest: …
 
-On each host a zramd serves by TCP, with TLS and the guest's key. The guest is a virtual machine, and qemu,
-below it, is the client. It runs in a network namespace with a cable to each host. A host is another
-namespace; where the network is to be slow, for which not every kernel has what it takes, a virtual machine.
+On each host a zramd serves by TCP whom its settings name: the guest, with its key. The guest is a virtual
+machine, and qemu, below it, is the client. It runs in a network namespace with a cable to each host. A host
+is another namespace; where the network is to be slow, for which not every kernel has what it takes, a virtual
+machine.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
@@ -25,20 +23,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from vm import image
+from vm import here, image
 from vm.errors import VmError
 from vm.guest import Guest, Machine
-from zramd.contract import exchange, rundir
 
 PORT = 10809
 NAME = "zram0"  # of each host's device
 ZRAMD = "/usr/bin/python3 -m zramd"  # in a virtual machine
 STATE = "/run/state"  # there: a tmpfs
+KEYS = "/run/keys.psk"  # there, too
 HOST_MEMORY = 384 << 20
-SERVES = 60.0  # seconds in which a server must serve
 USER = "guest"
+OTHER = "neighbour"  # who has a key, too, and may come to no host here
 # A host that dies says nothing. Linux sends 15 times more, for a quarter of an hour, before it gives a
-# connection up, and the guest waits as long. So docs/network-vm.md has users set this where qemu runs.
+# connection up, and the guest waits as long. So docs/network.md has users set this where qemu runs.
 SYSCTLS = ("net.ipv4.tcp_retries2=5", "net.ipv4.tcp_syn_retries=2")
 
 
@@ -63,8 +61,8 @@ class Network:
         self._cables = 0
 
     def __enter__(self) -> Self:
-        # psktool appends: a user's key stays what it is.
-        image.output("psktool", "-u", USER, "-p", str(self.keys))
+        for user in (USER, OTHER):  # psktool appends: a user's key stays what it is
+            image.output("psktool", "-u", user, "-p", str(self.keys))
         image.output("ip", "netns", "add", self.name)
         try:
             self.run("ip", "link", "set", "lo", "up")
@@ -129,9 +127,14 @@ class MemoryHost(ABC):
     def log(self) -> str:
         """Return what its server has said."""
 
-    def tls(self, keys: str) -> list[str]:
-        """Return the words of nbdkit's by which it serves."""
-        return ["-i", self.address, "-p", str(PORT), "--tls=require", f"--tls-psk={keys}"]
+    def settings(self, keys: str, state: str) -> dict[str, str]:
+        """Return what its server is told: who may come, and where its files are."""
+        return {
+            "state": state,
+            "listen": f"{self.address}:{PORT}",
+            "tls": f"psk:{keys}",
+            "clients": USER,
+        }
 
     def disk_words(self, reconnect_delay: int) -> list[str]:
         """Return qemu's words for a guest's disk of this host's memory, with TLS."""
@@ -173,7 +176,7 @@ class HostHere(MemoryHost):
     def switch_off(self) -> None:
         with suppress(VmError):  # first of all: it must not say good-bye
             self._address("del")
-        self._kill()
+        here.kill(self._rundir)
         self._state.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -183,7 +186,7 @@ class HostHere(MemoryHost):
             image.output("ip", "netns", "del", self._namespace)
 
     def kill_server(self) -> None:
-        self._kill()
+        here.kill(self._rundir)
         self._serve()
 
     def cut(self, seconds: float) -> None:
@@ -192,7 +195,7 @@ class HostHere(MemoryHost):
         self._address("add")
 
     def stored(self) -> int:
-        return int((self._ask("/mm_stat") or "0").split()[0]) // 4096
+        return int(here.ask(self._rundir, "GET", "/mm_stat").split()[0]) // 4096
 
     def log(self) -> str:
         logs = [path.read_text(errors="replace") for path in sorted(self._rundir.glob("log*"), reverse=True)]
@@ -203,37 +206,18 @@ class HostHere(MemoryHost):
         image.output("ip", "-n", self._namespace, "addr", verb, f"{self.address}/24", "dev", "eth0")
 
     def _serve(self) -> None:
-        pairs = (f"rundir={self._rundir}", f"state={self._state}")
-        words = ("start", NAME, "--size", str(self.size), *pairs, "--", *self.tls(str(self.network.keys)))
-        self._zramd(*words)
+        settings = {"rundir": str(self._rundir), **self.settings(str(self.network.keys), str(self._state))}
+        self._zramd("start", NAME, "--size", str(self.size), *here.pairs(settings))
 
     def restart(self) -> None:
         """Let a new server take over, as an administrator does who has changed keys."""
         self._zramd("restart", "--rundir", str(self._rundir))
 
     def _zramd(self, *words: str) -> None:
-        ran = subprocess.run(
-            ["ip", "netns", "exec", self._namespace, sys.executable, "-m", "zramd", *words],
-            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if ran.returncode:
-            raise VmError(f"host {self.name}: {ran.stderr.strip() or 'no reason given'}")
-
-    def _ask(self, path: str) -> str:
-        with suppress(OSError):
-            status, content = exchange.ask(str(self._rundir), "GET", path, "", SERVES)
-            return content if status == 200 else ""
-        return ""
-
-    def _kill(self) -> None:
-        if pid := rundir.holder(str(self._rundir)):
-            os.kill(pid, signal.SIGKILL)
-            while rundir.holder(str(self._rundir)) == pid:
-                time.sleep(0.001)
+        try:
+            here.zramd(*words, namespace=self._namespace)
+        except VmError as error:
+            raise VmError(f"host {self.name}: {error}") from None
 
 
 class HostMachine(MemoryHost):
@@ -266,7 +250,8 @@ class HostMachine(MemoryHost):
             self.guest.run(f"grep -q ^{Path(path).stem.replace('-', '_')} /proc/modules || insmod {path}")
         self.guest.run(f"ip addr add {self.address}/24 dev eth0 && ip link set eth0 up")
         self.guest.run(f"/usr/sbin/tc qdisc add dev eth0 root netem {self._netem}")
-        self.guest.put("/run/keys.psk", self.network.keys.read_bytes())
+        self.guest.put(KEYS, self.network.keys.read_bytes())
+        self.guest.run(f"chmod 600 {KEYS}")
         self.guest.run(f"mkdir {STATE} && mount -t tmpfs -o noswap none {STATE}")
         self._serve()
 
@@ -289,8 +274,9 @@ class HostMachine(MemoryHost):
         return ""
 
     def _serve(self) -> None:
-        serve = f"{ZRAMD} serve --name {NAME} --size {self.size} state={STATE}/{NAME}"
-        self.guest.run(f"{{ setsid {serve} -- {' '.join(self.tls('/run/keys.psk'))} >>/run/log 2>&1; }} &")
+        settings = " ".join(here.pairs(self.settings(KEYS, f"{STATE}/{NAME}")))
+        serve = f"{ZRAMD} serve --name {NAME} --size {self.size} {settings}"
+        self.guest.run(f"{{ setsid {serve} >>/run/log 2>&1; }} &")
         # Not more often: each look takes the server's only processor.
         self.guest.run(
             "i=0; until /bin/guest_tool control /run/zramd/zram0/control.sock GET /health >/dev/null; do "
