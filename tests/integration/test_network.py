@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -70,6 +71,9 @@ class Served:
         done = zramd_command("set", "--rundir", self.rundir, f"{name}={value}")
         assert done.returncode == 0, done.stderr
 
+    def log(self) -> str:
+        return (self.rundir / "log").read_text()
+
     def connect(self) -> socket.socket:
         """A stranger's connection, which says nothing."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=60 * PATIENCE)
@@ -119,6 +123,20 @@ def nbdinfo(uri: str) -> str:
 
 
 SIZE = str(16 << 20)
+TLS_REQUIRED = 0x80000005  # NBD_REP_ERR_TLS_REQD
+
+
+def answer_without_tls(served: Served) -> int:
+    """The type of what the server answers to a client that wants the device and begins no TLS."""
+    name = NAME.encode()
+    with served.connect() as client, client.makefile("rb") as said:
+        assert said.read(18)[:16] == b"NBDMAGICIHAVEOPT"
+        wish = struct.pack(f">I{len(name)}sH", len(name), name, 0)
+        client.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 7, len(wish)) + wish)  # NBD_OPT_GO
+        answer = struct.Struct(">QIII")
+        _, option, kind, _ = answer.unpack(said.read(answer.size))
+        assert option == 7
+        return int(kind)
 
 
 class TestKeys:
@@ -131,7 +149,7 @@ class TestKeys:
         others.write_text("guest3:" + "00" * 32 + "\n")
         stranger = served.uri.replace("guest1", "guest3").replace(str(keys), str(others))
         assert "gnutls_handshake" in nbdinfo(stranger)
-        assert "requires TLS" in nbdinfo(f"nbd://127.0.0.1:{served.port}/{NAME}")
+        assert answer_without_tls(served) == TLS_REQUIRED
         assert (served.health()["listen"], served.health()["tls"]) == (f"127.0.0.1:{served.port}", "psk")
         assert not (served.rundir / "nbd.sock").exists()
 
@@ -228,7 +246,7 @@ class TestCertificates:
         (pki / "none").mkdir()
         shutil.copy(pki / "ca-cert.pem", pki / "none")
         assert nbdinfo(f"{plain}?tls-certificates={pki}/none") != SIZE
-        assert "requires TLS" in nbdinfo(f"nbd://127.0.0.1:{served.port}/{NAME}")
+        assert answer_without_tls(served) == TLS_REQUIRED
 
     def test_names_where_nbdkit_knows_them(self, serve: Serve, tmp_path: Path) -> None:
         pki = certificates(tmp_path, ("guest1", "guest2"))
@@ -247,6 +265,12 @@ class TestCertificates:
         served = serve(f"tls=x509:{pki}", "clients=guest1")
         assert nbdinfo(f"{served.uri}?tls-certificates={pki}/guest1") == SIZE
         assert nbdinfo(f"{served.uri}?tls-certificates={pki}/guest2") != SIZE
+        refused = "client 'guest2' is none of clients=guest1: add its name, if it may come"
+        wait_until(lambda: refused in served.log())
+        assert served.health()["clients"] == 0
+        served.restart("clients=guest2")
+        assert nbdinfo(f"{served.uri}?tls-certificates={pki}/guest1") != SIZE
+        assert nbdinfo(f"{served.uri}?tls-certificates={pki}/guest2") == SIZE
 
 
 class Qemu:
@@ -414,8 +438,7 @@ class TestStrangers:
         if "No module named 'nbd'" in done.stderr:
             pytest.skip("libnbd's Python module is not installed: python3-libnbd")
         assert done.stdout.splitlines() == [SIZE, "True True"], done.stderr
-        log = (served.rundir / "log").read_text()
-        assert "zramd: 1 idle client was cut off, as client_idle has it" in log
+        wait_until(lambda: "zramd: 1 idle client was cut off, as client_idle has it" in served.log())
         served.set("client_idle", "0")
 
 
