@@ -34,6 +34,9 @@ _HEAD = struct.Struct("<16sQQ")
 _OWNER = struct.Struct("<64sQQQH")  # name, state's device and inode, mount namespace, bytes of its path
 MOST_PATH = _OWNER_BYTES - _OWNER.size
 
+_MOST = 1 << 52  # pages of a slot, as the core has it
+_REMEDY = "once no device has a part in it, remove the file"
+
 
 class State(NamedTuple):
     """A state file, as it can be found again. path: SYSTEMD for one that the service manager keeps."""
@@ -97,14 +100,13 @@ def check(fd: int, shown: str) -> bool:
     found = os.pread(fd, _HEAD.size, 0)
     if not found.strip(b"\0"):
         return False
-    remedy = "once no device has a part in it, remove the file"
     if len(found) < _HEAD.size or found[: len(MAGIC)] != MAGIC:
-        raise BudgetError(f"'{shown}' is damaged, or no budget of zramd: {remedy}")
+        raise BudgetError(f"'{shown}' is damaged, or no budget of zramd: {_REMEDY}")
     _, version, slots = _HEAD.unpack(found)
     if version != VERSION:
-        raise BudgetError(f"budget '{shown}' has version {version}, this zramd knows {VERSION}: {remedy}")
+        raise BudgetError(f"budget '{shown}' has version {version}, this zramd knows {VERSION}: {_REMEDY}")
     if slots != SLOTS or os.fstat(fd).st_size != BYTES:
-        raise BudgetError(f"budget '{shown}' is damaged (its size is not that of {SLOTS} slots): {remedy}")
+        raise BudgetError(f"budget '{shown}' is damaged (its size is not that of {SLOTS} slots): {_REMEDY}")
     return True
 
 
@@ -116,6 +118,12 @@ def slots(fd: int, *, empty: bool = False) -> list[Slot]:
         if granted or floor or empty:
             found.append(Slot(number, granted * PAGE, floor * PAGE))
     return found
+
+
+def check_slots(found: list[Slot], shown: str) -> None:
+    """Raise BudgetError for a slot that takes what no machine has: something has written to the file."""
+    if any(slot.taken >= _MOST * PAGE for slot in found):
+        raise BudgetError(f"budget '{shown}' is damaged (a slot has more than any machine): {_REMEDY}")
 
 
 def limit(fd: int) -> int:

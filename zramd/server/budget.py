@@ -35,7 +35,9 @@ def look(config: Config) -> None:
     try:
         if file.check(fd, shown):
             own = _slot_of(fd, _state_of(config))
-            others = [slot for slot in file.slots(fd) if slot.number != own]
+            counting = file.slots(fd)
+            file.check_slots(counting, shown)
+            others = [slot for slot in counting if slot.number != own]
             budget = file.limit(fd) if handover.is_standby() else config.budget
             _check_floors(others, config.budget_floor, budget)
     finally:
@@ -75,6 +77,7 @@ class Member:
         state = _state_of(config)
         before = _slot_of(fd, state)
         counting = file.slots(fd)
+        file.check_slots(counting, self._shown)
         now = file.limit(fd)
         others = [slot for slot in counting if slot.number != before]
         # One on standby was told long ago what the budget was.

@@ -116,3 +116,26 @@ def test_what_the_service_manager_keeps(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(budget, "_is_kept", lambda state: asked.append(state) or False)
     assert not budget.is_there(Owner("a", kept, 0))
     assert asked == [kept]
+
+
+def test_an_owner_that_is_damaged(made: Path) -> None:
+    """No path has such a name: the slot is nobody's, and nothing but this is lost."""
+    fd = os.open(made, os.O_RDWR)
+    budget.write_owner(fd, 3, Owner("swap3", State("/dev/shm/a\0b", 1, 2), budget.namespace()))
+    who = budget.owner(fd, 3)
+    assert who == Owner("swap3", None, budget.namespace())
+    assert not budget.is_there(who)
+    put(made, budget.lock_of(3), 5, 0)
+    put(made, budget.TABLE_AT, 1000, 4)
+    assert budget.look(str(made)) is None
+    os.close(fd)
+
+
+def test_a_slot_with_more_than_there_is(made: Path) -> None:
+    put(made, budget.lock_of(3), 1 << 52, 0)
+    fd = os.open(made, os.O_RDONLY)
+    with pytest.raises(BudgetError, match=r"is damaged \(a slot has more than any machine\): once no device"):
+        budget.check_slots(budget.slots(fd), str(made))
+    put(made, budget.lock_of(3), (1 << 52) - 1, 0)
+    budget.check_slots(budget.slots(fd), str(made))
+    os.close(fd)
