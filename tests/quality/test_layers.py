@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "zramd"
 
 # From the ground up: each room, what it is, and the rooms that it may import. What is not here, it may not.
-# errors, lockfile, meminfo, resident and trusted are modules for all; core.types has the core's words and constants.
+# errors, lockfile, meminfo, resident and trusted are modules for all; core.types has words and constants.
 GROUND = {"errors", "lockfile", "meminfo", "resident", "trusted"}
 MAY_IMPORT = {
     "errors": set(),

@@ -102,7 +102,8 @@ def budget_line(found: "budget.Shown", in_bytes: bool) -> str:
     def size(number: int) -> str:
         return str(number) if in_bytes else human(number)
 
-    line = f"budget {size(found.budget)}: {size(found.used)} taken by {found.devices} devices"
+    devices = "1 device" if found.devices == 1 else f"{found.devices} devices"
+    line = f"budget {size(found.budget)}: {size(found.used)} taken by {devices}"
     if found.left_behind:
         line += f", {size(found.left_behind)} of it by what servers have left that do not run"
     return line + f", {size(max(0, found.budget - found.used))} left\n"

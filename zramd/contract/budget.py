@@ -136,7 +136,7 @@ def owner(fd: int, number: int) -> Owner:
     data = os.pread(fd, _OWNER_BYTES, _OWNERS_AT + number * _OWNER_BYTES).ljust(_OWNER_BYTES, b"\0")
     name, device, inode, namespace, length = _OWNER.unpack_from(data)
     where = os.fsdecode(data[_OWNER.size : _OWNER.size + length])
-    state = State(where, device, inode) if inode else None
+    state = State(where, device, inode) if inode and "\0" not in where else None  # else it is damaged
     return Owner(name.rstrip(b"\0").decode(errors="replace"), state, namespace)
 
 

@@ -28,6 +28,9 @@ TRANSPORTS = {
 }
 PRINTS = {"--help", "--version", "-V", "--dump-plugin", "--dump-config", "--short-options", "--long-options"}
 STANDARD_INPUT = {"-s", "--single", "--stdin"}
+# What a server takes less with. One arena for all threads: with an arena each, memory goes on growing for
+# thousands of connections. And no columns of Python's code: a traceback has the lines.
+LEAN = {"MALLOC_ARENA_MAX": "1", "PYTHONNODEBUGRANGES": "1"}
 # For each client, with several threads. nbdkit's own 16 queue for the interpreter: docs/benchmarks.md.
 THREADS = 4
 # nbdkit's options whose value is the next word, if it is not attached with '='.
@@ -236,8 +239,8 @@ def set_environment(settings: Config) -> None:
     inherited.for_server()
     # nbdkit hands paths on as UTF-8, whatever the locale, and a service has none: Python could not open them.
     os.environ["LC_ALL"] = "C.UTF-8"
-    # One arena for all threads: with an arena each, memory goes on growing for thousands of connections.
-    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
+    for name, value in LEAN.items():
+        os.environ.setdefault(name, value)
     if settings.swap == "local":
         # Python's own allocator asks the kernel for a megabyte whenever it is out of one.
         os.environ["PYTHONMALLOC"] = "malloc"

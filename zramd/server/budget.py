@@ -165,6 +165,8 @@ class Member:
 def _open(shown: str) -> int:
     try:
         with trusted.place(shown, make=True) as place:
+            if os.path.islink(shown):  # what 'zramd list' opens would be another file one day
+                raise BudgetError(f"budget '{shown}' is a link: remove it, or use no budget")
             return place.open_or_create()
     except UntrustedError as error:
         raise BudgetError(f"budget '{shown}' is not used: {error}: remove it, or use no budget") from None

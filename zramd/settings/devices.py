@@ -143,7 +143,11 @@ def load(root: str | None = None, file: str | None = None) -> Configuration:
         if not file:
             conffiles.refuse_untrusted(path)
         entries, wrong = conffiles.read(path)
-        problems += wrong + _add(sections, entries)
+        # What is wrong with what all devices share stops all.
+        problems += [
+            problem._replace(section="") if problem.section == HOST else problem for problem in wrong
+        ]
+        problems += _add(sections, entries)
     result = build(sections, total_ram(folder), problems)
     notes = [*result.notes, *([] if file else _other_notes(folder, bool(paths), result.devices))]
     files = tuple(str(path) for path in paths)
@@ -259,12 +263,15 @@ def is_roots(folder: str | None) -> bool:
 
 
 def shared() -> dict[str, str]:
-    """Return what [zramd] gives each of root's servers. Raises ConfigError if that is wrong, ZramdError."""
+    """Return what [zramd] gives each of root's servers.
+
+    Raises ConfigError for what is wrong there, or outside of every section: it may be meant; ZramdError.
+    """
     if not conffiles.are_there(CONF):
         return {}
     configuration = load()
     for problem in configuration.problems:
-        if not problem.section and problem.text.startswith(_SHARED):
+        if not problem.section:
             raise ConfigError(str(problem))
     return configuration.shared
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.processes import ZramdServer, fio, whole
 from bench.results import Row, at_most
 from bench.setup import MIB, Setup
+from zramd.launch import nbdkit
 
 SETTLE = 5.0  # seconds: what a start has needed and nothing else does is given back by then
 STARTS = 8  # at once
@@ -43,6 +44,10 @@ def split(smaps: str) -> Counter[str]:
     return found
 
 
+def _start(setup: Setup, number: int) -> ZramdServer:
+    return ZramdServer(setup, f"many {number}", "1G", environment=nbdkit.LEAN)
+
+
 def measure(setup: Setup) -> list[Row]:
     """Return the rows; raises NotMeasuredError."""
     count = setup.pick(50, 4)
@@ -50,7 +55,7 @@ def measure(setup: Setup) -> list[Row]:
     with ExitStack() as stack:
         # A server ends with the thread that has started it: the pool stays until they have been looked at.
         starters = stack.enter_context(ThreadPoolExecutor(STARTS))
-        servers = list(starters.map(lambda number: ZramdServer(setup, f"many {number}", "1G"), range(count)))
+        servers = list(starters.map(lambda number: _start(setup, number), range(count)))
         for server in servers:
             stack.enter_context(server)
         for server in servers:

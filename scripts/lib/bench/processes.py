@@ -155,13 +155,20 @@ class ZramdServer(Server):
     """nbdkit with zramd's plugin; `settings` are keys of the plugin."""
 
     def __init__(
-        self, setup: Setup, name: str, disksize: int | str, *, keys: Keys | None = None, **settings: str
+        self,
+        setup: Setup,
+        name: str,
+        disksize: int | str,
+        *,
+        environment: Environment = NOTHING,
+        keys: Keys | None = None,
+        **settings: str,
     ) -> None:
         self._control = setup.folder / name.replace(" ", "-") / "run" / "control.sock"
         pairs = [f"{key}={value}" for key, value in settings.items()]
         rundir = f"rundir={self._control.parent}"
         plugin = ["python", str(PLUGIN), f"disksize={disksize}", rundir, *pairs]
-        super().__init__(setup, name, *plugin, keys=keys)
+        super().__init__(setup, name, *plugin, environment=environment, keys=keys)
 
     def request(self, method: str, path: str, content: str = "") -> dict[str, Any]:
         """Send a request to the control socket and return its JSON answer; raises OSError or ValueError."""
