@@ -4,7 +4,7 @@ What a device is to keep beside its blocks, its state has: state_words. Lock ord
 """
 
 cimport cython
-from libc.errno cimport EAGAIN, EDQUOT, EINVAL, EIO
+from libc.errno cimport EAGAIN, EBADMSG, EDQUOT, EINVAL, EIO, EREMOTEIO
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -43,10 +43,6 @@ from zramd.core.pool.size_classes import pool_layout
 from zramd.errors import CorruptionError, error_from
 
 MAX_DISKSIZE = 4 << 40      # bytes: 2**30 blocks; handles have 31 bits
-
-cdef extern from "<errno.h>":
-    int EBADMSG
-    int EREMOTEIO
 
 cdef enum:
     EXTENTS_MAX = 4096      # in one answer: the client asks again for the rest

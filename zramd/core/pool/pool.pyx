@@ -55,6 +55,7 @@ from zramd.core.system cimport points
 from zramd.core.system.bits cimport bits_set, prefetch
 from zramd.core.system.checks cimport zr_assert, zr_assert_held, zr_static_assert
 from zramd.core.system.locks cimport (
+    clear_words,
     compare_swap,
     counter_add,
     cpu_relax,
@@ -613,11 +614,7 @@ cdef class Pool:
         store_relaxed(&self.cells_used, 0)
         self.cells_free = 0
         pthread_mutex_unlock(&self.cells_lock)
-        store_relaxed(&self.counters.pages_compacted, 0)
-        store_relaxed(&self.counters.objects_migrated, 0)
-        store_relaxed(&self.counters.num_compactions, 0)
-        store_relaxed(&self.counters.compact_ns, 0)
-        store_relaxed(&self.counters.bytes_migrated, 0)
+        clear_words(<uint64_t *>self.counters, sizeof(pool_counters))
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes beside the arena's pages: cells, zspages, tables, counters, this object."""
