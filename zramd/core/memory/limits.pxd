@@ -13,6 +13,7 @@ from zramd.core.system.locks cimport (
 from zramd.core.memory.budget cimport Budget
 from zramd.core.memory.region cimport Memory
 
+
 @cython.final
 cdef class Limits:
     # Looked at for each page. Where there is no limit, these stand high above all that there can be.
