@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from support.manager import ServiceManager
 from support.run import talk, wait_until
 from support.server import PACKAGE_PARENT
 
@@ -348,10 +349,9 @@ def test_a_socket_that_was_passed(rundir: Path, tmp_path: Path) -> None:
 
 def test_a_server_in_the_background_tells_no_manager(rundir: Path, tmp_path: Path) -> None:
     """It would say that a service is ready which has only called `zramd start`."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(tmp_path / "notify"))
-        manager.setblocking(False)
-        words = ["start", "c", f"rundir={rundir}", "--size", "64M"]
-        assert shell('exec "$@"', *words, NOTIFY_SOCKET=str(tmp_path / "notify"))[0] == 0
-        with pytest.raises(BlockingIOError):
-            manager.recv(100)
+    manager = ServiceManager(tmp_path)
+    words = ["start", "c", f"rundir={rundir}", "--size", "64M"]
+    assert shell('exec "$@"', *words, NOTIFY_SOCKET=str(manager.path))[0] == 0
+    manager.take()
+    assert manager.said == []
+    manager.close()

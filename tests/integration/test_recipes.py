@@ -16,7 +16,7 @@ import pytest
 from support.run import SEED, wait_until
 from support.server import NbdkitProcess
 
-from zramd.settings.config import MAX_DISKSIZE
+from zramd.settings.values import MAX_DISKSIZE
 
 nbd = pytest.importorskip("nbd")
 

@@ -4,13 +4,13 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.manager import ServiceManager
 from support.run import wait_until
 from test_ublk_server import NO_RINGS, Device, gone
 
@@ -23,16 +23,6 @@ from zramd.launch.wishes import Wanted
 pytestmark = pytest.mark.skipif(bool(NO_RINGS), reason=NO_RINGS)
 UNIT = "zramd@u0.service"
 FEWER = ["setpriv", "--inh-caps=-sys_admin", "--bounding-set=-sys_admin", "--"]
-# What systemd does with the one descriptor that it keeps, if it does.
-PASS = """
-import os, sys
-words = sys.argv[1:]
-if words[0].isdigit():
-    os.dup2(int(words.pop(0)), 3)
-    passed = {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid()), "LISTEN_FDNAMES": "zramd-state"}
-    os.environ.update(passed)
-os.execv(sys.executable, [sys.executable, "-P", "-m", "zramd", *words])
-"""
 SYS_ADMIN = 21  # the capability's number
 
 
@@ -41,45 +31,17 @@ class Service(Device):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.kept: list[int] = []
-        self.said: list[str] = []
+        self.manager = ServiceManager(folder)
         self.servers: list[subprocess.Popen[str]] = []
-        self._path = str(folder / "notify")
-        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._notify.bind(self._path)
-        self._notify.setblocking(False)
 
     def serve(self, *words: str, state: str = "systemd") -> subprocess.Popen[str]:
         """`zramd serve` as a service without CAP_SYS_ADMIN, with the descriptors that are kept."""
         settings = ("--name", "u0", "--size", "8M", "--ublk", f"rundir={self.folder}", f"state={state}")
-        kept = [str(fd) for fd in self.kept]
-        server = subprocess.Popen(
-            [*FEWER, sys.executable, "-P", "-c", PASS, *kept, "serve", *settings, *words],
-            env={**self.environment, "PATH": os.environ["PATH"], "NOTIFY_SOCKET": self._path},
-            pass_fds=self.kept,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        command = [*FEWER, sys.executable, "-P", "-m", "zramd", "serve", *settings, *words]
+        environment = {**self.environment, "PATH": os.environ["PATH"]}
+        server = self.manager.start(command, environment, errors=subprocess.PIPE)
         self.servers.append(server)
         return server
-
-    def take(self) -> None:
-        """Keep what has been sent, as systemd does."""
-        while True:
-            try:
-                text, fds, _, _ = socket.recv_fds(self._notify, 4096, 4)
-            except BlockingIOError:
-                return
-            self.said += text.decode().splitlines()
-            if "FDSTOREREMOVE=1" in text.decode():
-                self.let_go()
-            self.kept += fds
-
-    def let_go(self) -> None:
-        """Close what is kept."""
-        for fd in self.kept:
-            os.close(fd)
-        self.kept = []
 
     def serves(self, pid: int) -> None:
         """Return once this process answers."""
@@ -109,6 +71,7 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service
     for pid in (rundir.standby(str(made.folder)), rundir.holder(str(made.folder))):
         if pid:
             os.kill(pid, signal.SIGKILL)
+    made.manager.close()
     made.state.unlink(missing_ok=True)
 
 
@@ -136,7 +99,7 @@ class TestStandIn:
         """The process that was on standby and serves, and the data that it must have."""
         server = service.serve()
         service.serves(server.pid)
-        service.take()
+        service.manager.take()
         data = service.fill()
         assert standby.wanted(servers.look(None, str(service.folder)), Wanted(swap=True))
         waiting = standby.start(None, str(service.folder))
@@ -166,18 +129,18 @@ class TestStandIn:
         """Also where the manager has let go of the memory meanwhile, or has some that is none of it."""
         waiting, data = promoted
         if kept != "kept":
-            service.let_go()
+            service.manager.let_go()
         if kept == "another":
-            service.kept = [os.memfd_create("another", 0)]
-        before = service.said.count("FDSTORE=1")
+            service.manager.kept = [("zramd-state", os.memfd_create("another", 0))]
+        before = service.manager.said.count("FDSTORE=1")
         server = service.serve()
         try:
             service.serves(server.pid)
             assert gone(waiting)
             assert service.save() == data
-            service.take()
-            assert len(service.kept) == 1
-            assert service.said.count("FDSTORE=1") - before == (kept != "kept")
+            service.manager.take()
+            assert len(service.manager.kept) == 1
+            assert service.manager.said.count("FDSTORE=1") - before == (kept != "kept")
             end(server)
             server = service.serve()  # by what the manager has
             service.serves(server.pid)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.manager import ServiceManager
 from support.server import PACKAGE_PARENT, NbdkitProcess
 
 import zramd
@@ -404,35 +405,16 @@ def test_only_a_swap_of_this_machine_is_kept_from_the_oom_killer(serve: Callable
 # ---- What a server tells its manager ---------------------------------------------------------------------
 
 
-class Manager:
-    """A service manager's end of NOTIFY_SOCKET."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "notify"
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(self.path))
-        self._socket.settimeout(20)
-
-    def next(self) -> str:
-        """The next message."""
-        return self._socket.recv(4096).decode()
-
-    def next_status(self) -> str:
-        message = self.next()
-        assert message.startswith("STATUS=")
-        return message.removeprefix("STATUS=")
-
-
 @pytest.fixture
-def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
-    made = Manager(tmp_path)
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServiceManager]:
+    made = ServiceManager(tmp_path)
     monkeypatch.setenv("NOTIFY_SOCKET", str(made.path))
     yield made
-    made._socket.close()
+    made.close()
 
 
 def test_ready_and_status(
-    manager: Manager, serve: Callable[..., NbdkitProcess], monkeypatch: pytest.MonkeyPatch
+    manager: ServiceManager, serve: Callable[..., NbdkitProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = serve(wait=False, stats_interval="0.1")
     assert manager.next_status() == "0 MiB stored in 0 MiB of memory"
@@ -463,7 +445,7 @@ def configured(root: Path, text: str) -> dict[str, str]:
     return {**os.environ, "ZRAMD_ROOT": str(root), "PYTHONPATH": str(PACKAGE_PARENT)}
 
 
-def test_serve_says_nothing_to_a_terminal_under_a_manager(manager: Manager, tmp_path: Path) -> None:
+def test_serve_says_nothing_to_a_terminal_under_a_manager(manager: ServiceManager, tmp_path: Path) -> None:
     rundir = tmp_path / "run"
     environment = configured(tmp_path, f"[zram7]\ndisksize = 16M\nattach = no\nrundir = {rundir}\n")
     process = subprocess.Popen(
@@ -483,7 +465,7 @@ def test_serve_says_nothing_to_a_terminal_under_a_manager(manager: Manager, tmp_
     assert said == ("", "")
 
 
-def test_a_device_that_is_not_for_this_machine(manager: Manager, tmp_path: Path) -> None:
+def test_a_device_that_is_not_for_this_machine(manager: ServiceManager, tmp_path: Path) -> None:
     """To systemd it has started, told why there is nothing, and ended well; to a user it is an error."""
     environment = configured(tmp_path, "[zram0]\nhost-memory-limit = 1\n")
     words = [sys.executable, "-m", "zramd", "serve", "--config", "zram0"]

@@ -21,6 +21,22 @@ def block_content(block: int, version: int) -> bytes:
     return (head + data + bytes(4096))[: 4096 - 18] + head
 
 
+def digits(dice: random.Random, size: int = 4096) -> bytes:
+    """What lz4 leaves as it is, and zstd halves."""
+    return dice.randbytes(size // 2).hex().encode()
+
+
+def of_each_kind(dice: random.Random) -> tuple[bytes, ...]:
+    """Blocks: two that only zstd gets smaller, whole and in part; one that lz4 does; of one word; raw."""
+    return (
+        digits(dice),
+        digits(dice)[: dice.randrange(600, 4000)].ljust(4096, b"\0"),
+        dice.randbytes(1000).ljust(4096, b"\0"),
+        dice.randbytes(8) * 512,
+        dice.randbytes(4096),
+    )
+
+
 def compressible(seed: int, size: int = 700) -> bytes:
     """A block that is stored as a little more than `size` bytes."""
     return random.Random(seed).randbytes(size) + bytes(4096 - size)

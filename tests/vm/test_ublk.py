@@ -5,23 +5,18 @@ Each test plays one scene of ublkguest.py in a guest with Debian 13's kernel.
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import zramd
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 
-from vm import image, kernel
-from vm.guest import Guest, Machine, choose_accel
+from guests import MIB, small_guest
+from vm.guest import Guest
 
-ROOT = Path(__file__).resolve().parents[2]
 SUITE = "trixie"  # the first whose kernel has ublk
-MIB = 1 << 20
 # On from the boot: see EVENTS of ublkguest.py.
 COUNTED = "trace_event=raw_syscalls:sys_enter,kmem:kmalloc,kmem:kmem_cache_alloc,kmem:mm_page_alloc"
 pytestmark = pytest.mark.timeout(600)
@@ -30,20 +25,12 @@ pytestmark = pytest.mark.timeout(600)
 @pytest.fixture(scope="module")
 def guest() -> Iterator[Guest]:
     """A booted guest with the module, and with the scenes."""
-    folder = ROOT / "build/vm"
-    cloud = kernel.prepare(folder, SUITE)
-    images = image.prepare(folder, cloud, Path(zramd.__file__).parent.parent)
-    with tempfile.TemporaryDirectory(prefix="zramd-vm-") as name:
-        accel = choose_accel(Machine(cloud, images, 384 * MIB, 2, "tcg"), Path(name))
-        machine = Machine(cloud, images, 384 * MIB, 2, accel, parameters=COUNTED)
-        with Guest(machine, Path(name)) as guest:
-            guest.wait_for_boot()
-            for path in images.ublk_modules:
-                guest.run(f"insmod {path}")
-            for program in ("ublkdevice.py", "ublkguest.py"):
-                guest.put(f"/tmp/{program}", Path(__file__).with_name(program).read_bytes())
-            yield guest
-            assert guest.alarms() == []
+    with small_guest(SUITE, parameters=COUNTED) as guest:
+        for path in guest.machine.images.ublk_modules:
+            guest.run(f"insmod {path}")
+        for program in ("ublkdevice.py", "ublkguest.py"):
+            guest.put(f"/tmp/{program}", Path(__file__).with_name(program).read_bytes())
+        yield guest
 
 
 def play(guest: Guest, scene: str, patience: float = 120) -> dict[str, Any]:

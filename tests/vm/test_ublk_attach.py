@@ -10,23 +10,19 @@ test_vm_interruption.py, but all its rows are slow; one kind of them is a furthe
 import json
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import zramd
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 
-from vm import image, kernel, probe
-from vm.guest import PATIENCE, Guest, Machine, choose_accel
+from guests import small_guest
+from vm import probe
+from vm.guest import PATIENCE, Guest
 
-ROOT = Path(__file__).resolve().parents[2]
 SUITE = "trixie"  # the first whose kernel has ublk
-MIB = 1 << 20
 TIMEOUT = 300.0  # seconds for a scene, on a machine that is busy
 NOTHING = [[], [], [], []]  # of devices, records, keepers and swap
 pytestmark = pytest.mark.timeout(900)
@@ -109,22 +105,15 @@ def rows() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def booted() -> Iterator[Guest]:
     """A booted guest that plays scenes; its module is not loaded yet."""
-    folder = ROOT / "build/vm"
-    cloud = kernel.prepare(folder, SUITE)
-    images = image.prepare(folder, cloud, Path(zramd.__file__).parent.parent)
-    with tempfile.TemporaryDirectory(prefix="zramd-vm-") as name:
-        accel = choose_accel(Machine(cloud, images, 384 * MIB, 2, "tcg"), Path(name))
-        with Guest(Machine(cloud, images, 384 * MIB, 2, accel), Path(name)) as guest:
-            guest.wait_for_boot()
-            guest.run("mkdir -p /dev/shm && mount -t tmpfs -o noswap none /dev/shm")
-            guest.run("mkfifo /tmp/ask /tmp/tell")
-            for program in ("interruptions.py", "ublkattach.py"):
-                guest.put(f"/tmp/{program}", Path(__file__).with_name(program).read_bytes())
-            player = f"ZRAMD_PATIENCE={PATIENCE:g} /usr/bin/python3 /tmp/ublkattach.py /tmp/ask /tmp/tell"
-            guest.run(f"{player} </dev/null >/tmp/log 2>&1 &")
-            yield guest
-            print(guest.run("cat /tmp/log"))
-            assert guest.alarms() == []
+    with small_guest(SUITE) as guest:
+        guest.run("mkdir -p /dev/shm && mount -t tmpfs -o noswap none /dev/shm")
+        guest.run("mkfifo /tmp/ask /tmp/tell")
+        for program in ("interruptions.py", "ublkattach.py"):
+            guest.put(f"/tmp/{program}", Path(__file__).with_name(program).read_bytes())
+        player = f"ZRAMD_PATIENCE={PATIENCE:g} /usr/bin/python3 /tmp/ublkattach.py /tmp/ask /tmp/tell"
+        guest.run(f"{player} </dev/null >/tmp/log 2>&1 &")
+        yield guest
+        print(guest.run("cat /tmp/log"))
 
 
 @pytest.fixture(scope="module")

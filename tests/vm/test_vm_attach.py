@@ -7,7 +7,6 @@ folder as zramd's server has it.
 import json
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +14,12 @@ from pathlib import Path
 
 import pytest
 
-import zramd
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 
-from vm import image, kernel, probe
-from vm.guest import Guest, Machine, choose_accel
+from guests import small_guest
+from vm import kernel, probe
+from vm.guest import Guest
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(600)
 
 ZRAMD = "/usr/bin/python3 -m zramd"
@@ -57,17 +54,9 @@ os.execv("/usr/sbin/nbdkit", ["nbdkit", "-f", "-U", f"{folder}/nbd.sock", "file"
 )
 def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:
     """A booted guest with the kernel of each suite, its module nbd not loaded yet."""
-    folder = ROOT / "build/vm"
-    cloud = kernel.prepare(folder, request.param)
-    images = image.prepare(folder, cloud, Path(zramd.__file__).parent.parent)
-    with tempfile.TemporaryDirectory(prefix="zramd-vm-") as name:
-        machine = Machine(cloud, images, 384 << 20, 2, "tcg")
-        machine = Machine(cloud, images, machine.memory, machine.cpus, choose_accel(machine, Path(name)))
-        with Guest(machine, Path(name)) as guest:
-            guest.wait_for_boot()
-            guest.put("/tmp/serve.py", SERVE.encode())
-            yield guest
-            assert guest.alarms() == []
+    with small_guest(request.param) as guest:
+        guest.put("/tmp/serve.py", SERVE.encode())
+        yield guest
 
 
 @pytest.fixture(scope="module")

@@ -28,21 +28,17 @@ import json
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import zramd
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 
-from vm import image, kernel
-from vm.guest import Guest, Machine, choose_accel
+from guests import small_guest
+from vm.guest import Guest
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(600)
 ROW_TIMEOUT = 300.0  # seconds
 SUITE = os.environ.get("ZRAMD_VM_SUITE", "")  # read here: tests run without such variables
@@ -199,22 +195,14 @@ def rows() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def guest() -> Iterator[Guest]:
     """A booted guest, with what does the rows."""
-    folder = ROOT / "build/vm"
-    cloud = kernel.prepare(folder, SUITE)
-    images = image.prepare(folder, cloud, Path(zramd.__file__).parent.parent)
-    with tempfile.TemporaryDirectory(prefix="zramd-vm-") as name:
-        machine = Machine(cloud, images, 384 << 20, 2, "tcg")
-        machine = Machine(cloud, images, machine.memory, machine.cpus, choose_accel(machine, Path(name)))
-        with Guest(machine, Path(name)) as guest:
-            guest.wait_for_boot()
-            guest.run(f"insmod {guest.machine.images.later_modules[-1]}")
-            guest.run("mkdir -p /dev/shm && mount -t tmpfs none /dev/shm && mkfifo /tmp/ask /tmp/tell")
-            program = Path(__file__).with_name("interruptions.py").read_bytes()
-            guest.put("/tmp/interruptions.py", program)
-            guest.run("/usr/bin/python3 /tmp/interruptions.py /tmp/ask /tmp/tell </dev/null >/tmp/log 2>&1 &")
-            yield guest
-            print(guest.run("cat /tmp/log"))
-            assert guest.alarms() == []
+    with small_guest(SUITE) as guest:
+        guest.run(f"insmod {guest.machine.images.later_modules[-1]}")
+        guest.run("mkdir -p /dev/shm && mount -t tmpfs none /dev/shm && mkfifo /tmp/ask /tmp/tell")
+        program = Path(__file__).with_name("interruptions.py").read_bytes()
+        guest.put("/tmp/interruptions.py", program)
+        guest.run("/usr/bin/python3 /tmp/interruptions.py /tmp/ask /tmp/tell </dev/null >/tmp/log 2>&1 &")
+        yield guest
+        print(guest.run("cat /tmp/log"))
 
 
 @pytest.mark.parametrize(("during", "at", "whom", "what", "end", "says", "second"), list(rows()))

@@ -169,7 +169,7 @@ def test_local_at_the_limit(limit: tuple[str, ...], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("way", "how"),
     [
-        # slow: a minute; test_network.py has qemu and a restart, test_vm_attach.py kills, each time
+        # slow: a minute; each time: test_network.py has qemu and a restart, test_vm_attach.py has kills
         pytest.param("qemu", (), marks=pytest.mark.slow),
         # slow: restarts under swap are in test_vm_attach.py, too
         pytest.param("qemu", ("--restart",), marks=pytest.mark.slow),

@@ -219,6 +219,18 @@ def add_device(parser: Parser) -> None:
     )
 
 
+def add_rundirs(parser: Parser) -> None:
+    """Add --rundir, as often as wanted, for a verb that shows several devices."""
+    parser.add_argument(
+        "--rundir",
+        metavar="FOLDER",
+        type=folder,
+        action="append",
+        default=[],
+        help="show the device in this run folder",
+    )
+
+
 def folder(text: str) -> str:
     """Return a FOLDER as it was written: '' is a shell's variable that is not set, and means no folder."""
     if not text:

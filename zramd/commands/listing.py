@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from zramd.commands import folder
+from zramd.commands import add_rundirs
 from zramd.contract import budget, rundir
 from zramd.control import servers
 from zramd.control.columns import BY_NAME, COLUMNS, DEFAULT, Column, columns
@@ -140,14 +140,9 @@ def as_json(
 def run(arguments: argparse.Namespace) -> int:
     """Print the table; devices whose server has died are named on standard error."""
     shown = columns(arguments.output, arguments.output_all)
-    if arguments.rundir or arguments.names:
-        wanted = [servers.find(name) for name in arguments.names]
-        wanted += [servers.find(None, folder) for folder in arguments.rundir]
-    else:
-        wanted = servers.every()
     rows: list[Row] = []
     status = 0
-    for served in wanted:
+    for served in servers.those(arguments.names, arguments.rundir):
         try:
             if served.pid is None:
                 raise served.died()
@@ -220,12 +215,5 @@ def add(commands: "Commands") -> None:
         "--raw", action="store_true", help="separate columns by one space, and print - for an empty one"
     )
     parser.add_argument("-J", "--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--rundir",
-        metavar="FOLDER",
-        type=folder,
-        action="append",
-        default=[],
-        help="show the device in this run folder",
-    )
+    add_rundirs(parser)
     parser.set_defaults(run=run)

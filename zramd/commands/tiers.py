@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from zramd.commands import Commands, add_device, folder
+from zramd.commands import Commands, add_device, add_rundirs
 from zramd.control import servers
 from zramd.control.human import human
 from zramd.errors import DeviceError, UsageError, printable, say
@@ -29,15 +29,10 @@ _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 def tiers(arguments: argparse.Namespace) -> int:
     """Print what is hot, cold and out; devices whose server has died are named on standard error."""
-    if arguments.rundir or arguments.names:
-        wanted = [servers.find(name) for name in arguments.names]
-        wanted += [servers.find(None, folder) for folder in arguments.rundir]
-    else:
-        wanted = servers.every()
     glyphs = MONO if "utf" in (sys.stdout.encoding or "").lower() else ASCII
     found: list[dict[str, Any]] = []
     status = 0
-    for served in wanted:
+    for served in servers.those(arguments.names, arguments.rundir):
         try:
             if served.pid is None:
                 raise served.died()
@@ -264,14 +259,7 @@ def add(commands: Commands) -> None:
         "ago somebody asked for them, and what the background does. Without a name: of every device.",
     )
     parser.add_argument("names", metavar="NAME", nargs="*", help="only these devices")
-    parser.add_argument(
-        "--rundir",
-        metavar="FOLDER",
-        type=folder,
-        action="append",
-        default=[],
-        help="show the device in this run folder",
-    )
+    add_rundirs(parser)
     parser.add_argument("-J", "--json", action="store_true", help="print JSON")
     parser.set_defaults(run=tiers)
     parser = commands.add_parser(

@@ -8,6 +8,7 @@ Nothing here needs the compiled core.
 
 import os
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 
 from zramd import trusted
@@ -358,6 +359,11 @@ def find(name: str | None, path: str | None = None) -> Served:
     if served.pid is None:
         raise served.died()
     return served
+
+
+def those(names: Iterable[str], folders: Iterable[str]) -> list[Served]:
+    """Return the devices with these names and in these run folders, as `find`; without any, all."""
+    return [*map(find, names), *(find(None, folder) for folder in folders)] or every()
 
 
 def _server(path: str) -> int | None:

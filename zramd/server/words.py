@@ -16,7 +16,7 @@ from zramd.server.ages import SWEEP
 from zramd.server.tiers import Pass
 from zramd.server.withoutbacking import WritePass
 from zramd.settings import amounts, codecs
-from zramd.settings.config import MAX_COLD_AGE
+from zramd.settings.values import MAX_COLD_AGE
 
 HOT = tuple(codecs.LEVELS)
 COLD = (codecs.COLD,)

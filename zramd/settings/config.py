@@ -1,192 +1,17 @@
 """Settings: one table feeds the plugin's keys, the launcher's help and docs/reference.md.
 
 Read `SETTINGS`, then `parse`, which turns the `key=value` pairs of a command line into a `Config`.
+How each text is read is in zramd.settings.values.
 """
 
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from zramd.contract import rundir
 from zramd.errors import ConfigError
-from zramd.settings import amounts, codecs, network
-from zramd.settings.amounts import parse_size as parse_size
-
-PAGE_SIZE = 4096  # bytes
-MAX_DISKSIZE = 4 << 40  # the core has the same: handles have 31 bits
-MAX_CLIENTS = 65536
-MIN_COLD_AGE = 10  # seconds: a sweep
-MAX_COLD_AGE = 5 * 3600  # the oldest that a block's age can tell is some more
-MIN_WRITEBACK_LIMIT = 64 << 10  # an extent: less would never be written
-# sun_path holds 107 bytes and a NUL; control.sock is the longest socket name in the folder.
-MAX_RUNDIR_BYTES = 107 - len("/control.sock")
-
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
-_BOOLEANS = {"on": True, "yes": True, "true": True, "1": True}
-_BOOLEANS |= {"off": False, "no": False, "false": False, "0": False}
-
-
-def _disksize(text: str) -> int:
-    size = -(-parse_size(text) // PAGE_SIZE) * PAGE_SIZE
-    if not 0 < size <= MAX_DISKSIZE:
-        raise ConfigError(f"'{text}' is out of range: use more than 0 and at most 4T")
-    return size
-
-
-def _step(text: str) -> int:
-    size = parse_size(text)
-    if not PAGE_SIZE <= size <= 1 << 30:
-        raise ConfigError(f"'{text}' is out of range: use 4K to 1G")
-    return size
-
-
-def _reserve(text: str) -> int:
-    size = parse_size(text)
-    if not 1 << 20 <= size <= 1 << 30:
-        raise ConfigError(f"'{text}' is out of range: use 1M to 1G")
-    return size
-
-
-def _client_limit(text: str) -> int:
-    limit = amounts.whole(text, 1, MAX_CLIENTS)
-    if limit is None:
-        raise ConfigError(f"'{text}' is out of range: use 1 to {MAX_CLIENTS} connections")
-    return limit
-
-
-def _name(text: str) -> str:
-    if _NAME.fullmatch(text) is None:
-        raise ConfigError(
-            f"'{text}' is not a name: use 1 to 64 letters, digits, _ . or -, not starting with . or -"
-        )
-    return text
-
-
-def _absolute(text: str) -> str:
-    path = os.path.abspath(text)
-    try:
-        os.fsencode(path).decode()
-    except UnicodeEncodeError:
-        raise ConfigError(f"'{path}' is no path in this locale: set LC_ALL=C.UTF-8") from None
-    except UnicodeDecodeError:
-        raise ConfigError(
-            f"'{path}' is not UTF-8 text, as nbdkit's Python wants it: use another path"
-        ) from None
-    return path
-
-
-def _rundir(text: str) -> str:
-    if not text or "\0" in text:
-        raise ConfigError(f"'{text}' is not a folder")
-    path = _absolute(text)
-    if len(os.fsencode(path)) > MAX_RUNDIR_BYTES:
-        raise ConfigError(f"'{text}' is too long for a socket's path: use at most {MAX_RUNDIR_BYTES} bytes")
-    return path
-
-
-def _metrics_file(text: str) -> str:
-    if "\0" in text or text.endswith("/"):
-        raise ConfigError(f"'{text}' is not a file: use a path that ends in .prom, as node_exporter expects")
-    if text and not text.endswith(".prom"):
-        raise ConfigError(f"'{text}' does not end in .prom: node_exporter would not look at it")
-    return _absolute(text) if text else ""
-
-
-def _state(text: str) -> str:
-    if "\0" in text:
-        raise ConfigError(f"'{text}' is not a path")
-    return _absolute(text) if text and text != "systemd" else text
-
-
-def _backing(text: str) -> str:
-    if "\0" in text:
-        raise ConfigError(f"'{text}' is not a path")
-    return _absolute(text) if text else ""
-
-
-def _writeback_limit(text: str) -> int:
-    if text.lower() == "off":
-        return 0
-    size = parse_size(text)
-    if 0 < size < MIN_WRITEBACK_LIMIT:
-        raise ConfigError(f"'{text}' is out of range: use 64K or more, or off for no limit")
-    return size
-
-
-def _boolean(text: str) -> bool:
-    try:
-        return _BOOLEANS[text.lower()]
-    except KeyError:
-        raise ConfigError(f"'{text}' is neither on nor off: use one of them") from None
-
-
-def _pool_full(text: str) -> str:
-    if text.lower() not in ("enospc", "eio"):
-        raise ConfigError(f"'{text}' is not an error number: use enospc or eio")
-    return text.lower()
-
-
-def _tls(text: str) -> str:
-    return network.tls_text(text, _absolute)
-
-
-def _idle(text: str) -> float:
-    low, high = network.MIN_IDLE, network.MAX_IDLE
-    seconds = 0.0 if text == "0" else amounts.duration(text, low, high)
-    if seconds is None:
-        raise ConfigError(
-            f"'{text}' is out of range: use {low} seconds to {high // 3600} hours, such as "
-            "90s or 1h, or 0 for never"
-        )
-    return seconds
-
-
-def _swap(text: str) -> str:
-    if text.lower() not in ("other", "local"):
-        raise ConfigError(f"'{text}' is neither other nor local")
-    return text.lower()
-
-
-def _front(text: str) -> str:
-    if text.lower() not in ("nbd", "ublk", "auto"):
-        raise ConfigError(f"'{text}' is not a front: use nbd, ublk or auto")
-    return text.lower()
-
-
-def _thread_model(text: str) -> str:
-    if text.lower() not in ("auto", "parallel", "serialize_requests"):
-        raise ConfigError(f"'{text}' is not a thread model: use auto, parallel or serialize_requests")
-    return text.lower()
-
-
-def _number(text: str, low: float, high: float, unit: str) -> float:
-    found = amounts.number(text, low, high)
-    if found is None:
-        raise ConfigError(f"'{text}' is out of range: use {low:g} to {high:g} {unit}")
-    return found
-
-
-def _percent(text: str) -> float:
-    return _number(text.removesuffix("%"), 0.1, 100, "percent")
-
-
-def _seconds(text: str) -> float:
-    return _number(text, 0.01, 3600, "seconds")
-
-
-def _age(text: str) -> float:
-    seconds = amounts.duration(text, MIN_COLD_AGE, MAX_COLD_AGE)
-    if seconds is None:
-        raise ConfigError(
-            f"'{text}' is out of range: use {MIN_COLD_AGE} seconds to {MAX_COLD_AGE // 3600} hours, "
-            "such as 300, 5min or 1h"
-        )
-    return seconds
-
-
-def _seconds_or_never(text: str) -> float:
-    return 0.0 if text == "0" else _seconds(text)
+from zramd.settings import codecs, network, values
+from zramd.settings.amounts import parse_size
 
 
 class Setting(NamedTuple):
@@ -204,7 +29,7 @@ class Setting(NamedTuple):
     @property
     def is_size(self) -> bool:
         """Whether the value is a number of bytes."""
-        return self.parse in (parse_size, _disksize, _step, _reserve, _writeback_limit)
+        return self.parse in values.SIZES
 
     @property
     def default_text(self) -> str:
@@ -215,7 +40,7 @@ class Setting(NamedTuple):
 SETTINGS: tuple[Setting, ...] = (
     Setting(
         "disksize",
-        _disksize,
+        values.disksize,
         None,
         "1G",
         "size of the device in bytes before compression, rounded up to 4096, at most 4T",
@@ -225,7 +50,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "name",
-        _name,
+        values.name,
         "zram0",
         "swap0",
         "name of the device and of the NBD export",
@@ -267,7 +92,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "rundir",
-        _rundir,
+        values.rundir,
         None,
         "/run/zramd/swap0",
         "folder for the sockets and the statistics, closed to other users",
@@ -276,7 +101,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "state",
-        _state,
+        values.state,
         "",
         "/dev/shm/swap0.state",
         "file on a tmpfs that holds all data: the next server started with it carries on where this one "
@@ -286,7 +111,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "verify",
-        _boolean,
+        values.boolean,
         "off",
         "on",
         "store a checksum with each block and check it on each read: a block that changed in memory is an "
@@ -295,7 +120,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "pool_full",
-        _pool_full,
+        values.pool_full,
         "enospc",
         "eio",
         "error that clients get when the pool is full: enospc or eio",
@@ -303,7 +128,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "swap",
-        _swap,
+        values.swap,
         "other",
         "local",
         "local: this machine's own kernel swaps to the device, so lock all memory and never wait for more; "
@@ -312,7 +137,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "reserve",
-        _reserve,
+        values.reserve,
         "8M",
         "32M",
         "with swap=local: memory kept ready for pages to come, beside mem_limit, 1M to 1G",
@@ -320,7 +145,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "front",
-        _front,
+        values.front,
         "nbd",
         "auto",
         "how the device is reached: nbd: by any number of clients, on sockets of nbdkit's; ublk: by this "
@@ -330,7 +155,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "thread_model",
-        _thread_model,
+        values.thread_model,
         "auto",
         "parallel",
         "serialize_requests: one thread for each client; parallel: several; auto: one, and several with "
@@ -339,7 +164,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "client_limit",
-        _client_limit,
+        values.client_limit,
         "1000",
         "64",
         "most client connections at once, including those still being made; more are turned away",
@@ -357,7 +182,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "tls",
-        _tls,
+        values.tls,
         "",
         "psk:/etc/zramd/swap0.psk",
         "with listen: what a client needs. psk:FILE: a key of that file; x509:FOLDER: a "
@@ -377,7 +202,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "client_idle",
-        _idle,
+        values.idle,
         "0",
         "1h",
         "over TCP: time after which a client that has asked for nothing is cut off, in "
@@ -386,30 +211,34 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "handshake_limit",
-        _client_limit,
+        values.client_limit,
         "32",
         "8",
         "over TCP: most connections in their handshake at once; others wait their turn for a moment, and are "
         "turned away",
     ),
-    Setting("compaction", _boolean, "on", "off", "compact in the background"),
+    Setting("compaction", values.boolean, "on", "off", "compact in the background"),
     Setting(
         "compaction_threshold",
-        _percent,
+        values.percent,
         "2",
         "10",
         "percent of the pool's pages that must be freeable before background compaction starts",
     ),
     Setting(
         "compaction_near_limit",
-        _percent,
+        values.percent,
         "90",
         "75",
         "percent of mem_limit, or of the budget, in use from which anything freeable is worth compacting",
     ),
-    Setting("compaction_interval", _seconds, "1", "0.5", "seconds between checks whether to compact"),
+    Setting("compaction_interval", values.seconds, "1", "0.5", "seconds between checks whether to compact"),
     Setting(
-        "compaction_step", _step, "64K", "256K", "bytes of objects moved before looking at other requests"
+        "compaction_step",
+        values.step,
+        "64K",
+        "256K",
+        "bytes of objects moved before looking at other requests",
     ),
     Setting(
         "recompression",
@@ -422,15 +251,16 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "cold_age",
-        _age,
+        values.age,
         "5min",
         "1h",
         "time for which nobody has asked for a block before it is recompressed, in seconds or with a unit "
-        f"(s, min, h), {MIN_COLD_AGE} seconds to {MAX_COLD_AGE // 3600} hours; less when memory is short",
+        f"(s, min, h), {values.MIN_COLD_AGE} seconds to {values.MAX_COLD_AGE // 3600} hours; less when "
+        "memory is short",
     ),
     Setting(
         "backing",
-        _backing,
+        values.path,
         "",
         "/dev/sdb1",
         "block device, or preallocated file, to which blocks go that nobody has asked for in a long time",
@@ -439,7 +269,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "writeback_age",
-        _age,
+        values.age,
         "1h",
         "30min",
         "with backing: time for which nobody has asked for a block before it leaves memory, written as that "
@@ -447,14 +277,14 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "writeback_limit",
-        _writeback_limit,
+        values.writeback_limit,
         "1G",
         "10G",
         "with backing: most bytes that are written to it in a day, 64K or more, or off",
     ),
     Setting(
         "stats_interval",
-        _seconds_or_never,
+        values.seconds_or_never,
         "1",
         "10",
         "seconds between checks whether to write the stats files, which happens when a number has changed, "
@@ -462,7 +292,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "metrics_file",
-        _metrics_file,
+        values.metrics_file,
         "",
         "/var/lib/prometheus/node-exporter/swap0.prom",
         "second metrics.prom, readable by all users, for node_exporter's textfile collector",
@@ -471,7 +301,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "endpoint",
-        _boolean,
+        values.boolean,
         "on",
         "off",
         "answer HTTP on control.sock in rundir",
@@ -541,11 +371,11 @@ def default_rundir(name: str) -> str:
     Raises ConfigError for an ordinary user without XDG_RUNTIME_DIR.
     """
     if os.geteuid() == 0:
-        return _rundir(f"/run/zramd/{name}")
+        return values.rundir(f"/run/zramd/{name}")
     base = os.environ.get("XDG_RUNTIME_DIR")
     if not base:
         raise ConfigError("no place for the run folder: set XDG_RUNTIME_DIR or give rundir=FOLDER")
-    return _rundir(f"{base}/zramd/{name}")
+    return values.rundir(f"{base}/zramd/{name}")
 
 
 def find(key: str) -> Setting:
@@ -568,55 +398,55 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
     used, a second value for one setting (also through an alias), or a missing disksize.
     """
     given: dict[str, str] = {}
-    values: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, text in pairs:
         setting = find_once(key, text, given)
-        values[setting.name] = value(setting, text)
+        found[setting.name] = value(setting, text)
     for setting in SETTINGS:
-        if setting.name not in values and setting.default is not None:
-            values[setting.name] = value(setting, setting.default)
-    if "disksize" not in values:
+        if setting.name not in found and setting.default is not None:
+            found[setting.name] = value(setting, setting.default)
+    if "disksize" not in found:
         raise ConfigError("disksize is missing: give the size of the device, such as disksize=1G")
-    values.setdefault("recompression", codecs.default_recompression(values["comp_algorithm"]))
-    codecs.must_gain(values["comp_algorithm"], values["recompression"])
-    if values["metrics_file"] and not values["stats_interval"]:
+    found.setdefault("recompression", codecs.default_recompression(found["comp_algorithm"]))
+    codecs.must_gain(found["comp_algorithm"], found["recompression"])
+    if found["metrics_file"] and not found["stats_interval"]:
         raise ConfigError(
-            f"metrics_file='{values['metrics_file']}' would never be written: stats_interval is 0, use 1"
+            f"metrics_file='{found['metrics_file']}' would never be written: stats_interval is 0, use 1"
         )
-    if "rundir" not in values:
-        values["rundir"] = default_rundir(values["name"])
-    if values["front"] == "ublk" and (name := nbds_own(values)):
-        raise ConfigError(f"{name}={written(values[name])} is for front=nbd: leave it out with front=ublk")
-    if values["front"] == "ublk" and not values["endpoint"]:
+    if "rundir" not in found:
+        found["rundir"] = default_rundir(found["name"])
+    if found["front"] == "ublk" and (name := nbds_own(found)):
+        raise ConfigError(f"{name}={written(found[name])} is for front=nbd: leave it out with front=ublk")
+    if found["front"] == "ublk" and not found["endpoint"]:
         raise ConfigError("endpoint=off leaves no way to attach a device of front=ublk: use endpoint=on")
-    network.check(values)
-    refuse_floor(values)
-    _refuse_own_names(values)
-    return Config(**values)
+    network.check(found)
+    refuse_floor(found)
+    _refuse_own_names(found)
+    return Config(**found)
 
 
-def refuse_floor(values: Mapping[str, Any]) -> None:
+def refuse_floor(found: Mapping[str, Any]) -> None:
     """Raise ConfigError for a floor that is more than the budget."""
-    floor, budget = values["budget_floor"], values["budget"]
+    floor, budget = found["budget_floor"], found["budget"]
     if floor > budget > 0:
         raise ConfigError(f"budget_floor: {floor} bytes are more than the budget, {budget} bytes")
 
 
-def nbds_own(values: Mapping[str, Any]) -> str:
+def nbds_own(found: Mapping[str, Any]) -> str:
     """Return a setting that means nothing but to front=nbd and is not as usual, '' if there is none."""
     for name in ("thread_model", "client_limit", *network.OF_NETWORK):
-        if values[name] != find(name).parse(find(name).default or ""):
+        if found[name] != find(name).parse(find(name).default or ""):
             return name
     return ""
 
 
-def _refuse_own_names(values: dict[str, Any]) -> None:
+def _refuse_own_names(found: dict[str, Any]) -> None:
     """Raise ConfigError for a file that the server itself makes, replaces and removes in its run folder."""
     for key in ("state", "backing", "metrics_file"):
-        folder, name = os.path.split(values[key])
-        if folder == values["rundir"] and name in rundir.NAMES:
+        folder, name = os.path.split(found[key])
+        if folder == found["rundir"] and name in rundir.NAMES:
             raise ConfigError(
-                f"{key}='{values[key]}' is the name of a file of the server's own: use another name"
+                f"{key}='{found[key]}' is the name of a file of the server's own: use another name"
             )
 
 

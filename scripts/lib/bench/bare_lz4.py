@@ -12,16 +12,9 @@ SOURCE = Path(__file__).with_name("lz4.c")
 
 
 def _program(setup: Setup) -> Path:
-    """Compile it once a run; raises NotMeasuredError."""
+    """Return it, compiled once a run; raises NotMeasuredError."""
     program = setup.folder / "bench_lz4"
-    if not program.exists():
-        command = ["cc", "-O2", "-o", str(program), str(SOURCE), "-llz4", "-pthread"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            words = getattr(error, "stderr", "") or str(error)
-            raise NotMeasuredError(f"{SOURCE.name} cannot be compiled: {' '.join(words.split())}") from None
-    return program
+    return program if program.exists() else setup.compiled(SOURCE, program.name, "-O2", "-llz4", "-pthread")
 
 
 class BareLz4:

@@ -27,17 +27,6 @@ def chunk(size: int) -> float:
     return BLOCK
 
 
-def _program(setup: Setup) -> Path:
-    program = setup.folder / SOURCE.stem
-    command = ["cc", "-O2", "-o", str(program), str(SOURCE), "-l:libzstd.a"]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        words = getattr(error, "stderr", "") or str(error)
-        raise NotMeasuredError(f"{SOURCE.name} cannot be compiled: {' '.join(words.split())}") from None
-    return program
-
-
 def measure(setup: Setup) -> list[Row]:
     """Put the table into the report; raises NotMeasuredError."""
     data = pages(setup)
@@ -47,7 +36,7 @@ def measure(setup: Setup) -> list[Row]:
         hot.write(page, number * BLOCK)
     payloads = [int(hot.block(number)["payload_bytes"]) for number in range(len(data))]
     before = sum(chunk(size + NAMES - 1) for size in payloads)
-    program = _program(setup)
+    program = setup.compiled(SOURCE, SOURCE.stem, "-O2", "-l:libzstd.a")
     table = Table(
         "Dictionaries",
         f"{len(data):,} memory pages, compressed with a dictionary that was trained on as many others of the "

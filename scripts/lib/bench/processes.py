@@ -189,14 +189,7 @@ class ZramdServer(Server):
 
 def library(setup: Setup, source: Path) -> Path:
     """Compile a library to be loaded first, and return it. Raises NotMeasuredError."""
-    made = setup.folder / f"{source.stem}.so"
-    command = ["cc", "-O1", "-shared", "-fPIC", "-o", str(made), str(source)]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        words = getattr(error, "stderr", "") or str(error)
-        raise NotMeasuredError(f"{source.name} cannot be compiled: {' '.join(words.split())}") from None
-    return made
+    return setup.compiled(source, f"{source.stem}.so", "-O1", "-shared", "-fPIC")
 
 
 def plugin_offers(plugin: str, line: str = "") -> bool:

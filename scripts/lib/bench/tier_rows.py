@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from statistics import quantiles
 from typing import Any
@@ -276,18 +276,11 @@ def _speed(setup: Setup) -> list[Row]:
 def measure(setup: Setup) -> list[Row]:
     """Return the rows; raises NotMeasuredError."""
     data = pages(setup)
-    rows: list[Row] = []
-    parts: dict[str, Callable[[], list[Row]]] = {
+    parts = {
         "density": lambda: _density(setup, data),
         "reads": lambda: _cold_reads(setup, data),
         "over NBD": lambda: _over_nbd(setup),
         "beside a pass": lambda: _beside_a_pass(setup),
         "speed": lambda: _speed(setup),
     }
-    for name, part in parts.items():
-        setup.say(f"tiers, {name}")
-        try:
-            rows += part()
-        except NotMeasuredError as reason:
-            setup.report.skip(f"tiers, {name}: {reason}")
-    return rows
+    return setup.all_of("tiers", parts)

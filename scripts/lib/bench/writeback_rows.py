@@ -525,8 +525,7 @@ def _speed(setup: Setup) -> list[Row]:
 def measure(setup: Setup) -> list[Row]:
     """Return the rows; raises NotMeasuredError."""
     data = pages(setup)
-    rows: list[Row] = []
-    parts: dict[str, Callable[[], list[Row]]] = {
+    parts = {
         "bytes": lambda: _bytes_written(setup, data),
         "reads in process": lambda: _read_in_process(setup, data),
         "reads": lambda: _reads(setup),
@@ -535,10 +534,4 @@ def measure(setup: Setup) -> list[Row]:
         "memory": lambda: _memory_of_out(setup, data),
         "recovery": lambda: _recovery(setup),
     }
-    for name, part in parts.items():
-        setup.say(f"writeback, {name}")
-        try:
-            rows += part()
-        except NotMeasuredError as reason:
-            setup.report.skip(f"writeback, {name}: {reason}")
-    return rows
+    return setup.all_of("writeback", parts)

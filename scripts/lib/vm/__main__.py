@@ -30,7 +30,7 @@ from vm.guest import Machine, choose_accel
 from vm.plan import DISCARDS, KERNEL_ZRAM, LIBVIRT, MODES, ORDERS, UBLK, Plan, default_memory
 from vm.session import Boot, as_json
 from zramd.errors import ConfigError
-from zramd.settings.config import parse_size
+from zramd.settings.amounts import parse_size
 
 ROOT = Path(__file__).parents[3]
 UBLK_SUITE = "trixie"  # the first whose kernel has it

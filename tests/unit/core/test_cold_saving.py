@@ -6,6 +6,7 @@ import struct
 import threading
 
 import pytest
+from support.content import digits, of_each_kind
 from test_saving import BLOCK, SIZE, check, content, crc32c, load, opened, save
 
 from zramd import Device, PoolFullError
@@ -16,24 +17,12 @@ COLD, TRIED, SAME, LOST = 0x8000, 0x4000, 0x2000, 0x4000
 HEAD, FRAME = 36, 16
 
 
-def text(dice: random.Random) -> bytes:
-    """What lz4 leaves as it is, and zstd halves."""
-    return dice.randbytes(BLOCK // 2).hex().encode()
-
-
 def filled(**more: object) -> Device:
     """A device with blocks of every kind, some of them cold, some tried in vain."""
     device = Device(SIZE, cold_level=3, **more)  # type: ignore[arg-type]
     dice = random.Random(1)
     for block in range(0, SIZE // BLOCK, 2):
-        data = (
-            text(dice),
-            text(dice)[: dice.randrange(600, 4000)].ljust(BLOCK, b"\0"),
-            dice.randbytes(1000).ljust(BLOCK, b"\0"),
-            dice.randbytes(8) * 512,
-            dice.randbytes(BLOCK),
-        )[dice.randrange(5)]
-        device.write(data, block * BLOCK)
+        device.write(of_each_kind(dice)[dice.randrange(5)], block * BLOCK)
     done, _ = device.cool(0, SIZE // BLOCK // 2)
     assert done > 100
     return device
@@ -135,7 +124,7 @@ def test_what_becomes_cold_after_the_head_is_written() -> None:
     device = Device(SIZE, cold_level=3)
     dice = random.Random(1)
     for block in range(SIZE // BLOCK):
-        device.write(text(dice), block * BLOCK)
+        device.write(digits(dice), block * BLOCK)
     reader, writer = os.pipe()
     thread = threading.Thread(target=lambda: (saving.save(device, writer), os.close(writer)))
     thread.start()
@@ -220,8 +209,8 @@ def test_each_flipped_bit_is_found() -> None:
     dice = random.Random(2)
     device = Device(SIZE, cold_level=3)
     for block in range(2):
-        device.write((text(dice)[:200] + bytes(BLOCK))[:BLOCK], block * BLOCK)
-    device.write(text(dice), 2 * BLOCK)
+        device.write((digits(dice)[:200] + bytes(BLOCK))[:BLOCK], block * BLOCK)
+    device.write(digits(dice), 2 * BLOCK)
     assert device.cool(0, 3)[0] >= 1
     data = save(device)
     for at in range(len(data)):

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.content import digits, of_each_kind
 from support.run import wait_until
 from test_cold_saving import filled as filled_elsewhere
-from test_cold_saving import text
 from test_saving import content, load, save
 from test_state_refused import fingerprint, refused, with_field
 
@@ -51,14 +51,7 @@ def fill(device: Device, seed: int = 1) -> bytes:
     """Blocks of every kind, half of those that zstd can shrink cold; what the device holds."""
     dice = random.Random(seed)
     for block in range(0, BLOCKS, 2):
-        data = (
-            text(dice),
-            text(dice)[: dice.randrange(600, 4000)].ljust(BLOCK, b"\0"),
-            dice.randbytes(1000).ljust(BLOCK, b"\0"),
-            dice.randbytes(8) * 512,
-            dice.randbytes(BLOCK),
-        )[block // 2 % 5]
-        device.write(data, block * BLOCK)
+        device.write(of_each_kind(dice)[block // 2 % 5], block * BLOCK)
     return content(device)
 
 
@@ -352,7 +345,7 @@ def test_ages_stay_and_go() -> None:
     device = Device(SIZE, cold_level=3)
     dice = random.Random(1)
     for block in range(10):
-        device.write(text(dice) if block < 5 else dice.randbytes(BLOCK), block * BLOCK)
+        device.write(digits(dice) if block < 5 else dice.randbytes(BLOCK), block * BLOCK)
     for _ in range(3):
         device.sweep()
     assert device.ages()[3] == 10
@@ -364,7 +357,7 @@ def test_ages_stay_and_go() -> None:
         device.trim(block * BLOCK, BLOCK)
     device.reset()
     device.mem_limit = 0
-    device.write(text(dice), 0)
+    device.write(digits(dice), 0)
     device.write(b"x", 9 * BLOCK)
     assert device.ages()[0] == 2, "a reset has left ages"
 
@@ -373,7 +366,7 @@ def test_ages_stay_and_go() -> None:
 @pytest.mark.parametrize("first", [0, BLOCKS - 1, BLOCKS, 1 << 40, (1 << 64) - 1])
 def test_any_range(first: int, count: int) -> None:
     device = Device(SIZE, cold_level=3)
-    device.write(text(random.Random(1)), SIZE - BLOCK)
+    device.write(digits(random.Random(1)), SIZE - BLOCK)
     done, _ = device.cool(first, count)
     assert done == (first < BLOCKS and first + count >= BLOCKS)
 
@@ -417,7 +410,7 @@ def with_reserve(size: int, blocks: int, *, least: int = 300) -> tuple[Device, l
     device = Device(16 << 20, cold_level=3)
     device.reserve_start(size)
     dice = random.Random(1)
-    model = [text(dice)[: dice.randrange(least, least + 600)].ljust(BLOCK, b"\0") for _ in range(blocks)]
+    model = [digits(dice)[: dice.randrange(least, least + 600)].ljust(BLOCK, b"\0") for _ in range(blocks)]
     with refilled(device, size):
         for block, data in enumerate(model):
             device.write(data, block * BLOCK)

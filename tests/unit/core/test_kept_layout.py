@@ -7,7 +7,7 @@ from support.pages import PAGE
 
 from zramd.core.device.device import MAX_DISKSIZE, state_layout
 from zramd.core.pool.size_classes import CLASSES, layout_sum, size_classes
-from zramd.settings import config
+from zramd.settings import values
 
 
 def test_the_size_classes_are_those_of_every_state() -> None:
@@ -38,4 +38,4 @@ def test_a_state_is_laid_out_as_ever() -> None:
 
 def test_settings_and_core_agree_on_the_largest_device() -> None:
     """The settings are read where the core is not loaded: both have the number."""
-    assert config.MAX_DISKSIZE == MAX_DISKSIZE
+    assert values.MAX_DISKSIZE == MAX_DISKSIZE

@@ -2,7 +2,7 @@
 
 from zramd.server import ages
 from zramd.server.ages import IDLE, SWEEP
-from zramd.settings import config
+from zramd.settings import values
 
 
 def test_at_least() -> None:
@@ -28,7 +28,7 @@ def test_ages_of_a_block_that_is_left_alone() -> None:
 
 
 def test_any_cold_age_can_be_told() -> None:
-    assert ages.least_seconds(ages.OLDEST) >= config.MAX_COLD_AGE
+    assert ages.least_seconds(ages.OLDEST) >= values.MAX_COLD_AGE
 
 
 def test_histogram() -> None:

@@ -11,7 +11,7 @@ from support.run import wait_until
 from zramd.server import routes
 from zramd.server.tiers import Pass
 from zramd.server.writeback import WritePass
-from zramd.settings import config
+from zramd.settings import amounts, config
 from zramd.stats import texts
 
 
@@ -151,7 +151,7 @@ class LimitedService(FakeService):
 
     def change(self, name: str, text: str) -> object:
         assert name == "writeback_limit"
-        self.backed.limit = 0 if text == "off" else config.parse_size(text)
+        self.backed.limit = 0 if text == "off" else amounts.parse_size(text)
         return self.backed.limit
 
 
@@ -185,7 +185,7 @@ def test_writeback_limit_enable() -> None:
 def test_a_limit_that_was_never_on_is_the_default() -> None:
     service = LimitedService(0)
     assert routes.Routes(service).answer("POST", "/writeback_limit_enable", b"1").status == 200
-    assert service.backed.limit == config.parse_size(config.find("writeback_limit").default or "")
+    assert service.backed.limit == amounts.parse_size(config.find("writeback_limit").default or "")
 
 
 def test_what_is_shown_of_a_backing_device(running: Running, backed: FakeWriteback) -> None:

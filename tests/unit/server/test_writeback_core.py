@@ -12,7 +12,7 @@ from zramd.core.device.tier import Tier
 from zramd.core.device.writeback import Writeback as Hands
 from zramd.server.tiers import Tiers
 from zramd.server.writeback import Writeback, WritePass
-from zramd.settings import config
+from zramd.settings import amounts, config
 
 BLOCK = 4096
 
@@ -65,7 +65,7 @@ class World:
 
 def made(extents: int = 64, disksize: int = 8 << 20, **given: str) -> World:
     disk = Disk(extents)
-    limit = config.parse_size(given.get("mem_limit", "0"))
+    limit = amounts.parse_size(given.get("mem_limit", "0"))
     device = disk.device(disksize, mem_limit=limit)
     return World(device, **given)
 

@@ -9,7 +9,7 @@ from support.server import PACKAGE_PARENT
 
 from zramd.core.device import device
 from zramd.errors import ConfigError
-from zramd.settings import config
+from zramd.settings import amounts, config, values
 
 
 def parse(**settings: str) -> config.Config:
@@ -41,7 +41,7 @@ def parse(**settings: str) -> config.Config:
     ],
 )
 def test_size(text: str, size: int) -> None:
-    assert config.parse_size(text) == size
+    assert amounts.parse_size(text) == size
 
 
 @pytest.mark.parametrize(
@@ -50,13 +50,13 @@ def test_size(text: str, size: int) -> None:
 )
 def test_bad_size(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a size") as caught:
-        config.parse_size(text)
+        amounts.parse_size(text)
     assert f"'{text}'" in str(caught.value)
 
 
 def test_size_beyond_64_bits() -> None:
     with pytest.raises(ConfigError, match="'16E' does not fit"):
-        config.parse_size("16E")
+        amounts.parse_size("16E")
 
 
 def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_disksize_is_rounded_up() -> None:
     assert parse(disksize="1").disksize == 4096
     assert parse(disksize="4097").disksize == 8192
-    assert parse(disksize="4T").disksize == device.MAX_DISKSIZE == config.MAX_DISKSIZE
+    assert parse(disksize="4T").disksize == device.MAX_DISKSIZE == values.MAX_DISKSIZE
 
 
 @pytest.mark.parametrize("text", ["0", "5T", "4398046511105"])

@@ -12,5 +12,7 @@ cdef struct near:
     uint32_t count
     uint32_t size               # bytes of the read
 
+cdef bint pin_away(Blocks table, uint64_t block, uint64_t *slot) noexcept nogil
+cdef int load_away(Blocks table, uint64_t block, uint64_t slot, scratch *s) noexcept nogil
 cdef bint find_near(Blocks table, uint64_t block, uint64_t most, near *found) noexcept nogil
 cdef uint32_t load_near(Blocks table, const near *found, char *dst, scratch *s) noexcept nogil

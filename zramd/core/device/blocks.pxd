@@ -139,9 +139,6 @@ cdef class Blocks:
     cdef int _merge(self, uint64_t block, uint32_t at, const char *src, uint32_t n, scratch *s,
                     uint64_t loaded) noexcept nogil
     cdef bint is_away(self, uint64_t slot) noexcept nogil
-    cdef bint pin_away(self, uint64_t block, uint64_t *slot) noexcept nogil
-    cdef int decode_away(self, uint64_t slot, const char *payload, char *content) noexcept nogil
-    cdef int load_away(self, uint64_t block, uint64_t slot, scratch *s) noexcept nogil
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil
     cdef int zero_block(self, uint64_t block, bint hole) noexcept nogil
     cdef void _used(self, uint64_t block) noexcept nogil

@@ -46,7 +46,6 @@ from zramd.core.device.slots cimport (
     OUT,
     RAW,
     SAME,
-    SLOT_OUT_ZSTD,
     SLOT_SIZE_MASK,
     SLOT_ZSTD,
     block_kind,
@@ -63,6 +62,7 @@ from zramd.core.device.slots cimport (
     sum_low,
 )
 from zramd.core.system.locks cimport (
+    clear_words,
     counter_add,
     load_acquire,
     load_relaxed,
@@ -95,10 +95,6 @@ from zramd.core.types cimport (
     SLOTS_PER_PAGE,
     pages_of,
 )
-
-cdef extern from "<errno.h>":
-    int EBADMSG
-    int EREMOTEIO
 
 cdef extern from *:
     """
@@ -495,43 +491,6 @@ cdef class Blocks:
         """Whether a slot leads to a place on the backing; bits that changed in memory may only seem to say so."""
         return is_out(slot) and self.backing is not None and self.backing.has_place(slot)
 
-    cdef bint pin_away(self, uint64_t block, uint64_t *slot) noexcept nogil:
-        """Keep what a block that is out has on the backing, until it is unpinned; False: it is not out."""
-        cdef bint found
-        pthread_mutex_lock(&self.stripes[block % STRIPES])
-        slot[0] = self.get(block)
-        found = self.is_away(slot[0])
-        if found:
-            self.backing.pin(slot[0])
-        pthread_mutex_unlock(&self.stripes[block % STRIPES])
-        return found
-
-    cdef int decode_away(self, uint64_t slot, const char *payload, char *content) noexcept nogil:
-        """The content of a block whose slot says that it is out; 0 or -EIO."""
-        if slot & SLOT_OUT_ZSTD:
-            return self.cold.decode(payload, slot_bytes(slot), content)
-        return decode(payload, slot_bytes(slot), content)
-
-    cdef int load_away(self, uint64_t block, uint64_t slot, scratch *s) noexcept nogil:
-        """Read what a pinned slot leads to into s.page; it waits for the disk, and holds nothing else.
-
-        0; -EREMOTEIO: the backing cannot be read; -EBADMSG: it has something else there.
-        """
-        cdef const char *payload
-        cdef int rc
-        zr_point(points.away_pinned)
-        rc = self.backing.load(block, slot, s.room, &payload, &self.counters.bd_reads)
-        zr_point(points.away_read)
-        if rc == 0:
-            if self.decode_away(slot, payload, s.page):
-                rc = -EBADMSG
-        elif rc != -EBADMSG:
-            rc = -EREMOTEIO
-        if rc:
-            counter_add(&self.counters.bd_read_errors, 1)
-            store_relaxed(&self.counters.corrupt_block, block + 1)
-        return rc
-
     cdef int read_block(self, uint64_t block, uint32_t at, char *dst, uint32_t n, scratch *s) noexcept nogil:
         cdef uint8_t age
         cdef int rc
@@ -587,7 +546,6 @@ cdef class Blocks:
 
     cdef void clear(self) noexcept nogil:
         """Forget all content and all counts. Nobody else may be here; the pool's compact_lock is held."""
-        cdef size_t i
         self.slot_table.clear()
         zr_point(points.slots_cleared)
         self.touches.clear()
@@ -596,8 +554,7 @@ cdef class Blocks:
         if self.backing is not None:
             self.backing.forget_all()
         store_relaxed(&self.touched_pages, 0)
-        for i in range(sizeof(counters) // sizeof(uint64_t)):
-            store_relaxed(<uint64_t *>self.counters + i, 0)
+        clear_words(<uint64_t *>self.counters, sizeof(counters))
         self.pool.clear()
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:

@@ -4,7 +4,7 @@ What a device is to keep beside its blocks, its state has: state_words. Lock ord
 """
 
 cimport cython
-from libc.errno cimport EAGAIN, EDQUOT, EINVAL, EIO
+from libc.errno cimport EAGAIN, EBADMSG, EDQUOT, EINVAL, EIO, EREMOTEIO
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -43,10 +43,6 @@ from zramd.core.pool.size_classes import pool_layout
 from zramd.errors import CorruptionError, error_from
 
 MAX_DISKSIZE = 4 << 40      # bytes: 2**30 blocks; handles have 31 bits
-
-cdef extern from "<errno.h>":
-    int EBADMSG
-    int EREMOTEIO
 
 cdef enum:
     EXTENTS_MAX = 4096      # in one answer: the client asks again for the rest
@@ -407,14 +403,14 @@ cdef class Device(Served):
         """What the compactor looks at: (freeable pages, pages used, mem_limit in pages or 0, requests done, in flight,
         share of the budget that is taken, 0: none, or the device does not have what is kept for it).
         """
-        cdef Budget budget = self.pool.arena.budget
+        cdef Budget budget = self.pool.arena.limits.budget
         taken = 0.0
         if budget is not None and budget.granted > budget.floor() and budget.limit():
             taken = budget.add_up(budget.granted).taken / <double>budget.limit()
         return (
             freeable_pages(self.pool),
-            load_relaxed(&self.pool.arena.pages),
-            load_relaxed(&self.pool.arena.mem_limit),
+            load_relaxed(&self.pool.arena.limits.pages),
+            load_relaxed(&self.pool.arena.limits.mem_limit),
             sum([requests(self.table, <op>kind) for kind in range(OPS)]),
             load_relaxed(&self.gate.inside),
             taken,
@@ -422,7 +418,7 @@ cdef class Device(Served):
 
     def join(self, Budget budget not None):
         """Take no more memory than this grants, from now on; before anybody else uses the device."""
-        self.pool.arena.join(budget)
+        self.pool.arena.limits.join(budget)
 
     def tidy_budget(self):
         """Let the other devices have what the budget has granted and is not needed: the work of one thread."""
@@ -431,7 +427,7 @@ cdef class Device(Served):
 
     def leave_budget(self):
         """Take no more memory, as if the pool was full; returns the bytes of pages that there are."""
-        return self.pool.arena.leave() << PAGE_SHIFT
+        return self.pool.arena.limits.leave() << PAGE_SHIFT
 
     @property
     def mem_limit(self):
@@ -447,7 +443,7 @@ cdef class Device(Served):
         """Every number that is kept, by the names of the statistics, as a dict of ints. Nothing is waited for."""
         cdef dict recovered = self.recovered
         own = {"disksize": self.disksize, "requests_inflight": load_relaxed(&self.gate.inside)}
-        own |= budget_stats(self.pool.arena.budget)
+        own |= budget_stats(self.pool.arena.limits.budget)
         if self.table.backing is not None:
             own |= self.table.backing.numbers()
         return pool_stats(self.pool) | table_stats(self.table) | recovered | own
@@ -501,7 +497,7 @@ cdef class Device(Served):
 
     def reset_mem_used_max(self):
         """Forget the peak: mem_used_max starts again from what is used now."""
-        self.pool.arena.reset_peak()
+        self.pool.arena.limits.reset_peak()
 
     def reset(self):
         """Drop all data and set all counters to 0; mem_limit stays. Waits for requests at work; a long one goes on after.

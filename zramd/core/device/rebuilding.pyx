@@ -13,7 +13,7 @@ from zramd.core.pool.size_classes cimport is_mapped, pages_below, pages_of_chunk
 from zramd.core.pool.zspages cimport zspage_link
 from zramd.core.system.bits cimport bits_set
 from zramd.core.system.checks cimport FILL_FREED, zr_fill, zr_unpoison
-from zramd.core.system.locks cimport load_relaxed, pthread_mutex_lock, pthread_mutex_unlock, store_relaxed
+from zramd.core.system.locks cimport pthread_mutex_lock, pthread_mutex_unlock, store_relaxed
 from zramd.core.memory.region cimport whole_pages
 from zramd.core.types cimport (
     CELL_LIVE,
@@ -131,8 +131,7 @@ cdef void list_zspages(Recovery r) noexcept nogil:
     # What is beyond was ready, but never in use.
     r.arena.spans.release(r.arena.base + (<uint64_t>r.arena.top << SPAN_SHIFT),
                           <uint64_t>(r.arena.span_count - r.arena.top) << SPAN_SHIFT)
-    store_relaxed(&r.arena.pages, pages)
-    store_relaxed(r.arena.pages_max, max(load_relaxed(r.arena.pages_max), pages))
+    r.arena.limits.recount(pages)
 
 
 cdef void list_cells(Recovery r) noexcept nogil:

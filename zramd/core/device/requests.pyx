@@ -9,7 +9,7 @@ Each of them holds the GIL, takes the arguments apart, and releases the GIL for 
 thread's Python state, see threadstate.pyx.
 """
 
-from libc.errno cimport EDQUOT, EIO, ENOMEM, ENOSPC
+from libc.errno cimport EBADMSG, EDQUOT, EIO, ENOMEM, ENOSPC, EREMOTEIO
 from libc.stdint cimport uint64_t
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -64,10 +64,6 @@ cdef extern from *:
     int PREAD, PWRITE, TRIM, ZERO
     object zr_function(int request, zr_handler serve)
     void zr_raise(object error) noexcept
-
-cdef extern from "<errno.h>":
-    int EBADMSG
-    int EREMOTEIO
 
 cdef enum:
     # NBDKIT_FLAG_...: part of nbdkit's interface, the same in all its versions

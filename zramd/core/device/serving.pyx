@@ -14,7 +14,7 @@ from libc.errno cimport EINVAL, ENOMEM
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from zramd.core.device.away cimport find_near, load_near, near
+from zramd.core.device.away cimport find_near, load_away, load_near, near, pin_away
 from zramd.core.device.backing cimport AWAY
 from zramd.core.device.blocks cimport OP_READ, OP_TRIM, OP_WRITE, OP_ZERO, is_touched, op, scratch
 from zramd.core.device.slots cimport is_zeros
@@ -201,12 +201,12 @@ cdef class Served:
         meanwhile.
         """
         cdef int rc
-        if not self.table.pin_away(block, slot):
+        if not pin_away(self.table, block, slot):
             return AWAY
         if changes:
             counter_add(&self.unfinished, 1)
         gate_leave(&self.gate)
-        rc = self.table.load_away(block, slot[0], s)
+        rc = load_away(self.table, block, slot[0], s)
         gate_enter(&self.gate)
         if changes:
             counter_sub(&self.unfinished, 1)

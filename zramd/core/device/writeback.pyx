@@ -14,6 +14,7 @@ from libc.errno cimport EIO
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
+from zramd.core.device.away cimport pin_away
 from zramd.core.device.backing cimport (
     EXTENT_BYTES,
     EXTENT_READER,
@@ -476,7 +477,7 @@ cdef class Writeback:
         cdef int rc
         cdef bint is_there
         gate_enter(&self.device.gate)
-        is_there = not table.pin_away(block, &slot)
+        is_there = not pin_away(table, block, &slot)
         gate_leave(&self.device.gate)
         if is_there:
             return 0

@@ -1,7 +1,7 @@
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
 from zramd.core.system.locks cimport pthread_cond_t, pthread_mutex_t
-from zramd.core.memory.budget cimport Budget, sums
+from zramd.core.memory.limits cimport Limits
 from zramd.core.memory.region cimport Memory, Region
 from zramd.core.types cimport SPAN_LENGTHS
 
@@ -20,6 +20,7 @@ cdef class Arena:
     cdef Region spans
     cdef Region bitmaps
     cdef Region neighbours
+    cdef Limits limits                  # which count the resident pages that are in use or in stock
     cdef char *base                     # of spans
     cdef uint16_t *committed            # per span, atomic: bitmap of its resident pages; its owner's to change
     cdef uint32_t *links                # per free span: the next free one
@@ -29,20 +30,6 @@ cdef class Arena:
     cdef uint32_t warm                  # free spans with resident pages (the stock), last in first out
     cdef uint32_t cold                  # free spans without
     cdef uint64_t stock                 # atomic: resident pages of the warm spans
-    cdef uint64_t pages                 # atomic: resident pages, the stock among them
-    cdef uint64_t *pages_max            # atomic: the most there ever were; kept
-    # What bounds `pages`. NO_LIMIT stands for no limit, but in mem_limit; the two walls are of what cannot be raised.
-    cdef uint64_t mem_limit             # atomic: most pages there may be, 0: no limit
-    cdef Budget budget                  # that grants pages within mem_limit, or None
-    cdef pthread_mutex_t limits_lock    # guards those below, and what is granted; taken last of all locks
-    cdef bint shrinks                   # the last pages are the shrinker's
-    cdef bint refused                   # the budget had no room the last time
-    cdef bint left                      # no page may be taken any more
-    cdef uint64_t most                  # atomic: most pages right now, by mem_limit and what is granted
-    cdef uint64_t limit                 # atomic: the same, but for the shrinker's last pages
-    cdef uint64_t wall_most             # atomic: mem_limit; where the budget has no room, most
-    cdef uint64_t wall                  # atomic: the same, but for the shrinker's last pages
-    cdef uint64_t shrinker              # atomic: who makes a payload smaller right now, 0: nobody
 
     # The reserve: free spans that the refiller makes resident ahead of need. Guarded by lock.
     cdef uint64_t reserve               # atomic: pages to keep ready, 0: no reserve
@@ -50,7 +37,7 @@ cdef class Arena:
     cdef uint32_t ready_count[SPAN_LENGTHS]
     cdef uint64_t demand[SPAN_LENGTHS]  # pages that were asked for in spans of each length, the latest count most
     cdef uint64_t demand_sum
-    cdef uint64_t ready_pages           # atomic: resident pages of those spans; not among `pages`
+    cdef uint64_t ready_pages           # atomic: resident pages of those spans; not counted by the limits
     cdef uint64_t misses                # atomic: pages that a request had to make resident by itself
     cdef pthread_cond_t work            # something for the refiller to do
     cdef bint refiller_sleeps
@@ -64,18 +51,6 @@ cdef class Arena:
     cdef void give(self, uint32_t span, bint keep) noexcept nogil
     cdef uint32_t whole(self, uint32_t mask) noexcept nogil
     cdef int take_room(self, uint32_t span, uint32_t mask, bint unused) noexcept nogil
-    cdef void set_limit(self, uint64_t pages, bint shrinks) noexcept nogil
-    cdef void join(self, Budget budget)
-    cdef uint64_t leave(self) noexcept nogil
-    cdef uint64_t _last(self, uint64_t pages) noexcept nogil
-    cdef uint64_t _with_last(self, uint64_t pages) noexcept nogil
-    cdef void _bound(self) noexcept nogil
-    cdef bint _claim(self, uint64_t pages) noexcept nogil
-    cdef bint tidy_budget(self) noexcept nogil
-    cdef bint _is_full(self) noexcept nogil
-    cdef bint owes(self) noexcept nogil
-    cdef bint _charge(self, uint64_t n) noexcept nogil
-    cdef bint _may_pass(self, uint64_t pages) noexcept nogil
     cdef int commit(self, uint32_t span, uint32_t mask) noexcept nogil
     cdef int decommit(self, uint32_t span, uint32_t mask) noexcept nogil
     cdef void _release(self, uint32_t span, uint32_t mask) noexcept nogil
@@ -102,7 +77,6 @@ cdef class Arena:
     cdef int64_t _cold_take(self) noexcept nogil
     cdef int grow(self, uint32_t writable) noexcept nogil
     cdef void reset(self) noexcept nogil
-    cdef void reset_peak(self) noexcept nogil
     cdef uint64_t metadata_bytes(self) noexcept nogil
     cdef const char *check(self, uint64_t used, uint64_t *where) noexcept nogil
     cdef const char *_walk(self, uint64_t used, uint64_t *where) noexcept nogil

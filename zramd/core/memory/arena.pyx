@@ -14,10 +14,7 @@ it can have a reserve: free spans of each length, resident ahead of need. A thre
 gives back what is too much; no lock is held while it does, so when it has to wait for memory no request waits for it.
 Requests take spans from the reserve and return them there, without a system call.
 
-How many pages there may be: mem_limit says, and with a budget also what that has granted so far. `limit` is the less of the
-two, so a page is counted in one comparison either way; only who comes to what is granted has the budget grant more. What is
-granted is taken back only when nobody can have counted on it: `limit` is lowered first, and who counts a page looks at it
-once more (_charge, tidy_budget).
+How many pages there may be is the business of the arena's Limits, which count each page that becomes resident for use.
 """
 
 cimport cython
@@ -30,14 +27,11 @@ from zramd.core.system cimport points
 from zramd.core.system.bits cimport bits_set, lowest_bit, lowest_run
 from zramd.core.system.checks cimport zr_assert, zr_assert_held, zr_forget, zr_poison
 from zramd.core.system.locks cimport (
-    compare_swap,
     counter_add,
     counter_sub,
     load_relaxed,
     load_relaxed_32,
     nap,
-    ordered_load,
-    ordered_store,
     owned_add_32,
     owned_sub_32,
     pthread_cond_destroy,
@@ -49,11 +43,10 @@ from zramd.core.system.locks cimport (
     pthread_mutex_lock,
     pthread_mutex_unlock,
     store_relaxed,
-    this_thread,
 )
 from zramd.core.system.points cimport zr_point
-from zramd.core.memory.budget cimport Budget
-from zramd.core.memory.region cimport KEPT_ARENA, Memory, Region, page_unit, region_map, region_populate, whole_pages
+from zramd.core.memory.limits cimport Limits
+from zramd.core.memory.region cimport Memory, Region, page_unit, region_map, region_populate, whole_pages
 from zramd.core.types cimport NIL, PAGE_SHIFT, PAGE_SIZE, SPAN_LENGTHS, SPAN_PAGES, SPAN_SHIFT
 
 cdef extern from "<unistd.h>" nogil:
@@ -63,35 +56,24 @@ cdef enum:
     STOCK_PAGES = 64        # 256 KiB: covers what 16 workers empty and start between two looks of the compactor
     GROW_SPANS = 512        # address space becomes writable 16 MiB at a time: strict overcommit charges what is writable
     RECORD_SPANS = 1024     # spans whose records the refiller makes resident at once
-    LAST_SHARE = 64         # a page in so many of mem_limit is for who makes payloads smaller,
-    LAST_UNITS = 16         # and of the kernel's so many at most
     RETRY_US = 10000        # until the refiller asks again when the system refused memory
-    CLAIM_PAGES = 1024      # that the budget is asked for at once while there is plenty: 4 MiB
-    SPARE_SHARE = 16        # a page in so many of those in use may be granted beyond them,
-    SPARE_PART = 1024       # of the budget's a page in so many at most
-    LITTLE_PAGES = 16       # the same where the budget is nearly used up
-    LITTLE_SHARE = 8        # as it is when less than a part in so many is left
-
-cdef uint64_t NO_LIMIT = <uint64_t>1 << 63
 
 
 @cython.final
 cdef class Arena:
-    """span_count spans of address space in `memory`, where pages_max is kept. Raises MemoryError when it cannot be had."""
+    """span_count spans of address space in `memory`. Raises MemoryError when that cannot be had."""
 
     def __cinit__(self, uint32_t span_count, Memory memory not None):
         cdef uint32_t n
         pthread_mutex_init(&self.lock, NULL)
-        pthread_mutex_init(&self.limits_lock, NULL)
         pthread_cond_init(&self.work, NULL)
         self.span_count = span_count
-        self.limit = self.most = self.wall = self.wall_most = NO_LIMIT
         self.unit = page_unit()
         self.warm = self.cold = NIL
         for n in range(SPAN_LENGTHS):
             self.ready[n] = NIL
         self.memory = memory
-        self.pages_max = memory.kept(KEPT_ARENA)
+        self.limits = Limits(memory)
         self.spans = memory.region(<uint64_t>span_count << SPAN_SHIFT, False)
         self.base = self.spans.base
         self.bitmaps = Region(span_count * sizeof(uint16_t))
@@ -103,12 +85,11 @@ cdef class Arena:
         if self.base != NULL:
             zr_forget(self.base, <uint64_t>self.writable << SPAN_SHIFT)
         pthread_cond_destroy(&self.work)
-        pthread_mutex_destroy(&self.limits_lock)
         pthread_mutex_destroy(&self.lock)
 
     cdef int64_t take(self, uint32_t npages, bint modest) noexcept nogil:
         """A free span for a zspage of npages, from the stock first; -ENOMEM when none is left, -ENOSPC
-        of a reserve when mem_limit, or the budget, leaves no page.
+        of a reserve when the limits leave no page.
 
         Its resident pages are those below npages at most: what a longer zspage left there is given back.
         modest: of a reserve only from its upper half, and no page that is not resident; else -ENOBUFS, or -ENOSPC where
@@ -119,12 +100,12 @@ cdef class Arena:
         pthread_mutex_lock(&self.lock)
         if load_relaxed(&self.reserve):
             span = self._ready_take(npages, modest)
-            if span < 0 and not modest and self._is_full():
+            if span < 0 and not modest and self.limits.is_full():
                 span = -ENOSPC
         else:
             modest = False
         if span < 0 and modest:
-            span = -ENOSPC if load_relaxed(&self.pages) + npages > load_relaxed(&self.wall_most) else -ENOBUFS
+            span = -ENOBUFS if self.limits.leaves_shrinker(npages) else -ENOSPC
         elif span == -ENOMEM:
             if self.warm != NIL:
                 span = self.warm
@@ -177,7 +158,7 @@ cdef class Arena:
         if load_relaxed(&self.reserve):
             self._ready_give(span)
             return
-        if resident and not (keep and load_relaxed(&self.stock) + resident <= STOCK_PAGES and not self.owes()):
+        if resident and not (keep and load_relaxed(&self.stock) + resident <= STOCK_PAGES and not self.limits.owes()):
             self.decommit(span, self.committed[span])
             resident = 0
         pthread_mutex_lock(&self.lock)
@@ -202,12 +183,12 @@ cdef class Arena:
             return 0
         fresh = self.whole(mask) & ~<uint32_t>self.committed[span]
         n = bits_set(fresh)
-        if not self._charge(n):
+        if not self.limits.charge(n):
             return -ENOSPC
         rc = self.take_room(span, fresh, True)
         if rc:
             self._release(span, fresh)
-            counter_sub(&self.pages, n)
+            self.limits.uncharge(n)
             return rc
         if load_relaxed(&self.reserve):
             counter_add(&self.misses, n)
@@ -242,142 +223,6 @@ cdef class Arena:
             mask ^= run
         return rc
 
-    # --------------------------------------------------------------------------------------------------------
-    # limits
-
-    cdef void set_limit(self, uint64_t pages, bint shrinks) noexcept nogil:
-        """Let there be so many pages, 0: any number. shrinks: requests leave a few of them to who makes payloads smaller.
-
-        In a full pool that could not begin otherwise: each page is taken by whoever asks first, again and again.
-        """
-        pthread_mutex_lock(&self.limits_lock)
-        store_relaxed(&self.mem_limit, pages)
-        self.shrinks = shrinks
-        self._bound()
-        pthread_mutex_unlock(&self.limits_lock)
-
-    cdef void join(self, Budget budget):
-        """Take no more than the budget grants from now on; what there is is granted. No other thread may be there."""
-        cdef uint64_t pages = load_relaxed(&self.pages)
-        if pages > budget.granted:
-            budget.set_granted(pages)
-        self.budget = budget
-        self._bound()
-
-    cdef uint64_t leave(self) noexcept nogil:
-        """Take no more pages, as if the budget had none; how many there are."""
-        cdef uint64_t pages
-        pthread_mutex_lock(&self.limits_lock)
-        self.left = True
-        ordered_store(&self.limit, 0)
-        ordered_store(&self.most, 0)
-        store_relaxed(&self.wall, 0)
-        store_relaxed(&self.wall_most, 0)
-        pages = ordered_load(&self.pages)
-        pthread_mutex_unlock(&self.limits_lock)
-        return pages
-
-    cdef uint64_t _last(self, uint64_t pages) noexcept nogil:
-        """How many of so many pages are for the shrinker alone."""
-        return min(pages // LAST_SHARE, LAST_UNITS * self.unit) if self.shrinks else 0
-
-    cdef uint64_t _with_last(self, uint64_t pages) noexcept nogil:
-        """How many there must be so that requests may have so many."""
-        return pages + (min(pages // (LAST_SHARE - 1) + 1, LAST_UNITS * self.unit) if self.shrinks else 0)
-
-    cdef void _bound(self) noexcept nogil:
-        """Compute all that follows from mem_limit and what is granted. limits_lock is held."""
-        cdef uint64_t own = load_relaxed(&self.mem_limit), most
-        own = most = own if own else NO_LIMIT
-        if self.budget is not None:
-            most = min(own, self.budget.granted)
-        if self.left:
-            return
-        ordered_store(&self.most, most)
-        ordered_store(&self.limit, most - self._last(most))
-        if not self.refused:
-            most = own
-        store_relaxed(&self.wall_most, most)
-        store_relaxed(&self.wall, most - self._last(most))
-
-    cdef bint _may_pass(self, uint64_t pages) noexcept nogil:
-        """Whether the caller may have so many pages, which are above what requests may have."""
-        return load_relaxed(&self.shrinker) == this_thread() and pages <= ordered_load(&self.most)
-
-    cdef bint _claim(self, uint64_t pages) noexcept nogil:
-        """Have the budget grant as many pages as the caller needs to have so many; False: not so many, or mem_limit."""
-        cdef bint last = load_relaxed(&self.shrinker) == this_thread()
-        cdef bint done = False
-        cdef uint64_t own
-        pthread_mutex_lock(&self.limits_lock)
-        own = load_relaxed(&self.mem_limit)
-        own = own if own else NO_LIMIT
-        if not self.left and pages <= (own if last else own - self._last(own)):
-            done = self.budget.raise_to(min(own, pages if last else self._with_last(pages)), CLAIM_PAGES)
-            self.refused = not done
-            self._bound()
-        pthread_mutex_unlock(&self.limits_lock)
-        return done
-
-    cdef bint tidy_budget(self) noexcept nogil:
-        """Let others have what is granted and not needed; whether pages may be had again that were refused before."""
-        cdef uint64_t pages, spare, wanted
-        cdef bint again = False, little
-        cdef sums now
-        pthread_mutex_lock(&self.limits_lock)
-        if self.budget is not None and not self.left:
-            now = self.budget.add_up(self.budget.granted)
-            little = now.taken + self.budget.limit() // LITTLE_SHARE > self.budget.limit()
-            pages = load_relaxed(&self.pages)
-            spare = 0 if little else min(max(pages // SPARE_SHARE, <uint64_t>CLAIM_PAGES),
-                                         self.budget.limit() // SPARE_PART)
-            spare = max(spare, <uint64_t>LITTLE_PAGES)
-            wanted = self._with_last(pages + spare)
-            if self.budget.granted > wanted + spare:
-                # Who has seen the old limit has counted its pages before we look at them, or sees the new one after.
-                ordered_store(&self.most, min(ordered_load(&self.most), wanted))
-                ordered_store(&self.limit, min(ordered_load(&self.limit), wanted - self._last(wanted)))
-                if ordered_load(&self.pages) <= wanted - self._last(wanted):
-                    self.budget.set_granted(wanted)
-            else:
-                self.budget.set_granted(self.budget.granted)    # whatever stands there
-            if self.refused and self.budget.fits(self._with_last(max(pages, self.budget.granted) + 2 * self.unit)):
-                self.refused = False
-                again = True
-            self._bound()
-        pthread_mutex_unlock(&self.limits_lock)
-        return again
-
-    cdef bint _is_full(self) noexcept nogil:
-        """Whether the limit leaves the caller not one page of the kernel's."""
-        cdef uint64_t pages = load_relaxed(&self.pages) + self.unit
-        return pages > load_relaxed(&self.wall) and not self._may_pass(pages)
-
-    cdef bint owes(self) noexcept nogil:
-        """Whether more pages are resident than requests may have: what is freed is not kept for the next of them."""
-        return load_relaxed(&self.pages) > load_relaxed(&self.wall)
-
-    cdef bint _charge(self, uint64_t n) noexcept nogil:
-        """Count n more pages as resident, unless that would pass the limit."""
-        cdef uint64_t pages, peak
-        while True:
-            pages = load_relaxed(&self.pages)
-            if pages + n > load_relaxed(&self.limit) and not self._may_pass(pages + n):
-                if self.budget is None or not self._claim(pages + n):
-                    return False
-                continue
-            if not compare_swap(&self.pages, pages, pages + n):
-                continue
-            if self.budget is None or pages + n <= ordered_load(&self.limit) or self._may_pass(pages + n):
-                break
-            counter_sub(&self.pages, n)     # what was granted is being given back
-        while True:
-            peak = load_relaxed(self.pages_max)
-            if peak >= pages + n or compare_swap(self.pages_max, peak, pages + n):
-                return True
-
-    # --------------------------------------------------------------------------------------------------------
-
     cdef int decommit(self, uint32_t span, uint32_t mask) noexcept nogil:
         """Give the resident pages of mask back to the operating system, but for what it takes back only together with
         others; how many there were."""
@@ -390,7 +235,7 @@ cdef class Arena:
         if gone:
             zr_point(points.page_given_back)
         pages_store(&self.committed[span], <uint16_t>(self.committed[span] & ~gone))
-        counter_sub(&self.pages, n)
+        self.limits.uncharge(n)
         return n
 
     cdef void _release(self, uint32_t span, uint32_t mask) noexcept nogil:
@@ -614,14 +459,14 @@ cdef class Arena:
             n = npages + i - 1 if npages + i <= SPAN_LENGTHS else SPAN_LENGTHS - i
             if modest and (n < npages or load_relaxed(&self.ready_pages) < load_relaxed(&self.reserve) // 2 + n):
                 break
-            if self.ready[n] != NIL and self._charge(n):
+            if self.ready[n] != NIL and self.limits.charge(n):
                 return self._ready_pop(n)
         return -ENOMEM
 
     cdef void _ready_give(self, uint32_t span) noexcept nogil:
         """Take a span back into the reserve; what is too much there the refiller gives back."""
         pthread_mutex_lock(&self.lock)
-        counter_sub(&self.pages, bits_set(self.committed[span]))
+        self.limits.uncharge(bits_set(self.committed[span]))
         self._ready_push(span)
         pthread_mutex_unlock(&self.lock)
 
@@ -669,13 +514,10 @@ cdef class Arena:
         owned_sub_32(&self.top, self.top)
         self.warm = self.cold = NIL
         store_relaxed(&self.stock, 0)
-        store_relaxed(&self.pages, 0)
-        store_relaxed(self.pages_max, 0)
+        store_relaxed(&self.limits.pages, 0)
+        self.limits.reset_peak()
         pthread_cond_signal(&self.work)
         pthread_mutex_unlock(&self.lock)
-
-    cdef void reset_peak(self) noexcept nogil:
-        store_relaxed(self.pages_max, load_relaxed(&self.pages))
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes of the two tables, counted in whole pages."""
@@ -739,7 +581,7 @@ cdef class Arena:
         if ready != load_relaxed(&self.ready_pages):
             return "the count of the reserve differs from its spans' bitmaps"
         pages -= ready
-        if pages != load_relaxed(&self.pages):
+        if pages != load_relaxed(&self.limits.pages):
             return "the count of resident pages differs from the spans' bitmaps"
         if stock != load_relaxed(&self.stock):
             return "the count of the stock differs from the warm spans' bitmaps"

@@ -186,7 +186,7 @@ cdef inline void spare_page(Pool pool, size_class *c, uint32_t span, uint32_t pa
 
     Of larger pages of the kernel only a reserve keeps some, which are on no list.
     """
-    if c.unit == 1 and pool.spares < SPARES and not pool.arena.owes():
+    if c.unit == 1 and pool.spares < SPARES and not pool.arena.limits.owes():
         spare_add(pool, span)
     elif c.unit == 1 or not load_relaxed(&pool.arena.reserve) or c.committed - c.inuse > SPARES:
         owned_sub(&c.committed, pool.arena.decommit(span, unused_pages(pool, c, span, pool.arena.whole(1 << page))))

@@ -490,7 +490,7 @@ cdef bint free_some(Pool pool, int rc) noexcept nogil:
             return True
         # Another thread made room while this one waited for compact_lock. A chunk touches 2 pages at most.
         # (What took the room of the state's file system is not known.)
-        if rc == -ENOSPC and load_relaxed(&pool.arena.pages) + 2 * pool.arena.unit <= load_relaxed(&pool.arena.wall):
+        if rc == -ENOSPC and pool.arena.limits.leaves(2 * pool.arena.unit):
             return True
         if load_relaxed(&pool.undone) == undone:
             return False

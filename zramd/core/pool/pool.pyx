@@ -13,7 +13,7 @@ of free ones. So a page on which nothing is left can be given back by itself, be
 whole zspages. See docs/density.md.
 Objects above max_payload are huge: a page each, without a header, so there is nothing to compact.
 
-Lock order: compact_lock, then a class lock, then cells_lock or arena.lock, then arena.limits_lock. Pins are outside of
+Lock order: compact_lock, then a class lock, then cells_lock or arena.lock, then limits.lock. Pins are outside of
 that order: a holder of a class lock may only try for a pin, the holder of a pin may wait for a class lock.
 A thread that holds a lock for longer than one object takes looks whether others wait for it, and gives way. No walk over
 zspages is longer than SIFT_TRIES between two such looks.
@@ -55,6 +55,7 @@ from zramd.core.system cimport points
 from zramd.core.system.bits cimport bits_set, prefetch
 from zramd.core.system.checks cimport zr_assert, zr_assert_held, zr_static_assert
 from zramd.core.system.locks cimport (
+    clear_words,
     compare_swap,
     counter_add,
     cpu_relax,
@@ -76,7 +77,6 @@ from zramd.core.system.locks cimport (
     store_relaxed,
     store_relaxed_16,
     store_release,
-    this_thread,
 )
 from zramd.core.system.points cimport zr_point
 from zramd.core.types cimport (
@@ -259,7 +259,7 @@ cdef class Pool:
 
         -EINVAL: size is not 1 to 4096; -ENOSPC: mem_limit; -EDQUOT: the file system of the state; -ENOMEM.
         modest: -ENOBUFS where a reserve is needed for requests, see Arena.take; but mem_limit's last pages are for
-        this, see Arena.set_limit. One thread at a time.
+        this, see Limits.set_mem_limit. One thread at a time.
         """
         cdef uint32_t index
         cdef int rc
@@ -271,10 +271,10 @@ cdef class Pool:
             return rc
         zr_point(points.cell_taken)
         if modest:
-            store_relaxed(&self.arena.shrinker, this_thread())
+            self.arena.limits.shrink_begin()
         rc = self._obj_alloc(index, handle[0], payload, modest)
         if modest:
-            store_relaxed(&self.arena.shrinker, 0)
+            self.arena.limits.shrink_end()
         if rc:
             self._cell_give(handle[0])
         return rc
@@ -541,26 +541,26 @@ cdef class Pool:
         """Make every lock hand on priority; 0 or an errno. Nobody else may use the pool yet."""
         cdef uint32_t i
         cdef int rc = mutex_inherit(&self.cells_lock) or mutex_inherit(&self.compact_lock)
-        rc = rc or mutex_inherit(&self.arena.lock) or mutex_inherit(&self.arena.limits_lock)
+        rc = rc or mutex_inherit(&self.arena.lock) or mutex_inherit(&self.arena.limits.lock)
         for i in range(self.class_count):
             rc = rc or mutex_inherit(&self.classes[i].lock)
         return rc
 
     cdef uint64_t mem_limit(self) noexcept nogil:
         """Most bytes of pages the pool may use, 0: no limit."""
-        return load_relaxed(&self.arena.mem_limit) << PAGE_SHIFT
+        return load_relaxed(&self.arena.limits.mem_limit) << PAGE_SHIFT
 
     cdef void set_mem_limit(self, uint64_t limit, bint shrinks) noexcept nogil:
-        """Rounded up to pages. Raising and lowering it takes effect at once. shrinks: see Arena.set_limit.
+        """Rounded up to pages. Raising and lowering it takes effect at once. shrinks: see Limits.
 
         One thread at a time.
         """
-        self.arena.set_limit(pages_of(limit), shrinks)
+        self.arena.limits.set_mem_limit(pages_of(limit), shrinks)
         self._limits_changed()
 
     cdef void tidy_budget(self) noexcept nogil:
         """Let others have what the budget has granted and is not needed. One thread at a time."""
-        if self.arena.tidy_budget():
+        if self.arena.limits.tidy_budget():
             self._limits_changed()
 
     cdef void _limits_changed(self) noexcept nogil:
@@ -614,11 +614,7 @@ cdef class Pool:
         store_relaxed(&self.cells_used, 0)
         self.cells_free = 0
         pthread_mutex_unlock(&self.cells_lock)
-        store_relaxed(&self.counters.pages_compacted, 0)
-        store_relaxed(&self.counters.objects_migrated, 0)
-        store_relaxed(&self.counters.num_compactions, 0)
-        store_relaxed(&self.counters.compact_ns, 0)
-        store_relaxed(&self.counters.bytes_migrated, 0)
+        clear_words(<uint64_t *>self.counters, sizeof(pool_counters))
 
     cdef uint64_t metadata_bytes(self) noexcept nogil:
         """Resident bytes beside the arena's pages: cells, zspages, tables, counters, this object."""

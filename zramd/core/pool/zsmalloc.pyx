@@ -82,9 +82,9 @@ cdef dict pool_stats(Pool pool):
                          load_relaxed(&pool.classes[i].committed) * pool.classes[i].objs // pool.classes[i].pages)
         used += load_relaxed(&pool.classes[i].inuse)
     return read_words(<uint64_t *>pool.counters, COUNTERS) | {
-        "mem_used_total": load_relaxed(&pool.arena.pages) << PAGE_SHIFT,
+        "mem_used_total": load_relaxed(&pool.arena.limits.pages) << PAGE_SHIFT,
         "mem_limit": pool.mem_limit(),
-        "mem_used_max": load_relaxed(pool.arena.pages_max) << PAGE_SHIFT,
+        "mem_used_max": load_relaxed(pool.arena.limits.pages_max) << PAGE_SHIFT,
         "stock_pages": load_relaxed(&pool.arena.stock),
         "reserve_bytes": load_relaxed(&pool.arena.ready_pages) << PAGE_SHIFT,
         "reserve_misses": load_relaxed(&pool.arena.misses),

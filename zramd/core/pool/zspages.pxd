@@ -129,7 +129,7 @@ cdef inline uint64_t freeable(Pool pool, size_class *c) noexcept nogil:
     May be read without the lock, then it can be off by what is happening meanwhile.
     """
     cdef uint64_t inuse = load_relaxed(&c.inuse), best, part
-    cdef bint full = load_relaxed(&pool.arena.pages) + 2 * c.unit > load_relaxed(&pool.arena.wall)
+    cdef bint full = not pool.arena.limits.leaves(2 * c.unit)
     if is_huge(c) or inuse == 0 or (
             load_relaxed(&c.stuck) & STUCK and (full or load_relaxed(&pool.arena.reserve))):
         return 0

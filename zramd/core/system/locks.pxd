@@ -114,6 +114,12 @@ cdef extern from *:
     void nap() noexcept nogil
     uint64_t this_thread() noexcept nogil     # never 0
 
+cdef inline void clear_words(uint64_t *words, size_t size) noexcept nogil:
+    """Make all words of so many bytes 0, each of them atomically."""
+    cdef size_t i
+    for i in range(size // sizeof(uint64_t)):
+        store_relaxed(words + i, 0)
+
 cdef enum:
     LET_IN_SPINS = 200      # about what a thread on another processor takes to wake up
 

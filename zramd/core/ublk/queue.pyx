@@ -79,6 +79,7 @@ from zramd.core.ublk.threads cimport (
     thread_begin,
     thread_start,
     thread_work,
+    zr_wake,
 )
 
 cdef extern from *:
@@ -89,9 +90,7 @@ cdef extern from *:
     #include <sys/eventfd.h>
     #include <sys/mman.h>
     #include <unistd.h>
-    #define zr_wake(fd) do { uint64_t one = 1; (void)!write((fd), &one, sizeof(one)); } while (0)
     """
-    void zr_wake(int fd) nogil
     int eventfd(unsigned int initial, int flags) nogil
     int close(int fd) nogil
     void *mmap(void *start, size_t size, int protection, int flags, int fd, long offset) nogil

@@ -29,16 +29,13 @@ from zramd.core.ublk.threads cimport (
     thread_begin,
     thread_start,
     thread_work,
+    zr_wake,
 )
 
 cdef extern from *:
     """
-    #include <stdint.h>
     #include <unistd.h>
-    /* An eventfd's count never gets so high that this would wait. */
-    #define zr_wake(fd) do { uint64_t one = 1; (void)!write((fd), &one, sizeof(one)); } while (0)
     """
-    void zr_wake(int fd) nogil
     int getpid() nogil
 
 

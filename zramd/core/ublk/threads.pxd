@@ -13,7 +13,9 @@ cdef extern from *:
     #include <sched.h>
     #include <signal.h>
     #include <stdio.h>
+    #include <stdint.h>
     #include <time.h>
+    #include <unistd.h>
     #include <sys/prctl.h>
 
     typedef void *(*thread_work)(void *);
@@ -58,6 +60,13 @@ cdef extern from *:
         end.tv_nsec %= 1000000000;
         pthread_cond_timedwait(news, lock, &end);
     }
+
+    /* Wake who polls an eventfd, whose count never gets so high that this would wait. */
+    static inline void zr_wake(int fd)
+    {
+        uint64_t one = 1;
+        (void)!write(fd, &one, sizeof(one));
+    }
     """
     ctypedef struct pthread_t:
         pass
@@ -67,6 +76,7 @@ cdef extern from *:
     int thread_start(pthread_t *thread, thread_work work, void *argument, size_t stack) noexcept nogil
     int thread_begin(const char *kind, unsigned number, int priority) noexcept nogil
     void cond_wait_for(pthread_cond_t *news, void *lock, uint64_t milliseconds) noexcept nogil
+    void zr_wake(int fd) noexcept nogil
 
 cdef enum:
     # Bytes of address space: what process.pyx touches of it is all that is ever used, but for ThreadSanitizer's own.
