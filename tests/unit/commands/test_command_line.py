@@ -50,6 +50,7 @@ SHARED = {
     "zramd.errors",
     "zramd.lockfile",
     "zramd.meminfo",
+    "zramd.resident",
     "zramd.kernel",
     "zramd.kernel.attached",
     "zramd.kernel.ublk",
