@@ -289,7 +289,10 @@ def _rates_table(rows: list[dict[str, Any]]) -> list[str]:
     calls, taken = (
         max(row[UBLK][f"{kind} of others"] for row in rows) for kind in ("system calls", "allocations")
     )
-    lines += ["", f"ublk's server beside that: {calls} system calls and {taken} allocations a second at most"]
+    lines += [
+        "",
+        f"ublk's server beside that: {calls:.0f} system calls and {taken:.0f} allocations a second at most",
+    ]
     return lines
 
 

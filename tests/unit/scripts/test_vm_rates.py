@@ -1,6 +1,7 @@
 """What scripts/vm-swap --rates makes of what it finds in the guest."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,15 +51,25 @@ def test_one_load() -> None:
     }
 
 
-def test_counts_are_of_the_servers_threads_alone() -> None:
-    hist = (
-        "{ common_pid:         71 } hitcount:       900\n{ common_pid:        500 } hitcount:       70000\n"
+@pytest.mark.parametrize(("threads", "calls", "chores"), [("", 1.0, 0), ("zramd-ublk", 0.9, 50)])
+def test_counts_are_of_the_servers_threads_alone(threads: str, calls: float, chores: int) -> None:
+    """Of those that answer, for each request; of the others, for each of two seconds."""
+    hist = "".join(
+        f"{{ common_pid:       {thread:>4} }} hitcount:       {count}\n"
+        for thread, count in ((7, 100), (71, 900), (500, 70000))
     )
-    guest = cast(
-        "Guest",
-        FakeGuest({"ls /proc/7/task": "7\n71\n", "guest_tool": '{"requests": 1000}', "sys_enter/hist": hist}),
-    )
-    assert rates._count(guest, door("ublk", 7), ("read", 1)) == {"system calls": 0.9, "allocations": 0.0}
+    answers = {
+        "/proc/7/task": "7 zramd\n71 zramd-ublk0\n",
+        "guest_tool": '{"requests": 1000}',
+        "sys_enter/hist": hist,
+    }
+    one = replace(door("ublk", 7), threads=threads)
+    assert rates._count(cast("Guest", FakeGuest(answers)), one, ("read", 1)) == {
+        "system calls": calls,
+        "system calls of others": chores,
+        "allocations": 0.0,
+        "allocations of others": 0,
+    }
 
 
 def rows(calls: float) -> list[dict[str, Any]]:
@@ -69,6 +80,7 @@ def rows(calls: float) -> list[dict[str, Any]]:
             each.found[load] = [found | ({"cpu": 1.0, "switches": 1.0} if each.pid else {})]
             if each.pid:
                 each.counted[load] = {"system calls": calls, "allocations": 0.0}
+                each.counted[load] |= {f"{kind} of others": 7.0 for kind in rates.EVENTS}
     return rates._rows(doors)
 
 
@@ -82,4 +94,5 @@ def test_ratios_and_what_must_hold(calls: float, right: bool) -> None:
     assert result.ok == right
     text = report.text(result)
     assert "read QD1" in text
+    assert "7 system calls and 7 allocations a second at most" in text
     assert "swapped out" not in text
