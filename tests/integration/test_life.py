@@ -99,7 +99,7 @@ def test_paths_with_other_letters(
         client = device.connect()
         assert client.read(0, BLOCK) == b"x" * BLOCK
         client.close()
-        assert (tmp_path / "ö.prom").exists()
+        wait_until((tmp_path / "ö.prom").exists)
         device.done("stop")
         assert not device.rundir.exists()
     finally:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from zramd.core.system.process import name_thread
 from zramd.server.trouble import Troubles
 
+SOON = 0.5  # seconds until the chores: a server that takes over has others to answer first
 PAUSE = 0.1  # seconds after a failure: what is short then may be there again
 DISTURBED = "housekeeping is disturbed"
 
@@ -36,15 +37,14 @@ class Housekeeper:
     ) -> None:
         """`wake` is a pipe without waiting that gets the numbers of signals, and zeros that only wake.
 
-        `obey` gets the signals. It gets them again if it fails. The thread ends once `stopping` is set. A
-        chore is due for the first time after its interval.
+        `obey` gets the signals. It gets them again if it fails. The thread ends once `stopping` is set.
         """
         self._wake = wake
         self._stopping = stopping
         self._troubles = troubles
         self._obey = obey
         self._chores = chores
-        self._due = dict.fromkeys((chore.failing for chore in chores), float("inf"))
+        self._due = dict.fromkeys((chore.failing for chore in chores), time.monotonic() + SOON)
         self._signals = b""
         self._answers: dict[int, Callable[[], None]] = {}
         self._poll = select.poll()
