@@ -47,7 +47,7 @@ from zramd.core.system.locks cimport (
 from zramd.core.system.points cimport zr_point
 from zramd.core.memory.limits cimport Limits
 from zramd.core.memory.region cimport Memory, Region, page_unit, region_map, region_populate, whole_pages
-from zramd.core.types cimport NIL, PAGE_SHIFT, PAGE_SIZE, SPAN_LENGTHS, SPAN_PAGES, SPAN_SHIFT
+from zramd.core.types cimport NIL, PAGE_SHIFT, SPAN_LENGTHS, SPAN_PAGES, SPAN_SHIFT
 
 cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int microseconds)
