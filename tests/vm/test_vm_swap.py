@@ -44,15 +44,14 @@ def held(result: dict[str, Any], what: str) -> bool:
     ("way", "suite"),
     [
         ("qemu", SUITES[1]),
-        # slow: by the older kernel, too; local's is that one
+        # slow: by the older kernel, too
         pytest.param("qemu", SUITES[0], marks=pytest.mark.slow),
         # slow: a guest's own client; test_vm_attach.py has the kernel's each time
         *(pytest.param("guest", suite, marks=pytest.mark.slow) for suite in SUITES),
         # slow: as qemu with this kernel: its part, qemu's command line, is in test_libvirt.py
         pytest.param("libvirt", SUITES[0], marks=pytest.mark.slow),
-        ("local", SUITES[0]),
-        # slow: as the line above, by the newer kernel
-        pytest.param("local", SUITES[1], marks=pytest.mark.slow),
+        # slow: ublk below is asked for the same; test_local_at_the_limit is by this way
+        *(pytest.param("local", suite, marks=pytest.mark.slow) for suite in SUITES),
         ("ublk", SUITES[1]),
     ],
 )
