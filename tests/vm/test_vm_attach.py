@@ -373,6 +373,7 @@ def start_load(guest: Guest) -> None:
     guest.phase("fill", 240)
 
 
+@pytest.mark.slow  # more than a minute; a server that dies under swap is tried each time
 def test_restart_under_swap(loaded: Guest) -> None:
     """`zramd restart` while a workload's memory is out: every page comes back, and none takes long."""
     guest, log, restarts, timeout = loaded, len(loaded.kernel_log()), 5, 10

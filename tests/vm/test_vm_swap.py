@@ -43,9 +43,8 @@ def held(result: dict[str, Any], what: str) -> bool:
 @pytest.mark.parametrize(
     ("way", "suite"),
     [
-        ("qemu", SUITES[1]),
-        # slow: by the older kernel, too
-        pytest.param("qemu", SUITES[0], marks=pytest.mark.slow),
+        # slow: test_network.py has a guest of qemu's that swaps each time, over TLS
+        *(pytest.param("qemu", suite, marks=pytest.mark.slow) for suite in SUITES),
         # slow: a guest's own client; test_vm_attach.py has the kernel's each time
         *(pytest.param("guest", suite, marks=pytest.mark.slow) for suite in SUITES),
         # slow: as qemu with this kernel: its part, qemu's command line, is in test_libvirt.py
