@@ -228,14 +228,15 @@ class Serving:
         self._housekeeper = self._make_housekeeper()
         if endpoint is not None:
             self._housekeeper.listen(endpoint.fileno(), endpoint.accept)
-        housekeeping = start_thread("zramd", self._housekeep)
-        ends.add(housekeeping.join)
-        ends.add(self._wake_up)
         # nbdkit's own handlers would only make it wait for its clients. Python's write the number into
-        # the pipe at once, even while the main thread sits in nbdkit and runs no Python.
+        # the pipe at once, even while the main thread sits in nbdkit and runs no Python. And before anybody is
+        # answered: who knows that we serve may end us.
         signal.set_wakeup_fd(self._wake[1], warn_on_full_buffer=False)
         for number in (*STOP_SIGNALS, sockets.HAND_OVER, LOOK_AGAIN):
             signal.signal(number, _ignore)
+        housekeeping = start_thread("zramd", self._housekeep)
+        ends.add(housekeeping.join)
+        ends.add(self._wake_up)
         if config.swap == "local":
             # Last: the threads above are less urgent, those that nbdkit starts for clients inherit it.
             protection.take_priority(protection.SERVE)
