@@ -229,8 +229,8 @@ class Serving:
         if endpoint is not None:
             self._housekeeper.listen(endpoint.fileno(), endpoint.accept)
         # nbdkit's own handlers would only make it wait for its clients. Python's write the number into
-        # the pipe at once, even while the main thread sits in nbdkit and runs no Python. And before anybody is
-        # answered: who knows that we serve may end us.
+        # the pipe at once, even while the main thread sits in nbdkit and runs no Python. And before anybody
+        # is answered: who knows that we serve may end us.
         signal.set_wakeup_fd(self._wake[1], warn_on_full_buffer=False)
         for number in (*STOP_SIGNALS, sockets.HAND_OVER, LOOK_AGAIN):
             signal.signal(number, _ignore)
