@@ -41,6 +41,8 @@ def command() -> Iterator[Path]:
         f"#!{venv}/bin/python3 -E\nimport sys\nfrom zramd.__main__ import main\nsys.exit(main())\n"
     )
     script.chmod(0o755)
+    # As installers do. The first command to run would else make the folders, with that command's umask.
+    subprocess.run([venv / "bin/python3", "-m", "compileall", "-q", packages], check=True)
     yield script
     shutil.rmtree(folder)
 
