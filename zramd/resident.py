@@ -12,21 +12,21 @@ import os
 Held = mmap.mmap | None
 
 
-def hold(fd: int) -> Held:
-    """Map the file of `fd`, and touch its pages: they stay in memory while what this returns lives.
+def hold(fd: int, size: int = 0) -> Held:
+    """Map the first `size` bytes of the file of `fd`, 0: all, and touch the pages.
 
-    So it is in a process that has locked its memory, or does so later. None: there is nothing to hold, or it
-    cannot be mapped. The locks of `fd` are not kept by it.
+    They stay in memory while what this returns lives, in a process that has locked its memory or does so
+    later. None: there is nothing to hold, or it cannot be mapped. The locks of `fd` are not kept by it.
     """
     try:
         own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        held = mmap.mmap(own, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+        held = mmap.mmap(own, size, mmap.MAP_SHARED, mmap.PROT_READ)
         for at in range(0, len(held), mmap.PAGESIZE):
             held[at]
-    except (OSError, ValueError):  # it is empty
+    except (OSError, ValueError):  # it is empty, or shorter
         return None
     finally:
         os.close(own)

@@ -125,3 +125,27 @@ record.write("/dev/nbd0", "1" * 5000, keeper=1)
 print(first, locked())
 """
     assert locked(folder, code) == ["one.attached"] * 2
+
+
+def test_what_one_on_standby_will_need_of_the_budget(folder: Path) -> None:
+    """The table of the slots, and who has those in use; not the megabyte that 1,024 of them would take."""
+    code = """
+from pathlib import Path
+from zramd.contract import budget as file, handover
+from zramd.server import budget
+from zramd.settings import config as settings
+pairs = {"disksize": "1M", "budget": "1G", "rundir": folder + "/run/one"}
+config = settings.parse(pairs.items())
+Path(config.rundir).mkdir(parents=True)
+members = [budget.Member(config) for _ in range(8)]
+at = Path(file.path(config.rundir))
+budget.look(config)
+assert not budget._held
+os.environ[handover.TAKES_OVER] = handover.order(-1, -1, True, standby=True)
+budget.look(config)
+(held,) = budget._held
+assert len(held) == file.needed(file.slots(members[0]._fd)) < file.BYTES // 4
+del members
+print(locked())
+"""
+    assert locked(folder, code) == ["run/.budget"]

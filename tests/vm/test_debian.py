@@ -373,9 +373,10 @@ def elsewhere(guest: Guest) -> None:
     guest.run("systemctl daemon-reload", SLOW)
 
 
-def documented_drop_in(name: str) -> str:
-    """What docs/systemd.md has an administrator write."""
-    found = re.search(rf"<!-- drop-in: {name} -->\n((?:    .*\n)+)", (ROOT / "docs/systemd.md").read_text())
+def documented_drop_in(name: str, document: str = "systemd") -> str:
+    """What a document has an administrator write."""
+    text = (ROOT / f"docs/{document}.md").read_text()
+    found = re.search(rf"<!-- drop-in: {name} -->\n((?:    .*\n)+)", text)
     assert found
     return found[1]
 

@@ -138,6 +138,8 @@ def killed(guest: Guest) -> None:
         active(guest)
         assert guest.run("cat /run/zramd/zram0/standby").strip() != waiting
     assert guest.run("cut -d' ' -f1 /run/zramd/zram0.attached") == keeper
+    # The memory file had nobody's lock on it between a death and the take-over; the slice's rule held.
+    assert guest.run("cat /sys/fs/cgroup/zramd.slice/memory.swap.current").strip() == "0"
     said = guest.run("journalctl -b -o cat -u zramd-attach@zram0", SLOW)
     assert (
         said.count(f"{DEVICE} stays, and waits for the server that is started again after a crash") == KILLS

@@ -85,6 +85,11 @@ def path(rundir: str) -> str:
     return f"{os.path.dirname(rundir)}/{NAME}"
 
 
+def needed(found: list[Slot]) -> int:
+    """Return how many bytes of the file one uses who looks through these slots and takes one more."""
+    return _OWNERS_AT + min(SLOTS, max((slot.number for slot in found), default=0) + 2) * _OWNER_BYTES
+
+
 def lock_of(number: int) -> int:
     """Return the byte of the file whose lock says that a slot is held."""
     return TABLE_AT + _FIXED + number * _SLOT.size

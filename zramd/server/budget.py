@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from zramd import lockfile, trusted
+from zramd import lockfile, resident, trusted
 from zramd.contract import budget as file
 from zramd.contract import handover
 from zramd.contract.budget import Owner, Slot, State
@@ -23,6 +23,7 @@ INTERVAL = 1.0  # seconds between two looks at what is not needed
 SWEEP = 10.0  # seconds between two looks at what the dead have left
 LOCK_TIMEOUT = 10.0  # seconds; who looks for a slot holds the lock for milliseconds
 _OFTEN = 0.005  # seconds between two tries
+_held: list[resident.Held] = []  # by one on standby, so that it need not wait for swap when it joins
 
 
 def look(config: Config) -> None:
@@ -38,7 +39,10 @@ def look(config: Config) -> None:
             counting = file.slots(fd)
             file.check_slots(counting, shown)
             others = [slot for slot in counting if slot.number != own]
-            budget = file.limit(fd) if handover.is_standby() else config.budget
+            budget = config.budget
+            if handover.is_standby():
+                budget = file.limit(fd)
+                _held.append(resident.hold(fd, file.needed(counting)))
             _check_floors(others, config.budget_floor, budget)
     finally:
         os.close(fd)

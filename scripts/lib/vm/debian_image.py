@@ -28,6 +28,8 @@ PACKAGES = (
     "liblz4-1",
     "util-linux",
     "procps",  # sysctl
+    "libnbd-bin",  # clients of devices for other machines
+    "gnutls-bin",  # makes their keys
 )
 MODULES = [*image.BOOT_MODULES, *image.LATER_MODULES, "dm_mod"]
 VENV = "/opt/zramd"  # an empty environment, which takes a minute to make under emulation
