@@ -3,6 +3,8 @@
 ublkattach.py ASK TELL: two fifos. A line "scene NAME", or a row, is answered by one line of JSON.
 """
 
+import errno
+import fcntl
 import json
 import mmap
 import os
@@ -25,6 +27,7 @@ from zramd.core.ublk.control import Control
 from zramd.kernel import attached, ublk
 
 BLOCK = 4096
+BLKRRPART = 0x125F
 OPTIONS = {
     "one": ["--size", "32M", "state=/dev/shm/one", "compaction=off", "front=ublk"],
     "two": ["--size", "16M", "compaction=off", "front=ublk"],
@@ -102,6 +105,18 @@ def read(device: str, block: int) -> bytes:
             return page[:8]
     finally:
         os.close(fd)
+
+
+def scanned(device: str) -> str:
+    """What the kernel says when it is asked to look for partitions, '' if it does."""
+    fd = os.open(device, os.O_RDONLY)
+    try:
+        fcntl.ioctl(fd, BLKRRPART)
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    finally:
+        os.close(fd)
+    return ""
 
 
 def swaps() -> list[str]:
@@ -203,6 +218,7 @@ def dies() -> dict[str, Any]:
     start("one")
     device = good("attach", "one")
     write(device, 3, b"kept")
+    found: dict[str, Any] = {"scan": scanned(device)}
     mark = len(kernel_log())
     kill("one")
     reader = os.fork()
@@ -211,7 +227,7 @@ def dies() -> dict[str, Any]:
             os._exit(read(device, 3) != b"keptkept")
         finally:
             os._exit(2)
-    found: dict[str, Any] = {"doctor": zramd("doctor")[1]}
+    found["doctor"] = zramd("doctor")[1]
     os.rename("/dev/shm/one", "/dev/shm/kept")
     start("one")
     log("it does not hold the data that was there before", mark)

@@ -58,6 +58,19 @@ def test_a_priority_that_there_is_not(backed: bool) -> None:
     wait_until(lambda: os.listdir("/proc/self/task") == before)  # who has waited for a thread may see it yet
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right")
+def test_threads_without_the_right_to_everything() -> None:
+    """For such a thread's disk the kernel looks for no partitions; the others keep the right."""
+    queues = Queues(Device(1 << 20), 2, 4)
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        words = dict(line.partition(":\t")[::2] for line in (task / "status").read_text().splitlines())
+        found[words["Name"]] = {int(words[key], 16) >> 21 & 1 for key in ("CapPrm", "CapEff", "CapInh")}
+    assert found.pop("zramd-ublk0") == found.pop("zramd-ublk1") == {0}
+    assert all(1 in rights for rights in found.values())
+    del queues
+
+
 def test_a_file_of_no_disk() -> None:
     """The kernel of this machine refuses it, whatever it is."""
     queues = Queues(Device(1 << 20), 2, 4)

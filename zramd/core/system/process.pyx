@@ -68,6 +68,22 @@ cdef extern from *:
         return (int)syscall(SYS_capset, &head, data);
     }
 
+    /* For the calling thread alone; a service's filter of system calls may forbid what is not needed. */
+    static int lose_capability_of(int number)
+    {
+        struct __user_cap_header_struct head = {_LINUX_CAPABILITY_VERSION_3, 0};
+        struct __user_cap_data_struct data[2];
+        __u32 bit = 1u << number % 32;
+        if (syscall(SYS_capget, &head, data))
+            return errno;
+        if (!(data[number / 32].permitted & bit))
+            return 0;
+        data[number / 32].permitted &= ~bit;
+        data[number / 32].effective &= ~bit;
+        data[number / 32].inheritable &= ~bit;
+        return syscall(SYS_capset, &head, data) ? errno : 0;
+    }
+
     /* The kernel has a record for a thread that waits for a lock which hands on priority, and makes it the first time. */
     static void use_lock(void)
     {
@@ -181,6 +197,7 @@ cdef extern from *:
     int prctl(int option, ...) nogil
     int yield_disks() nogil
     int keep_capabilities_of(unsigned long long kept) nogil
+    int lose_capability_of(int number) nogil
     int mlockall(int flags) nogil
     int munlockall() nogil
     int mlock(const void *start, size_t size) nogil
@@ -232,6 +249,11 @@ def keep_capabilities(unsigned long long kept):
     """
     if keep_capabilities_of(kept):
         fail()
+
+
+cdef int lose_capability(int number) noexcept nogil:
+    """Give up one capability of the calling thread, if it has it; 0 or -errno."""
+    return -lose_capability_of(number)
 
 
 cdef bint memory_is_locked() noexcept nogil:

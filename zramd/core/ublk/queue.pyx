@@ -37,7 +37,7 @@ from zramd.core.system.locks cimport (
     store_relaxed,
     store_release,
 )
-from zramd.core.system.process cimport touch_stack
+from zramd.core.system.process cimport CAP_SYS_ADMIN, lose_capability, touch_stack
 from zramd.core.ublk.protocol cimport (
     COMMIT_AND_FETCH,
     FETCH,
@@ -274,6 +274,10 @@ cdef class Queue:
         touch_stack()
         self.refused = A_PRIORITY
         rc = -thread_begin(b"zramd-ublk", self.number, self.priority)
+        if rc == 0:
+            # With it in all threads that fetch, the kernel looks for partitions as it starts the disk. If the server ends in
+            # that moment the reads wait for the next one, which the kernel (6.12) takes only when it has read them.
+            rc = lose_capability(CAP_SYS_ADMIN)
         if rc == 0:
             self.refused = A_RING
             # One more: the eventfd's.
