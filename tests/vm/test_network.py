@@ -172,10 +172,11 @@ def test_a_guest_over_tls(lab: Lab) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("netem", ["", NEAR, FAR])
 def test_a_network_that_is_cut(lab: Lab, netem: str) -> None:
-    """For 20 seconds nothing gets through: the workload waits, and goes on."""
+    """A restart, a kill, and 20 seconds in which nothing gets through: the workload waits, and goes on."""
     host = lab.add_machine(netem) if netem else lab.add_here()
     swap_on(lab.boot(PATIENT))
     lab.start()
+    lab.meanwhile(host.restart, 10)
     lab.meanwhile(host.kill_server, 10)
     assert lab.meanwhile(lambda: host.cut(20), 60)["slowest"] > 10
     lab.end()

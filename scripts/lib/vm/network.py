@@ -116,6 +116,10 @@ class MemoryHost(ABC):
         """Kill the server, and start another with the same data."""
 
     @abstractmethod
+    def restart(self) -> None:
+        """Let a new server take over, as an administrator does who has changed keys."""
+
+    @abstractmethod
     def cut(self, seconds: float) -> None:
         """Cut the network for a while: nothing gets through, and nobody is told."""
 
@@ -210,7 +214,6 @@ class HostHere(MemoryHost):
         self._zramd("start", NAME, "--size", str(self.size), *here.pairs(settings))
 
     def restart(self) -> None:
-        """Let a new server take over, as an administrator does who has changed keys."""
         self._zramd("restart", "--rundir", str(self._rundir))
 
     def _zramd(self, *words: str) -> None:
@@ -261,6 +264,9 @@ class HostMachine(MemoryHost):
     def kill_server(self) -> None:
         self.guest.run("kill -9 $(cat /run/zramd/zram0/pid)")
         self._serve()
+
+    def restart(self) -> None:
+        self.guest.run(f"{ZRAMD} restart {NAME}", 60)
 
     def cut(self, seconds: float) -> None:
         self.guest.run(f"ip link set eth0 down; sleep {seconds:g}; ip link set eth0 up", seconds + 60)

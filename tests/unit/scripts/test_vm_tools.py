@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "scripts" / "lib"))
 
 from vm import attach, buddy, image, kernel, packages, plan, probe, report, requests
 from vm.errors import VmError
-from vm.guest import Machine
+from vm.guest import Guest, Machine
 
 MIB = 1 << 20
 
@@ -255,3 +255,52 @@ def test_pauses() -> None:
     ]
     slow = [[9.0, 1.2], [10.2, 0.4], [10.4, 0.3], [14.9, 3.0], [18.0, 1.5]]
     assert probe.pauses(lines, "zram0", {"slow": slow}) == [(0.2, 0.4), (0.1, 0.0)]
+
+
+class Shell:
+    """Stands for a machine: a shell takes the commands. `oopses` are what each boot before ends with."""
+
+    def __init__(self, folder: Path, accel: str, *oopses: str) -> None:
+        self.accel = accel
+        self.patience = 1.0
+        self.is_arm64 = False
+        self.boots = 0
+        self._folder = folder
+        self._oopses = oopses
+
+    def command(self, console: Path, channels: list[int]) -> list[str]:
+        agent, monitor = channels[:2]
+        boot = f"""echo '{{"time": 1}}' >&{monitor}; exec sh <&{agent} >&{agent}"""
+        if self.boots < len(self._oopses):
+            boot = f"echo '{self._oopses[self.boots]}'"
+        self.boots += 1
+        return ["bash", "-c", f"exec >{console}; {boot}"]  # sh knows no descriptor above 9
+
+
+INT3 = "[ 2.8] Oops: int3: 0000 [#2] PREEMPT SMP"
+
+
+@pytest.mark.parametrize(
+    ("accel", "oopses", "boots"),
+    [
+        ("tcg", [], 1),
+        ("tcg", [INT3], 2),
+        ("tcg", [INT3] * 2, 3),
+        ("tcg", [INT3] * 3, -3),
+        ("tcg", ["Kernel panic"], -1),
+        ("kvm", [INT3], -1),
+    ],
+)
+def test_a_guest_whose_emulation_failed_boots_again(
+    accel: str, oopses: list[str], boots: int, tmp_path: Path
+) -> None:
+    """And so it does for nothing else; `boots`: negative, it does not come up."""
+    machine = Shell(tmp_path, accel, *oopses)
+    with Guest(machine, tmp_path) as guest:  # type: ignore[arg-type]
+        if boots > 0:
+            guest.wait_for_boot()
+            assert guest.run("echo here") == "here"
+        else:
+            with pytest.raises(VmError, match="while the guest booted"):
+                guest.wait_for_boot()
+    assert machine.boots == abs(boots)
