@@ -1,6 +1,6 @@
 #!/bin/sh
 # Swap that can move from the memory of one host to that of another, while it is in use, in a guest that has a
-# disk of each (docs/network.md). It is a mirror that has one half, but while it moves.
+# disk of each (docs/network.md). It is a mirror of one disk, and of two while it moves.
 #
 #   move.sh make DISK       make it of one empty disk, and swap to it
 #   move.sh to DISK         copy all to another empty disk that is as large, then let the old one go
@@ -20,6 +20,12 @@ free() {
     [ -z "$(blkid -p -o value -s TYPE -s PTTYPE "$1")" ] ||
         fail "'$1' is not empty: if it is the disk that you mean, run 'wipefs --all $1' first"
 }
+# without DISK: from now on it has no part, and the mirror lacks none.
+without() {
+    mdadm "$md" --fail "$1"
+    mdadm "$md" --remove "$1"
+    mdadm --grow "$md" --raid-devices=1 --force
+}
 case "${1-} $#" in
 "-h 1" | "--help 1") sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
 "make 2" | "to 2" | "end 1") ;;
@@ -32,17 +38,19 @@ command -v mdadm >/dev/null || fail "mdadm is missing: install the package of th
 old=$(mdadm --detail "$md" 2>/dev/null | sed -n 's,.*active sync.* /dev/,/dev/,p')
 case $1 in
 make)
-    mdadm --create "$md" --run --level=1 --raid-devices=2 --bitmap=none --assume-clean "$2" missing
+    mdadm --create "$md" --run --force --level=1 --raid-devices=1 --bitmap=none "$2"
     mkswap "$md" >/dev/null
     swapon --discard --priority 100 "$md"
     ;;
 to)
-    mdadm "$md" --add "$2"
+    mdadm --grow "$md" --raid-devices=2 --add "$2"
     mdadm --wait "$md" || true # it says so, too, when there was nothing to wait for
     # It fails unless all has been copied.
-    mdadm --detail --test "$md" >/dev/null || fail "'$2' does not have all: swap stays on '$old'"
-    mdadm "$md" --fail "$old"
-    mdadm "$md" --remove "$old"
+    mdadm --detail --test "$md" >/dev/null || {
+        ! mdadm --detail "$md" | grep -q "active sync.* $old\$" || without "$2"
+        fail "'$2' does not have all: swap stays on '$old'"
+    }
+    without "$old"
     blkdiscard --force "$old" # it was in use just now; its host has the memory back at once
     ;;
 end)

@@ -205,17 +205,21 @@ def test_a_mirror_that_lacks_a_half(world: World) -> None:
     assert done.stderr == "mirror.sh: '/dev/md0' still lacks a half: see 'mirror.sh look'\n"
 
 
+COPIED = ["mdadm --grow /dev/md0 --raid-devices=2 --add /dev/vdc", "mdadm --wait /dev/md0"]
+
+
+def without(disk: str) -> list[str]:
+    """How a disk is taken out of a mirror that lacks none then."""
+    grown = "mdadm --grow /dev/md0 --raid-devices=1 --force"
+    return [f"mdadm /dev/md0 --fail {disk}", f"mdadm /dev/md0 --remove {disk}", grown]
+
+
 def test_a_move(world: World) -> None:
     assert world.run("move.sh", "make", "/dev/vdb").returncode == 0
-    assert world.calls() == [f"{MIRROR} --bitmap=none --assume-clean /dev/vdb missing", *swap_on("/dev/md0")]
+    made = "mdadm --create /dev/md0 --run --force --level=1 --raid-devices=1 --bitmap=none /dev/vdb"
+    assert world.calls() == [made, *swap_on("/dev/md0")]
     assert world.run("move.sh", "to", "/dev/vdc").returncode == 0
-    copied = ["mdadm /dev/md0 --add /dev/vdc", "mdadm --wait /dev/md0"]
-    gone = [
-        "mdadm /dev/md0 --fail /dev/vdb",
-        "mdadm /dev/md0 --remove /dev/vdb",
-        "blkdiscard --force /dev/vdb",
-    ]
-    assert world.calls() == [*copied, *gone]
+    assert world.calls() == [*COPIED, *without("/dev/vdb"), "blkdiscard --force /dev/vdb"]
     assert world.run("move.sh", "end").returncode == 0
     assert world.calls() == ["swapoff /dev/md0", "mdadm --stop /dev/md0", "blkdiscard --force /dev/vdb"]
 
@@ -225,7 +229,7 @@ def test_a_move_that_fails_leaves_swap_where_it_is(world: World, tmp_path: Path)
     done = world.run("move.sh", "to", "/dev/vdc")
     assert done.returncode == 1
     assert done.stderr == "move.sh: '/dev/vdc' does not have all: swap stays on '/dev/vdb'\n"
-    assert world.calls() == ["mdadm /dev/md0 --add /dev/vdc", "mdadm --wait /dev/md0"]
+    assert world.calls() == [*COPIED, *without("/dev/vdc")]
 
 
 def test_stripes(world: World) -> None:
