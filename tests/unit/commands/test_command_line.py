@@ -122,10 +122,10 @@ def test_daemon_does_not_import_the_command_line() -> None:
     modules = "zramd.settings.config, zramd.server.server, zramd.core.system.threadstate"
     imported = set(python(f"import sys, {modules}; print(*sys.modules)").split())
     assert "zramd.server.endpoint" in imported
-    unwanted = [
-        name for name in imported if name.startswith(("zramd.commands", "zramd.control.servers", "argparse"))
-    ]
-    assert unwanted == []
+    unwanted = ("zramd.commands", "zramd.control.servers", "argparse", "dataclasses")
+    if "release" in str(PACKAGE_PARENT):  # others are built for this very Python, where Cython needs no numbers of it
+        unwanted += ("inspect",)
+    assert [name for name in imported if name.startswith(unwanted)] == []
 
 
 def test_public_names_are_imported_when_asked_for() -> None:
