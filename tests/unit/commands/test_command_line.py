@@ -123,7 +123,9 @@ def test_daemon_does_not_import_the_command_line() -> None:
     imported = set(python(f"import sys, {modules}; print(*sys.modules)").split())
     assert "zramd.server.endpoint" in imported
     unwanted = ("zramd.commands", "zramd.control.servers", "argparse", "dataclasses")
-    if "release" in str(PACKAGE_PARENT):  # others are built for this very Python, where Cython needs no numbers of it
+    if "release" in str(
+        PACKAGE_PARENT
+    ):  # others are built for this very Python, where Cython needs no numbers of it
         unwanted += ("inspect",)
     assert [name for name in imported if name.startswith(unwanted)] == []
 
