@@ -51,6 +51,8 @@ class ConfiguredDevice:
     timeout: int | None  # after which a request of a lost connection is sent again; None: as attach has it
     dead_conn_timeout: int  # for which requests wait for another server
     connections: int
+    # Keys of `pairs` that all devices share: they are for root's servers alone.
+    shared: frozenset[str] = frozenset()
     # Where each value was given, FILE:LINE, by its key (no alias); '' is the section's head.
     where: dict[str, str] = field(default_factory=dict, compare=False)
 
@@ -67,11 +69,15 @@ class ConfiguredDevice:
     def words(self, others: Iterable[str] = ()) -> list[str]:
         """Return key=value words for `zramd serve`; the key=value words `others` override the configured.
 
-        Raises ConfigError for a key that is no setting.
+        What all devices share is left out where this process is not root, or has another run folder. Raises
+        ConfigError for a key that is no setting.
         """
         words = list(others)
-        given = {config.find(word.partition("=")[0]).name for word in words}
-        return [*(f"{key}={value}" for key, value in self.pairs if key not in given), *words]
+        given = {config.find(key).name: value for key, _, value in (word.partition("=") for word in words)}
+        ours = set(given)
+        if not is_roots((dict(self.pairs) | given).get("rundir")):
+            ours |= self.shared
+        return [*(f"{key}={value}" for key, value in self.pairs if key not in ours), *words]
 
     @property
     def attached(self) -> bool:
@@ -471,7 +477,8 @@ class _Section:
     def device(self) -> ConfiguredDevice:
         parsed = self.parsed
         pairs = {"name": self.name, "disksize": str(parsed["disksize"])}
-        pairs |= {key: value for key, value in self.shared.items() if key not in self.values}
+        shared = {key: value for key, value in self.shared.items() if key not in self.values}
+        pairs |= shared
         if parsed["attach"] == "swap":
             pairs["swap"] = "local"  # the machine that serves is the one that swaps
         for key, entry in self.values.items():
@@ -496,6 +503,7 @@ class _Section:
             timeout=parsed["timeout"],
             dead_conn_timeout=parsed["dead-conn-timeout"],
             connections=parsed["connections"],
+            shared=frozenset(shared),
             where={key: entry.where for key, entry in self.values.items()},
         )
 

@@ -407,7 +407,9 @@ def test_the_example_shows_the_defaults(root):
     assert full.notes == ()
     shown = full.find("zram0")
     for name in (
-        field.name for field in fields(devices.ConfiguredDevice) if field.name not in ("pairs", "where")
+        field.name
+        for field in fields(devices.ConfiguredDevice)
+        if field.name not in ("pairs", "shared", "where")
     ):
         assert getattr(shown, name) == getattr(plain, name), name
     assert shown.settings() == plain.settings()
@@ -481,3 +483,25 @@ def test_where_each_section_has_its_run_folder(root):
     """Also one that has an error since it was started, or is not for this machine."""
     configuration = root.load("[a]\n[b]\nrundir = /x\nsiez = 1\n[c]\nzram-size = 0\nrundir = /y\n")
     assert configuration.rundirs == {"a": "", "b": "/x", "c": "/y"}
+
+
+def test_what_devices_share_is_for_roots_servers(root, monkeypatch):
+    """Of a service with a user of its own, as zramd-net@ has one, the budget's file is not to be opened."""
+    text = "[zramd]\nbudget = 64M\n[a]\n[b]\nbudget = 0\n[c]\nrundir = /tmp/c\n"
+    configuration = root.load(text)
+    assert configuration.problems == ()
+    budgets = {device.name: device.settings().budget for device in configuration.devices}
+    assert budgets == {"a": 64 << 20, "b": 0, "c": 0}
+    a, b, _ = configuration.devices
+
+    def words(device: devices.ConfiguredDevice, *others: str) -> list[str]:
+        return [word for word in device.words(others) if word.startswith("budget")]
+
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert words(a) == words(a, "rundir=/run/zramd/other") == ["budget=64M"]
+    assert words(a, "budget=1G") == ["budget=1G"]
+    assert words(a, "rundir=/tmp/a") == []
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert words(a) == words(a, "rundir=/run/zramd/a") == []
+    assert words(a, "budget=1G") == ["budget=1G"]
+    assert words(b) == ["budget=0"]
