@@ -69,7 +69,7 @@ ENDS = """
   detach   detach.begun         server   KILL       nothing  done
   detach   detach.free          command  TERM,KILL  attached -
   detach   detach.free          server   KILL       nothing  done
-  detach   detach.disconnected  command  KILL       nothing  killed
+  detach   detach.disconnected  command  KILL       alone    killed
   detach   detach.disconnected  second   attach     attached done         done
   swapoff  detach.begun         command  TERM,KILL  swapped  -
   swapoff  detach.free          command  TERM,KILL  attached -

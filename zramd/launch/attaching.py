@@ -143,10 +143,13 @@ def _stand_by(served: servers.Served) -> None:
 
 def _attach(served: servers.Served | Remote, front: str, wanted: Wanted, done: Callable[[], None]) -> str:
     """Attach a device and swap to it if asked; return its name. `done` gives the server's turn back."""
-    there = attached.find(served.name) or ublkway.unnoted(served.name)
-    if there and (whose := _leftover_from(there, served, wanted)):
-        _drop(there, whose)
-        there = None
+    there = _find(served.name)
+    if there and _leftover_from(there, served, wanted):
+        with attached.turn(served.name):
+            there = _find(served.name)  # a detach may have been in the middle of it
+            if there and (whose := _leftover_from(there, served, wanted)):
+                _drop(there, whose)
+                there = None
     device, keeper = _connect(served, front, there, wanted)
     try:
         step("attach.attached")
@@ -167,10 +170,15 @@ def _attach(served: servers.Served | Remote, front: str, wanted: Wanted, done: C
     return device
 
 
+def _find(name: str) -> Attached | None:
+    """Return how a zramd is attached, though nobody has noted it; None if it is not."""
+    return attached.find(name) or ublkway.unnoted(name)
+
+
 def _leftover_from(there: Attached, served: servers.Served | Remote, wanted: Wanted) -> str:
     """Return what has left an attached device that is of no use any more, '' for one that is."""
     if there.number is not None and not ublk.has_disk(there.number) and there.stage != attached.ADDED:
-        return "a server that has ended"
+        return "a server or a detach that has ended"
     if wanted.configured and there.data and there.data != attached.data_of(served.path):
         return "a server that has ended"
     return "an attach that was killed" if there.is_half else ""
@@ -223,7 +231,7 @@ def _refuse_network(served: servers.Served) -> None:
 def _undo(name: str, keeper: int) -> None:
     """Take away what an attach by `keeper` has left. What went wrong first is what counts."""
     with suppress(ZramdError, OSError):
-        there = attached.find(name) or ublkway.unnoted(name)
+        there = _find(name)
         if there and there.keeper in (0, keeper):
             _take_away(there)
         attached.remove(name)
@@ -339,11 +347,13 @@ def detach(
     _must_be_root("detach", name, folder, {"--swapoff": swapoff, "--config": configured})
     interrupts.interruptible()
     with interrupts.told(lambda: stands(name)), attached.turn(name):
-        there = attached.find(name) or ublkway.unnoted(name)
+        there = _find(name)
         if there is None:
             if not if_attached:
                 raise AttachError(f"{name} is not attached")
             return
+        if there.stage == attached.ADDED and there.keeper and not force:
+            raise AttachError(f"{name} is being attached by another command: try again when that is done")
         step("detach.begun")
         swapped = swap.find(there.device) is not None
         if configured and not swapped and _for_others(there.name):
