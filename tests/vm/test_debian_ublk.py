@@ -163,11 +163,9 @@ def upgrade(guest: Guest) -> None:
 
 def restart(guest: Guest) -> None:
     """What is out comes back first, for which there must be memory; then it is as before."""
-    guest.phase("free 60", SLOW)
+    guest.end_workload()
     before = guest.run(SERVER)
     guest.run("systemctl restart zramd@zram0", SLOW)
     guest.run("systemctl start zramd-attach@zram0", SLOW)
     assert guest.run(SERVER) != before
     active(guest)
-    verified(guest)
-    guest.end_workload()
