@@ -154,7 +154,8 @@ def listed(guest: Guest) -> dict[str, int]:
 def budget(guest: Guest) -> None:
     """With the documented drop-in both have a part, and what a dead one has still counts."""
     guest.run("systemctl stop zramd-net@guest1 zramd-net@guest2", SLOW)
-    drop_in(guest, "zramd-net@", documented_drop_in("budget", "network"))
+    for name in PORTS:
+        drop_in(guest, f"zramd-net@{name}", documented_drop_in("budget", "network"))
     guest.run("systemctl start zramd-net@guest1 zramd-net@guest2", SLOW)
     without_rights(guest)
     assert write(guest, "guest1") == (0, "")
