@@ -18,10 +18,9 @@ fail() {
 # free DISK [KIND]: nothing may be on it, or what is of this kind: else it is not the disk that was meant.
 free() {
     [ -b "$1" ] || fail "'$1' is no disk: 'lsblk' lists those that are there"
-    case $(blkid -p -o value -s TYPE -s PTTYPE "$1") in
-    "" | "${2-}") ;;
-    *) fail "'$1' is not empty: if it is the disk that you mean, run 'wipefs --all $1' first" ;;
-    esac
+    kind=$(blkid -p -o value -s TYPE -s PTTYPE "$1") || kind=
+    [ -z "$kind" ] || [ "$kind" = "${2-}" ] ||
+        fail "'$1' is not empty: if it is the disk that you mean, run 'wipefs --all $1' first"
 }
 case "${1-} $#" in
 "-h 1" | "--help 1") sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
@@ -35,8 +34,7 @@ case $1 in
 make)
     free "$2"
     free "$3"
-    # The bitmap notes which parts differ while a half is missing. With it, one that comes back with its
-    # memory needs those only. --assume-clean: both are empty, so they are the same already.
+    # The bitmap notes what differs while a half is missing. --assume-clean: both are empty, so the same.
     mdadm --create "$md" --run --level=1 --raid-devices=2 --bitmap=internal --assume-clean \
         "$2" ${WRITE_MOSTLY:+--write-mostly} "$3"
     mkswap "$md" >/dev/null
@@ -44,6 +42,8 @@ make)
     ;;
 out) mdadm "$md" --fail "$2" ;; # no harm if a request has failed there before
 back)
+    timeout 40 sh -c 'until dd if="$0" bs=4k count=1 iflag=direct; do sleep 1; done' "$2" >/dev/null 2>&1 ||
+        fail "'$2' does not answer: look whether its host serves (qemu tries every 16 s)"
     free "$2" linux_raid_member
     mdadm "$md" --remove failed
     # Of an empty disk nothing is known: all is copied, and what swap does not use is zeros, and costs nothing.

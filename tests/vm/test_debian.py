@@ -275,7 +275,8 @@ def off(guest: Guest) -> None:
     assert guest.run("cat /proc/swaps") == NO_SWAP
     units = "zramd@zram0 zramd-attach@zram0"
     assert guest.try_run(f"systemctl is-active {units}")[1].split() == ["inactive"] * 2
-    for look in ("ls /run/zramd", "ls /sys/block/nbd0/pid", "pgrep 'zramd|nbdkit'", "systemctl --failed -q"):
+    wait_for(guest, "pgrep 'zramd|nbdkit'", "")  # each minute there may be a refresh
+    for look in ("ls /run/zramd", "ls /sys/block/nbd0/pid", "systemctl --failed -q"):
         assert guest.run(f"{look} 2>/dev/null; true") == "", look
 
 

@@ -58,6 +58,7 @@ class World:
         self.put("pvs", "printf '  /dev/vdb\\n  /dev/vdc\\n'", logged=False)
         kinds = "*/dev/full) echo ext4 ;; */dev/half) echo linux_raid_member ;;"
         self.put("blkid", f"case $* in {kinds} *) exit 2 ;; esac", logged=False)
+        self.put("dd", "", logged=False)
         self.put("id", "echo ${USER_ID-0}", logged=False)
 
     def put(self, program: str, does: str, *, logged: bool = True) -> None:
@@ -203,6 +204,16 @@ def test_a_mirror_that_lacks_a_half(world: World) -> None:
     done = world.run("mirror.sh", "back", "/dev/vdb")
     assert done.returncode == 1
     assert done.stderr == "mirror.sh: '/dev/md0' still lacks a half: see 'mirror.sh look'\n"
+
+
+def test_a_half_whose_host_does_not_serve(world: World) -> None:
+    """It is waited for, and then nothing is done to the mirror."""
+    world.put("dd", "exit 1", logged=False)
+    world.put("timeout", 'shift; "$@" & sleep 0.1; kill $!; exit 124', logged=False)
+    done = world.run("mirror.sh", "back", "/dev/half")
+    says = "mirror.sh: '/dev/half' does not answer: look whether its host serves (qemu tries every 16 s)\n"
+    assert (done.returncode, done.stderr) == (1, says)
+    assert world.calls() == []
 
 
 COPIED = ["mdadm --grow /dev/md0 --raid-devices=2 --add /dev/vdc", "mdadm --wait /dev/md0"]
