@@ -42,7 +42,7 @@ make)
     ;;
 out) mdadm "$md" --fail "$2" ;; # no harm if a request has failed there before
 back)
-    timeout 40 sh -c 'until dd if="$0" bs=4k count=1 iflag=direct; do sleep 1; done' "$2" >/dev/null 2>&1 ||
+    timeout 40 sh -c "until dd if='$2' bs=4k count=1 iflag=direct; do sleep 1; done" >/dev/null 2>&1 ||
         fail "'$2' does not answer: look whether its host serves (qemu tries every 16 s)"
     free "$2" linux_raid_member
     mdadm "$md" --remove failed
