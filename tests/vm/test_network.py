@@ -193,7 +193,7 @@ def test_a_network_that_is_cut(lab: Lab, netem: str) -> None:
 def test_a_mirror_loses_both_halves_one_after_the_other(lab: Lab, rounds: int) -> None:
     """A host is switched off, comes back empty, and is filled again; then the other one is."""
     seconds = 10
-    if rounds > 1:  # a dead host is noticed after 2 to 3 s then, instead of 13
+    if rounds > 1:  # a dead host is noticed after 7 s then, instead of 13
         lab.network.run("sysctl", "-q", "-w", "net.ipv4.tcp_retries2=3")
         seconds = 3
     first, second = lab.add_here(), lab.add_here()
