@@ -409,5 +409,10 @@ def test_a_hold_up_of_the_folder_is_told(device: Device, monkeypatch: pytest.Mon
             life.turn(str(device.rundir), device.name),
         ):
             pass
+        # A service waits for longer.
+        timer = threading.Timer(0.5, fcntl.flock, (folder, fcntl.LOCK_UN))
+        timer.start()
+        with life.turn(str(device.rundir), device.name, patience=life.LONG_PATIENCE):
+            timer.join()
     finally:
         os.close(folder)

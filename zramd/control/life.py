@@ -16,6 +16,8 @@ from zramd.process import inherited
 from zramd.process.steps import step
 
 PATIENCE = 10.0  # seconds: a start or a stop takes one, a large state or a busy machine a few
+# Of a service, which nobody tries again: an emulated machine at its limit starts a server on standby in 27 s.
+LONG_PATIENCE = 120.0
 
 
 class Turn:
@@ -46,14 +48,14 @@ class Turn:
 
 
 @contextmanager
-def turn(folder: str, name: str, make: bool = False) -> Iterator[Turn]:
+def turn(folder: str, name: str, make: bool = False, *, patience: float | None = None) -> Iterator[Turn]:
     """Wait until nobody else begins or ends the server in a run folder, and keep others off until `done`.
 
-    With `make` the folder is made if it is not there. Raises DeviceError when it takes too long or the folder
-    cannot be had, RundirError.
+    With `make` the folder is made if it is not there. Raises DeviceError when it takes longer than `patience`
+    seconds (None: PATIENCE) or the folder cannot be had, RundirError.
     """
     try:
-        mine = take(folder, name, make)
+        mine = take(folder, name, make, patience=patience)
     except FileNotFoundError:
         raise DeviceError(f"{name} has stopped meanwhile") from None
     except OSError as error:
@@ -65,9 +67,9 @@ def turn(folder: str, name: str, make: bool = False) -> Iterator[Turn]:
         mine.done()
 
 
-def take(folder: str, name: str, make: bool = False) -> Turn:
+def take(folder: str, name: str, make: bool = False, *, patience: float | None = None) -> Turn:
     """Wait for our turn, and return it. Raises as `turn`, and OSError if there is no such folder."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + (PATIENCE if patience is None else patience)
     made = waits = False
     while True:
         try:

@@ -72,7 +72,11 @@ def attach(name: str | None, folder: str | None, wanted: Wanted) -> str:
     interrupts.interruptible()
     served = servers.look(name, folder)
     # Until it is attached, the server must neither leave nor be replaced: it is known by its data.
-    with interrupts.told(lambda: stands(served.name)), life.turn(served.path, served.name) as turn:
+    patience = life.LONG_PATIENCE if wanted.configured else None
+    with (
+        interrupts.told(lambda: stands(served.name)),
+        life.turn(served.path, served.name, patience=patience) as turn,
+    ):
         served.look_again()
         if name is None:
             served.name = _own_name(served)
