@@ -128,6 +128,10 @@ class MemoryHost(ABC):
         """Return how many pages its device holds."""
 
     @abstractmethod
+    def data_id(self) -> str:
+        """Return the name of the data that its device holds."""
+
+    @abstractmethod
     def log(self) -> str:
         """Return what its server has said."""
 
@@ -140,15 +144,19 @@ class MemoryHost(ABC):
             "clients": USER,
         }
 
-    def disk_words(self, reconnect_delay: int) -> list[str]:
-        """Return qemu's words for a guest's disk of this host's memory, with TLS."""
+    def disk_words(self, reconnect_delay: int, pinned: bool) -> list[str]:
+        """Return qemu's words for a guest's disk of this host's memory, with TLS.
+
+        One that is `pinned` takes no other data than the host, which is on, has now.
+        """
         node, keys = f"disk-{self.name}", self.network.keys.parent
+        export = f"{NAME}@{self.data_id()}" if pinned else NAME
         return [
             "-object",
             f"tls-creds-psk,id=tls-{self.name},dir={keys},endpoint=client,username={USER}",
             "-blockdev",
             f"driver=nbd,node-name={node},server.type=inet,server.host={self.address},server.port={PORT},"
-            f"export={NAME},tls-creds=tls-{self.name},discard=unmap,reconnect-delay={reconnect_delay}",
+            f"export={export},tls-creds=tls-{self.name},discard=unmap,reconnect-delay={reconnect_delay}",
             "-device",
             f"virtio-blk-pci,drive={node},serial={self.name}",
         ]
@@ -200,6 +208,9 @@ class HostHere(MemoryHost):
 
     def stored(self) -> int:
         return int(here.ask(self._rundir, "GET", "/mm_stat").split()[0]) // 4096
+
+    def data_id(self) -> str:
+        return (self._rundir / "data_id").read_text().strip()
 
     def log(self) -> str:
         logs = [path.read_text(errors="replace") for path in sorted(self._rundir.glob("log*"), reverse=True)]
@@ -272,22 +283,19 @@ class HostMachine(MemoryHost):
         self.guest.run(f"ip link set eth0 down; sleep {seconds:g}; ip link set eth0 up", seconds + 60)
 
     def stored(self) -> int:
-        return int(self.guest.run("cat /run/zramd/zram0/mm_stat").split()[0]) // 4096
+        return int(self.guest.run(f"cat /run/zramd/{NAME}/mm_stat").split()[0]) // 4096
+
+    def data_id(self) -> str:
+        return self.guest.run(f"cat /run/zramd/{NAME}/data_id").strip()
 
     def log(self) -> str:
         with suppress(VmError):
-            return self.guest.run("cat /run/log")
+            return self.guest.run(f"cat /run/zramd/{NAME}/log")
         return ""
 
     def _serve(self) -> None:
         settings = " ".join(here.pairs(self.settings(KEYS, f"{STATE}/{NAME}")))
-        serve = f"{ZRAMD} serve --name {NAME} --size {self.size} {settings}"
-        self.guest.run(f"{{ setsid {serve} >>/run/log 2>&1; }} &")
-        # Not more often: each look takes the server's only processor.
-        self.guest.run(
-            "i=0; until /bin/guest_tool control /run/zramd/zram0/control.sock GET /health >/dev/null; do "
-            "i=$((i + 1)); [ $i -lt 60 ] || { cat /run/log; exit 1; }; sleep 1; done"
-        )
+        self.guest.run(f"{ZRAMD} start {NAME} --size {self.size} {settings}", 120)
 
 
 def has_root() -> bool:
