@@ -165,8 +165,10 @@ class MemoryHost(ABC):
 class HostHere(MemoryHost):
     """A namespace of this machine: as fast as it is."""
 
-    def __init__(self, network: Network, folder: Path, name: str, size: int) -> None:
+    def __init__(self, network: Network, folder: Path, name: str, size: int, rate: str = "") -> None:
+        """`rate` is what its cable carries each way, as tc has it (`100mbit`); empty: all there is."""
         super().__init__(network, folder, name, size)
+        self._rate = rate
         self._namespace = f"{network.name}-{name}"
         self._rundir = folder / f"run-{name}"
         self._state = Path("/dev/shm") / f"{network.name}-{name}.state"
@@ -183,6 +185,10 @@ class HostHere(MemoryHost):
         self.network.run("ip", "link", "set", self.cable, "up")
         self._address("add")
         image.output("ip", "-n", self._namespace, "link", "set", "eth0", "up")
+        if self._rate:
+            shaped = ("root", "tbf", "rate", self._rate, "burst", "128kb", "limit", "4mb")
+            self.network.run("tc", "qdisc", "add", "dev", self.cable, *shaped)
+            image.output("tc", "-n", self._namespace, "qdisc", "add", "dev", "eth0", *shaped)
         self._serve()
 
     def switch_off(self) -> None:
