@@ -222,10 +222,9 @@ def test_a_host_alone_is_switched_off(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize(
-    # slow: more than a minute for one
     "rounds",
     [
-        pytest.param(1, marks=pytest.mark.slow),
+        1,
         pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(6 * 3600)]),
     ],
 )
@@ -283,8 +282,7 @@ def test_a_half_whose_network_failed_gets_what_it_lacks(lab: Lab) -> None:
     lab.end()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["md", "lvm"])
+@pytest.mark.parametrize("way", ["md", pytest.param("lvm", marks=pytest.mark.slow)])
 def test_stripes(lab: Lab, way: str) -> None:
     """Three hosts are as large as their sum, and each has its part; how fast they are is printed.
 
@@ -314,7 +312,6 @@ def test_stripes(lab: Lab, way: str) -> None:
     assert [host.stored() for host in hosts] == [0, 0, 0]
 
 
-@pytest.mark.slow
 def test_swap_moves_to_another_host(lab: Lab) -> None:
     """While it is in use; the first host gets its memory back, and is switched off then."""
     first, second = lab.add_here(), lab.add_here()

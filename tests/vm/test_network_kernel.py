@@ -28,8 +28,7 @@ FAR = "/usr/sbin/ip netns exec far"
 URI, NAME = "nbd://10.8.0.2/zram0", "zram0@10.8.0.2:10809"
 AGAIN = f"connected to {NAME} again"
 
-# Slow: two hosts and WireGuard in one emulated guest, whose last look at all pages takes minutes.
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = pytest.mark.timeout(900)
 
 # Two hosts: this one and `far`, with a cable, and a tunnel on it whose ends know each other's keys.
 TUNNEL = """
@@ -155,6 +154,8 @@ def swap_no_more(guest: Guest) -> None:
     guest.run("rm -f /run/state/zram0")
 
 
+# Slow: two hosts and WireGuard in one emulated guest, whose last look at all pages takes minutes.
+@pytest.mark.slow
 def test_swap_on_another_host(guest: Guest) -> None:
     """Its server is killed and started again with its state: the keeper connects the kernel again."""
     swap_there(guest)

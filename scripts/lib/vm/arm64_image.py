@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from vm import image
+from vm import image, packages
 from vm.errors import VmError
 from vm.kernel import Kernel
 
@@ -40,7 +40,7 @@ def prepare(folder: Path, kernel: Kernel) -> image.Images:
         [f"/lib/modules/{path.name}" for path in later],
         [f"/lib/modules/{path.name}" for path in zram],
     )
-    with image.locked(folder):
+    with packages.locked(folder):
         if not images.root.exists():
             image.build_initramfs(images.initramfs, TREE / "usr/bin/busybox", boot)
             _build_root(images.root, files)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from vm import image
+from vm import image, packages
 from vm.kernel import Kernel
 
 PACKAGES = (
@@ -59,7 +59,7 @@ def prepare(folder: Path, suite: str, kernel: Kernel, small: image.Images) -> im
     for path in sources:
         digest.update(f"{path.name}\0".encode() + path.read_bytes())
     root = folder / f"debian-{digest.hexdigest()[:16]}.img"
-    with image.locked(folder):
+    with packages.locked(folder):
         if not root.exists():
             _build(root, suite, kernel)
         root.touch()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import compileall
-import fcntl
 import hashlib
 import os
 import py_compile
@@ -14,10 +13,10 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vm import packages
 from vm.errors import VmError
 from vm.kernel import Kernel
 
@@ -77,7 +76,7 @@ def prepare(folder: Path, kernel: Kernel, package: Path) -> Images:
         [f"/lib/modules/{path.name}" for path in network],
         [f"/lib/modules/{path.name}" for path in md],
     )
-    with locked(folder):
+    with packages.locked(folder):
         if not images.root.exists():
             build_initramfs(images.initramfs, _program("busybox"), boot)
             _build_root(images.root, files)
@@ -258,17 +257,6 @@ def digest(files: Iterable[tuple[str, Path]]) -> str:
         status = path.stat()
         found.update(f"{name}\0{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return found.hexdigest()[:16]
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep others from making images in the folder meanwhile."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _remove_unused(folder: Path) -> None:

@@ -85,15 +85,16 @@ def prepare(folder: Path, suite: str = "", flavour: Flavour = Flavour()) -> Kern
     It is downloaded into `folder` unless it is there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    source = packages.source(suite or flavour.suite, folder, flavour.architecture)
-    package = _image_package_of(source, folder, flavour)
-    if package is None:
-        source.refresh(folder)
+    with packages.locked(folder):
+        source = packages.source(suite or flavour.suite, folder, flavour.architecture)
         package = _image_package_of(source, folder, flavour)
-    if package is None:
-        raise VmError(f"apt does not know {flavour.package}: run 'apt-get update' as root")
-    target = folder / package
-    packages.unpack(package, target, source)
+        if package is None:
+            source.refresh(folder)
+            package = _image_package_of(source, folder, flavour)
+        if package is None:
+            raise VmError(f"apt does not know {flavour.package}: run 'apt-get update' as root")
+        target = folder / package
+        packages.unpack(package, target, source)
     release = package.removeprefix("linux-image-")
     modules = next(path for path in (target / "usr/lib/modules", target / "lib/modules") if path.exists())
     return Kernel(release, target / f"boot/vmlinuz-{release}", modules / release, flavour)

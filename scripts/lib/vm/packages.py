@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +36,17 @@ class Source:
 
 
 MACHINE = Source()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep others from downloading or making anything in the folder meanwhile."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def source(suite: str, folder: Path, architecture: str = "") -> Source:
