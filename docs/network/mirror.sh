@@ -18,7 +18,7 @@ fail() {
 # free DISK [KIND]: nothing may be on it, or what is of this kind: else it is not the disk that was meant.
 free() {
     [ -b "$1" ] || fail "'$1' is no disk: 'lsblk' lists those that are there"
-    kind=$(blkid -p -o value -s TYPE -s PTTYPE "$1") || kind=
+    kind=$(blkid -p -o value -s TYPE -s PTTYPE "$1") || [ $? = 2 ] || kind=unclear
     [ -z "$kind" ] || [ "$kind" = "${2-}" ] ||
         fail "'$1' is not empty: if it is the disk that you mean, run 'wipefs --all $1' first"
 }

@@ -17,7 +17,8 @@ fail() {
 # free DISK: nothing may be on it, else it is not the disk that was meant.
 free() {
     [ -b "$1" ] || fail "'$1' is no disk: 'lsblk' lists those that are there"
-    [ -z "$(blkid -p -o value -s TYPE -s PTTYPE "$1")" ] ||
+    kind=$(blkid -p -o value -s TYPE -s PTTYPE "$1") || [ $? = 2 ] || kind=unclear
+    [ -z "$kind" ] ||
         fail "'$1' is not empty: if it is the disk that you mean, run 'wipefs --all $1' first"
 }
 # without DISK: from now on it has no part, and the mirror lacks none.

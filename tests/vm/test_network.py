@@ -236,6 +236,7 @@ def test_a_mirror_loses_both_halves_one_after_the_other(lab: Lab, rounds: int) -
         seconds = 3
     first, second = lab.add_here(), lab.add_here()
     guest = lab.boot(2, pinned=False)
+    script(guest, "mirror.sh", "make", "/dev/vdb", "/dev/vdb", fails=True)  # which is no mirror
     script(guest, "mirror.sh", "make", "/dev/vdb", "/dev/vdc")
     lab.start()
     halves = [(first, "/dev/vdb"), (second, "/dev/vdc")]
@@ -293,6 +294,7 @@ def test_stripes(lab: Lab, way: str) -> None:
     guest.run("dd if=/dev/urandom of=/run/data bs=1M count=24 2>/dev/null")
     alone = speeds(guest, "/dev/vdb")
     guest.run("/usr/sbin/blkdiscard /dev/vdb")
+    script(guest, "stripe.sh", way, "/dev/vdb", "/dev/vdb", fails=True)
     script(guest, "stripe.sh", way, "/dev/vdb", "/dev/vdc", "/dev/vdd")
     kib = int(guest.run("cat /proc/swaps").splitlines()[1].split()[2])
     assert 0.9 * 3 * SIZE < kib * 1024 <= 3 * SIZE

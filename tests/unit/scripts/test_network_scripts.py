@@ -56,7 +56,7 @@ class World:
             "mdadm", f"case $* in '--detail /dev/md'?) cat {folder}/detail ;; *--re-add*) exit 1 ;; esac"
         )
         self.put("pvs", "printf '  /dev/vdb\\n  /dev/vdc\\n'", logged=False)
-        kinds = "*/dev/full) echo ext4 ;; */dev/half) echo linux_raid_member ;;"
+        kinds = "*/dev/full) echo ext4 ;; */dev/half) echo linux_raid_member ;; */dev/both) exit 8 ;;"
         self.put("blkid", f"case $* in {kinds} *) exit 2 ;; esac", logged=False)
         self.put("dd", "", logged=False)
         self.put("id", "echo ${USER_ID-0}", logged=False)
@@ -118,6 +118,12 @@ def test_help_is_the_head_of_the_script(script: Path, word: str) -> None:
         ("mirror.sh", ("make", "/dev/vdb", "/dev/vdx"), NO_DISK),
         ("mirror.sh", ("make", "/dev/half", "/dev/vdb"), not_empty("/dev/half")),
         ("mirror.sh", ("make", "/dev/vdb", "/dev/full"), not_empty("/dev/full")),
+        # blkid finds signatures of two kinds, and says so by its status alone.
+        ("mirror.sh", ("make", "/dev/both", "/dev/vdb"), not_empty("/dev/both")),
+        ("mirror.sh", ("back", "/dev/both"), not_empty("/dev/both")),
+        ("move.sh", ("make", "/dev/both"), not_empty("/dev/both")),
+        ("stripe.sh", ("md", "/dev/vdb", "/dev/both"), not_empty("/dev/both")),
+        ("stripe.sh", ("lvm", "/dev/both", "/dev/vdb"), not_empty("/dev/both")),
         ("mirror.sh", ("back", "/dev/full"), not_empty("/dev/full")),
         ("move.sh", ("to",), OF_MOVE),
         ("move.sh", ("to", "/dev/half"), not_empty("/dev/half")),
