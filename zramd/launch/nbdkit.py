@@ -222,7 +222,7 @@ def threads(settings: Config, options: Options) -> list[str]:
 
 def absolute(settings: Config, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return the settings with paths that hold wherever the server stands."""
-    paths = ("rundir", "state", "backing", "metrics_file")
+    paths = ("rundir", "state", "backing", "metrics_file", "tls")
     return [
         (key, getattr(settings, name) if (name := config.find(key).name) in paths else value)
         for key, value in pairs

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from zramd import trusted
 from zramd.contract import rundir
@@ -21,9 +22,13 @@ from zramd.errors import ConfigError, RundirError, UntrustedError, reason
 from zramd.settings import network
 from zramd.settings.config import Config
 
+if TYPE_CHECKING:
+    import ssl
+
 MAX_BYTES = 1 << 20  # of a file: keys of 10,000 clients
 MIN_KEY = 16  # bytes: a shorter one may be guessed
 CA, CERTIFICATE, KEY = "ca-cert.pem", "server-cert.pem", "server-key.pem"  # as nbdkit calls them
+REVOKED = "ca-crl.pem"  # need not be there
 OPTIONS = {"--tls", "--tls-psk", "--tls-certificates", "--tls-verify-peer"}
 
 _MAKE_PSK = "'psktool -u NAME -p FILE' makes one"
@@ -108,6 +113,11 @@ def keys(text: str, file: str) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     where: dict[str, int] = {}
+    if text.startswith("\ufeff"):
+        raise ConfigError(
+            f"tls: '{file}' begins with a byte order mark, which nbdkit takes for a part of the name: run "
+            f"\"sed -i '1s/^\\xef\\xbb\\xbf//' '{file}'\""
+        )
     for number, line in enumerate(text.split("\n"), 1):
         if line.endswith("\r"):
             raise ConfigError(
@@ -203,6 +213,9 @@ def _check_certificates(folder: str) -> None:
             continue
         for begin, end in _validities(text, file):
             _check_time(file, begin, end)
+    revoked = f"{folder}/{REVOKED}"
+    if os.path.lexists(revoked) and "-----BEGIN X509 CRL-----" not in _text(revoked, secret=False):
+        raise ConfigError(f"tls: '{revoked}' lists no revoked certificates: 'certtool --generate-crl' does")
     _check_pair(files[CERTIFICATE], files[KEY], files[CA])
 
 
@@ -217,7 +230,7 @@ def _check_time(file: str, begin: float, end: float) -> None:
 
 
 def _check_pair(certificate: str, key: str, ca: str) -> None:
-    """Raise ConfigError for a certificate that is not the key's, or a CA that cannot be used."""
+    """Raise ConfigError for a certificate that is not the key's, or that no client of the CA would accept."""
     import ssl  # only here: it takes longer than all else
 
     def refuse() -> str:
@@ -235,6 +248,39 @@ def _check_pair(certificate: str, key: str, ca: str) -> None:
         raise ConfigError(
             f"tls: '{key}' is not the key of '{certificate}' ({why}): make both again"
         ) from None
+    why = _refused_by_clients(context, ca)
+    if why:
+        raise ConfigError(
+            f"tls: clients would refuse '{certificate}' ({why}): have '{ca}' sign it, for a server "
+            "(tls_www_server)"
+        )
+
+
+def _refused_by_clients(server: "ssl.SSLContext", ca: str) -> str:
+    """Return why a client that trusts the CA alone refuses the server's certificate, "" if it does not.
+
+    The two shake hands in memory.
+    """
+    import ssl
+
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False  # by which name clients come, only they know
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as GnuTLS: who is in the file is trusted
+    client.set_ciphers("DEFAULT:@SECLEVEL=0")  # how long keys are is for GnuTLS to judge
+    client.load_verify_locations(ca)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [client.wrap_bio(back, there), server.wrap_bio(there, back, server_side=True)]
+    try:
+        for end in ends:  # the client's hello, then the answer with the certificate
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+        with suppress(ssl.SSLWantReadError):
+            ends[0].do_handshake()
+    except ssl.SSLCertVerificationError as error:
+        return error.verify_message
+    except ssl.SSLError:  # something that OpenSSL does not do; GnuTLS may
+        return ""
+    return ""
 
 
 def _validities(text: str, file: str) -> Iterator[tuple[float, float]]:

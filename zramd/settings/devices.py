@@ -245,6 +245,8 @@ def build(sections: Sections, ram: int, known: Iterable[Problem] = ()) -> Config
             found.append(section.device())
             notes += section.notes
     _check_paths(found, problems)
+    _check_addresses(found, problems)
+    _check_floors(found, problems)
     wrong = {problem.section for problem in problems}
     devices = tuple(device for device in found if wrong.isdisjoint(("", device.name)))
     return Configuration(devices, skipped, tuple(notes), tuple(problems), (), rundirs, shared)
@@ -300,6 +302,38 @@ def _check_paths(found: list[ConfiguredDevice], problems: list[Problem]) -> None
                     text = f"{key} = {value} is also that of [{owner}]: use another"
                 problems.append(Problem(device.where.get(key) or device.where[""], device.name, text))
                 break
+
+
+def _check_addresses(found: list[ConfiguredDevice], problems: list[Problem]) -> None:
+    """Two devices cannot listen on one port of one address; all addresses of a machine are each of them."""
+    taken: dict[int, dict[str, str]] = {}  # port → host → section
+    for device in found:
+        listen = device.settings().listen
+        if not listen:
+            continue
+        where = network.address(listen)
+        host, hosts = where.host.lower(), taken.setdefault(where.port, {})
+        owner = next((owner for other, owner in hosts.items() if other == host or not (other and host)), None)
+        if owner is not None:
+            text = f"listen = {listen}: [{owner}] listens on port {where.port} there: use another port"
+            problems.append(Problem(device.where["listen"], device.name, text))
+        hosts.setdefault(host, device.name)
+
+
+def _check_floors(found: list[ConfiguredDevice], problems: list[Problem]) -> None:
+    """What is kept for the devices that share a budget must fit into it."""
+    kept = 0
+    for device in found:
+        settings = device.settings()
+        if "budget" not in device.shared or not settings.budget_floor:
+            continue
+        kept += settings.budget_floor
+        if kept > settings.budget:
+            text = (
+                f"budget_floor = {settings.budget_floor}: with those above {_amount(kept)} are kept, and the "
+                f"budget has {_amount(settings.budget)}: lower a budget_floor, or raise the budget"
+            )
+            problems.append(Problem(device.where["budget_floor"], device.name, text))
 
 
 def _amount(size: int) -> str:

@@ -69,7 +69,7 @@ def address(text: str) -> Address:
             )
         if _is_link_local(inside) and not scope:
             raise ConfigError(f"'{text}' is on which link? Write it as [{inside}%INTERFACE]:{number}")
-        return Address("" if inside == "::" else host[1:-1], number)
+        return Address("" if _packed(inside) == bytes(16) else host[1:-1], number)  # ::, however written
     if host in ("", "*"):
         if not text:
             raise ConfigError("'' is not an address: use HOST:PORT, or :PORT for all addresses")
@@ -179,10 +179,14 @@ def _is(family: int, text: str) -> bool:
     return True
 
 
+def _packed(host: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6, host)
+
+
 def _is_one(host: str) -> bool:
-    return _is(socket.AF_INET6, host) and socket.inet_pton(socket.AF_INET6, host) == bytes(15) + b"\1"
+    return _is(socket.AF_INET6, host) and _packed(host) == bytes(15) + b"\1"
 
 
 def _is_link_local(host: str) -> bool:
-    packed = socket.inet_pton(socket.AF_INET6, host)
+    packed = _packed(host)
     return packed[0] == 0xFE and packed[1] & 0xC0 == 0x80

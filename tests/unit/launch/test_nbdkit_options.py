@@ -1,10 +1,12 @@
 """nbdkit's command line, and the URI that follows from it."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from zramd.errors import ConfigError
 from zramd.launch import nbdkit, uris
 from zramd.settings import config
 
@@ -120,7 +122,15 @@ def test_passed_sockets(settings: config.Config) -> None:
 
 
 def test_paths_hold_wherever_the_server_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each setting that a folder has a say in."""
     monkeypatch.chdir(tmp_path)
-    pairs = [("size", "1G"), ("rundir", "r"), ("state", "s"), ("metrics_file", "m.prom")]
-    words = nbdkit.command(config.parse(pairs), pairs, nbdkit.read_options([]))
-    assert words[-3:] == [f"rundir={tmp_path}/r", f"state={tmp_path}/s", f"metrics_file={tmp_path}/m.prom"]
+    pairs = [("size", "1G")]
+    for setting in config.SETTINGS:
+        text = "psk:some/file" if setting.name == "tls" else "some/file.prom"
+        with suppress(ConfigError):
+            if f"{tmp_path}/" in str(setting.parse(text)):
+                pairs.append((setting.name, text))
+    assert {"rundir", "state", "metrics_file", "tls"} <= {key for key, _ in pairs}
+    settings = config.parse([*pairs, ("listen", "127.0.0.1")])
+    for key, value in nbdkit.absolute(settings, pairs)[1:]:
+        assert f"{tmp_path}/some/file" in value, key

@@ -109,6 +109,11 @@ class TestKeys:
                 "\"sed -i 's/\\r$//' 'FILE'\"",
             ),
             (
+                f"\ufeffa:{KEY}\n",
+                "tls: 'FILE' begins with a byte order mark, which nbdkit takes for a part of the name: run "
+                "\"sed -i '1s/^\\xef\\xbb\\xbf//' 'FILE'\"",
+            ),
+            (
                 f"a:{KEY}\nb:{KEY}\na:{KEY}\n",
                 "tls: 'a' is there twice in 'FILE', in lines 1 and 3: remove one",
             ),
@@ -197,16 +202,27 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         'cn = localhost\ntls_www_server\nsigning_key\nactivation_date = "2061-02-03 04:05:06 UTC"\n'
         'expiration_date = "2062-02-03 04:05:06 UTC"\n'
     )
+    (folder / "client.info").write_text("cn = localhost\ntls_www_client\nsigning_key\nexpiration_days = 1\n")
     for name in ("ca", "server", "other"):
         certtool(folder, "--generate-privkey", "--key-type=ecdsa", f"--outfile={name}-key.pem")
     ca = ("--load-privkey=ca-key.pem", "--template=ca.info", "--outfile=ca-cert.pem")
     certtool(folder, "--generate-self-signed", *ca)
-    for name, template in (("server", "server"), ("old", "old"), ("early", "early")):
+    certtool(
+        folder,
+        *("--generate-self-signed", "--load-privkey=other-key.pem", "--template=ca.info"),
+        "--outfile=other-ca.pem",
+    )
+    for name in ("server", "old", "early", "client"):
         certtool(
             folder,
             *("--generate-certificate", "--load-privkey=server-key.pem", "--load-ca-certificate=ca-cert.pem"),
-            *("--load-ca-privkey=ca-key.pem", f"--template={template}.info", f"--outfile={name}-cert.pem"),
+            *("--load-ca-privkey=ca-key.pem", f"--template={name}.info", f"--outfile={name}-cert.pem"),
         )
+    certtool(
+        folder,
+        *("--generate-crl", "--load-ca-certificate=ca-cert.pem", "--load-ca-privkey=ca-key.pem"),
+        *("--template=ca.info", f"--outfile={tlsfiles.REVOKED}"),
+    )
     return folder
 
 
@@ -277,6 +293,36 @@ class TestCertificates:
         shutil.copy(made / f"{which}-cert.pem", pki / tlsfiles.CERTIFICATE)
         assert refused(pki.parent, f"x509:{pki}") == (
             f"tls: the certificate in '{pki}/server-cert.pem' {said}"
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "instead", "why"),
+        [
+            (tlsfiles.CA, "other-ca.pem", "unable to get local issuer certificate"),
+            (tlsfiles.CERTIFICATE, "client-cert.pem", "unsuitable certificate purpose"),
+        ],
+    )
+    def test_one_that_clients_refuse(self, made: Path, pki: Path, name: str, instead: str, why: str) -> None:
+        shutil.copy(made / instead, pki / name)
+        assert refused(pki.parent, f"x509:{pki}") == (
+            f"tls: clients would refuse '{pki}/server-cert.pem' ({why}): have '{pki}/ca-cert.pem' sign it, "
+            "for a server (tls_www_server)"
+        )
+
+    def test_a_list_of_revoked_ones(self, made: Path, pki: Path) -> None:
+        file = pki / tlsfiles.REVOKED
+        shutil.copy(made / file.name, file)
+        file.chmod(0o644)
+        assert tlsfiles.options(settings(pki.parent, f"x509:{pki}"))
+        file.chmod(0o666)
+        assert f"'{file}'" in refused(pki.parent, f"x509:{pki}")
+        file.unlink()
+        os.mkfifo(file)
+        assert f"'{file}'" in refused(pki.parent, f"x509:{pki}")
+        file.unlink()
+        file.write_text("x")
+        assert refused(pki.parent, f"x509:{pki}") == (
+            f"tls: '{file}' lists no revoked certificates: 'certtool --generate-crl' does"
         )
 
     def test_the_key_of_another(self, made: Path, pki: Path) -> None:

@@ -505,3 +505,39 @@ def test_what_devices_share_is_for_roots_servers(root, monkeypatch):
     assert words(a) == words(a, "rundir=/run/zramd/a") == []
     assert words(a, "budget=1G") == ["budget=1G"]
     assert words(b) == ["budget=0"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (":10809", ":10809"),
+        ("[::]", "*:10809"),
+        ("memory1:7", "MEMORY1:7"),
+        ("127.0.0.1:7", ":7"),
+        ("[::]:7", "[2001:db8::1]:7"),
+    ],
+)
+def test_two_devices_on_one_port(root: Root, first: str, second: str) -> None:
+    text = "[{}]\nattach = no\ntls = off\nlisten = {}\n"
+    port = first.rpartition(":")[2] if first[-1] != "]" else "10809"
+    assert root.problems(text.format("a", first) + text.format("b", second)) == [
+        f"etc/zramd.conf:8: listen = {second}: [a] listens on port {port} there: use another port"
+    ]
+
+
+def test_two_devices_on_ports_of_their_own(root: Root) -> None:
+    text = "[{}]\nattach = no\ntls = off\nlisten = {}\n"
+    lines = [text.format("a", ":7"), text.format("b", ":8"), text.format("c", "10.0.0.1:9")]
+    assert root.problems("".join([*lines, text.format("d", "10.0.0.2:9")])) == []
+
+
+def test_floors_that_do_not_fit_into_the_budget(root: Root) -> None:
+    """Each of them does; without [zramd], or with a budget of its own, a device has no part in that."""
+    host = "[zramd]\nbudget = 8M\n"
+    floor = "[{}]\nbudget-floor = 5M\n"
+    assert root.problems(host + floor.format("a") + floor.format("b")) == [
+        "etc/zramd.conf:6: budget_floor = 5242880: with those above 10485760 bytes are kept, and the budget "
+        "has 8388608 bytes: lower a budget_floor, or raise the budget"
+    ]
+    assert root.problems(host + floor.format("a") + floor.format("b") + "budget = 0\n") == []
+    assert root.problems(host + floor.format("a") + "[b]\nbudget-floor = 3M\n") == []

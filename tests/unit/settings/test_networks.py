@@ -22,6 +22,8 @@ def parse(**settings: str) -> config.Config:
         ("*", Address("", 10809)),
         ("[::]", Address("", 10809)),
         ("[::]:7", Address("", 7)),
+        ("[::0:0]:7", Address("", 7)),
+        ("[0:0:0:0:0:0:0:0]", Address("", 10809)),
         ("[2001:db8::1]:7", Address("2001:db8::1", 7)),
         ("[fe80::1%eth0]:7", Address("fe80::1%eth0", 7)),
         ("memory-host.example.org:010", Address("memory-host.example.org", 10)),
