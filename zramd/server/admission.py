@@ -22,6 +22,7 @@ from zramd.server.trouble import Troubles
 
 PATIENCE = 30.0  # seconds that a client has for its handshake
 HURRY = 2.0  # the same, while others wait for their turn: a client that is awake needs a thousandth of it
+LEAVING = 0.1  # seconds for which a server that leaves waits to tell those that wait
 TURN = 5.0  # seconds for which a client over TCP waits for its turn before it is turned away
 SPARE = 12  # descriptors that we keep for ourselves: a hand-over needs that many
 MARGIN = 64  # descriptors that clients must leave free
@@ -195,6 +196,7 @@ class Admission:
         self._handshakes = handshakes
         self._strangers = False  # whether clients come over TCP: anyone may, before the handshake
         self._queue = 0  # clients that wait for their turn
+        self._leaving = False
         self._arrivals = Arrivals()
         self._wake_up = wake_up
         self._turned_away = ""
@@ -229,6 +231,13 @@ class Admission:
             self.has_newcomers = True
             self._wake_up()
 
+    def leave(self) -> None:
+        """Let nobody wait for a turn any more: nbdkit, which is ending, waits for each who does."""
+        self._leaving = True
+        if self.lock.acquire(timeout=LEAVING):  # one that is being opened has it while the device is reset
+            self.lock.notify_all()
+            self.lock.release()
+
     def becomes_client(self) -> None:
         """Note that the client of the calling thread has completed its handshake; call it with `lock`."""
         self._arrivals.end()
@@ -255,7 +264,7 @@ class Admission:
         if self._wake_up is not None:
             self._wake_up()
         try:
-            while True:
+            while not self._leaving:
                 left = end - time.monotonic()
                 if left <= 0:
                     return (
@@ -265,6 +274,7 @@ class Admission:
                 self.lock.wait(left)
                 if not self._is_full():
                     return ""
+            return "the server is leaving"
         finally:
             self._queue -= 1
 

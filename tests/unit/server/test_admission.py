@@ -11,8 +11,10 @@ from collections.abc import Iterator
 import pytest
 from support.run import wait_until
 
+from zramd.errors import DeviceError
 from zramd.server import admission
 from zramd.server.admission import Arrivals, Descriptors, Door
+from zramd.server.trouble import Troubles
 
 
 class Connection:
@@ -154,3 +156,27 @@ def test_door() -> None:
             accepted.close()
     finally:
         signal.signal(admission.LOOK_AGAIN, before)
+
+
+def test_who_waits_for_a_turn_when_the_server_leaves() -> None:
+    """A stranger would hold up nbdkit's end, and so every client that waits for the next server."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        made = admission.Admission(Troubles(), lambda: 9, lambda: 0, None, lambda: 1)
+        made.begin([listener.fileno()])
+        said: list[str] = []
+
+        def comes() -> None:
+            try:
+                with made.lock:
+                    made.connects()
+            except DeviceError as error:
+                said.append(str(error))
+
+        with made.lock:
+            made.connects()  # whose handshake does not end
+        stranger = threading.Thread(target=comes)
+        stranger.start()
+        wait_until(lambda: made.watch_interval() == made.WATCH_QUEUE)
+        made.leave()
+        stranger.join()
+        assert said == ["a client was turned away: the server is leaving"]

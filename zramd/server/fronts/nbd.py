@@ -155,6 +155,7 @@ class Nbd(Front):
         """
         sockets.stop_accepting(self._places, sockets.HAND_OVER)
         seen = self._await_handshakes(signals)
+        self.admission.leave()
         self.await_quiet()
         end = time.monotonic() + HANDING_OVER
         while sockets.shut_clients(self._others, self._cut):
@@ -205,6 +206,7 @@ class Nbd(Front):
 
     def end(self, stopping: threading.Event) -> bool:
         """End nbdkit within a second, in its normal way if it can: then it calls Serving.stop."""
+        self.admission.leave()
         self._shutdown()
         if stopping.wait(STOP_READING):
             return True
