@@ -116,10 +116,14 @@ def test_what_list_says(host: Host, capfd: pytest.CaptureFixture[str]) -> None:
     )
     assert capfd.readouterr().err.count("\n") == 1
     assert json.loads(host.list(json=True, bytes=True)[1])["budget"]["left_behind"] == left
+    host.kill("two")
+    capfd.readouterr()
+    assert host.list(bytes=True) == (1, "")
+    assert f"budget {8 * MIB}: {left} taken by 0 devices" in capfd.readouterr().err
 
 
 def test_starts_and_restarts_with_another_budget(host: Host) -> None:
-    """The last one counts for all; a device that leaves it is counted as what its state has."""
+    """The last one counts for all; a device that leaves it does not count."""
     assert host.start("one", host.state("one"), "budget=8M", "budget_floor=1M") == ""
     assert host.start("two", host.state("two"), "budget=8M") == ""
     host.fill("two", 3 * MIB)
@@ -141,15 +145,15 @@ def test_starts_and_restarts_with_another_budget(host: Host) -> None:
     assert "budget_floor" in done.stderr
     assert done.stderr.count("\n") == 1
     assert (host.shown().budget, host.shown().devices) == (2 * MIB, 2)
-    # One that is killed, and starts again without: what its state has still counts.
+    # One that is killed counts by its state, until it starts again without.
     host.kill("two")
+    assert host.shown().left_behind >= 3 * MIB
     assert host.start("two", host.state("two")) == ""
     shown = host.shown()
-    assert (shown.devices, shown.budget) == (1, 2 * MIB)
-    assert shown.left_behind >= 3 * MIB
+    assert (shown.devices, shown.budget, shown.left_behind) == (1, 2 * MIB, 0)
     assert host.start("three", "budget=0") == ""
     assert host.shown() == shown
-    # And with it again: its slot is its own.
+    # And with it again: what is there counts.
     done = zramd_command("restart", "--rundir", f"{host.base}/two", "budget=8M")
     assert done.returncode == 0, done.stderr
     shown = host.shown()

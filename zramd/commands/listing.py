@@ -163,10 +163,16 @@ def run(arguments: argparse.Namespace) -> int:
     if rows:  # as zramctl: nothing at all when there is no device
         write = raw if arguments.raw else table
         sys.stdout.write(write(shown, lines, headings=not arguments.noheadings))
-        if not (arguments.raw or arguments.noheadings):
-            sys.stdout.writelines(budget_line(one, arguments.bytes) for one in budgets(arguments))
-    elif not (status or arguments.raw or arguments.noheadings):
+    if arguments.raw or arguments.noheadings:
+        return status
+    if not (rows or status):
         say(_what_next())
+    for one in budgets(arguments):
+        line = budget_line(one, arguments.bytes)
+        if rows:
+            sys.stdout.write(line)
+        elif one.used:  # by states: nothing else tells why a server that starts gets no memory
+            say(line.rstrip())
     return status
 
 

@@ -5,6 +5,7 @@ See zramd.contract.budget for the file, zramd.core.memory.budget for what is don
 
 import errno
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -46,6 +47,24 @@ def look(config: Config) -> None:
             _check_floors(others, config.budget_floor, budget)
     finally:
         os.close(fd)
+
+
+def leave_out(config: Config) -> None:
+    """Free the part that the servers before had of a budget that is there: this one has none. Never raises.
+
+    Otherwise what is in the state would count for ever as left behind by a server that does not run.
+    """
+    shown = file.path(config.rundir)
+    with suppress(BudgetError, OSError, UntrustedError, MemoryError):
+        with trusted.place(shown) as place:
+            fd = place.open(os.O_RDWR)
+        try:
+            with _alone(fd, shown, timeout=0.1):  # clients may be waiting
+                number = _slot_of(fd, _state_of(config)) if file.check(fd, shown) else None
+                if number is not None and lockfile.ofd_take(fd, file.lock_of(number)):
+                    Budget(fd, 0).free(number)
+        finally:
+            os.close(fd)
 
 
 class Member:
@@ -125,8 +144,13 @@ class Member:
             raise ConfigError(f"budget: {error}") from None
 
     def tidy(self, device: Device) -> None:
-        """Give back what the device does not need, now and then what the dead have left. Raises OSError."""
+        """Give back what the device does not need, now and then what the dead have left.
+
+        Raises OSError, also when somebody has removed the file: servers that start have another one then.
+        """
         device.tidy_budget()
+        if not os.fstat(self._fd).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "its file was removed: restart the devices that share it")
         now = time.monotonic()
         if now >= self._swept + SWEEP and lockfile.ofd_take(self._fd, 0):
             self._swept = now
@@ -173,17 +197,35 @@ def _open(shown: str) -> int:
                 raise BudgetError(f"budget '{shown}' is a link: remove it, or use no budget")
             return place.open_or_create()
     except UntrustedError as error:
-        raise BudgetError(f"budget '{shown}' is not used: {error}: remove it, or use no budget") from None
+        raise BudgetError(
+            f"budget '{shown}' is not used: {error}: {_mend(shown)}, or use no budget"
+        ) from None
     except OSError as error:
-        what = {errno.EROFS: "let the service write there (ReadWritePaths=)", errno.ENOSPC: "make room there"}
+        what = {
+            errno.EROFS: "let the service write there (ReadWritePaths=)",
+            errno.ENOSPC: "make room there",
+            errno.EISDIR: "remove it",
+        }
         remedy = what.get(error.errno or 0, "run zramd as the user who owns it")
         raise BudgetError(f"budget '{shown}' cannot be opened: {reason(error)}: {remedy}") from None
 
 
+def _mend(shown: str) -> str:
+    """Return what to do about a file that is not trusted.
+
+    Others may have a part in it: were it removed, they would not be bounded by what is made in its place.
+    """
+    with suppress(OSError):
+        status = os.lstat(shown)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            return f"run \"chown {os.geteuid()} '{shown}'; chmod 600 '{shown}'\""
+    return "remove it"
+
+
 @contextmanager
-def _alone(fd: int, shown: str) -> Iterator[None]:
-    """Keep others from looking for a slot. Raises BudgetError."""
-    end = time.monotonic() + LOCK_TIMEOUT
+def _alone(fd: int, shown: str, timeout: float | None = None) -> Iterator[None]:
+    """Keep others from looking for a slot; `timeout` in seconds. Raises BudgetError."""
+    end = time.monotonic() + (LOCK_TIMEOUT if timeout is None else timeout)
     while not lockfile.ofd_take(fd, 0):
         if time.monotonic() > end:
             raise BudgetError(

@@ -65,7 +65,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "budget",
-        parse_size,
+        values.budget,
         "0",
         "64G",
         "most bytes that the pools of all devices take together whose run folders lie in one folder and that "

@@ -98,6 +98,14 @@ def reserve(text: str) -> int:
     return _size(text, 1 << 20, 1 << 30, "1M to 1G")
 
 
+def budget(text: str) -> int:
+    """Read how many bytes devices may take together; 0: no budget. Raises ConfigError."""
+    size = parse_size(text)
+    if 0 < size < PAGE_SIZE:
+        raise ConfigError(f"'{text}' is less than one page: use 4K or more, or 0 for none")
+    return size
+
+
 def writeback_limit(text: str) -> int:
     """Read how many bytes may be written to the backing in a day; 0: no limit. Raises ConfigError."""
     if text.lower() == "off":
@@ -108,7 +116,7 @@ def writeback_limit(text: str) -> int:
     return size
 
 
-SIZES = (parse_size, disksize, step, reserve, writeback_limit)
+SIZES = (parse_size, disksize, budget, step, reserve, writeback_limit)
 
 # ---- Other numbers ----------------------------------------------------------------------------------------
 

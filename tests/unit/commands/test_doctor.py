@@ -246,8 +246,10 @@ def test_doctor_with_a_configuration_that_is_wrong(tmp_path: Path, monkeypatch: 
 
 def test_doctor_looks_at_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = tmp_path / "keys.psk"
-    common = "disksize = 1M\nattach = no\nlisten = :10809\ntls = "
-    text = f"[a]\n{common}psk:{keys}\n[b]\n{common}off\n[c]\n{common}x509:%d\n[d]\nattach = no\n"
+    ways = {"a": f"psk:{keys}", "b": "off", "c": "x509:%d"}
+    common = "disksize = 1M\nattach = no\nlisten = :{}\ntls = {}\n"
+    text = "".join(f"[{name}]\n{common.format(ord(name), way)}" for name, way in ways.items())
+    text += "[d]\nattach = no\n"
     write(tmp_path, {"etc/zramd.conf": text})
     (tmp_path / "etc/zramd.conf").chmod(0o644)
     monkeypatch.setenv("ZRAMD_ROOT", str(tmp_path))

@@ -183,7 +183,12 @@ def test_a_file_of_another_user(made: Path) -> None:
     said = refused(made)
     assert said.startswith(f"budget '{path(made)}' is not used: ")
     assert "12345" in said
-    assert said.endswith(": remove it, or use no budget")
+    assert said.endswith(f"; chmod 600 '{path(made)}'\", or use no budget")
+
+
+def test_a_file_with_two_names(made: Path) -> None:
+    os.link(path(made), made / "other")
+    assert refused(made).endswith(": remove it, or use no budget")
 
 
 def test_a_pipe_in_its_place(memory_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -227,14 +228,44 @@ def test_a_file_that_is_not_ours(folder: Path) -> None:
     path = folder / file.NAME
     path.write_bytes(b"")
     path.chmod(0o666)
-    with pytest.raises(
-        BudgetError, match=r"is not used: other users may write to .*: remove it, or use no budget"
-    ):
+    with pytest.raises(BudgetError) as caught:
         Member(settings(folder, "one"))
+    said = f"budget '{path}' is not used: other users may write to '{path}': "
+    mend = f"chown {os.geteuid()} '{path}'; chmod 600 '{path}'"
+    assert str(caught.value) == f'{said}run "{mend}", or use no budget'
+    subprocess.run(mend, shell=True, check=True)
+    Server(folder, "one").end()
     path.unlink()
     path.mkdir()
-    with pytest.raises(BudgetError, match=r"budget '.*' (cannot be opened|is not used): "):
+    with pytest.raises(BudgetError, match=r"budget '.*' cannot be opened: is a directory: remove it"):
         Member(settings(folder, "one"))
+
+
+def test_a_file_that_is_removed(folder: Path) -> None:
+    """Who starts then has another one, and is not bounded by ours: we say so."""
+    one = Server(folder, "one")
+    (folder / file.NAME).unlink()
+    with pytest.raises(OSError, match="its file was removed"):
+        one.member.tidy(one.device)
+    one.end()
+
+
+def test_a_device_that_is_left_out_has_no_part(folder: Path) -> None:
+    """Though servers before had one, with its state."""
+    one, two = Server(folder, "one", state=True), Server(folder, "two")
+    written = one.fill()
+    one.kill()
+    made = opening.make_device(settings(folder, "one", state=True, budget="0"))
+    assert made.member is None
+    assert made.device.counters()["mem_used_total"] > 0
+    assert (shown(folder).devices, shown(folder).left_behind) == (1, 0)
+    assert two.fill() >= written - 100
+    two.end()
+
+
+def test_a_device_without_a_budget_makes_none(folder: Path) -> None:
+    assert opening.make_device(settings(folder, "one", state=True, budget="0")).member is None
+    assert not (folder / file.NAME).exists()
 
 
 def test_a_new_file_that_was_not_finished(folder: Path) -> None:

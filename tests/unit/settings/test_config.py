@@ -265,6 +265,8 @@ def test_false(text: str) -> None:
         ("cold_age", "300ms"),
         ("writeback_age", "9"),
         ("writeback_age", "6h"),
+        ("budget", "1"),
+        ("budget", "4095"),
         ("writeback_limit", "none"),
         ("writeback_limit", "1"),
         ("writeback_limit", "65535"),
