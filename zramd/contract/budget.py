@@ -14,10 +14,12 @@ import struct
 from typing import NamedTuple
 
 from zramd import lockfile
+from zramd.contract import rundir
 from zramd.contract.handover import SYSTEMD
 from zramd.errors import BudgetError
 
-NAME = ".budget"  # beside the run folders; no device can be called so
+NAME = rundir.BUDGET
+path = rundir.budget_file
 MAGIC = b"zramd budget\0\x1a\xff\x00"
 VERSION = 1
 SLOTS = 1024
@@ -78,11 +80,6 @@ class Shown(NamedTuple):
     used: int
     devices: int
     left_behind: int
-
-
-def path(rundir: str) -> str:
-    """Return the budget's file for a device with this run folder."""
-    return f"{os.path.dirname(rundir)}/{NAME}"
 
 
 def needed(found: list[Slot]) -> int:

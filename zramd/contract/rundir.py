@@ -34,6 +34,7 @@ STATS_FILES = (
 STATE = "state_path"  # where the server's state is: what died with it, and what did not
 LOG = "log"  # what a server in the background has to say once it serves
 OLD_LOG = "log.1"  # and what the one before it said, if that did not stop in its normal way
+BUDGET = ".budget"  # of the devices whose run folders lie beside it; no device can be called so
 STANDBY = "standby"  # the number of the process that waits to take over, which holds its lock
 # The keys of those who may come, where not all of the user's may: see zramd.launch.tlsfiles. nbdkit reads
 # its file at each handshake, so the server, one on standby and the next one have one each.
@@ -50,6 +51,11 @@ _ANOTHER = "give a folder of its own, one that is not there yet"
 _SHOWN = frozenset((CONTROL_SOCKET, SOCKETS, *_FILES, *(name + _TEMPORARY for name in _FILES)))
 _OURS = _SHOWN | {NBD_SOCKET, LOG, OLD_LOG, STANDBY, *KEYS}
 NAMES = (PID, *sorted(_OURS))  # all that may be in the folder
+
+
+def budget_file(folder: str) -> str:
+    """Return the file of the budget in which a device with this run folder may have a part."""
+    return f"{os.path.dirname(folder)}/{BUDGET}"
 
 
 def base() -> str:

@@ -59,8 +59,6 @@ def make_device(config: Config) -> Made:
         backing.take_over(device)
     if member:
         member.join(device)
-    elif config.state:
-        _leave_out(config)
     return Made(device, backing, member)
 
 
@@ -78,16 +76,6 @@ def _join_budget(config: Config) -> "Member | None":
         # The server before has gone: its clients are not to lose their data.
         say(f"{error}; until the next restart the device has no part in the budget")
         return None
-
-
-def _leave_out(config: Config) -> None:
-    """See that the device has no part in a budget, which servers with its state may have had."""
-    from zramd.contract import budget as file  # only here: most servers have none
-
-    if os.path.exists(file.path(config.rundir)):
-        from zramd.server import budget
-
-        budget.leave_out(config)
 
 
 def _from_state(config: Config, backing: "BackingFile | None") -> Device:

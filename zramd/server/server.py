@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 
 from zramd.contract import handover
-from zramd.contract.rundir import BACKGROUND, CONTROL_SOCKET, STATE, Rundir
+from zramd.contract.rundir import BACKGROUND, CONTROL_SOCKET, STATE, Rundir, budget_file
 from zramd.core.system.process import at_failing_exit, dump_little, name_thread, trim_heap
 from zramd.core.system.threads import start_thread
 from zramd.errors import RundirError, reason
@@ -304,11 +304,28 @@ class Serving:
     def _budgets_chores(self) -> list[Chore]:
         member = self.service.member
         if member is None:
-            return []
+            return self._without_budget()
         from zramd.server import budget  # which is there already
 
         tidy = partial(member.tidy, self._device)
         return [Chore("the budget is not looked after", tidy, lambda: budget.INTERVAL)]
+
+    def _without_budget(self) -> list[Chore]:
+        """Return what takes the device out of a budget in which servers with its state had a part.
+
+        Not before we serve: what it reads may be on the very swap that waits for us.
+        """
+        if not self._config.state or not os.path.exists(budget_file(self._config.rundir)):
+            return []
+        due = [1.0]  # second
+
+        def once() -> None:
+            from zramd.server import budget  # only here: most servers have none
+
+            due.clear()
+            budget.leave_out(self._config)
+
+        return [Chore("the budget is not looked after", once, lambda: sum(due))]
 
     def _leave_budget(self) -> None:
         """Let others have what this device takes of the budget, unless another server goes on with it."""

@@ -255,16 +255,18 @@ def test_a_device_that_is_left_out_has_no_part(folder: Path) -> None:
     one, two = Server(folder, "one", state=True), Server(folder, "two")
     written = one.fill()
     one.kill()
-    made = opening.make_device(settings(folder, "one", state=True, budget="0"))
+    without = settings(folder, "one", state=True, budget="0")
+    made = opening.make_device(without)
     assert made.member is None
     assert made.device.counters()["mem_used_total"] > 0
+    budget.leave_out(without)
     assert (shown(folder).devices, shown(folder).left_behind) == (1, 0)
     assert two.fill() >= written - 100
     two.end()
 
 
 def test_a_device_without_a_budget_makes_none(folder: Path) -> None:
-    assert opening.make_device(settings(folder, "one", state=True, budget="0")).member is None
+    budget.leave_out(settings(folder, "one", state=True, budget="0"))
     assert not (folder / file.NAME).exists()
 
 
