@@ -128,6 +128,31 @@ def test_a_disk_that_comes_back_under_another_name(
     assert client_of(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
 
 
+@pytest.mark.parametrize("live", [(), ("--live",)])
+def test_no_save_while_it_cannot_be_read(
+    started: Callable[..., Started], state: Path, disk_folder: Path, tmp_path: Path, live: tuple[str, ...]
+) -> None:
+    """A good save is not replaced by one that lacks what the disk has: it may be mended."""
+    file, saved = allocate(disk_folder / "disk"), tmp_path / "saved"
+    put_out(state, file)
+    served = started(f"backing={file}")
+    words = "save", *live, "--rundir", served.rundir
+    assert zramd(*words, saved).returncode == 0
+    old, whole = saved.read_bytes(), file.read_bytes()
+    os.truncate(file, 0)
+    done = zramd(*words, saved)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"zramd: {served.rundir.name} was not saved: block 0 is out and cannot be read: see "
+        "docs/backing.md, 'When the disk fails'\n"
+    )
+    assert saved.read_bytes() == old
+    assert os.listdir(tmp_path).count("saved") == 1
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".partial")]
+    file.write_bytes(whole)
+    assert zramd(*words, saved).returncode == 0
+
+
 def test_while_blocks_go_out_and_are_read(
     started: Callable[..., Started], state: Path, disk_folder: Path, loops: Loops
 ) -> None:
