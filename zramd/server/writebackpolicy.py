@@ -46,12 +46,17 @@ class Budget:
 
     What is kept, (left, at), is how it stood when: (0, 0) where nothing ever was. A new one is full: a day's.
     A time that lies ahead is of another boot, and nobody knows how long ago: nothing is added for it.
+
+    What was used beyond a limit that was lowered is kept beside it, for one that is raised again, and is
+    forgotten evenly within a day.
     """
 
     def __init__(self, limit: int, kept: tuple[int, int], now: float) -> None:
         """`limit`: bytes a day, 0 for none."""
         self.limit = 0
         self._left, self._at = float(kept[0]), float(kept[1])
+        self._of = 0  # the limit that _left is of: the last one, while there is none
+        self._over = self._fades = 0.0  # bytes used beyond it, and how many of them are forgotten a second
         self.change(limit)
         self.fill(now)
 
@@ -61,8 +66,11 @@ class Budget:
             return
         passed = now - self._at
         self._at = now
-        if self._left < self.limit and passed > 0:
+        if passed <= 0:
+            return
+        if self._left < self.limit:
             self._left = min(self._left + passed * self.limit / DAY, float(self.limit))
+        self._over = max(0.0, self._over - passed * self._fades)
 
     def allows(self, size: int) -> bool:
         """Say whether so many bytes may be written now."""
@@ -79,13 +87,16 @@ class Budget:
 
     def change(self, limit: int) -> None:
         """Go by another limit from now on: of a day's, as much is used as before."""
-        before, self.limit = self.limit, limit
+        self.limit = limit
         if not limit:
             return
+        before, self._of = self._of, limit
         if not self._at:
             self._left = float(limit)
         elif before:
-            self._left = max(0.0, self._left + limit - before)
+            left = self._left + limit - before - self._over
+            self._left, self._over = max(0.0, left), max(0.0, -left)
+            self._fades = self._over / DAY
         self._left = min(self._left, float(limit))
 
     @property
@@ -97,6 +108,7 @@ class Budget:
     def left(self, size: int) -> None:
         """More than a day's are kept until they are used, but nothing is added before that."""
         self._left = float(size)
+        self._over = 0.0
 
     @property
     def kept(self) -> tuple[int, int]:
