@@ -143,7 +143,7 @@ class Writeback:
         self._held = False  # until somebody wants blocks out again
         self._recall_error = 0
         self._read_errors = device.counters()["bd_read_errors"]  # that were seen; a state has those of before
-        self._unreadable_until = float("-inf")
+        self._unreadable_until = self._looked = float("-inf")
         self._census: Census | None = None
         self._rest = SWEEP
         self._minute = Minute()
@@ -378,6 +378,9 @@ class Writeback:
         if self._policy.look(now, self._memory.mode):
             self._forget_pass()
             self._back = -1
+        if now >= self._looked + LOOK:  # sweeps are rarer, and health is not to be ok so long
+            self._looked = now
+            self._see_errors(now)
         census = self._memory.census
         if census is None or census is self._census:
             return
@@ -387,13 +390,16 @@ class Writeback:
             self._policy.room(self._view())  # what died since may be room
         self._keep_budget()
         found = self._device.counters()
-        if found["bd_read_errors"] > self._read_errors:
-            self._unreadable_until = now + ERROR_PAUSE
-        self._read_errors = found["bd_read_errors"]
         self._minute.add(now, found["written_out"], found["brought_back"])
         self._rest = LOOK if found["pages_stored"] else SWEEP
         if self._back < 0 and self._policy.is_wanted_back:
             self._back = 0
+
+    def _see_errors(self, now: float) -> None:
+        errors = self._device.counters()["bd_read_errors"]
+        if errors > self._read_errors:
+            self._unreadable_until = now + ERROR_PAUSE
+        self._read_errors = errors
 
     def _forget_pass(self) -> None:
         """What goes out is another matter now; a pass by hand is what it was."""
