@@ -149,6 +149,16 @@ def test_a_restart(started: Callable[..., Started], state: Path, backing: Path) 
     assert client.read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
     client.close()
     served.refused("writeback_limit=1", status=2)
+    for none in ("set", "restart"):
+        done = zramd_command(none, "--rundir", served.rundir, "writeback_limit=0")
+        assert done.returncode == 2
+        assert "writeback_limit: '0' cannot be set: use off for no limit, " in done.stderr
+    assert served.ask("/settings")["writeback_limit"] == 2 << 30
+    done = zramd_command("set", "--rundir", served.rundir, "writeback_limit=off")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "writeback_limit=off\n", "")
+    assert served.restart("compaction=on").returncode == 0
+    assert served.ask("/settings")["writeback_limit"] == 0
+    assert served.ask("/stats")["writeback"]["limit_left"] is None
     with backing.open("r+b") as file:
         file.write(b"\1" * 64)  # somebody writes over it: found before the old server leaves
     why = served.refused("compaction=off")

@@ -103,7 +103,12 @@ def writeback_limit(text: str) -> int:
     if text.lower() == "off":
         return 0
     size = parse_size(text)
-    if 0 < size < MIN_WRITEBACK_LIMIT:
+    if not size:  # to the kernel's zram that means: nothing
+        raise ConfigError(
+            f"'{text}' cannot be set: use off for no limit, 64K for an extent a day, or no backing to have "
+            "nothing written"
+        )
+    if size < MIN_WRITEBACK_LIMIT:
         raise ConfigError(f"'{text}' is out of range: use 64K or more, or off for no limit")
     return size
 

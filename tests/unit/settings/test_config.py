@@ -266,6 +266,8 @@ def test_false(text: str) -> None:
         ("writeback_age", "9"),
         ("writeback_age", "6h"),
         ("writeback_limit", "none"),
+        ("writeback_limit", "0"),
+        ("writeback_limit", "0x0"),
         ("writeback_limit", "1"),
         ("writeback_limit", "65535"),
         ("writeback_limit", "1G a day"),
@@ -307,15 +309,23 @@ def test_other_values() -> None:
 )
 def test_cold_age(text: str, seconds: float) -> None:
     assert parse(cold_age=text).cold_age == seconds
-    assert parse(cold_age=config.written(parse(cold_age=text).cold_age)).cold_age == seconds
+    assert parse(cold_age=config.written("cold_age", parse(cold_age=text).cold_age)).cold_age == seconds
 
 
-@pytest.mark.parametrize(
-    ("text", "limit"), [("64K", 65536), ("1G", 1 << 30), ("off", 0), ("OFF", 0), ("0", 0)]
-)
+@pytest.mark.parametrize(("text", "limit"), [("64K", 65536), ("1G", 1 << 30), ("off", 0), ("OFF", 0)])
 def test_writeback_limit(text: str, limit: int) -> None:
     assert parse(writeback_limit=text).writeback_limit == limit
-    assert parse(writeback_limit=config.written(limit)).writeback_limit == limit  # as a restart has it
+    again = config.written("writeback_limit", limit)  # as a restart has it
+    assert parse(writeback_limit=again).writeback_limit == limit
+
+
+def test_no_limit_is_not_written_as_nothing() -> None:
+    """To the kernel's zram 0 means that nothing may be written."""
+    with pytest.raises(ConfigError, match=r"^writeback_limit: '0' cannot be set: use off for no limit, 64K "):
+        parse(writeback_limit="0")
+    assert config.written("writeback_limit", 0) == "off"
+    assert config.written("stats_interval", 0.0) == config.written("mem_limit", 0) == "0"
+    assert config.written("what", 0) == "0"
 
 
 def test_backing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
