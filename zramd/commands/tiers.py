@@ -246,8 +246,8 @@ or, as often as you like:
   page_index=N         this block, however young it is
   page_indexes=N-M     these, the last one included
 
-What is written counts against writeback_limit. If a word is wrong, nothing is
-done.
+What is written counts against writeback_limit; once that is used up, this is
+refused. If a word is wrong, nothing is done.
 """
 
 

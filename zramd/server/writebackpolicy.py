@@ -17,6 +17,7 @@ from typing import NamedTuple
 from zramd.core.device.backing import EXTENT
 from zramd.server.ages import IDLE, OLDEST, SWEEP, age_of
 from zramd.server.tierpolicy import FAR, HURRY_AGE, MAX_PAUSE, Census
+from zramd.server.withoutbacking import WritePass
 from zramd.settings.config import Config
 
 DAY = 86400  # seconds
@@ -85,6 +86,13 @@ class Budget:
         """Return the seconds until so many bytes may be written."""
         return max(0.0, (size - self._left) * DAY / self.limit) if self.limit else 0.0
 
+    @property
+    def used_up(self) -> str:
+        """Why no extent may be written now, as a sentence's beginning; "" if one may be."""
+        if self.allows(EXTENT):
+            return ""
+        return f"writeback_limit is used up, the next extent may be written in {spelled(self.waits(EXTENT))}"
+
     def change(self, limit: int) -> None:
         """Go by another limit from now on: of a day's, as much is used as before."""
         self.limit = limit
@@ -98,6 +106,12 @@ class Budget:
             self._left, self._over = max(0.0, left), max(0.0, -left)
             self._fades = self._over / DAY
         self._left = min(self._left, float(limit))
+
+    def copy(self) -> "Budget":
+        """Return another one that stands as this does."""
+        made = Budget(0, (0, 0), 0.0)
+        made.__dict__.update(self.__dict__)
+        return made
 
     @property
     def left(self) -> int | None:
@@ -114,6 +128,11 @@ class Budget:
     def kept(self) -> tuple[int, int]:
         """What to keep."""
         return min(max(0, int(self._left)), MOST_KEPT), int(self._at)
+
+
+def spelled(seconds: float) -> str:
+    """Return a time as a sentence has it: 30 s, 1.5 h."""
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.1f} h"
 
 
 class Pace:
@@ -191,6 +210,23 @@ class Walk:
     def is_enough(self) -> bool:
         """Whether as much is out as was needed."""
         return self.sent >= self.plan.need
+
+
+def by_hand(wanted: WritePass, blocks: int) -> Walk:
+    """Return the pass that somebody asks for, on a device of so many blocks."""
+    kinds = wanted.kinds
+    ranges = wanted.ranges or ((0, blocks),)
+    looks = (
+        Look(
+            idle="idle" in kinds,
+            raw="huge" in kinds,
+            tried="incompressible" in kinds,
+            first=first,
+            end=min(end, blocks),
+        )
+        for first, end in ranges
+    )
+    return Walk(Plan(tuple(looks), least=1), by_hand=True)
 
 
 class View(NamedTuple):

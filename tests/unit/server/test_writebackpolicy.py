@@ -126,6 +126,10 @@ class TestBudget:
         assert not budget.allows(EXTENT)
         budget.fill(1000.0 + DAY / 2)
         assert budget.left == GIB // 2
+        same = budget.copy()
+        same.change(10 * GIB)  # 4 GiB of them are forgotten
+        assert same.left == GIB // 2 + 9 * GIB - 4 * GIB
+        assert (budget.left, budget.limit) == (GIB // 2, GIB)
         budget.fill(1000.0 + DAY)
         budget.change(10 * GIB)
         assert budget.left == 10 * GIB
