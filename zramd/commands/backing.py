@@ -13,11 +13,12 @@ from zramd.control.human import spelled
 from zramd.kernel import backingdevice
 from zramd.kernel.backingdevice import Opened
 from zramd.launch import backingunit
+from zramd.settings import values
 
 
 def show(arguments: argparse.Namespace) -> int:
     """Print what the superblock says."""
-    opened = backingdevice.open_to_look(os.path.abspath(arguments.path))
+    opened = backingdevice.open_to_look(values.path(arguments.path))
     try:
         found, user = backingdevice.look(opened), backingdevice.used_by(opened)
     finally:
@@ -82,7 +83,7 @@ def _as_dict(opened: Opened, found: Superblock | None, used: bool) -> dict[str, 
 
 def make_free(arguments: argparse.Namespace) -> int:
     """Make a backing that any device may use."""
-    path = os.path.abspath(arguments.path)
+    path = values.path(arguments.path)
     made = backingdevice.make_free(path, force=arguments.force)
     print(f"{path} is ready: {spelled(made.size)}")
     return 0

@@ -175,7 +175,7 @@ def idle(text: str) -> float:
 
 
 def _absolute(text: str) -> str:
-    found = os.path.abspath(text)
+    found = f"/{os.path.abspath(text).lstrip('/')}"  # it would keep two slashes
     try:
         os.fsencode(found).decode()
     except UnicodeEncodeError:
