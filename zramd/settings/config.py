@@ -32,6 +32,17 @@ class Setting(NamedTuple):
         """Whether the value is a number of bytes."""
         return self.parse in values.SIZES
 
+    def parse_of_file(self, text: str) -> Any:
+        """Return what `text` means in a configuration file, which is read from any folder.
+
+        Raises ConfigError as `parse` does, and for a path that depends on that folder.
+        """
+        if values.is_relative(self.parse, text):
+            raise ConfigError(
+                f"'{text}' depends on the folder in which a command runs: write the whole path, from / on"
+            )
+        return self.parse(text)
+
     @property
     def default_text(self) -> str:
         """The default as documentation shows it."""
@@ -261,7 +272,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "backing",
-        values.path,
+        values.backing,
         "",
         "/dev/sdb1",
         "block device, or preallocated file, to which blocks go that nobody has asked for in a long time",

@@ -6,6 +6,8 @@ says what to write instead. zramd.settings.codecs and zramd.settings.network hav
 
 import os
 import re
+from collections.abc import Callable
+from typing import Any
 
 from zramd.errors import ConfigError
 from zramd.settings import amounts, network
@@ -194,6 +196,14 @@ def path(text: str) -> str:
     return _absolute(text) if text else ""
 
 
+def backing(text: str) -> str:
+    """Read where blocks go that leave memory; '' or none, as zram's backing_dev has it: nowhere.
+
+    Raises ConfigError.
+    """
+    return "" if text == "none" else path(text)
+
+
 def state(text: str) -> str:
     """Read where the state is: a path, or systemd. Raises ConfigError."""
     return text if text == "systemd" else path(text)
@@ -221,3 +231,17 @@ def metrics_file(text: str) -> str:
 def tls(text: str) -> str:
     """Read what a client needs, with the path of its keys or certificates. Raises ConfigError."""
     return network.tls_text(text, _absolute)
+
+
+_PATHS = (backing, state, rundir, metrics_file, tls)
+
+
+def is_relative(parse: Callable[[str], Any], text: str) -> bool:
+    """Say whether `text`, which `parse` reads, has a path that depends on the present folder.
+
+    Raises what `parse` does.
+    """
+    if parse not in _PATHS:
+        return False
+    given, found = ((value.partition(":")[2] if parse is tls else value) for value in (text, parse(text)))
+    return found.startswith("/") and not given.startswith("/")

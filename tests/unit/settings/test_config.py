@@ -332,7 +332,41 @@ def test_backing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert parse(backing="disk").backing == f"{tmp_path}/disk"
     assert parse(**{"writeback-device": "/dev/sdb1"}).backing == "/dev/sdb1"
-    assert parse(backing="").backing == ""
+    assert parse(backing="").backing == parse(backing="none").backing == ""
+    assert parse(backing="./none").backing == f"{tmp_path}/none"
+    assert parse(backing="//dev//sdb1").backing == "/dev/sdb1"  # two slashes are a root of their own to POSIX
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "relative"),
+    [
+        ("backing", "disk", True),
+        ("backing", "./none", True),
+        ("backing", "none", False),
+        ("backing", "", False),
+        ("backing", "/dev/sdb1", False),
+        ("state", "run/state", True),
+        ("state", "systemd", False),
+        ("rundir", "../run", True),
+        ("metrics_file", "x.prom", True),
+        ("metrics_file", "", False),
+        ("tls", "psk:keys", True),
+        ("tls", "x509:/etc/zramd", False),
+        ("tls", "psk:%d/keys", False),
+        ("tls", "off", False),
+        ("name", "disk", False),
+        ("mem_limit", "1G", False),
+    ],
+)
+def test_a_path_that_depends_on_a_folder(key: str, text: str, relative: bool) -> None:
+    """A command line is read where it is written, a file is not."""
+    setting = config.find(key)
+    if relative:
+        with pytest.raises(ConfigError, match=r"^'.*' depends on the folder in which a command runs: write"):
+            setting.parse_of_file(text)
+        assert "/" in setting.parse(text)
+    else:
+        assert setting.parse_of_file(text) == setting.parse(text)
     with pytest.raises(ConfigError, match="is not a path"):
         parse(backing="a\0b")
     with pytest.raises(ConfigError, match=r"backing='/tmp/zramd-test/stats.json' is the name of a file of"):
