@@ -341,6 +341,34 @@ def test_blocks_that_go_out_at_the_last_moment(
     assert not any(other.read_bytes()[:BLOCK])
 
 
+def test_a_damaged_superblock(started: Callable[..., Started], state: Path, disk_folder: Path) -> None:
+    """What docs/backing.md says can be done about it: a copy, or to bring all back while a server runs."""
+    file = allocate(disk_folder / "disk")
+    put_out(state, file)
+    whole = file.read_bytes()[:BLOCK]
+
+    def write(at: int, data: bytes) -> None:
+        fd = os.open(file, os.O_WRONLY)
+        os.pwrite(fd, data, at)
+        os.close(fd)
+
+    write(100, b"\1")
+    words = "again", "--size", "64M", f"state={state}", f"backing={file}"
+    done = zramd("start", *words)
+    assert done.returncode == 1
+    assert f"backing '{file}' has a damaged superblock" in done.stderr
+    write(0, whole)
+    served = started(f"backing={file}")
+    assert client_of(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
+    write(100, b"\1")
+    assert zramd("bring-back", "--rundir", served.rundir).returncode == 0
+    wait_until(lambda: section(served)["out_pages"] == 0)
+    assert served.restart("backing=").returncode == 0
+    assert zramd("backing", "format", "--force", file).returncode == 0
+    assert served.restart(f"backing={file}").returncode == 0
+    assert client_of(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
+
+
 def test_a_backing_that_has_grown(started: Callable[..., Started], state: Path, disk_folder: Path) -> None:
     """A restart uses all of it, with what lies there."""
     backing = allocate(disk_folder / "backing")
