@@ -128,6 +128,31 @@ def test_a_disk_that_comes_back_under_another_name(
     assert client_of(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
 
 
+@pytest.mark.parametrize("live", [(), ("--live",)])
+def test_no_save_while_it_cannot_be_read(
+    started: Callable[..., Started], state: Path, disk_folder: Path, tmp_path: Path, live: tuple[str, ...]
+) -> None:
+    """A good save is not replaced by one that lacks what the disk has: it may be mended."""
+    file, saved = allocate(disk_folder / "disk"), tmp_path / "saved"
+    put_out(state, file)
+    served = started(f"backing={file}")
+    words = "save", *live, "--rundir", served.rundir
+    assert zramd(*words, saved).returncode == 0
+    old, whole = saved.read_bytes(), file.read_bytes()
+    os.truncate(file, 0)
+    done = zramd(*words, saved)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"zramd: {served.rundir.name} was not saved: block 0 is out and cannot be read: see "
+        "docs/backing.md, 'When the disk fails'\n"
+    )
+    assert saved.read_bytes() == old
+    assert os.listdir(tmp_path).count("saved") == 1
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".partial")]
+    file.write_bytes(whole)
+    assert zramd(*words, saved).returncode == 0
+
+
 def test_while_blocks_go_out_and_are_read(
     started: Callable[..., Started], state: Path, disk_folder: Path, loops: Loops
 ) -> None:
@@ -314,6 +339,34 @@ def test_blocks_that_go_out_at_the_last_moment(
     assert served.ask("/settings")["backing"] == str(backing)
     assert client_of(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
     assert not any(other.read_bytes()[:BLOCK])
+
+
+def test_a_damaged_superblock(started: Callable[..., Started], state: Path, disk_folder: Path) -> None:
+    """What docs/backing.md says can be done about it: a copy, or to bring all back while a server runs."""
+    file = allocate(disk_folder / "disk")
+    put_out(state, file)
+    whole = file.read_bytes()[:BLOCK]
+
+    def write(at: int, data: bytes) -> None:
+        fd = os.open(file, os.O_WRONLY)
+        os.pwrite(fd, data, at)
+        os.close(fd)
+
+    write(100, b"\1")
+    words = "again", "--size", "64M", f"state={state}", f"backing={file}"
+    done = zramd("start", *words)
+    assert done.returncode == 1
+    assert f"backing '{file}' has a damaged superblock" in done.stderr
+    write(0, whole)
+    served = started(f"backing={file}")
+    assert client_of(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
+    write(100, b"\1")
+    assert zramd("bring-back", "--rundir", served.rundir).returncode == 0
+    wait_until(lambda: section(served)["out_pages"] == 0)
+    assert served.restart("backing=").returncode == 0
+    assert zramd("backing", "format", "--force", file).returncode == 0
+    assert served.restart(f"backing={file}").returncode == 0
+    assert client_of(served).read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
 
 
 def test_a_backing_that_has_grown(started: Callable[..., Started], state: Path, disk_folder: Path) -> None:

@@ -149,6 +149,16 @@ def test_a_restart(started: Callable[..., Started], state: Path, backing: Path) 
     assert client.read(0, BLOCKS * BLOCK) == b"".join(CONTENTS)
     client.close()
     served.refused("writeback_limit=1", status=2)
+    for none in ("set", "restart"):
+        done = zramd_command(none, "--rundir", served.rundir, "writeback_limit=0")
+        assert done.returncode == 2
+        assert "writeback_limit: '0' cannot be set: use off for no limit, " in done.stderr
+    assert served.ask("/settings")["writeback_limit"] == 2 << 30
+    done = zramd_command("set", "--rundir", served.rundir, "writeback_limit=off")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "writeback_limit=off\n", "")
+    assert served.restart("compaction=on").returncode == 0
+    assert served.ask("/settings")["writeback_limit"] == 0
+    assert served.ask("/stats")["writeback"]["limit_left"] is None
     with backing.open("r+b") as file:
         file.write(b"\1" * 64)  # somebody writes over it: found before the old server leaves
     why = served.refused("compaction=off")
@@ -272,15 +282,39 @@ def test_a_backing_in_use(serve: Serve, backing: Path) -> None:
     done = zramd_command("backing", "show", backing)
     assert (done.returncode, done.stderr) == (0, "")
     shown = dict(re.split("  +", line, maxsplit=1) for line in done.stdout.splitlines())
-    assert shown["used now"] == "yes"
+    assert shown["used now"] == "yes, by another program"
     assert shown["size"] == "8 MiB, 128 extents of 64 KiB"
     assert shown["holds"].startswith("blocks of swap0, data ")
     assert shown["needed"] == "yes, now"
+    found = superblock(backing)
     served.stop(signal.SIGKILL)
     assert "\nneeded    no: that data is gone\n" in zramd_command("backing", "show", backing).stdout
     answer = json.loads(zramd_command("backing", "show", "-J", backing).stdout)
     assert (answer["used"], answer["needed"], answer["superblock"]["name"]) == (False, False, "swap0")
+    os.truncate(backing, SIZE // 2)
+    shown = zramd_command("backing", "show", backing).stdout
+    had = "it had 8 MiB when the superblock was written\n"
+    assert f"4 MiB, 64 extents of 64 KiB; it has shrunk: {had}" in shown
+    os.unlink(backing)
+    with allocate(backing).open("r+b") as file:
+        file.write(pack(found))
+        os.posix_fallocate(file.fileno(), 0, 2 * SIZE)
+    shown = zramd_command("backing", "show", backing).stdout
+    assert f"16 MiB, 256 extents of 64 KiB; it has grown: {had}" in shown
     serve(backing=backing)
+
+
+def test_a_backing_in_use_by_another_name(serve: Serve, loop_device: str, disk_folder: Path) -> None:
+    """A file, and a loop device over it: two servers would write to the same bytes."""
+    file = disk_folder / "loop"
+    served = serve(backing=loop_device, name="swap0")
+    assert refused(serve, backing=file) == (
+        f"backing '{file}' is in use by {loop_device}: stop that first, or use another one"
+    )
+    shown = zramd_command("backing", "show", file).stdout
+    assert shown.endswith(f"\nused now  yes, by {loop_device}\n")
+    served.stop()
+    serve(backing=loop_device)
 
 
 def test_a_reset_and_a_kill(serve: Serve, state: Path, backing: Path) -> None:

@@ -341,6 +341,9 @@ def test_the_limit_is_what_is_left_now(backed: Filled) -> None:
     wait_until(lambda: ask("GET", "/writeback_limit") == (200, "0\n"))
     assert 0 < backed.served.stats()["bd_writes"] <= 16 * BLOCK
     assert 0 < len(backed.marked("w")) < 16
+    code, text = ask("POST", "/writeback", "page_indexes=200-299")
+    assert code == 409
+    assert text.startswith("writeback_limit is used up, the next extent may be written in ")
     assert ask("POST", "/writeback_limit_enable", "0") == (200, '{"writeback_limit_enable": 0}\n')
     assert ask("GET", "/writeback_limit_enable") == (200, "0\n")
     assert ask("POST", "/writeback_limit", "16")[0] == 409

@@ -1,8 +1,10 @@
 """A backing of which any bits have changed: what a request reads is right, or it says which block is not.
 
-Requests of any offset and length, on blocks that are out beside each other, apart, or not at all.
+Requests of any offset and length, on blocks that are out beside each other, apart, or not at all. And so it
+is with a save, which is whole or none.
 """
 
+import os
 import random
 
 import hypothesis.strategies as st
@@ -11,7 +13,10 @@ from hypothesis import given, settings
 from support.backings import Disk, write_out
 from support.run import SCALE
 
+from zramd import Device
+from zramd.core.device import saving
 from zramd.core.device.writeback import Writeback
+from zramd.errors import SaveError
 
 BLOCK = 4096
 BLOCKS = 48
@@ -99,3 +104,16 @@ def test_what_is_read(
             assert device.counters()["bd_read_errors"] == errors + 1
     device.check()
     assert [device.block(number)["kind"] for number in range(BLOCKS)] == [block["kind"] for block in blocks]
+
+    fd = os.memfd_create("saved")
+    if damaged:
+        with pytest.raises(SaveError, match=rf"^block {min(damaged)} is out and its disk has other data"):
+            saving.save(device, fd)
+    else:
+        assert saving.save(device, fd)["lost"] == 0
+        os.lseek(fd, 0, os.SEEK_SET)
+        copy, loaded = Device(SIZE), bytearray(SIZE)
+        saving.load(copy, fd)
+        copy.read(loaded, 0)
+        assert loaded == whole
+    os.close(fd)

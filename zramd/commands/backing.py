@@ -13,40 +13,49 @@ from zramd.control.human import spelled
 from zramd.kernel import backingdevice
 from zramd.kernel.backingdevice import Opened
 from zramd.launch import backingunit
+from zramd.settings import values
 
 
 def show(arguments: argparse.Namespace) -> int:
     """Print what the superblock says."""
-    opened = backingdevice.open_to_look(os.path.abspath(arguments.path))
+    opened = backingdevice.open_to_look(values.path(arguments.path))
     try:
-        found, used = backingdevice.look(opened), backingdevice.is_used(opened)
+        found, user = backingdevice.look(opened), backingdevice.used_by(opened)
     finally:
         os.close(opened.fd)
     if arguments.json:
-        print(json.dumps(_as_dict(opened, found, used), indent=2))
+        print(json.dumps(_as_dict(opened, found, bool(user)), indent=2))
         return 0
-    rows = _rows(opened, found, used)
+    rows = _rows(opened, found, user)
     width = max(map(len, rows))
     for name, text in rows.items():
         print(f"{name:<{width}}  {text}")
     return 0
 
 
-def _rows(opened: Opened, found: Superblock | None, used: bool) -> dict[str, str]:
-    size = found.size if found else opened.size
-    rows = {"backing": opened.path, "size": f"{spelled(size)}, {size // EXTENT} extents of {spelled(EXTENT)}"}
+def _rows(opened: Opened, found: Superblock | None, user: str) -> dict[str, str]:
+    rows = {"backing": opened.path, "size": _size(opened, found)}
     if found is None:
         rows["holds"] = "nothing: the first server that uses it makes it its own"
     elif not found.data_id:
         rows["holds"] = "nothing: it was formatted, and no server has used it yet"
     else:
         rows["holds"] = f"blocks of {found.name}, data {found.data_id}"
-        rows["needed"] = _needed(found, used)
+        rows["needed"] = _needed(found, bool(user))
     if found:
         rows["written"] = f"{_local(found.claimed)}, {_where(found)}"
         rows["granule"] = f"{found.granule} bytes"
-    rows["used now"] = "yes" if used else "no"
+    rows["used now"] = f"yes, by {user}" if user else "no"
     return rows
+
+
+def _size(opened: Opened, found: Superblock | None) -> str:
+    size = opened.size
+    text = f"{spelled(size)}, {size // EXTENT} extents of {spelled(EXTENT)}"
+    if found is None or found.size == size:
+        return text
+    changed = "has shrunk" if size < found.size else "has grown"
+    return f"{text}; it {changed}: it had {spelled(found.size)} when the superblock was written"
 
 
 def _needed(found: Superblock, used: bool) -> str:
@@ -74,7 +83,7 @@ def _as_dict(opened: Opened, found: Superblock | None, used: bool) -> dict[str, 
 
 def make_free(arguments: argparse.Namespace) -> int:
     """Make a backing that any device may use."""
-    path = os.path.abspath(arguments.path)
+    path = values.path(arguments.path)
     made = backingdevice.make_free(path, force=arguments.force)
     print(f"{path} is ready: {spelled(made.size)}")
     return 0

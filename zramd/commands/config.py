@@ -74,7 +74,7 @@ def _table(device: ConfiguredDevice) -> str:
     sizes = {setting.name for setting in SETTINGS if setting.is_size}
     rows = []
     for key, value in _values(device).items():
-        shown = written(value)
+        shown = written(key, value)
         size = spelled(value) if value and key in sizes else ""
         rows.append((key, shown or "-", size, _origin(device, key) or "default"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

@@ -97,7 +97,7 @@ def change(arguments: argparse.Namespace) -> int:
     served = servers.find(arguments.name, arguments.rundir)
     for name, text in pairs:
         answer = served.ask_json("PUT", f"/{name}", text)
-        print(f"{name}={config.written(answer[name])}")
+        print(f"{name}={config.written(name, answer[name])}")
         if name == "mem_limit":
             _say_if_full(served)
     return 0

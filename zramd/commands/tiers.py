@@ -12,7 +12,7 @@ from zramd.control import servers
 from zramd.control.human import human
 from zramd.errors import DeviceError, UsageError, printable, say
 from zramd.stats.tiers import ages
-from zramd.stats.writeback import used
+from zramd.stats.writeback import allowed, used
 from zramd.top.cells import ASCII, MONO, Glyphs, bar
 
 WIDTH = 80
@@ -70,9 +70,8 @@ def _heading(stats: dict[str, Any]) -> Iterator[str]:
     off = "recompression is off"
     yield f"{stats['name']}: hot {stats['comp_algorithm']}, {off if section['mode'] == 'off' else cold}"
     if out is not None:
-        when = f"after {duration(out['writeback_age'])}: {_mode(out)}"
-        when = "off" if out["mode"] == "off" else when
-        yield f"{'':<{len(stats['name'])}}  out to {printable(out['backing'])} {when}"
+        when = "" if out["mode"] == "off" else f" after {duration(out['writeback_age'])}"
+        yield f"{'':<{len(stats['name'])}}  out to {printable(out['backing'])}{when}: {_mode(out)}"
 
 
 def _mode(section: dict[str, Any]) -> str:
@@ -134,8 +133,8 @@ def _backing(out: dict[str, Any]) -> Iterator[str]:
     live = f", {_share(out['out_live_bytes'], taken)} of that live" if taken else ""
     given_up = f", {human(bad)} given up" if bad else ""
     yield f"{'backing':<{_LABEL}}{human(out['backing_size']):>10}  {human(taken)} in use{live}{given_up}"
-    if out["limit_left"] is not None:
-        left = f"{human(out['limit_left'])} may be written now"
+    if (size := allowed(out)) is not None:
+        left = f"{human(size) if size else 'nothing'} may be written now"
         yield f"{'a day':<{_LABEL}}{human(out['writeback_limit']):>10}  {left}"
     else:
         yield f"{'a day':<{_LABEL}}{'no limit':>10}"
@@ -246,8 +245,8 @@ or, as often as you like:
   page_index=N         this block, however young it is
   page_indexes=N-M     these, the last one included
 
-What is written counts against writeback_limit. If a word is wrong, nothing is
-done.
+What is written counts against writeback_limit; once that is used up, this is
+refused. If a word is wrong, nothing is done.
 """
 
 

@@ -47,9 +47,12 @@ def open_alone(path: str) -> Opened:
     """
     opened = _open(path, os.O_RDWR | os.O_EXCL)
     try:
+        if not opened.is_block and not lockfile.take(opened.fd):
+            raise BackingError(f"backing '{path}' is in use by another server: {_ANOTHER}")
+        # Only now: who makes a loop device after this look finds the lock.
+        if user := _other_view(opened):
+            raise BackingError(f"backing '{path}' is in use by {user}: {_ANOTHER}")
         if not opened.is_block:
-            if not lockfile.take(opened.fd):
-                raise BackingError(f"backing '{path}' is in use by another server: {_ANOTHER}")
             trusted.close_to_others(opened.fd, path)
     except UntrustedError as error:
         os.close(opened.fd)
@@ -86,17 +89,43 @@ def _is_same(one: Opened, other: Opened) -> bool:
     return os.path.sameopenfile(one.fd, other.fd)
 
 
-def is_used(opened: Opened) -> bool:
-    """Say whether another process has it alone. Raises OSError."""
-    if not opened.is_block:
-        return lockfile.is_taken(opened.fd)
+def used_by(opened: Opened) -> str:
+    """Return who else has it, a program or a device that shows it once more, '' if nobody. Raises OSError."""
+    if _is_taken(opened.fd):
+        return "another program"
+    return _other_view(opened)
+
+
+def _is_taken(fd: int) -> bool:
+    """Say whether another process has a file or block device alone. Raises OSError."""
+    if not stat.S_ISBLK(os.fstat(fd).st_mode):
+        return lockfile.is_taken(fd)
     try:
-        os.close(os.open(f"/proc/self/fd/{opened.fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
     except OSError as error:
         if error.errno == errno.EBUSY:
             return True
         raise
     return False
+
+
+def _other_view(opened: Opened) -> str:
+    """Return by what other name its bytes are in use, '/dev/loop0' or that of what it lies on; '' if by none.
+
+    A file and a loop device over it know nothing of each other's locks. Whether a program uses that device
+    cannot be told for sure, so it counts as used as long as it is there.
+    """
+    if loop := blockdevices.loop_over(os.fstat(opened.fd)):
+        return f"/dev/{loop}"
+    for path in blockdevices.loop_files(opened.number) if opened.is_block else ():
+        with suppress(OSError):  # what we may not look at, or is removed
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                if _is_taken(fd):
+                    return f"another program, as '{path}'"
+            finally:
+                os.close(fd)
+    return ""
 
 
 _ANOTHER = "stop that first, or use another one"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 from zramd.kernel import attached, swap
 
 SYS = "/sys/dev/block"
+LOOPS = "/sys/block"
 MOUNTS = "/proc/self/mountinfo"
 # To write to these, the kernel takes memory: they are in memory, lie in a file, or are behind a network.
 _TAKE_MEMORY = re.compile(r"(loop|nbd|zram|ram|rbd|drbd|zd|ublkb|nullb)[0-9]")
@@ -90,6 +92,47 @@ def used_for(number: int) -> str:
             for holder in sorted(os.listdir(f"{_folder(block.number)}/holders")):
                 return f"{block.name} is part of {_mapping(block.number, holder)}"
     return "another program has it, perhaps another zramd"
+
+
+def loop_over(status: os.stat_result) -> str:
+    """Return which loop device shows this file or block device once more, such as loop0, '' if none does."""
+    with suppress(OSError):
+        for name in sorted(os.listdir(LOOPS)):
+            if name.startswith("loop") and (path := _loop_file(f"{LOOPS}/{name}")):
+                with suppress(OSError):
+                    if _is_one(os.stat(path), status):
+                        return name
+    return ""
+
+
+def loop_files(number: int) -> Iterator[str]:
+    """Yield the paths of what the loop devices among `below` lie on: files, and block devices and theirs."""
+    for block in below(number):
+        if path := _loop_file(_folder(block.number)):
+            yield path
+            with suppress(OSError):
+                status = os.stat(path)
+                if stat.S_ISBLK(status.st_mode):
+                    yield from loop_files(status.st_rdev)
+
+
+def _loop_file(folder: str) -> str:
+    """Return the path of what a loop device lies on, '' for one without, and for another device.
+
+    One that was removed is called by a path that leads nowhere, or to a file that is really called so.
+    """
+    try:
+        with open(f"{folder}/loop/backing_file", errors="surrogateescape") as file:
+            return file.read().removesuffix("\n")
+    except OSError:
+        return ""
+
+
+def _is_one(one: os.stat_result, other: os.stat_result) -> bool:
+    """Say whether both are one file, or one block device by whatever name."""
+    if stat.S_ISBLK(one.st_mode) and stat.S_ISBLK(other.st_mode):
+        return one.st_rdev == other.st_rdev
+    return os.path.samestat(one, other)
 
 
 def filesystem(number: int) -> str:

@@ -6,6 +6,7 @@ only the configuration says, so they are added to the one service that needs the
 
 import os
 import re
+import stat
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -54,7 +55,8 @@ def allow(name: str) -> list[str]:
     path = device.settings().backing
     drop_in = root / FOLDER / f"zramd@{device.name}.service.d" / NAME
     if path:
-        _write(root, drop_in, MARK + drop_in_for(path))
+        # Of another system than this, /dev says nothing.
+        _write(root, drop_in, MARK + drop_in_for(in_dev(path) if root == Path("/") else path))
         done = [f"wrote {drop_in}", f"next: systemctl restart zramd@{device.name}"]
     elif _remove(root, drop_in):
         done = [f"removed {drop_in}: {device.name} has no backing"]
@@ -65,8 +67,31 @@ def allow(name: str) -> list[str]:
     return done
 
 
+def in_dev(path: str) -> str:
+    """Return the name in /dev of a block device, and a file's path as it is. Raises UnitsError.
+
+    Links are followed only as far as to /dev: those in there lead to the same disk after the next boot.
+    """
+    try:
+        if path.startswith("/dev/") or not stat.S_ISBLK(os.stat(path).st_mode):
+            return path
+    except OSError:
+        return path  # it may be attached later
+    found = path
+    while True:
+        folder, name = os.path.split(found)
+        found = os.path.join(os.path.realpath(folder), name)
+        if found.startswith("/dev/"):
+            return found
+        if not os.path.islink(found):
+            raise UnitsError(
+                f"'{path}' is a block device outside of /dev: give the backing by its name there"
+            )
+        found = os.path.join(os.path.dirname(found), os.readlink(found))
+
+
 def drop_in_for(path: str) -> str:
-    """Return what a unit needs for this backing. Raises UnitsError."""
+    """Return what a unit needs for this backing, a device by its name in /dev. Raises UnitsError."""
     if not _PATH.fullmatch(path):
         raise UnitsError(
             f"'{path}' has characters that a unit cannot have in a path: give the backing by another name"

@@ -456,7 +456,7 @@ class _Successor:
 
 def _pairs(settings: dict[str, Any]) -> list[tuple[str, str]]:
     """Return a server's settings as a user would write them."""
-    return [(key, config.written(value)) for key, value in settings.items() if value != ""]
+    return [(key, config.written(key, value)) for key, value in settings.items() if value != ""]
 
 
 def _override(pairs: list[tuple[str, str]], words: list[str]) -> list[tuple[str, str]]:

@@ -50,7 +50,7 @@ def _why_not(settings: Config, options: Options) -> str:
     if options.sockets or options.before or options.after:
         return "nbdkit's options or sockets are given"
     if name := config.nbds_own(settings._asdict()):
-        return f"{name}={config.written(getattr(settings, name))} is for it"
+        return f"{name}={config.written(name, getattr(settings, name))} is for it"
     if os.geteuid():
         return "only root attaches ublk's devices"
     return ublkway.never() or ublk.absent() if "NOTIFY_SOCKET" in os.environ else ublkway.unavailable()

@@ -29,12 +29,12 @@ from zramd.server.writebackpolicy import (
     ERROR_PAUSE,
     MOSTLY_DEAD,
     Budget,
-    Look,
     Pace,
-    Plan,
     Policy,
     View,
     Walk,
+    by_hand,
+    spelled,
 )
 from zramd.settings.config import Config
 
@@ -76,26 +76,6 @@ class Memory(Protocol):
     def mode(self) -> str: ...
     @property
     def census(self) -> Census | None: ...
-
-
-def _by_hand(wanted: WritePass, blocks: int) -> Walk:
-    kinds = wanted.kinds
-    ranges = wanted.ranges or ((0, blocks),)
-    looks = (
-        Look(
-            idle="idle" in kinds,
-            raw="huge" in kinds,
-            tried="incompressible" in kinds,
-            first=first,
-            end=min(end, blocks),
-        )
-        for first, end in ranges
-    )
-    return Walk(Plan(tuple(looks), least=1), by_hand=True)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.1f} h"
 
 
 class Writeback:
@@ -143,7 +123,7 @@ class Writeback:
         self._held = False  # until somebody wants blocks out again
         self._recall_error = 0
         self._read_errors = device.counters()["bd_read_errors"]  # that were seen; a state has those of before
-        self._unreadable_until = float("-inf")
+        self._unreadable_until = self._looked = float("-inf")
         self._census: Census | None = None
         self._rest = SWEEP
         self._minute = Minute()
@@ -167,15 +147,18 @@ class Writeback:
         self.wake()
 
     def submit(self, wanted: WritePass) -> None:
-        """Queue a pass by hand, and do not wait for it: it ends early where the limit is used up.
+        """Queue a pass by hand, and do not wait for it: it ends early where the limit is used up meanwhile.
 
-        Raises DeviceError, one sentence, when writing has failed, or when too many passes are queued.
+        Raises DeviceError, one sentence, when writing has failed, when the limit is used up already, or when
+        too many passes are queued.
         """
         if self._ended:
             raise DeviceError(f"{self.title} does not run any more, the log says why: restart the server")
+        if why := self._budget_now().used_up:
+            raise DeviceError(f"{why}: raise it, as in 'zramd set NAME writeback_limit=10G'")
         if len(self._by_hand) >= MOST_PASSES:
             raise DeviceError(f"{MOST_PASSES} passes are queued already: try again when some are done")
-        self._by_hand.append(_by_hand(wanted, self._blocks))
+        self._by_hand.append(by_hand(wanted, self._blocks))
         self._held = False
         self.wake()
 
@@ -205,8 +188,18 @@ class Writeback:
 
     def left(self) -> int | None:
         """Return the bytes that may still be written, None: there is no limit."""
-        given = self._given
-        return self._budget.left if given is None or self._budget.left is None else given
+        return self._budget_now().left
+
+    def _budget_now(self) -> Budget:
+        """Return the budget as the thread is going to find it: it may look at it seconds later."""
+        changed, given = self._changed, self._given
+        now = self._budget.copy()
+        now.fill(self._boottime())
+        if changed is not None:
+            now.change(changed.writeback_limit)
+        if given is not None:
+            now.left = given
+        return now
 
     def set_left(self, size: int) -> None:
         """Let so many bytes be written from now on, whatever was. Raises DeviceError without a limit."""
@@ -273,7 +266,7 @@ class Writeback:
 
     def _state(self, now: float, found: dict[str, int]) -> tuple[str, str]:
         """Return mode and reason."""
-        policy, budget = self._policy, self._budget
+        policy = self._policy
         if self.failure:
             return "paused", f"{self.title} failed: {self.failure}"
         hangs = self.silent
@@ -291,9 +284,8 @@ class Writeback:
             )
         if policy.is_paused(now):
             return "paused", f"the device fails: {policy.trouble(now)}"
-        if not budget.allows(EXTENT):
-            wait = _time(budget.waits(EXTENT))
-            return "paused", f"writeback_limit is used up, the next extent may be written in {wait}"
+        if why := self._budget_now().used_up:
+            return "paused", why
         if self._by_hand:
             return policy.mode, "a pass by hand is under way"
         if policy.is_full:
@@ -312,7 +304,7 @@ class Writeback:
                 f", 1/{slow} of the time as the device is slow" if slow > 1 else ""
             )
         if policy.backs_off and policy.waits(now) > 0:
-            wait = _time(policy.waits(now))
+            wait = spelled(policy.waits(now))
             return f"nothing went out, or it is read again, and the next pass comes in {wait}"
         if policy.mode == "calm":
             return f"less than an extent was left alone for {self._config.writeback_age:g} s"
@@ -378,6 +370,9 @@ class Writeback:
         if self._policy.look(now, self._memory.mode):
             self._forget_pass()
             self._back = -1
+        if now >= self._looked + LOOK:  # sweeps are rarer, and health is not to be ok so long
+            self._looked = now
+            self._see_errors(now)
         census = self._memory.census
         if census is None or census is self._census:
             return
@@ -387,13 +382,16 @@ class Writeback:
             self._policy.room(self._view())  # what died since may be room
         self._keep_budget()
         found = self._device.counters()
-        if found["bd_read_errors"] > self._read_errors:
-            self._unreadable_until = now + ERROR_PAUSE
-        self._read_errors = found["bd_read_errors"]
         self._minute.add(now, found["written_out"], found["brought_back"])
         self._rest = LOOK if found["pages_stored"] else SWEEP
         if self._back < 0 and self._policy.is_wanted_back:
             self._back = 0
+
+    def _see_errors(self, now: float) -> None:
+        errors = self._device.counters()["bd_read_errors"]
+        if errors > self._read_errors:
+            self._unreadable_until = now + ERROR_PAUSE
+        self._read_errors = errors
 
     def _forget_pass(self) -> None:
         """What goes out is another matter now; a pass by hand is what it was."""

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from zramd.core.device.backing import EXTENT
 from zramd.server.ages import IDLE, OLDEST, SWEEP, age_of
 from zramd.server.tierpolicy import FAR, HURRY_AGE, MAX_PAUSE, Census
+from zramd.server.withoutbacking import WritePass
 from zramd.settings.config import Config
 
 DAY = 86400  # seconds
@@ -46,12 +47,17 @@ class Budget:
 
     What is kept, (left, at), is how it stood when: (0, 0) where nothing ever was. A new one is full: a day's.
     A time that lies ahead is of another boot, and nobody knows how long ago: nothing is added for it.
+
+    What was used beyond a limit that was lowered is kept beside it, for one that is raised again, and is
+    forgotten evenly within a day.
     """
 
     def __init__(self, limit: int, kept: tuple[int, int], now: float) -> None:
         """`limit`: bytes a day, 0 for none."""
         self.limit = 0
         self._left, self._at = float(kept[0]), float(kept[1])
+        self._of = 0  # the limit that _left is of: the last one, while there is none
+        self._over = self._fades = 0.0  # bytes used beyond it, and how many of them are forgotten a second
         self.change(limit)
         self.fill(now)
 
@@ -61,8 +67,11 @@ class Budget:
             return
         passed = now - self._at
         self._at = now
-        if self._left < self.limit and passed > 0:
+        if passed <= 0:
+            return
+        if self._left < self.limit:
             self._left = min(self._left + passed * self.limit / DAY, float(self.limit))
+        self._over = max(0.0, self._over - passed * self._fades)
 
     def allows(self, size: int) -> bool:
         """Say whether so many bytes may be written now."""
@@ -77,16 +86,32 @@ class Budget:
         """Return the seconds until so many bytes may be written."""
         return max(0.0, (size - self._left) * DAY / self.limit) if self.limit else 0.0
 
+    @property
+    def used_up(self) -> str:
+        """Why no extent may be written now, as a sentence's beginning; "" if one may be."""
+        if self.allows(EXTENT):
+            return ""
+        return f"writeback_limit is used up, the next extent may be written in {spelled(self.waits(EXTENT))}"
+
     def change(self, limit: int) -> None:
         """Go by another limit from now on: of a day's, as much is used as before."""
-        before, self.limit = self.limit, limit
+        self.limit = limit
         if not limit:
             return
+        before, self._of = self._of, limit
         if not self._at:
             self._left = float(limit)
         elif before:
-            self._left = max(0.0, self._left + limit - before)
+            left = self._left + limit - before - self._over
+            self._left, self._over = max(0.0, left), max(0.0, -left)
+            self._fades = self._over / DAY
         self._left = min(self._left, float(limit))
+
+    def copy(self) -> "Budget":
+        """Return another one that stands as this does."""
+        made = Budget(0, (0, 0), 0.0)
+        made.__dict__.update(self.__dict__)
+        return made
 
     @property
     def left(self) -> int | None:
@@ -97,11 +122,17 @@ class Budget:
     def left(self, size: int) -> None:
         """More than a day's are kept until they are used, but nothing is added before that."""
         self._left = float(size)
+        self._over = 0.0
 
     @property
     def kept(self) -> tuple[int, int]:
         """What to keep."""
         return min(max(0, int(self._left)), MOST_KEPT), int(self._at)
+
+
+def spelled(seconds: float) -> str:
+    """Return a time as a sentence has it: 30 s, 1.5 h."""
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.1f} h"
 
 
 class Pace:
@@ -179,6 +210,23 @@ class Walk:
     def is_enough(self) -> bool:
         """Whether as much is out as was needed."""
         return self.sent >= self.plan.need
+
+
+def by_hand(wanted: WritePass, blocks: int) -> Walk:
+    """Return the pass that somebody asks for, on a device of so many blocks."""
+    kinds = wanted.kinds
+    ranges = wanted.ranges or ((0, blocks),)
+    looks = (
+        Look(
+            idle="idle" in kinds,
+            raw="huge" in kinds,
+            tried="incompressible" in kinds,
+            first=first,
+            end=min(end, blocks),
+        )
+        for first, end in ranges
+    )
+    return Walk(Plan(tuple(looks), least=1), by_hand=True)
 
 
 class View(NamedTuple):

@@ -25,11 +25,23 @@ class Setting(NamedTuple):
     aliases: tuple[str, ...] = ()
     shown_default: str = ""  # what help and docs print where `default` cannot say it
     fixed: str = ""  # why it cannot be changed while the device is served; "": it can
+    zero: str = ""  # the word for a value of 0, where that number is not to be written
 
     @property
     def is_size(self) -> bool:
         """Whether the value is a number of bytes."""
         return self.parse in values.SIZES
+
+    def parse_of_file(self, text: str) -> Any:
+        """Return what `text` means in a configuration file, which is read from any folder.
+
+        Raises ConfigError as `parse` does, and for a path that depends on that folder.
+        """
+        if values.is_relative(self.parse, text):
+            raise ConfigError(
+                f"'{text}' depends on the folder in which a command runs: write the whole path, from / on"
+            )
+        return self.parse(text)
 
     @property
     def default_text(self) -> str:
@@ -260,7 +272,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "backing",
-        values.path,
+        values.backing,
         "",
         "/dev/sdb1",
         "block device, or preallocated file, to which blocks go that nobody has asked for in a long time",
@@ -281,6 +293,7 @@ SETTINGS: tuple[Setting, ...] = (
         "1G",
         "10G",
         "with backing: most bytes that are written to it in a day, 64K or more, or off",
+        zero="off",
     ),
     Setting(
         "stats_interval",
@@ -416,7 +429,8 @@ def parse(pairs: Iterable[tuple[str, str]]) -> Config:
     if "rundir" not in found:
         found["rundir"] = default_rundir(found["name"])
     if found["front"] == "ublk" and (name := nbds_own(found)):
-        raise ConfigError(f"{name}={written(found[name])} is for front=nbd: leave it out with front=ublk")
+        text = written(name, found[name])
+        raise ConfigError(f"{name}={text} is for front=nbd: leave it out with front=ublk")
     if found["front"] == "ublk" and not found["endpoint"]:
         raise ConfigError("endpoint=off leaves no way to attach a device of front=ublk: use endpoint=on")
     network.check(found)
@@ -472,10 +486,13 @@ def value(setting: Setting, text: str) -> Any:
         raise ConfigError(f"{setting.name}: {error}") from None
 
 
-def written(value: object) -> str:
-    """Return a setting's value as a user writes it."""
+def written(name: str, value: object) -> str:
+    """Return the value of setting `name` as a user writes it, and as `parse` takes it."""
     if isinstance(value, bool):
         return "on" if value else "off"
+    setting = _BY_KEY.get(name)
+    if setting is not None and setting.zero and value == 0:
+        return setting.zero
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

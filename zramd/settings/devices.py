@@ -355,7 +355,7 @@ class _Section:
             entry = self.values.get(setting.name)
             text = entry.value if entry else setting.default
             try:
-                self.parsed[setting.name] = None if text is None else setting.parse(text)
+                self.parsed[setting.name] = None if text is None else setting.parse_of_file(text)
             except ConfigError as error:
                 self.wrong(setting.name, str(error))
         folder = self.parsed.get("rundir")

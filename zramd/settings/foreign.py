@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zramd.errors import ConfigError, printable
-from zramd.settings import codecs, conffiles, devices, expression, keys
+from zramd.settings import codecs, conffiles, config, devices, expression, keys
 from zramd.settings.conffiles import Entry, Problem
 from zramd.settings.devices import Sections
 
@@ -209,6 +209,12 @@ def _section(name: str, values: dict[str, Entry]) -> tuple[dict[str, Entry] | No
             if value:
                 result[key] = entry._replace(value=value)
         elif key == "writeback-device":
+            try:
+                if not config.find("backing").parse_of_file(entry.value):
+                    continue
+            except ConfigError as error:
+                note(entry, f"{error}: it is left out")
+                continue
             result["backing"] = entry._replace(key="backing")
             note(entry, _WRITEBACK)
         elif key not in ("", "fs-type", "zram-fraction", "max-zram-size"):

@@ -6,6 +6,8 @@ says what to write instead. zramd.settings.codecs and zramd.settings.network hav
 
 import os
 import re
+from collections.abc import Callable
+from typing import Any
 
 from zramd.errors import ConfigError
 from zramd.settings import amounts, network
@@ -111,7 +113,12 @@ def writeback_limit(text: str) -> int:
     if text.lower() == "off":
         return 0
     size = parse_size(text)
-    if 0 < size < MIN_WRITEBACK_LIMIT:
+    if not size:  # to the kernel's zram that means: nothing
+        raise ConfigError(
+            f"'{text}' cannot be set: use off for no limit, 64K for an extent a day, or no backing to have "
+            "nothing written"
+        )
+    if size < MIN_WRITEBACK_LIMIT:
         raise ConfigError(f"'{text}' is out of range: use 64K or more, or off for no limit")
     return size
 
@@ -178,7 +185,7 @@ def idle(text: str) -> float:
 
 
 def _absolute(text: str) -> str:
-    found = os.path.abspath(text)
+    found = f"/{os.path.abspath(text).lstrip('/')}"  # it would keep two slashes
     try:
         os.fsencode(found).decode()
     except UnicodeEncodeError:
@@ -195,6 +202,14 @@ def path(text: str) -> str:
     if "\0" in text:
         raise ConfigError(f"'{text}' is not a path")
     return _absolute(text) if text else ""
+
+
+def backing(text: str) -> str:
+    """Read where blocks go that leave memory; '' or none, as zram's backing_dev has it: nowhere.
+
+    Raises ConfigError.
+    """
+    return "" if text == "none" else path(text)
 
 
 def state(text: str) -> str:
@@ -224,3 +239,17 @@ def metrics_file(text: str) -> str:
 def tls(text: str) -> str:
     """Read what a client needs, with the path of its keys or certificates. Raises ConfigError."""
     return network.tls_text(text, _absolute)
+
+
+_PATHS = (backing, state, rundir, metrics_file, tls)
+
+
+def is_relative(parse: Callable[[str], Any], text: str) -> bool:
+    """Say whether `text`, which `parse` reads, has a path that depends on the present folder.
+
+    Raises what `parse` does.
+    """
+    if parse not in _PATHS:
+        return False
+    given, found = ((value.partition(":")[2] if parse is tls else value) for value in (text, parse(text)))
+    return found.startswith("/") and not given.startswith("/")

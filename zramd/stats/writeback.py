@@ -6,7 +6,8 @@ with their metrics. Server and command line use the table.
 
 from zramd.stats.numbers import Number, Values
 
-SUPERBLOCK = 64 << 10  # bytes at the beginning of a backing device that never hold records
+EXTENT = 64 << 10  # bytes that are allowed at a time
+SUPERBLOCK = EXTENT  # bytes at the beginning of a backing device that never hold records
 
 WRITEBACK = (
     Number("backing", "", "The setting: the backing device, or file."),
@@ -59,3 +60,9 @@ def used(section: Values) -> int:
     """Return the bytes of the extents that hold records."""
     held: int = section["backing_size"] - SUPERBLOCK - section["backing_free"] - section["backing_bad"]
     return max(held, 0)
+
+
+def allowed(section: Values) -> int | None:
+    """Return the bytes that may be written now, 0 where that is less than an extent; None: any number."""
+    left: int | None = section["limit_left"]
+    return left if left is None or left >= EXTENT else 0

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from zramd.control.human import human
 from zramd.control.samples import Rates, Sample, Watch
-from zramd.stats.writeback import used
+from zramd.stats.writeback import allowed, used
 from zramd.top.cells import (
     Glyphs,
     Line,
@@ -165,7 +165,7 @@ def backing(sample: Sample, width: int, glyphs: Glyphs) -> Line:
     size, taken = out["backing_size"], used(out)
     live = min(out["out_live_bytes"], taken)
     words: Line = [(f"  {human(taken)} of {human(size)}", "")]
-    errors, left = out["bd_read_errors"] + out["bd_write_errors"], out["limit_left"]
+    errors, left = out["bd_read_errors"] + out["bd_write_errors"], allowed(out)
     if errors:
         words.append((f"  {number(errors)} errors", "bad"))
     if width >= 80:

@@ -136,7 +136,11 @@ def test_a_backing_device_that_fails_or_has_no_limit() -> None:
     text = tiers.report(out(bd_read_errors=1, bd_write_errors=2, writeback_limit=0, limit_left=None), ASCII)
     assert row(text, "errors") == ["3", "1", "reads", "and", "2", "writes", "of", "it", "failed"]
     assert row(text, "a day") == ["no", "limit"]
-    assert "swap-out off\n" in tiers.report(out(mode="off"), ASCII)
+    for left in (0, 2, (64 << 10) - 1):  # an extent is written, or nothing
+        used_up = tiers.report(out(limit_left=left), ASCII)
+        assert row(used_up, "a day") == ["1G", "nothing", "may", "be", "written", "now"]
+    assert row(tiers.report(out(limit_left=64 << 10), ASCII), "a day")[:2] == ["1G", "64K"]
+    assert "swap-out: off\n" in tiers.report(out(mode="off"), ASCII)
     assert "after 1 h: paused\n" in tiers.report(out(mode="paused"), ASCII)
     empty = tiers.report(out(backing_free=8 << 30, backing_bad=0, out_live_bytes=0), ASCII)
     assert row(empty, "backing") == ["8G", "0B", "in", "use"]

@@ -13,7 +13,7 @@ from zramd.core.device import saving
 from zramd.core.device.backing import EXTENT, Backing
 from zramd.core.device.device import state_layout
 from zramd.core.device.writeback import Writeback
-from zramd.errors import BackingError
+from zramd.errors import BackingError, SaveError
 
 
 class TestState:
@@ -115,17 +115,35 @@ def test_a_save_has_what_is_out(cold: bool) -> None:
     os.close(fd)
 
 
-def test_a_save_without_the_backing() -> None:
-    """What cannot be read is lost in the save, and said."""
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("how", ["cannot be read", "its disk has other data"])
+def test_a_save_without_the_backing(how: str, live: bool) -> None:
+    """It is given up, and says so: the disk may be mended, and what a file says is lost stays lost."""
     disk = Disk()
     backing = disk.backing()
     device = Device(SIZE, backing=backing)
     for number in range(8):
         device.write(text(number), number * BLOCK)
-    write_out(device, 0, 4)
+    write_out(device, 3, 6)
     gone = os.open("/dev/null", os.O_WRONLY)
-    backing.reopen(gone)
+    whole = os.pread(disk.fd, disk.size, 0)
+    if how == "cannot be read":
+        backing.reopen(gone)
+    else:
+        os.pwrite(disk.fd, bytes(len(whole) - EXTENT), EXTENT)
     fd = os.memfd_create("saved")
-    assert saving.save(device, fd, live=False)["lost"] == 4
+    sentence = f"block 3 is out and {how}: see docs/backing.md, 'When the disk fails'"
+    with pytest.raises(SaveError) as raised:
+        saving.save(device, fd, live=live)
+    assert str(raised.value) == sentence
+    os.lseek(fd, 0, os.SEEK_SET)
+    with pytest.raises(SaveError) as raised:
+        saving.verify_stream(fd)
+    assert str(raised.value) == sentence
+    backing.reopen(disk.fd)
+    os.pwrite(disk.fd, whole, 0)
+    os.truncate(fd, 0)
+    os.lseek(fd, 0, os.SEEK_SET)
+    assert saving.save(device, fd, live=live)["lost"] == 0
     os.close(fd)
     os.close(gone)

@@ -198,9 +198,9 @@ def test_two_servers(backing):
         with pytest.raises(BackingError, match="is in use by another server"):
             backingdevice.make_free(backing, force=True)
         looked = backingdevice.open_to_look(backing)  # as a successor does
-        assert backingdevice.is_used(looked)
+        assert backingdevice.used_by(looked) == "another program"
         assert backingdevice.look(looked) is None
-    assert not backingdevice.is_used(looked)
+    assert backingdevice.used_by(looked) == ""
     os.close(looked.fd)
 
 
@@ -282,11 +282,75 @@ def test_a_block_device(loop_device):
             "is in use: another program has it, perhaps another zramd: stop that first, or use another one"
         )
         looked = backingdevice.open_to_look(loop_device)
-        assert backingdevice.is_used(looked)
-    assert not backingdevice.is_used(looked)
+        assert backingdevice.used_by(looked) == "another program"
+    assert backingdevice.used_by(looked) == ""
     os.close(looked.fd)
     assert backingdevice.make_free(loop_device, force=False).size == 16 * MIB
     assert blockdevices.takes_memory(number) == os.path.basename(loop_device)
+
+
+def used_by(path: str | Path) -> str:
+    looked = backingdevice.open_to_look(str(path))
+    try:
+        return backingdevice.used_by(looked)
+    finally:
+        os.close(looked.fd)
+
+
+@contextmanager
+def loop_over(path: str | Path) -> Iterator[str]:
+    """A loop device over a file or another one; `loop_device` has seen that there are some."""
+    done = subprocess.run(["losetup", "--find", "--show", path], capture_output=True, text=True, check=True)
+    try:
+        yield done.stdout.strip()
+    finally:
+        subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
+
+
+def test_a_file_under_a_loop_device(loop_device, disk_folder):
+    """Whoever uses the device, or mounts what is on it, does not ask for the file's lock."""
+    file = disk_folder / "loop"
+    os.chmod(file, 0o600)
+    subprocess.run(["mkfs.ext4", "-q", "-E", "nodiscard", loop_device], check=True)  # no holes
+    subprocess.run(["sync", loop_device], check=True)
+    before = file.read_bytes()
+    assert refusal(file) == f"is in use by {loop_device}: stop that first, or use another one"
+    with pytest.raises(BackingError, match=f"is in use by {loop_device}: stop that"):
+        backingdevice.make_free(str(file), force=True)
+    assert file.read_bytes() == before
+    file.write_bytes(bytes(len(before)))
+    os.sync()
+    assert used_by(file) == loop_device
+    with alone(loop_device):  # the device itself can be one
+        assert used_by(loop_device) == "another program"
+    assert used_by(loop_device) == ""
+
+
+def test_a_loop_device_over_a_file_in_use(loop_device, backing, disk_folder):
+    with alone(backing), loop_over(backing) as loop:
+        user = f"another program, as '{backing}'"
+        assert refusal(loop) == f"is in use by {user}: stop that first, or use another one"
+        assert used_by(loop) == user
+        with loop_over(loop) as upper:
+            assert used_by(upper) == user
+            assert refusal(loop) == f"is in use by {upper}: stop that first, or use another one"
+    with alone(backing):
+        pass
+    # Over a block device, too.
+    with alone(loop_device), loop_over(loop_device) as upper:
+        assert refusal(upper).startswith(f"is in use by another program, as '{loop_device}'")
+
+
+def test_a_file_whose_name_looks_removed(loop_device, disk_folder):
+    """What a loop device lies on, and was removed, is not what has its name now."""
+    file = allocate(disk_folder / "file (deleted)")
+    with loop_over(file) as loop:
+        assert used_by(file) == loop
+    gone = allocate(disk_folder / "gone")
+    with loop_over(gone):
+        os.unlink(gone)
+        assert used_by(allocate(disk_folder / "gone")) == ""
+        assert used_by(file) == ""
 
 
 @pytest.mark.parametrize("asked", [0x125E, 0x1268])  # BLKROGET, BLKSSZGET

@@ -1,6 +1,8 @@
 """The drop-in that lets a service use its backing: what is in it, and when it goes."""
 
+import os
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
@@ -57,6 +59,33 @@ def test_what_was_allowed_before_is_not_any_more(root):
     assert backingunit.allow("zram0") == [f"removed {root}/{DROP_IN}: zram0 has no backing"]
     assert not (root / DROP_IN).parent.exists()
     assert backingunit.allow("zram0") == ["zram0 has no backing: there is nothing to allow"]
+
+
+def test_two_slashes_are_one(root):
+    configure(root, "backing = //dev//sdb1")
+    backingunit.allow("zram0")
+    assert "DeviceAllow=/dev/sdb1 rw\n" in (root / DROP_IN).read_text()
+
+
+def test_a_link_to_a_device(loop_device, tmp_path):
+    """A unit knows it by its name in /dev, of which that one is kept that the next boot has, too."""
+    (tmp_path / "disk").symlink_to(loop_device)
+    (tmp_path / "folder").symlink_to("/dev")
+    (tmp_path / "again").symlink_to("./folder/../dev/" + os.path.basename(loop_device))
+    for name in ("disk", f"folder/{os.path.basename(loop_device)}", "again"):
+        assert backingunit.in_dev(f"{tmp_path}/{name}") == loop_device
+    stable = next(
+        (link for link in Path("/dev/block").glob("*") if link.resolve() == Path(loop_device)), None
+    )
+    if stable is not None:
+        (tmp_path / "stable").symlink_to(stable)
+        assert backingunit.in_dev(f"{tmp_path}/stable") == str(stable)
+    (tmp_path / "file").write_text("")
+    for path in (f"{tmp_path}/file", f"{tmp_path}/none", "/dev/none", loop_device):
+        assert backingunit.in_dev(path) == path
+    os.mknod(tmp_path / "node", 0o600 | stat.S_IFBLK, os.stat(loop_device).st_rdev)
+    with pytest.raises(UnitsError, match=r"node' is a block device outside of /dev: give the backing by its"):
+        backingunit.in_dev(f"{tmp_path}/node")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """What is brought back into memory, and passes by hand, with a clock and a disk of the test's own."""
 
 import pytest
-from support.writebacks import OLD, RAW, Block, FakeDevice, blocks, make, run, settings
+from support.writebacks import DAY, OLD, RAW, Block, FakeDevice, blocks, make, run, settings
 
+from zramd.core.device.backing import EXTENT
 from zramd.errors import DeviceError
 from zramd.server import writeback
 from zramd.server.ages import IDLE
@@ -213,6 +214,40 @@ class TestByHand:
         run(device, served, 5)
         assert device.bd_writes == 1 << 20
         assert "by hand" not in served.numbers()["reason"]
+
+    def test_is_refused_where_nothing_would_be_written(self) -> None:
+        """Whoever asks is told, and not that it goes on in the background."""
+        device = FakeDevice(*blocks(10_000))
+        served = make(device, writeback_limit="1M")
+        served.submit(WritePass())
+        run(device, served, 5)
+        used_up = r"^writeback_limit is used up, the next extent may be written in 1\.5 h: raise it, "
+        with pytest.raises(DeviceError, match=used_up):
+            served.submit(WritePass())
+        run(device, served, 5)
+        assert device.bd_writes == 1 << 20
+        # What was changed counts at once, whether the thread has seen it or not.
+        served.configure(settings(writeback_limit="2M"))
+        served.submit(WritePass())
+        run(device, served, 5)
+        assert device.bd_writes == 2 << 20
+        served.set_left(EXTENT)
+        served.submit(WritePass())
+        run(device, served, 5)
+        assert device.bd_writes == (2 << 20) + EXTENT
+        served.set_left(0)
+        with pytest.raises(DeviceError, match=r"^writeback_limit is used up, "):
+            served.submit(WritePass())
+        served.configure(settings(writeback_limit="off"))
+        served.submit(WritePass())
+        run(device, served, 5)
+        assert device.out == 10_000
+        # Time passes for it, too, where the thread has nothing to do.
+        served = make(device, writeback_limit="1M")
+        served.set_left(0)
+        run(device, served, 1)
+        device.now += 2 * DAY * EXTENT / (1 << 20)
+        served.submit(WritePass())
 
     def test_comes_before_what_goes_by_itself(self) -> None:
         device = FakeDevice(*blocks(5000, age=OLD), *blocks(32))

@@ -90,8 +90,8 @@ class TestErrors:
         run(device, served, 20)
         assert served.trouble == ""
         served = make(device)
-        device.read_errors = 3  # before the first sweep
-        run(device, served, 11)
+        device.read_errors = 3  # before the first sweep: health does not wait for one
+        run(device, served, writeback.LOOK + 0.1)
         assert served.trouble == "backing '/dev/sdz' fails: blocks that are out cannot be read"
         run(device, served, 580)
         assert served.trouble

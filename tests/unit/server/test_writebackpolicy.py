@@ -111,6 +111,29 @@ class TestBudget:
         budget.change(limit)
         assert budget.left == left
 
+    def test_lowered_and_raised_again(self) -> None:
+        """What was used beyond the lower one is used still, in as many steps as you like."""
+        budget = Budget(10 * GIB, (0, 0), 1000.0)
+        budget.spend(8 * GIB)
+        for limit, left in ((1, 0), (5, 0), (4, 0), (9, 1), (0, None), (2, 0), (10, 2)):
+            budget.change(limit * GIB)
+            assert budget.left == (left if left is None else left * GIB), limit
+
+    def test_what_was_used_beyond_a_limit_is_of_that_day(self) -> None:
+        budget = Budget(10 * GIB, (0, 0), 1000.0)
+        budget.spend(9 * GIB)
+        budget.change(GIB)  # 8 GiB beyond it
+        assert not budget.allows(EXTENT)
+        budget.fill(1000.0 + DAY / 2)
+        assert budget.left == GIB // 2
+        same = budget.copy()
+        same.change(10 * GIB)  # 4 GiB of them are forgotten
+        assert same.left == GIB // 2 + 9 * GIB - 4 * GIB
+        assert (budget.left, budget.limit) == (GIB // 2, GIB)
+        budget.fill(1000.0 + DAY)
+        budget.change(10 * GIB)
+        assert budget.left == 10 * GIB
+
     def test_another_limit_since_the_restart(self) -> None:
         assert Budget(GIB, (5 * GIB, 1000), 1000.0).left == GIB
         assert Budget(5 * GIB, (GIB, 1000), 1000.0).left == GIB

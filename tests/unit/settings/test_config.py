@@ -268,6 +268,8 @@ def test_false(text: str) -> None:
         ("budget", "1"),
         ("budget", "4095"),
         ("writeback_limit", "none"),
+        ("writeback_limit", "0"),
+        ("writeback_limit", "0x0"),
         ("writeback_limit", "1"),
         ("writeback_limit", "65535"),
         ("writeback_limit", "1G a day"),
@@ -309,22 +311,64 @@ def test_other_values() -> None:
 )
 def test_cold_age(text: str, seconds: float) -> None:
     assert parse(cold_age=text).cold_age == seconds
-    assert parse(cold_age=config.written(parse(cold_age=text).cold_age)).cold_age == seconds
+    assert parse(cold_age=config.written("cold_age", parse(cold_age=text).cold_age)).cold_age == seconds
 
 
-@pytest.mark.parametrize(
-    ("text", "limit"), [("64K", 65536), ("1G", 1 << 30), ("off", 0), ("OFF", 0), ("0", 0)]
-)
+@pytest.mark.parametrize(("text", "limit"), [("64K", 65536), ("1G", 1 << 30), ("off", 0), ("OFF", 0)])
 def test_writeback_limit(text: str, limit: int) -> None:
     assert parse(writeback_limit=text).writeback_limit == limit
-    assert parse(writeback_limit=config.written(limit)).writeback_limit == limit  # as a restart has it
+    again = config.written("writeback_limit", limit)  # as a restart has it
+    assert parse(writeback_limit=again).writeback_limit == limit
+
+
+def test_no_limit_is_not_written_as_nothing() -> None:
+    """To the kernel's zram 0 means that nothing may be written."""
+    with pytest.raises(ConfigError, match=r"^writeback_limit: '0' cannot be set: use off for no limit, 64K "):
+        parse(writeback_limit="0")
+    assert config.written("writeback_limit", 0) == "off"
+    assert config.written("stats_interval", 0.0) == config.written("mem_limit", 0) == "0"
+    assert config.written("what", 0) == "0"
 
 
 def test_backing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert parse(backing="disk").backing == f"{tmp_path}/disk"
     assert parse(**{"writeback-device": "/dev/sdb1"}).backing == "/dev/sdb1"
-    assert parse(backing="").backing == ""
+    assert parse(backing="").backing == parse(backing="none").backing == ""
+    assert parse(backing="./none").backing == f"{tmp_path}/none"
+    assert parse(backing="//dev//sdb1").backing == "/dev/sdb1"  # two slashes are a root of their own to POSIX
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "relative"),
+    [
+        ("backing", "disk", True),
+        ("backing", "./none", True),
+        ("backing", "none", False),
+        ("backing", "", False),
+        ("backing", "/dev/sdb1", False),
+        ("state", "run/state", True),
+        ("state", "systemd", False),
+        ("rundir", "../run", True),
+        ("metrics_file", "x.prom", True),
+        ("metrics_file", "", False),
+        ("tls", "psk:keys", True),
+        ("tls", "x509:/etc/zramd", False),
+        ("tls", "psk:%d/keys", False),
+        ("tls", "off", False),
+        ("name", "disk", False),
+        ("mem_limit", "1G", False),
+    ],
+)
+def test_a_path_that_depends_on_a_folder(key: str, text: str, relative: bool) -> None:
+    """A command line is read where it is written, a file is not."""
+    setting = config.find(key)
+    if relative:
+        with pytest.raises(ConfigError, match=r"^'.*' depends on the folder in which a command runs: write"):
+            setting.parse_of_file(text)
+        assert "/" in setting.parse(text)
+    else:
+        assert setting.parse_of_file(text) == setting.parse(text)
     with pytest.raises(ConfigError, match="is not a path"):
         parse(backing="a\0b")
     with pytest.raises(ConfigError, match=r"backing='/tmp/zramd-test/stats.json' is the name of a file of"):

@@ -469,8 +469,28 @@ def test_a_backing_by_both_its_names(root):
 
 
 def test_what_belongs_to_a_backing_without_one(root):
-    (note,) = root.load("[a]\nwriteback_age = 2h\n").notes
-    assert note.endswith("etc/zramd.conf:2: writeback_age = 2h has no effect without backing")
+    for none in ("", "backing = none\n", "writeback-device =\n"):
+        loaded = root.load(f"[a]\nwriteback_age = 2h\n{none}")
+        (note,) = loaded.notes
+        assert note.endswith("etc/zramd.conf:2: writeback_age = 2h has no effect without backing")
+        assert loaded.find("a").settings().backing == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("backing", "disk.img"),
+        ("writeback-device", "dev/sdb1"),
+        ("state", "a.state"),
+        ("metrics_file", "./a.prom"),
+        ("rundir", "run"),
+        ("tls", "psk:keys"),
+    ],
+)
+def test_a_path_does_not_depend_on_where_a_command_runs(root, key, value):
+    """A service and a shell would mean different files by it."""
+    text = f"{key}: '{value}' depends on the folder in which a command runs: write the whole path, from / on"
+    assert root.problems(f"[a]\nattach = no\n{key} = {value}\n") == [f"etc/zramd.conf:3: {text}"]
 
 
 def test_a_device_that_is_not_there_where_others_have_errors(root):

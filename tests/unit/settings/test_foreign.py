@@ -88,6 +88,11 @@ def test_everything_that_can_be_taken_over(tmp_path):
             "'zramd backing format'",
         ),
         (
+            "[zram0]\nwriteback-device = disk",
+            "2: writeback-device = disk: 'disk' depends on the folder in which a command runs: write the "
+            "whole path, from / on: it is left out",
+        ),
+        (
             "[zram0]\nswap-prioriti = 4",
             "2: swap-prioriti = 4: zram-generator does not know this key and leaves it out, "
             "and so does this: did you mean 'swap-priority'?",
@@ -199,6 +204,16 @@ def test_zramswap(tmp_path, text, size, priority):
     assert translation.notes == []
     (device,) = build(translation).devices
     assert (device.name, device.disksize, device.swap_priority) == ("zram0", size, priority)
+
+
+@pytest.mark.parametrize("value", ["none", ""])
+def test_no_writeback_device(tmp_path, value):
+    """zram-generator's default is nothing to speak of."""
+    translation = read(tmp_path, f"[zram0]\nwriteback-device = {value}\n")
+    assert translation.notes == []
+    assert "backing" not in foreign.text(translation)
+    (device,) = build(translation).devices
+    assert device.settings().backing == ""
 
 
 def test_what_zramswap_has_and_zramd_has_not(tmp_path):

@@ -171,7 +171,8 @@ def test_what_does_not_go_together(settings: dict[str, str], said: str) -> None:
 def test_idle(text: str, seconds: float) -> None:
     made = parse(client_idle=text).client_idle
     assert made == seconds
-    assert parse(client_idle=config.written(made)).client_idle == seconds  # as a restart writes it
+    again = config.written("client_idle", made)  # as a restart writes it
+    assert parse(client_idle=again).client_idle == seconds
 
 
 @pytest.mark.parametrize("text", ["9", "2d", "-1", "never", "1m", ""])

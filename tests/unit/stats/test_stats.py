@@ -250,7 +250,7 @@ def test_bd_stat_and_backing_dev(snapshot: snapshots.Snapshot, backed: snapshots
 
 def test_an_empty_backing_device_has_no_block_in_use() -> None:
     """The superblock has an extent of its own."""
-    assert writeback.SUPERBLOCK == EXTENT
+    assert writeback.SUPERBLOCK == writeback.EXTENT == EXTENT
     size = 10 * EXTENT
     assert writeback.used({"backing_size": size, "backing_free": 9 * EXTENT, "backing_bad": 0}) == 0
     assert writeback.used({"backing_size": size, "backing_free": 7 * EXTENT, "backing_bad": EXTENT}) == EXTENT

@@ -584,6 +584,8 @@ class TestBacking:
         assert cells.plain(view.backing(backed(), 60, MONO)).endswith("2G of 8G")
         endless = view.backing(backed(limit_left=None, writeback_limit=0, mode="paused"), 100, MONO)
         assert cells.plain(endless).endswith("no limit  paused")
+        used_up = view.backing(backed(limit_left=(64 << 10) - 1, mode="paused"), 100, MONO)
+        assert cells.plain(used_up).endswith("  0B left  paused")
 
     def test_a_device_that_is_left_alone_is_seen(self) -> None:
         assert styled(view.backing(backed(mode="paused"), 100, MONO), "fair") == "  paused"

@@ -13,6 +13,7 @@ cdef class Writer(Stream):
     cdef uint64_t changes_before
     cdef uint64_t changes
     cdef const char *gave_up
+    cdef char unread[128]   # why, if it is a block that cannot be read
     cdef char *room         # to read from the backing
 
     cdef bint _has_cold(self) noexcept nogil

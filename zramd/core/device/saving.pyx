@@ -10,8 +10,9 @@ brings it back to Python for signals.
 """
 
 cimport cython
-from libc.errno cimport EINTR
+from libc.errno cimport EBADMSG, EINTR
 from libc.stdint cimport uint32_t, uint64_t
+from libc.stdio cimport snprintf
 from libc.string cimport memcpy, strlen
 
 from cpython.exc cimport PyErr_CheckSignals
@@ -204,6 +205,8 @@ cdef class Writer(Stream):
             return 0
         if self.device.table.is_away(slot):
             what = self._record_away(block, slot, out + 8)
+            if self.gave_up != NULL:
+                return 0
         # What a read would not get is not to stop a load either.
         if self._decode(what, out + 8):
             what = SLOT_LOST
@@ -225,7 +228,8 @@ cdef class Writer(Stream):
     cdef uint32_t _record_away(self, uint64_t block, uint64_t slot, char *out) noexcept nogil:
         """Write the payload of a block that is out, whose slot is pinned, to out; what it is, as in a record.
 
-        Whoever wants the device alone does not wait for the disk: the gate is let go meanwhile.
+        Whoever wants the device alone does not wait for the disk: the gate is let go meanwhile. Where it cannot be read,
+        the save is given up: the disk may be mended, and what a file says is lost stays so.
         """
         cdef const char *payload
         cdef uint32_t size = slot_bytes(slot), what = SLOT_LOST
@@ -236,6 +240,11 @@ cdef class Writer(Stream):
         self._look()
         if rc:
             counter_add(&self.device.table.counters.bd_read_errors, 1)
+            if self.gave_up == NULL:
+                snprintf(
+                    self.unread, sizeof(self.unread), "block %llu is out and %s: see docs/backing.md, 'When the disk fails'",
+                    <unsigned long long>block, b"its disk has other data" if rc == -EBADMSG else b"cannot be read")
+                self.gave_up = self.unread
         elif self.version > 1 or not slot & SLOT_OUT_ZSTD:
             memcpy(out, payload, size)
             what = size | SLOT_COLD if slot & SLOT_OUT_ZSTD else size
@@ -292,7 +301,8 @@ def save(Device device, int fd, *, bint live=False, patience=-1):
 
     Each block is whole. live: also while clients change the device, so that blocks may be of different moments; changes
     says how many requests that were. patience: seconds that nothing may move. Raises SaveError when a client changed
-    the device and not live, or it was reset (the stream says so, too); OSError.
+    the device and not live, when it was reset, or when a block that is out cannot be read (the stream says so, too);
+    OSError.
     """
     return Writer(device, fd, live, <int>(patience * 1000)).run()
 
