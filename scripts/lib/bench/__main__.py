@@ -85,10 +85,12 @@ def main() -> int:
     if load > QUIET_LOAD:
         _warn(f"the load average is {load:.2f}: the figures will be too, wait until the machine is idle")
     report = Report(_machine(load), {})
-    # What is to be on a disk is in /var/tmp: /tmp may be memory.
+    # What is to be on a disk is in /var/tmp: /tmp may be memory. Run folders are in memory, as below /run: a
+    # disk that is kept busy makes a file system's small writes wait, here for up to 1.5 s.
     with (
         tempfile.TemporaryDirectory(prefix="zramd-bench-") as name,
         tempfile.TemporaryDirectory(prefix="zramd-bench-", dir="/var/tmp") as disk,
+        tempfile.TemporaryDirectory(prefix="zramd-bench-", dir="/dev/shm") as memory,
     ):
         folder = Path(name)
         setup = Setup(
@@ -99,6 +101,7 @@ def main() -> int:
             corpus=folder / "corpus",
             folder=folder,
             disk=Path(disk),
+            memory=Path(memory),
             report=report,
         )
         report.settings["run"] = (

@@ -164,7 +164,7 @@ class ZramdServer(Server):
         keys: Keys | None = None,
         **settings: str,
     ) -> None:
-        self._control = setup.folder / name.replace(" ", "-") / "run" / "control.sock"
+        self._control = setup.memory / name.replace(" ", "-") / "control.sock"
         pairs = [f"{key}={value}" for key, value in settings.items()]
         rundir = f"rundir={self._control.parent}"
         plugin = ["python", str(PLUGIN), f"disksize={disksize}", rundir, *pairs]

@@ -17,7 +17,10 @@ REQUEST = 128 << 10
 
 @dataclass
 class Setup:
-    """The settings of a run; sockets and files are in `folder`, backings in `disk`; both go with it."""
+    """The settings of a run; run folders are in `memory`, backings in `disk`, all else in `folder`.
+
+    All of these go with it.
+    """
 
     quick: bool
     rounds: int
@@ -26,6 +29,7 @@ class Setup:
     corpus: Path  # the pages, once corpus.prepare has put them there
     folder: Path
     disk: Path
+    memory: Path
     report: Report
     corpus_name: str = ""
     started: float = field(default_factory=time.monotonic)
