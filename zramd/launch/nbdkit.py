@@ -222,10 +222,9 @@ def threads(settings: Config, options: Options) -> list[str]:
 
 def absolute(settings: Config, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """Return the settings with paths that hold wherever the server stands."""
-    paths = ("rundir", "state", "backing", "metrics_file", "tls")
+    found = [(key, config.find(key), value) for key, value in pairs]
     return [
-        (key, getattr(settings, name) if (name := config.find(key).name) in paths else value)
-        for key, value in pairs
+        (key, getattr(settings, setting.name) if setting.is_path else value) for key, setting, value in found
     ]
 
 

@@ -32,6 +32,11 @@ class Setting(NamedTuple):
         """Whether the value is a number of bytes."""
         return self.parse in values.SIZES
 
+    @property
+    def is_path(self) -> bool:
+        """Whether its value is a path, or has one in it."""
+        return values.is_path(self.parse)
+
     def parse_of_file(self, text: str) -> Any:
         """Return what `text` means in a configuration file, which is read from any folder.
 

@@ -244,12 +244,17 @@ def tls(text: str) -> str:
 _PATHS = (backing, state, rundir, metrics_file, tls)
 
 
+def is_path(parse: Callable[[str], Any]) -> bool:
+    """Say whether what `parse` reads is a path, or has one in it, which it makes one from / on."""
+    return parse in _PATHS
+
+
 def is_relative(parse: Callable[[str], Any], text: str) -> bool:
     """Say whether `text`, which `parse` reads, has a path that depends on the present folder.
 
     Raises what `parse` does.
     """
-    if parse not in _PATHS:
+    if not is_path(parse):
         return False
     given, found = ((value.partition(":")[2] if parse is tls else value) for value in (text, parse(text)))
     return found.startswith("/") and not given.startswith("/")
