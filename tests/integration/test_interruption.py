@@ -226,9 +226,8 @@ def test_ends(world: World, during: str, at: str, whom: str, what: str, serves: 
     if serves == "either":
         serves = "new" if other[0] == 0 else "nobody"
     assert end == serves, (end, status, out, err, other, steps)
-    wait_until(
-        lambda: world.processes() == ([pid] if pid else [])
-    )  # its last moment comes after its pid file's
+    # A server's last moment comes after that of its pid file.
+    wait_until(lambda: world.processes() == ([pid] if pid else []))
 
     # What was said is true.
     if says == "done":
