@@ -68,7 +68,7 @@ class Debian(debian.Computer):
 
     def turn_off(self, how: str) -> None:
         """Power off or reboot; nothing may hang or fail."""
-        self.guest.run(f"systemctl {how}")
+        end_system(self.guest, how)
         seconds = self.guest.wait_for_end(SHUTDOWN_TIMEOUT)
         print(f"{how} took {seconds:.1f} s")
         assert self.trouble() == []
@@ -142,7 +142,7 @@ def test_from_nothing_to_a_reboot(computer: Debian) -> None:
         ] == []
         swapped_out(guest, 2)
         mark = len(computer.log())
-        computer.guest.run("systemctl reboot")
+        end_system(computer.guest, "reboot")
         seconds = guest.wait_for_end(SHUTDOWN_TIMEOUT)
         print(f"reboot took {seconds:.1f} s")
         end = computer.log()[mark:]
@@ -191,6 +191,11 @@ def active(guest: Guest) -> None:
     assert guest.run("cat /sys/fs/cgroup/zramd.slice/memory.swap.max").strip() == "0"
     for pid in ("/run/zramd/zram0/pid", "/run/zramd/zram0.attached"):
         assert guest.run(f"cat /proc/$(cut -d' ' -f1 {pid})/oom_score_adj").strip() == "-1000"
+
+
+def end_system(guest: Guest, how: str) -> None:
+    """Ask for poweroff or reboot: a second later, as the machine may be off before its shell has answered."""
+    guest.run(f"(sleep 1; systemctl {how}) >/dev/null &")
 
 
 def swapped_out(guest: Guest, seed: int) -> None:
@@ -339,7 +344,7 @@ def test_kept(computer: Debian) -> None:
         meant = ("zram0.service: Failed with result 'signal'", "zramd@zram1", "zramd-attach@zram1")
         trouble = [line for line in computer.log() if TROUBLE.search(line)]
         assert [line for line in trouble if not any(words in line for words in meant)] == []
-        guest.run("systemctl poweroff")
+        end_system(guest, "poweroff")
         print(f"poweroff took {guest.wait_for_end(SHUTDOWN_TIMEOUT):.1f} s")
 
 

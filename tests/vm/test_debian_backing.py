@@ -15,7 +15,18 @@ from textwrap import dedent
 
 import pytest
 from support.run import PATIENCE
-from test_debian import SETUP, SLOW, TROUBLE, Debian, restarted, swap, swapped_out, verified, with_the_wheel
+from test_debian import (
+    SETUP,
+    SLOW,
+    TROUBLE,
+    Debian,
+    end_system,
+    restarted,
+    swap,
+    swapped_out,
+    verified,
+    with_the_wheel,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "lib"))
 
@@ -133,7 +144,7 @@ def test_a_disk_that_is_there(computer: Debian) -> None:
         restart(guest)
         used_again = out(guest, "zram0")
         print(f"{used_again} blocks are out at the reboot")
-        guest.run("systemctl reboot")
+        end_system(guest, "reboot")
         print(f"reboot took {guest.wait_for_end(SLOW):.1f} s")
         meant = "zramd@zram1.service: Failed with result 'signal'"  # it was killed
         assert [line for line in computer.log()[mark:] if TROUBLE.search(line) and meant not in line] == []
@@ -225,6 +236,6 @@ def test_a_disk_that_never_comes(computer: Debian) -> None:
         guest.run("systemctl is-active zramd@zram1")
         guest.run("systemctl start late.service && systemctl start zramd@zram0", SLOW)
         wait_for_swap(guest)
-        computer.guest.run("systemctl poweroff")
+        end_system(guest, "poweroff")
         print(f"poweroff took {guest.wait_for_end(SLOW):.1f} s")
         computer.order("Stopped zramd@zram0.service", "Stopped late.service")

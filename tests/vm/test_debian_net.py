@@ -48,7 +48,7 @@ def test_devices_for_other_machines(computer: Debian) -> None:
             print(step.__name__, flush=True)
             step(guest)
         assert guest.alarms() == []
-        guest.run("systemctl poweroff")
+        debian.end_system(guest, "poweroff")
         guest.wait_for_end(debian.SHUTDOWN_TIMEOUT)
         # The servers that were killed.
         trouble = [line for line in computer.log() if TROUBLE.search(line)]

@@ -45,7 +45,7 @@ def test_from_nothing_to_a_reboot(computer: Debian) -> None:
         ] == []
         swapped_out(guest, 2)
         mark = len(computer.log())
-        guest.run("systemctl reboot")
+        debian.end_system(guest, "reboot")
         print(f"reboot took {guest.wait_for_end(debian.SHUTDOWN_TIMEOUT):.1f} s")
         assert [line for line in computer.log()[mark:] if TROUBLE.search(line)] == []
         assert guest.alarms() == []
